@@ -1,0 +1,56 @@
+// Errors and the check at the door. Every message names the argument, what it was and what was wanted.
+#pragma once
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+
+namespace kt {
+
+// Bad argument or malformed file: ValueError in Python.
+struct ValueError : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
+// A file that is not there: FileNotFoundError in Python.
+struct NotFoundError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// The operating system refused: OSError in Python.
+struct IoError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+namespace detail {
+
+inline void append(std::ostringstream& out, std::string_view text) { out << text; }
+
+template <class First, class... Rest>
+void append(std::ostringstream& out, std::string_view text, const First& first, const Rest&... rest) {
+  const auto hole = text.find("{}");
+  if (hole == std::string_view::npos) {
+    out << text;
+    return;
+  }
+  out << text.substr(0, hole) << first;
+  append(out, text.substr(hole + 2), rest...);
+}
+
+}  // namespace detail
+
+// format("{} of {}", 3, 7) == "3 of 7"
+template <class... Args>
+std::string format(std::string_view text, const Args&... args) {
+  std::ostringstream out;
+  detail::append(out, text, args...);
+  return out.str();
+}
+
+}  // namespace kt
+
+#define KT_CHECK(condition, ...) \
+  do {                           \
+    if (!(condition)) throw ::kt::ValueError(::kt::format(__VA_ARGS__)); \
+  } while (false)

@@ -1,0 +1,28 @@
+// The split rule: how n things are cut into contiguous parts. One pure function for loader, layer and loops.
+#pragma once
+
+#include <algorithm>
+
+#include "base/view.h"
+
+namespace kt {
+
+struct Range {
+  index_t begin = 0, end = 0;
+  index_t size() const { return end - begin; }
+};
+
+constexpr index_t ceil_div(index_t n, index_t d) { return (n + d - 1) / d; }
+constexpr index_t round_up(index_t n, index_t d) { return ceil_div(n, d) * d; }
+
+// Part `part` of [0, n) cut into `parts`, every cut on a multiple of `align`. Part sizes differ by at most
+// one `align` (the last by its tail); with too few blocks the trailing parts are empty.
+constexpr Range split(index_t n, index_t parts, index_t part, index_t align = 1) {
+  const index_t blocks = ceil_div(n, align);
+  const index_t each = blocks / parts, extra = blocks % parts;
+  const index_t first = part * each + std::min(part, extra);
+  const index_t last = first + each + (part < extra ? 1 : 0);
+  return {std::min(n, first * align), std::min(n, last * align)};
+}
+
+}  // namespace kt

@@ -1,0 +1,94 @@
+"""The C++ core. Internal: `kt_moe`'s public modules wrap everything here and document it.
+
+Tensors are read and written in place through their data pointers; they must be contiguous and on the CPU.
+"""
+
+from typing import Any, final
+
+from torch import Tensor
+
+LoraTensors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+__version__: str
+
+def cpu_info() -> dict[str, Any]: ...
+
+@final
+class Runtime:
+    def __init__(self, threads: int | None, shards: int | None, isa: str | None) -> None: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def shards(self) -> int: ...
+    @property
+    def isa(self) -> str: ...
+
+@final
+class Checkpoint:
+    """Safetensors index of a file or a directory; see `kt_moe.Checkpoint`."""
+
+    def __init__(self, path: str) -> None: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def files(self) -> list[str]: ...
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...], int, str]]:
+        """name -> (dtype, shape, bytes, file)"""
+    @property
+    def layers(self) -> list[int]: ...
+    def layer(self, layer: int) -> dict[str, Any]:
+        """num_experts, hidden_size, intermediate_size, dtype, layout ('per-expert' | 'fused'), nbytes"""
+
+@final
+class Experts:
+    @staticmethod
+    def from_tensors(gate: Tensor, up: Tensor, down: Tensor, activation: str, runtime: Runtime) -> Experts: ...
+    @staticmethod
+    def from_checkpoint(checkpoint: Checkpoint, layer: int, activation: str, runtime: Runtime) -> Experts: ...
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def activation(self) -> str: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def shards(self) -> int: ...
+    def dequantize(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
+        """Write the bf16 weights the kernels multiply by into three bf16 tensors."""
+
+def count_routes(topk_ids: Tensor, num_experts: int) -> int:
+    """Number of entries of topk_ids below num_experts; ValueError names the first one outside [0, num_experts]."""
+
+def forward(
+    experts: Experts,
+    hidden_states: Tensor,  # [T, H] bf16
+    topk_ids: Tensor,  # [T, K] int32 | int64
+    topk_weights: Tensor,  # [T, K] fp32
+    lora: LoraTensors | None,  # gate_a, gate_b, up_a, up_b, down_a, down_b; fp32 | bf16
+    scaling: tuple[float, float, float],  # gate, up, down
+    dropout: float,
+    seed: int,
+    saved: Tensor | None,  # [2, routes, I] bf16, written: G and U by route
+    out: Tensor,  # [T, H] bf16 | fp32, written
+) -> None: ...
+def backward(
+    experts: Experts,
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    lora: LoraTensors | None,
+    scaling: tuple[float, float, float],
+    dropout: float,
+    seed: int,
+    saved: Tensor | None,  # what forward wrote, or None: recompute it
+    grad_out: Tensor,  # [T, H] bf16
+    grad_hidden: Tensor | None,  # [T, H] bf16 | fp32, written
+    grad_weights: Tensor | None,  # [T, K] fp32, written
+    grad_lora: LoraTensors | None,  # shapes and dtypes of lora, written
+) -> None: ...

@@ -1,0 +1,212 @@
+"""The differentiable layer: routed experts on the CPU with LoRA fused in.
+
+The mathematics, for expert e with routed tokens X (Hu et al. 2021 for LoRA, Shazeer 2020 for the gated unit)::
+
+    G = X Wg' + s (X Ag') Bg'      U = X Wu' + s (X Au') Bu'      h = act(G) * U
+    Y = h Wd' + s (h Ad') Bd'      out[t] = sum over k of topk_weights[t, k] * Y[route (t, k)]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kt_moe import _core
+from kt_moe.experts import Experts
+
+PROJECTIONS = ("gate", "up", "down")
+LORA_NAMES = tuple(f"{p}_lora_{m}" for p in PROJECTIONS for m in "ab")
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """How the LoRA products enter the layer.
+
+    Args:
+        scaling: alpha / r (alpha / sqrt(r) for rsLoRA); one number, or one for each of gate, up and down.
+        dropout: probability in [0, 1) of dropping an element of a LoRA A product's input.
+        seed: of the dropout masks; None draws one from torch's default generator at each forward.
+    """
+
+    scaling: float | tuple[float, float, float] = 1.0
+    dropout: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is {self.dropout}, wanted a probability in [0, 1)")
+        if isinstance(self.scaling, tuple) and len(self.scaling) != len(PROJECTIONS):
+            raise ValueError(f"scaling has {len(self.scaling)} numbers, wanted one, or one each for {PROJECTIONS}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}, wanted an integer in [0, 2**63)")
+
+    @property
+    def scalings(self) -> tuple[float, float, float]:
+        """Scaling of gate, up and down."""
+        return self.scaling if isinstance(self.scaling, tuple) else (self.scaling,) * 3
+
+
+class _MoE(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        experts: Experts,
+        lora: Lora | None,
+        *lora_tensors: Tensor | None,
+    ) -> Tensor:
+        x, ids, weights = _on_cpu(hidden_states, torch.bfloat16), _on_cpu(topk_ids), _on_cpu(topk_weights, torch.float32)
+        pairs = tuple(None if t is None else _on_cpu(t) for t in lora_tensors)
+        call = _Call(experts, lora, any(t is not None for t in pairs))
+        saved = None
+        if any(ctx.needs_input_grad) and not experts.recompute:
+            routes = _core.count_routes(ids, experts.num_experts)
+            saved = torch.empty(2, routes, experts.intermediate_size, dtype=torch.bfloat16)
+        out = torch.empty(x.shape, dtype=_result_dtype(hidden_states))
+        _core.forward(*call.arguments(x, ids, weights, pairs), saved, out)
+        ctx.call = call
+        ctx.save_for_backward(hidden_states, topk_ids, topk_weights, saved, *lora_tensors)
+        return out.to(hidden_states.device, hidden_states.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_states, topk_ids, topk_weights, saved, *lora_tensors = ctx.saved_tensors
+        x, ids, weights = _on_cpu(hidden_states, torch.bfloat16), _on_cpu(topk_ids), _on_cpu(topk_weights, torch.float32)
+        pairs = tuple(None if t is None else _on_cpu(t) for t in lora_tensors)
+        needs_x, _, needs_weights, _, _, *needs_lora = ctx.needs_input_grad
+
+        grad_x = torch.empty(x.shape, dtype=_result_dtype(hidden_states)) if needs_x else None
+        grad_weights = torch.empty(weights.shape) if needs_weights else None
+        grad_lora = tuple(
+            torch.empty_like(t) if t is not None and needed else None
+            for t, needed in zip(pairs, needs_lora, strict=True)
+        )
+        _core.backward(
+            *ctx.call.arguments(x, ids, weights, pairs),
+            saved, _on_cpu(grad_out, torch.bfloat16), grad_x, grad_weights, grad_lora,
+        )  # fmt: skip
+        return (
+            _like(grad_x, hidden_states),
+            None,
+            _like(grad_weights, topk_weights),
+            None,
+            None,
+            *(_like(g, t) for g, t in zip(grad_lora, lora_tensors, strict=True)),
+        )
+
+
+class MoEFunction:
+    """`MoEFunction.apply(...)`: the layer as an autograd function.
+
+    It runs eagerly inside a `torch.compile`d model (a graph break), and cannot be differentiated twice.
+    """
+
+    @staticmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def apply(
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        experts: Experts,
+        lora: Lora | None = None,
+        gate_lora_a: Tensor | None = None,
+        gate_lora_b: Tensor | None = None,
+        up_lora_a: Tensor | None = None,
+        up_lora_b: Tensor | None = None,
+        down_lora_a: Tensor | None = None,
+        down_lora_b: Tensor | None = None,
+    ) -> Tensor:
+        """Route every token through its experts.
+
+        Args:
+            hidden_states: [T, H] bf16, fp16 or fp32, CPU or CUDA; fp16 and fp32 are rounded to bf16.
+            topk_ids: [T, K] int64 or int32 in [0, E]; E means "no route".
+            topk_weights: [T, K] floating point.
+            experts: the frozen weights.
+            lora: scaling and dropout; None means scaling 1 and no dropout.
+            gate_lora_a, up_lora_a: [E, r, H] fp32 or bf16, or None.
+            gate_lora_b, up_lora_b: [E, I, r], given exactly when the A is.
+            down_lora_a, down_lora_b: [E, r, I] and [E, H, r].
+
+        Returns:
+            [T, H] in the dtype and on the device of hidden_states. Gradients reach hidden_states, topk_weights
+            and every LoRA tensor; those of the LoRA tensors are accumulated in fp32 and have the tensor's dtype.
+
+        Raises:
+            ValueError: an argument has the wrong shape, dtype or range; the message names it.
+        """
+        if not isinstance(experts, Experts):
+            raise TypeError(f"experts is a {type(experts).__name__}, wanted kt_moe.Experts")
+        if lora is not None and not isinstance(lora, Lora):
+            raise TypeError(f"lora is a {type(lora).__name__}, wanted kt_moe.Lora or None")
+        if hidden_states.dtype not in _FLOATS:
+            raise ValueError(f"hidden_states is {hidden_states.dtype}, wanted bfloat16, float16 or float32")
+        if not topk_weights.is_floating_point():
+            raise ValueError(f"topk_weights is {topk_weights.dtype}, wanted a floating-point dtype")
+        tensors = (gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b)
+        out: Tensor = _MoE.apply(hidden_states, topk_ids, topk_weights, experts, lora, *tensors)
+        return out
+
+
+def moe(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    experts: Experts,
+    lora_params: Mapping[str, Tensor | None] | None = None,
+    *,
+    scaling: float | tuple[float, float, float] = 1.0,
+    dropout: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """`MoEFunction.apply` with keywords.
+
+    Args:
+        lora_params: any of gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b.
+        scaling, dropout, seed: see `Lora`.
+
+    The other arguments, the result and the errors are those of `MoEFunction.apply`.
+    """
+    params = dict(lora_params or {})
+    unknown = params.keys() - set(LORA_NAMES)
+    if unknown:
+        raise ValueError(f"lora_params has the unknown keys {sorted(unknown)}, wanted some of {list(LORA_NAMES)}")
+    lora = Lora(scaling, dropout, seed)
+    return MoEFunction.apply(hidden_states, topk_ids, topk_weights, experts, lora, **params)
+
+
+class _Call:
+    """What forward and backward of one call share beside their tensors."""
+
+    def __init__(self, experts: Experts, lora: Lora | None, has_lora: bool) -> None:
+        lora = lora or Lora()
+        self.experts, self.has_lora = experts, has_lora
+        self.scalings, self.dropout = lora.scalings, lora.dropout if has_lora else 0.0
+        self.seed = lora.seed if lora.seed is not None else 0
+        if self.dropout > 0 and lora.seed is None:
+            self.seed = int(torch.randint(2**63 - 1, ()).item())
+
+    def arguments(self, x: Tensor, ids: Tensor, weights: Tensor, pairs: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+        lora = pairs if self.has_lora else None
+        return self.experts._core, x, ids, weights, lora, self.scalings, self.dropout, self.seed
+
+
+def _on_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+
+
+def _result_dtype(hidden_states: Tensor) -> torch.dtype:
+    return torch.bfloat16 if hidden_states.dtype is torch.bfloat16 else torch.float32
+
+
+def _like(grad: Tensor | None, tensor: Tensor) -> Tensor | None:
+    return None if grad is None else grad.to(tensor.device, tensor.dtype)

@@ -1,0 +1,67 @@
+"""MoELayer: the experts with their LoRA parameters, as a torch module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kt_moe.experts import Experts
+from kt_moe.functional import PROJECTIONS, Lora, MoEFunction
+
+
+class MoELayer(nn.Module):
+    """Frozen routed experts with trainable LoRA on some of their projections.
+
+    Args:
+        experts: the frozen weights; not part of the state dict.
+        rank: r of every LoRA pair.
+        alpha: numerator of the scaling.
+        dropout: probability of dropping an element of a LoRA product's input while training.
+        targets: which of "gate", "up" and "down" get a LoRA pair.
+        use_rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023) instead of alpha / r.
+        dtype: of the LoRA parameters, fp32 or bf16.
+
+    Parameters are named `{projection}_lora_a` and `{projection}_lora_b`. A starts Kaiming-uniform as in PEFT, B at zero.
+    """
+
+    def __init__(
+        self,
+        experts: Experts,
+        rank: int = 16,
+        alpha: float = 32,
+        dropout: float = 0.0,
+        targets: Sequence[str] = PROJECTIONS,
+        use_rslora: bool = False,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        unknown = [t for t in targets if t not in PROJECTIONS]
+        if unknown or isinstance(targets, str):
+            raise ValueError(f"targets is {targets!r}, wanted some of {list(PROJECTIONS)}")
+        if rank < 1:
+            raise ValueError(f"rank is {rank}, wanted at least 1")
+        self.experts, self.rank, self.alpha, self.targets = experts, rank, alpha, tuple(targets)
+        self.lora = Lora(alpha / (math.sqrt(rank) if use_rslora else rank), dropout)
+        e, h, i = experts.num_experts, experts.hidden_size, experts.intermediate_size
+        for projection in self.targets:
+            into, out = (i, h) if projection == "down" else (h, i)
+            a = torch.empty(e, rank, into, dtype=dtype)
+            nn.init.uniform_(a, -(into**-0.5), into**-0.5)  # kaiming_uniform_(a=sqrt(5)) of one [r, in] matrix
+            setattr(self, f"{projection}_lora_a", nn.Parameter(a))
+            setattr(self, f"{projection}_lora_b", nn.Parameter(torch.zeros(e, out, rank, dtype=dtype)))
+
+    def lora_params(self) -> dict[str, Tensor]:
+        """The LoRA tensors under the names `kt_moe.moe` takes."""
+        return dict(self.named_parameters(recurse=False))
+
+    def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """[T, H], [T, K], [T, K] -> [T, H]; see `MoEFunction.apply`."""
+        lora = self.lora if self.training else Lora(self.lora.scaling)
+        return MoEFunction.apply(hidden_states, topk_ids, topk_weights, self.experts, lora, **self.lora_params())
+
+    def extra_repr(self) -> str:
+        return f"{self.experts!r}, rank={self.rank}, alpha={self.alpha}, targets={self.targets}"

@@ -1,0 +1,59 @@
+"""Where the experts are computed: threads, shards and the kernel set."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from kt_moe import _core
+
+
+class Runtime:
+    """A pool of worker threads and the kernels chosen for this CPU.
+
+    Args:
+        threads: number of threads, the calling one included. None: KT_MOE_THREADS, or the CPUs this process
+            may use (affinity mask and cgroup limit).
+        shards: slices of the intermediate dimension. None: KT_MOE_SHARDS, or 1.
+        isa: "scalar", "avx2", "avx512" or "avx512_bf16". None: KT_MOE_ISA, or the best this CPU has.
+
+    Raises:
+        ValueError: a number out of range, an unknown ISA, or one this CPU lacks.
+    """
+
+    def __init__(self, threads: int | None = None, shards: int | None = None, isa: str | None = None) -> None:
+        self._core = _core.Runtime(threads, shards, isa)
+
+    @property
+    def threads(self) -> int:
+        """Threads that compute, the calling one included."""
+        return self._core.threads
+
+    @property
+    def shards(self) -> int:
+        """Slices of the intermediate dimension."""
+        return self._core.shards
+
+    @property
+    def isa(self) -> str:
+        """Name of the kernel set in use."""
+        return self._core.isa
+
+    def __repr__(self) -> str:
+        return f"Runtime(threads={self.threads}, shards={self.shards}, isa={self.isa!r})"
+
+
+@functools.cache
+def default_runtime() -> Runtime:
+    """The runtime used where none is given; made once, at first use."""
+    return Runtime()
+
+
+def cpu_info() -> dict[str, Any]:
+    """What this machine offers and what will run on it.
+
+    Returns:
+        model, isa_features, cores (usable by this process), caches (bytes), numa_nodes, kernel_sets
+        (name -> "available", or why not) and selected (the kernel set a default runtime takes).
+    """
+    return _core.cpu_info()
