@@ -50,7 +50,7 @@ std::string format(std::string_view text, const Args&... args) {
 
 }  // namespace kt
 
-#define KT_CHECK(condition, ...) \
-  do {                           \
+#define KT_CHECK(condition, ...)                                         \
+  do {                                                                   \
     if (!(condition)) throw ::kt::ValueError(::kt::format(__VA_ARGS__)); \
   } while (false)

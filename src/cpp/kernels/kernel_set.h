@@ -50,9 +50,10 @@ struct ActivationKernels {
 
 struct EpilogueKernels {
   // dst[j * dst_stride + i] = src[i * src_stride + j] for i < rows, j < cols.
-  void (*transpose)(const float* src, ptrdiff_t src_stride, int rows, int cols, float* dst, ptrdiff_t dst_stride);
-  void (*add_scaled)(int n, float scale, const float* x, float* y);          // y += scale * x
-  void (*round_scaled)(int n, float scale, const float* x, uint16_t* y);     // y = bf16(scale * x)
+  void (*transpose)(const float* src, ptrdiff_t src_stride, int rows, int cols, float* dst,
+                    ptrdiff_t dst_stride);
+  void (*add_scaled)(int n, float scale, const float* x, float* y);       // y += scale * x
+  void (*round_scaled)(int n, float scale, const float* x, uint16_t* y);  // y = bf16(scale * x)
   ActivationKernels silu;
 };
 
