@@ -1,5 +1,8 @@
 """LoRA fine-tuning of very large Mixture-of-Experts models with the experts computed on the CPU."""
 
+from importlib import import_module
+from typing import Any
+
 from kt_moe._core import __version__
 from kt_moe.checkpoint import Checkpoint
 from kt_moe.experts import Experts
@@ -10,6 +13,7 @@ from kt_moe.runtime import Runtime, cpu_info, default_runtime
 __all__ = [
     "Checkpoint",
     "Experts",
+    "KtMoeConfig",
     "Lora",
     "MoEFunction",
     "MoELayer",
@@ -17,5 +21,29 @@ __all__ = [
     "__version__",
     "cpu_info",
     "default_runtime",
+    "hf",
+    "load_adapter",
+    "merge_adapter",
     "moe",
+    "save_adapter",
 ]
+
+# These need transformers and PEFT, which take seconds to import: fetched when first asked for.
+_LAZY = {
+    "hf": "kt_moe.hf",
+    "KtMoeConfig": "kt_moe.hf",
+    "save_adapter": "kt_moe.adapters",
+    "load_adapter": "kt_moe.adapters",
+    "merge_adapter": "kt_moe.adapters",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'kt_moe' has no attribute {name!r}")
+    module = import_module(_LAZY[name])
+    return module if name == "hf" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

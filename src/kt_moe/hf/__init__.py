@@ -1,0 +1,40 @@
+"""transformers and PEFT on kt_moe. Importing this module registers the hooks:
+
+- `from_pretrained(..., quantization_config=kt_moe.KtMoeConfig())`: the experts go from the checkpoint straight
+  to `kt_moe.Experts` and never become torch parameters;
+- `from_pretrained(..., experts_implementation="kt_moe")`: an ordinarily loaded model whose frozen experts are
+  computed by kt_moe (they are then in memory twice);
+- `peft.LoraConfig(target_modules=[..., "experts"])` on either puts LoRA on the experts.
+
+What PEFT's own `save_pretrained` writes for such a model has one key an expert and loads into plain
+transformers and PEFT; `kt_moe.save_adapter` writes the same atomically.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from transformers.integrations import moe as _moe
+from transformers.quantizers import register_quantization_config, register_quantizer
+
+from kt_moe.hf.experts import NAME, KtExperts, kt_moe_experts_forward
+from kt_moe.hf.lora import KtLoraExperts, KtLoraModel
+from kt_moe.hf.quantizer import KtMoeConfig, KtMoeQuantizer
+
+__all__ = ["KtExperts", "KtLoraExperts", "KtLoraModel", "KtMoeConfig", "KtMoeQuantizer"]
+
+
+def _register() -> None:
+    register_quantization_config(NAME)(KtMoeConfig)
+    register_quantizer(NAME)(KtMoeQuantizer)
+    # transformers' lazy imports can leave two registries; models look into the decorator's default.
+    used = inspect.signature(_moe.use_experts_implementation).parameters["experts_interface"].default
+    for interface in (_moe.ExpertsInterface, type(used)):
+        interface.register(NAME, kt_moe_experts_forward)
+    # A subclass that only differs on models with kt_moe experts.
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = KtLoraModel
+
+
+_register()

@@ -1,0 +1,148 @@
+"""The experts modules of transformers models: ours without parameters, and theirs computed by us."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from kt_moe.architectures import Architecture, architecture_of
+from kt_moe.experts import Experts
+from kt_moe.functional import MoEFunction
+
+NAME = "kt_moe"
+
+
+class KtExperts(nn.Module):
+    """Routed experts of one layer, held by `kt_moe.Experts` and not by torch.
+
+    It has no parameters and no state: `state_dict`, `parameters()`, `.to()` and `get_memory_footprint()` pass
+    it by. A deep copy shares the weights, which are frozen.
+
+    Args:
+        architecture: of the model.
+        layer: number of the decoder layer in the checkpoint.
+        num_experts, hidden_dim, intermediate_dim: E, H, I by the model's config.
+    """
+
+    _is_hf_initialized = True
+
+    def __init__(
+        self, architecture: Architecture, layer: int, num_experts: int, hidden_dim: int, intermediate_dim: int
+    ) -> None:
+        super().__init__()
+        self.architecture, self.layer = architecture, layer
+        self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden_dim, intermediate_dim
+        self._experts: Experts | None = None
+
+    @property
+    def experts(self) -> Experts:
+        """The weights. RuntimeError before they are loaded."""
+        if self._experts is None:
+            raise RuntimeError(
+                f"the experts of layer {self.layer} are not loaded: from_pretrained did not finish"
+            )
+        return self._experts
+
+    @experts.setter
+    def experts(self, experts: Experts) -> None:
+        found = (experts.num_experts, experts.hidden_size, experts.intermediate_size)
+        wanted = (self.num_experts, self.hidden_dim, self.intermediate_dim)
+        if found != wanted:
+            raise ValueError(
+                f"the checkpoint's experts of layer {self.layer} have (experts, hidden, intermediate) "
+                f"{found}, the config says {wanted}"
+            )
+        self._experts = experts
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[T, H], [T, K], [T, K] -> [T, H]; see `kt_moe.MoEFunction.apply`."""
+        return MoEFunction.apply(hidden_states, top_k_index, top_k_weights, self.experts)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KtExperts:
+        copy = KtExperts(
+            self.architecture, self.layer, self.num_experts, self.hidden_dim, self.intermediate_dim
+        )
+        copy._experts = self._experts
+        copy.training = self.training
+        return copy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a model with kt_moe experts cannot be pickled: its expert weights live outside torch. "
+            "Save the adapter (kt_moe.save_adapter) and load the model again with KtMoeConfig"
+        )
+
+    def extra_repr(self) -> str:
+        return f"layer={self.layer}, {self._experts!r}"
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """Experts made from a module's parameters, and what these were then."""
+
+    sources: tuple[Tensor, ...]  # share the parameters' storage, so that no other tensor can take its address
+    versions: tuple[int, ...]
+    experts: Experts
+
+    def made_from(self, tensors: tuple[Tensor, ...]) -> bool:
+        return all(
+            old.data_ptr() == new.data_ptr() and old.shape == new.shape and version == new._version
+            for old, new, version in zip(self.sources, tensors, self.versions, strict=True)
+        )
+
+
+_packed: WeakKeyDictionary[nn.Module, _Packed] = WeakKeyDictionary()
+
+
+def is_kt_experts(module: nn.Module) -> bool:
+    """Whether kt_moe computes this module: one of ours, or one of transformers' set to "kt_moe"."""
+    if isinstance(module, KtExperts):
+        return True
+    config = getattr(module, "config", None)
+    return hasattr(module, "is_concatenated") and getattr(config, "_experts_implementation", None) == NAME
+
+
+def experts_of(module: nn.Module) -> Experts:
+    """The packed weights of a module that `is_kt_experts`.
+
+    Those of transformers' modules are packed at the first call, and again when their parameters have changed.
+
+    Raises:
+        ValueError: an unsupported architecture, or experts that are to be trained themselves.
+    """
+    if isinstance(module, KtExperts):
+        return module.experts
+    if parametrize.is_parametrized(module):
+        raise ValueError(
+            "the experts' parameters are parametrized (PEFT target_parameters), which kt_moe cannot compute: "
+            'put LoRA on them with LoraConfig(target_modules=["experts"])'
+        )
+    gate_up, down = module.gate_up_proj, module.down_proj
+    assert isinstance(gate_up, Tensor)
+    assert isinstance(down, Tensor)
+    if torch.is_grad_enabled() and (gate_up.requires_grad or down.requires_grad):
+        raise ValueError(
+            "gate_up_proj or down_proj requires a gradient, kt_moe computes frozen experts only: call "
+            'requires_grad_(False) on the experts, or use PEFT with target_modules=["experts"]'
+        )
+    tensors = (gate_up.detach(), down.detach())
+    packed = _packed.get(module)
+    if packed is None or not packed.made_from(tensors):
+        architecture = architecture_of(module.config)
+        gate, up = tensors[0].chunk(2, dim=1)
+        experts = Experts(gate, up, tensors[1], activation=architecture.activation)
+        packed = _packed[module] = _Packed(tensors, tuple(t._version for t in tensors), experts)
+    return packed.experts
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def kt_moe_experts_forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """What transformers calls for `experts_implementation="kt_moe"`: [T, H], [T, K], [T, K] -> [T, H]."""
+    return MoEFunction.apply(hidden_states, top_k_index, top_k_weights, experts_of(self))

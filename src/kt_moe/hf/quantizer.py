@@ -1,0 +1,123 @@
+"""`from_pretrained(..., quantization_config=KtMoeConfig())`: experts that never become torch parameters."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from kt_moe.architectures import architecture_of
+from kt_moe.checkpoint import Checkpoint
+from kt_moe.experts import Experts
+from kt_moe.hf.experts import NAME, KtExperts
+from kt_moe.runtime import Runtime, default_runtime
+
+_FORMATS = ("as-stored", "bf16")
+
+
+class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """How kt_moe holds and computes the experts of a model.
+
+    Args:
+        threads, shards, isa: see `kt_moe.Runtime`; all None means `kt_moe.default_runtime()`.
+        recompute: False saves G and U for the backward pass, True computes them again (see `kt_moe.Experts`).
+        format: how the weights are kept in memory: "as-stored" or "bf16".
+
+    Raises:
+        ValueError: an unknown option or format.
+    """
+
+    def __init__(
+        self,
+        threads: int | None = None,
+        shards: int | None = None,
+        isa: str | None = None,
+        recompute: bool = False,
+        format: str = "as-stored",
+        **unknown: Any,
+    ) -> None:
+        self.quant_method = unknown.pop("quant_method", NAME)  # part of every serialised quantization config
+        self.threads, self.shards, self.isa = threads, shards, isa
+        self.recompute, self.format = recompute, format
+        if unknown:
+            options = [name for name in self.to_dict() if name != "quant_method"]
+            raise ValueError(f"KtMoeConfig has no option {sorted(unknown)}, only {options}")
+        if format not in _FORMATS:
+            raise ValueError(f"KtMoeConfig: format is {format!r}, wanted one of {list(_FORMATS)}")
+
+    def runtime(self) -> Runtime:
+        """The runtime these options ask for."""
+        if self.threads is None and self.shards is None and self.isa is None:
+            return default_runtime()
+        return Runtime(self.threads, self.shards, self.isa)
+
+
+class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts `KtExperts` where a model has experts, before and beside transformers' own loading."""
+
+    requires_calibration = False
+    quantization_config: KtMoeConfig
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        architecture = architecture_of(model.config)
+        self._checkpoint = _open(checkpoint_files)
+        self._runtime = self.quantization_config.runtime()
+        paths = [name for name, _ in model.named_modules() if architecture.layer_of(name) is not None]
+        if not paths:
+            raise ValueError(
+                f"{type(model).__name__} has no layer with routed experts at {architecture.module!r}"
+            )
+        for path in paths:
+            theirs, layer = model.get_submodule(path), architecture.layer_of(path)
+            assert layer is not None
+            shape = (theirs.num_experts, theirs.hidden_dim, theirs.intermediate_dim)
+            model.set_submodule(path, KtExperts(architecture, layer, *shape))  # type: ignore[arg-type]
+        # The checkpoint's expert tensors have no place in the model now, which is no reason to warn.
+        ignored = {rf"\.{re.escape(path)}\." for path in (architecture.module, architecture.on_disk)}
+        model._keys_to_ignore_on_load_unexpected = ignored | set(
+            model._keys_to_ignore_on_load_unexpected or ()
+        )
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        config = self.quantization_config
+        modules = [m for m in model.modules() if isinstance(m, KtExperts)]
+        for module in logging.tqdm(modules, desc="Loading experts"):
+            module.experts = Experts.from_checkpoint(
+                self._checkpoint,
+                module.layer,
+                activation=module.architecture.activation,
+                format=config.format,
+                runtime=self._runtime,
+            )
+            module.experts.recompute = config.recompute
+        del self._checkpoint
+        return model
+
+    def is_serializable(self) -> bool:
+        """Never: `save_pretrained` of the base model would write it without its experts."""
+        raise ValueError(
+            "save_pretrained would write this model without its experts, which kt_moe holds outside torch. "
+            "The base model is unchanged: keep the checkpoint it was loaded from, save the adapter with "
+            "PeftModel.save_pretrained or kt_moe.save_adapter, and merge with kt_moe.merge_adapter"
+        )
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on it."""
+        return True
+
+
+def _open(files: Sequence[str] | None) -> Checkpoint:
+    """The checkpoint behind the files that transformers resolved."""
+    if not files or not all(file.endswith(".safetensors") for file in files):
+        raise ValueError(f"KtMoeConfig loads safetensors checkpoints, this one is {list(files or [])}")
+    return Checkpoint(files[0] if len(files) == 1 else os.path.dirname(files[0]))
