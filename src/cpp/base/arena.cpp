@@ -1,0 +1,77 @@
+#include "base/arena.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <new>
+#include <utility>
+
+#include "base/split.h"
+
+namespace kt {
+
+namespace {
+
+constexpr std::size_t kLine = 64;
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+constexpr std::size_t kSmallestBlock = std::size_t{1} << 20;
+
+std::size_t rounded(std::size_t bytes, std::size_t to) { return (bytes + to - 1) / to * to; }
+
+}  // namespace
+
+Buffer::Buffer(std::size_t bytes) : size_(bytes) {
+  if (bytes == 0) return;
+  // The kernel places mappings of 2 MiB and more on a huge-page boundary where it can.
+  const bool huge = bytes >= kHugePage;
+  mapped_ = rounded(bytes, huge ? kHugePage : 4096);
+  void* memory = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  if (huge) madvise(memory, mapped_, MADV_HUGEPAGE);  // advice only: small pages are slower, not wrong
+  data_ = memory;
+}
+
+Buffer::~Buffer() {
+  if (data_ != nullptr) munmap(data_, mapped_);
+}
+
+Buffer::Buffer(Buffer&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)),
+      size_(std::exchange(other.size_, 0)),
+      mapped_(std::exchange(other.mapped_, 0)) {}
+
+Buffer& Buffer::operator=(Buffer&& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(size_, other.size_);
+  std::swap(mapped_, other.mapped_);
+  return *this;
+}
+
+void* Arena::take_bytes(std::size_t bytes) {
+  bytes = rounded(bytes, kLine);
+  while (block_ < blocks_.size() && used_ + bytes > blocks_[block_].size()) {
+    ++block_;
+    used_ = 0;
+  }
+  if (block_ == blocks_.size()) blocks_.emplace_back(std::max({bytes, capacity(), kSmallestBlock}));
+  void* memory = static_cast<char*>(blocks_[block_].data()) + used_;
+  used_ += bytes;
+  return memory;
+}
+
+void Arena::reset() {
+  if (blocks_.size() > 1) {  // next time all of it fits one block
+    const std::size_t total = capacity();
+    blocks_.clear();
+    blocks_.emplace_back(total);
+  }
+  block_ = used_ = 0;
+}
+
+std::size_t Arena::capacity() const {
+  std::size_t total = 0;
+  for (const Buffer& block : blocks_) total += block.size();
+  return total;
+}
+
+}  // namespace kt

@@ -1,0 +1,60 @@
+// Scratch memory that is kept between calls. Not thread-safe: one arena belongs to one thread at a time.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "base/view.h"
+
+namespace kt {
+
+// Anonymous memory, 64-byte aligned, on huge pages where the kernel grants them. Zero at first.
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(std::size_t bytes);
+  ~Buffer();
+  Buffer(Buffer&& other) noexcept;
+  Buffer& operator=(Buffer&& other) noexcept;
+
+  void* data() const { return data_; }
+  std::size_t size() const { return size_; }
+
+ private:
+  void* data_ = nullptr;
+  std::size_t size_ = 0, mapped_ = 0;
+};
+
+// Bump allocator. What `take` returned stays valid until the frame it was taken in ends, or `reset`; it holds
+// whatever was there before.
+class Arena {
+ public:
+  template <class T>
+  T* take(index_t count) {
+    return static_cast<T*>(take_bytes(static_cast<std::size_t>(count) * sizeof(T)));
+  }
+  void reset();
+  std::size_t capacity() const;
+
+  // Gives back at its end what was taken during its life.
+  class Frame {
+   public:
+    explicit Frame(Arena& arena) : arena_(arena), block_(arena.block_), used_(arena.used_) {}
+    ~Frame() { arena_.block_ = block_, arena_.used_ = used_; }
+    Frame(const Frame&) = delete;
+    Frame& operator=(const Frame&) = delete;
+
+   private:
+    Arena& arena_;
+    std::size_t block_, used_;
+  };
+
+ private:
+  void* take_bytes(std::size_t bytes);
+
+  std::vector<Buffer> blocks_;
+  std::size_t block_ = 0;  // the one being filled
+  std::size_t used_ = 0;   // of it
+};
+
+}  // namespace kt

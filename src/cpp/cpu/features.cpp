@@ -1,0 +1,59 @@
+#include "cpu/features.h"
+
+#include <cpuid.h>
+
+#include <cstdint>
+#include <utility>
+
+namespace kt {
+
+namespace {
+
+struct Leaf {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+};
+
+Leaf cpuid(unsigned leaf, unsigned subleaf = 0) {
+  Leaf r;
+  __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);
+  return r;
+}
+
+bool bit(unsigned word, int n) { return (word >> n) & 1u; }
+
+// XCR0: which register files the operating system saves at a context switch.
+std::uint64_t saved_registers() {
+  unsigned low = 0, high = 0;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (std::uint64_t{high} << 32) | low;
+}
+
+}  // namespace
+
+unsigned cpu_features() {
+  const Leaf one = cpuid(1), seven = cpuid(7), seven_one = cpuid(7, 1);
+  if (!bit(one.ecx, 27)) return 0;  // OSXSAVE
+  const std::uint64_t saved = saved_registers();
+  const bool ymm = (saved & 0x6) == 0x6, zmm = (saved & 0xe6) == 0xe6, tiles = (saved & 0x60000) == 0x60000;
+
+  unsigned features = 0;
+  if (ymm && bit(seven.ebx, 5) && bit(one.ecx, 12) && bit(one.ecx, 29)) features = features | Feature::avx2;
+  const bool f_dq_bw_vl =
+      bit(seven.ebx, 16) && bit(seven.ebx, 17) && bit(seven.ebx, 30) && bit(seven.ebx, 31);
+  if (zmm && f_dq_bw_vl) features = features | Feature::avx512;
+  if (zmm && bit(seven_one.eax, 5)) features = features | Feature::avx512_bf16;
+  if (tiles && bit(seven.edx, 22) && bit(seven.edx, 24)) features = features | Feature::amx_bf16;
+  return features;
+}
+
+std::vector<std::string> feature_names(unsigned features) {
+  std::vector<std::string> names;
+  for (auto [feature, name] : {std::pair{Feature::avx2, "avx2"},
+                               {Feature::avx512, "avx512"},
+                               {Feature::avx512_bf16, "avx512_bf16"},
+                               {Feature::amx_bf16, "amx_bf16"}})
+    if (features & static_cast<unsigned>(feature)) names.emplace_back(name);
+  return names;
+}
+
+}  // namespace kt

@@ -1,0 +1,27 @@
+// What this CPU and its operating system can run.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace kt {
+
+enum class Feature : unsigned {
+  none = 0,
+  avx2 = 1,         // AVX2, FMA, F16C
+  avx512 = 2,       // AVX-512 F, BW, VL, DQ
+  avx512_bf16 = 4,  // VDPBF16PS
+  amx_bf16 = 8,     // AMX tiles with TDPBF16PS, as the CPU reports it; the kernel's permission is asked later
+};
+
+constexpr unsigned operator|(Feature a, Feature b) {
+  return static_cast<unsigned>(a) | static_cast<unsigned>(b);
+}
+constexpr unsigned operator|(unsigned a, Feature b) { return a | static_cast<unsigned>(b); }
+
+// Bits of Feature; a bit is set only when the registers it needs are saved by the operating system too.
+unsigned cpu_features();
+
+std::vector<std::string> feature_names(unsigned features);
+
+}  // namespace kt

@@ -1,0 +1,119 @@
+#include "cpu/worker_pool.h"
+
+#include <immintrin.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <exception>
+#include <thread>
+#include <utility>
+#include <vector>
+
+namespace kt {
+
+namespace {
+
+// Long enough to bridge the gap between two loops of one layer, short enough to cost an idle core nothing.
+constexpr int kSpins = 2000;
+
+thread_local bool inside_task = false;
+
+// Spin briefly, then sleep on a futex, until `word` is no longer `old`.
+void wait_while(const std::atomic<unsigned>& word, unsigned old) {
+  for (int i = 0; i < kSpins; ++i) {
+    if (word.load(std::memory_order_acquire) != old) return;
+    _mm_pause();
+  }
+  while (word.load(std::memory_order_acquire) == old) word.wait(old, std::memory_order_acquire);
+}
+
+}  // namespace
+
+struct WorkerPool::Team {
+  explicit Team(int threads) : process(getpid()) {
+    for (int worker = 1; worker < threads; ++worker) members.emplace_back([this, worker] { serve(worker); });
+  }
+
+  ~Team() {
+    stopping = true;
+    loop.fetch_add(1, std::memory_order_release);
+    loop.notify_all();
+    for (std::thread& member : members) member.join();
+  }
+
+  void serve(int worker) {
+    for (unsigned seen = 0;;) {
+      wait_while(loop, seen);
+      seen = loop.load(std::memory_order_acquire);
+      if (stopping) return;
+      work(worker);
+      if (busy.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+        done.fetch_add(1, std::memory_order_release);
+        done.notify_one();
+      }
+    }
+  }
+
+  void work(int worker) {
+    inside_task = true;
+    for (int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      try {
+        (*body)(task, worker);
+      } catch (...) {
+        const std::lock_guard lock(error_mutex);
+        if (!error) error = std::current_exception();
+        next.store(tasks, std::memory_order_relaxed);
+      }
+    }
+    inside_task = false;
+  }
+
+  void run(int n, const std::function<void(int, int)>& f) {
+    tasks = n;
+    body = &f;
+    next.store(0, std::memory_order_relaxed);
+    busy.store(static_cast<int>(members.size()), std::memory_order_relaxed);
+    const unsigned before = done.load(std::memory_order_relaxed);
+    loop.fetch_add(1, std::memory_order_release);
+    loop.notify_all();
+    work(0);
+    if (!members.empty()) wait_while(done, before);
+    if (error) std::rethrow_exception(std::exchange(error, nullptr));
+  }
+
+  const pid_t process;
+  std::mutex claimed;
+  std::atomic<unsigned> loop{0}, done{0};
+  std::atomic<bool> stopping{false};
+  std::atomic<int> next{0}, busy{0};
+  int tasks = 0;
+  const std::function<void(int, int)>* body = nullptr;
+  std::mutex error_mutex;
+  std::exception_ptr error;
+  std::vector<std::thread> members;
+};
+
+WorkerPool::WorkerPool(int threads) : threads_(threads), team_(std::make_unique<Team>(threads)) {}
+
+WorkerPool::~WorkerPool() {
+  // After a fork the members' threads do not exist; joining them would wait for ever.
+  if (team_->process != getpid()) static_cast<void>(team_.release());
+}
+
+std::unique_lock<std::mutex> WorkerPool::claim() {
+  if (team_->process != getpid()) {
+    static_cast<void>(team_.release());
+    team_ = std::make_unique<Team>(threads_);
+  }
+  return std::unique_lock(team_->claimed);
+}
+
+void WorkerPool::parallel_for(int tasks, const std::function<void(int, int)>& body) {
+  if (inside_task || tasks <= 1) {
+    for (int task = 0; task < tasks; ++task) body(task, 0);
+  } else {
+    team_->run(tasks, body);
+  }
+}
+
+}  // namespace kt

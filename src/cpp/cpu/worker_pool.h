@@ -1,0 +1,36 @@
+// A pool of threads for loops over independent tasks. The calling thread works too.
+// Owns its threads and nothing else; refuses to nest: a loop started inside a task runs in that task's
+// thread.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <mutex>
+
+namespace kt {
+
+class WorkerPool {
+ public:
+  explicit WorkerPool(int threads);  // `threads` >= 1, the calling one included
+  ~WorkerPool();
+  WorkerPool(const WorkerPool&) = delete;
+  WorkerPool& operator=(const WorkerPool&) = delete;
+
+  int threads() const { return threads_; }
+
+  // The pool for one caller at a time, for as long as the lock lives. In a forked child, where the threads of
+  // the parent do not exist, they are started anew.
+  [[nodiscard]] std::unique_lock<std::mutex> claim();
+
+  // Runs body(task, worker) for every task in [0, tasks), worker in [0, threads()), each worker one task at a
+  // time; returns when all are done. Tasks start in order, so put the longest first. The first exception of a
+  // task ends the loop early and is rethrown here. The caller holds the claim.
+  void parallel_for(int tasks, const std::function<void(int task, int worker)>& body);
+
+ private:
+  struct Team;
+  int threads_;
+  std::unique_ptr<Team> team_;
+};
+
+}  // namespace kt

@@ -1,0 +1,63 @@
+#include "kernels/avx2/set.h"
+
+namespace kt::avx2 {
+
+namespace {
+
+// The loops over r and v are unrolled by order: gcc keeps acc in registers only when no index is left.
+
+// One k: every row of A times V vectors of B.
+template <int R, int V>
+__attribute__((always_inline)) inline void step(__m256 (&acc)[R][V], const float* a, const float* b) {
+  __m256 column[V];
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) column[v] = _mm256_load_ps(b + 8 * v);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const __m256 row = _mm256_broadcast_ss(a + r * KB);
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) acc[r][v] = _mm256_fmadd_ps(row, column[v], acc[r][v]);
+  }
+}
+
+template <int R, int V>
+void tile(int k, const void* a_panel, const void* b_panel, float* c, ptrdiff_t ldc, int accumulate) {
+  __m256 acc[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v)
+      acc[r][v] = accumulate ? _mm256_loadu_ps(c + r * ldc + 8 * v) : _mm256_setzero_ps();
+
+  const float* a = static_cast<const float*>(a_panel);
+  const float* b = static_cast<const float*>(b_panel);
+  for (; k >= KB; k -= KB, a += MR * KB)
+#pragma GCC unroll 4
+    for (int p = 0; p < KB; ++p, b += NR) step<R, V>(acc, a + p, b);
+  for (int p = 0; p < k; ++p, b += NR) step<R, V>(acc, a + p, b);
+
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) _mm256_storeu_ps(c + r * ldc + 8 * v, acc[r][v]);
+}
+
+using Tile = void (*)(int, const void*, const void*, float*, ptrdiff_t, int);
+constexpr Tile kTiles[MR][2] = {{tile<1, 1>, tile<1, 2>}, {tile<2, 1>, tile<2, 2>}, {tile<3, 1>, tile<3, 2>},
+                                {tile<4, 1>, tile<4, 2>}, {tile<5, 1>, tile<5, 2>}, {tile<6, 1>, tile<6, 2>}};
+
+}  // namespace
+
+void micro_kernel(int rows, int cols, int k, const void* a, const void* b, float* c, ptrdiff_t ldc,
+                  int accumulate) {
+  kTiles[rows - 1][cols > 8](k, a, b, c, ldc, accumulate);
+}
+
+extern const KernelSet table;
+const KernelSet table = {
+    .gemm = {MR, NR, KB, sizeof(float), pack_a, pack_b_cols, pack_b_rows, micro_kernel},
+    .epilogue = {transpose, add_scaled, round_scaled, {silu_forward, silu_backward}},
+    .decode = {from_f32, from_f16},
+};
+
+}  // namespace kt::avx2

@@ -1,0 +1,62 @@
+// What the files of this kernel set share.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels/kernel_set.h"
+
+namespace kt::avx2 {
+
+constexpr int MR = 6;   // with NR: 12 accumulators, 2 vectors of B and 1 broadcast of A in 16 registers
+constexpr int NR = 16;  // two vectors
+constexpr int KB = 16;  // k in one 64-byte run of a packed A row
+
+void pack_a(RowSource src, int rows, int k, void* panel);
+void pack_b_cols(RowSource src, int cols, int k, void* panel);
+void pack_b_rows(RowSource src, int k, int cols, void* panel);
+void micro_kernel(int rows, int cols, int k, const void* a, const void* b, float* c, ptrdiff_t ldc,
+                  int accumulate);
+
+void transpose(const float* src, ptrdiff_t src_stride, int rows, int cols, float* dst, ptrdiff_t dst_stride);
+void add_scaled(int n, float scale, const float* x, float* y);
+void round_scaled(int n, float scale, const float* x, uint16_t* y);
+void silu_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved, uint16_t* h);
+float silu_backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u, uint16_t* dg,
+                    uint16_t* du, uint16_t* h);
+
+void from_f32(int n, const float* src, uint16_t* dst);
+void from_f16(int n, const uint16_t* src, uint16_t* dst);
+
+static inline __m256 widen(__m128i bits) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+// fp32 to bf16, nearest even, NaN stays NaN.
+static inline __m128i round_to_bf16(__m256 x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i upper = _mm256_srli_epi32(_mm256_blendv_epi8(nearest, quiet, nan), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
+}
+
+// In place: lane j of row i and lane i of row j change places.
+static inline void transpose8(__m256 r[8]) {
+  __m256 t[8];
+  for (int i = 0; i < 8; i += 4) {
+    const __m256 a = _mm256_unpacklo_ps(r[i], r[i + 1]), b = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    const __m256 c = _mm256_unpacklo_ps(r[i + 2], r[i + 3]), d = _mm256_unpackhi_ps(r[i + 2], r[i + 3]);
+    t[i] = _mm256_shuffle_ps(a, c, 0x44);
+    t[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+    t[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+    t[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
+    r[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
+  }
+}
+
+}  // namespace kt::avx2

@@ -1,0 +1,92 @@
+#include "kernels/registry.h"
+
+#include <array>
+
+#include "base/error.h"
+#include "cpu/features.h"
+
+namespace kt {
+
+namespace scalar {
+extern const KernelSet table;
+}
+namespace avx2 {
+extern const KernelSet table;
+}
+namespace avx512 {
+extern const KernelSet table;
+}
+namespace avx512_bf16 {
+extern const KernelSet table;
+}
+
+namespace {
+
+constexpr unsigned kAvx2 = Feature::none | Feature::avx2;
+constexpr unsigned kAvx512 = kAvx2 | Feature::avx512;
+constexpr unsigned kAvx512Bf16 = kAvx512 | Feature::avx512_bf16;
+constexpr unsigned kAmx = kAvx512Bf16 | Feature::amx_bf16;
+
+constexpr std::array kRegistry = {
+    KernelEntry{"scalar", 0, &scalar::table},
+    KernelEntry{"avx2", kAvx2, &avx2::table},
+    KernelEntry{"avx512", kAvx512, &avx512::table},
+    KernelEntry{"avx512_bf16", kAvx512Bf16, &avx512_bf16::table},
+    KernelEntry{"amx", kAmx, nullptr},
+};
+
+std::string known_names() {
+  std::string names;
+  for (const KernelEntry& entry : kRegistry) names += (names.empty() ? "" : ", ") + std::string(entry.name);
+  return names;
+}
+
+template <class Slot>
+void fill(Slot& slot, Slot own) {
+  if (own != nullptr) slot = own;
+}
+
+void overlay(KernelSet& set, const KernelSet& own) {
+  if (own.gemm.micro_kernel != nullptr) set.gemm = own.gemm;
+  fill(set.epilogue.transpose, own.epilogue.transpose);
+  fill(set.epilogue.add_scaled, own.epilogue.add_scaled);
+  fill(set.epilogue.round_scaled, own.epilogue.round_scaled);
+  fill(set.epilogue.silu.forward, own.epilogue.silu.forward);
+  fill(set.epilogue.silu.backward, own.epilogue.silu.backward);
+  fill(set.decode.from_f32, own.decode.from_f32);
+  fill(set.decode.from_f16, own.decode.from_f16);
+}
+
+}  // namespace
+
+std::span<const KernelEntry> kernel_registry() { return kRegistry; }
+
+std::string availability(const KernelEntry& entry, unsigned features) {
+  if (const unsigned missing = entry.needs & ~features; missing != 0) {
+    std::string names;
+    for (const std::string& name : feature_names(missing)) names += (names.empty() ? "" : ", ") + name;
+    return "this CPU lacks " + names;
+  }
+  return entry.own == nullptr ? "no kernels in this version" : "available";
+}
+
+std::string_view best_isa(unsigned features) {
+  std::string_view best;
+  for (const KernelEntry& entry : kRegistry)
+    if (availability(entry, features) == "available") best = entry.name;
+  return best;
+}
+
+KernelSet kernel_set(std::string_view isa, unsigned features) {
+  KernelSet set{};
+  for (const KernelEntry& entry : kRegistry) {
+    if (entry.own != nullptr) overlay(set, *entry.own);
+    if (entry.name != isa) continue;
+    const std::string verdict = availability(entry, features);
+    KT_CHECK(verdict == "available", "isa is \"{}\": {}", isa, verdict);
+    return set;
+  }
+  throw ValueError(format("isa is \"{}\", wanted one of {}", isa, known_names()));
+}
+
+}  // namespace kt

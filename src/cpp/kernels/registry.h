@@ -1,0 +1,31 @@
+// Which kernel sets exist, which this CPU can run, and the complete table of one of them.
+#pragma once
+
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "kernels/kernel_set.h"
+
+namespace kt {
+
+struct KernelEntry {
+  std::string_view name;
+  unsigned needs;        // bits of Feature
+  const KernelSet* own;  // the slots it fills; null while its kernels are not written
+};
+
+// From the slowest, which runs everywhere, to the fastest.
+std::span<const KernelEntry> kernel_registry();
+
+// "available", or why this entry cannot run with these features.
+std::string availability(const KernelEntry& entry, unsigned features);
+
+// The fastest available one.
+std::string_view best_isa(unsigned features);
+
+// The table of `isa`: slots it leaves empty come from the sets before it. ValueError when unknown or not
+// available.
+KernelSet kernel_set(std::string_view isa, unsigned features);
+
+}  // namespace kt

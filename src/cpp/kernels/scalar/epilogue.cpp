@@ -1,0 +1,44 @@
+#include <math.h>
+
+#include "kernels/scalar/set.h"
+
+namespace kt::scalar {
+
+void transpose(const float* src, ptrdiff_t src_stride, int rows, int cols, float* dst, ptrdiff_t dst_stride) {
+  for (int j = 0; j < cols; ++j)
+    for (int i = 0; i < rows; ++i) dst[j * dst_stride + i] = src[i * src_stride + j];
+}
+
+void add_scaled(int n, float scale, const float* x, float* y) {
+  for (int i = 0; i < n; ++i) y[i] += scale * x[i];
+}
+
+void round_scaled(int n, float scale, const float* x, uint16_t* y) {
+  for (int i = 0; i < n; ++i) y[i] = round(scale * x[i]);
+}
+
+// silu(g) = g * sigmoid(g) and its derivative sigmoid(g) * (1 + g * (1 - sigmoid(g))).
+void silu_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved, uint16_t* h) {
+  for (int i = 0; i < n; ++i) {
+    const float sigmoid = 1.0f / (1.0f + expf(-g[i]));
+    g_saved[i] = round(g[i]);
+    u_saved[i] = round(u[i]);
+    h[i] = round(g[i] * sigmoid * u[i]);
+  }
+}
+
+float silu_backward(int n, const float* dh, float weight, const uint16_t* g_saved, const uint16_t* u_saved,
+                    uint16_t* dg, uint16_t* du, uint16_t* h) {
+  float dot = 0.0f;
+  for (int i = 0; i < n; ++i) {
+    const float g = widen(g_saved[i]), u = widen(u_saved[i]);
+    const float sigmoid = 1.0f / (1.0f + expf(-g)), act = g * sigmoid;
+    dot += dh[i] * (act * u);
+    dg[i] = round(weight * dh[i] * u * (sigmoid * (1.0f + g * (1.0f - sigmoid))));
+    du[i] = round(weight * dh[i] * act);
+    h[i] = round(act * u);
+  }
+  return dot;
+}
+
+}  // namespace kt::scalar

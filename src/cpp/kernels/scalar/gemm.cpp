@@ -1,0 +1,26 @@
+// The readable truth: every other set is tested against this one.
+#include "kernels/scalar/set.h"
+
+namespace kt::scalar {
+
+// Panels hold fp32: A as [k][MR], B as [k][NR].
+void micro_kernel(int rows, int, int k, const void* a_panel, const void* b_panel, float* c, ptrdiff_t ldc,
+                  int accumulate) {
+  const float* a = static_cast<const float*>(a_panel);
+  const float* b = static_cast<const float*>(b_panel);
+  float sum[MR][NR] = {};
+  for (int p = 0; p < k; ++p)
+    for (int i = 0; i < MR; ++i)
+      for (int j = 0; j < NR; ++j) sum[i][j] += a[p * MR + i] * b[p * NR + j];
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < NR; ++j) c[i * ldc + j] = (accumulate ? c[i * ldc + j] : 0.0f) + sum[i][j];
+}
+
+extern const KernelSet table;
+const KernelSet table = {
+    .gemm = {MR, NR, 1, sizeof(float), pack_a, pack_b_cols, pack_b_rows, micro_kernel},
+    .epilogue = {transpose, add_scaled, round_scaled, {silu_forward, silu_backward}},
+    .decode = {from_f32, from_f16},
+};
+
+}  // namespace kt::scalar

@@ -1,0 +1,95 @@
+// One MoE layer as data: the frozen experts, the inputs of a call, and what forward and backward write.
+// Shapes: T tokens, K slots a token, E experts, H hidden, I intermediate, r rank; README.md has the
+// mathematics.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string_view>
+
+#include "base/projection.h"
+#include "base/view.h"
+#include "kernels/kernel_set.h"
+#include "moe/dropout.h"
+#include "moe/runtime.h"
+
+namespace kt {
+
+enum class Activation : std::uint8_t { silu };
+
+// ValueError for a name that is not known.
+Activation activation_from(std::string_view name);
+std::string_view name_of(Activation activation);
+const ActivationKernels& kernels_of(const KernelSet& kernels, Activation activation);
+
+// E matrices of one shape, one behind the other.
+struct Stack {
+  const void* data = nullptr;
+  DType dtype = DType::bf16;
+  index_t rows = 0, cols = 0;
+
+  MatView operator[](int expert) const {
+    return view(static_cast<const char*>(data) + expert * bytes(), dtype, rows, cols);
+  }
+  index_t bytes() const { return rows * cols * static_cast<index_t>(size_of(dtype)); }  // of one matrix
+};
+
+struct ExpertWeights {
+  int num_experts = 0;
+  index_t hidden = 0, intermediate = 0;
+  Activation activation = Activation::silu;
+  std::array<Stack, 3> projections;  // gate, up [I, H]; down [H, I]; bf16
+
+  const Stack& of(Projection p) const { return projections[index_of(p)]; }
+};
+
+// LoRA of one projection: a [r, in], b [out, r] for each expert, fp32 or bf16. Rank 0: the projection has
+// none.
+struct LoraPair {
+  Stack a, b;
+  float scaling = 1.0f;
+
+  index_t rank() const { return a.rows; }
+  explicit operator bool() const { return rank() > 0; }
+};
+
+struct LayerInputs {
+  MatView hidden_states;  // [T, H] bf16
+  MatView topk_ids;       // [T, K] int32 or int64
+  MatView topk_weights;   // [T, K] fp32
+  std::array<LoraPair, 3> lora;
+  Dropout dropout;
+
+  const LoraPair& of(Projection p) const { return lora[index_of(p)]; }
+};
+
+// G and U of every route in the order of Routing, rounded to bf16: [routes, I] each.
+struct SavedGateUp {
+  bf16_t* gate = nullptr;
+  bf16_t* up = nullptr;
+};
+
+// A matrix to be written, bf16 or fp32, dense.
+struct Result {
+  void* data = nullptr;  // null: not wanted
+  DType dtype = DType::bf16;
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+struct LayerGradients {
+  Result hidden_states;                  // [T, H]
+  float* topk_weights = nullptr;         // [T, K], or null
+  std::array<Result, 3> lora_a, lora_b;  // [E, r, in], [E, out, r]
+};
+
+// out [T, H]. `saved` may be null pointers: nothing is kept.
+void forward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, SavedGateUp saved,
+             Result out);
+
+// Gradients of sum(grad_out * out), grad_out [T, H] bf16. With `saved` null pointers G and U are computed
+// again.
+void backward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, SavedGateUp saved,
+              const MatView& grad_out, const LayerGradients& gradients);
+
+}  // namespace kt

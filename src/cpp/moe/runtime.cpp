@@ -1,0 +1,71 @@
+#include "moe/runtime.h"
+
+#include <charconv>
+#include <cstdlib>
+#include <limits>
+#include <string_view>
+
+#include "base/error.h"
+#include "cpu/features.h"
+#include "kernels/registry.h"
+
+namespace kt {
+
+namespace {
+
+constexpr std::size_t kUsualL2 = std::size_t{1} << 20;
+constexpr int kMostThreads = 4096;
+
+std::optional<std::string> environment(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr || *value == '\0' ? std::nullopt : std::optional<std::string>(value);
+}
+
+// The argument, else the environment variable, else the fallback.
+int number(const char* what, std::optional<int> argument, const char* variable, int fallback, int most) {
+  if (argument) {
+    KT_CHECK(*argument >= 1 && *argument <= most, "{} is {}, wanted a number from 1 to {}", what, *argument,
+             most);
+    return *argument;
+  }
+  const std::optional<std::string> text = environment(variable);
+  if (!text) return fallback;
+  int value = 0;
+  const auto [end, error] = std::from_chars(text->data(), text->data() + text->size(), value);
+  KT_CHECK(error == std::errc() && end == text->data() + text->size() && value >= 1 && value <= most,
+           "{} is \"{}\", wanted a number from 1 to {}", variable, *text, most);
+  return value;
+}
+
+std::string choose_isa(const std::optional<std::string>& argument) {
+  if (argument) return *argument;
+  return environment("KT_MOE_ISA").value_or(std::string(best_isa(cpu_features())));
+}
+
+}  // namespace
+
+Runtime::Runtime(std::optional<int> threads, std::optional<int> shards, std::optional<std::string> isa)
+    : isa_(choose_isa(isa)),
+      kernels_(kernel_set(isa_, cpu_features())),
+      pool_(number("threads", threads, "KT_MOE_THREADS", read_topology().cpus, kMostThreads)) {
+  // One shard until experts can be split over NUMA nodes.
+  const int wanted = number("shards", shards, "KT_MOE_SHARDS", 1, std::numeric_limits<int>::max());
+  KT_CHECK(wanted == 1, "shards is {}, this version computes in 1 shard", wanted);
+  const std::size_t l2 = read_topology().l2;
+  l2_bytes_ = l2 == 0 ? kUsualL2 : l2;
+  scratch_.resize(static_cast<std::size_t>(pool_.threads()));
+}
+
+Runtime::Lease::Lease(Runtime& runtime) : runtime_(runtime), claim_(runtime.pool_.claim()) {
+  runtime_.memory_.reset();
+}
+
+void Runtime::Lease::parallel_for(index_t tasks, const std::function<void(index_t, Arena&)>& body) {
+  runtime_.pool_.parallel_for(static_cast<int>(tasks), [&](int task, int worker) {
+    Arena& scratch = runtime_.scratch_[static_cast<std::size_t>(worker)];
+    scratch.reset();
+    body(task, scratch);
+  });
+}
+
+}  // namespace kt

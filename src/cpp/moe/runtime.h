@@ -1,0 +1,54 @@
+// Where layers run: the kernel set, the worker pool and the scratch memory that calls reuse.
+#pragma once
+
+#include <functional>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/arena.h"
+#include "cpu/topology.h"
+#include "cpu/worker_pool.h"
+#include "kernels/kernel_set.h"
+
+namespace kt {
+
+class Runtime {
+ public:
+  // Empty: KT_MOE_THREADS, KT_MOE_SHARDS, KT_MOE_ISA, or what the machine offers.
+  Runtime(std::optional<int> threads, std::optional<int> shards, std::optional<std::string> isa);
+
+  int threads() const { return pool_.threads(); }
+  int shards() const { return 1; }
+  const std::string& isa() const { return isa_; }
+  const KernelSet& kernels() const { return kernels_; }
+  std::size_t l2_bytes() const { return l2_bytes_; }
+
+  // The runtime for one caller at a time. What it took from `memory` is the next lease's to overwrite.
+  class Lease {
+   public:
+    explicit Lease(Runtime& runtime);
+
+    const KernelSet& kernels() const { return runtime_.kernels_; }
+    std::size_t l2_bytes() const { return runtime_.l2_bytes_; }
+    Arena& memory() { return runtime_.memory_; }
+
+    // body(task, scratch) for every task in [0, tasks); scratch is the task's alone until it returns.
+    void parallel_for(index_t tasks, const std::function<void(index_t task, Arena& scratch)>& body);
+
+   private:
+    Runtime& runtime_;
+    std::unique_lock<std::mutex> claim_;
+  };
+
+ private:
+  std::string isa_;
+  KernelSet kernels_;
+  std::size_t l2_bytes_;
+  WorkerPool pool_;
+  Arena memory_;
+  std::vector<Arena> scratch_;  // one a worker
+};
+
+}  // namespace kt
