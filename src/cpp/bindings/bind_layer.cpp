@@ -1,0 +1,136 @@
+// forward and backward: check everything, drop the GIL, call down.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "base/error.h"
+#include "bindings/tensor.h"
+#include "moe/layer.h"
+#include "moe/routing.h"
+#include "weights/experts.h"
+
+namespace py = pybind11;
+
+namespace kt {
+
+namespace {
+
+using Scaling = std::array<float, 3>;
+
+// One LoRA matrix of every expert; the rank is wherever `meaning` has it.
+Stack read_stack(py::handle object, const std::string& name, index_t experts, index_t rows, index_t cols,
+                 const char* meaning) {
+  const Tensor t = read_tensor(object, name, {DType::f32, DType::bf16}, 3);
+  check_shape(t, name, {experts, rows < 0 ? t.dim(1) : rows, cols < 0 ? t.dim(2) : cols}, meaning);
+  return {t.data, t.dtype, t.dim(1), t.dim(2)};
+}
+
+LoraPair read_pair(const ExpertWeights& w, Projection p, py::handle a, py::handle b, float scaling) {
+  const std::string name = std::string(name_of(p)) + "_lora_";
+  KT_CHECK(a.is_none() == b.is_none(), "{} is given without {}", name + (a.is_none() ? "b" : "a"),
+           name + (a.is_none() ? "a" : "b"));
+  if (a.is_none()) return {};
+  const bool down = p == Projection::down;
+  const Stack& stack = w.of(p);
+  LoraPair pair{read_stack(a, name + "a", w.num_experts, -1, stack.cols, down ? "[E, r, I]" : "[E, r, H]"), {}, scaling};
+  KT_CHECK(pair.rank() > 0, "{}a has rank 0, wanted at least 1 (or None)", name);
+  pair.b = read_stack(b, name + "b", w.num_experts, stack.rows, pair.rank(),
+                      down ? "[E, H, r] with the rank of down_lora_a" : "[E, I, r] with the rank of its A");
+  return pair;
+}
+
+LayerInputs read_inputs(const ExpertWeights& w, py::handle hidden_states, py::handle topk_ids, py::handle topk_weights,
+                        const py::object& lora, const Scaling& scaling, float dropout, std::uint64_t seed) {
+  const Tensor x = read_tensor(hidden_states, "hidden_states", {DType::bf16}, 2);
+  const Tensor ids = read_tensor(topk_ids, "topk_ids", {DType::i64, DType::i32}, 2);
+  const Tensor weights = read_tensor(topk_weights, "topk_weights", {DType::f32}, 2);
+  KT_CHECK(x.dim(1) == w.hidden, "hidden_states has shape {}, wanted [T, {}]: the experts' hidden size",
+           shape_text(x.shape), w.hidden);
+  KT_CHECK(ids.dim(0) == x.dim(0), "topk_ids has shape {}, wanted [{}, K]: a row for every token",
+           shape_text(ids.shape), x.dim(0));
+  check_shape(weights, "topk_weights", {ids.dim(0), ids.dim(1)}, "the shape of topk_ids");
+  LayerInputs inputs{x.matrix(), ids.matrix(), weights.matrix(), {}, {dropout, seed}};
+  if (lora.is_none()) return inputs;
+  const auto tensors = lora.cast<std::array<py::object, 6>>();
+  for (const Projection p : projections) {
+    const std::size_t i = index_of(p);
+    inputs.lora[i] = read_pair(w, p, tensors[2 * i], tensors[2 * i + 1], scaling[i]);
+  }
+  return inputs;
+}
+
+SavedGateUp read_saved(const py::object& saved, const ExpertWeights& w, const LayerInputs& inputs) {
+  if (saved.is_none()) return {};
+  const Tensor t = read_tensor(saved, "saved", {DType::bf16}, 3);
+  const index_t routes = count_routes(inputs.topk_ids, w.num_experts);
+  check_shape(t, "saved", {2, routes, w.intermediate}, "[2, routes, I]");
+  auto* gate = static_cast<bf16_t*>(t.data);
+  return {gate, gate + routes * w.intermediate};
+}
+
+Result read_result(const py::object& tensor, const std::string& name, const std::vector<index_t>& shape) {
+  if (tensor.is_none()) return {};
+  const Tensor t = read_tensor(tensor, name, {DType::bf16, DType::f32}, shape.size());
+  KT_CHECK(t.shape == shape, "{} has shape {}, wanted {}", name, shape_text(t.shape), shape_text(shape));
+  return {t.data, t.dtype};
+}
+
+void run_forward(const Experts& experts, py::handle hidden_states, py::handle topk_ids, py::handle topk_weights,
+                 const py::object& lora, const Scaling& scaling, float dropout, std::uint64_t seed,
+                 const py::object& saved, const py::object& out) {
+  const ExpertWeights& w = experts.weights();
+  const LayerInputs inputs = read_inputs(w, hidden_states, topk_ids, topk_weights, lora, scaling, dropout, seed);
+  const SavedGateUp kept = read_saved(saved, w, inputs);
+  const Result result = read_result(out, "out", {inputs.hidden_states.rows, w.hidden});
+  const py::gil_scoped_release release;
+  forward(experts.runtime(), w, inputs, kept, result);
+}
+
+void run_backward(const Experts& experts, py::handle hidden_states, py::handle topk_ids, py::handle topk_weights,
+                  const py::object& lora, const Scaling& scaling, float dropout, std::uint64_t seed,
+                  const py::object& saved, py::handle grad_out, const py::object& grad_hidden,
+                  const py::object& grad_weights, const py::object& grad_lora) {
+  const ExpertWeights& w = experts.weights();
+  const LayerInputs inputs = read_inputs(w, hidden_states, topk_ids, topk_weights, lora, scaling, dropout, seed);
+  const SavedGateUp kept = read_saved(saved, w, inputs);
+  const Tensor dout = read_tensor(grad_out, "grad_out", {DType::bf16}, 2);
+  check_shape(dout, "grad_out", {inputs.hidden_states.rows, w.hidden}, "[T, H]");
+
+  LayerGradients gradients;
+  gradients.hidden_states = read_result(grad_hidden, "grad_hidden", {inputs.hidden_states.rows, w.hidden});
+  if (!grad_weights.is_none()) {
+    const Tensor dw = read_tensor(grad_weights, "grad_weights", {DType::f32}, 2);
+    check_shape(dw, "grad_weights", {inputs.topk_weights.rows, inputs.topk_weights.cols}, "[T, K]");
+    gradients.topk_weights = static_cast<float*>(dw.data);
+  }
+  if (!grad_lora.is_none()) {
+    const auto tensors = grad_lora.cast<std::array<py::object, 6>>();
+    for (const Projection p : projections) {
+      const std::size_t i = index_of(p);
+      const LoraPair& pair = inputs.of(p);
+      const std::string name = "grad of " + std::string(name_of(p)) + "_lora_";
+      gradients.lora_a[i] = read_result(tensors[2 * i], name + "a", {w.num_experts, pair.a.rows, pair.a.cols});
+      gradients.lora_b[i] = read_result(tensors[2 * i + 1], name + "b", {w.num_experts, pair.b.rows, pair.b.cols});
+    }
+  }
+  const py::gil_scoped_release release;
+  backward(experts.runtime(), w, inputs, kept, dout.matrix(), gradients);
+}
+
+index_t routes(py::handle topk_ids, int num_experts) {
+  const Tensor ids = read_tensor(topk_ids, "topk_ids", {DType::i64, DType::i32}, 2);
+  return count_routes(ids.matrix(), num_experts);
+}
+
+}  // namespace
+
+}  // namespace kt
+
+void bind_layer(py::module_& m) {
+  m.def("count_routes", &kt::routes, py::arg("topk_ids"), py::arg("num_experts"));
+  m.def("forward", &kt::run_forward, py::arg("experts"), py::arg("hidden_states"), py::arg("topk_ids"),
+        py::arg("topk_weights"), py::arg("lora"), py::arg("scaling"), py::arg("dropout"), py::arg("seed"),
+        py::arg("saved"), py::arg("out"));
+  m.def("backward", &kt::run_backward, py::arg("experts"), py::arg("hidden_states"), py::arg("topk_ids"),
+        py::arg("topk_weights"), py::arg("lora"), py::arg("scaling"), py::arg("dropout"), py::arg("seed"),
+        py::arg("saved"), py::arg("grad_out"), py::arg("grad_hidden"), py::arg("grad_weights"), py::arg("grad_lora"));
+}

@@ -1,0 +1,75 @@
+#include "bindings/tensor.h"
+
+#include <algorithm>
+#include <array>
+
+#include "base/error.h"
+
+namespace py = pybind11;
+
+namespace kt {
+
+namespace {
+
+struct TorchType {
+  DType dtype;
+  py::object torch;
+};
+
+// The dtypes we read, as torch's own objects. Kept for ever: an interpreter that is shutting down must not touch them.
+const std::vector<TorchType>& torch_types() {
+  static const auto* types = [] {
+    const py::module_ torch = py::module_::import("torch");
+    auto* list = new std::vector<TorchType>;
+    for (const DType dtype : {DType::bf16, DType::f16, DType::f32, DType::i32, DType::i64})
+      list->push_back({dtype, torch.attr(std::string(name_of(dtype)).c_str())});
+    return list;
+  }();
+  return *types;
+}
+
+std::optional<DType> dtype_of(py::handle tensor) {
+  const py::object type = tensor.attr("dtype");
+  for (const TorchType& known : torch_types())
+    if (type.is(known.torch)) return known.dtype;
+  return std::nullopt;
+}
+
+std::string names(std::initializer_list<DType> dtypes) {
+  std::string text;
+  for (const DType dtype : dtypes) text += (text.empty() ? "" : " or ") + std::string(name_of(dtype));
+  return text;
+}
+
+}  // namespace
+
+std::string shape_text(const std::vector<index_t>& shape) {
+  std::string text = "[";
+  for (const index_t n : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(n);
+  return text + "]";
+}
+
+Tensor read_tensor(py::handle object, const std::string& name, std::initializer_list<DType> dtypes, std::size_t dims) {
+  if (!py::hasattr(object, "data_ptr"))
+    throw py::type_error(format("{} is a {}, wanted a torch.Tensor", name, Py_TYPE(object.ptr())->tp_name));
+  const std::string device = py::str(object.attr("device").attr("type"));
+  KT_CHECK(device == "cpu", "{} is on {}, wanted the CPU", name, device);
+  const std::optional<DType> dtype = dtype_of(object);
+  KT_CHECK(dtype && std::find(dtypes.begin(), dtypes.end(), *dtype) != dtypes.end(), "{} is {}, wanted {}", name,
+           std::string(py::str(object.attr("dtype"))), names(dtypes));
+
+  Tensor tensor{nullptr, *dtype, {}};
+  for (const py::handle n : py::tuple(object.attr("shape"))) tensor.shape.push_back(n.cast<index_t>());
+  KT_CHECK(tensor.shape.size() == dims, "{} has shape {}, wanted {} dimensions", name, shape_text(tensor.shape), dims);
+  KT_CHECK(object.attr("is_contiguous")().cast<bool>(), "{} is not contiguous", name);
+  tensor.data = reinterpret_cast<void*>(object.attr("data_ptr")().cast<std::uintptr_t>());
+  return tensor;
+}
+
+void check_shape(const Tensor& tensor, const std::string& name, std::initializer_list<index_t> wanted,
+                 const char* meaning) {
+  KT_CHECK(std::equal(tensor.shape.begin(), tensor.shape.end(), wanted.begin(), wanted.end()),
+           "{} has shape {}, wanted {} = {}", name, shape_text(tensor.shape), meaning, shape_text({wanted}));
+}
+
+}  // namespace kt
