@@ -1,7 +1,7 @@
 """Adapters on disk: save, load and merge them in the form that plain PEFT and inference servers read.
 
-That form has one key an expert and projection (`...experts.{e}.gate_proj.lora_A.weight`), one rank and one alpha
-for all experts, and a linear scaling alpha / r.
+That form has one key an expert and projection (`...experts.{e}.gate_proj.lora_A.weight`), one rank and one
+alpha for all experts, and a linear scaling alpha / r.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ StrPath = str | os.PathLike[str]
 def save_adapter(model: nn.Module, directory: StrPath, *, adapter_name: str = "default") -> None:
     """Write one adapter of a PEFT model.
 
-    It is what `PeftModel.save_pretrained` writes, with two differences: files are replaced only when all of them
-    are complete and on disk, so that a full disk leaves the adapter that was there; and the saved config has no
-    lora_dropout, which plain PEFT refuses on experts.
+    It is what `PeftModel.save_pretrained` writes, with two differences: files are replaced only when all of
+    them are complete and on disk, so that a full disk leaves the adapter that was there; and the saved config
+    has no lora_dropout, which plain PEFT refuses on experts.
 
     Args:
         model: a PeftModel, or a transformers model with an adapter added.
@@ -63,7 +63,7 @@ def save_adapter(model: nn.Module, directory: StrPath, *, adapter_name: str = "d
 
 
 def load_adapter(
-    model: nn.Module, directory: StrPath, *, adapter_name: str = "default", is_trainable: bool = False
+    model: Any, directory: StrPath, *, adapter_name: str = "default", is_trainable: bool = False
 ) -> PeftModel:
     """Put a saved adapter on a model, with kt_moe experts or without.
 
@@ -85,7 +85,7 @@ def load_adapter(
     if not isinstance(model, PeftModel):
         config = PeftConfig.from_pretrained(str(path))
         config.inference_mode = not is_trainable
-        model = get_peft_model(model, config, adapter_name=adapter_name)  # type: ignore[arg-type]
+        model = get_peft_model(model, config, adapter_name=adapter_name)
     result: Any = model.load_adapter(str(path), adapter_name, is_trainable=is_trainable)
     for what, keys in (("lacks", result.missing_keys), ("has unknown", result.unexpected_keys)):
         if keys:

@@ -1,8 +1,8 @@
 """Which models have experts we can compute, one row a family.
 
 A row says how the family's experts are called in the module tree and in its checkpoints. Every family listed
-routes with its own code and has experts of one kind: `down(silu(gate(x)) * up(x))`, no biases, no clamps, held by
-transformers as `gate_up_proj` [E, 2I, H] (gate first) and `down_proj` [E, H, I].
+routes with its own code and has experts of one kind: `down(silu(gate(x)) * up(x))`, no biases, no clamps,
+held by transformers as `gate_up_proj` [E, 2I, H] (gate first) and `down_proj` [E, H, I].
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ SIZES: dict[str, Any] = {
 _DEEPSEEK = {
     "intermediate_size": 40, "moe_intermediate_size": 24, "n_routed_experts": 8, "n_shared_experts": 1,
     "first_k_dense_replace": 1, "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8,
-    "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5,
+    "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "n_group": 2, "topk_group": 1,
+    "routed_scaling_factor": 1.5,
 }  # fmt: skip
 _SHARED = {
     "intermediate_size": 40, "moe_intermediate_size": 24, "n_routed_experts": 8, "n_shared_experts": 1,

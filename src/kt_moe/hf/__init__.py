@@ -1,7 +1,7 @@
 """transformers and PEFT on kt_moe. Importing this module registers the hooks:
 
-- `from_pretrained(..., quantization_config=kt_moe.KtMoeConfig())`: the experts go from the checkpoint straight
-  to `kt_moe.Experts` and never become torch parameters;
+- `from_pretrained(..., quantization_config=kt_moe.KtMoeConfig())`: the experts go from the checkpoint
+  straight to `kt_moe.Experts` and never become torch parameters;
 - `from_pretrained(..., experts_implementation="kt_moe")`: an ordinarily loaded model whose frozen experts are
   computed by kt_moe (they are then in memory twice);
 - `peft.LoraConfig(target_modules=[..., "experts"])` on either puts LoRA on the experts.

@@ -61,7 +61,8 @@ class KtExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, H], [T, K], [T, K] -> [T, H]; see `kt_moe.MoEFunction.apply`."""
-        return MoEFunction.apply(hidden_states, top_k_index, top_k_weights, self.experts)
+        out: Tensor = MoEFunction.apply(hidden_states, top_k_index, top_k_weights, self.experts)
+        return out
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KtExperts:
         copy = KtExperts(
@@ -145,4 +146,5 @@ def kt_moe_experts_forward(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """What transformers calls for `experts_implementation="kt_moe"`: [T, H], [T, K], [T, K] -> [T, H]."""
-    return MoEFunction.apply(hidden_states, top_k_index, top_k_weights, experts_of(self))
+    out: Tensor = MoEFunction.apply(hidden_states, top_k_index, top_k_weights, experts_of(self))
+    return out

@@ -31,10 +31,13 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
     [E, out, r].
     """
 
-    # Set by LoraLayer: adapter name -> parameters, dropout module or number.
-    base_layer: nn.Module
-    lora_A: Any
-    lora_B: Any
+    # What LoraLayer has; the dictionaries go from adapter name to parameters, dropout module or number.
+    base_layer: Any
+    active_adapters: list[str]
+    disable_adapters: bool
+    set_adapter: Any
+    lora_A: Any  # noqa: N815 (PEFT's name)
+    lora_B: Any  # noqa: N815
     lora_dropout: Any
     r: dict[str, int]
     lora_alpha: dict[str, float]
@@ -63,11 +66,10 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
             ValueError: an option of LoraConfig that does not work on experts; names it.
         """
         _refuse_options(config, r, lora_alpha)
-        base = self.get_base_layer()
+        base = self.base_layer
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
-        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
-        self.use_rslora[adapter_name], self.use_dora[adapter_name] = config.use_rslora, False
-        self.lora_bias[adapter_name] = False
+        self.scaling[adapter_name] = lora_alpha / r
+        self.use_rslora[adapter_name] = self.use_dora[adapter_name] = self.lora_bias[adapter_name] = False
         self.lora_dropout[adapter_name] = (
             nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         )
@@ -102,9 +104,9 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         if self.disable_adapters or not active:
             return self.base_layer(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
         lora, tensors = self._combined(active)
-        return MoEFunction.apply(
-            hidden_states, top_k_index, top_k_weights, experts_of(self.base_layer), lora, **tensors
-        )
+        experts = experts_of(self.base_layer)
+        out: Tensor = MoEFunction.apply(hidden_states, top_k_index, top_k_weights, experts, lora, **tensors)
+        return out
 
     def _combined(self, active: list[str]) -> tuple[Lora, dict[str, Tensor]]:
         """One LoRA that is the sum of the active adapters: their ranks side by side."""
@@ -151,14 +153,14 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to the model, which may have kt_moe experts."""
-        self._kt_architecture = _architecture(model)
+        architecture = self._kt_architecture = _architecture(model)
         config = self.peft_config[adapter_name]
-        if self._kt_architecture is not None:
+        if architecture is not None:
             _refuse_fused(config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if getattr(config, "_kt_moe_projections", None):
+        if architecture is not None and config._kt_moe_projections:
             # From here on the config says what plain PEFT is to read beside the per-expert keys.
-            names = dict(zip(PROJECTIONS, self._kt_architecture.projections, strict=True))
+            names = dict(zip(PROJECTIONS, architecture.projections, strict=True))
             others = {t for t in config.target_modules if not _is_experts(t)}
             config.target_modules = others | {names[p] for p in config._kt_moe_projections}
 
@@ -204,7 +206,7 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
         layers = {name: module for name, module in model.named_modules() if isinstance(module, KtLoraExperts)}
         stacked: dict[str, Tensor] = {}
         for name, layer in layers.items():
-            stacked |= fused_to_stacked(state_dict, name, layer.get_base_layer(), adapter_name)
+            stacked |= fused_to_stacked(state_dict, name, layer.base_layer, adapter_name)
         rest = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return {**rest, **stacked}
 
@@ -267,8 +269,8 @@ def _refuse_options(config: LoraConfig, r: int, lora_alpha: float) -> None:
         raise ValueError(f"LoraConfig: r is {r}, wanted at least 1")
     if r != config.r or lora_alpha != config.lora_alpha:
         raise ValueError(
-            "LoraConfig: rank_pattern or alpha_pattern matches kt_moe experts, which all take r and lora_alpha, "
-            "so that other programs can read the adapter"
+            "LoraConfig: rank_pattern or alpha_pattern matches kt_moe experts, which all take r and "
+            "lora_alpha, so that other programs can read the adapter"
         )
     variants = [
         f for f, field in config.__dataclass_fields__.items() if field.metadata.get("is_lora_variant")

@@ -1,8 +1,8 @@
 """Adapter tensors of experts between their two forms: stacked in memory, one key an expert on disk.
 
-Plain PEFT fuses per-expert keys on loading before our tuner sees them; the fused form is undone here. It stores
-gate_up's A [E, 2r, H] as `lora_A` [E * 2r, H], expert-major, and its block-diagonal B [E, 2I, 2r] as `lora_B`
-[2I, 2r * E], expert fastest.
+Plain PEFT fuses per-expert keys on loading before our tuner sees them; the fused form is undone here. It
+stores gate_up's A [E, 2r, H] as `lora_A` [E * 2r, H], expert-major, and its block-diagonal B [E, 2I, 2r] as
+`lora_B` [2I, 2r * E], expert fastest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PREFIX = "base_model.model."
 def split_by_expert(
     state_dict: dict[str, Tensor], architecture: Architecture, adapter_name: str
 ) -> dict[str, Tensor]:
-    """Replace each stacked `{path}.lora_A.{adapter}.gate` by `{path}.{e}.gate_proj.lora_A.{adapter}.weight`."""
+    """Replace stacked `{path}.lora_A.{adapter}.gate` by `{path}.{e}.gate_proj.lora_A.{adapter}.weight`."""
     stacked = re.compile(rf"(.+)\.(lora_[AB])\.{re.escape(adapter_name)}\.({'|'.join(PROJECTIONS)})$")
     names = dict(zip(PROJECTIONS, architecture.projections, strict=True))
     result = {}

@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -65,8 +64,8 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
     quantization_config: KtMoeConfig
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
-    ) -> nn.Module:
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
         architecture = architecture_of(model.config)
         self._checkpoint = _open(checkpoint_files)
         self._runtime = self.quantization_config.runtime()
@@ -79,7 +78,7 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
             theirs, layer = model.get_submodule(path), architecture.layer_of(path)
             assert layer is not None
             shape = (theirs.num_experts, theirs.hidden_dim, theirs.intermediate_dim)
-            model.set_submodule(path, KtExperts(architecture, layer, *shape))  # type: ignore[arg-type]
+            model.set_submodule(path, KtExperts(architecture, layer, *shape))
         # The checkpoint's expert tensors have no place in the model now, which is no reason to warn.
         ignored = {rf"\.{re.escape(path)}\." for path in (architecture.module, architecture.on_disk)}
         model._keys_to_ignore_on_load_unexpected = ignored | set(
@@ -87,7 +86,7 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
         )
         return model
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
         modules = [m for m in model.modules() if isinstance(m, KtExperts)]
         for module in logging.tqdm(modules, desc="Loading experts"):

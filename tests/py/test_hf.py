@@ -1,0 +1,338 @@
+"""transformers models with their experts computed by kt_moe, against transformers computing them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from tiny_models import CONFIGS, save_tiny_checkpoint, tiny_model, tokens
+from torch import Tensor
+
+import kt_moe
+from kt_moe.architectures import ARCHITECTURES
+from kt_moe.hf import KtExperts, KtMoeConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning:transformers")
+
+ONE_LAYER = {"num_hidden_layers": 1, "first_k_dense_replace": 0}
+# With every expert chosen no rounding can change the routing, so errors are those of the arithmetic.
+ALL_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 4}
+
+
+def load(path: Path, *, kt: bool = True, dtype: Any = torch.float32, **kwargs: Any) -> Any:
+    if kt:
+        kwargs.setdefault("quantization_config", KtMoeConfig())
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+
+
+def error(ours: Tensor, reference: Tensor) -> float:
+    """Relative L2."""
+    difference = ours.detach().double() - reference.detach().double()
+    return float(difference.norm() / reference.detach().double().norm())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("qwen3"), shards=2)
+
+
+def test_import_is_light() -> None:
+    code = "import sys, kt_moe; assert 'KtMoeConfig' in dir(kt_moe); print('transformers' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert out.stdout.strip() == "False"
+
+
+def test_unknown_attribute() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'KtMoeConfg'"):
+        kt_moe.KtMoeConfg  # noqa: B018
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+@torch.no_grad()
+def test_logits_of_every_family(model_type: str, tmp_path: Path) -> None:
+    # One layer: its router sees what transformers' sees, so both route alike.
+    save_tiny_checkpoint(tmp_path, model_type, **ONE_LAYER)
+    reference = load(tmp_path, kt=False)(tokens()).logits
+    assert error(load(tmp_path)(tokens()).logits, reference) < 5e-3
+    ordinary = load(tmp_path, kt=False, experts_implementation="kt_moe")
+    assert error(ordinary(tokens()).logits, reference) < 5e-3
+
+
+def test_families_are_all_tried() -> None:
+    assert set(CONFIGS) == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("kt_config", [True, False], ids=["KtMoeConfig", "experts_implementation"])
+def test_block_is_no_worse_than_eager_bf16(kt_config: bool, tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path, **ONE_LAYER, **ALL_EXPERTS)
+    ours = load(tmp_path, kt=kt_config, dtype=torch.bfloat16)
+    if not kt_config:
+        ours.set_experts_implementation("kt_moe")
+        ours.model.layers[0].mlp.experts.requires_grad_(False)
+    eager = load(tmp_path, kt=False, dtype=torch.bfloat16, experts_implementation="eager")
+    exact = load(tmp_path, kt=False, dtype=torch.float64, experts_implementation="eager")
+    torch.manual_seed(1)
+    x, grad = torch.randn(3, 40, 32).bfloat16(), torch.randn(3, 40, 32).bfloat16()
+
+    def run(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+        block, hidden = model.model.layers[0].mlp, x.to(dtype, copy=True).requires_grad_()
+        out = block(hidden)
+        out.backward(grad.to(dtype))
+        return {"out": out.detach(), "hidden": hidden.grad, "router": block.gate.weight.grad}
+
+    reference = run(exact, torch.float64)
+    theirs = {name: error(t, reference[name]) for name, t in run(eager, torch.bfloat16).items()}
+    for name, tensor in run(ours, torch.bfloat16).items():
+        assert error(tensor, reference[name]) <= theirs[name], name
+
+
+def test_gradients_of_the_whole_model(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path, **ALL_EXPERTS)
+    reference, ours = load(tmp_path, kt=False), load(tmp_path)
+    for model in (reference, ours):
+        model(tokens(), labels=tokens()).loss.backward()
+    gradients = {name: p.grad for name, p in ours.named_parameters()}
+    for name, parameter in reference.named_parameters():
+        if ".experts." not in name:
+            assert error(gradients[name], parameter.grad) < 1e-2, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "auto"])
+def test_dtype(dtype: Any, tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path, dtype=torch.bfloat16, **ONE_LAYER, **ALL_EXPERTS)
+    model = load(tmp_path, dtype=dtype)
+    expected = torch.bfloat16 if dtype == "auto" else dtype
+    assert {p.dtype for p in model.parameters()} == {expected}
+    out = model(tokens())
+    assert out.logits.dtype is expected
+    assert error(out.logits, load(tmp_path, kt=False)(tokens()).logits) < 3e-2
+
+
+def test_experts_never_become_parameters(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Any] = []
+    loading = transformers.core_model_loading
+    materialize = loading._materialize_copy
+    monkeypatch.setattr(
+        loading,
+        "_materialize_copy",
+        lambda tensor, *a, **k: (read.append(tensor), materialize(tensor, *a, **k))[1],
+    )
+    ours = load(checkpoint)
+    assert len(read) == len(list(ours.parameters()))
+
+    plain = load(checkpoint, kt=False)
+    experts = sum(p.numel() for name, p in plain.named_parameters() if ".experts." in name)
+    assert ours.num_parameters() == plain.num_parameters() - experts
+    assert ours.get_memory_footprint() == plain.get_memory_footprint() - 4 * experts
+    assert not [name for name in ours.state_dict() if "experts" in name]
+    modules = [m for m in ours.modules() if isinstance(m, KtExperts)]
+    assert [m.layer for m in modules] == [0, 1]
+    assert sum(m.experts.nbytes for m in modules) >= 2 * experts
+
+
+def test_weights_are_those_of_the_checkpoint(checkpoint: Path) -> None:
+    plain = dict(load(checkpoint, kt=False).named_parameters())
+    for module in load(checkpoint).modules():
+        if isinstance(module, KtExperts):
+            gate, up, down = module.experts.dequantize()
+            path = f"model.layers.{module.layer}.mlp.experts"
+            assert torch.equal(torch.cat([gate, up], dim=1).float(), plain[f"{path}.gate_up_proj"])
+            assert torch.equal(down.float(), plain[f"{path}.down_proj"])
+
+
+def test_no_warning_about_experts(checkpoint: Path) -> None:
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint, quantization_config=KtMoeConfig(), output_loading_info=True
+    )
+    assert not any(info.values()), info
+
+
+@torch.no_grad()
+def test_generation(checkpoint: Path) -> None:
+    kwargs = {"max_new_tokens": 4, "do_sample": False}
+    ours = load(checkpoint).generate(tokens(1), **kwargs)
+    assert torch.equal(ours, load(checkpoint, kt=False).generate(tokens(1), **kwargs))
+
+
+@torch.no_grad()
+def test_device_map_and_moves(checkpoint: Path) -> None:
+    model = load(checkpoint, device_map={"": "cpu"})
+    logits = load(checkpoint)(tokens()).logits
+    assert torch.equal(model(tokens()).logits, logits)
+    assert torch.equal(model.to("cpu").eval()(tokens()).logits, logits)
+    assert model.to(torch.bfloat16)(tokens()).logits.dtype is torch.bfloat16
+
+
+def test_dense_layers_stay(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path, mlp_only_layers=[0])
+    ours = load(tmp_path)
+    assert [m.layer for m in ours.modules() if isinstance(m, KtExperts)] == [1]
+    assert error(ours(tokens()).logits, load(tmp_path, kt=False)(tokens()).logits) < 5e-3
+
+
+# KtMoeConfig
+
+
+def test_config_round_trip() -> None:
+    config = KtMoeConfig(threads=1, isa="scalar", recompute=True)
+    again = KtMoeConfig.from_dict(json.loads(config.to_json_string()))
+    assert again.to_dict() == config.to_dict()
+    assert again.quant_method == "kt_moe"
+    assert again.runtime().threads == 1
+    assert again.runtime().isa == "scalar"
+    assert KtMoeConfig().runtime() is kt_moe.default_runtime()
+
+
+def test_config_options_arrive(checkpoint: Path) -> None:
+    model = load(checkpoint, quantization_config=KtMoeConfig(threads=1, isa="scalar", recompute=True))
+    experts = [m.experts for m in model.modules() if isinstance(m, KtExperts)]
+    assert {e.recompute for e in experts} == {True}
+    assert {e.runtime.isa for e in experts} == {"scalar"}
+    assert len({id(e.runtime) for e in experts}) == 1
+    assert model.config.quantization_config.threads == 1
+    json.dumps(model.config.to_dict()["quantization_config"])
+
+
+def test_config_errors() -> None:
+    with pytest.raises(ValueError, match=r"KtMoeConfig has no option \['thread'\], only \['threads'"):
+        KtMoeConfig(thread=2)
+    with pytest.raises(ValueError, match=r"KtMoeConfig: format is 'int3', wanted one of \['as-stored'"):
+        KtMoeConfig(format="int3")
+
+
+# What does not work says so
+
+
+def test_save_pretrained_says_what_to_do(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="save the adapter with"):
+        load(checkpoint).save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_copies(checkpoint: Path) -> None:
+    model = load(checkpoint)
+    twin = copy.deepcopy(model)
+    theirs, ours = twin.model.layers[0].mlp.experts, model.model.layers[0].mlp.experts
+    assert theirs is not ours
+    assert theirs.experts is ours.experts
+    assert torch.equal(twin(tokens()).logits, model(tokens()).logits)
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(model)
+
+
+def test_unsupported_architecture(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=16
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"'llama' is not supported by kt_moe, only \['deepseek_v2'"):
+        load(tmp_path)
+
+
+def test_other_activation(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path, hidden_act="gelu")
+    with pytest.raises(ValueError, match="hidden_act is 'gelu', kt_moe computes 'silu'"):
+        load(tmp_path)
+
+
+def test_checkpoint_must_be_safetensors(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"safetensors checkpoints, this one is .*pytorch_model\.bin"):
+        load(tmp_path)
+
+
+def test_missing_expert_is_named(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    del tensors["model.layers.1.mlp.experts.5.up_proj.weight"]
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.5\.up_proj"):
+        load(tmp_path)
+
+
+def test_config_and_checkpoint_disagree(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "moe_intermediate_size": 16}))
+    with pytest.raises(ValueError, match=r"layer 0 have .*\(8, 32, 24\), the config says \(8, 32, 16\)"):
+        load(tmp_path)
+
+
+# experts_implementation="kt_moe"
+
+
+@torch.no_grad()
+def test_packing_follows_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(**ONE_LAYER)
+    other = tiny_model(seed=1, **ONE_LAYER)
+    packed: list[int] = []
+    init = kt_moe.Experts.__init__
+    monkeypatch.setattr(
+        kt_moe.Experts, "__init__", lambda self, *a, **k: (packed.append(1), init(self, *a, **k))[1]
+    )
+
+    def check() -> int:
+        model.set_experts_implementation("eager")
+        reference = model(tokens()).logits
+        model.set_experts_implementation("kt_moe")
+        assert error(model(tokens()).logits, reference) < 5e-3
+        return len(packed)
+
+    assert check() == 1
+    assert check() == 1
+    model.load_state_dict(other.state_dict())
+    assert check() == 2
+    experts = model.model.layers[0].mlp.experts
+    experts.down_proj.mul_(2)
+    assert check() == 3
+    experts.gate_up_proj.data = experts.gate_up_proj.data.clone().mul_(-1)
+    assert check() == 4
+
+
+def test_trainable_experts_are_refused() -> None:
+    model = tiny_model(**ONE_LAYER)
+    model.set_experts_implementation("kt_moe")
+    with pytest.raises(
+        ValueError, match=r"kt_moe computes frozen experts only: call requires_grad_\(False\)"
+    ):
+        model(tokens())
+    with torch.no_grad():
+        model(tokens())
+
+
+def test_parametrized_experts_are_refused() -> None:
+    model = tiny_model(**ONE_LAYER).requires_grad_(False)
+    model.set_experts_implementation("kt_moe")
+
+    class Twice(torch.nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    torch.nn.utils.parametrize.register_parametrization(
+        model.model.layers[0].mlp.experts, "down_proj", Twice()
+    )
+    with pytest.raises(ValueError, match=r'LoraConfig\(target_modules=\["experts"\]\)'):
+        model(tokens())
+
+
+def test_unlisted_architecture_is_refused() -> None:
+    config = transformers.AutoConfig.for_model(
+        "granitemoe", hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=64, num_local_experts=2, num_experts_per_tok=1, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    model.set_experts_implementation("kt_moe")
+    with pytest.raises(ValueError, match="'granitemoe' is not supported by kt_moe"):
+        model(tokens())

@@ -1,0 +1,415 @@
+"""LoRA on kt_moe experts through unmodified PEFT, Trainer and SFTTrainer, against plain PEFT."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import save_tiny_checkpoint, tokens
+from torch import Tensor
+
+from kt_moe.functional import PROJECTIONS
+from kt_moe.hf import KtExperts, KtLoraExperts, KtMoeConfig
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
+    # PEFT says this of its own fused rank, whenever experts are all it targets.
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
+]
+
+ALL_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 4}  # no rounding can change the routing
+TARGETS = (["experts"], ["q_proj", "v_proj", "experts"], "all-linear", ["down_proj"])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("qwen3"), **ALL_EXPERTS)
+
+
+def load(path: Path, *, kt: bool = True, **kwargs: Any) -> Any:
+    if kt:
+        kwargs.setdefault("quantization_config", KtMoeConfig())
+    kwargs.setdefault("dtype", torch.float32)
+    return transformers.AutoModelForCausalLM.from_pretrained(path, **kwargs)
+
+
+def with_lora(
+    path: Path, targets: Any = ("experts",), *, seed: int = 0, base: Any = None, **options: Any
+) -> Any:
+    """A model with LoRA whose B is not zero."""
+    torch.manual_seed(seed)
+    options = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, **options}
+    targets = targets if isinstance(targets, str) else list(targets)
+    return get_peft_model(base or load(path), LoraConfig(target_modules=targets, **options))
+
+
+def lora_layers(model: Any) -> list[KtLoraExperts]:
+    return [m for m in model.modules() if isinstance(m, KtLoraExperts)]
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def error(ours: Tensor, reference: Tensor) -> float:
+    difference = ours.detach().double() - reference.detach().double()
+    return float(difference.norm() / reference.detach().double().norm())
+
+
+def test_peft_has_what_we_hook_into() -> None:
+    """The private parts of PEFT that kt_moe.hf.lora overrides or relies on."""
+    tuner = peft.tuners.lora.LoraModel
+    for name in ("inject_adapter", "_prepare_adapter_config", "_create_new_module", "_replace_module",
+                 "_check_merge_allowed", "_get_adapter_state_dict", "_remap_adapter_state_dict_for_load"):  # fmt: skip
+        assert callable(getattr(tuner, name)), name
+    assert issubclass(peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA], tuner)
+
+
+def test_models_without_our_experts_are_left_to_peft(checkpoint: Path) -> None:
+    model = get_peft_model(load(checkpoint, kt=False), LoraConfig(target_modules=["q_proj"]))
+    assert model.peft_config["default"].target_modules == {"q_proj"}
+    assert not lora_layers(model)
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids=str)
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=["", "rslora"])
+def test_saved_adapter_in_plain_peft(
+    targets: Any, options: dict[str, Any], checkpoint: Path, tmp_path: Path
+) -> None:
+    ours = with_lora(checkpoint, targets, **options).eval()
+    ours.save_pretrained(tmp_path)
+    plain = PeftModel.from_pretrained(load(checkpoint, kt=False), tmp_path, is_trainable=True).eval()
+    logits = ours(tokens()).logits
+    assert error(logits, plain(tokens()).logits) < 5e-3
+    assert error(load(checkpoint)(tokens()).logits, logits) > 0.05
+
+    again = PeftModel.from_pretrained(load(checkpoint), tmp_path)
+    assert torch.equal(again(tokens()).logits, logits)
+    assert {p.requires_grad for p in again.parameters()} == {False}
+
+
+def test_gradients_are_those_of_plain_peft(checkpoint: Path, tmp_path: Path) -> None:
+    ours = with_lora(checkpoint, ["q_proj", "experts"])
+    ours.save_pretrained(tmp_path)
+    plain = PeftModel.from_pretrained(load(checkpoint, kt=False), tmp_path, is_trainable=True)
+    for model in (ours, plain):
+        model(tokens(), labels=tokens()).loss.backward()
+    mine, theirs = gradients(ours), gradients(plain)
+    e, r, i = 4, 4, 24
+    for layer in range(2):
+        path = f"base_model.model.model.layers.{layer}"
+        for matrix in "AB":
+            key = f"{path}.self_attn.q_proj.lora_{matrix}.default.weight"
+            assert error(mine[key], theirs[key]) < 1e-2
+        a = theirs[f"{path}.mlp.experts.base_layer.lora_A.default.weight"].view(e, 2 * r, -1)
+        b = (
+            theirs[f"{path}.mlp.experts.base_layer.lora_B.default.weight"]
+            .view(2 * i, 2 * r, e)
+            .permute(2, 0, 1)
+        )
+        down_a = theirs[f"{path}.mlp.experts.lora_A.default.weight"].view(e, r, -1)
+        down_b = theirs[f"{path}.mlp.experts.lora_B.default.weight"].view(-1, r, e).permute(2, 0, 1)
+        expected = {
+            "A.default.gate": a[:, :r], "A.default.up": a[:, r:], "A.default.down": down_a,
+            "B.default.gate": b[:, :i, :r], "B.default.up": b[:, i:, r:], "B.default.down": down_b,
+        }  # fmt: skip
+        for name, gradient in expected.items():
+            assert error(mine[f"{path}.mlp.experts.lora_{name}"], gradient) < 1e-2, name
+
+
+def test_ordinarily_loaded_model(checkpoint: Path, tmp_path: Path) -> None:
+    base = load(checkpoint, kt=False, experts_implementation="kt_moe")
+    ours = with_lora(checkpoint, ["q_proj", "experts"], base=base).eval()
+    logits = ours(tokens()).logits
+    logits.square().mean().backward()
+    assert all(g is not None for g in gradients(ours).values())
+    assert len(lora_layers(ours)) == 2
+    ours.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(load(checkpoint), tmp_path)(tokens()).logits, logits)
+
+
+@pytest.mark.parametrize(
+    ("targets", "projections"),
+    [
+        (["experts"], ("gate", "up", "down")),
+        (["mlp.experts"], ("gate", "up", "down")),
+        (r".*\.(q_proj|experts)", ("gate", "up", "down")),
+        (["gate_proj", "up_proj", "down_proj"], ("gate", "up", "down")),
+        (["gate_proj", "up_proj"], ("gate", "up")),
+        (["down_proj"], ("down",)),
+    ],
+    ids=str,
+)
+def test_targets(targets: Any, projections: tuple[str, ...], checkpoint: Path) -> None:
+    model = with_lora(checkpoint, targets)
+    assert len(lora_layers(model)) == 2
+    for layer in lora_layers(model):
+        assert tuple(layer.lora_A["default"]) == projections
+    saved = model.peft_config["default"].target_modules
+    assert {f"{p}_proj" for p in projections} <= saved
+    assert not any("experts" in name for name in saved)
+
+
+def test_gate_needs_up(checkpoint: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"Cannot convert PEFT target.* gate_proj without also targeting up_proj"
+    ):
+        with_lora(checkpoint, ["gate_proj"])
+
+
+def test_some_layers_only(checkpoint: Path) -> None:
+    model = with_lora(checkpoint, layers_to_transform=[1])
+    assert isinstance(model.model.model.layers[0].mlp.experts, KtExperts)
+    assert isinstance(model.model.model.layers[1].mlp.experts, KtLoraExperts)
+
+
+def test_initial_values(checkpoint: Path) -> None:
+    bound = 32**-0.5
+    for init, b_is_zero in ((True, True), ("gaussian", True), (False, False)):
+        layer = lora_layers(with_lora(checkpoint, init_lora_weights=init))[0]
+        a, b = layer.lora_A["default"]["gate"], layer.lora_B["default"]["gate"]
+        assert (a.shape, b.shape) == ((4, 4, 32), (4, 24, 4))
+        assert a.dtype is b.dtype is torch.float32
+        assert (not b.any()) is b_is_zero
+        assert abs(float(a.detach().std()) / (0.25 if init == "gaussian" else bound / 3**0.5) - 1) < 0.15
+
+
+def test_only_lora_is_trainable(checkpoint: Path) -> None:
+    model = with_lora(checkpoint, ["q_proj", "experts"], modules_to_save=["lm_head"])
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(names) == 2 * (2 + 6) + 1
+    assert all("lora_" in name or "lm_head.modules_to_save" in name for name in names)
+
+
+def test_dropout(checkpoint: Path) -> None:
+    # On the down projection the layer is linear in what is dropped, so the mean over masks is the layer without.
+    model = with_lora(checkpoint, ["down_proj"], lora_dropout=0.5)
+    layer = lora_layers(model)[0]
+    x, ids, weights = torch.randn(6, 32), torch.tensor([[0, 1]] * 6), torch.rand(6, 2)
+
+    def run(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return layer(x, ids, weights).detach()
+
+    model.eval()
+    evaluated = run(0)
+    assert torch.equal(run(1), evaluated)
+    model.train()
+    assert torch.equal(run(0), run(0))
+    assert error(run(1), run(0)) > 1e-2
+    mean = torch.stack([run(seed) for seed in range(100)]).mean(dim=0)
+    assert error(mean, evaluated) < 0.2 * error(run(0), evaluated)
+
+
+# Adapter bookkeeping, as for any PEFT layer
+
+
+def test_several_adapters(checkpoint: Path) -> None:
+    model = with_lora(checkpoint).eval()
+    alone = load(checkpoint)(tokens()).logits
+    first = model(tokens()).logits
+    with model.disable_adapter():
+        assert torch.equal(model(tokens()).logits, alone)
+
+    torch.manual_seed(1)
+    options = {"target_modules": ["down_proj"], "r": 3, "lora_alpha": 9, "init_lora_weights": False}
+    model.add_adapter("second", LoraConfig(**options))
+    assert torch.equal(model(tokens()).logits, first)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "second" in name)
+    model.set_adapter("second")
+    second = model(tokens()).logits
+    assert error(second, first) > 1e-2
+    assert all(p.requires_grad == ("second" in n) for n, p in model.named_parameters() if "lora_" in n)
+
+    # One expert block is linear in the sum of the two only up to its activation: check against eager weights.
+    model.base_model.set_adapter(["default", "second"])
+    layer = lora_layers(model)[0]
+    x, ids, weights = torch.randn(5, 32), torch.tensor([[0, 1]] * 5), torch.rand(5, 2)
+    both = layer(x, ids, weights)
+    assert error(both, summed(layer, ("default", "second"), x, ids, weights)) < 1e-2
+
+    model.base_model.set_adapter("default")
+    model.delete_adapter("second")
+    assert torch.equal(model(tokens()).logits, first)
+    assert not any("second" in name for name, _ in model.named_parameters())
+
+
+def summed(
+    layer: KtLoraExperts, adapters: tuple[str, ...], x: Tensor, ids: Tensor, weights: Tensor
+) -> Tensor:
+    """The layer by the book, with W + sum of s B A."""
+    matrices = dict(zip(PROJECTIONS, (w.float() for w in layer.base_layer.experts.dequantize()), strict=True))
+    for name, p in itertools.product(adapters, PROJECTIONS):
+        if p in layer.lora_A[name]:
+            matrices[p] = matrices[p] + layer.scaling[name] * layer.lora_B[name][p] @ layer.lora_A[name][p]
+    out = torch.zeros_like(x)
+    for t, k in itertools.product(range(ids.shape[0]), range(ids.shape[1])):
+        gate, up, down = (matrices[p][ids[t, k]] for p in PROJECTIONS)
+        out[t] += weights[t, k] * (down @ (torch.nn.functional.silu(gate @ x[t]) * (up @ x[t])))
+    return out
+
+
+def test_different_dropouts_cannot_be_active_together(checkpoint: Path) -> None:
+    model = with_lora(checkpoint)
+    model.add_adapter("second", LoraConfig(target_modules=["experts"], lora_dropout=0.1))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match=r"different lora_dropout \[0.0, 0.1\]"):
+        model.train()(tokens())
+
+
+def test_further_adapter_from_disk(checkpoint: Path, tmp_path: Path) -> None:
+    other = with_lora(checkpoint, ["q_proj", "experts"], seed=1).eval()
+    other.save_pretrained(tmp_path)
+    model = with_lora(checkpoint).eval()
+    result = model.load_adapter(tmp_path, "other", low_cpu_mem_usage=True)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    model.set_adapter("other")
+    assert torch.equal(model(tokens()).logits, other(tokens()).logits)
+
+
+def test_unload_and_merge(checkpoint: Path) -> None:
+    model = with_lora(checkpoint, ["q_proj", "experts"])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for merge in (model.merge_and_unload, model.merge_adapter, lora_layers(model)[0].merge):
+        with pytest.raises(NotImplementedError, match=r"kt_moe\.merge_adapter\(base_dir"):
+            merge()
+    assert all(
+        torch.equal(p, before[name]) for name, p in model.named_parameters()
+    )  # q_proj not merged either
+    base = model.unload()
+    assert torch.equal(base(tokens()).logits, load(checkpoint)(tokens()).logits)
+
+
+def test_transformers_own_add_adapter(checkpoint: Path) -> None:
+    model = load(checkpoint)
+    model.add_adapter(LoraConfig(target_modules=["experts"], init_lora_weights=False))
+    assert len(lora_layers(model)) == 2
+    adapted = model(tokens()).logits
+    model.disable_adapters()
+    assert torch.equal(model(tokens()).logits, load(checkpoint)(tokens()).logits)
+    model.enable_adapters()
+    assert torch.equal(model(tokens()).logits, adapted)
+
+
+def test_deepcopy(checkpoint: Path) -> None:
+    model = with_lora(checkpoint).eval()
+    twin = copy.deepcopy(model)
+    lora_layers(model)[0].lora_B["default"]["down"].data.zero_()
+    assert error(twin(tokens()).logits, model(tokens()).logits) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "use_dora does not work on kt_moe experts"),
+        ({"lora_bias": True}, "lora_bias does not work on kt_moe experts"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' does not work on kt_moe experts"),
+        ({"rank_pattern": {"experts": 2}}, "rank_pattern or alpha_pattern matches kt_moe experts"),
+        ({"alpha_pattern": {"mlp.experts": 2}}, "rank_pattern or alpha_pattern matches kt_moe experts"),
+        ({"use_rslora": True, "rank_pattern": {"q_proj": 2}}, "use_rslora with rank_pattern"),
+        ({"target_parameters": ["mlp.experts.down_proj"]}, r'use target_modules=\["experts"\]'),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_options_that_do_not_work(options: dict[str, Any], message: str, checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_lora(checkpoint, **options)
+
+
+# Training
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(use_reentrant: bool, checkpoint: Path) -> None:
+    def run(checkpointing: bool) -> dict[str, Tensor]:
+        base = load(checkpoint)
+        if checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            base.enable_input_require_grads()
+        model = with_lora(checkpoint, ["q_proj", "experts"], base=base, lora_dropout=0.1).train()
+        torch.manual_seed(3)
+        model(tokens(), labels=tokens()).loss.backward()
+        return gradients(model)
+
+    plain, checkpointed = run(False), run(True)
+    assert all(torch.equal(g, checkpointed[name]) for name, g in plain.items())
+
+
+def test_autocast(checkpoint: Path) -> None:
+    model = with_lora(checkpoint, ["q_proj", "experts"]).eval()
+    logits = model(tokens()).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(tokens(), labels=tokens())
+    out.loss.backward()
+    assert error(out.logits, logits) < 5e-2
+    assert all(g.dtype is torch.float32 and g.isfinite().all() for g in gradients(model).values())
+
+
+def arguments(directory: Path, cls: Any = transformers.TrainingArguments, **options: Any) -> Any:
+    return cls(
+        output_dir=str(directory), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2,
+        logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, **options,
+    )  # fmt: skip
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_trainer_trains_saves_and_resumes(checkpoint: Path, tmp_path: Path) -> None:
+    rows = [{"input_ids": t, "labels": t} for t in tokens(1).expand(8, -1)]
+
+    def trainer(**options: Any) -> Any:
+        model = with_lora(checkpoint, ["q_proj", "experts"], lora_dropout=0.1, **options)
+        return transformers.Trainer(model, arguments(tmp_path, save_steps=2), train_dataset=rows)
+
+    first = trainer(init_lora_weights=True)
+    first.train()
+    assert losses(first)[2] < losses(first)[0]
+    resumed = trainer(seed=5)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert losses(resumed)[-1] == losses(first)[2]
+    trained, again = (t.model.eval()(tokens()).logits for t in (first, resumed))
+    assert torch.equal(trained, again)
+
+
+def test_trainer_checkpoint_in_plain_peft(checkpoint: Path, tmp_path: Path) -> None:
+    rows = [{"input_ids": t, "labels": t} for t in tokens(1).expand(8, -1)]
+    trainer = transformers.Trainer(
+        with_lora(checkpoint), arguments(tmp_path, save_steps=3), train_dataset=rows
+    )
+    trainer.train()
+    plain = PeftModel.from_pretrained(load(checkpoint, kt=False), tmp_path / "checkpoint-3")
+    assert error(trainer.model.eval()(tokens()).logits, plain(tokens()).logits) < 5e-3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_sft_trainer(checkpoint: Path, tmp_path: Path) -> None:
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from trl import SFTConfig, SFTTrainer
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="w0", bos_token="w1", eos_token="w2"
+    )
+    text = " ".join(f"w{i}" for i in range(3, 15))
+    trainer = SFTTrainer(
+        load(checkpoint, dtype=torch.bfloat16),
+        arguments(tmp_path, SFTConfig, max_length=16, bf16=True),
+        train_dataset=Dataset.from_dict({"text": [text] * 8}),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(target_modules=["q_proj", "experts"], task_type="CAUSAL_LM"),
+    )
+    assert len(lora_layers(trainer.model)) == 2
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0]
