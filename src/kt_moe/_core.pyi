@@ -3,6 +3,7 @@
 Tensors are read and written in place through their data pointers; they must be contiguous and on the CPU.
 """
 
+from pathlib import Path
 from typing import Any, final
 
 from torch import Tensor
@@ -29,10 +30,10 @@ class Checkpoint:
 
     def __init__(self, path: str) -> None: ...
     @property
-    def path(self) -> str: ...
+    def path(self) -> Path: ...
     @property
-    def files(self) -> list[str]: ...
-    def tensors(self) -> dict[str, tuple[str, tuple[int, ...], int, str]]:
+    def files(self) -> list[Path]: ...
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...], int, Path]]:
         """name -> (dtype, shape, bytes, file)"""
     @property
     def layers(self) -> list[int]: ...

@@ -1,14 +1,112 @@
-"""Checkpoint: the C++ index of a safetensors model."""
+"""Checkpoint: what a safetensors model holds, read from its headers alone."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
 
 from kt_moe import _core
 
 
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as it is stored."""
+
+    dtype: str
+    """As the file names it, e.g. "BF16" (https://github.com/huggingface/safetensors#format)."""
+    shape: tuple[int, ...]
+    nbytes: int
+    """Bytes in the file."""
+    file: Path
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """The routed experts of one layer as they are stored."""
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    dtype: str
+    """As the file names it: "BF16", "F16" or "F32"."""
+    layout: str
+    """"per-expert" (three tensors an expert) or "fused" (gate_up_proj and down_proj of all experts)."""
+    nbytes: int
+    """Bytes of all experts in the files."""
+
+
 class Checkpoint:
-    """Safetensors index of a file or a directory; see the C++ core."""
+    """Index of a safetensors model: tensors, and layers of experts.
+
+    Headers are read and checked when it is made; the tensors' data is mapped, and read when it is used.
+    The files must not be shortened in place while it lives. Safe to use from several threads.
+
+    Args:
+        path: a .safetensors file, or a directory. Of a directory it reads what model.safetensors.index.json
+            names, else what the only *.safetensors.index.json names, else every *.safetensors.
+
+    Raises:
+        FileNotFoundError: no such path, no safetensors file in the directory, or a file that the index names
+            is missing.
+        ValueError: a header or an index that breaks the format, a tensor that the index names and the file
+            lacks, a path in the index that leaves the directory, or two files without an index that hold a
+            tensor of the same name. The message names the file and the tensor.
+        OSError: the operating system refused to list, open or map a file.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._core = _core.Checkpoint(os.fspath(path))
+        name = os.fspath(path)
+        if not isinstance(name, str):
+            raise TypeError(f"path is a {type(name).__name__}, wanted a str or a path")
+        if "\0" in name:
+            raise ValueError(f"path is {name!r}, wanted no NUL character in it")
+        self._core = _core.Checkpoint(name)
+
+    @property
+    def path(self) -> Path:
+        """As it was given."""
+        return self._core.path
+
+    @property
+    def files(self) -> list[Path]:
+        """The safetensors files, in the order of their names."""
+        return self._core.files
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All tensors by name, in the order of the names."""
+        return MappingProxyType({name: TensorInfo(*info) for name, info in self._core.tensors().items()})
+
+    @property
+    def layers(self) -> list[int]:
+        """Numbers of the layers that hold experts, ascending, supported format or not."""
+        return self._core.layers
+
+    def layer(self, layer: int) -> LayerInfo:
+        """Check all experts of a layer and describe them.
+
+        Args:
+            layer: the layer's number in the tensor names; one of `layers`.
+
+        Raises:
+            ValueError: no experts in that layer, an expert's tensor that is missing, tensors whose shapes or
+                dtypes disagree, or a format that is not supported. The message names the tensor.
+        """
+        return LayerInfo(**self._core.layer(layer))
+
+    def __repr__(self) -> str:
+        parts = [
+            _count(len(self.files), "file"),
+            _count(len(self.tensors), "tensor"),
+            f"{sum(t.nbytes for t in self.tensors.values()) / 1e6:,.1f} MB",
+            f"experts in {_count(len(self.layers), 'layer')}",
+        ]
+        return f"Checkpoint({str(self.path)!r}: {', '.join(parts)})"
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"

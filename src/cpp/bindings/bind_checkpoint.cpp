@@ -1,0 +1,61 @@
+// _core.Checkpoint is the ExpertIndex: it reaches the checkpoint, the checkpoint does not reach it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
+
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "weights/checkpoint.h"
+#include "weights/expert_index.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::shared_ptr<kt::ExpertIndex> open_checkpoint(const std::filesystem::path& path) {
+  const py::gil_scoped_release release;  // it reads every header
+  return std::make_shared<kt::ExpertIndex>(std::make_shared<const kt::Checkpoint>(path));
+}
+
+std::vector<std::filesystem::path> files(const kt::ExpertIndex& index) {
+  std::vector<std::filesystem::path> paths;
+  for (const auto& file : index.checkpoint().files()) paths.push_back(file.path());
+  return paths;
+}
+
+py::dict tensors(const kt::ExpertIndex& index) {
+  py::dict out;
+  for (const auto& [name, entry] : index.checkpoint().tensors()) {
+    const auto& [type, shape, bytes] = *entry.tensor;
+    out[py::str(name)] =
+        py::make_tuple(type->name, py::tuple(py::cast(shape)), bytes.size(), entry.file->path());
+  }
+  return out;
+}
+
+py::dict layer(const kt::ExpertIndex& index, int number) {
+  const auto info = index.layer(number);
+  py::dict out;
+  out["num_experts"] = info.num_experts;
+  out["hidden_size"] = info.hidden_size;
+  out["intermediate_size"] = info.intermediate_size;
+  out["dtype"] = info.stored_type;
+  out["layout"] = info.layout;
+  out["nbytes"] = info.nbytes;
+  return out;
+}
+
+}  // namespace
+
+void bind_checkpoint(py::module_& m) {
+  py::class_<kt::ExpertIndex, std::shared_ptr<kt::ExpertIndex>>(m, "Checkpoint")
+      .def(py::init(&open_checkpoint), py::arg("path"))
+      .def_property_readonly("path", [](const kt::ExpertIndex& index) { return index.checkpoint().path(); })
+      .def_property_readonly("files", &files)
+      .def("tensors", &tensors)
+      .def_property_readonly("layers", &kt::ExpertIndex::layers)
+      .def("layer", &layer, py::arg("layer"));
+}

@@ -1,0 +1,251 @@
+#include "weights/expert_index.h"
+
+#include <doctest/doctest.h>
+
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/error.h"
+#include "temp_files.h"
+
+using namespace kt;
+using namespace kt::test;
+
+namespace {
+
+constexpr index_t H = 4, I = 3, E = 2;
+
+ExpertIndex index_of_path(const std::filesystem::path& path) {
+  return ExpertIndex(std::make_shared<const Checkpoint>(path));
+}
+
+std::string refusal(const ExpertIndex& index, int layer) {
+  return message_of<ValueError>([&] { index.layer(layer); });
+}
+
+// One expert under `prefix`, its tensors called as `names` says (gate, up, down).
+void add_expert(Writer& to, const std::string& prefix, const std::vector<std::string>& names) {
+  for (std::size_t p = 0; p < 3; ++p) {
+    to.add(prefix + names[p] + ".weight", "BF16", p == 2 ? std::vector{H, I} : std::vector{I, H}, 2);
+  }
+}
+
+Writer per_expert(const std::string& prefix, const std::vector<std::string>& names) {
+  Writer writer;
+  for (int e = 0; e < E; ++e) add_expert(writer, prefix + std::to_string(e) + ".", names);
+  return writer;
+}
+
+const std::vector<std::string> proj{"gate_proj", "up_proj", "down_proj"};
+const std::string qwen = "model.layers.3.mlp.experts.";
+
+const char* bytes_of(const Checkpoint& checkpoint, const std::string& name) {
+  return reinterpret_cast<const char*>(checkpoint.find(name)->bytes.data());
+}
+
+void check_view(const MatView& m, const void* data, index_t rows, index_t cols) {
+  CHECK(m.data == data);
+  CHECK(m.dtype == DType::bf16);
+  CHECK(m.rows == rows);
+  CHECK(m.cols == cols);
+  CHECK(m.stride == cols);
+}
+
+}  // namespace
+
+TEST_CASE("per-expert tensors of every naming are found") {
+  struct Naming {
+    std::string prefix;
+    std::vector<std::string> names;
+  };
+  for (const auto& [prefix, names] : std::vector<Naming>{
+           {qwen, proj},
+           {"layers.3.experts.", proj},
+           {"language_model.model.layers.3.feed_forward.experts.", {"w1", "w3", "w2"}},
+           {"model.layers.3.block_sparse_moe.experts.", {"w1", "w3", "w2"}},
+       }) {
+    CAPTURE(prefix);
+    const TempDir dir;
+    const auto index = index_of_path(per_expert(prefix, names).write_to(dir / "m.safetensors"));
+    CHECK(index.layers() == std::vector{3});
+    const auto info = index.layer(3);
+    CHECK(info.num_experts == E);
+    CHECK(info.hidden_size == H);
+    CHECK(info.intermediate_size == I);
+    CHECK(info.dtype == DType::bf16);
+    CHECK(info.stored_type == "BF16");
+    CHECK(info.layout == "per-expert");
+    CHECK(info.nbytes == E * 3 * H * I * 2);
+    for (int e = 0; e < E; ++e) {
+      for (const Projection p : projections) {
+        const auto name = prefix + std::to_string(e) + "." + names[index_of(p)] + ".weight";
+        const bool down = p == Projection::down;
+        check_view(index.expert(3, e, p), bytes_of(index.checkpoint(), name), down ? H : I, down ? I : H);
+      }
+    }
+  }
+}
+
+TEST_CASE("fused tensors are cut into experts and halves") {
+  const TempDir dir;
+  const auto index = index_of_path(Writer()
+                                       .add(qwen + "gate_up_proj", "BF16", {E, 2 * I, H}, 2)
+                                       .add(qwen + "down_proj", "BF16", {E, H, I}, 2)
+                                       .write_to(dir / "m.safetensors"));
+  const auto info = index.layer(3);
+  CHECK(info.layout == "fused");
+  CHECK(info.num_experts == E);
+  CHECK(info.hidden_size == H);
+  CHECK(info.intermediate_size == I);
+  CHECK(info.nbytes == E * 3 * H * I * 2);
+  const char* gate_up = bytes_of(index.checkpoint(), qwen + "gate_up_proj");
+  const char* down = bytes_of(index.checkpoint(), qwen + "down_proj");
+  for (int e = 0; e < E; ++e) {
+    check_view(index.expert(3, e, Projection::gate), gate_up + e * 2 * I * H * 2, I, H);
+    check_view(index.expert(3, e, Projection::up), gate_up + (e * 2 + 1) * I * H * 2, I, H);
+    check_view(index.expert(3, e, Projection::down), down + e * H * I * 2, H, I);
+  }
+}
+
+TEST_CASE("f16 and f32 are read, other dtypes and mixtures refused") {
+  const TempDir dir;
+  const auto stored = [&](std::string_view gate_type, int gate_size, std::string_view type, int size) {
+    return index_of_path(Writer()
+                             .add(qwen + "0.gate_proj.weight", gate_type, {I, H}, gate_size)
+                             .add(qwen + "0.up_proj.weight", type, {I, H}, size)
+                             .add(qwen + "0.down_proj.weight", type, {H, I}, size)
+                             .write_to(dir / "m.safetensors"));
+  };
+  CHECK(stored("F16", 2, "F16", 2).layer(3).dtype == DType::f16);
+  CHECK(stored("F32", 4, "F32", 4).layer(3).dtype == DType::f32);
+  CHECK(contains(refusal(stored("F8_E4M3", 1, "F8_E4M3", 1), 3), "F8_E4M3, which is not supported yet"));
+  CHECK(contains(refusal(stored("I32", 4, "I32", 4), 3), "I32, which is not supported yet"));
+  const auto mixed = refusal(stored("F16", 2, "BF16", 2), 3);
+  CHECK(contains(mixed, "up_proj.weight\" is BF16, the layer's first is F16"));
+}
+
+TEST_CASE("a layer that is not there names those that are") {
+  const TempDir dir;
+  Writer writer;
+  for (int layer : {1, 2, 3, 7}) add_expert(writer, format("model.layers.{}.mlp.experts.0.", layer), proj);
+  writer.add("model.layers.0.mlp.gate_proj.weight", "BF16", {I, H}, 2);
+  writer.add("model.layers.4.mlp.shared_experts.gate_proj.weight", "BF16", {I, H}, 2);
+  writer.add("experts.0.gate_proj.weight", "BF16", {I, H}, 2);
+  add_expert(writer, "mtp.layers.0.mlp.experts.0.", proj);
+  add_expert(writer, "model.layers.x.mlp.experts.0.", proj);
+  const auto index = index_of_path(writer.write_to(dir / "m.safetensors"));
+  CHECK(index.layers() == std::vector{1, 2, 3, 7});
+  CHECK(contains(refusal(index, 0), "no experts in layer 0; layers with experts: 1-3, 7"));
+  CHECK(contains(refusal(index, -1), "no experts in layer -1"));
+  const auto dense = index_of_path(Writer().add("a", "F32", {}, 4).write_to(dir / "d.safetensors"));
+  CHECK(contains(refusal(dense, 0), "layers with experts: none"));
+}
+
+TEST_CASE("an expert that is missing is named by its key") {
+  const TempDir dir;
+  const auto lacking = [&](const std::string& missing) {
+    Writer writer;
+    for (int e = 0; e < 4; ++e) {
+      for (const auto& name : proj) {
+        const auto key = qwen + std::to_string(e) + "." + name + ".weight";
+        if (key.find(missing) != key.npos) continue;
+        writer.add(key, "BF16", name == "down_proj" ? std::vector{H, I} : std::vector{I, H}, 2);
+      }
+    }
+    return refusal(index_of_path(writer.write_to(dir / "m.safetensors")), 3);
+  };
+  CHECK(contains(lacking("experts.2."), "\"model.layers.3.mlp.experts.2.gate_proj.weight\" is missing"));
+  CHECK(contains(lacking("2.up_proj"), "\"model.layers.3.mlp.experts.2.up_proj.weight\" is missing"));
+  CHECK(contains(lacking("3.down_proj"), "\"model.layers.3.mlp.experts.3.down_proj.weight\" is missing"));
+  CHECK(contains(lacking("0.gate_proj"), "no tensor \"model.layers.3.mlp.experts.0.gate_proj.weight\""));
+
+  const auto half =
+      Writer().add(qwen + "gate_up_proj", "BF16", {E, 2 * I, H}, 2).write_to(dir / "h.safetensors");
+  CHECK(contains(refusal(index_of_path(half), 3), "experts.down_proj\" is missing"));
+  const auto far = per_expert(qwen, proj).add(qwen + "999999999.up_proj.weight", "BF16", {I, H}, 2);
+  CHECK(contains(refusal(index_of_path(far.write_to(dir / "f.safetensors")), 3), "wanted at most 1000000"));
+}
+
+TEST_CASE("shapes that disagree name the tensor, what it is and what was wanted") {
+  const TempDir dir;
+  const auto with_second = [&](const std::vector<index_t>& gate, const std::vector<index_t>& down) {
+    Writer writer;
+    add_expert(writer, qwen + "0.", proj);
+    writer.add(qwen + "1.gate_proj.weight", "BF16", gate, 2)
+        .add(qwen + "1.up_proj.weight", "BF16", {I, H}, 2);
+    writer.add(qwen + "1.down_proj.weight", "BF16", down, 2);
+    return refusal(index_of_path(writer.write_to(dir / "m.safetensors")), 3);
+  };
+  CHECK(contains(with_second({I, H + 1}, {H, I}), "1.gate_proj.weight\" has shape [3, 5], wanted [3, 4]"));
+  CHECK(contains(with_second({I, H}, {I, H}), "1.down_proj.weight\" has shape [3, 4], wanted [4, 3]"));
+  CHECK(contains(with_second({1, I, H}, {H, I}), "has shape [1, 3, 4], wanted [3, 4]"));
+
+  const auto fused = [&](const std::vector<index_t>& gate_up, const std::vector<index_t>& down) {
+    Writer writer;
+    writer.add(qwen + "gate_up_proj", "BF16", gate_up, 2).add(qwen + "down_proj", "BF16", down, 2);
+    return refusal(index_of_path(writer.write_to(dir / "m.safetensors")), 3);
+  };
+  CHECK(contains(fused({E, 5, H}, {E, H, I}), "wanted 2 equal parts"));
+  CHECK(contains(fused({2 * I, H}, {E, H, I}), "wanted 3 dimensions"));
+  CHECK(contains(fused({E, 2 * I, 0}, {E, 0, I}), "wanted no 0"));
+  CHECK(contains(fused({E, 2 * I, H}, {E + 1, H, I}), "has shape [3, 4, 3], wanted [2, 4, 3]"));
+  // [E, H, 2I] and [E, I, H], as gpt-oss and Llama 4 store them under the same names.
+  CHECK(contains(fused({E, H, 2 * I}, {E, I, H}), "down_proj\" has shape"));
+  CHECK(contains(fused({E, H, 2 * H}, {E, H, H}), "down_proj\" has shape"));
+}
+
+TEST_CASE("an expert out of range is refused") {
+  const TempDir dir;
+  const auto index = index_of_path(per_expert(qwen, proj).write_to(dir / "m.safetensors"));
+  for (int e : {-1, static_cast<int>(E)}) {
+    CHECK(contains(message_of<ValueError>([&] { index.expert(3, e, Projection::up); }),
+                   "layer 3 has 2 experts"));
+  }
+}
+
+TEST_CASE("formats that are not read yet are recognised, never half read") {
+  struct Foreign {
+    std::string tensor, says;
+  };
+  for (const auto& [tensor, says] : std::vector<Foreign>{
+           {"0.gate_proj.weight_scale_inv", "FP8"},
+           {"0.gate_proj.weight_packed", "compressed-tensors"},
+           {"gate_up_proj_blocks", "MXFP4"},
+           {"gate_up_proj_bias", "biases"},
+           {"0.gate_proj.bias", "biases"},
+           {"0.gate_proj.lora_A.weight", "adapter"},
+           {"00.gate_proj.weight", "unknown"},
+           {"0.fc1.weight", "unknown"},
+       }) {
+    CAPTURE(tensor);
+    const TempDir dir;
+    const auto index = index_of_path(
+        per_expert(qwen, proj).add(qwen + tensor, "U8", {1}, 1).write_to(dir / "m.safetensors"));
+    CHECK(index.layers() == std::vector{3});
+    const auto message = refusal(index, 3);
+    CHECK(contains(message, qwen + tensor));
+    CHECK(contains(message, says));
+    CHECK(message_of<ValueError>([&] { index.expert(3, 0, Projection::gate); }) == message);
+  }
+}
+
+TEST_CASE("a layer that is stored twice is refused") {
+  const TempDir dir;
+  auto both = per_expert(qwen, proj);
+  both.add(qwen + "gate_up_proj", "BF16", {E, 2 * I, H}, 2);
+  CHECK(contains(refusal(index_of_path(both.write_to(dir / "a.safetensors")), 3), "stored in two layouts"));
+  auto roots = per_expert(qwen, proj);
+  add_expert(roots, "vision.layers.3.mlp.experts.0.", proj);
+  const auto message = refusal(index_of_path(roots.write_to(dir / "b.safetensors")), 3);
+  CHECK(contains(message, "experts under both \"model.layers.3.mlp\" and \"vision.layers.3.mlp\""));
+}
+
+TEST_CASE("a tensor that its dtype cannot be read from in place is refused") {
+  const TempDir dir;
+  Writer writer;
+  writer.add("odd", "U8", {1}, 1);
+  add_expert(writer, qwen + "0.", proj);
+  CHECK(contains(refusal(index_of_path(writer.write_to(dir / "m.safetensors")), 3), "multiple of 2 bytes"));
+}
