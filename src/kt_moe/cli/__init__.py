@@ -1,0 +1,52 @@
+"""The `kt-moe` command.
+
+What the user can set right ends in one line on stderr and exit status 2; a traceback is a bug of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from kt_moe import __version__
+from kt_moe.cli import finetune, info, options
+from kt_moe.cli.errors import UserError
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with `argv` (default: the process's); the exit status."""
+    command_line = list(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_args(command_line)
+    args.command_line = command_line
+    try:
+        status: int = args.run(args)
+    except (UserError, OSError) as error:  # an OSError that got here is a full disk or a missing permission
+        print(f"kt-moe {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return finetune.INTERRUPTED
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # without argparse's usage, a screen of it, in front
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="kt-moe", description="LoRA fine-tuning of MoE models, experts on the CPU")
+    parser.add_argument("--version", action="version", version=f"kt-moe {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = commands.add_parser("finetune", help="fine-tune a model with LoRA")
+    options.add_arguments(command)
+    command.set_defaults(run=finetune.run)
+    command = commands.add_parser("info", help="show what this machine offers and what will run on it")
+    info.add_arguments(command)
+    command.set_defaults(run=info.run)
+    return parser

@@ -1,0 +1,138 @@
+"""The options of `kt-moe finetune`, and the part of them that decides a run's losses."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from kt_moe.cli.errors import UserError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a run's losses, beside its documents; a resumed run must have the same.
+
+    The fields are the options of the same names; max_steps is -1 where `epochs` decides.
+    """
+
+    model: str
+    rank: int
+    alpha: float
+    dropout: float
+    targets: list[str]
+    lr: float
+    warmup: float
+    epochs: float
+    max_steps: int
+    batch_size: int
+    grad_accum: int
+    seq_len: int
+    eval_fraction: float
+    eval_every: int | None
+    assistant_only_loss: bool
+    seed: int
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> Settings:
+        """From parsed options.
+
+        Raises:
+            UserError: no targets.
+        """
+        values = {field.name: getattr(args, field.name) for field in fields(cls)}
+        targets = sorted({name.strip() for name in args.targets.split(",") if name.strip()})
+        if not targets:
+            raise UserError("--targets is empty, wanted names separated by commas")
+        return cls(**{**values, "model": str(args.model.resolve()), "targets": targets})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return asdict(self)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    _add_files(parser.add_argument_group("files").add_argument)
+    _add_lora(parser.add_argument_group("LoRA").add_argument)
+    _add_training(parser.add_argument_group("training").add_argument)
+    _add_watching(parser.add_argument_group("watching").add_argument)
+
+
+def _add_files(add: Callable[..., Any]) -> None:
+    data = (
+        '.jsonl with "text" or "messages" in every line, or .txt whose documents end in a form feed '
+        "(in a file without form feeds: in two or more blank lines)"
+    )
+    add("--model", type=Path, required=True, metavar="DIR", help="model directory (safetensors)")
+    add("--data", type=Path, required=True, metavar="FILE", help=data)
+    add("--output", type=Path, required=True, metavar="DIR", help="gets adapter, loss curve, checkpoints")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    add("--overwrite", action="store_true", help="start anew where an adapter or a run already is")
+
+
+def _add_lora(add: Callable[..., Any]) -> None:
+    targets = (
+        "names of modules, comma-separated, such as q_proj,v_proj,experts; attention stands for all linear "
+        "layers in attention; default: attention,experts"
+    )
+    add("--rank", type=integer(1), default=16, metavar="R", help="default: 16")
+    add("--alpha", type=number(0), default=32.0, metavar="A", help="scaling is A / R; default: 32")
+    add("--dropout", type=number(0, 1), default=0.0, metavar="P", help="default: 0")
+    add("--targets", default="attention,experts", metavar="NAMES", help=targets)
+
+
+def _add_training(add: Callable[..., Any]) -> None:
+    add("--lr", type=number(0), default=2e-4, metavar="X", help="peak learning rate; default: 2e-4")
+    add("--warmup", type=number(0, 1), default=0.03, metavar="P", help="part of a run; default: 0.03")
+    add("--epochs", type=number(0), default=1.0, metavar="X", help="default: 1")
+    add("--max-steps", type=integer(1), default=-1, metavar="N", help="overrides --epochs")
+    add("--batch-size", type=integer(1), default=4, metavar="N", help="rows a pass; default: 4")
+    add("--grad-accum", type=integer(1), default=1, metavar="N", help="passes a step; default: 1")
+    add("--seq-len", type=integer(2), default=1024, metavar="N", help="tokens a row; default: 1024")
+    add("--assistant-only-loss", action="store_true", help='of "messages", learn the replies alone')
+    add("--gradient-checkpointing", action="store_true", help="less memory, slower")
+    add("--threads", type=integer(1), metavar="N", help="default: every CPU this process may use")
+    add("--seed", type=integer(0), default=0, metavar="N", help="of split, order, LoRA; default: 0")
+
+
+def _add_watching(add: Callable[..., Any]) -> None:
+    fraction = "documents to hold out; default: 0.05; 0: none"
+    add("--eval-fraction", type=number(0, 1), default=0.05, metavar="P", help=fraction)
+    add("--eval-every", type=integer(1), metavar="N", help="steps; default: a tenth of the run")
+    add("--save-every", type=integer(1), metavar="N", help="steps; default: a tenth of the run")
+    add("--sample", metavar="PROMPT", help="show what the model writes after it, before and after")
+    add("--sample-tokens", type=integer(1), default=80, metavar="N", help="default: 80")
+
+
+def integer(least: int) -> Callable[[str], int]:
+    """An argparse type: an integer of at least `least`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r}, wanted an integer of at least {least}")
+        return value
+
+    return parse
+
+
+def number(least: float, below: float = float("inf")) -> Callable[[str], float]:
+    """An argparse type: least <= number < below."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value < below:
+            wanted = f"a number from {least:g}" + (f" to below {below:g}" if below < float("inf") else "")
+            raise argparse.ArgumentTypeError(f"{text!r}, wanted {wanted}")
+        return value
+
+    return parse

@@ -1,0 +1,74 @@
+"""Loss curves: taken from a trainer's log, drawn as PNG."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+Curve = list[tuple[int, float]]  # (step, loss)
+
+
+@dataclass(frozen=True)
+class History:
+    """Losses by step, in nats a token: of the training batches, of the held-out rows (step 0: untrained)."""
+
+    train: Curve
+    held_out: Curve
+
+    @classmethod
+    def from_log(cls, log: list[dict[str, Any]]) -> History:
+        """From `trainer.state.log_history`."""
+
+        def curve(key: str) -> Curve:
+            return [(entry["step"], entry[key]) for entry in log if key in entry]
+
+        return cls(curve("loss"), curve("eval_loss"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return asdict(self)
+
+
+def smooth(curve: Curve, window: int) -> Curve:
+    """Mean of each point and the up to window - 1 points before it."""
+    means = []
+    for end in range(1, len(curve) + 1):
+        recent = curve[max(0, end - window) : end]
+        means.append((curve[end - 1][0], sum(loss for _, loss in recent) / len(recent)))
+    return means
+
+
+def plot_losses(runs: Mapping[str, History], path: Path, title: str) -> None:
+    """Draw training loss (pale: every step, strong: running mean) and held-out loss of each run into a PNG.
+
+    runs: a name for the legend, "" for none, and its losses. The file appears whole or not at all.
+    """
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for index, (name, history) in enumerate(runs.items()):
+        color, prefix = f"C{index}", f"{name}: " if name else ""
+        window = max(1, len(history.train) // 20)
+        axes.plot(*_xy(history.train), color=color, alpha=0.25, linewidth=0.8)
+        label = f"{prefix}training, mean of {window}"
+        axes.plot(*_xy(smooth(history.train, window)), color=color, label=label)
+        if history.held_out:
+            style = "o^sv"[index % 4] + "--"
+            axes.plot(*_xy(history.held_out), style, color=color, markersize=4, label=f"{prefix}held-out")
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    part = path.with_name(f".{path.name}.part")
+    try:
+        figure.savefig(part, format="png")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _xy(curve: Curve) -> tuple[list[int], list[float]]:
+    return [step for step, _ in curve], [loss for _, loss in curve]

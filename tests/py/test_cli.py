@@ -1,0 +1,294 @@
+"""The `kt-moe` command on real small files: what it writes, resuming, stopping, refusing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from safetensors import safe_open
+from tiny_models import save_tiny_checkpoint
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import kt_moe
+from kt_moe.cli import main, progress
+from kt_moe.cli.info import describe
+from kt_moe.cli.output import RunDirectory
+
+STEPS = 6
+SMALL = ["--rank", "4", "--seq-len", "32", "--lr", "1e-2", "--batch-size", "2", "--eval-fraction", "0.2"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'stranger' %}{{ raise_exception('no strangers') }}{% endif %}"
+    "<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3-MoE with a tokenizer whose tokens are bytes."""
+    path = tmp_path_factory.mktemp("model")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
+    save_tiny_checkpoint(path, vocab_size=len(vocabulary))
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve documents."""
+    path = tmp_path_factory.mktemp("data") / "d.jsonl"
+    texts = [f"{n} squared is {n * n}, and {n} cubed is {n**3}." for n in range(90, 102)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture
+def cli(model: Path, data: Path) -> Iterator[Any]:
+    """Call `kt-moe finetune` on these with further arguments."""
+
+    def call(output: Path, *more: str) -> int:
+        files = ["--model", str(model), "--data", str(data), "--output", str(output)]
+        return main(["finetune", *files, *SMALL, *more])
+
+    return call
+
+
+def metrics(output: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((output / "metrics.json").read_text())
+    return found
+
+
+def adapter(output: Path) -> dict[str, Any]:
+    with safe_open(output / "adapter_model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@pytest.fixture(scope="module")
+def finished(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run with dropout in a process of its own: its output, and beside it what it printed."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    files = ["--model", str(model), "--data", str(data), "--output", str(output)]
+    more = ["--max-steps", str(STEPS), "--dropout", "0.2", "--sample", "92 squared", "--sample-tokens", "5"]
+    command = [sys.executable, "-m", "kt_moe.cli", "finetune", *files, *SMALL, *more]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (output.parent / "stdout").write_text(done.stdout)
+    (output.parent / "stderr").write_text(done.stderr)
+    return output
+
+
+def test_run_leaves_adapter_curve_and_numbers(finished: Path) -> None:
+    keys = set(adapter(finished))
+    assert "base_model.model.model.layers.1.mlp.experts.7.down_proj.lora_B.weight" in keys
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in keys
+    with Image.open(finished / "loss.png") as image:
+        image.verify()
+        assert image.format == "PNG"
+    found = metrics(finished)
+    assert [step for step, _ in found["train"]] == list(range(1, STEPS + 1))
+    assert [step for step, _ in found["held_out"]] == list(range(STEPS + 1))
+    assert found["held_out"][-1][1] < found["held_out"][0][1]
+    assert found["tokens_per_second"] > 0
+    assert found["peak_memory_bytes"]["host"] > 10**8
+    assert not list(finished.glob(".*"))  # no scratch left
+
+
+def test_run_says_what_matters_and_no_more(finished: Path) -> None:
+    stdout, stderr = ((finished.parent / name).read_text() for name in ("stdout", "stderr"))
+    losses = [loss for _, loss in metrics(finished)["held_out"]]
+    assert f"held-out loss  {losses[0]:.4f} before, {losses[-1]:.4f} after" in stdout
+    assert str(finished / "adapter_model.safetensors") in stdout
+    assert str(finished / "loss.png") in stdout
+    assert "--- '92 squared' before training" in stdout
+    lines = stderr.splitlines()
+    assert [line for line in lines if not line.startswith("step ")] == []
+    assert all("tokens/s, peak " in line for line in lines if "held-out" not in line)
+
+
+def test_interrupted_run_resumes_with_the_same_losses(
+    finished: Path,
+    cli: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output, log = tmp_path / "out", progress.Progress.on_log
+
+    def interrupt(
+        self: Any, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        log(self, args, state, control, logs, **kwargs)
+        if state.global_step == 2 and "loss" in logs:  # the handler acts at the end of step 3
+            signal.raise_signal(signal.SIGINT)
+
+    arguments = ["--max-steps", str(STEPS), "--dropout", "0.2", "--save-every", "100"]
+    with monkeypatch.context() as patch:
+        patch.setattr(progress.Progress, "on_log", interrupt)
+        assert cli(output, *arguments) == 130
+    said = capsys.readouterr().out
+    assert "the last checkpoint is" in said
+    assert said.rstrip().endswith("--resume")
+    assert not (output / "adapter_model.safetensors").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    assert cli(output, *arguments) == 2  # neither started anew nor resumed unasked
+    assert "unfinished run; pass --resume" in capsys.readouterr().err
+    assert cli(output, *arguments, "--resume") == 0
+    assert metrics(output)["train"] == metrics(finished)["train"]
+    assert metrics(output)["held_out"] == metrics(finished)["held_out"]
+    ours, theirs = adapter(output), adapter(finished)
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+def test_finished_run_is_not_touched_unasked(
+    finished: Path, cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = shutil.copytree(finished, tmp_path / "out")
+    arguments = ["--max-steps", str(STEPS), "--dropout", "0.2"]
+    assert cli(output, *arguments) == 2
+    assert "already has an adapter" in capsys.readouterr().err
+    assert cli(output, *arguments, "--lr", "1e-3", "--resume") == 2
+    assert "lr was 0.01 when the run began, now it is 0.001" in capsys.readouterr().err
+    assert cli(output, *arguments, "--resume") == 0
+    assert "the run is complete" in capsys.readouterr().out
+    (output / "adapter_model.safetensors").unlink()  # as if stopped right after the last step
+    assert cli(output, *arguments, "--resume") == 0
+    assert metrics(output)["train"] == metrics(finished)["train"]
+    ours, theirs = adapter(output), adapter(finished)
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+    assert cli(output, "--max-steps", "1", "--eval-fraction", "0", "--overwrite") == 0
+    assert len(metrics(output)["train"]) == 1
+    assert metrics(output)["held_out"] == []
+    assert [path.name for path in (output / "checkpoints").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_conversations_and_experts_alone(model: Path, tmp_path: Path) -> None:
+    turns = [
+        [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "yes"}] for n in range(6)
+    ]
+    data, output = tmp_path / "d.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps({"messages": t}) + "\n" for t in turns))
+    files = ["--model", str(model), "--data", str(data), "--output", str(output)]
+    more = ["--assistant-only-loss", "--targets", "experts", "--max-steps", "2", "--grad-accum", "2"]
+    assert main(["finetune", *files, *SMALL, *more, "--gradient-checkpointing"]) == 0
+    assert all(".experts." in name for name in adapter(output))
+    assert len(metrics(output)["train"]) == 2
+
+
+def test_conversation_the_template_refuses(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_text(json.dumps({"messages": [{"role": "stranger", "content": "?"}]}) + "\n")
+    files = ["--model", str(model), "--data", str(data), "--output", str(tmp_path / "out")]
+    assert main(["finetune", *files, "--eval-fraction", "0"]) == 2
+    assert f"{data}: a conversation does not fit the template: no strangers" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", "0"], "argument --rank: '0', wanted an integer of at least 1"),
+        (["--dropout", "1"], "argument --dropout: '1', wanted a number from 0 to below 1"),
+        (["--targets", ","], "--targets is empty"),
+        (
+            ["--targets", "q_proj,nothing"],
+            "the model has no 'nothing', wanted some of ['attention', 'experts'",
+        ),
+        (["--resume"], "no complete checkpoint"),
+        (["--resume", "--overwrite"], "exclude each other"),
+        (["--assistant-only-loss"], 'wants data with "messages"'),
+        (["--model", "/nowhere"], "it has no config.json"),
+        (["--data", "/nowhere.txt"], "cannot read /nowhere.txt: No such file"),
+        (["--output", __file__], "is a file, wanted a directory"),
+    ],
+)
+def test_user_errors_are_one_line(
+    cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    try:
+        status = cli(tmp_path / "out", *arguments)
+    except SystemExit as stop:  # argparse's way
+        status = stop.code
+    stderr = capsys.readouterr().err
+    assert status == 2
+    assert stderr.startswith("kt-moe finetune: error: ")
+    assert stderr.count("\n") == 1
+    assert message in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_model_is_an_error(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = shutil.copytree(model, tmp_path / "model")
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    files = ["--model", str(damaged), "--data", str(data), "--output", str(tmp_path / "out")]
+    assert main(["finetune", *files]) == 2
+    assert f"error: --model {damaged}: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_that_cannot_be_written(cli: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(Path("/proc/nothing/out")) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("kt-moe finetune: error: ")
+    assert "/proc" in stderr
+
+
+def test_incomplete_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    for name, state in {
+        "checkpoint-9": "{}",
+        "checkpoint-10": "{}",
+        "checkpoint-11": '{"a',
+        "checkpoint-x": "{}",
+    }.items():
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoints" / "checkpoint-12").mkdir()
+    last = RunDirectory(tmp_path).last_checkpoint()
+    assert last is not None
+    assert last.name == "checkpoint-10"
+
+
+def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KT_MOE_THREADS", "1")
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "KT_MOE_THREADS: 1" in text
+    assert f"kt_moe: {kt_moe.__version__}" in text
+    assert main(["info", "--json"]) == 0
+    assert set(kt_moe.cpu_info()) <= set(json.loads(capsys.readouterr().out))
+
+
+def test_info_shows_caches_in_their_units() -> None:
+    shown = describe({"caches": {"L1d": 48 << 10, "L3": 3 << 19}, "isa_features": ["avx2", "fma"]})
+    assert shown.splitlines() == [
+        "caches         L1d: 48 KiB",
+        "               L3: 1.5 MiB",
+        "isa features   avx2 fma",
+    ]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"kt-moe {kt_moe.__version__}\n"
