@@ -98,7 +98,7 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
                 runtime=self._runtime,
             )
             module.experts.recompute = config.recompute
-        del self._checkpoint
+        del self._checkpoint, self._runtime  # the model keeps its quantizer, and must stay copyable
         return model
 
     def is_serializable(self) -> bool:
