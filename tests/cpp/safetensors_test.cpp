@@ -33,6 +33,8 @@ std::string tensor(const std::string& name, const std::string& begin, const std:
   return format("\"{}\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[{},{}]}", name, begin, end);
 }
 
+std::string object(const std::string& members) { return format("{{}}", members); }
+
 std::string one(const std::string& dtype, const std::string& shape, const std::string& offsets) {
   return format("{\"a\":{\"dtype\":{},\"shape\":{},\"data_offsets\":{}}}", dtype, shape, offsets);
 }
@@ -64,7 +66,7 @@ TEST_CASE("the order of the header is not the order of the data") {
   const TempDir dir;
   const SafetensorsFile file(
       write(dir / "m.safetensors",
-            file_bytes("{" + tensor("z", "4", "8") + "," + tensor("y", "0", "4") + "}  ", "abcdefgh")));
+            file_bytes(object(tensor("z", "4", "8") + "," + tensor("y", "0", "4")) + "  ", "abcdefgh")));
   CHECK(static_cast<char>(file.tensors().at("z").bytes[0]) == 'e');
   CHECK(static_cast<char>(file.tensors().at("y").bytes[0]) == 'a');
 }
@@ -128,7 +130,7 @@ TEST_CASE("nesting costs nothing") {
 }
 
 TEST_CASE("duplicate names and keys are refused") {
-  const auto twice = "{" + tensor("a", "0", "4") + "," + tensor("a", "4", "8") + "}";
+  const auto twice = object(tensor("a", "0", "4") + "," + tensor("a", "4", "8"));
   CHECK(contains(header_refusal(twice, "12345678"), R"(duplicate key "a")"));
   CHECK(contains(header_refusal(R"({"a":{"dtype":"U8","dtype":"U8","shape":[],"data_offsets":[0,1]}})", "1"),
                  R"(duplicate key "dtype")"));
@@ -138,7 +140,7 @@ TEST_CASE("duplicate names and keys are refused") {
 
 TEST_CASE("offsets outside the data, reversed, or of the wrong size are refused") {
   const auto refused = [](const std::string& begin, const std::string& end) {
-    return header_refusal("{" + tensor("a", begin, end) + "}", "1234");
+    return header_refusal(object(tensor("a", begin, end)), "1234");
   };
   CHECK(contains(refused("0", "5"), "[0, 5]"));
   CHECK(contains(refused("1", "5"), R"(tensor "a")"));
@@ -155,7 +157,7 @@ TEST_CASE("offsets outside the data, reversed, or of the wrong size are refused"
 
 TEST_CASE("tensors must tile the data") {
   const auto two = [](const std::string& second_begin, const std::string& second_end, std::size_t size) {
-    return header_refusal("{" + tensor("a", "0", "4") + "," + tensor("b", second_begin, second_end) + "}",
+    return header_refusal(object(tensor("a", "0", "4") + "," + tensor("b", second_begin, second_end)),
                           std::string(size, 'x'));
   };
   CHECK(contains(two("2", "6", 6), R"(tensors "a" and "b" overlap)"));
@@ -206,7 +208,8 @@ TEST_CASE("a message stays short and printable whatever the name") {
 
 TEST_CASE("truncation at every byte is an error") {
   const TempDir dir;
-  const auto whole = file_bytes("{" + tensor("a", "0", "4") + R"(,"__metadata__":{"format":"pt"}} )", "1234");
+  const auto whole =
+      file_bytes(object(tensor("a", "0", "4") + R"(,"__metadata__":{"format":"pt"})") + " ", "1234");
   CHECK(SafetensorsFile(write(dir / "m.safetensors", whole)).tensors().size() == 1);
   for (std::size_t n = 0; n < whole.size(); ++n) {
     CAPTURE(n);

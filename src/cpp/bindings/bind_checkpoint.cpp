@@ -4,8 +4,8 @@
 #include <pybind11/stl/filesystem.h>
 
 #include <filesystem>
+#include <map>
 #include <memory>
-#include <string>
 #include <vector>
 
 #include "weights/checkpoint.h"
@@ -27,11 +27,13 @@ std::vector<std::filesystem::path> files(const kt::ExpertIndex& index) {
 }
 
 py::dict tensors(const kt::ExpertIndex& index) {
+  std::map<const kt::SafetensorsFile*, py::object> paths;  // a Path costs more than the rest of an entry
+  for (const auto& file : index.checkpoint().files()) paths.emplace(&file, py::cast(file.path()));
   py::dict out;
   for (const auto& [name, entry] : index.checkpoint().tensors()) {
     const auto& [type, shape, bytes] = *entry.tensor;
     out[py::str(name)] =
-        py::make_tuple(type->name, py::tuple(py::cast(shape)), bytes.size(), entry.file->path());
+        py::make_tuple(type->name, py::tuple(py::cast(shape)), bytes.size(), paths.at(entry.file));
   }
   return out;
 }
