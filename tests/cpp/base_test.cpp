@@ -1,0 +1,79 @@
+#include <doctest/doctest.h>
+
+#include <cstring>
+#include <set>
+#include <utility>
+
+#include "base/arena.h"
+#include "base/error.h"
+#include "base/split.h"
+
+using namespace kt;
+
+TEST_CASE("split: parts cover everything once, in order, cut on the alignment, sizes even") {
+  for (const index_t n : {0, 1, 7, 12, 64, 100, 767, 768})
+    for (const index_t parts : {1, 2, 3, 5, 16, 40})
+      for (const index_t align : {1, 12, 32}) {
+        CAPTURE(n);
+        CAPTURE(parts);
+        CAPTURE(align);
+        index_t next = 0, largest = 0, smallest = n;
+        for (index_t part = 0; part < parts; ++part) {
+          const Range range = split(n, parts, part, align);
+          CHECK(range.begin == next);
+          CHECK(range.size() >= 0);
+          if (range.begin < n) CHECK(range.begin % align == 0);
+          largest = std::max(largest, range.size());
+          if (part + 1 < parts && range.end < n) smallest = std::min(smallest, range.size());
+          next = range.end;
+        }
+        CHECK(next == n);
+        if (smallest < largest) CHECK(largest - smallest <= align);
+      }
+}
+
+TEST_CASE("arena: memory is aligned, distinct, usable, and kept between calls") {
+  Arena arena;
+  std::set<char*> seen;
+  for (const index_t n : {1, 64, 100, 5'000'000, 3}) {
+    char* memory = arena.take<char>(n);
+    CHECK(reinterpret_cast<std::uintptr_t>(memory) % 64 == 0);
+    CHECK(seen.insert(memory).second);
+    std::memset(memory, 1, static_cast<std::size_t>(n));
+  }
+  arena.reset();
+  const std::size_t kept = arena.capacity();
+  CHECK(kept >= 5'000'168);
+  for (const index_t n : {1, 64, 100, 5'000'000, 3}) arena.take<char>(n);
+  CHECK(arena.capacity() == kept);
+}
+
+TEST_CASE("arena frame: what was taken inside is taken again, what was outside stays") {
+  Arena arena;
+  int* outside = arena.take<int>(4);
+  *outside = 7;
+  int* first = nullptr;
+  {
+    const Arena::Frame frame(arena);
+    first = arena.take<int>(4);
+    arena.take<char>(10'000'000);  // a block of its own
+  }
+  CHECK(arena.take<int>(4) == first);
+  CHECK(*outside == 7);
+}
+
+TEST_CASE("a moved buffer has one owner") {
+  Buffer a(4096);
+  static_cast<char*>(a.data())[4095] = 1;
+  Buffer b(std::move(a));
+  CHECK(a.data() == nullptr);
+  CHECK(static_cast<char*>(b.data())[4095] == 1);
+  b = Buffer();
+  CHECK(b.size() == 0);
+}
+
+TEST_CASE("format fills holes in order") {
+  CHECK(format("{} of {}", 3, "x") == "3 of x");
+  CHECK(format("{} left", 1, 2) == "1 left");
+  CHECK_THROWS_WITH_AS([] { KT_CHECK(1 > 2, "r is {}", 0); }(), "r is 0", ValueError);
+}

@@ -1,0 +1,292 @@
+// One tester for every kernel set in the registry that this CPU runs: each kernel against the scalar one.
+#include "kernels/registry.h"
+
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "base/dtype.h"
+#include "base/error.h"
+#include "base/split.h"
+#include "cpu/features.h"
+
+using namespace kt;
+
+namespace {
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+const KernelSet& scalar_set() {
+  static const KernelSet set = kernel_set("scalar", cpu_features());
+  return set;
+}
+
+template <class Body>
+void for_every_set(const Body& body) {
+  for (const KernelEntry& entry : kernel_registry()) {
+    if (availability(entry, cpu_features()) != "available") continue;
+    CAPTURE(std::string(entry.name));
+    body(kernel_set(entry.name, cpu_features()));
+  }
+}
+
+std::vector<float> floats(index_t n, unsigned seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> values(static_cast<std::size_t>(n));
+  for (float& x : values) x = normal(random);
+  return values;
+}
+
+std::vector<bf16_t> bf16s(index_t n, unsigned seed) {
+  std::vector<bf16_t> values;
+  for (const float x : floats(n, seed)) values.push_back(to_bf16(x));
+  return values;
+}
+
+// Packed panels live in 64-byte aligned memory, poisoned so that a read of what packing left unwritten shows.
+struct Panel {
+  Panel(const GemmKernels& gemm, index_t width, index_t k)
+      : bytes(static_cast<std::size_t>(width * round_up(k, gemm.k_align) * gemm.element_bytes + 63) / 64 *
+              64),
+        data(std::aligned_alloc(64, bytes), &std::free) {
+    std::memset(data.get(), 0xff, bytes);
+  }
+  std::size_t bytes;
+  std::unique_ptr<void, decltype(&std::free)> data;
+};
+
+enum class Direction { forward, backward };
+
+// A [rows, k] * B with B = weight' (forward, weight [cols, k]) or B = weight (backward, weight [k, cols]),
+// through the set's own packing. Strides exceed the rows, odd offsets leave nothing aligned, and `index`
+// shuffles A.
+std::vector<float> product(const KernelSet& set, Direction direction, int rows, int cols, int k,
+                           bool accumulate) {
+  const GemmKernels& gemm = set.gemm;
+  const ptrdiff_t a_stride = k + 3, w_stride = (direction == Direction::forward ? k : cols) + 5;
+  const int w_rows = direction == Direction::forward ? cols : k;
+  std::vector<bf16_t> a = bf16s(1 + rows * a_stride, 1), w = bf16s(1 + w_rows * w_stride, 2);
+  std::vector<std::int32_t> index;
+  for (int i = 0; i < rows; ++i) index.push_back(i * 7 % rows);
+
+  const Panel pa(gemm, gemm.mr, k), pb(gemm, gemm.nr, k);
+  gemm.pack_a({a.data() + 1, a_stride, index.data()}, rows, k, pa.data.get());
+  const RowSource weight{w.data() + 1, w_stride, nullptr};
+  if (direction == Direction::forward)
+    gemm.pack_b_cols(weight, cols, k, pb.data.get());
+  else
+    gemm.pack_b_rows(weight, k, cols, pb.data.get());
+
+  const index_t ldc = gemm.nr + 2;
+  std::vector<float> c = floats((rows + 1) * ldc, 3);  // one row of canary behind the result
+  const std::vector<float> before = c;
+  gemm.micro_kernel(rows, cols, k, pa.data.get(), pb.data.get(), c.data(), ldc, accumulate);
+  for (index_t j = 0; j < ldc; ++j)
+    CHECK(c[static_cast<std::size_t>(rows * ldc + j)] == before[static_cast<std::size_t>(rows * ldc + j)]);
+
+  std::vector<float> result;
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < cols; ++j) {
+      const auto place = static_cast<std::size_t>(i * ldc + j);
+      result.push_back(c[place] - (accumulate ? before[place] : 0.0f));
+    }
+  return result;
+}
+
+// The same in double, straight from the definition.
+std::vector<float> exact_product(Direction direction, int rows, int cols, int k) {
+  const ptrdiff_t a_stride = k + 3, w_stride = (direction == Direction::forward ? k : cols) + 5;
+  const int w_rows = direction == Direction::forward ? cols : k;
+  const std::vector<bf16_t> a = bf16s(1 + rows * a_stride, 1), w = bf16s(1 + w_rows * w_stride, 2);
+  std::vector<float> result;
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < cols; ++j) {
+      double sum = 0;
+      for (int p = 0; p < k; ++p) {
+        const ptrdiff_t place = direction == Direction::forward ? j * w_stride + p : p * w_stride + j;
+        sum += double{to_float(a[static_cast<std::size_t>(1 + i * 7 % rows * a_stride + p)])} *
+               to_float(w[static_cast<std::size_t>(1 + place)]);
+      }
+      result.push_back(static_cast<float>(sum));
+    }
+  return result;
+}
+
+void check_close(const std::vector<float>& result, const std::vector<float>& truth, double tolerance) {
+  REQUIRE(result.size() == truth.size());
+  for (std::size_t i = 0; i < truth.size(); ++i) {
+    CAPTURE(i);
+    CHECK(std::abs(result[i] - truth[i]) <= tolerance);
+  }
+}
+
+void check_same_bf16(bf16_t ours, bf16_t truth, int steps) {
+  if (std::isnan(to_float(truth))) {
+    CHECK(std::isnan(to_float(ours)));
+  } else if (ours != truth) {
+    const auto order = [](bf16_t x) { return x & 0x8000 ? -(x & 0x7fff) : x & 0x7fff; };
+    CHECK(std::abs(order(ours) - order(truth)) <= steps);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("a product of packed panels, every tile height and width, odd k, unaligned strides") {
+  for_every_set([](const KernelSet& set) {
+    for (const Direction direction : {Direction::forward, Direction::backward})
+      for (int rows = 1; rows <= set.gemm.mr; ++rows)
+        for (const int cols : {1, 2, 7, set.gemm.nr / 2, set.gemm.nr / 2 + 1, set.gemm.nr - 1, set.gemm.nr})
+          for (const int k : {1, 2, 3, 15, 16, 17, 31, 32, 33, 100}) {
+            CAPTURE(rows);
+            CAPTURE(cols);
+            CAPTURE(k);
+            const std::vector<float> truth = exact_product(direction, rows, cols, k);
+            check_close(product(set, direction, rows, cols, k, false), truth, 1e-5 * std::sqrt(k) + 1e-6);
+            check_close(product(set, direction, rows, cols, k, true), truth, 1e-5 * std::sqrt(k) + 1e-5);
+          }
+  });
+}
+
+TEST_CASE("packing reads nothing but its rows: a NaN beside them stays out") {
+  for_every_set([](const KernelSet& set) {
+    const GemmKernels& gemm = set.gemm;
+    const int k = 5, cols = 3;
+    std::vector<bf16_t> a(static_cast<std::size_t>(k + 64), to_bf16(kNan)), w(64 * 8, to_bf16(kNan));
+    for (int p = 0; p < k; ++p) a[static_cast<std::size_t>(p)] = to_bf16(1.0f);
+    for (int p = 0; p < k; ++p)
+      for (int j = 0; j < cols; ++j) w[static_cast<std::size_t>(p * 8 + j)] = to_bf16(2.0f);
+    const Panel pa(gemm, gemm.mr, k), pb(gemm, gemm.nr, k);
+    gemm.pack_a({a.data(), 64, nullptr}, 1, k, pa.data.get());
+    gemm.pack_b_rows({w.data(), 8, nullptr}, k, cols, pb.data.get());
+    std::vector<float> c(static_cast<std::size_t>(gemm.nr));
+    gemm.micro_kernel(1, cols, k, pa.data.get(), pb.data.get(), c.data(), gemm.nr, 0);
+    for (int j = 0; j < cols; ++j) CHECK(c[static_cast<std::size_t>(j)] == 10.0f);
+  });
+}
+
+TEST_CASE("transpose") {
+  for_every_set([](const KernelSet& set) {
+    for (const int rows : {1, 7, 16, 33})
+      for (const int cols : {1, 8, 17, 40}) {
+        const std::vector<float> src = floats(rows * (cols + 1), 4);
+        std::vector<float> dst(static_cast<std::size_t>(cols * (rows + 2)), -1.0f);
+        set.epilogue.transpose(src.data(), cols + 1, rows, cols, dst.data(), rows + 2);
+        for (int j = 0; j < cols; ++j)
+          for (int i = 0; i < rows + 2; ++i)
+            CHECK(dst[static_cast<std::size_t>(j * (rows + 2) + i)] ==
+                  (i < rows ? src[static_cast<std::size_t>(i * (cols + 1) + j)] : -1.0f));
+      }
+  });
+}
+
+TEST_CASE("add_scaled and round_scaled touch n elements and no more") {
+  for_every_set([](const KernelSet& set) {
+    for (const int n : {0, 1, 7, 8, 15, 16, 17, 50}) {
+      const std::vector<float> x = floats(n + 1, 5);
+      std::vector<float> y = floats(n + 1, 6), y_scalar = y;
+      set.epilogue.add_scaled(n, 0.3f, x.data(), y.data());
+      scalar_set().epilogue.add_scaled(n, 0.3f, x.data(), y_scalar.data());
+      check_close(y, y_scalar, 1e-6);
+      std::vector<bf16_t> r(static_cast<std::size_t>(n) + 1, 77), r_scalar = r;
+      set.epilogue.round_scaled(n, 0.3f, x.data(), r.data());
+      scalar_set().epilogue.round_scaled(n, 0.3f, x.data(), r_scalar.data());
+      CHECK(r == r_scalar);
+      CHECK(r.back() == 77);
+    }
+  });
+}
+
+TEST_CASE("rounding to bf16 is to nearest even, and keeps NaN, infinity and denormals") {
+  const std::vector<float> special{0.0f,      -0.0f,        kInf,    -kInf,       kNan,     -kNan,
+                                   1e-40f,    -1e-41f,      3.4e38f, 1.0039f,     1.0f,     1.0117f,
+                                   1.001953f, 1.005859375f, -2.5f,   65504.0f,    1.1e-38f, 9.2e-41f,
+                                   7.0f,      3.0f,         -1e30f,  0.333333333f};
+  for_every_set([&](const KernelSet& set) {
+    std::vector<bf16_t> rounded(special.size());
+    set.decode.from_f32(static_cast<int>(special.size()), special.data(), rounded.data());
+    for (std::size_t i = 0; i < special.size(); ++i) {
+      CAPTURE(special[i]);
+      if (std::isnan(special[i]))
+        CHECK(std::isnan(to_float(rounded[i])));
+      else
+        CHECK(rounded[i] == to_bf16(special[i]));
+    }
+  });
+}
+
+TEST_CASE("every half-precision number decodes as in the scalar set") {
+  std::vector<std::uint16_t> halves;
+  for (int bits = 0; bits < 65536; ++bits) halves.push_back(static_cast<std::uint16_t>(bits));
+  std::vector<bf16_t> truth(halves.size());
+  scalar_set().decode.from_f16(65536, halves.data(), truth.data());
+  CHECK(to_float(truth[0x3c00]) == 1.0f);
+  CHECK(to_float(truth[0xc000]) == -2.0f);
+  CHECK(to_float(truth[0x0001]) == 0x1p-24f);
+  CHECK(to_float(truth[0x7c00]) == kInf);
+  for_every_set([&](const KernelSet& set) {
+    std::vector<bf16_t> ours(halves.size());
+    set.decode.from_f16(65535, halves.data(), ours.data());
+    ours.back() = truth.back();
+    for (std::size_t i = 0; i < truth.size(); ++i)
+      if (ours[i] != truth[i] && !(std::isnan(to_float(ours[i])) && std::isnan(to_float(truth[i]))))
+        FAIL_CHECK(i);
+  });
+}
+
+TEST_CASE("SiLU forward and backward agree with the scalar set, also far out and on NaN") {
+  std::vector<float> g = floats(203, 7), u = floats(203, 8), dh = floats(203, 9);
+  for (std::size_t i = 0; i < g.size(); ++i) g[i] *= 10.0f;
+  const std::vector<float> special{0.0f,  -0.0f,   60.0f,   -60.0f,   87.5f, -87.5f,
+                                   90.0f, -104.0f, 1000.0f, -1000.0f, kNan,  kInf};
+  std::copy(special.begin(), special.end(), g.begin() + 20);
+  for_every_set([&](const KernelSet& set) {
+    for (const int n : {1, 8, 13, 32, 203}) {
+      const auto size = static_cast<std::size_t>(n) + 1;
+      std::vector<std::vector<bf16_t>> ours(6, std::vector<bf16_t>(size, 77)), truth = ours;
+      set.epilogue.silu.forward(n, g.data(), u.data(), ours[0].data(), ours[1].data(), ours[2].data());
+      scalar_set().epilogue.silu.forward(n, g.data(), u.data(), truth[0].data(), truth[1].data(),
+                                         truth[2].data());
+      const float dot = set.epilogue.silu.backward(n, dh.data(), 0.7f, truth[0].data(), truth[1].data(),
+                                                   ours[3].data(), ours[4].data(), ours[5].data());
+      const float dot_truth =
+          scalar_set().epilogue.silu.backward(n, dh.data(), 0.7f, truth[0].data(), truth[1].data(),
+                                              truth[3].data(), truth[4].data(), truth[5].data());
+      if (std::isnan(dot_truth))
+        CHECK(std::isnan(dot));
+      else
+        CHECK(dot == doctest::Approx(dot_truth).epsilon(1e-5));
+      for (std::size_t i = 0; i < ours.size(); ++i) {
+        CHECK(ours[i].back() == 77);
+        for (std::size_t j = 0; j + 1 < size; ++j) {
+          CAPTURE(i);
+          CAPTURE(j);
+          CAPTURE(g[j]);
+          if (std::abs(to_float(truth[i][j])) < 1e-30f && std::abs(to_float(ours[i][j])) < 1e-30f) continue;
+          check_same_bf16(ours[i][j], truth[i][j], 1);
+        }
+      }
+    }
+  });
+}
+
+TEST_CASE("the registry: unknown and absent sets are refused, empty slots are filled from below") {
+  CHECK_THROWS_WITH_AS(kernel_set("mmx", cpu_features()), doctest::Contains("wanted one of scalar, avx2"),
+                       ValueError);
+  CHECK_THROWS_WITH_AS(kernel_set("avx2", 0), doctest::Contains("this CPU lacks avx2"), ValueError);
+  CHECK_THROWS_AS(kernel_set("amx", ~0u), ValueError);
+  CHECK(best_isa(0) == "scalar");
+  for_every_set([](const KernelSet& set) {
+    CHECK(static_cast<bool>(set.gemm.micro_kernel));
+    CHECK(static_cast<bool>(set.epilogue.transpose));
+    CHECK(static_cast<bool>(set.epilogue.silu.backward));
+    CHECK(static_cast<bool>(set.decode.from_f16));
+  });
+}

@@ -1,0 +1,112 @@
+#include "cpu/worker_pool.h"
+
+#include <doctest/doctest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+using namespace kt;
+
+namespace {
+
+// Every task once, by a worker in range, never two at a time under one worker's number.
+void check_loop(WorkerPool& pool, int tasks) {
+  const auto claim = pool.claim();
+  std::vector<std::atomic<int>> runs(static_cast<std::size_t>(tasks));
+  std::vector<std::atomic<int>> inside(static_cast<std::size_t>(pool.threads()));
+  std::atomic<int> wrong{0};
+  pool.parallel_for(tasks, [&](int task, int worker) {
+    if (worker < 0 || worker >= pool.threads()) ++wrong;
+    if (inside[static_cast<std::size_t>(worker)]++ != 0) ++wrong;
+    ++runs[static_cast<std::size_t>(task)];
+    --inside[static_cast<std::size_t>(worker)];
+  });
+  CHECK(wrong == 0);
+  for (const auto& n : runs) CHECK(n == 1);
+}
+
+}  // namespace
+
+TEST_CASE("every task runs once") {
+  for (const int threads : {1, 2, 5}) {
+    WorkerPool pool(threads);
+    for (const int tasks : {0, 1, 2, 3, 100, 5000}) check_loop(pool, tasks);
+  }
+}
+
+TEST_CASE("many short loops") {
+  WorkerPool pool(4);
+  const auto claim = pool.claim();
+  std::atomic<int> sum{0};
+  for (int i = 0; i < 3000; ++i) pool.parallel_for(4, [&](int task, int) { sum += task; });
+  CHECK(sum == 3000 * 6);
+}
+
+TEST_CASE("the first exception reaches the caller and the pool stays usable") {
+  WorkerPool pool(3);
+  {
+    const auto claim = pool.claim();
+    std::atomic<int> started{0};
+    CHECK_THROWS_WITH_AS(pool.parallel_for(100000,
+                                           [&](int, int) {
+                                             ++started;
+                                             throw std::runtime_error("no");
+                                           }),
+                         "no", std::runtime_error);
+    CHECK(started < 100000);
+  }
+  check_loop(pool, 100);
+}
+
+TEST_CASE("a loop inside a task runs in that task's thread") {
+  WorkerPool pool(3);
+  const auto claim = pool.claim();
+  std::atomic<int> sum{0};
+  pool.parallel_for(8, [&](int, int) {
+    const auto me = std::this_thread::get_id();
+    pool.parallel_for(10, [&](int, int) { sum += std::this_thread::get_id() == me; });
+  });
+  CHECK(sum == 80);
+}
+
+TEST_CASE("callers from several threads take turns") {
+  WorkerPool pool(2);
+  std::vector<std::thread> callers;
+  std::atomic<int> sum{0}, inside{0}, wrong{0};
+  for (int i = 0; i < 4; ++i)
+    callers.emplace_back([&] {
+      for (int round = 0; round < 50; ++round) {
+        const auto claim = pool.claim();
+        if (inside++ != 0) ++wrong;
+        pool.parallel_for(16, [&](int, int) { ++sum; });
+        --inside;
+      }
+    });
+  for (std::thread& caller : callers) caller.join();
+  CHECK(sum == 4 * 50 * 16);
+  CHECK(wrong == 0);
+}
+
+TEST_CASE("a forked child has threads of its own") {
+  WorkerPool pool(3);
+  check_loop(pool, 10);
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(20);  // a hang ends the child, not the test
+    std::atomic<int> sum{0};
+    {
+      const auto claim = pool.claim();
+      pool.parallel_for(100, [&](int task, int) { sum += task; });
+    }
+    _exit(sum == 4950 ? 0 : 1);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  CHECK(WIFEXITED(status));
+  CHECK(WEXITSTATUS(status) == 0);
+  check_loop(pool, 10);
+}
