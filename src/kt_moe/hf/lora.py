@@ -206,7 +206,9 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
         layers = {name: module for name, module in model.named_modules() if isinstance(module, KtLoraExperts)}
         stacked: dict[str, Tensor] = {}
         for name, layer in layers.items():
-            stacked |= fused_to_stacked(state_dict, name, layer.base_layer, adapter_name)
+            if adapter_name in layer.r:
+                rank = layer.r[adapter_name]
+                stacked |= fused_to_stacked(state_dict, name, layer.base_layer, rank, adapter_name)
         rest = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return {**rest, **stacked}
 

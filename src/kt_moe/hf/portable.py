@@ -37,7 +37,7 @@ def split_by_expert(
 
 
 def fused_to_stacked(
-    state_dict: dict[str, Tensor], path: str, experts: Any, adapter_name: str
+    state_dict: dict[str, Tensor], path: str, experts: Any, rank: int, adapter_name: str
 ) -> dict[str, Tensor]:
     """Take the fused tensors of the experts at `path` out of `state_dict`.
 
@@ -45,40 +45,46 @@ def fused_to_stacked(
         state_dict: as PEFT converted it; the tensors found are removed.
         path: of the tuner layer in the model.
         experts: has num_experts and intermediate_dim.
+        rank: r of the adapter.
 
     Returns:
         the same tensors under the model's keys, `{path}.lora_A.{adapter}.gate` and so on.
 
     Raises:
-        ValueError: an adapter for another number of experts, or one trained fused that cannot be split.
+        ValueError: an adapter of another rank or number of experts, or one trained fused that does not split.
     """
-    e, i = experts.num_experts, experts.intermediate_dim
+    e, i, r = experts.num_experts, experts.intermediate_dim, rank
     stacked: dict[tuple[str, str], Tensor] = {}
     for prefix in (path, _PREFIX + path):
-        gate_up_a = state_dict.pop(f"{prefix}.base_layer.lora_A.weight", None)
-        gate_up_b = state_dict.pop(f"{prefix}.base_layer.lora_B.weight", None)
-        down_a = state_dict.pop(f"{prefix}.lora_A.weight", None)
-        down_b = state_dict.pop(f"{prefix}.lora_B.weight", None)
-        if gate_up_a is not None and gate_up_b is not None:
-            a, b = _unflatten(gate_up_a, gate_up_b, e, path)
-            r = a.shape[1] // 2
+        gate_up = _pop_pair(state_dict, f"{prefix}.base_layer", e * 2 * r)
+        down = _pop_pair(state_dict, prefix, e * r)
+        if gate_up is not None:
+            a, b = _unflatten(*gate_up, e)
             if b[:, :i, r:].any() or b[:, i:, :r].any():
                 raise ValueError(
-                    f"the adapter of {path} was trained on fused experts; its gate and up share one LoRA"
+                    f"the adapter of {path} was trained on fused experts: gate and up share a LoRA"
                 )
             stacked["A", "gate"], stacked["A", "up"] = a[:, :r], a[:, r:]
             stacked["B", "gate"], stacked["B", "up"] = b[:, :i, :r], b[:, i:, r:]
-        if down_a is not None and down_b is not None:
-            stacked["A", "down"], stacked["B", "down"] = _unflatten(down_a, down_b, e, path)
+        if down is not None:
+            stacked["A", "down"], stacked["B", "down"] = _unflatten(*down, e)
     return {f"{path}.lora_{m}.{adapter_name}.{p}": t.contiguous() for (m, p), t in stacked.items()}
 
 
-def _unflatten(a: Tensor, b: Tensor, num_experts: int, path: str) -> tuple[Tensor, Tensor]:
-    """[r * E, in] expert-major and [out, r * E] expert fastest -> [E, r, in] and [E, out, r]."""
-    if a.shape[0] % num_experts or a.shape[0] != b.shape[1]:
+def _pop_pair(state_dict: dict[str, Tensor], path: str, total_rank: int) -> tuple[Tensor, Tensor] | None:
+    a = state_dict.pop(f"{path}.lora_A.weight", None)
+    b = state_dict.pop(f"{path}.lora_B.weight", None)
+    if a is None or b is None:
+        return None
+    if not a.shape[0] == b.shape[1] == total_rank:
         raise ValueError(
-            f"the adapter of {path} is for another number of experts: "
-            f"lora_A has {a.shape[0]} rows, which do not divide into {num_experts}"
+            f"the adapter of {path} has another rank or number of experts than the model: all experts' ranks "
+            f"together are {a.shape[0]}, wanted {total_rank}"
         )
-    r = a.shape[0] // num_experts
-    return a.view(num_experts, r, -1), b.reshape(b.shape[0], r, num_experts).permute(2, 0, 1)
+    return a, b
+
+
+def _unflatten(a: Tensor, b: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """[r * E, in] expert-major and [out, r * E] expert fastest -> [E, r, in] and [E, out, r]."""
+    a = a.view(num_experts, -1, a.shape[1])
+    return a, b.reshape(b.shape[0], a.shape[1], num_experts).permute(2, 0, 1)

@@ -1,0 +1,298 @@
+"""Adapters on disk: what plain PEFT reads, what a full disk leaves, what a merge writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import save_tiny_checkpoint, tokens
+from torch import Tensor
+
+import kt_moe
+from kt_moe.hf import KtLoraExperts, KtMoeConfig
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
+]
+
+ALL_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 4}  # no rounding can change the routing
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("qwen3"), shards=3, **ALL_EXPERTS)
+
+
+def load(path: Path, *, kt: bool = True, dtype: torch.dtype = torch.float32) -> Any:
+    quantization = {"quantization_config": KtMoeConfig()} if kt else {}
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **quantization).eval()
+
+
+def with_lora(path: Path, targets: Any = ("experts",), *, seed: int = 0, **options: Any) -> Any:
+    torch.manual_seed(seed)
+    options = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, **options}
+    return get_peft_model(load(path), LoraConfig(target_modules=list(targets), **options)).eval()
+
+
+def error(ours: Tensor, reference: Tensor) -> float:
+    difference = ours.detach().double() - reference.detach().double()
+    return float(difference.norm() / reference.detach().double().norm())
+
+
+PLAIN = """
+import sys, torch, transformers, peft
+base, out, *adapters = sys.argv[1:]
+tokens = torch.load(out)
+result = {}
+for adapter in adapters:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        model = peft.PeftModel.from_pretrained(model, adapter).eval()
+        with torch.no_grad():
+            result[adapter, dtype] = model(tokens).logits
+assert "kt_moe" not in sys.modules
+torch.save(result, out)
+"""
+
+
+def test_plain_transformers_and_peft_read_it(checkpoint: Path, tmp_path: Path) -> None:
+    """In a process that never imports kt_moe: the same logits, in float32 and in bf16."""
+    logits: dict[tuple[str, torch.dtype], Tensor] = {}
+    for name, targets in (("experts", ["experts"]), ("mixed", ["q_proj", "v_proj", "experts"])):
+        model = with_lora(checkpoint, targets, lora_dropout=0.1, use_rslora=name == "mixed")
+        adapter = str(tmp_path / name)
+        kt_moe.save_adapter(model, adapter)
+        for dtype in (torch.float32, torch.bfloat16):
+            ours = kt_moe.load_adapter(load(checkpoint, dtype=dtype), adapter)
+            logits[adapter, dtype] = ours(tokens()).logits
+        assert torch.equal(logits[adapter, torch.float32], model(tokens()).logits)
+
+    out = tmp_path / "logits.pt"
+    torch.save(tokens(), out)
+    adapters = list(dict.fromkeys(adapter for adapter, _ in logits))
+    subprocess.run([sys.executable, "-c", PLAIN, str(checkpoint), str(out), *adapters], check=True)
+    plain = torch.load(out)
+    for adapter in adapters:
+        reference = plain[adapter, torch.float32]
+        allowed = error(plain[adapter, torch.bfloat16], reference)
+        assert error(logits[adapter, torch.float32], reference) <= allowed < 0.05
+        assert error(logits[adapter, torch.bfloat16], reference) <= 1.2 * allowed  # attention rounds in both
+
+
+def test_what_is_written(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    kt_moe.save_adapter(with_lora(checkpoint, ["q_proj", "experts"]), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", CONFIG, WEIGHTS]
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["target_modules"] == ["down_proj", "gate_proj", "q_proj", "up_proj"]
+    assert config["base_model_name_or_path"] == str(checkpoint)
+    assert (config["r"], config["lora_alpha"], config["inference_mode"]) == (4, 8, True)
+    assert (config["rank_pattern"], config["alpha_pattern"]) == ({}, {})
+    tensors = safetensors.torch.load_file(tmp_path / WEIGHTS)
+    assert len(tensors) == 2 * 2 + 2 * 4 * 3 * 2
+    prefix = "base_model.model.model.layers.1.mlp.experts.3"
+    assert tensors[f"{prefix}.gate_proj.lora_A.weight"].shape == (4, 32)
+    assert tensors[f"{prefix}.down_proj.lora_B.weight"].shape == (32, 4)
+
+
+def test_mixtral_names(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path / "base", "mixtral")
+    kt_moe.save_adapter(with_lora(tmp_path / "base"), tmp_path / "adapter")
+    tensors = safetensors.torch.load_file(tmp_path / "adapter" / WEIGHTS)
+    assert "base_model.model.model.layers.0.block_sparse_moe.experts.7.w2.lora_A.weight" in tensors
+    plain = PeftModel.from_pretrained(load(tmp_path / "base", kt=False), tmp_path / "adapter")
+    ours = kt_moe.load_adapter(load(tmp_path / "base"), tmp_path / "adapter")
+    by_token = (plain(tokens()).logits - ours(tokens()).logits).norm(dim=-1)
+    assert by_token.median() < 1e-2 * plain(tokens()).logits.norm(dim=-1).median()
+
+
+def test_a_named_adapter(checkpoint: Path, tmp_path: Path) -> None:
+    model = with_lora(checkpoint)
+    model.add_adapter("b", LoraConfig(target_modules=["experts"], r=2, init_lora_weights=False))
+    kt_moe.save_adapter(model, tmp_path, adapter_name="b")
+    again = kt_moe.load_adapter(with_lora(checkpoint), tmp_path, adapter_name="c", is_trainable=True)
+    assert again.active_adapters == ["default"]
+    layers = [[m for m in x.modules() if isinstance(m, KtLoraExperts)] for x in (model, again)]
+    for old, new in zip(*layers, strict=True):
+        for a, b in zip(old.lora_B["b"].values(), new.lora_B["c"].values(), strict=True):
+            assert torch.equal(a, b)
+            assert b.requires_grad
+    with pytest.raises(ValueError, match=r"adapter_name is 'x', the model's adapters are \['b', 'default'\]"):
+        kt_moe.save_adapter(model, tmp_path, adapter_name="x")
+    with pytest.raises(ValueError, match=r"the model's adapters are \[\]"):
+        kt_moe.save_adapter(load(checkpoint), tmp_path)
+
+
+def test_old_adapter_with_one_key_an_expert(checkpoint: Path, tmp_path: Path) -> None:
+    """As PEFT wrote them when experts were lists of nn.Linear: arithmetic by hand on the base weights."""
+    generator = torch.Generator().manual_seed(0)
+    reference = load(checkpoint, kt=False)
+    tensors = {}
+    for layer, e in ((layer, e) for layer in range(2) for e in range(4)):
+        experts = reference.model.layers[layer].mlp.experts
+        for name, (out, into) in {"gate_proj": (24, 32), "up_proj": (24, 32), "down_proj": (32, 24)}.items():
+            a, b = torch.randn(2, into, generator=generator), torch.randn(out, 2, generator=generator) / 8
+            key = f"base_model.model.model.layers.{layer}.mlp.experts.{e}.{name}"
+            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = a, b
+            weight = experts.down_proj.data if name == "down_proj" else experts.gate_up_proj.data
+            rows = slice(24, 48) if name == "up_proj" else slice(0, out)
+            weight[e, rows] += 6 / 2 * b @ a
+    safetensors.torch.save_file(tensors, tmp_path / WEIGHTS)
+    LoraConfig(r=2, lora_alpha=6, target_modules=["gate_proj", "up_proj", "down_proj"]).save_pretrained(
+        tmp_path
+    )
+    ours = kt_moe.load_adapter(load(checkpoint), tmp_path)
+    assert error(ours(tokens()).logits, reference(tokens()).logits) < 2e-2
+    assert error(load(checkpoint)(tokens()).logits, reference(tokens()).logits) > 0.1
+
+
+# What is wrong is said
+
+
+def edit(directory: Path, change: Any) -> None:
+    tensors = safetensors.torch.load_file(directory / WEIGHTS)
+    safetensors.torch.save_file(change(tensors), directory / WEIGHTS)
+
+
+def without(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in tensors.items() if part not in key}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: without(t, "layers.1"), r"lacks 6 keys .*layers\.1\.mlp\.experts"),
+        (lambda t: {**t, "base_model.model.model.x.lora_A.weight": torch.ones(4, 4)}, r"has unknown 1 keys"),
+        (
+            lambda t: without(t, "experts.3"),
+            r"another rank or number of experts .* are 24, wanted 32",
+        ),
+    ],
+    ids=["missing", "unknown", "experts"],
+)
+def test_adapter_that_does_not_fit(change: Any, message: str, checkpoint: Path, tmp_path: Path) -> None:
+    kt_moe.save_adapter(with_lora(checkpoint), tmp_path)
+    edit(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        kt_moe.load_adapter(load(checkpoint), tmp_path)
+
+
+def test_adapter_trained_on_fused_experts(checkpoint: Path, tmp_path: Path) -> None:
+    config = LoraConfig(
+        target_parameters=["experts.gate_up_proj"], target_modules=[], init_lora_weights=False
+    )
+    get_peft_model(load(checkpoint, kt=False), config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"target_parameters has .*gate_up_proj.*use target_modules"):
+        kt_moe.load_adapter(load(checkpoint), tmp_path)
+
+
+def test_no_adapter(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"no {CONFIG} in {tmp_path}"):
+        kt_moe.load_adapter(load(checkpoint), tmp_path)
+    with pytest.raises(FileNotFoundError, match=rf"no {CONFIG} and {WEIGHTS} in {tmp_path}"):
+        kt_moe.merge_adapter(checkpoint, tmp_path, tmp_path / "out")
+
+
+def half_written(tensors: Any, path: Path, **_: Any) -> None:
+    Path(path).write_bytes(b"half")
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_leaves_the_old_adapter(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kt_moe.save_adapter(with_lora(checkpoint), tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    other = with_lora(checkpoint, seed=1, r=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", half_written)
+        with pytest.raises(OSError, match="No space left"):
+            kt_moe.save_adapter(other, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            LoraConfig, "save_pretrained", lambda self, path: half_written(None, Path(path) / CONFIG)
+        )
+        with pytest.raises(OSError, match="No space left"):
+            kt_moe.save_adapter(other, tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    kt_moe.save_adapter(other, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == set(before)
+    assert (tmp_path / WEIGHTS).read_bytes() != before[WEIGHTS]
+
+
+# Merging
+
+
+@pytest.fixture
+def adapter(checkpoint: Path, tmp_path: Path) -> Path:
+    kt_moe.save_adapter(with_lora(checkpoint, ["q_proj", "experts"]), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_merged_checkpoint(checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    kt_moe.merge_adapter(checkpoint, adapter, out)
+    assert {p.name for p in out.iterdir()} == {p.name for p in checkpoint.iterdir()}
+    plain = PeftModel.from_pretrained(load(checkpoint, kt=False), adapter)(tokens()).logits
+    assert error(load(out, kt=False)(tokens()).logits, plain) < 1e-5
+    assert error(load(out)(tokens()).logits, plain) < 2e-2
+    assert error(load(checkpoint, kt=False)(tokens()).logits, plain) > 0.1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "merged"]
+
+
+def test_merge_with_patterns_and_rslora(checkpoint: Path, tmp_path: Path) -> None:
+    options = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}, "use_rslora": True}
+    kt_moe.save_adapter(with_lora(checkpoint, ["q_proj", "v_proj"], **options), tmp_path / "a")
+    kt_moe.merge_adapter(checkpoint, tmp_path / "a", tmp_path / "out")
+    plain = PeftModel.from_pretrained(load(checkpoint, kt=False), tmp_path / "a")(tokens()).logits
+    assert error(load(tmp_path / "out", kt=False)(tokens()).logits, plain) < 1e-5
+
+
+def test_merge_refuses(checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"output is .*, which exists already"):
+        kt_moe.merge_adapter(checkpoint, adapter, adapter)
+    with pytest.raises(FileNotFoundError, match=r"no \.safetensors in"):
+        kt_moe.merge_adapter(tmp_path / "nowhere", adapter, tmp_path / "out")
+    other = save_tiny_checkpoint(
+        tmp_path / "other", **{**ALL_EXPERTS, "num_experts": 3, "num_experts_per_tok": 2}
+    )
+    with pytest.raises(ValueError, match=r"lacks 6 weights that the adapter changes: .*experts\.3"):
+        kt_moe.merge_adapter(other, adapter, tmp_path / "out")
+    narrow = save_tiny_checkpoint(tmp_path / "narrow", moe_intermediate_size=16, **ALL_EXPERTS)
+    with pytest.raises(ValueError, match=r"is \[\d+, \d+\], the adapter is for \[\d+, \d+\]"):
+        kt_moe.merge_adapter(narrow, adapter, tmp_path / "out")
+    config = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps({**config, "use_dora": True}))
+    with pytest.raises(ValueError, match="has use_dora, which merge_adapter does not know"):
+        kt_moe.merge_adapter(checkpoint, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fault", ["flipped", "full"])
+def test_merge_checks_what_it_wrote(
+    fault: str, checkpoint: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file = safetensors.torch.save_file
+
+    def flipped(tensors: dict[str, Tensor], path: Path, **kwargs: Any) -> None:
+        save_file(tensors, path, **kwargs)
+        with open(path, "r+b") as file:
+            file.seek(-1, 2)
+            last = file.read(1)[0]
+            file.seek(-1, 2)
+            file.write(bytes([last ^ 1]))
+
+    monkeypatch.setattr(safetensors.torch, "save_file", flipped if fault == "flipped" else half_written)
+    with pytest.raises(OSError, match="reads back from .* differently" if fault == "flipped" else "No space"):
+        kt_moe.merge_adapter(checkpoint, adapter, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
