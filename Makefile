@@ -26,7 +26,7 @@ help:  ## list the targets
 .venv: $(VENV)/.deps  ## the virtual environment with everything constraints.txt pins
 
 $(VENV)/.created:
-	tools/require.sh python
+	.ci/require.sh python
 	$(BASE_PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
@@ -40,7 +40,7 @@ $(VENV)/.deps: $(VENV)/.created constraints.txt pyproject.toml
 build: $(VENV)/.installed  ## build kt_moe and install it in the virtual environment
 
 $(VENV)/.installed: $(VENV)/.deps $(SOURCES)
-	tools/require.sh compiler headers
+	.ci/require.sh compiler headers
 	$(PIP) install --quiet --no-deps --no-build-isolation --force-reinstall .
 	@touch $@
 
@@ -53,7 +53,7 @@ demo-check: build  ## the demo's run again in plain transformers + PEFT: losses 
 test: test-cpp test-py  ## all tests, C++ first
 
 test-cpp: $(VENV)/.deps  ## C++ tests
-	tools/require.sh compiler doctest
+	.ci/require.sh compiler doctest
 	cmake --preset dev
 	cmake --build --preset dev
 	ctest --preset dev
@@ -73,20 +73,20 @@ format: $(VENV)/.deps  ## let ruff and clang-format rewrite the sources
 	clang-format -i $(CPP_SOURCES)
 
 asan: $(VENV)/.deps  ## C++ tests under the address and undefined-behaviour sanitizers
-	tools/require.sh compiler doctest
+	.ci/require.sh compiler doctest
 	cmake --preset asan
 	cmake --build --preset asan
 	ctest --preset asan
 
 # gcc 12's thread sanitizer cannot map its shadow under wide address-space randomisation: setarch -R.
 tsan: $(VENV)/.deps  ## C++ tests under the thread sanitizer
-	tools/require.sh compiler doctest
+	.ci/require.sh compiler doctest
 	cmake --preset tsan
 	cmake --build --preset tsan
 	setarch -R ctest --preset tsan
 
 wheel: $(VENV)/.deps  ## a wheel for this Python in dist/
-	tools/require.sh compiler headers
+	.ci/require.sh compiler headers
 	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:  ## remove the build and the virtual environment

@@ -43,7 +43,9 @@ class Checkpoint:
 @final
 class Experts:
     @staticmethod
-    def from_tensors(gate: Tensor, up: Tensor, down: Tensor, activation: str, runtime: Runtime) -> Experts: ...
+    def from_tensors(
+        gate: Tensor, up: Tensor, down: Tensor, activation: str, runtime: Runtime
+    ) -> Experts: ...
     @staticmethod
     def from_checkpoint(checkpoint: Checkpoint, layer: int, activation: str, runtime: Runtime) -> Experts: ...
     @property
@@ -64,7 +66,7 @@ class Experts:
         """Write the bf16 weights the kernels multiply by into three bf16 tensors."""
 
 def count_routes(topk_ids: Tensor, num_experts: int) -> int:
-    """Number of entries of topk_ids below num_experts; ValueError names the first one outside [0, num_experts]."""
+    """Number of entries of topk_ids below num_experts; ValueError names the first not in [0, num_experts]."""
 
 def forward(
     experts: Experts,

@@ -29,7 +29,7 @@ class Experts:
     """
 
     recompute: bool
-    """False: forward saves G and U (4 * I bytes a route). True: backward computes them again from the inputs."""
+    """False: forward saves G and U (4 * I bytes a route). True: backward computes them again."""
 
     def __init__(
         self,
@@ -43,8 +43,8 @@ class Experts:
     ) -> None:
         _check_format(format, _FORMATS)
         runtime = runtime or default_runtime()
-        weights = [t.detach().to("cpu").contiguous() for t in (gate, up, down)]
-        self._adopt(_core.Experts.from_tensors(*weights, activation, runtime._core), runtime)
+        gate, up, down = (t.detach().to("cpu").contiguous() for t in (gate, up, down))
+        self._adopt(_core.Experts.from_tensors(gate, up, down, activation, runtime._core), runtime)
 
     @classmethod
     def from_checkpoint(
@@ -71,7 +71,8 @@ class Experts:
         checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(path)
         runtime = runtime or default_runtime()
         self = cls.__new__(cls)
-        self._adopt(_core.Experts.from_checkpoint(checkpoint._core, layer, activation, runtime._core), runtime)
+        core = _core.Experts.from_checkpoint(checkpoint._core, layer, activation, runtime._core)
+        self._adopt(core, runtime)
         return self
 
     def _adopt(self, core: _core.Experts, runtime: Runtime) -> None:

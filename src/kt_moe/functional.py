@@ -1,6 +1,6 @@
 """The differentiable layer: routed experts on the CPU with LoRA fused in.
 
-The mathematics, for expert e with routed tokens X (Hu et al. 2021 for LoRA, Shazeer 2020 for the gated unit)::
+For expert e with routed tokens X (Hu et al. 2021 for LoRA, Shazeer 2020 for the gated unit)::
 
     G = X Wg' + s (X Ag') Bg'      U = X Wu' + s (X Au') Bu'      h = act(G) * U
     Y = h Wd' + s (h Ad') Bd'      out[t] = sum over k of topk_weights[t, k] * Y[route (t, k)]
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from kt_moe.experts import Experts
 
 PROJECTIONS = ("gate", "up", "down")
 LORA_NAMES = tuple(f"{p}_lora_{m}" for p in PROJECTIONS for m in "ab")
+_INPUT_NAMES = ("hidden_states", "topk_ids", "topk_weights")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -42,7 +43,8 @@ class Lora:
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}, wanted a probability in [0, 1)")
         if isinstance(self.scaling, tuple) and len(self.scaling) != len(PROJECTIONS):
-            raise ValueError(f"scaling has {len(self.scaling)} numbers, wanted one, or one each for {PROJECTIONS}")
+            count = len(self.scaling)
+            raise ValueError(f"scaling has {count} numbers, wanted one, or one each for {PROJECTIONS}")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}, wanted an integer in [0, 2**63)")
 
@@ -63,7 +65,7 @@ class _MoE(torch.autograd.Function):
         lora: Lora | None,
         *lora_tensors: Tensor | None,
     ) -> Tensor:
-        x, ids, weights = _on_cpu(hidden_states, torch.bfloat16), _on_cpu(topk_ids), _on_cpu(topk_weights, torch.float32)
+        x, ids, weights = _for_core(hidden_states, topk_ids, topk_weights)
         pairs = tuple(None if t is None else _on_cpu(t) for t in lora_tensors)
         call = _Call(experts, lora, any(t is not None for t in pairs))
         saved = None
@@ -80,19 +82,20 @@ class _MoE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         hidden_states, topk_ids, topk_weights, saved, *lora_tensors = ctx.saved_tensors
-        x, ids, weights = _on_cpu(hidden_states, torch.bfloat16), _on_cpu(topk_ids), _on_cpu(topk_weights, torch.float32)
+        x, ids, weights = _for_core(hidden_states, topk_ids, topk_weights)
         pairs = tuple(None if t is None else _on_cpu(t) for t in lora_tensors)
         needs_x, _, needs_weights, _, _, *needs_lora = ctx.needs_input_grad
 
         grad_x = torch.empty(x.shape, dtype=_result_dtype(hidden_states)) if needs_x else None
         grad_weights = torch.empty(weights.shape) if needs_weights else None
-        grad_lora = tuple(
+        grads = tuple(
             torch.empty_like(t) if t is not None and needed else None
             for t, needed in zip(pairs, needs_lora, strict=True)
         )
+        call: _Call = ctx.call
         _core.backward(
-            *ctx.call.arguments(x, ids, weights, pairs),
-            saved, _on_cpu(grad_out, torch.bfloat16), grad_x, grad_weights, grad_lora,
+            *call.arguments(x, ids, weights, pairs),
+            saved, _on_cpu(grad_out, torch.bfloat16), grad_x, grad_weights, cast("_core.LoraTensors", grads),
         )  # fmt: skip
         return (
             _like(grad_x, hidden_states),
@@ -100,7 +103,7 @@ class _MoE(torch.autograd.Function):
             _like(grad_weights, topk_weights),
             None,
             None,
-            *(_like(g, t) for g, t in zip(grad_lora, lora_tensors, strict=True)),
+            *(_like(g, t) for g, t in zip(grads, lora_tensors, strict=True)),
         )
 
 
@@ -138,8 +141,9 @@ class MoEFunction:
             down_lora_a, down_lora_b: [E, r, I] and [E, H, r].
 
         Returns:
-            [T, H] in the dtype and on the device of hidden_states. Gradients reach hidden_states, topk_weights
-            and every LoRA tensor; those of the LoRA tensors are accumulated in fp32 and have the tensor's dtype.
+            [T, H] in the dtype and on the device of hidden_states. Gradients reach hidden_states,
+            topk_weights and every LoRA tensor; those of the LoRA tensors are accumulated in fp32 and have the
+            tensor's dtype.
 
         Raises:
             ValueError: an argument has the wrong shape, dtype or range; the message names it.
@@ -148,12 +152,17 @@ class MoEFunction:
             raise TypeError(f"experts is a {type(experts).__name__}, wanted kt_moe.Experts")
         if lora is not None and not isinstance(lora, Lora):
             raise TypeError(f"lora is a {type(lora).__name__}, wanted kt_moe.Lora or None")
+        tensors = (gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b)
+        for name, tensor in zip(_INPUT_NAMES, (hidden_states, topk_ids, topk_weights), strict=True):
+            _check_tensor(name, tensor)
+        for name, lora_tensor in zip(LORA_NAMES, tensors, strict=True):
+            if lora_tensor is not None:
+                _check_tensor(name, lora_tensor)
         if hidden_states.dtype not in _FLOATS:
             raise ValueError(f"hidden_states is {hidden_states.dtype}, wanted bfloat16, float16 or float32")
         if not topk_weights.is_floating_point():
             raise ValueError(f"topk_weights is {topk_weights.dtype}, wanted a floating-point dtype")
-        tensors = (gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b)
-        out: Tensor = _MoE.apply(hidden_states, topk_ids, topk_weights, experts, lora, *tensors)
+        out: Tensor = _MoE.apply(hidden_states, topk_ids, topk_weights, experts, lora, *tensors)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -179,9 +188,11 @@ def moe(
     params = dict(lora_params or {})
     unknown = params.keys() - set(LORA_NAMES)
     if unknown:
-        raise ValueError(f"lora_params has the unknown keys {sorted(unknown)}, wanted some of {list(LORA_NAMES)}")
+        names = list(LORA_NAMES)
+        raise ValueError(f"lora_params has the unknown keys {sorted(unknown)}, wanted some of {names}")
     lora = Lora(scaling, dropout, seed)
-    return MoEFunction.apply(hidden_states, topk_ids, topk_weights, experts, lora, **params)
+    out: Tensor = MoEFunction.apply(hidden_states, topk_ids, topk_weights, experts, lora, **params)
+    return out
 
 
 class _Call:
@@ -195,13 +206,35 @@ class _Call:
         if self.dropout > 0 and lora.seed is None:
             self.seed = int(torch.randint(2**63 - 1, ()).item())
 
-    def arguments(self, x: Tensor, ids: Tensor, weights: Tensor, pairs: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
-        lora = pairs if self.has_lora else None
+    def arguments(
+        self, x: Tensor, ids: Tensor, weights: Tensor, pairs: tuple[Tensor | None, ...]
+    ) -> tuple[
+        _core.Experts,
+        Tensor,
+        Tensor,
+        Tensor,
+        _core.LoraTensors | None,
+        tuple[float, float, float],
+        float,
+        int,
+    ]:
+        lora = cast("_core.LoraTensors", pairs) if self.has_lora else None
         return self.experts._core, x, ids, weights, lora, self.scalings, self.dropout, self.seed
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}, wanted a torch.Tensor")
+    if value.is_meta:
+        raise ValueError(f"{name} is on meta, wanted a tensor with data")
 
 
 def _on_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+
+
+def _for_core(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _on_cpu(hidden_states, torch.bfloat16), _on_cpu(topk_ids), _on_cpu(topk_weights, torch.float32)
 
 
 def _result_dtype(hidden_states: Tensor) -> torch.dtype:

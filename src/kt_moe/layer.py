@@ -24,7 +24,8 @@ class MoELayer(nn.Module):
         use_rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023) instead of alpha / r.
         dtype: of the LoRA parameters, fp32 or bf16.
 
-    Parameters are named `{projection}_lora_a` and `{projection}_lora_b`. A starts Kaiming-uniform as in PEFT, B at zero.
+    Parameters are named `{projection}_lora_a` and `{projection}_lora_b`. A starts Kaiming-uniform as in PEFT,
+    B at zero.
     """
 
     def __init__(
@@ -50,7 +51,8 @@ class MoELayer(nn.Module):
         for projection in self.targets:
             into, out = (i, h) if projection == "down" else (h, i)
             a = torch.empty(e, rank, into, dtype=dtype)
-            nn.init.uniform_(a, -(into**-0.5), into**-0.5)  # kaiming_uniform_(a=sqrt(5)) of one [r, in] matrix
+            bound = into**-0.5  # that of kaiming_uniform_(a=sqrt(5)) on one [r, in] matrix
+            nn.init.uniform_(a, -bound, bound)
             setattr(self, f"{projection}_lora_a", nn.Parameter(a))
             setattr(self, f"{projection}_lora_b", nn.Parameter(torch.zeros(e, out, rank, dtype=dtype)))
 
@@ -61,7 +63,9 @@ class MoELayer(nn.Module):
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """[T, H], [T, K], [T, K] -> [T, H]; see `MoEFunction.apply`."""
         lora = self.lora if self.training else Lora(self.lora.scaling)
-        return MoEFunction.apply(hidden_states, topk_ids, topk_weights, self.experts, lora, **self.lora_params())
+        pairs = self.lora_params()
+        out: Tensor = MoEFunction.apply(hidden_states, topk_ids, topk_weights, self.experts, lora, **pairs)
+        return out
 
     def extra_repr(self) -> str:
         return f"{self.experts!r}, rank={self.rank}, alpha={self.alpha}, targets={self.targets}"

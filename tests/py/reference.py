@@ -1,4 +1,4 @@
-"""The layer in plain PyTorch: the truth (float64), the competitor (bf16 eager), and the truth of our rounding."""
+"""The layer in plain PyTorch: the truth (float64), the rival (bf16 eager), and our own rounding."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import linear, silu
 
 PROJECTIONS = ("gate", "up", "down")
 LORA_NAMES = tuple(f"{p}_lora_{m}" for p in PROJECTIONS for m in "ab")
@@ -53,14 +53,14 @@ def moe(
 
         def project(x: Tensor, i: int, e: int = e, token: Tensor = token, slot: Tensor = slot) -> Tensor:
             p = PROJECTIONS[i]
-            y = F.linear(x, weights[i][e])
+            y = linear(x, weights[i][e])
             if f"{p}_lora_a" not in lora:
                 return y
             dropped = x if masks is None else x * masks[p][token, slot].to(x.dtype)
-            return y + scaling[i] * F.linear(F.linear(dropped, lora[f"{p}_lora_a"][e]), lora[f"{p}_lora_b"][e])
+            return y + scaling[i] * linear(linear(dropped, lora[f"{p}_lora_a"][e]), lora[f"{p}_lora_b"][e])
 
         x = hidden_states[token]
-        y = project(F.silu(project(x, 0)) * project(x, 1), 2)
+        y = project(silu(project(x, 0)) * project(x, 1), 2)
         out = out.index_add(0, token, y * topk_weights[token, slot, None].to(y.dtype))
     return out
 
@@ -102,7 +102,7 @@ def run_rounded(problem: Problem, masks: Masks | None = None, p_drop: float = 0.
         P = {p: r(pairs[p].scale * (X * pairs[p].mask) @ pairs[p].a.T) for p in ("gate", "up")}
         G = X @ gate[e].T + P["gate"] @ pairs["gate"].b.T
         U = X @ up[e].T + P["up"] @ pairs["up"].b.T
-        h = r(F.silu(G) * U)
+        h = r(silu(G) * U)
         Pd = pairs["down"].scale * (h * pairs["down"].mask) @ pairs["down"].a.T
         out.index_add_(0, token, w * (h @ down[e].T + r(Pd) @ pairs["down"].b.T))
 
@@ -157,12 +157,12 @@ def _pairs(problem, lora, masks, token, slot, e, keep) -> dict[str, _Pair]:
 
 
 def _round(x: Tensor) -> Tensor:
-    """To bf16 and back. Through fp32, as the core has it there: rounding twice differs from once at ties only."""
+    """To bf16 and back. Through fp32, as the core holds it there."""
     return x.float().bfloat16().double()
 
 
 def dropout_masks(problem: Problem, p_drop: float, seed: int) -> Masks:
-    """The core's masks: a hash of (seed, projection, place in topk_ids, column), kept elements 1 / (1 - p_drop)."""
+    """The core's masks: a hash of seed, projection, place in topk_ids and column; kept: 1 / (1 - p_drop)."""
     T, K = problem.topk_ids.shape
     H, inner = problem.hidden_states.shape[1], problem.weights[0].shape[1]
 
@@ -187,4 +187,3 @@ def relative_error(result: Tensor, truth: Tensor) -> float:
     """|result - truth| / |truth|; the absolute error when the truth is zero."""
     norm = truth.double().norm().item()
     return (result.double() - truth.double()).norm().item() / (norm or 1.0)
-

@@ -31,10 +31,12 @@ def make_problem(
     """A layer problem with values of ordinary size.
 
     ranks: projection -> LoRA rank; a projection that is missing has none.
-    routing: "random" (distinct experts a token), "one" (all on expert 0), "repeat" (the same expert in several
+    routing: "random" (distinct experts a token), "one" (all on expert 0), "repeat" (an expert in several
         slots), "sparse" (a third of the slots has no route), "none".
     """
-    call = f"make_problem({T}, {H}, {inner}, {E}, {K}, {ranks}, {routing=}, {seed=}, {lora_dtype=}, {scaling=})"
+    call = (
+        f"make_problem({T}, {H}, {inner}, {E}, {K}, {ranks}, {routing=}, {seed=}, {lora_dtype=}, {scaling=})"
+    )
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:

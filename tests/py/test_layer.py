@@ -25,7 +25,7 @@ def runtime(request) -> kt_moe.Runtime:
 
 
 def assert_formula(ours: dict, problem: Problem, masks=None, p_drop: float = 0.0) -> None:
-    """Against float64 that rounds where the core rounds: what remains is fp32 accumulation and a rare flip."""
+    """Against float64 that rounds where the core rounds: what remains is fp32 accumulation and rare flips."""
     truth = reference.run_rounded(problem, masks, p_drop)
     assert ours.keys() == truth.keys()
     for name, value in ours.items():
@@ -122,7 +122,9 @@ def test_only_what_needs_a_gradient_gets_one(runtime):
             assert (leaf.grad is None) == (name != wanted)
         assert torch.equal(leaves[wanted].grad, everything[wanted])
     with torch.no_grad():
-        assert torch.equal(kt_moe.moe(x, problem.topk_ids, w, experts, lora, scaling=problem.scaling), everything["out"])
+        assert torch.equal(
+            kt_moe.moe(x, problem.topk_ids, w, experts, lora, scaling=problem.scaling), everything["out"]
+        )
 
 
 def test_nan_passes_through_as_nan_and_stays_in_its_token(runtime):

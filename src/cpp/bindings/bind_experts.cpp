@@ -15,8 +15,8 @@ namespace {
 
 constexpr auto kFloats = {DType::bf16, DType::f16, DType::f32};
 
-std::shared_ptr<Experts> from_tensors(py::handle gate, py::handle up, py::handle down, const std::string& activation,
-                                      std::shared_ptr<Runtime> runtime) {
+std::shared_ptr<Experts> from_tensors(py::handle gate, py::handle up, py::handle down,
+                                      const std::string& activation, std::shared_ptr<Runtime> runtime) {
   const std::array tensors{read_tensor(gate, "gate", kFloats, 3), read_tensor(up, "up", kFloats, 3),
                            read_tensor(down, "down", kFloats, 3)};
   const index_t e = tensors[0].dim(0), i = tensors[0].dim(1), h = tensors[0].dim(2);
@@ -27,10 +27,11 @@ std::shared_ptr<Experts> from_tensors(py::handle gate, py::handle up, py::handle
   const Activation act = activation_from(activation);
 
   const py::gil_scoped_release release;
-  return std::make_shared<Experts>(std::move(runtime), static_cast<int>(e), h, i, act, [&](int expert, Projection p) {
-    const Tensor& t = tensors[index_of(p)];
-    return Stack{t.data, t.dtype, t.dim(1), t.dim(2)}[expert];
-  });
+  return std::make_shared<Experts>(std::move(runtime), static_cast<int>(e), h, i, act,
+                                   [&](int expert, Projection p) {
+                                     const Tensor& t = tensors[index_of(p)];
+                                     return Stack{t.data, t.dtype, t.dim(1), t.dim(2)}[expert];
+                                   });
 }
 
 std::shared_ptr<Experts> from_checkpoint(const std::shared_ptr<ExpertIndex>& index, int layer,
@@ -66,7 +67,8 @@ void bind_experts(py::module_& m) {
       .def_property_readonly("num_experts", [](const Experts& e) { return e.weights().num_experts; })
       .def_property_readonly("hidden_size", [](const Experts& e) { return e.weights().hidden; })
       .def_property_readonly("intermediate_size", [](const Experts& e) { return e.weights().intermediate; })
-      .def_property_readonly("activation", [](const Experts& e) { return kt::name_of(e.weights().activation); })
+      .def_property_readonly("activation",
+                             [](const Experts& e) { return kt::name_of(e.weights().activation); })
       .def_property_readonly("format", [](const Experts&) { return "bf16"; })
       .def_property_readonly("nbytes", &Experts::nbytes)
       .def_property_readonly("shards", [](const Experts& e) { return e.runtime().shards(); })

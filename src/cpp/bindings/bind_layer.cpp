@@ -31,15 +31,18 @@ LoraPair read_pair(const ExpertWeights& w, Projection p, py::handle a, py::handl
   if (a.is_none()) return {};
   const bool down = p == Projection::down;
   const Stack& stack = w.of(p);
-  LoraPair pair{read_stack(a, name + "a", w.num_experts, -1, stack.cols, down ? "[E, r, I]" : "[E, r, H]"), {}, scaling};
+  LoraPair pair{read_stack(a, name + "a", w.num_experts, -1, stack.cols, down ? "[E, r, I]" : "[E, r, H]"),
+                {},
+                scaling};
   KT_CHECK(pair.rank() > 0, "{}a has rank 0, wanted at least 1 (or None)", name);
   pair.b = read_stack(b, name + "b", w.num_experts, stack.rows, pair.rank(),
                       down ? "[E, H, r] with the rank of down_lora_a" : "[E, I, r] with the rank of its A");
   return pair;
 }
 
-LayerInputs read_inputs(const ExpertWeights& w, py::handle hidden_states, py::handle topk_ids, py::handle topk_weights,
-                        const py::object& lora, const Scaling& scaling, float dropout, std::uint64_t seed) {
+LayerInputs read_inputs(const ExpertWeights& w, py::handle hidden_states, py::handle topk_ids,
+                        py::handle topk_weights, const py::object& lora, const Scaling& scaling,
+                        float dropout, std::uint64_t seed) {
   const Tensor x = read_tensor(hidden_states, "hidden_states", {DType::bf16}, 2);
   const Tensor ids = read_tensor(topk_ids, "topk_ids", {DType::i64, DType::i32}, 2);
   const Tensor weights = read_tensor(topk_weights, "topk_weights", {DType::f32}, 2);
@@ -74,23 +77,26 @@ Result read_result(const py::object& tensor, const std::string& name, const std:
   return {t.data, t.dtype};
 }
 
-void run_forward(const Experts& experts, py::handle hidden_states, py::handle topk_ids, py::handle topk_weights,
-                 const py::object& lora, const Scaling& scaling, float dropout, std::uint64_t seed,
-                 const py::object& saved, const py::object& out) {
+void run_forward(const Experts& experts, py::handle hidden_states, py::handle topk_ids,
+                 py::handle topk_weights, const py::object& lora, const Scaling& scaling, float dropout,
+                 std::uint64_t seed, const py::object& saved, const py::object& out) {
   const ExpertWeights& w = experts.weights();
-  const LayerInputs inputs = read_inputs(w, hidden_states, topk_ids, topk_weights, lora, scaling, dropout, seed);
+  const LayerInputs inputs =
+      read_inputs(w, hidden_states, topk_ids, topk_weights, lora, scaling, dropout, seed);
   const SavedGateUp kept = read_saved(saved, w, inputs);
   const Result result = read_result(out, "out", {inputs.hidden_states.rows, w.hidden});
   const py::gil_scoped_release release;
   forward(experts.runtime(), w, inputs, kept, result);
 }
 
-void run_backward(const Experts& experts, py::handle hidden_states, py::handle topk_ids, py::handle topk_weights,
-                  const py::object& lora, const Scaling& scaling, float dropout, std::uint64_t seed,
-                  const py::object& saved, py::handle grad_out, const py::object& grad_hidden,
-                  const py::object& grad_weights, const py::object& grad_lora) {
+void run_backward(const Experts& experts, py::handle hidden_states, py::handle topk_ids,
+                  py::handle topk_weights, const py::object& lora, const Scaling& scaling, float dropout,
+                  std::uint64_t seed, const py::object& saved, py::handle grad_out,
+                  const py::object& grad_hidden, const py::object& grad_weights,
+                  const py::object& grad_lora) {
   const ExpertWeights& w = experts.weights();
-  const LayerInputs inputs = read_inputs(w, hidden_states, topk_ids, topk_weights, lora, scaling, dropout, seed);
+  const LayerInputs inputs =
+      read_inputs(w, hidden_states, topk_ids, topk_weights, lora, scaling, dropout, seed);
   const SavedGateUp kept = read_saved(saved, w, inputs);
   const Tensor dout = read_tensor(grad_out, "grad_out", {DType::bf16}, 2);
   check_shape(dout, "grad_out", {inputs.hidden_states.rows, w.hidden}, "[T, H]");
@@ -108,8 +114,10 @@ void run_backward(const Experts& experts, py::handle hidden_states, py::handle t
       const std::size_t i = index_of(p);
       const LoraPair& pair = inputs.of(p);
       const std::string name = "grad of " + std::string(name_of(p)) + "_lora_";
-      gradients.lora_a[i] = read_result(tensors[2 * i], name + "a", {w.num_experts, pair.a.rows, pair.a.cols});
-      gradients.lora_b[i] = read_result(tensors[2 * i + 1], name + "b", {w.num_experts, pair.b.rows, pair.b.cols});
+      gradients.lora_a[i] =
+          read_result(tensors[2 * i], name + "a", {w.num_experts, pair.a.rows, pair.a.cols});
+      gradients.lora_b[i] =
+          read_result(tensors[2 * i + 1], name + "b", {w.num_experts, pair.b.rows, pair.b.cols});
     }
   }
   const py::gil_scoped_release release;
@@ -132,5 +140,6 @@ void bind_layer(py::module_& m) {
         py::arg("saved"), py::arg("out"));
   m.def("backward", &kt::run_backward, py::arg("experts"), py::arg("hidden_states"), py::arg("topk_ids"),
         py::arg("topk_weights"), py::arg("lora"), py::arg("scaling"), py::arg("dropout"), py::arg("seed"),
-        py::arg("saved"), py::arg("grad_out"), py::arg("grad_hidden"), py::arg("grad_weights"), py::arg("grad_lora"));
+        py::arg("saved"), py::arg("grad_out"), py::arg("grad_hidden"), py::arg("grad_weights"),
+        py::arg("grad_lora"));
 }

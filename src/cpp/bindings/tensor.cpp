@@ -16,7 +16,8 @@ struct TorchType {
   py::object torch;
 };
 
-// The dtypes we read, as torch's own objects. Kept for ever: an interpreter that is shutting down must not touch them.
+// The dtypes we read, as torch's own objects. Kept for ever: an interpreter that is shutting down must not
+// touch them.
 const std::vector<TorchType>& torch_types() {
   static const auto* types = [] {
     const py::module_ torch = py::module_::import("torch");
@@ -49,18 +50,20 @@ std::string shape_text(const std::vector<index_t>& shape) {
   return text + "]";
 }
 
-Tensor read_tensor(py::handle object, const std::string& name, std::initializer_list<DType> dtypes, std::size_t dims) {
+Tensor read_tensor(py::handle object, const std::string& name, std::initializer_list<DType> dtypes,
+                   std::size_t dims) {
   if (!py::hasattr(object, "data_ptr"))
     throw py::type_error(format("{} is a {}, wanted a torch.Tensor", name, Py_TYPE(object.ptr())->tp_name));
   const std::string device = py::str(object.attr("device").attr("type"));
   KT_CHECK(device == "cpu", "{} is on {}, wanted the CPU", name, device);
   const std::optional<DType> dtype = dtype_of(object);
-  KT_CHECK(dtype && std::find(dtypes.begin(), dtypes.end(), *dtype) != dtypes.end(), "{} is {}, wanted {}", name,
-           std::string(py::str(object.attr("dtype"))), names(dtypes));
+  KT_CHECK(dtype && std::find(dtypes.begin(), dtypes.end(), *dtype) != dtypes.end(), "{} is {}, wanted {}",
+           name, std::string(py::str(object.attr("dtype"))), names(dtypes));
 
   Tensor tensor{nullptr, *dtype, {}};
   for (const py::handle n : py::tuple(object.attr("shape"))) tensor.shape.push_back(n.cast<index_t>());
-  KT_CHECK(tensor.shape.size() == dims, "{} has shape {}, wanted {} dimensions", name, shape_text(tensor.shape), dims);
+  KT_CHECK(tensor.shape.size() == dims, "{} has shape {}, wanted {} dimensions", name,
+           shape_text(tensor.shape), dims);
   KT_CHECK(object.attr("is_contiguous")().cast<bool>(), "{} is not contiguous", name);
   tensor.data = reinterpret_cast<void*>(object.attr("data_ptr")().cast<std::uintptr_t>());
   return tensor;

@@ -21,12 +21,14 @@ struct Tensor {
   MatView matrix() const { return view(data, dtype, shape[0], shape[1]); }
 };
 
-// Reads the tensor's address, dtype and shape. TypeError when it is no tensor; ValueError, naming it `name`, when
-// it is not on the CPU, not contiguous, or of a dtype or number of dimensions that was not asked for.
-Tensor read_tensor(pybind11::handle object, const std::string& name, std::initializer_list<DType> dtypes, std::size_t dims);
+// Reads the tensor's address, dtype and shape. TypeError when it is no tensor; ValueError, naming it `name`,
+// when it is not on the CPU, not contiguous, or of a dtype or number of dimensions that was not asked for.
+Tensor read_tensor(pybind11::handle object, const std::string& name, std::initializer_list<DType> dtypes,
+                   std::size_t dims);
 
 // ValueError unless the shape is the one wanted; `meaning` says what the dimensions are, as "[E, r, H]".
-void check_shape(const Tensor& tensor, const std::string& name, std::initializer_list<index_t> wanted, const char* meaning);
+void check_shape(const Tensor& tensor, const std::string& name, std::initializer_list<index_t> wanted,
+                 const char* meaning);
 
 std::string shape_text(const std::vector<index_t>& shape);
 

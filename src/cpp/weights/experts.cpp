@@ -16,7 +16,9 @@ void decode_row(const DecodeKernels& decode, const MatView& source, index_t row,
     case DType::bf16: std::memcpy(target, from, static_cast<std::size_t>(n) * sizeof *target); break;
     case DType::f16: decode.from_f16(n, static_cast<const std::uint16_t*>(from), target); break;
     case DType::f32: decode.from_f32(n, static_cast<const float*>(from), target); break;
-    default: throw ValueError(format("expert weights are {}, wanted bfloat16, float16 or float32", name_of(source.dtype)));
+    default:
+      throw ValueError(
+          format("expert weights are {}, wanted bfloat16, float16 or float32", name_of(source.dtype)));
   }
 }
 
@@ -25,12 +27,17 @@ void decode_row(const DecodeKernels& decode, const MatView& source, index_t row,
 Experts::Experts(std::shared_ptr<Runtime> runtime, int num_experts, index_t hidden, index_t intermediate,
                  Activation activation, const Source& source)
     : runtime_(std::move(runtime)),
-      memory_(static_cast<std::size_t>(projections.size() * num_experts * hidden * intermediate) * sizeof(bf16_t)) {
+      memory_(static_cast<std::size_t>(projections.size() * num_experts * hidden * intermediate) *
+              sizeof(bf16_t)) {
   const index_t each = num_experts * hidden * intermediate;
   auto* data = static_cast<bf16_t*>(memory_.data());
-  weights_ = {num_experts, hidden, intermediate, activation,
-              {Stack{data, DType::bf16, intermediate, hidden}, Stack{data + each, DType::bf16, intermediate, hidden},
-               Stack{data + 2 * each, DType::bf16, hidden, intermediate}}};
+  weights_ = {
+      num_experts,
+      hidden,
+      intermediate,
+      activation,
+      {Stack{data, DType::bf16, intermediate, hidden}, Stack{data + each, DType::bf16, intermediate, hidden},
+       Stack{data + 2 * each, DType::bf16, hidden, intermediate}}};
 
   Runtime::Lease lease(*runtime_);
   lease.parallel_for(num_experts * std::ssize(projections), [&](index_t task, Arena&) {
@@ -38,15 +45,17 @@ Experts::Experts(std::shared_ptr<Runtime> runtime, int num_experts, index_t hidd
     const Projection p = projections[static_cast<std::size_t>(task % std::ssize(projections))];
     const MatView from = source(expert, p), to = weights_.of(p)[expert];
     for (index_t row = 0; row < to.rows; ++row)
-      decode_row(lease.kernels().decode, from, row, static_cast<std::uint16_t*>(const_cast<void*>(to.at(row, 0))));
+      decode_row(lease.kernels().decode, from, row,
+                 static_cast<std::uint16_t*>(const_cast<void*>(to.at(row, 0))));
   });
 }
 
-std::shared_ptr<Experts> Experts::from_index(std::shared_ptr<Runtime> runtime, const ExpertIndex& index, int layer,
-                                             Activation activation) {
+std::shared_ptr<Experts> Experts::from_index(std::shared_ptr<Runtime> runtime, const ExpertIndex& index,
+                                             int layer, Activation activation) {
   const LayerInfo info = index.layer(layer);
-  return std::make_shared<Experts>(std::move(runtime), info.num_experts, info.hidden_size, info.intermediate_size,
-                                   activation, [&](int expert, Projection p) { return index.expert(layer, expert, p); });
+  return std::make_shared<Experts>(std::move(runtime), info.num_experts, info.hidden_size,
+                                   info.intermediate_size, activation,
+                                   [&](int expert, Projection p) { return index.expert(layer, expert, p); });
 }
 
 }  // namespace kt

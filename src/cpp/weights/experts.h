@@ -19,8 +19,8 @@ class Experts {
   Experts(std::shared_ptr<Runtime> runtime, int num_experts, index_t hidden, index_t intermediate,
           Activation activation, const Source& source);
 
-  static std::shared_ptr<Experts> from_index(std::shared_ptr<Runtime> runtime, const ExpertIndex& index, int layer,
-                                             Activation activation);
+  static std::shared_ptr<Experts> from_index(std::shared_ptr<Runtime> runtime, const ExpertIndex& index,
+                                             int layer, Activation activation);
 
   const ExpertWeights& weights() const { return weights_; }
   Runtime& runtime() const { return *runtime_; }

@@ -1,0 +1,189 @@
+"""Bad input: every argument that is wrong is named, with what it was and what was wanted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from strategies import make_problem
+
+import kt_moe
+
+ALL = {"gate": 4, "up": 4, "down": 4}
+
+
+@pytest.fixture(scope="module")
+def good() -> dict:
+    p = make_problem(5, 16, 24, 3, 2, ALL)
+    experts = kt_moe.Experts(*p.weights, runtime=kt_moe.Runtime(threads=1))
+    return {
+        "hidden_states": p.hidden_states,
+        "topk_ids": p.topk_ids,
+        "topk_weights": p.topk_weights,
+        "experts": experts,
+        "lora": kt_moe.Lora(2.0),
+        **p.lora,
+    }
+
+
+CASES = [
+    (
+        "hidden_states",
+        lambda t: t.double(),
+        r"hidden_states is torch\.float64, wanted bfloat16, float16 or float32",
+    ),
+    ("hidden_states", lambda t: t.long(), r"hidden_states is torch\.int64"),
+    ("hidden_states", lambda t: t[:, :15], r"hidden_states has shape \[5, 15\], wanted \[T, 16\]"),
+    ("hidden_states", lambda t: t[None], r"hidden_states has shape \[1, 5, 16\], wanted 2 dimensions"),
+    ("topk_ids", lambda t: t[:4], r"topk_ids has shape \[4, 2\], wanted \[5, K\]"),
+    ("topk_ids", lambda t: t.float(), r"topk_ids is torch\.float32, wanted int64 or int32"),
+    ("topk_ids", lambda t: t + 3, r"topk_ids\[0, \d\] is \d, wanted an expert in \[0, 3\) or 3 for no route"),
+    ("topk_ids", lambda t: t - 3, r"topk_ids\[0, 0\] is -"),
+    ("topk_ids", lambda t: t[0], r"topk_ids has shape \[2\], wanted 2 dimensions"),
+    (
+        "topk_weights",
+        lambda t: t[:, :1],
+        r"topk_weights has shape \[5, 1\], wanted the shape of topk_ids = \[5, 2\]",
+    ),
+    ("topk_weights", lambda t: t.long(), r"topk_weights is torch\.int64, wanted a floating-point dtype"),
+    (
+        "gate_lora_a",
+        lambda t: t[:, :, :15],
+        r"gate_lora_a has shape \[3, 4, 15\], wanted \[E, r, H\] = \[3, 4, 16\]",
+    ),
+    (
+        "gate_lora_a",
+        lambda t: t[:2],
+        r"gate_lora_a has shape \[2, 4, 16\], wanted \[E, r, H\] = \[3, 4, 16\]",
+    ),
+    ("gate_lora_a", lambda t: t[:, :0], r"gate_lora_a has rank 0"),
+    ("gate_lora_a", lambda t: t.half(), r"gate_lora_a is torch\.float16, wanted float32 or bfloat16"),
+    ("gate_lora_a", lambda t: None, r"gate_lora_b is given without gate_lora_a"),
+    ("up_lora_b", lambda t: None, r"up_lora_a is given without up_lora_b"),
+    ("up_lora_b", lambda t: t[:, :, :3], r"up_lora_b has shape \[3, 24, 3\], .*rank.* = \[3, 24, 4\]"),
+    (
+        "down_lora_a",
+        lambda t: t[..., :20],
+        r"down_lora_a has shape \[3, 4, 20\], wanted \[E, r, I\] = \[3, 4, 24\]",
+    ),
+    ("down_lora_b", lambda t: t[0], r"down_lora_b has shape \[16, 4\], wanted 3 dimensions"),
+    ("hidden_states", lambda t: t.to("meta"), "hidden_states is on meta"),
+]
+
+
+@pytest.mark.parametrize(("name", "spoil", "message"), CASES)
+def test_tensor(good, name, spoil, message):
+    with pytest.raises(ValueError, match=message):
+        kt_moe.MoEFunction.apply(*{**good, name: spoil(good[name])}.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("experts", None), ("lora", 2.0), ("hidden_states", [1.0]), ("topk_ids", None)]
+)
+def test_type(good, name, value):
+    with pytest.raises(TypeError, match=f"{name} is a {type(value).__name__}, wanted"):
+        kt_moe.MoEFunction.apply(*{**good, name: value}.values())
+
+
+def test_moe_keywords(good):
+    args = [good[k] for k in ("hidden_states", "topk_ids", "topk_weights", "experts")]
+    with pytest.raises(ValueError, match=r"lora_params has the unknown keys \['gate'\]"):
+        kt_moe.moe(*args, {"gate": None})
+    with pytest.raises(ValueError, match="scaling has 2 numbers"):
+        kt_moe.moe(*args, scaling=(1.0, 2.0))
+    with pytest.raises(ValueError, match=r"dropout is -0\.1"):
+        kt_moe.moe(*args, dropout=-0.1)
+    with pytest.raises(ValueError, match="seed is -1"):
+        kt_moe.moe(*args, seed=-1)
+
+
+def test_a_refused_call_leaves_the_runtime_usable(good):
+    before = kt_moe.MoEFunction.apply(*good.values())
+    with pytest.raises(ValueError, match="topk_ids"):
+        kt_moe.MoEFunction.apply(*{**good, "topk_ids": good["topk_ids"] + 3}.values())
+    assert torch.equal(kt_moe.MoEFunction.apply(*good.values()), before)
+
+
+class TestExperts:
+    W = torch.zeros(2, 6, 4), torch.zeros(2, 6, 4), torch.zeros(2, 4, 6)
+
+    @pytest.mark.parametrize(
+        ("weights", "message"),
+        [
+            ((W[0], W[1][:1], W[2]), r"up has shape \[1, 6, 4\], wanted .* = \[2, 6, 4\]"),
+            ((W[0], W[1], W[0]), r"down has shape \[2, 6, 4\], wanted .* = \[2, 4, 6\]"),
+            ((W[0][0], W[1], W[2]), r"gate has shape \[6, 4\], wanted 3 dimensions"),
+            (
+                (W[0][:0], W[1][:0], W[2][:0]),
+                r"gate has shape \[0, 6, 4\], wanted \[E, I, H\] with no dimension 0",
+            ),
+            ((W[0].long(), W[1], W[2]), r"gate is torch\.int64, wanted bfloat16 or float16 or float32"),
+        ],
+    )
+    def test_weights(self, weights, message):
+        with pytest.raises(ValueError, match=message):
+            kt_moe.Experts(*weights)
+
+    def test_names(self):
+        with pytest.raises(ValueError, match='activation is "gelu", wanted "silu"'):
+            kt_moe.Experts(*self.W, activation="gelu")
+        with pytest.raises(ValueError, match=r"format is 'int3', wanted one of \['bf16'\]"):
+            kt_moe.Experts(*self.W, format="int3")
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_dequantize_is_the_weights_rounded_to_bf16(self, dtype):
+        weights = [torch.randn(s).to(dtype) for s in ((3, 7, 5), (3, 7, 5), (3, 5, 7))]
+        experts = kt_moe.Experts(*weights)
+        assert (experts.num_experts, experts.hidden_size, experts.intermediate_size) == (3, 5, 7)
+        assert experts.nbytes == 3 * 3 * 5 * 7 * 2
+        for ours, stored in zip(experts.dequantize(), weights, strict=True):
+            assert torch.equal(ours, stored.bfloat16())
+
+    def test_weights_are_copied(self):
+        weights = [torch.randn(s) for s in ((1, 2, 3), (1, 2, 3), (1, 3, 2))]
+        experts = kt_moe.Experts(*weights)
+        before = experts.dequantize()[0]
+        weights[0].zero_()
+        assert torch.equal(experts.dequantize()[0], before)
+
+
+class TestRuntime:
+    def test_arguments(self):
+        for kwargs, message in [
+            ({"threads": 0}, "threads is 0, wanted a number from 1 to 4096"),
+            ({"shards": 2}, "shards is 2, this version computes in 1 shard"),
+            ({"isa": "sse2"}, 'isa is "sse2", wanted one of scalar, avx2, avx512, avx512_bf16, amx'),
+            ({"isa": "amx"}, 'isa is "amx": '),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                kt_moe.Runtime(**kwargs)
+
+    @pytest.mark.parametrize(
+        ("variable", "value", "message"),
+        [
+            ("KT_MOE_ISA", "mmx", 'isa is "mmx", wanted one of scalar'),
+            ("KT_MOE_THREADS", "two", 'KT_MOE_THREADS is "two", wanted a number from 1 to 4096'),
+            ("KT_MOE_SHARDS", "2", "shards is 2"),
+        ],
+    )
+    def test_environment(self, variable, value, message):
+        assert message in _python("import kt_moe; kt_moe.Runtime()", {variable: value}).stderr
+
+    def test_environment_chooses(self):
+        code = (
+            "import kt_moe as k; r=k.default_runtime(); print(r.isa, r.threads, k.cpu_info()['selected'])"
+        )
+        assert _python(code, {"KT_MOE_ISA": "scalar", "KT_MOE_THREADS": "3"}).stdout == "scalar 3 scalar\n"
+
+    def test_interpreter_exits_with_a_live_runtime(self):
+        code = "import torch, kt_moe; e = kt_moe.Experts(*(torch.zeros(1, 2, 2),) * 3); print('done')"
+        run = _python(code, {})
+        assert (run.stdout, run.returncode) == ("done\n", 0)
+
+
+def _python(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
