@@ -11,42 +11,24 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import save_tiny_checkpoint, tokens
+from tiny_models import ALL_EXPERTS, error, load, save_tiny_checkpoint, tokens, with_lora
 from torch import Tensor
 
 import kt_moe
-from kt_moe.hf import KtLoraExperts, KtMoeConfig
+from kt_moe.hf import KtLoraExperts
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
 ]
 
-ALL_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 4}  # no rounding can change the routing
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_checkpoint(tmp_path_factory.mktemp("qwen3"), shards=3, **ALL_EXPERTS)
-
-
-def load(path: Path, *, kt: bool = True, dtype: torch.dtype = torch.float32) -> Any:
-    quantization = {"quantization_config": KtMoeConfig()} if kt else {}
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **quantization).eval()
-
-
-def with_lora(path: Path, targets: Any = ("experts",), *, seed: int = 0, **options: Any) -> Any:
-    torch.manual_seed(seed)
-    options = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, **options}
-    return get_peft_model(load(path), LoraConfig(target_modules=list(targets), **options)).eval()
-
-
-def error(ours: Tensor, reference: Tensor) -> float:
-    difference = ours.detach().double() - reference.detach().double()
-    return float(difference.norm() / reference.detach().double().norm())
 
 
 PLAIN = """
@@ -69,7 +51,7 @@ def test_plain_transformers_and_peft_read_it(checkpoint: Path, tmp_path: Path) -
     """In a process that never imports kt_moe: the same logits, in float32 and in bf16."""
     logits: dict[tuple[str, torch.dtype], Tensor] = {}
     for name, targets in (("experts", ["experts"]), ("mixed", ["q_proj", "v_proj", "experts"])):
-        model = with_lora(checkpoint, targets, lora_dropout=0.1, use_rslora=name == "mixed")
+        model = with_lora(checkpoint, targets, lora_dropout=0.1, use_rslora=name == "mixed").eval()
         adapter = str(tmp_path / name)
         kt_moe.save_adapter(model, adapter)
         for dtype in (torch.float32, torch.bfloat16):

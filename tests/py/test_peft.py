@@ -10,9 +10,18 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import save_tiny_checkpoint, tokens
+from tiny_models import (
+    ALL_EXPERTS,
+    error,
+    gradients,
+    load,
+    lora_layers,
+    plain_peft,
+    save_tiny_checkpoint,
+    tokens,
+    with_lora,
+)
 from torch import Tensor
 
 from kt_moe.functional import PROJECTIONS
@@ -24,43 +33,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
 ]
 
-ALL_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 4}  # no rounding can change the routing
 TARGETS = (["experts"], ["q_proj", "v_proj", "experts"], "all-linear", ["down_proj"])
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_checkpoint(tmp_path_factory.mktemp("qwen3"), **ALL_EXPERTS)
-
-
-def load(path: Path, *, kt: bool = True, **kwargs: Any) -> Any:
-    if kt:
-        kwargs.setdefault("quantization_config", KtMoeConfig())
-    kwargs.setdefault("dtype", torch.float32)
-    return transformers.AutoModelForCausalLM.from_pretrained(path, **kwargs)
-
-
-def with_lora(
-    path: Path, targets: Any = ("experts",), *, seed: int = 0, base: Any = None, **options: Any
-) -> Any:
-    """A model with LoRA whose B is not zero."""
-    torch.manual_seed(seed)
-    options = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, **options}
-    targets = targets if isinstance(targets, str) else list(targets)
-    return get_peft_model(base or load(path), LoraConfig(target_modules=targets, **options))
-
-
-def lora_layers(model: Any) -> list[KtLoraExperts]:
-    return [m for m in model.modules() if isinstance(m, KtLoraExperts)]
-
-
-def gradients(model: Any) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-
-def error(ours: Tensor, reference: Tensor) -> float:
-    difference = ours.detach().double() - reference.detach().double()
-    return float(difference.norm() / reference.detach().double().norm())
 
 
 def test_peft_has_what_we_hook_into() -> None:
@@ -78,10 +56,6 @@ def test_models_without_our_experts_are_left_to_peft(checkpoint: Path) -> None:
     model = get_peft_model(load(checkpoint, kt=False), LoraConfig(target_modules=["q_proj"]))
     assert model.peft_config["default"].target_modules == {"q_proj"}
     assert not lora_layers(model)
-
-
-def plain_peft(path: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return PeftModel.from_pretrained(load(path, kt=False, dtype=dtype), adapter, is_trainable=True)
 
 
 @pytest.mark.parametrize("targets", TARGETS, ids=str)
@@ -294,7 +268,7 @@ def test_unload_and_merge(checkpoint: Path) -> None:
     assert torch.equal(base(tokens()).logits, load(checkpoint)(tokens()).logits)
 
 
-def test_transformers_own_add_adapter(checkpoint: Path) -> None:
+def test_transformers_own_add_adapter(checkpoint: Path, tmp_path: Path) -> None:
     model = load(checkpoint)
     model.add_adapter(LoraConfig(target_modules=["experts"], init_lora_weights=False))
     assert len(lora_layers(model)) == 2
@@ -303,6 +277,23 @@ def test_transformers_own_add_adapter(checkpoint: Path) -> None:
     assert torch.equal(model(tokens()).logits, load(checkpoint)(tokens()).logits)
     model.enable_adapters()
     assert torch.equal(model(tokens()).logits, adapted)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(load(checkpoint), tmp_path)(tokens()).logits, adapted)
+
+
+def test_ways_to_load_an_adapter(checkpoint: Path, tmp_path: Path) -> None:
+    model = with_lora(checkpoint).eval()
+    model.save_pretrained(tmp_path)
+    options = {"quantization_config": KtMoeConfig(), "dtype": torch.float32}
+    again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path, **options)
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    prepared = peft.prepare_model_for_kbit_training(load(checkpoint))
+    again = PeftModel.from_pretrained(prepared, tmp_path)
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    with pytest.raises(NotImplementedError, match=r"use peft\.PeftModel\.from_pretrained"):
+        load(checkpoint).load_adapter(tmp_path)
+    with pytest.raises(NotImplementedError, match=r"use peft\.PeftModel\.from_pretrained"):
+        load(tmp_path)
 
 
 def test_deepcopy(checkpoint: Path) -> None:
@@ -328,95 +319,3 @@ def test_deepcopy(checkpoint: Path) -> None:
 def test_options_that_do_not_work(options: dict[str, Any], message: str, checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=message):
         with_lora(checkpoint, **options)
-
-
-# Training
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing(use_reentrant: bool, checkpoint: Path) -> None:
-    def run(checkpointing: bool) -> dict[str, Tensor]:
-        base = load(checkpoint)
-        if checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-            base.enable_input_require_grads()
-        model = with_lora(checkpoint, ["q_proj", "experts"], base=base, lora_dropout=0.1).train()
-        torch.manual_seed(3)
-        model(tokens(), labels=tokens()).loss.backward()
-        return gradients(model)
-
-    plain, checkpointed = run(False), run(True)
-    assert all(torch.equal(g, checkpointed[name]) for name, g in plain.items())
-
-
-def test_autocast(checkpoint: Path) -> None:
-    model = with_lora(checkpoint, ["q_proj", "experts"]).eval()
-    logits = model(tokens()).logits
-    with torch.autocast("cpu", torch.bfloat16):
-        out = model(tokens(), labels=tokens())
-    out.loss.backward()
-    assert error(out.logits, logits) < 5e-2
-    assert all(g.dtype is torch.float32 and g.isfinite().all() for g in gradients(model).values())
-
-
-def arguments(directory: Path, cls: Any = transformers.TrainingArguments, **options: Any) -> Any:
-    return cls(
-        output_dir=str(directory), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2,
-        logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
-        **options,
-    )  # fmt: skip
-
-
-def losses(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def test_trainer_trains_saves_and_resumes(checkpoint: Path, tmp_path: Path) -> None:
-    rows = [{"input_ids": t, "labels": t} for t in tokens(1).expand(8, -1)]
-
-    def trainer(**options: Any) -> Any:
-        model = with_lora(checkpoint, ["q_proj", "experts"], lora_dropout=0.1, **options)
-        return transformers.Trainer(model, arguments(tmp_path, save_steps=2), train_dataset=rows)
-
-    first = trainer(init_lora_weights=True)
-    first.train()
-    assert losses(first)[2] < losses(first)[0]
-    resumed = trainer(seed=5)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert losses(resumed)[-1] == losses(first)[2]
-    trained, again = (t.model.eval()(tokens()).logits for t in (first, resumed))
-    assert torch.equal(trained, again)
-
-
-def test_trainer_checkpoint_in_plain_peft(checkpoint: Path, tmp_path: Path) -> None:
-    rows = [{"input_ids": t, "labels": t} for t in tokens(1).expand(8, -1)]
-    trainer = transformers.Trainer(
-        with_lora(checkpoint), arguments(tmp_path, save_steps=3), train_dataset=rows
-    )
-    trainer.train()
-    plain = plain_peft(checkpoint, tmp_path / "checkpoint-3").eval()
-    assert error(trainer.model.eval()(tokens()).logits, plain(tokens()).logits) < 1e-2
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_sft_trainer(checkpoint: Path, tmp_path: Path) -> None:
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from trl import SFTConfig, SFTTrainer
-
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="w0", bos_token="w1", eos_token="w2"
-    )
-    text = " ".join(f"w{i}" for i in range(3, 15))
-    trainer = SFTTrainer(
-        load(checkpoint, dtype=torch.bfloat16),
-        arguments(tmp_path, SFTConfig, max_length=16, bf16=True),
-        train_dataset=Dataset.from_dict({"text": [text] * 8}),
-        processing_class=tokenizer,
-        peft_config=LoraConfig(target_modules=["q_proj", "experts"], task_type="CAUSAL_LM"),
-    )
-    assert len(lora_layers(trainer.model)) == 2
-    trainer.train()
-    assert losses(trainer)[-1] < losses(trainer)[0]

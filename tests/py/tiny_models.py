@@ -1,12 +1,16 @@
-"""Tiny random models and checkpoints of the supported families."""
+"""Tiny random models and checkpoints of the supported families, and what tests do with them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers
+from torch import Tensor
+
+from kt_moe.hf import KtLoraExperts, KtMoeConfig
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -23,6 +27,9 @@ _SHARED = {
     "intermediate_size": 40, "moe_intermediate_size": 24, "n_routed_experts": 8, "n_shared_experts": 1,
     "first_k_dense_replace": 1, "head_dim": 8, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
+
+# With every expert chosen no rounding can change the routing, so errors are those of the arithmetic.
+ALL_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 4}
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 24, "intermediate_size": 40, "head_dim": 8,
@@ -71,3 +78,40 @@ def save_tiny_checkpoint(
 def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
     """[batch, length] token ids."""
     return torch.randint(3, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def load(path: Path, *, kt: bool = True, dtype: Any = torch.float32, **kwargs: Any) -> Any:
+    """A model by `from_pretrained`, with kt_moe experts or plain."""
+    if kt:
+        kwargs.setdefault("quantization_config", KtMoeConfig())
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+
+
+def with_lora(
+    path: Path, targets: Any = ("experts",), *, seed: int = 0, base: Any = None, **options: Any
+) -> Any:
+    """A model with kt_moe experts and LoRA whose B is not zero."""
+    torch.manual_seed(seed)
+    options = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, **options}
+    targets = targets if isinstance(targets, str) else list(targets)
+    return peft.get_peft_model(base or load(path), peft.LoraConfig(target_modules=targets, **options))
+
+
+def plain_peft(path: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The plain model with a saved adapter, its LoRA trainable."""
+    return peft.PeftModel.from_pretrained(load(path, kt=False, dtype=dtype), adapter, is_trainable=True)
+
+
+def lora_layers(model: Any) -> list[KtLoraExperts]:
+    return [m for m in model.modules() if isinstance(m, KtLoraExperts)]
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    """Of the trainable parameters, by name."""
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def error(ours: Tensor, reference: Tensor) -> float:
+    """Relative L2."""
+    difference = ours.detach().double() - reference.detach().double()
+    return float(difference.norm() / reference.detach().double().norm())

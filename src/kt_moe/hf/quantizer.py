@@ -98,11 +98,18 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
                 runtime=self._runtime,
             )
             module.experts.recompute = config.recompute
+        model.load_adapter = _no_load_adapter
         del self._checkpoint, self._runtime  # the model keeps its quantizer, and must stay copyable
         return model
 
     def is_serializable(self) -> bool:
-        """Never: `save_pretrained` of the base model would write it without its experts."""
+        """True for adapters added by `add_adapter`; saving the base model is refused when it is tried."""
+        return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """ValueError unless `save_pretrained` is to write an adapter: the model would lose its experts."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
         raise ValueError(
             "save_pretrained would write this model without its experts, which kt_moe holds outside torch. "
             "The base model is unchanged: keep the checkpoint it was loaded from, save the adapter with "
@@ -113,6 +120,14 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """Adapters can be trained on it."""
         return True
+
+
+def _no_load_adapter(*args: Any, **kwargs: Any) -> None:
+    # transformers would fuse the per-expert keys, find no parameters of that form, and only log it.
+    raise NotImplementedError(
+        "transformers' own load_adapter cannot load an adapter onto kt_moe experts: use "
+        "peft.PeftModel.from_pretrained(model, directory) or kt_moe.load_adapter(model, directory)"
+    )
 
 
 def _open(files: Sequence[str] | None) -> Checkpoint:
