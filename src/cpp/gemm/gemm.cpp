@@ -69,6 +69,7 @@ void multiply(const KernelSet& kernels, std::span<const Term> terms, float* c, b
   const GemmKernels& gemm = kernels.gemm;
   const index_t rows = terms.front().a.rows, cols = terms.front().b.cols,
                 stride = result_stride(kernels, cols);
+  if (gemm.begin != nullptr) gemm.begin();
   for (index_t j = 0; j < cols; j += gemm.nr)  // a B panel stays in the nearest cache while A passes by
     for (index_t i = 0; i < rows; i += gemm.mr) {
       bool add = accumulate;
@@ -80,6 +81,7 @@ void multiply(const KernelSet& kernels, std::span<const Term> terms, float* c, b
         add = true;
       }
     }
+  if (gemm.end != nullptr) gemm.end();
 }
 
 index_t result_stride(const KernelSet& kernels, index_t cols) { return round_up(cols, kernels.gemm.nr); }

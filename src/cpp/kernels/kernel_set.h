@@ -37,6 +37,9 @@ struct GemmKernels {
   // rows <= mr and cols <= nr are what is wanted; C may be written up to nr columns, never past `rows` rows.
   void (*micro_kernel)(int rows, int cols, int k, const void* a, const void* b, float* c, ptrdiff_t ldc,
                        int accumulate);
+  // Around micro-kernel calls of one thread, for units that must be set up; null where there is nothing to do.
+  void (*begin)();
+  void (*end)();
 };
 
 // One row of G and U of an expert, and what the step makes of it. Forward: h = act(G) * U; G, U and h rounded

@@ -20,6 +20,10 @@ namespace avx512_bf16 {
 extern const KernelSet table;
 }
 
+namespace amx {
+extern const KernelSet table;
+}
+
 namespace {
 
 constexpr unsigned kAvx2 = Feature::none | Feature::avx2;
@@ -32,7 +36,7 @@ constexpr std::array kRegistry = {
     KernelEntry{"avx2", kAvx2, &avx2::table},
     KernelEntry{"avx512", kAvx512, &avx512::table},
     KernelEntry{"avx512_bf16", kAvx512Bf16, &avx512_bf16::table},
-    KernelEntry{"amx", kAmx, nullptr},
+    KernelEntry{"amx", kAmx, &amx::table},
 };
 
 std::string known_names() {

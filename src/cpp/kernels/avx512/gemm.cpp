@@ -59,7 +59,7 @@ void micro_kernel(int rows, int cols, int k, const void* a, const void* b, float
 
 extern const KernelSet table;
 const KernelSet table = {
-    .gemm = {MR, NR, KB, sizeof(float), pack_a, pack_b_cols, pack_b_rows, micro_kernel},
+    .gemm = {MR, NR, KB, sizeof(float), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr},
     .epilogue = {transpose, add_scaled, round_scaled, {silu_forward, silu_backward}},
     .decode = {from_f32, from_f16},
 };

@@ -61,7 +61,7 @@ void micro_kernel(int rows, int cols, int k, const void* a, const void* b, float
 
 extern const KernelSet table;
 const KernelSet table = {
-    .gemm = {MR, NR, KB, sizeof(uint16_t), pack_a, pack_b_cols, pack_b_rows, micro_kernel},
+    .gemm = {MR, NR, KB, sizeof(uint16_t), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr},
     .epilogue = {},
     .decode = {},
 };

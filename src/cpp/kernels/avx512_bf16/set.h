@@ -15,4 +15,15 @@ void pack_b_rows(RowSource src, int k, int cols, void* panel);
 void micro_kernel(int rows, int cols, int k, const void* a, const void* b, float* c, ptrdiff_t ldc,
                   int accumulate);
 
+// The A panel of a set with `Rows` rows: [k / KB][Rows][KB].
+template <int Rows>
+static inline void copy_rows(RowSource src, int rows, int k, void* panel) {
+  uint16_t* dst = static_cast<uint16_t*>(panel);
+  for (int i = 0; i < rows; ++i) {
+    const uint16_t* row = source_row(src, i);
+    for (int p = 0; p < k; p += KB)
+      _mm512_store_si512(dst + p * Rows + i * KB, _mm512_maskz_loadu_epi16(first32(k - p), row + p));
+  }
+}
+
 }  // namespace kt::avx512_bf16

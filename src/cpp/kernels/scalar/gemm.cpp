@@ -18,7 +18,7 @@ void micro_kernel(int rows, int, int k, const void* a_panel, const void* b_panel
 
 extern const KernelSet table;
 const KernelSet table = {
-    .gemm = {MR, NR, 1, sizeof(float), pack_a, pack_b_cols, pack_b_rows, micro_kernel},
+    .gemm = {MR, NR, 1, sizeof(float), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr},
     .epilogue = {transpose, add_scaled, round_scaled, {silu_forward, silu_backward}},
     .decode = {from_f32, from_f16},
 };

@@ -1,0 +1,89 @@
+// Four result tiles from two tiles of A (32 rows) and two of B (32 columns): each load feeds two products.
+// Panels are those of avx512_bf16, A with 32 rows: 64-byte runs of A and pairs of B are what tiles hold.
+#include <string.h>
+
+#include "kernels/amx/tile_unit.h"
+#include "kernels/avx512_bf16/set.h"
+
+namespace kt::KT_AMX {
+
+namespace {
+
+constexpr int MR = 32;
+constexpr int NR = avx512_bf16::NR;
+constexpr int KB = avx512_bf16::KB;
+constexpr ptrdiff_t kABytes = MR * KB * sizeof(uint16_t),
+                    kBBytes = NR * KB * sizeof(uint16_t);  // of KB in a panel
+constexpr ptrdiff_t kAStride = KB * sizeof(uint16_t), kBStride = NR * 2 * sizeof(uint16_t);
+
+void pack_a(RowSource src, int rows, int k, void* panel) { avx512_bf16::copy_rows<MR>(src, rows, k, panel); }
+
+// Tiles: 0 1 are the upper row of results, 2 3 the lower, 4 5 hold A, 6 7 hold B.
+template <bool Lower, bool Right>
+void tile(int k, const char* a, const char* b, float* c, ptrdiff_t ldc, bool add) {
+  const ptrdiff_t stride = ldc * static_cast<ptrdiff_t>(sizeof(float));
+  float* lower = c + 16 * ldc;
+  if (add) {
+    KT_TILE_LOAD(0, c, stride);
+    if constexpr (Right) KT_TILE_LOAD(1, c + 16, stride);
+    if constexpr (Lower) KT_TILE_LOAD(2, lower, stride);
+    if constexpr (Lower && Right) KT_TILE_LOAD(3, lower + 16, stride);
+  } else {
+    KT_TILE_ZERO(0);
+    KT_TILE_ZERO(1);
+    KT_TILE_ZERO(2);
+    KT_TILE_ZERO(3);
+  }
+  for (int p = 0; p < k; p += KB, a += kABytes, b += kBBytes) {
+    KT_TILE_LOAD(6, b, kBStride);
+    KT_TILE_LOAD(4, a, kAStride);
+    KT_TILE_MULTIPLY(0, 4, 6);
+    if constexpr (Right) KT_TILE_LOAD(7, b + 64, kBStride);
+    if constexpr (Right) KT_TILE_MULTIPLY(1, 4, 7);
+    if constexpr (Lower) KT_TILE_LOAD(5, a + kABytes / 2, kAStride);
+    if constexpr (Lower) KT_TILE_MULTIPLY(2, 5, 6);
+    if constexpr (Lower && Right) KT_TILE_MULTIPLY(3, 5, 7);
+  }
+  KT_TILE_STORE(0, c, stride);
+  if constexpr (Right) KT_TILE_STORE(1, c + 16, stride);
+  if constexpr (Lower) KT_TILE_STORE(2, lower, stride);
+  if constexpr (Lower && Right) KT_TILE_STORE(3, lower + 16, stride);
+}
+
+void whole_tiles(int rows, int cols, int k, const char* a, const char* b, float* c, ptrdiff_t ldc, bool add) {
+  if (rows > 16)
+    cols > 16 ? tile<true, true>(k, a, b, c, ldc, add) : tile<true, false>(k, a, b, c, ldc, add);
+  else
+    cols > 16 ? tile<false, true>(k, a, b, c, ldc, add) : tile<false, false>(k, a, b, c, ldc, add);
+}
+
+void copy_rows_of_c(const float* from, ptrdiff_t from_stride, float* to, ptrdiff_t to_stride, int rows) {
+  for (int i = 0; i < rows; ++i) memcpy(to + i * to_stride, from + i * from_stride, NR * sizeof(float));
+}
+
+// A tile is stored whole: a result whose rows do not fill its tiles is computed aside.
+void micro_kernel(int rows, int cols, int k, const void* a_panel, const void* b_panel, float* c,
+                  ptrdiff_t ldc, int accumulate) {
+  const char* a = static_cast<const char*>(a_panel);
+  const char* b = static_cast<const char*>(b_panel);
+  if (rows % 16 == 0) return whole_tiles(rows, cols, k, a, b, c, ldc, accumulate);
+  alignas(64) float aside[MR * NR];
+  if (accumulate) copy_rows_of_c(c, ldc, aside, NR, rows);
+  whole_tiles(rows, cols, k, a, b, aside, NR, accumulate);
+  copy_rows_of_c(aside, NR, c, ldc, rows);
+}
+
+void begin() { KT_TILES_BEGIN(); }
+void end() { KT_TILES_END(); }
+
+}  // namespace
+
+extern const KernelSet table;
+const KernelSet table = {
+    .gemm = {MR, NR, KB, sizeof(uint16_t), pack_a, avx512_bf16::pack_b_cols, avx512_bf16::pack_b_rows,
+             micro_kernel, begin, end},
+    .epilogue = {},
+    .decode = {},
+};
+
+}  // namespace kt::KT_AMX
