@@ -204,21 +204,13 @@ class Backward : Pass {
     });
   }
 
-  // dX[token] += dG Wg + dU Wu + Qg Ag + Qu Au, experts in order: the task owns these columns and sums in
-  // fp32.
-  void hidden_states(Range slice, Arena& scratch) {
-    const index_t tokens = inputs_.hidden_states.rows, width = slice.size();
-    auto* sum = scratch.take<float>(tokens * width);
-    std::fill_n(sum, tokens * width, 0.0f);
-    for (std::size_t i = 0; i < blocks_.size();) i = add_expert(i, slice, sum, scratch);
-    for (index_t t = 0; t < tokens; ++t)
-      store(sum + t * width, width, gradients_.hidden_states, t * experts_.hidden + slice.begin);
+  // dX[token] += dG Wg + dU Wu + Qg Ag + Qu Au.
+  void hidden_states(Range slice, Arena& scratch) const {
+    sum_over_experts(slice, gradients_.hidden_states, scratch,
+                     [&](int expert, float* sum) { add_expert(expert, slice, sum, scratch); });
   }
 
-  // All blocks of one expert from the one given; returns the block behind them.
-  std::size_t add_expert(std::size_t first, Range slice, float* sum, Arena& scratch) {
-    const Arena::Frame frame(scratch);
-    const int expert = blocks_[first].expert;
+  void add_expert(int expert, Range slice, float* sum, Arena& scratch) const {
     const index_t n = experts_.intermediate, width = slice.size(), stride = result_stride(kernels(), width);
     std::array<PackedB, 2> weights;
     for (const Projection p : {Projection::gate, Projection::up})
@@ -227,9 +219,8 @@ class Backward : Pass {
     const std::vector<LoraA> loras = pack_lora_a({Projection::gate, Projection::up}, expert, slice, scratch);
     auto* grad = scratch.take<float>(rows_per_part() * stride);
 
-    std::size_t i = first;
-    for (; i < blocks_.size() && blocks_[i].expert == expert; ++i)
-      for_parts(blocks_[i], rows_per_part(), [&](Block part) {
+    for (const Block block : blocks_of(expert))
+      for_parts(block, rows_per_part(), [&](Block part) {
         const Arena::Frame part_frame(scratch);
         std::array<Term, 2> terms;
         for (const Projection p : {Projection::gate, Projection::up})
@@ -242,7 +233,6 @@ class Backward : Pass {
                                         sum + token * width);
         }
       });
-    return i;
   }
 
   std::vector<LoraJob> lora_jobs() const {
@@ -269,8 +259,7 @@ class Backward : Pass {
     const index_t stride = result_stride(kernels(), width);
     auto* grad = scratch.take<float>(rank * stride);
     std::fill_n(grad, rank * stride, 0.0f);
-    for (const Block block : blocks_) {
-      if (block.expert != job.expert) continue;
+    for (const Block block : blocks_of(job.expert)) {
       const Arena::Frame frame(scratch);
       const bf16_t* low_rank = job.of_b ? low_rank_[p] : grad_low_rank_[p].transposed;
       const Rows rows = job.of_b ? grad_output(job.projection, block, job.slice)

@@ -18,26 +18,19 @@ class Forward : Pass {
   }
 
  private:
-  // out[token] += weight * (h W' + P B'), experts in order: each task owns columns of out and sums them in
-  // fp32.
+  // out[token] += weight * (h W' + P B').
   void down(const Result& out) {
-    const index_t tokens = inputs_.hidden_states.rows, h = experts_.hidden;
+    const index_t h = experts_.hidden;
     const GemmKernels& gemm = kernels().gemm;
     const index_t parts = slices_per_thread(h, gemm.mr, experts_.intermediate * gemm.element_bytes);
     lease_.parallel_for(parts, [&](index_t task, Arena& scratch) {
       const Range slice = split(h, parts, task, gemm.mr);
-      auto* sum = scratch.take<float>(tokens * slice.size());
-      std::fill_n(sum, tokens * slice.size(), 0.0f);
-      for (std::size_t i = 0; i < blocks_.size();) i = add_expert(i, slice, sum, scratch);
-      for (index_t t = 0; t < tokens; ++t)
-        store(sum + t * slice.size(), slice.size(), out, t * h + slice.begin);
+      sum_over_experts(slice, out, scratch,
+                       [&](int expert, float* sum) { add_expert(expert, slice, sum, scratch); });
     });
   }
 
-  // All blocks of one expert from the one given; returns the block behind them.
-  std::size_t add_expert(std::size_t first, Range slice, float* sum, Arena& scratch) {
-    const Arena::Frame frame(scratch);
-    const int expert = blocks_[first].expert;
+  void add_expert(int expert, Range slice, float* sum, Arena& scratch) const {
     const index_t width = slice.size(), n = experts_.intermediate, part_rows = kernels().gemm.nr;
     const LoraPair& lora = inputs_.of(Projection::down);
     const PackedA weights =
@@ -47,9 +40,7 @@ class Forward : Pass {
     auto* transposed = scratch.take<float>(width * part_rows);
     auto* y = scratch.take<float>(part_rows * width);
 
-    std::size_t i = first;
-    for (; i < blocks_.size() && blocks_[i].expert == expert; ++i) {
-      const Block block = blocks_[i];
+    for (const Block block : blocks_of(expert)) {
       for_parts(block, part_rows, [&](Block part) {
         const Arena::Frame part_frame(scratch);
         std::array<Term, 2> terms{
@@ -68,7 +59,6 @@ class Forward : Pass {
         }
       });
     }
-    return i;
   }
 };
 

@@ -41,14 +41,13 @@ void Pass::project_a(std::initializer_list<Projection> targets, bool weighted) {
                                              : by_token(inputs_.hidden_states, part, {0, in});
         const Term term{a, pack_b_cols(kernels(), dropped(x, p, part, {0, in}, scratch), scratch)};
         multiply(kernels(), {&term, 1}, product);
-        const MatView stored = low_rank_of(low_rank_[index_of(p)], rank, block, part);
+        bf16_t* stored = low_rank_[index_of(p)] + rank * block.first + (part.first - block.first);
         for (index_t i = 0; i < rank; ++i) {
           float* row = product + i * part_rows;
           if (weighted)
             for (index_t j = 0; j < part.count; ++j)
               row[j] *= weight_[static_cast<std::size_t>(part.first + j)];
-          kernels().epilogue.round_scaled(kInt(part.count), lora_scale(p), row,
-                                          static_cast<bf16_t*>(const_cast<void*>(stored.at(i, 0))));
+          kernels().epilogue.round_scaled(kInt(part.count), lora_scale(p), row, stored + i * block.count);
         }
       });
     }
@@ -100,6 +99,24 @@ void Pass::gate_up(SavedGateUp saved) {
       }
     });
   });
+}
+
+std::span<const Block> Pass::blocks_of(int expert) const {
+  const auto found = std::ranges::equal_range(blocks_, expert, {}, &Block::expert);
+  return {found.begin(), found.end()};
+}
+
+void Pass::sum_over_experts(Range slice, const Result& result, Arena& scratch,
+                            const std::function<void(int expert, float* sum)>& add) const {
+  const index_t tokens = inputs_.hidden_states.rows, width = slice.size();
+  auto* sum = scratch.take<float>(tokens * width);
+  std::fill_n(sum, tokens * width, 0.0f);
+  for (const int expert : routing_.experts) {
+    const Arena::Frame frame(scratch);
+    add(expert, sum);
+  }
+  for (index_t t = 0; t < tokens; ++t)
+    store(sum + t * width, width, result, t * experts_.hidden + slice.begin);
 }
 
 Rows Pass::by_token(const MatView& matrix, Block block, Range cols) const {

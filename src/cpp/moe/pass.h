@@ -2,7 +2,9 @@
 // backward repeats when it recomputes.
 #pragma once
 
+#include <functional>
 #include <initializer_list>
+#include <span>
 #include <vector>
 
 #include "base/split.h"
@@ -41,6 +43,14 @@ class Pass {
   Rows dropped(Rows rows, Projection p, Block block, Range cols, Arena& scratch) const;
   // P' or Q' of a part of a block: [r, count].
   MatView low_rank_of(const bf16_t* low_rank, index_t rank, Block whole, Block part) const;
+
+  // The blocks of one expert, in order.
+  std::span<const Block> blocks_of(int expert) const;
+
+  // Columns `slice` of a [T, H] result, summed in fp32 over the experts in order: `add` adds what one
+  // expert's routes give to sum [T, slice.size()]. The task that calls owns these columns.
+  void sum_over_experts(Range slice, const Result& result, Arena& scratch,
+                        const std::function<void(int expert, float* sum)>& add) const;
 
   // Cuts `block` into parts of at most `rows` routes.
   template <class Body>

@@ -22,8 +22,6 @@ class Runtime {
   int threads() const { return pool_.threads(); }
   int shards() const { return 1; }
   const std::string& isa() const { return isa_; }
-  const KernelSet& kernels() const { return kernels_; }
-  std::size_t l2_bytes() const { return l2_bytes_; }
 
   // The runtime for one caller at a time. What it took from `memory` is the next lease's to overwrite.
   class Lease {
