@@ -4,6 +4,8 @@
 //
 // Every kernel works on one panel, one tile or one row; the loops around them live in gemm/ and moe/.
 // Kernels never fail, never allocate and never look at the CPU.
+//
+// The function types have names, so that a set declares its kernels by them.
 #pragma once
 
 #include <stddef.h>
@@ -18,6 +20,15 @@ struct RowSource {
   const int32_t* index;
 };
 
+// A panel from `rows` <= mr rows that run along k; a B panel from `rows` <= nr of them (a weight in the
+// forward direction).
+using PackRows = void(RowSource src, int rows, int k, void* panel);
+// A B panel from k rows of the source that run along n (the same weight in the backward direction).
+using PackAcross = void(RowSource src, int k, int cols, void* panel);
+// rows <= mr and cols <= nr are what is wanted; C may be written up to nr columns, never past `rows` rows.
+using MicroKernel = void(int rows, int cols, int k, const void* a, const void* b, float* c, ptrdiff_t ldc,
+                         int accumulate);
+
 // C[mr x nr] (+)= A[mr x k] * B[k x nr], operands bf16 in value, accumulation fp32.
 //
 // Packed panels: an A panel holds mr rows, a B panel nr columns; both are zero-filled up to mr / nr and to a
@@ -28,15 +39,10 @@ struct GemmKernels {
   int k_align;
   int element_bytes;  // 2: panels hold bf16; 4: panels hold the same values as fp32
 
-  // A panel from `rows` <= mr rows that run along k.
-  void (*pack_a)(RowSource src, int rows, int k, void* panel);
-  // B panel from `cols` <= nr rows of the source that run along k (a weight in the forward direction).
-  void (*pack_b_cols)(RowSource src, int cols, int k, void* panel);
-  // B panel from k rows of the source that run along n (the same weight in the backward direction).
-  void (*pack_b_rows)(RowSource src, int k, int cols, void* panel);
-  // rows <= mr and cols <= nr are what is wanted; C may be written up to nr columns, never past `rows` rows.
-  void (*micro_kernel)(int rows, int cols, int k, const void* a, const void* b, float* c, ptrdiff_t ldc,
-                       int accumulate);
+  PackRows* pack_a;
+  PackRows* pack_b_cols;
+  PackAcross* pack_b_rows;
+  MicroKernel* micro_kernel;
   // Around micro-kernel calls of one thread, for units that must be set up; null where there is nothing to do.
   void (*begin)();
   void (*end)();
@@ -44,26 +50,37 @@ struct GemmKernels {
 
 // One row of G and U of an expert, and what the step makes of it. Forward: h = act(G) * U; G, U and h rounded
 // once to bf16. Backward: from dh' (fp32, before the routing weight) and the saved G, U.
+using ActivationForward = void(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
+                               uint16_t* h);
+// dG, dU for dh = weight * dh'; h as in the forward. Returns <dh', h>, the gradient of the routing weight.
+using ActivationBackward = float(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u,
+                                 uint16_t* dg, uint16_t* du, uint16_t* h);
+
 struct ActivationKernels {
-  void (*forward)(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved, uint16_t* h);
-  // dG, dU for dh = weight * dh'; h as in the forward. Returns <dh', h>, the gradient of the routing weight.
-  float (*backward)(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u, uint16_t* dg,
-                    uint16_t* du, uint16_t* h);
+  ActivationForward* forward;
+  ActivationBackward* backward;
 };
 
+// dst[j * dst_stride + i] = src[i * src_stride + j] for i < rows, j < cols.
+using Transpose = void(const float* src, ptrdiff_t src_stride, int rows, int cols, float* dst,
+                       ptrdiff_t dst_stride);
+using AddScaled = void(int n, float scale, const float* x, float* y);       // y += scale * x
+using RoundScaled = void(int n, float scale, const float* x, uint16_t* y);  // y = bf16(scale * x)
+
 struct EpilogueKernels {
-  // dst[j * dst_stride + i] = src[i * src_stride + j] for i < rows, j < cols.
-  void (*transpose)(const float* src, ptrdiff_t src_stride, int rows, int cols, float* dst,
-                    ptrdiff_t dst_stride);
-  void (*add_scaled)(int n, float scale, const float* x, float* y);       // y += scale * x
-  void (*round_scaled)(int n, float scale, const float* x, uint16_t* y);  // y = bf16(scale * x)
+  Transpose* transpose;
+  AddScaled* add_scaled;
+  RoundScaled* round_scaled;
   ActivationKernels silu;
 };
 
 // Stored weights and parameters to bf16, one row at a time.
+using DecodeF32 = void(int n, const float* src, uint16_t* dst);
+using DecodeF16 = void(int n, const uint16_t* src, uint16_t* dst);
+
 struct DecodeKernels {
-  void (*from_f32)(int n, const float* src, uint16_t* dst);
-  void (*from_f16)(int n, const uint16_t* src, uint16_t* dst);
+  DecodeF32* from_f32;
+  DecodeF16* from_f16;
 };
 
 // A null gemm.micro_kernel, or any other null slot, takes the next lower set's (the gemm slots go together).

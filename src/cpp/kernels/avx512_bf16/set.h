@@ -9,11 +9,9 @@ constexpr int MR = 12;  // with NR: 24 accumulators, 2 vectors of B and 1 broadc
 constexpr int NR = 32;  // two vectors
 constexpr int KB = 32;  // k in one 64-byte run of a packed A row
 
-void pack_a(RowSource src, int rows, int k, void* panel);
-void pack_b_cols(RowSource src, int cols, int k, void* panel);
-void pack_b_rows(RowSource src, int k, int cols, void* panel);
-void micro_kernel(int rows, int cols, int k, const void* a, const void* b, float* c, ptrdiff_t ldc,
-                  int accumulate);
+PackRows pack_a, pack_b_cols;
+PackAcross pack_b_rows;
+MicroKernel micro_kernel;
 
 // The A panel of a set with `Rows` rows: [k / KB][Rows][KB].
 template <int Rows>
