@@ -27,14 +27,15 @@ struct PackedA {
 // k x cols, cut into panels of nr columns.
 struct PackedB {
   const char* data = nullptr;
-  index_t k = 0, cols = 0, panel_bytes = 0;
+  index_t cols = 0, k = 0, panel_bytes = 0;
 };
 
-PackedA pack_a(const KernelSet& kernels, Rows source, Arena& scratch);  // source is [rows, k]
-PackedB pack_b_cols(const KernelSet& kernels, Rows source,
-                    Arena& scratch);  // source is [cols, k]: B = source'
-PackedB pack_b_rows(const KernelSet& kernels, Rows source,
-                    Arena& scratch);  // source is [k, cols]: B = source
+// A = source [rows, k].
+PackedA pack_a(const KernelSet& kernels, Rows source, Arena& scratch);
+// B = source', source [cols, k].
+PackedB pack_b_cols(const KernelSet& kernels, Rows source, Arena& scratch);
+// B = source [k, cols].
+PackedB pack_b_rows(const KernelSet& kernels, Rows source, Arena& scratch);
 
 struct Term {
   PackedA a;
