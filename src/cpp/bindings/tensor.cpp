@@ -1,5 +1,7 @@
 #include "bindings/tensor.h"
 
+#include <pybind11/gil_safe_call_once.h>
+
 #include <algorithm>
 #include <array>
 
@@ -16,17 +18,19 @@ struct TorchType {
   py::object torch;
 };
 
-// The dtypes we read, as torch's own objects. Kept for ever: an interpreter that is shutting down must not
+// The dtypes we read, as torch's own objects. Never destroyed: an interpreter that is shutting down must not
 // touch them.
 const std::vector<TorchType>& torch_types() {
-  static const auto* types = [] {
-    const py::module_ torch = py::module_::import("torch");
-    auto* list = new std::vector<TorchType>;
-    for (const DType dtype : {DType::bf16, DType::f16, DType::f32, DType::i32, DType::i64})
-      list->push_back({dtype, torch.attr(std::string(name_of(dtype)).c_str())});
-    return list;
-  }();
-  return *types;
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<std::vector<TorchType>> storage;
+  return storage
+      .call_once_and_store_result([] {
+        const py::module_ torch = py::module_::import("torch");
+        std::vector<TorchType> types;
+        for (const DType dtype : {DType::bf16, DType::f16, DType::f32, DType::i32, DType::i64})
+          types.push_back({dtype, torch.attr(std::string(name_of(dtype)).c_str())});
+        return types;
+      })
+      .get_stored();
 }
 
 std::optional<DType> dtype_of(py::handle tensor) {
@@ -43,12 +47,6 @@ std::string names(std::initializer_list<DType> dtypes) {
 }
 
 }  // namespace
-
-std::string shape_text(const std::vector<index_t>& shape) {
-  std::string text = "[";
-  for (const index_t n : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(n);
-  return text + "]";
-}
 
 Tensor read_tensor(py::handle object, const std::string& name, std::initializer_list<DType> dtypes,
                    std::size_t dims) {
@@ -72,7 +70,8 @@ Tensor read_tensor(py::handle object, const std::string& name, std::initializer_
 void check_shape(const Tensor& tensor, const std::string& name, std::initializer_list<index_t> wanted,
                  const char* meaning) {
   KT_CHECK(std::equal(tensor.shape.begin(), tensor.shape.end(), wanted.begin(), wanted.end()),
-           "{} has shape {}, wanted {} = {}", name, shape_text(tensor.shape), meaning, shape_text({wanted}));
+           "{} has shape {}, wanted {} = {}", name, shape_text(tensor.shape), meaning,
+           shape_text({wanted.begin(), wanted.size()}));
 }
 
 }  // namespace kt

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "base/view.h"
+#include "weights/text.h"
 
 namespace kt {
 
@@ -29,7 +30,5 @@ Tensor read_tensor(pybind11::handle object, const std::string& name, std::initia
 // ValueError unless the shape is the one wanted; `meaning` says what the dimensions are, as "[E, r, H]".
 void check_shape(const Tensor& tensor, const std::string& name, std::initializer_list<index_t> wanted,
                  const char* meaning);
-
-std::string shape_text(const std::vector<index_t>& shape);
 
 }  // namespace kt
