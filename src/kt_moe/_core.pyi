@@ -73,7 +73,7 @@ def forward(
     hidden_states: Tensor,  # [T, H] bf16
     topk_ids: Tensor,  # [T, K] int32 | int64
     topk_weights: Tensor,  # [T, K] fp32
-    lora: LoraTensors | None,  # gate_a, gate_b, up_a, up_b, down_a, down_b; fp32 | bf16
+    lora: LoraTensors,  # gate_a, gate_b, up_a, up_b, down_a, down_b; fp32 | bf16
     scaling: tuple[float, float, float],  # gate, up, down
     dropout: float,
     seed: int,
@@ -85,7 +85,7 @@ def backward(
     hidden_states: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    lora: LoraTensors | None,
+    lora: LoraTensors,
     scaling: tuple[float, float, float],
     dropout: float,
     seed: int,
@@ -93,5 +93,5 @@ def backward(
     grad_out: Tensor,  # [T, H] bf16
     grad_hidden: Tensor | None,  # [T, H] bf16 | fp32, written
     grad_weights: Tensor | None,  # [T, K] fp32, written
-    grad_lora: LoraTensors | None,  # shapes and dtypes of lora, written
+    grad_lora: LoraTensors,  # shapes and dtypes of lora, written
 ) -> None: ...

@@ -8,7 +8,7 @@ For expert e with routed tokens X (Hu et al. 2021 for LoRA, Shazeer 2020 for the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -62,19 +62,19 @@ class _MoE(torch.autograd.Function):
         topk_ids: Tensor,
         topk_weights: Tensor,
         experts: Experts,
-        lora: Lora | None,
+        lora: Lora,
+        save: bool,
         *lora_tensors: Tensor | None,
     ) -> Tensor:
-        x, ids, weights = _for_core(hidden_states, topk_ids, topk_weights)
-        pairs = tuple(None if t is None else _on_cpu(t) for t in lora_tensors)
-        call = _Call(experts, lora, any(t is not None for t in pairs))
+        x, ids, weights, pairs = _for_core(hidden_states, topk_ids, topk_weights, lora_tensors)
+        dropout, seed = _dropout_and_seed(lora, pairs)
         saved = None
-        if any(ctx.needs_input_grad) and not experts.recompute:
+        if save and any(ctx.needs_input_grad):
             routes = _core.count_routes(ids, experts.num_experts)
             saved = torch.empty(2, routes, experts.intermediate_size, dtype=torch.bfloat16)
         out = torch.empty(x.shape, dtype=_result_dtype(hidden_states))
-        _core.forward(*call.arguments(x, ids, weights, pairs), saved, out)
-        ctx.call = call
+        _core.forward(experts._core, x, ids, weights, pairs, lora.scalings, dropout, seed, saved, out)
+        ctx.experts, ctx.lora_options = experts, (lora.scalings, dropout, seed)
         ctx.save_for_backward(hidden_states, topk_ids, topk_weights, saved, *lora_tensors)
         return out.to(hidden_states.device, hidden_states.dtype)
 
@@ -82,9 +82,9 @@ class _MoE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         hidden_states, topk_ids, topk_weights, saved, *lora_tensors = ctx.saved_tensors
-        x, ids, weights = _for_core(hidden_states, topk_ids, topk_weights)
-        pairs = tuple(None if t is None else _on_cpu(t) for t in lora_tensors)
-        needs_x, _, needs_weights, _, _, *needs_lora = ctx.needs_input_grad
+        x, ids, weights, pairs = _for_core(hidden_states, topk_ids, topk_weights, lora_tensors)
+        scalings, dropout, seed = ctx.lora_options
+        needs_x, _, needs_weights, _, _, _, *needs_lora = ctx.needs_input_grad
 
         grad_x = torch.empty(x.shape, dtype=_result_dtype(hidden_states)) if needs_x else None
         grad_weights = torch.empty(weights.shape) if needs_weights else None
@@ -92,15 +92,15 @@ class _MoE(torch.autograd.Function):
             torch.empty_like(t) if t is not None and needed else None
             for t, needed in zip(pairs, needs_lora, strict=True)
         )
-        call: _Call = ctx.call
         _core.backward(
-            *call.arguments(x, ids, weights, pairs),
+            ctx.experts._core, x, ids, weights, pairs, scalings, dropout, seed,
             saved, _on_cpu(grad_out, torch.bfloat16), grad_x, grad_weights, cast("_core.LoraTensors", grads),
         )  # fmt: skip
         return (
             _like(grad_x, hidden_states),
             None,
             _like(grad_weights, topk_weights),
+            None,
             None,
             None,
             *(_like(g, t) for g, t in zip(grads, lora_tensors, strict=True)),
@@ -162,7 +162,10 @@ class MoEFunction:
             raise ValueError(f"hidden_states is {hidden_states.dtype}, wanted bfloat16, float16 or float32")
         if not topk_weights.is_floating_point():
             raise ValueError(f"topk_weights is {topk_weights.dtype}, wanted a floating-point dtype")
-        out: Tensor = _MoE.apply(hidden_states, topk_ids, topk_weights, experts, lora, *tensors)  # type: ignore[no-untyped-call]
+        save = torch.is_grad_enabled() and not experts.recompute
+        out: Tensor = _MoE.apply(  # type: ignore[no-untyped-call]
+            hidden_states, topk_ids, topk_weights, experts, lora or Lora(), save, *tensors
+        )
         return out
 
 
@@ -195,33 +198,6 @@ def moe(
     return out
 
 
-class _Call:
-    """What forward and backward of one call share beside their tensors."""
-
-    def __init__(self, experts: Experts, lora: Lora | None, has_lora: bool) -> None:
-        lora = lora or Lora()
-        self.experts, self.has_lora = experts, has_lora
-        self.scalings, self.dropout = lora.scalings, lora.dropout if has_lora else 0.0
-        self.seed = lora.seed if lora.seed is not None else 0
-        if self.dropout > 0 and lora.seed is None:
-            self.seed = int(torch.randint(2**63 - 1, ()).item())
-
-    def arguments(
-        self, x: Tensor, ids: Tensor, weights: Tensor, pairs: tuple[Tensor | None, ...]
-    ) -> tuple[
-        _core.Experts,
-        Tensor,
-        Tensor,
-        Tensor,
-        _core.LoraTensors | None,
-        tuple[float, float, float],
-        float,
-        int,
-    ]:
-        lora = cast("_core.LoraTensors", pairs) if self.has_lora else None
-        return self.experts._core, x, ids, weights, lora, self.scalings, self.dropout, self.seed
-
-
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}, wanted a torch.Tensor")
@@ -233,8 +209,20 @@ def _on_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
 
 
-def _for_core(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _on_cpu(hidden_states, torch.bfloat16), _on_cpu(topk_ids), _on_cpu(topk_weights, torch.float32)
+def _for_core(
+    hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, lora_tensors: Iterable[Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor, _core.LoraTensors]:
+    x, weights = _on_cpu(hidden_states, torch.bfloat16), _on_cpu(topk_weights, torch.float32)
+    pairs = tuple(None if t is None else _on_cpu(t) for t in lora_tensors)
+    return x, _on_cpu(topk_ids), weights, cast("_core.LoraTensors", pairs)
+
+
+def _dropout_and_seed(lora: Lora, pairs: _core.LoraTensors) -> tuple[float, int]:
+    if lora.dropout == 0.0 or all(t is None for t in pairs):
+        return 0.0, 0
+    if lora.seed is not None:
+        return lora.dropout, lora.seed
+    return lora.dropout, int(torch.randint(2**63 - 1, ()).item())
 
 
 def _result_dtype(hidden_states: Tensor) -> torch.dtype:

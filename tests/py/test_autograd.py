@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import kt_moe
+from kt_moe import _core
 
 ALL = {"gate": 8, "up": 8, "down": 8}
 
@@ -77,6 +78,20 @@ def test_recompute_keeps_less_between_forward_and_backward(problem, experts):
 
     routes = problem.topk_ids.numel()
     assert saved_bytes(False) - saved_bytes(True) == 2 * routes * experts.intermediate_size * 2
+
+
+def test_without_gradients_nothing_is_saved(problem, experts, monkeypatch):
+    """Evaluation, generation, and the first forward of reentrant checkpointing: parameters want gradients."""
+    saved = []
+    forward = _core.forward
+    monkeypatch.setattr(_core, "forward", lambda *args: (saved.append(args[-2]), forward(*args))[1])
+    leaves = fresh_leaves(problem)
+    with torch.no_grad():
+        call(problem, experts, leaves)
+    call(problem, experts, problem.leaves())
+    assert saved == [None, None]
+    call(problem, experts, leaves)
+    assert saved[2] is not None
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "base/error.h"
 #include "bindings/tensor.h"
 #include "moe/layer.h"
@@ -15,6 +17,7 @@ namespace kt {
 namespace {
 
 using Scaling = std::array<float, 3>;
+using LoraTensors = std::array<py::object, 6>;  // A and B of gate, up and down, or None
 
 // One LoRA matrix of every expert; the rank is wherever `meaning` has it.
 Stack read_stack(py::handle object, const std::string& name, index_t experts, index_t rows, index_t cols,
@@ -41,7 +44,7 @@ LoraPair read_pair(const ExpertWeights& w, Projection p, py::handle a, py::handl
 }
 
 LayerInputs read_inputs(const ExpertWeights& w, py::handle hidden_states, py::handle topk_ids,
-                        py::handle topk_weights, const py::object& lora, const Scaling& scaling,
+                        py::handle topk_weights, const LoraTensors& lora, const Scaling& scaling,
                         float dropout, std::uint64_t seed) {
   const Tensor x = read_tensor(hidden_states, "hidden_states", {DType::bf16}, 2);
   const Tensor ids = read_tensor(topk_ids, "topk_ids", {DType::i64, DType::i32}, 2);
@@ -50,13 +53,12 @@ LayerInputs read_inputs(const ExpertWeights& w, py::handle hidden_states, py::ha
            shape_text(x.shape), w.hidden);
   KT_CHECK(ids.dim(0) == x.dim(0), "topk_ids has shape {}, wanted [{}, K]: a row for every token",
            shape_text(ids.shape), x.dim(0));
+  KT_CHECK(dropout >= 0.0f && dropout < 1.0f, "dropout is {}, wanted a probability in [0, 1)", dropout);
   check_shape(weights, "topk_weights", {ids.dim(0), ids.dim(1)}, "the shape of topk_ids");
   LayerInputs inputs{x.matrix(), ids.matrix(), weights.matrix(), {}, {dropout, seed}};
-  if (lora.is_none()) return inputs;
-  const auto tensors = lora.cast<std::array<py::object, 6>>();
   for (const Projection p : projections) {
     const std::size_t i = index_of(p);
-    inputs.lora[i] = read_pair(w, p, tensors[2 * i], tensors[2 * i + 1], scaling[i]);
+    inputs.lora[i] = read_pair(w, p, lora[2 * i], lora[2 * i + 1], scaling[i]);
   }
   return inputs;
 }
@@ -78,7 +80,7 @@ Result read_result(const py::object& tensor, const std::string& name, const std:
 }
 
 void run_forward(const Experts& experts, py::handle hidden_states, py::handle topk_ids,
-                 py::handle topk_weights, const py::object& lora, const Scaling& scaling, float dropout,
+                 py::handle topk_weights, const LoraTensors& lora, const Scaling& scaling, float dropout,
                  std::uint64_t seed, const py::object& saved, const py::object& out) {
   const ExpertWeights& w = experts.weights();
   const LayerInputs inputs =
@@ -90,10 +92,10 @@ void run_forward(const Experts& experts, py::handle hidden_states, py::handle to
 }
 
 void run_backward(const Experts& experts, py::handle hidden_states, py::handle topk_ids,
-                  py::handle topk_weights, const py::object& lora, const Scaling& scaling, float dropout,
+                  py::handle topk_weights, const LoraTensors& lora, const Scaling& scaling, float dropout,
                   std::uint64_t seed, const py::object& saved, py::handle grad_out,
                   const py::object& grad_hidden, const py::object& grad_weights,
-                  const py::object& grad_lora) {
+                  const LoraTensors& grad_lora) {
   const ExpertWeights& w = experts.weights();
   const LayerInputs inputs =
       read_inputs(w, hidden_states, topk_ids, topk_weights, lora, scaling, dropout, seed);
@@ -108,17 +110,14 @@ void run_backward(const Experts& experts, py::handle hidden_states, py::handle t
     check_shape(dw, "grad_weights", {inputs.topk_weights.rows, inputs.topk_weights.cols}, "[T, K]");
     gradients.topk_weights = static_cast<float*>(dw.data);
   }
-  if (!grad_lora.is_none()) {
-    const auto tensors = grad_lora.cast<std::array<py::object, 6>>();
-    for (const Projection p : projections) {
-      const std::size_t i = index_of(p);
-      const LoraPair& pair = inputs.of(p);
-      const std::string name = "grad of " + std::string(name_of(p)) + "_lora_";
-      gradients.lora_a[i] =
-          read_result(tensors[2 * i], name + "a", {w.num_experts, pair.a.rows, pair.a.cols});
-      gradients.lora_b[i] =
-          read_result(tensors[2 * i + 1], name + "b", {w.num_experts, pair.b.rows, pair.b.cols});
-    }
+  for (const Projection p : projections) {
+    const std::size_t i = index_of(p);
+    const LoraPair& pair = inputs.of(p);
+    const std::string name = "grad of " + std::string(name_of(p)) + "_lora_";
+    gradients.lora_a[i] =
+        read_result(grad_lora[2 * i], name + "a", {w.num_experts, pair.a.rows, pair.a.cols});
+    gradients.lora_b[i] =
+        read_result(grad_lora[2 * i + 1], name + "b", {w.num_experts, pair.b.rows, pair.b.cols});
   }
   const py::gil_scoped_release release;
   backward(experts.runtime(), w, inputs, kept, dout.matrix(), gradients);
