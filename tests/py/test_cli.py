@@ -278,6 +278,14 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert set(kt_moe.cpu_info()) <= set(json.loads(capsys.readouterr().out))
 
 
+def test_info_with_an_override_that_does_not_hold(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KT_MOE_ISA", "mmx")
+    assert main(["info"]) == 2
+    assert 'kt-moe info: error: isa is "mmx", wanted one of scalar' in capsys.readouterr().err
+
+
 def test_info_shows_caches_in_their_units() -> None:
     shown = describe({"caches": {"L1d": 48 << 10, "L3": 3 << 19}, "isa_features": ["avx2", "fma"]})
     assert shown.splitlines() == [

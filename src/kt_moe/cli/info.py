@@ -7,6 +7,8 @@ import json
 import os
 from typing import Any
 
+from kt_moe.cli.errors import UserError
+
 _OVERRIDES = ("KT_MOE_ISA", "KT_MOE_THREADS", "KT_MOE_SHARDS")
 
 
@@ -16,12 +18,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print `kt_moe.cpu_info()`, versions, GPUs and the environment's overrides."""
+    """Print `kt_moe.cpu_info()`, versions, GPUs and the environment's overrides.
+
+    Raises:
+        UserError: an override that does not hold on this machine.
+    """
     import torch
 
     import kt_moe
 
-    info = kt_moe.cpu_info()
+    try:
+        info = kt_moe.cpu_info()
+    except ValueError as error:  # KT_MOE_ISA and its kin
+        raise UserError(str(error)) from error
     info["overrides"] = {name: os.environ[name] for name in _OVERRIDES if name in os.environ}
     info["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     info["versions"] = {"kt_moe": kt_moe.__version__, "torch": torch.__version__}
