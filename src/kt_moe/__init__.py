@@ -1,7 +1,7 @@
 """LoRA fine-tuning of very large Mixture-of-Experts models with the experts computed on the CPU."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kt_moe._core import __version__
 from kt_moe.checkpoint import Checkpoint
@@ -9,6 +9,11 @@ from kt_moe.experts import Experts
 from kt_moe.functional import Lora, MoEFunction, moe
 from kt_moe.layer import MoELayer
 from kt_moe.runtime import Runtime, cpu_info, default_runtime
+
+if TYPE_CHECKING:  # the lazy names below, for type checkers
+    from kt_moe import hf
+    from kt_moe.adapters import load_adapter, merge_adapter, save_adapter
+    from kt_moe.hf import KtMoeConfig
 
 __all__ = [
     "Checkpoint",

@@ -40,8 +40,6 @@ class Architecture:
         return int(found[1]) if found else None
 
 
-_MIXTRAL = {"on_disk": "block_sparse_moe.experts", "projections": ("w1", "w3", "w2")}
-
 ARCHITECTURES: dict[str, Architecture] = {
     row.model_type: row
     for row in (
@@ -52,7 +50,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("deepseek_v3"),
         Architecture("glm4_moe"),
         Architecture("dots1"),
-        Architecture("mixtral", **_MIXTRAL),  # type: ignore[arg-type]
+        Architecture("mixtral", on_disk="block_sparse_moe.experts", projections=("w1", "w3", "w2")),
     )
 }
 

@@ -11,7 +11,8 @@ from kt_moe import _core
 from kt_moe.checkpoint import Checkpoint
 from kt_moe.runtime import Runtime, default_runtime
 
-_FORMATS = ("bf16",)
+FORMATS = ("bf16",)  # of weights in memory
+CHECKPOINT_FORMATS = ("as-stored", *FORMATS)
 
 
 class Experts:
@@ -41,7 +42,7 @@ class Experts:
         format: str = "bf16",
         runtime: Runtime | None = None,
     ) -> None:
-        _check_format(format, _FORMATS)
+        _check_format(format, FORMATS)
         runtime = runtime or default_runtime()
         gate, up, down = (t.detach().to("cpu").contiguous() for t in (gate, up, down))
         self._adopt(_core.Experts.from_tensors(gate, up, down, activation, runtime._core), runtime)
@@ -67,7 +68,7 @@ class Experts:
             FileNotFoundError: no such file, or one that the index names is missing.
             ValueError: a malformed file, no such layer, or an expert that is missing; names the key.
         """
-        _check_format(format, ("as-stored", *_FORMATS))
+        _check_format(format, CHECKPOINT_FORMATS)
         checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(path)
         runtime = runtime or default_runtime()
         self = cls.__new__(cls)

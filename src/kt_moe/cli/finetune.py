@@ -155,7 +155,7 @@ class _Job:
         self._show_samples(model, tokenizer)
         _say("")
         if history.held_out:
-            (_, before), *_, (_, after) = [history.held_out[0], *history.held_out]
+            (_, before), (_, after) = history.held_out[0], history.held_out[-1]
             _say(f"held-out loss  {before:.4f} before, {after:.4f} after")
         if speed is not None:
             _say(f"speed          {speed:.0f} tokens/s, {memory_line()}")

@@ -113,22 +113,22 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         dropouts = {self._dropout(name) for name in active}
         if len(dropouts) > 1:
             raise ValueError(f"active adapters {active} have different lora_dropout {sorted(dropouts)}")
-        single = len(active) == 1
-        tensors = {}
+        dropout = dropouts.pop()
+        tensors: dict[str, Tensor] = {}
+        if len(active) == 1:
+            (name,) = active
+            for projection in self.lora_A[name]:
+                tensors[f"{projection}_lora_a"] = self.lora_A[name][projection]
+                tensors[f"{projection}_lora_b"] = self.lora_B[name][projection]
+            return Lora(float(self.scaling[name]), dropout), tensors
         for projection in PROJECTIONS:
-            pairs = [
-                (a[projection], b[projection] if single else b[projection] * self.scaling[name])
-                for name in active
-                if projection in (a := self.lora_A[name]) and (b := self.lora_B[name])
-            ]
-            if pairs:
-                tensors[f"{projection}_lora_a"] = (
-                    pairs[0][0] if single else torch.cat([a for a, _ in pairs], dim=1)
-                )
-                tensors[f"{projection}_lora_b"] = (
-                    pairs[0][1] if single else torch.cat([b for _, b in pairs], dim=2)
-                )
-        return Lora(float(self.scaling[active[0]]) if single else 1.0, dropouts.pop()), tensors
+            names = [name for name in active if projection in self.lora_A[name]]
+            if names:
+                a = [self.lora_A[name][projection] for name in names]
+                b = [self.lora_B[name][projection] * self.scaling[name] for name in names]
+                tensors[f"{projection}_lora_a"] = torch.cat(a, dim=1)
+                tensors[f"{projection}_lora_b"] = torch.cat(b, dim=2)
+        return Lora(1.0, dropout), tensors
 
     def _dropout(self, adapter_name: str) -> float:
         return float(getattr(self.lora_dropout[adapter_name], "p", 0.0)) if self.training else 0.0

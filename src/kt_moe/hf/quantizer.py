@@ -13,11 +13,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kt_moe.architectures import architecture_of
 from kt_moe.checkpoint import Checkpoint
-from kt_moe.experts import Experts
+from kt_moe.experts import CHECKPOINT_FORMATS, Experts
 from kt_moe.hf.experts import NAME, KtExperts
 from kt_moe.runtime import Runtime, default_runtime
-
-_FORMATS = ("as-stored", "bf16")
 
 
 class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -47,8 +45,8 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if unknown:
             options = [name for name in self.to_dict() if name != "quant_method"]
             raise ValueError(f"KtMoeConfig has no option {sorted(unknown)}, only {options}")
-        if format not in _FORMATS:
-            raise ValueError(f"KtMoeConfig: format is {format!r}, wanted one of {list(_FORMATS)}")
+        if format not in CHECKPOINT_FORMATS:
+            raise ValueError(f"KtMoeConfig: format is {format!r}, wanted one of {list(CHECKPOINT_FORMATS)}")
 
     def runtime(self) -> Runtime:
         """The runtime these options ask for."""
