@@ -178,6 +178,17 @@ class TestRuntime:
         )
         assert _python(code, {"KT_MOE_ISA": "scalar", "KT_MOE_THREADS": "3"}).stdout == "scalar 3 scalar\n"
 
+    def test_threads_that_cannot_be_started(self):
+        code = """if True:
+            import resource, torch, kt_moe
+            used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
+            kt_moe.Runtime(threads=4096)
+        """
+        run = _python(code, {})
+        assert "OSError: threads is 4096, but only" in run.stderr
+        assert run.returncode == 1
+
     def test_interpreter_exits_with_a_live_runtime(self):
         code = "import torch, kt_moe; e = kt_moe.Experts(*(torch.zeros(1, 2, 2),) * 3); print('done')"
         run = _python(code, {})

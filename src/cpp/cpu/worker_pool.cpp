@@ -5,9 +5,12 @@
 
 #include <atomic>
 #include <exception>
+#include <memory>
 #include <thread>
 #include <utility>
 #include <vector>
+
+#include "base/error.h"
 
 namespace kt {
 
@@ -31,10 +34,20 @@ void wait_while(const std::atomic<unsigned>& word, unsigned old) {
 
 struct WorkerPool::Team {
   explicit Team(int threads) : process(getpid()) {
-    for (int worker = 1; worker < threads; ++worker) members.emplace_back([this, worker] { serve(worker); });
+    try {
+      for (int worker = 1; worker < threads; ++worker)
+        members.emplace_back([this, worker] { serve(worker); });
+    } catch (const std::exception& refusal) {
+      const std::size_t started = members.size() + 1;
+      stop();
+      throw IoError(
+          format("threads is {}, but only {} could be started: {}", threads, started, refusal.what()));
+    }
   }
 
-  ~Team() {
+  ~Team() { stop(); }
+
+  void stop() {
     stopping = true;
     loop.fetch_add(1, std::memory_order_release);
     loop.notify_all();
@@ -93,26 +106,29 @@ struct WorkerPool::Team {
   std::vector<std::thread> members;
 };
 
-WorkerPool::WorkerPool(int threads) : threads_(threads), team_(std::make_unique<Team>(threads)) {}
+WorkerPool::WorkerPool(int threads) : threads_(threads), team_(new Team(threads)) {}
 
 WorkerPool::~WorkerPool() {
   // After a fork the members' threads do not exist; joining them would wait for ever.
-  if (team_->process != getpid()) static_cast<void>(team_.release());
+  if (Team* team = team_.load(); team->process == getpid()) delete team;
 }
 
-std::unique_lock<std::mutex> WorkerPool::claim() {
-  if (team_->process != getpid()) {
-    static_cast<void>(team_.release());
-    team_ = std::make_unique<Team>(threads_);
-  }
-  return std::unique_lock(team_->claimed);
+// After a fork the parent's team is left where it is and a new one takes its place; of several threads of the
+// child that come at once, one replaces it.
+WorkerPool::Team& WorkerPool::team() {
+  Team* team = team_.load();
+  if (team->process == getpid()) return *team;
+  auto fresh = std::make_unique<Team>(threads_);
+  return team_.compare_exchange_strong(team, fresh.get()) ? *fresh.release() : *team;
 }
+
+std::unique_lock<std::mutex> WorkerPool::claim() { return std::unique_lock(team().claimed); }
 
 void WorkerPool::parallel_for(int tasks, const std::function<void(int, int)>& body) {
   if (inside_task || tasks <= 1) {
     for (int task = 0; task < tasks; ++task) body(task, 0);
   } else {
-    team_->run(tasks, body);
+    team_.load()->run(tasks, body);
   }
 }
 

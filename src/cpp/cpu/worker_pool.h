@@ -3,15 +3,16 @@
 // thread.
 #pragma once
 
+#include <atomic>
 #include <functional>
-#include <memory>
 #include <mutex>
 
 namespace kt {
 
 class WorkerPool {
  public:
-  explicit WorkerPool(int threads);  // `threads` >= 1, the calling one included
+  // `threads` >= 1, the calling one included. IoError when the operating system refuses to start one.
+  explicit WorkerPool(int threads);
   ~WorkerPool();
   WorkerPool(const WorkerPool&) = delete;
   WorkerPool& operator=(const WorkerPool&) = delete;
@@ -29,8 +30,10 @@ class WorkerPool {
 
  private:
   struct Team;
+  Team& team();
+
   int threads_;
-  std::unique_ptr<Team> team_;
+  std::atomic<Team*> team_;
 };
 
 }  // namespace kt
