@@ -60,12 +60,12 @@ void* Arena::take_bytes(std::size_t bytes) {
 }
 
 void Arena::reset() {
+  block_ = used_ = 0;
   if (blocks_.size() > 1) {  // next time all of it fits one block
     const std::size_t total = capacity();
     blocks_.clear();
     blocks_.emplace_back(total);
   }
-  block_ = used_ = 0;
 }
 
 std::size_t Arena::capacity() const {

@@ -10,8 +10,8 @@
 namespace kt {
 
 struct Dropout {
-  float probability =
-      0.0f;  // of dropping; kept elements are scaled by 1 / (1 - probability) through the LoRA scaling
+  // Of dropping, in [0, 1). Kept elements are scaled by 1 / (1 - probability), through the LoRA scaling.
+  float probability = 0.0f;
   std::uint64_t seed = 0;
 
   bool active() const { return probability > 0.0f; }

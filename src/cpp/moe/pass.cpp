@@ -7,7 +7,7 @@ namespace kt {
 
 namespace {
 
-constexpr auto kInt = [](index_t n) { return static_cast<int>(n); };
+int to_int(index_t n) { return static_cast<int>(n); }  // kernels count rows and columns of a tile in int
 
 }  // namespace
 
@@ -47,7 +47,7 @@ void Pass::project_a(std::initializer_list<Projection> targets, bool weighted) {
           if (weighted)
             for (index_t j = 0; j < part.count; ++j)
               row[j] *= weight_[static_cast<std::size_t>(part.first + j)];
-          kernels().epilogue.round_scaled(kInt(part.count), lora_scale(p), row, stored + i * block.count);
+          kernels().epilogue.round_scaled(to_int(part.count), lora_scale(p), row, stored + i * block.count);
         }
       });
     }
@@ -88,12 +88,13 @@ void Pass::gate_up(SavedGateUp saved) {
           terms[1] = {lora_b[i],
                       pack_b_rows(kernels(), {low_rank_of(low_rank_[i], rank, block, part)}, scratch)};
         multiply(kernels(), {terms.data(), rank > 0 ? 2u : 1u}, transposed);
-        kernels().epilogue.transpose(transposed, part_rows, kInt(width), kInt(part.count), result[i], width);
+        kernels().epilogue.transpose(transposed, part_rows, to_int(width), to_int(part.count), result[i],
+                                     width);
       }
       for (index_t i = 0; i < part.count; ++i) {
         const index_t place = (part.first + i) * n + slice.begin;
         kernels_of(kernels(), experts_.activation)
-            .forward(kInt(width), result[0] + i * width, result[1] + i * width,
+            .forward(to_int(width), result[0] + i * width, result[1] + i * width,
                      saved.gate ? saved.gate + place : unsaved, saved.up ? saved.up + place : unsaved,
                      hidden_ + place);
       }
@@ -160,7 +161,7 @@ void Pass::store(const float* row, index_t n, const Result& result, index_t offs
   if (result.dtype == DType::f32)
     std::memcpy(static_cast<float*>(result.data) + offset, row, static_cast<std::size_t>(n) * sizeof(float));
   else
-    kernels().epilogue.round_scaled(kInt(n), 1.0f, row, static_cast<bf16_t*>(result.data) + offset);
+    kernels().epilogue.round_scaled(to_int(n), 1.0f, row, static_cast<bf16_t*>(result.data) + offset);
 }
 
 // Dropped inputs are zeros; the kept ones' factor 1 / (1 - probability) is exact here, in fp32.
