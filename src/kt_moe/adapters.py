@@ -25,6 +25,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import kt_moe.hf  # noqa: F401  (its PEFT tuner knows kt_moe experts)
+from kt_moe.checkpoint import Checkpoint
 
 _PREFIX = "base_model.model."
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -106,24 +107,25 @@ def merge_adapter(base: StrPath, adapter: StrPath, output: StrPath) -> None:
 
     Raises:
         FileNotFoundError: a directory without a checkpoint or adapter.
-        ValueError: an adapter that is not plain LoRA on weights of this checkpoint, or output is taken.
+        ValueError: an adapter that is not plain LoRA on weights of this checkpoint, a checkpoint that is
+            malformed, or output is taken.
         OSError: what was read back is not what was to be written, or the disk is full; no output is left.
     """
     base, output = Path(base), Path(output)
-    shards = sorted(base.glob("*.safetensors"))
-    if not shards:
-        raise FileNotFoundError(f"no .safetensors in {base}")
+    if not base.is_dir():
+        raise FileNotFoundError(f"base is {base}, wanted the directory of a checkpoint")
+    checkpoint = Checkpoint(base)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output is {output}, which exists already")
     deltas = _read_deltas(Path(adapter))
-    _check_complete(deltas, shards)
+    _check_complete(deltas, checkpoint)
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
     try:
         for file in base.iterdir():
-            if file.is_file() and file not in shards:
+            if file.is_file() and file not in checkpoint.files:
                 shutil.copyfile(file, scratch / file.name)
-        for shard in shards:
+        for shard in checkpoint.files:
             _merge_shard(shard, scratch / shard.name, deltas)
             _verify_shard(shard, scratch / shard.name, deltas)
         scratch.chmod(0o755)
@@ -173,22 +175,17 @@ def _read_deltas(directory: Path) -> dict[str, _Delta]:
     return deltas
 
 
-def _check_complete(deltas: dict[str, _Delta], shards: list[Path]) -> None:
+def _check_complete(deltas: dict[str, _Delta], checkpoint: Checkpoint) -> None:
     """Every pair must find its weight, or the merge would silently leave it out."""
-    missing = dict(deltas)
-    for shard in shards:
-        with safe_open(shard, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                delta = missing.pop(name, None)
-                shape = file.get_slice(name).get_shape()
-                if delta is not None and shape != [delta.b.shape[0], delta.a.shape[1]]:
-                    raise ValueError(
-                        f"{name} is {shape}, the adapter is for {[delta.b.shape[0], delta.a.shape[1]]}"
-                    )
+    missing = sorted(deltas.keys() - checkpoint.tensors.keys())
     if missing:
         raise ValueError(
-            f"the checkpoint lacks {len(missing)} weights that the adapter changes: {sorted(missing)[:3]}"
+            f"the checkpoint lacks {len(missing)} weights that the adapter changes: {missing[:3]}"
         )
+    for name, delta in deltas.items():
+        shape, wanted = checkpoint.tensors[name].shape, (delta.b.shape[0], delta.a.shape[1])
+        if shape != wanted:
+            raise ValueError(f"{name} is {list(shape)}, the adapter is for {list(wanted)}")
 
 
 def _merged(name: str, weight: Tensor, deltas: dict[str, _Delta]) -> Tensor:
@@ -202,7 +199,7 @@ def _merged(name: str, weight: Tensor, deltas: dict[str, _Delta]) -> Tensor:
 def _merge_shard(source: Path, target: Path, deltas: dict[str, _Delta]) -> None:
     with safe_open(source, "pt") as file:
         metadata = file.metadata()
-        tensors = {name: _merged(name, file.get_tensor(name), deltas) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: _merged(name, file.get_tensor(name), deltas) for name in file.keys()}  # noqa: SIM118 (no mapping)
     safetensors.torch.save_file(tensors, target, metadata=metadata)
 
 
