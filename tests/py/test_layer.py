@@ -62,6 +62,17 @@ def test_error_is_no_larger_than_bf16_eager(runtime, T, H, inner, E, K, ranks, r
     assert_formula(ours, problem)
 
 
+def test_a_layer_that_is_cut_into_slices(runtime):
+    """Half of any L2 cache holds fewer columns of these weights than there are: every product is cut."""
+    problem = make_problem(24, 6000, 310, 2, 1, {"gate": 3, "up": 5, "down": 4})
+    ours = run_ours(problem, runtime)
+    assert_formula(ours, problem)
+    for threads in (1, 5):
+        again = run_ours(problem, kt_moe.Runtime(threads=threads, isa=runtime.isa))
+        for name in ours:
+            assert torch.equal(again[name], ours[name]), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_other_input_dtypes(runtime, dtype):
     problem = make_problem(33, 64, 48, 4, 2, ALL)
