@@ -4,57 +4,18 @@ namespace kt::avx512 {
 
 namespace {
 
-// The loops over r and v are unrolled by order: gcc keeps acc in registers only when no index is left.
-
-// One k: every row of A times V vectors of B.
-template <int R, int V>
-__attribute__((always_inline)) inline void step(__m512 (&acc)[R][V], const float* a, const float* b) {
-  __m512 column[V];
-#pragma GCC unroll 2
-  for (int v = 0; v < V; ++v) column[v] = _mm512_load_ps(b + 16 * v);
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    const __m512 row = _mm512_set1_ps(a[r * KB]);
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) acc[r][v] = _mm512_fmadd_ps(row, column[v], acc[r][v]);
-  }
-}
-
-template <int R, int V>
-void tile(int k, const void* a_panel, const void* b_panel, float* c, ptrdiff_t ldc, int accumulate) {
-  __m512 acc[R][V];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v)
-      acc[r][v] = accumulate ? _mm512_loadu_ps(c + r * ldc + 16 * v) : _mm512_setzero_ps();
-
-  const float* a = static_cast<const float*>(a_panel);
-  const float* b = static_cast<const float*>(b_panel);
-  for (; k >= KB; k -= KB, a += MR * KB)
-#pragma GCC unroll 4
-    for (int p = 0; p < KB; ++p, b += NR) step<R, V>(acc, a + p, b);
-  for (int p = 0; p < k; ++p, b += NR) step<R, V>(acc, a + p, b);
-
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) _mm512_storeu_ps(c + r * ldc + 16 * v, acc[r][v]);
-}
-
-using Tile = void (*)(int, const void*, const void*, float*, ptrdiff_t, int);
-constexpr Tile kTiles[MR][2] = {
-    {tile<1, 1>, tile<1, 2>},   {tile<2, 1>, tile<2, 2>},   {tile<3, 1>, tile<3, 2>},
-    {tile<4, 1>, tile<4, 2>},   {tile<5, 1>, tile<5, 2>},   {tile<6, 1>, tile<6, 2>},
-    {tile<7, 1>, tile<7, 2>},   {tile<8, 1>, tile<8, 2>},   {tile<9, 1>, tile<9, 2>},
-    {tile<10, 1>, tile<10, 2>}, {tile<11, 1>, tile<11, 2>}, {tile<12, 1>, tile<12, 2>},
+struct Step {
+  using Operand = __m512;
+  static Operand load(const char* b) { return _mm512_load_ps(b); }
+  static Operand broadcast(const char* a) { return _mm512_set1_ps(*reinterpret_cast<const float*>(a)); }
+  static __m512 multiply_add(Operand a, Operand b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 };
 
 }  // namespace
 
 void micro_kernel(int rows, int cols, int k, const void* a, const void* b, float* c, ptrdiff_t ldc,
                   int accumulate) {
-  kTiles[rows - 1][cols > 16](k, a, b, c, ldc, accumulate);
+  kTiles<Step>[rows - 1][cols > 16](k, a, b, c, ldc, accumulate);
 }
 
 extern const KernelSet table;

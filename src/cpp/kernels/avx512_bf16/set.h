@@ -1,13 +1,12 @@
 // What the files of this kernel set share.
 #pragma once
 
-#include "kernels/avx512/registers.h"
+#include "kernels/avx512/tile.h"
 
 namespace kt::avx512_bf16 {
 
-constexpr int MR = 12;  // with NR: 24 accumulators, 2 vectors of B and 1 broadcast of A in 32 registers
-constexpr int NR = 32;  // two vectors
-constexpr int KB = 32;  // k in one 64-byte run of a packed A row
+constexpr int MR = kTileRows, NR = kTileCols;
+constexpr int KB = 2 * kRun;  // k in one 64-byte run of a packed A row
 
 PackRows pack_a, pack_b_cols;
 PackAcross pack_b_rows;

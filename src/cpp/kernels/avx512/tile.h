@@ -1,0 +1,66 @@
+// The micro-kernel that the AVX-512 sets have in common. A step is what one multiply-add takes: 4 bytes of a
+// packed A row (an fp32, or a pair of bf16) and 4 * kTileCols bytes of packed B. `Step` says how those are
+// read and multiplied; it has internal linkage, and so has what is instantiated with it.
+#pragma once
+
+#include "kernels/avx512/registers.h"
+
+namespace kt {
+
+constexpr int kTileRows = 12;  // 24 accumulators, 2 vectors of B and 1 broadcast of A in 32 registers
+constexpr int kTileCols = 32;  // two vectors
+constexpr int kRun = 16;       // steps in one 64-byte run of a packed A row
+
+// The loops over r and v are unrolled by order: gcc keeps acc in registers only when no index is left.
+
+// One step: every row of A times V vectors of B.
+template <class Step, int R, int V>
+__attribute__((always_inline)) static inline void add_step(__m512 (&acc)[R][V], const char* a,
+                                                           const char* b) {
+  typename Step::Operand column[V];
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) column[v] = Step::load(b + 64 * v);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const typename Step::Operand row = Step::broadcast(a + 64 * r);
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) acc[r][v] = Step::multiply_add(row, column[v], acc[r][v]);
+  }
+}
+
+template <class Step, int R, int V>
+static void tile(int steps, const void* a_panel, const void* b_panel, float* c, ptrdiff_t ldc,
+                 int accumulate) {
+  __m512 acc[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v)
+      acc[r][v] = accumulate ? _mm512_loadu_ps(c + r * ldc + 16 * v) : _mm512_setzero_ps();
+
+  const char* a = static_cast<const char*>(a_panel);
+  const char* b = static_cast<const char*>(b_panel);
+  for (; steps >= kRun; steps -= kRun, a += 64 * kTileRows)
+#pragma GCC unroll 4
+    for (int p = 0; p < kRun; ++p, b += 4 * kTileCols) add_step<Step, R, V>(acc, a + 4 * p, b);
+  for (int p = 0; p < steps; ++p, b += 4 * kTileCols) add_step<Step, R, V>(acc, a + 4 * p, b);
+
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) _mm512_storeu_ps(c + r * ldc + 16 * v, acc[r][v]);
+}
+
+using Tile = void (*)(int, const void*, const void*, float*, ptrdiff_t, int);
+
+template <class Step, int R>
+constexpr Tile kTilesOf[2] = {tile<Step, R, 1>, tile<Step, R, 2>};
+
+template <class Step>
+constexpr const Tile* kTiles[kTileRows] = {
+    kTilesOf<Step, 1>, kTilesOf<Step, 2>,  kTilesOf<Step, 3>,  kTilesOf<Step, 4>,
+    kTilesOf<Step, 5>, kTilesOf<Step, 6>,  kTilesOf<Step, 7>,  kTilesOf<Step, 8>,
+    kTilesOf<Step, 9>, kTilesOf<Step, 10>, kTilesOf<Step, 11>, kTilesOf<Step, 12>,
+};
+
+}  // namespace kt
