@@ -52,13 +52,21 @@ def plot_losses(runs: Mapping[str, History], path: Path, title: str) -> None:
     axes = figure.add_subplot()
     for index, (name, history) in enumerate(runs.items()):
         color, prefix = f"C{index}", f"{name}: " if name else ""
+        width = 1.5 * (
+            len(runs) - index
+        )  # of two curves that agree, the later one lies inside the earlier one
         window = max(1, len(history.train) // 20)
-        axes.plot(*_xy(history.train), color=color, alpha=0.25, linewidth=0.8)
         label = f"{prefix}training, mean of {window}"
-        axes.plot(*_xy(smooth(history.train, window)), color=color, label=label)
+        axes.plot(*_xy(history.train), color=color, alpha=0.25, linewidth=0.5 * width)
+        axes.plot(*_xy(smooth(history.train, window)), color=color, linewidth=width, label=label)
         if history.held_out:
-            style = "o^sv"[index % 4] + "--"
-            axes.plot(*_xy(history.held_out), style, color=color, markersize=4, label=f"{prefix}held-out")
+            look: dict[str, Any] = {
+                "marker": "o",
+                "markersize": 2 + 2 * width,
+                "linestyle": "--",
+                "linewidth": width,
+            }
+            axes.plot(*_xy(history.held_out), color=color, label=f"{prefix}held-out", **look)
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
