@@ -8,7 +8,7 @@ For expert e with routed tokens X (Hu et al. 2021 for LoRA, Shazeer 2020 for the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -35,15 +35,15 @@ class Lora:
         seed: of the dropout masks; None draws one from torch's default generator at each forward.
     """
 
-    scaling: float | tuple[float, float, float] = 1.0
+    scaling: float | Sequence[float] = 1.0
     dropout: float = 0.0
     seed: int | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}, wanted a probability in [0, 1)")
-        if isinstance(self.scaling, tuple) and len(self.scaling) != len(PROJECTIONS):
-            count = len(self.scaling)
+        if len(self.scalings) != len(PROJECTIONS):
+            count = len(self.scalings)
             raise ValueError(f"scaling has {count} numbers, wanted one, or one each for {PROJECTIONS}")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}, wanted an integer in [0, 2**63)")
@@ -51,7 +51,8 @@ class Lora:
     @property
     def scalings(self) -> tuple[float, float, float]:
         """Scaling of gate, up and down."""
-        return self.scaling if isinstance(self.scaling, tuple) else (self.scaling,) * 3
+        one_each = self.scaling if isinstance(self.scaling, Sequence) else (self.scaling,) * 3
+        return cast("tuple[float, float, float]", tuple(float(s) for s in one_each))
 
 
 class _MoE(torch.autograd.Function):
@@ -176,7 +177,7 @@ def moe(
     experts: Experts,
     lora_params: Mapping[str, Tensor | None] | None = None,
     *,
-    scaling: float | tuple[float, float, float] = 1.0,
+    scaling: float | Sequence[float] = 1.0,
     dropout: float = 0.0,
     seed: int | None = None,
 ) -> Tensor:

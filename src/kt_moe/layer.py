@@ -41,7 +41,7 @@ class MoELayer(nn.Module):
     ) -> None:
         super().__init__()
         unknown = [t for t in targets if t not in PROJECTIONS]
-        if unknown or isinstance(targets, str):
+        if unknown or isinstance(targets, str) or len(set(targets)) < len(targets):
             raise ValueError(f"targets is {targets!r}, wanted some of {list(PROJECTIONS)}")
         if rank < 1:
             raise ValueError(f"rank is {rank}, wanted at least 1")

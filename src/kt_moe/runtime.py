@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import threading
 from typing import Any
 
 from kt_moe import _core
@@ -15,7 +15,7 @@ class Runtime:
         threads: number of threads, the calling one included. None: KT_MOE_THREADS, or the CPUs this process
             may use (affinity mask and cgroup limit).
         shards: slices of the intermediate dimension. None: KT_MOE_SHARDS, or 1.
-        isa: "scalar", "avx2", "avx512" or "avx512_bf16". None: KT_MOE_ISA, or the best this CPU has.
+        isa: "scalar", "avx2", "avx512", "avx512_bf16" or "amx". None: KT_MOE_ISA, or the best this CPU has.
 
     Raises:
         ValueError: a number out of range, an unknown ISA, or one this CPU lacks.
@@ -43,10 +43,16 @@ class Runtime:
         return f"Runtime(threads={self.threads}, shards={self.shards}, isa={self.isa!r})"
 
 
-@functools.cache
+_default: Runtime | None = None
+_default_lock = threading.Lock()
+
+
 def default_runtime() -> Runtime:
     """The runtime used where none is given; made once, at first use."""
-    return Runtime()
+    global _default
+    with _default_lock:
+        _default = _default or Runtime()
+        return _default
 
 
 def cpu_info() -> dict[str, Any]:

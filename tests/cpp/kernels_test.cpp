@@ -2,6 +2,7 @@
 #include "kernels/registry.h"
 
 #include <doctest/doctest.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <cmath>
@@ -70,6 +71,25 @@ struct Panel {
   }
   std::size_t bytes;
   std::unique_ptr<void, decltype(&std::free)> data;
+};
+
+// n elements that end where a page ends, before one that may not be touched.
+template <class T>
+struct EndOfPage {
+  explicit EndOfPage(int n) {
+    map = static_cast<char*>(
+        mmap(nullptr, 2 * kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    REQUIRE(map != MAP_FAILED);
+    REQUIRE(mprotect(map + kPage, kPage, PROT_NONE) == 0);
+    data = reinterpret_cast<T*>(map + kPage) - n;
+  }
+  ~EndOfPage() { munmap(map, 2 * kPage); }
+  EndOfPage(const EndOfPage&) = delete;
+  EndOfPage& operator=(const EndOfPage&) = delete;
+
+  static constexpr std::size_t kPage = 4096;
+  char* map;
+  T* data;
 };
 
 enum class Direction { forward, backward };
@@ -182,6 +202,34 @@ TEST_CASE("packing reads nothing but its rows: a NaN beside them stays out") {
     gemm.micro_kernel(1, cols, k, pa.data.get(), pb.data.get(), c.data(), gemm.nr, 0);
     if (gemm.end != nullptr) gemm.end();
     for (int j = 0; j < cols; ++j) CHECK(c[static_cast<std::size_t>(j)] == 10.0f);
+  });
+}
+
+TEST_CASE("kernels read and write no byte beyond their operands, not even where the next page is missing") {
+  for_every_set([](const KernelSet& set) {
+    const GemmKernels& gemm = set.gemm;
+    for (const int n : {1, 7, 8, 9, 15, 16, 17, 31, 32}) {
+      CAPTURE(n);
+      const EndOfPage<bf16_t> a(n), b(n), c(n), d(n), e(n);
+      const EndOfPage<float> x(n), y(n), z(n);
+      const Panel panel(gemm, std::max(gemm.mr, gemm.nr), 32);
+      const int rows = std::min(n, gemm.mr), cols = std::min(n, gemm.nr);
+      gemm.pack_a({a.data, 1, nullptr}, rows, 1,
+                  panel.data.get());  // rows of one element, one behind the other
+      gemm.pack_a({a.data, n, nullptr}, 1, n, panel.data.get());
+      gemm.pack_b_cols({a.data, 1, nullptr}, cols, 1, panel.data.get());
+      gemm.pack_b_cols({a.data, n, nullptr}, 1, n, panel.data.get());
+      gemm.pack_b_rows({a.data, 1, nullptr}, n, 1, panel.data.get());
+      if (n <= gemm.nr) gemm.pack_b_rows({a.data, n, nullptr}, 1, n, panel.data.get());
+      set.epilogue.transpose(x.data, n, 1, n, y.data, 1);
+      set.epilogue.transpose(x.data, 1, n, 1, y.data, n);
+      set.epilogue.add_scaled(n, 1.0f, x.data, y.data);
+      set.epilogue.round_scaled(n, 1.0f, x.data, a.data);
+      set.epilogue.silu.forward(n, x.data, y.data, a.data, b.data, c.data);
+      set.epilogue.silu.backward(n, z.data, 1.0f, a.data, b.data, c.data, d.data, e.data);
+      set.decode.from_f32(n, x.data, a.data);
+      set.decode.from_f16(n, a.data, b.data);
+    }
   });
 }
 

@@ -70,17 +70,6 @@ TEST_CASE("the first exception reaches the caller and the pool stays usable") {
   check_loop(pool, 100);
 }
 
-TEST_CASE("a loop inside a task runs in that task's thread") {
-  WorkerPool pool(3);
-  const auto claim = pool.claim();
-  std::atomic<int> sum{0};
-  pool.parallel_for(8, [&](int, int) {
-    const auto me = std::this_thread::get_id();
-    pool.parallel_for(10, [&](int, int) { sum += std::this_thread::get_id() == me; });
-  });
-  CHECK(sum == 80);
-}
-
 TEST_CASE("callers from several threads take turns") {
   WorkerPool pool(2);
   std::vector<std::thread> callers;

@@ -173,9 +173,7 @@ class TestRuntime:
         assert message in _python("import kt_moe; kt_moe.Runtime()", {variable: value}).stderr
 
     def test_environment_chooses(self):
-        code = (
-            "import kt_moe as k; r=k.default_runtime(); print(r.isa, r.threads, k.cpu_info()['selected'])"
-        )
+        code = "import kt_moe as k; r=k.default_runtime(); print(r.isa, r.threads, k.cpu_info()['selected'])"
         assert _python(code, {"KT_MOE_ISA": "scalar", "KT_MOE_THREADS": "3"}).stdout == "scalar 3 scalar\n"
 
     def test_threads_that_cannot_be_started(self):

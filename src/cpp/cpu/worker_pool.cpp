@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cassert>
 #include <exception>
 #include <memory>
 #include <thread>
@@ -19,7 +20,7 @@ namespace {
 // Long enough to bridge the gap between two loops of one layer, short enough to cost an idle core nothing.
 constexpr int kSpins = 2000;
 
-thread_local bool inside_task = false;
+[[maybe_unused]] thread_local bool inside_task = false;
 
 // Spin briefly, then sleep on a futex, until `word` is no longer `old`.
 void wait_while(const std::atomic<unsigned>& word, unsigned old) {
@@ -125,7 +126,8 @@ WorkerPool::Team& WorkerPool::team() {
 std::unique_lock<std::mutex> WorkerPool::claim() { return std::unique_lock(team().claimed); }
 
 void WorkerPool::parallel_for(int tasks, const std::function<void(int, int)>& body) {
-  if (inside_task || tasks <= 1) {
+  assert(!inside_task);
+  if (tasks <= 1) {
     for (int task = 0; task < tasks; ++task) body(task, 0);
   } else {
     team_.load()->run(tasks, body);

@@ -1,6 +1,5 @@
 // A pool of threads for loops over independent tasks. The calling thread works too.
-// Owns its threads and nothing else; refuses to nest: a loop started inside a task runs in that task's
-// thread.
+// Owns its threads and nothing else. A task starts no loop of its own.
 #pragma once
 
 #include <atomic>

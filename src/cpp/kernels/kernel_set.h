@@ -43,7 +43,8 @@ struct GemmKernels {
   PackRows* pack_b_cols;
   PackAcross* pack_b_rows;
   MicroKernel* micro_kernel;
-  // Around micro-kernel calls of one thread, for units that must be set up; null where there is nothing to do.
+  // Around micro-kernel calls of one thread, for units that must be set up; null where there is nothing to
+  // do.
   void (*begin)();
   void (*end)();
 };

@@ -52,11 +52,10 @@ void Backward::down(SavedGateUp saved) {
       input_gradient({&term, 1}, lora, part, slice, grad, scratch);
       for (index_t i = 0; i < part.count; ++i) {
         const index_t route = part.first + i, place = route * n + slice.begin;
-        dots[task % parts * routes + route] =
-            kernels_of(kernels(), experts_.activation)
-                .backward(static_cast<int>(slice.size()), grad + i * stride,
-                          weight_[static_cast<std::size_t>(route)], saved.gate + place, saved.up + place,
-                          grad_gate_up_[0] + place, grad_gate_up_[1] + place, hidden_ + place);
+        dots[task % parts * routes + route] = activation_.backward(
+            static_cast<int>(slice.size()), grad + i * stride, weight_[static_cast<std::size_t>(route)],
+            saved.gate + place, saved.up + place, grad_gate_up_[0] + place, grad_gate_up_[1] + place,
+            hidden_ + place);
       }
     });
   });

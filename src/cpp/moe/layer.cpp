@@ -1,5 +1,7 @@
 #include "moe/layer.h"
 
+#include <cstdlib>
+
 #include "base/error.h"
 
 namespace kt {
@@ -16,6 +18,11 @@ std::string_view name_of(Activation activation) {
   return "unknown";
 }
 
-const ActivationKernels& kernels_of(const KernelSet& kernels, Activation) { return kernels.epilogue.silu; }
+const ActivationKernels& kernels_of(const KernelSet& kernels, Activation activation) {
+  switch (activation) {
+    case Activation::silu: return kernels.epilogue.silu;
+  }
+  std::abort();  // every Activation has its case
+}
 
 }  // namespace kt

@@ -16,6 +16,7 @@ Pass::Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& in
       threads_(runtime.threads()),
       experts_(experts),
       inputs_(inputs),
+      activation_(kernels_of(kernels(), experts.activation)),
       routing_(route(inputs.topk_ids, experts.num_experts)) {
   for (const int e : routing_.experts)
     for_parts({e, routing_.first(e), routing_.count(e)}, kBlockRows,
@@ -93,10 +94,9 @@ void Pass::gate_up(SavedGateUp saved) {
       }
       for (index_t i = 0; i < part.count; ++i) {
         const index_t place = (part.first + i) * n + slice.begin;
-        kernels_of(kernels(), experts_.activation)
-            .forward(to_int(width), result[0] + i * width, result[1] + i * width,
-                     saved.gate ? saved.gate + place : unsaved, saved.up ? saved.up + place : unsaved,
-                     hidden_ + place);
+        activation_.forward(to_int(width), result[0] + i * width, result[1] + i * width,
+                            saved.gate ? saved.gate + place : unsaved, saved.up ? saved.up + place : unsaved,
+                            hidden_ + place);
       }
     });
   });

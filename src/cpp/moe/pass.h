@@ -77,6 +77,7 @@ class Pass {
   int threads_;
   const ExpertWeights& experts_;
   const LayerInputs& inputs_;
+  const ActivationKernels& activation_;
   Routing routing_;
   std::vector<Block> blocks_;          // every route once, experts in order
   std::vector<float> weight_;          // routing weight of every route
