@@ -35,20 +35,23 @@ void store(uint16_t* dst, int n, __m256 x) {
   memcpy(dst, edge, n * sizeof *dst);
 }
 
+__m256 power_of_two(__m256i n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+}
+
 // exp by x = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor polynomial of degree 7 in r: relative error below
-// 2e-7. The operands of min and max are ordered so that a NaN goes through; the bounds keep 2^n a normal
-// number.
+// 2e-7. The operands of min and max are ordered so that a NaN goes through. 2^n is two factors, each a normal
+// number, so that the product may overflow to infinity and underflow to 0.
 __m256 exp(__m256 x) {
-  x = _mm256_min_ps(_mm256_set1_ps(88.0f), _mm256_max_ps(_mm256_set1_ps(-87.0f), x));
+  x = _mm256_min_ps(_mm256_set1_ps(105.0f), _mm256_max_ps(_mm256_set1_ps(-105.0f), x));
   const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
   __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693145752f), x);
   r = _mm256_fnmadd_ps(n, _mm256_set1_ps(1.42860677e-6f), r);
   constexpr float kInverseFactorials[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
   __m256 y = _mm256_set1_ps(1.0f / 5040);
   for (float c : kInverseFactorials) y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(c));
-  const __m256i power =
-      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-  return _mm256_mul_ps(y, _mm256_castsi256_ps(power));
+  const __m256i power = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(power, 1);
+  return _mm256_mul_ps(_mm256_mul_ps(y, power_of_two(half)), power_of_two(_mm256_sub_epi32(power, half)));
 }
 
 __m256 sigmoid(__m256 x) {
