@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from kt_moe import _core
 from kt_moe.checkpoint import Checkpoint
 from kt_moe.runtime import Runtime, default_runtime
+from kt_moe.tensors import check_tensor, on_cpu
 
 FORMATS = ("bf16",)  # of weights in memory
 CHECKPOINT_FORMATS = ("as-stored", *FORMATS)
@@ -44,7 +47,9 @@ class Experts:
     ) -> None:
         _check_format(format, FORMATS)
         runtime = runtime or default_runtime()
-        gate, up, down = (t.detach().to("cpu").contiguous() for t in (gate, up, down))
+        for name, tensor in (("gate", gate), ("up", up), ("down", down)):
+            check_tensor(name, tensor)
+        gate, up, down = (on_cpu(t) for t in (gate, up, down))
         self._adopt(_core.Experts.from_tensors(gate, up, down, activation, runtime._core), runtime)
 
     @classmethod
@@ -117,9 +122,14 @@ class Experts:
     def dequantize(self) -> tuple[Tensor, Tensor, Tensor]:
         """gate, up [E, I, H] and down [E, H, I] in bf16: exactly what the kernels multiply by."""
         e, h, i = self.num_experts, self.hidden_size, self.intermediate_size
-        gate, up, down = (torch.empty(s, dtype=torch.bfloat16) for s in ((e, i, h), (e, i, h), (e, h, i)))
+        gate, up, down = (
+            torch.empty(s, dtype=torch.bfloat16, device="cpu") for s in ((e, i, h), (e, i, h), (e, h, i))
+        )
         self._core.dequantize(gate, up, down)
         return gate, up, down
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Experts:
+        return copy.copy(self)  # the weights are frozen, so copies share them
 
     def __repr__(self) -> str:
         return (

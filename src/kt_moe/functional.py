@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from kt_moe import _core
 from kt_moe.experts import Experts
+from kt_moe.tensors import check_tensor, on_cpu
 
 PROJECTIONS = ("gate", "up", "down")
 LORA_NAMES = tuple(f"{p}_lora_{m}" for p in PROJECTIONS for m in "ab")
@@ -40,10 +41,17 @@ class Lora:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        try:
+            count = len(self.scalings)
+        except (TypeError, ValueError):
+            raise TypeError(f"scaling is {self.scaling!r}, wanted a number, or three") from None
+        if not hasattr(self.dropout, "__float__"):
+            raise TypeError(f"dropout is {self.dropout!r}, wanted a number")
+        if self.seed is not None and not hasattr(self.seed, "__index__"):
+            raise TypeError(f"seed is {self.seed!r}, wanted an integer or None")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}, wanted a probability in [0, 1)")
-        if len(self.scalings) != len(PROJECTIONS):
-            count = len(self.scalings)
+        if count != len(PROJECTIONS):
             raise ValueError(f"scaling has {count} numbers, wanted one, or one each for {PROJECTIONS}")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}, wanted an integer in [0, 2**63)")
@@ -72,8 +80,8 @@ class _MoE(torch.autograd.Function):
         saved = None
         if save and any(ctx.needs_input_grad):
             routes = _core.count_routes(ids, experts.num_experts)
-            saved = torch.empty(2, routes, experts.intermediate_size, dtype=torch.bfloat16)
-        out = torch.empty(x.shape, dtype=_result_dtype(hidden_states))
+            saved = _empty((2, routes, experts.intermediate_size), torch.bfloat16)
+        out = _empty(x.shape, _result_dtype(hidden_states))
         _core.forward(experts._core, x, ids, weights, pairs, lora.scalings, dropout, seed, saved, out)
         ctx.experts, ctx.lora_options = experts, (lora.scalings, dropout, seed)
         ctx.save_for_backward(hidden_states, topk_ids, topk_weights, saved, *lora_tensors)
@@ -87,15 +95,15 @@ class _MoE(torch.autograd.Function):
         scalings, dropout, seed = ctx.lora_options
         needs_x, _, needs_weights, _, _, _, *needs_lora = ctx.needs_input_grad
 
-        grad_x = torch.empty(x.shape, dtype=_result_dtype(hidden_states)) if needs_x else None
-        grad_weights = torch.empty(weights.shape) if needs_weights else None
+        grad_x = _empty(x.shape, _result_dtype(hidden_states)) if needs_x else None
+        grad_weights = _empty(weights.shape, torch.float32) if needs_weights else None
         grads = tuple(
             torch.empty_like(t) if t is not None and needed else None
             for t, needed in zip(pairs, needs_lora, strict=True)
         )
         _core.backward(
             ctx.experts._core, x, ids, weights, pairs, scalings, dropout, seed,
-            saved, _on_cpu(grad_out, torch.bfloat16), grad_x, grad_weights, cast("_core.LoraTensors", grads),
+            saved, on_cpu(grad_out, torch.bfloat16), grad_x, grad_weights, cast("_core.LoraTensors", grads),
         )  # fmt: skip
         return (
             _like(grad_x, hidden_states),
@@ -155,10 +163,10 @@ class MoEFunction:
             raise TypeError(f"lora is a {type(lora).__name__}, wanted kt_moe.Lora or None")
         tensors = (gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b)
         for name, tensor in zip(_INPUT_NAMES, (hidden_states, topk_ids, topk_weights), strict=True):
-            _check_tensor(name, tensor)
+            check_tensor(name, tensor)
         for name, lora_tensor in zip(LORA_NAMES, tensors, strict=True):
             if lora_tensor is not None:
-                _check_tensor(name, lora_tensor)
+                check_tensor(name, lora_tensor)
         if hidden_states.dtype not in _FLOATS:
             raise ValueError(f"hidden_states is {hidden_states.dtype}, wanted bfloat16, float16 or float32")
         if not topk_weights.is_floating_point():
@@ -199,23 +207,12 @@ def moe(
     return out
 
 
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}, wanted a torch.Tensor")
-    if value.is_meta:
-        raise ValueError(f"{name} is on meta, wanted a tensor with data")
-
-
-def _on_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-
-
 def _for_core(
     hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, lora_tensors: Iterable[Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor, _core.LoraTensors]:
-    x, weights = _on_cpu(hidden_states, torch.bfloat16), _on_cpu(topk_weights, torch.float32)
-    pairs = tuple(None if t is None else _on_cpu(t) for t in lora_tensors)
-    return x, _on_cpu(topk_ids), weights, cast("_core.LoraTensors", pairs)
+    x, weights = on_cpu(hidden_states, torch.bfloat16), on_cpu(topk_weights, torch.float32)
+    pairs = tuple(None if t is None else on_cpu(t) for t in lora_tensors)
+    return x, on_cpu(topk_ids), weights, cast("_core.LoraTensors", pairs)
 
 
 def _dropout_and_seed(lora: Lora, pairs: _core.LoraTensors) -> tuple[float, int]:
@@ -223,7 +220,12 @@ def _dropout_and_seed(lora: Lora, pairs: _core.LoraTensors) -> tuple[float, int]
         return 0.0, 0
     if lora.seed is not None:
         return lora.dropout, lora.seed
-    return lora.dropout, int(torch.randint(2**63 - 1, ()).item())
+    return lora.dropout, int(torch.randint(2**63 - 1, (), device="cpu").item())
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    # the default device and dtype are the user's to set
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _result_dtype(hidden_states: Tensor) -> torch.dtype:

@@ -58,7 +58,9 @@ class MoELayer(nn.Module):
 
     def lora_params(self) -> dict[str, Tensor]:
         """The LoRA tensors under the names `kt_moe.moe` takes."""
-        return dict(self.named_parameters(recurse=False))
+        # by name: named_parameters() leaves out a tensor that two projections share
+        names = (f"{projection}_lora_{matrix}" for projection in self.targets for matrix in "ab")
+        return {name: getattr(self, name) for name in names}
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """[T, H], [T, K], [T, K] -> [T, H]; see `MoEFunction.apply`."""

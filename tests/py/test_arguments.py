@@ -29,6 +29,18 @@ def good() -> dict:
     }
 
 
+class _Wrapper(torch.Tensor):
+    """A subclass that, like FakeTensor and DTensor, has a shape but no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> _Wrapper:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return _Wrapper(args[0]) if function is torch.ops.aten.detach.default else NotImplemented
+
+
 CASES = [
     (
         "hidden_states",
@@ -71,6 +83,9 @@ CASES = [
     ),
     ("down_lora_b", lambda t: t[0], r"down_lora_b has shape \[16, 4\], wanted 3 dimensions"),
     ("hidden_states", lambda t: t.to("meta"), "hidden_states is on meta"),
+    ("hidden_states", lambda t: t.to_sparse(), r"hidden_states is torch\.sparse_coo, wanted a dense tensor"),
+    ("topk_ids", lambda t: _Wrapper(t), "topk_ids is a .*_Wrapper without data of its own"),
+    ("gate_lora_a", lambda t: _Wrapper(t), "gate_lora_a is a .*_Wrapper without data of its own"),
 ]
 
 
@@ -98,6 +113,9 @@ def test_moe_keywords(good):
         kt_moe.moe(*args, dropout=-0.1)
     with pytest.raises(ValueError, match="seed is -1"):
         kt_moe.moe(*args, seed=-1)
+    for keywords in ({"scaling": "x"}, {"scaling": None}, {"dropout": "0.1"}, {"seed": 1.5}):
+        with pytest.raises(TypeError, match=rf"{next(iter(keywords))} is .*, wanted a"):
+            kt_moe.moe(*args, **keywords)
 
 
 def test_a_refused_call_leaves_the_runtime_usable(good):
@@ -126,6 +144,10 @@ class TestExperts:
     def test_weights(self, weights, message):
         with pytest.raises(ValueError, match=message):
             kt_moe.Experts(*weights)
+
+    def test_type(self):
+        with pytest.raises(TypeError, match=r"up is a list, wanted a torch\.Tensor"):
+            kt_moe.Experts(self.W[0], [1.0], self.W[2])
 
     def test_names(self):
         with pytest.raises(ValueError, match='activation is "gelu", wanted "silu"'):

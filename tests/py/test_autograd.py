@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import warnings
@@ -183,6 +184,31 @@ def test_autocast(problem, experts):
     assert_equal({"out": out.detach(), **grads(leaves)}, run_ours(problem, experts.runtime))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_users_default_dtype_and_device_do_not_matter(problem, experts, dtype):
+    expected = run_ours(problem, experts.runtime, experts=experts, dropout=0.3, seed=1)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            assert_equal(run_ours(problem, experts.runtime, experts=experts, dropout=0.3, seed=1), expected)
+            run_ours(problem, experts.runtime, experts=experts, dropout=0.3)
+            assert experts.dequantize()[0].device.type == "cpu"
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_view_with_the_negative_bit(problem, experts):
+    negated = {k: torch._neg_view(-v) for k, v in problem.leaves().items()}
+    assert torch.equal(call(problem, experts, negated), call(problem, experts, problem.leaves()))
+    weights = [torch._neg_view(-w) for w in problem.weights]
+    assert torch.equal(kt_moe.Experts(*weights).dequantize()[0], problem.weights[0])
+
+
+def test_dropout_just_below_one_is_finite(problem, experts):
+    out = run_ours(problem, experts.runtime, experts=experts, dropout=1 - 1e-9, seed=0)
+    assert all(value.isfinite().all() for value in out.values())
+
+
 def test_several_python_threads(problem, experts):
     expected = run_ours(problem, experts.runtime, experts=experts)
     failures: list[BaseException] = []
@@ -247,6 +273,23 @@ class TestMoELayer:
             optimizer.step()
             losses.append(loss.item())
         assert losses[-1] < 0.8 * losses[0]
+
+    def test_shared_and_further_parameters(self, problem, experts):
+        layer = kt_moe.MoELayer(experts, rank=4)
+        args = problem.hidden_states, problem.topk_ids, problem.topk_weights
+        layer.up_lora_a = layer.gate_lora_a
+        layer.bias = torch.nn.Parameter(torch.zeros(1))
+        torch.nn.init.normal_(layer.up_lora_b)
+        layer(*args).float().sum().backward()
+        assert layer.gate_lora_a.grad.any()
+
+    def test_a_deep_copy_shares_the_experts_weights(self, problem, experts):
+        layer = kt_moe.MoELayer(experts, rank=4)
+        other = copy.deepcopy(layer)
+        assert other.experts._core is experts._core
+        assert other.gate_lora_a is not layer.gate_lora_a
+        args = problem.hidden_states, problem.topk_ids, problem.topk_weights
+        assert torch.equal(other(*args), layer(*args))
 
     def test_scaling(self, experts):
         assert kt_moe.MoELayer(experts, rank=16, alpha=32).lora.scaling == 2.0

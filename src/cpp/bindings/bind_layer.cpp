@@ -45,7 +45,7 @@ LoraPair read_pair(const ExpertWeights& w, Projection p, py::handle a, py::handl
 
 LayerInputs read_inputs(const ExpertWeights& w, py::handle hidden_states, py::handle topk_ids,
                         py::handle topk_weights, const LoraTensors& lora, const Scaling& scaling,
-                        float dropout, std::uint64_t seed) {
+                        double dropout, std::uint64_t seed) {
   const Tensor x = read_tensor(hidden_states, "hidden_states", {DType::bf16}, 2);
   const Tensor ids = read_tensor(topk_ids, "topk_ids", {DType::i64, DType::i32}, 2);
   const Tensor weights = read_tensor(topk_weights, "topk_weights", {DType::f32}, 2);
@@ -80,7 +80,7 @@ Result read_result(const py::object& tensor, const std::string& name, const std:
 }
 
 void run_forward(const Experts& experts, py::handle hidden_states, py::handle topk_ids,
-                 py::handle topk_weights, const LoraTensors& lora, const Scaling& scaling, float dropout,
+                 py::handle topk_weights, const LoraTensors& lora, const Scaling& scaling, double dropout,
                  std::uint64_t seed, const py::object& saved, const py::object& out) {
   const ExpertWeights& w = experts.weights();
   const LayerInputs inputs =
@@ -92,7 +92,7 @@ void run_forward(const Experts& experts, py::handle hidden_states, py::handle to
 }
 
 void run_backward(const Experts& experts, py::handle hidden_states, py::handle topk_ids,
-                  py::handle topk_weights, const LoraTensors& lora, const Scaling& scaling, float dropout,
+                  py::handle topk_weights, const LoraTensors& lora, const Scaling& scaling, double dropout,
                   std::uint64_t seed, const py::object& saved, py::handle grad_out,
                   const py::object& grad_hidden, const py::object& grad_weights,
                   const LoraTensors& grad_lora) {

@@ -64,6 +64,9 @@ Tensor read_tensor(py::handle object, const std::string& name, std::initializer_
            shape_text(tensor.shape), dims);
   KT_CHECK(object.attr("is_contiguous")().cast<bool>(), "{} is not contiguous", name);
   tensor.data = reinterpret_cast<void*>(object.attr("data_ptr")().cast<std::uintptr_t>());
+  const bool empty = std::find(tensor.shape.begin(), tensor.shape.end(), 0) != tensor.shape.end();
+  KT_CHECK(tensor.data != nullptr || empty, "{} is a {} without data of its own, wanted a plain tensor", name,
+           Py_TYPE(object.ptr())->tp_name);
   return tensor;
 }
 

@@ -23,7 +23,8 @@ struct Tensor {
 };
 
 // Reads the tensor's address, dtype and shape. TypeError when it is no tensor; ValueError, naming it `name`,
-// when it is not on the CPU, not contiguous, or of a dtype or number of dimensions that was not asked for.
+// when it is not on the CPU, not contiguous, without data (a FakeTensor), or of a dtype or number of
+// dimensions that was not asked for.
 Tensor read_tensor(pybind11::handle object, const std::string& name, std::initializer_list<DType> dtypes,
                    std::size_t dims);
 

@@ -13,7 +13,7 @@ std::uint64_t mix(std::uint64_t x) {
 
 template <class T>
 void drop_row(const Dropout& dropout, Projection projection, index_t slot, index_t col, index_t n, T* row) {
-  const auto threshold = static_cast<std::uint64_t>(static_cast<double>(dropout.probability) * 0x1p32);
+  const auto threshold = static_cast<std::uint64_t>(dropout.probability * 0x1p32);
   const std::uint64_t stream =
       static_cast<std::uint64_t>(slot) * projections.size() + static_cast<std::uint64_t>(projection);
   const std::uint64_t key = mix(dropout.seed + mix(stream + 1));

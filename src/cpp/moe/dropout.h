@@ -10,11 +10,12 @@
 namespace kt {
 
 struct Dropout {
-  // Of dropping, in [0, 1). Kept elements are scaled by 1 / (1 - probability), through the LoRA scaling.
-  float probability = 0.0f;
+  // Of dropping, in [0, 1). Kept elements are scaled by 1 / (1 - probability), through the LoRA scaling. A
+  // double, because a float just below 1 may be 1.
+  double probability = 0.0;
   std::uint64_t seed = 0;
 
-  bool active() const { return probability > 0.0f; }
+  bool active() const { return probability > 0.0; }
 };
 
 // Zeroes the dropped ones among the inputs [col, col + n) of a projection's LoRA A product for one route

@@ -164,9 +164,9 @@ void Pass::store(const float* row, index_t n, const Result& result, index_t offs
     kernels().epilogue.round_scaled(to_int(n), 1.0f, row, static_cast<bf16_t*>(result.data) + offset);
 }
 
-// Dropped inputs are zeros; the kept ones' factor 1 / (1 - probability) is exact here, in fp32.
+// Dropped inputs are zeros; the kept ones' factor 1 / (1 - probability) enters here, in fp32.
 float Pass::lora_scale(Projection p) const {
-  return inputs_.of(p).scaling / (1.0f - inputs_.dropout.probability);
+  return static_cast<float>(inputs_.of(p).scaling / (1.0 - inputs_.dropout.probability));
 }
 
 }  // namespace kt

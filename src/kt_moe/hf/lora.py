@@ -78,8 +78,8 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
             into, out = base.hidden_dim, base.intermediate_dim
             if projection == "down":
                 into, out = out, into
-            a[projection] = nn.Parameter(torch.empty(base.num_experts, r, into))
-            b[projection] = nn.Parameter(torch.empty(base.num_experts, out, r))
+            a[projection] = nn.Parameter(torch.empty(base.num_experts, r, into, dtype=torch.float32))
+            b[projection] = nn.Parameter(torch.empty(base.num_experts, out, r, dtype=torch.float32))
         self.lora_A[adapter_name], self.lora_B[adapter_name] = a, b
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
