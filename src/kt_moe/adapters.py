@@ -19,9 +19,9 @@ from typing import Any
 import safetensors.torch
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 import kt_moe.hf  # noqa: F401  (its PEFT tuner knows kt_moe experts)
@@ -60,7 +60,7 @@ def save_adapter(model: nn.Module, directory: StrPath, *, adapter_name: str = "d
     state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
     tensors = {key: tensor.detach().to("cpu").contiguous() for key, tensor in state_dict.items()}
     with _replacing(Path(directory)) as new:
-        safetensors.torch.save_file(tensors, new / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        _save(tensors, new / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
         config.save_pretrained(str(new))
 
 
@@ -84,6 +84,8 @@ def load_adapter(
     path = Path(directory)
     if not (path / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"no {CONFIG_NAME} in {path}")
+    if not any((path / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+        raise FileNotFoundError(f"no {SAFETENSORS_WEIGHTS_NAME} in {path}")  # PEFT would ask the hub for it
     if not isinstance(model, PeftModel):
         config = PeftConfig.from_pretrained(str(path))
         config.inference_mode = not is_trainable
@@ -200,7 +202,7 @@ def _merge_shard(source: Path, target: Path, deltas: dict[str, _Delta]) -> None:
     with safe_open(source, "pt") as file:
         metadata = file.metadata()
         tensors = {name: _merged(name, file.get_tensor(name), deltas) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    safetensors.torch.save_file(tensors, target, metadata=metadata)
+    _save(tensors, target, metadata)
 
 
 def _verify_shard(source: Path, target: Path, deltas: dict[str, _Delta]) -> None:
@@ -227,6 +229,13 @@ def _replacing(directory: Path) -> Iterator[Path]:
         for file in files:
             os.replace(file, directory / file.name)
     _sync(directory)
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
+    try:
+        safetensors.torch.save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def _sync(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -181,6 +182,10 @@ def test_adapter_trained_on_fused_experts(checkpoint: Path, tmp_path: Path) -> N
 def test_no_adapter(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=rf"no {CONFIG} in {tmp_path}"):
         kt_moe.load_adapter(load(checkpoint), tmp_path)
+    (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "LORA", "target_modules": ["experts"]}))
+    with pytest.raises(FileNotFoundError, match=rf"no {WEIGHTS} in {tmp_path}"):
+        kt_moe.load_adapter(load(checkpoint), tmp_path)
+    (tmp_path / CONFIG).unlink()
     with pytest.raises(FileNotFoundError, match=rf"no {CONFIG} and {WEIGHTS} in {tmp_path}"):
         kt_moe.merge_adapter(checkpoint, tmp_path, tmp_path / "out")
 
@@ -210,6 +215,18 @@ def test_a_full_disk_leaves_the_old_adapter(
     kt_moe.save_adapter(other, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == set(before)
     assert (tmp_path / WEIGHTS).read_bytes() != before[WEIGHTS]
+
+
+def test_a_file_that_cannot_grow_is_an_os_error(checkpoint: Path, tmp_path: Path) -> None:
+    model = with_lora(checkpoint)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))  # the system's own refusal, not a stand-in
+    try:
+        with pytest.raises(OSError, match=f"cannot write .*{WEIGHTS}.*File too large"):
+            kt_moe.save_adapter(model, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list(tmp_path.iterdir())
 
 
 # Merging
