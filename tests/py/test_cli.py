@@ -205,6 +205,7 @@ def test_conversation_the_template_refuses(
     ("arguments", "message"),
     [
         (["--rank", "0"], "argument --rank: '0', wanted an integer of at least 1"),
+        (["--seed", str(2**32)], "argument --seed: '4294967296', wanted an integer from 0 to 4294967295"),
         (["--dropout", "1"], "argument --dropout: '1', wanted a number from 0 to below 1"),
         (["--targets", ","], "--targets is empty"),
         (

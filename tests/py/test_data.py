@@ -46,6 +46,7 @@ def test_txt_documents(tmp_path: Path, content: str, wanted: list[str]) -> None:
 
 BAD_LINES: dict[str, Any] = {
     "not JSON": b'{"text": }',
+    "not JSON: Exceeds the limit": b'{"text": ' + b"9" * 5000 + b"}",
     "not an object": b'["text"]',
     "only the keys ['prompt']": b'{"prompt": "a"}',
     "it has both": b'{"text": "a", "messages": []}',

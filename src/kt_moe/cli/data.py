@@ -150,7 +150,7 @@ def _parse_jsonl(path: Path, text: str) -> Documents:
 def _parse_record(where: str, line: str) -> tuple[str, str | Messages]:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError also for a number of too many digits
         raise UserError(f"{where}: not JSON: {error}") from None
     if not isinstance(record, dict):
         raise UserError(f'{where}: not an object with "text" or "messages"')

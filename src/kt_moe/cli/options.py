@@ -94,8 +94,9 @@ def _add_training(add: Callable[..., Any]) -> None:
     add("--seq-len", type=integer(2), default=1024, metavar="N", help="tokens a row; default: 1024")
     add("--assistant-only-loss", action="store_true", help='of "messages", learn the replies alone')
     add("--gradient-checkpointing", action="store_true", help="less memory, slower")
-    add("--threads", type=integer(1), metavar="N", help="default: every CPU this process may use")
-    add("--seed", type=integer(0), default=0, metavar="N", help="of split, order, LoRA; default: 0")
+    add("--threads", type=integer(1, 4096), metavar="N", help="default: every CPU this process may use")
+    seed = "of split, order, LoRA; default: 0"
+    add("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help=seed)
 
 
 def _add_watching(add: Callable[..., Any]) -> None:
@@ -107,16 +108,17 @@ def _add_watching(add: Callable[..., Any]) -> None:
     add("--sample-tokens", type=integer(1), default=80, metavar="N", help="default: 80")
 
 
-def integer(least: int) -> Callable[[str], int]:
-    """An argparse type: an integer of at least `least`."""
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """An argparse type: least <= integer <= most."""
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text!r}, wanted an integer of at least {least}")
+        if value < least or (most is not None and value > most):
+            wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r}, wanted an integer {wanted}")
         return value
 
     return parse
