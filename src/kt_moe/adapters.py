@@ -236,6 +236,7 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | Non
         safetensors.torch.save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:  # what it makes of a full disk
         raise OSError(f"cannot write {path}: {error}") from error
+    path.chmod(0o644)  # safetensors makes files that only their owner reads; servers run as others
 
 
 def _sync(path: Path) -> None:

@@ -73,7 +73,7 @@ TEST_CASE("a moved buffer has one owner") {
 }
 
 TEST_CASE("format fills holes in order") {
-  CHECK(format("{} of {}", 3, "x") == "3 of x");
-  CHECK(format("{} left", 1, 2) == "1 left");
+  CHECK(message("{} of {}", 3, "x") == "3 of x");
+  CHECK(message("{} left", 1, 2) == "1 left");
   CHECK_THROWS_WITH_AS([] { KT_CHECK(1 > 2, "r is {}", 0); }(), "r is 0", ValueError);
 }

@@ -85,7 +85,7 @@ TEST_CASE("an index may not leave its directory") {
   for (const std::string file : {"../x/one.safetensors", "/etc/passwd", "sub/../../one.safetensors", "..", "",
                                  "one.safetensors\\u0000"}) {
     CAPTURE(file);
-    const Sharded model(map_of(format("\"a\":\"{}\"", file)));
+    const Sharded model(map_of(message("\"a\":\"{}\"", file)));
     CHECK(contains(refusal(model.dir.path()), "wanted a file in the index's directory"));
   }
 }

@@ -129,7 +129,7 @@ TEST_CASE("f16 and f32 are read, other dtypes and mixtures refused") {
 TEST_CASE("a layer that is not there names those that are") {
   const TempDir dir;
   Writer writer;
-  for (int layer : {1, 2, 3, 7}) add_expert(writer, format("model.layers.{}.mlp.experts.0.", layer), proj);
+  for (int layer : {1, 2, 3, 7}) add_expert(writer, message("model.layers.{}.mlp.experts.0.", layer), proj);
   writer.add("model.layers.0.mlp.gate_proj.weight", "BF16", {I, H}, 2);
   writer.add("model.layers.4.mlp.shared_experts.gate_proj.weight", "BF16", {I, H}, 2);
   writer.add("experts.0.gate_proj.weight", "BF16", {I, H}, 2);

@@ -30,13 +30,13 @@ std::string header_refusal(const std::string& header, const std::string& data = 
 
 // A U8 tensor of 4 bytes at [begin, end).
 std::string tensor(const std::string& name, const std::string& begin, const std::string& end) {
-  return format("\"{}\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[{},{}]}", name, begin, end);
+  return message("\"{}\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[{},{}]}", name, begin, end);
 }
 
-std::string object(const std::string& members) { return format("{{}}", members); }
+std::string object(const std::string& members) { return message("{{}}", members); }
 
 std::string one(const std::string& dtype, const std::string& shape, const std::string& offsets) {
-  return format("{\"a\":{\"dtype\":{},\"shape\":{},\"data_offsets\":{}}}", dtype, shape, offsets);
+  return message("{\"a\":{\"dtype\":{},\"shape\":{},\"data_offsets\":{}}}", dtype, shape, offsets);
 }
 
 }  // namespace
@@ -88,7 +88,7 @@ TEST_CASE("every dtype of the format has its size") {
   for (const auto& [name, size] : bits) {
     CAPTURE(name);
     const TempDir dir;
-    const auto header = one('"' + name + '"', "[4]", format("[0,{}]", size / 2));
+    const auto header = one('"' + name + '"', "[4]", message("[0,{}]", size / 2));
     const SafetensorsFile file(write(
         dir / "m.safetensors", file_bytes(header, std::string(static_cast<std::size_t>(size) / 2, 'x'))));
     CHECK(file.tensors().at("a").type->bits == size);

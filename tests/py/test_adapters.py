@@ -86,6 +86,9 @@ def test_what_is_written(checkpoint: Path, tmp_path: Path) -> None:
     prefix = "base_model.model.model.layers.1.mlp.experts.3"
     assert tensors[f"{prefix}.gate_proj.lora_A.weight"].shape == (4, 32)
     assert tensors[f"{prefix}.down_proj.lora_B.weight"].shape == (32, 4)
+    assert {(tmp_path / name).stat().st_mode & 0o044 for name in (WEIGHTS, CONFIG)} == {
+        0o044
+    }  # others may read
 
 
 def test_mixtral_names(tmp_path: Path) -> None:

@@ -40,9 +40,9 @@ void append(std::ostringstream& out, std::string_view text, const First& first, 
 
 }  // namespace detail
 
-// format("{} of {}", 3, 7) == "3 of 7"
+// message("{} of {}", 3, 7) == "3 of 7"
 template <class... Args>
-std::string format(std::string_view text, const Args&... args) {
+std::string message(std::string_view text, const Args&... args) {
   std::ostringstream out;
   detail::append(out, text, args...);
   return out.str();
@@ -50,7 +50,7 @@ std::string format(std::string_view text, const Args&... args) {
 
 }  // namespace kt
 
-#define KT_CHECK(condition, ...)                                         \
-  do {                                                                   \
-    if (!(condition)) throw ::kt::ValueError(::kt::format(__VA_ARGS__)); \
+#define KT_CHECK(condition, ...)                                          \
+  do {                                                                    \
+    if (!(condition)) throw ::kt::ValueError(::kt::message(__VA_ARGS__)); \
   } while (false)

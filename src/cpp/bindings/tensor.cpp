@@ -51,7 +51,7 @@ std::string names(std::initializer_list<DType> dtypes) {
 Tensor read_tensor(py::handle object, const std::string& name, std::initializer_list<DType> dtypes,
                    std::size_t dims) {
   if (!py::hasattr(object, "data_ptr"))
-    throw py::type_error(format("{} is a {}, wanted a torch.Tensor", name, Py_TYPE(object.ptr())->tp_name));
+    throw py::type_error(message("{} is a {}, wanted a torch.Tensor", name, Py_TYPE(object.ptr())->tp_name));
   const std::string device = py::str(object.attr("device").attr("type"));
   KT_CHECK(device == "cpu", "{} is on {}, wanted the CPU", name, device);
   const std::optional<DType> dtype = dtype_of(object);

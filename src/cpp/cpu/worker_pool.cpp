@@ -42,7 +42,7 @@ struct WorkerPool::Team {
       const std::size_t started = members.size() + 1;
       stop();
       throw IoError(
-          format("threads is {}, but only {} could be started: {}", threads, started, refusal.what()));
+          message("threads is {}, but only {} could be started: {}", threads, started, refusal.what()));
     }
   }
 

@@ -90,7 +90,7 @@ KernelSet kernel_set(std::string_view isa, unsigned features) {
     KT_CHECK(verdict == "available", "isa is \"{}\": {}", isa, verdict);
     return set;
   }
-  throw ValueError(format("isa is \"{}\", wanted one of {}", isa, known_names()));
+  throw ValueError(message("isa is \"{}\", wanted one of {}", isa, known_names()));
 }
 
 }  // namespace kt

@@ -69,7 +69,7 @@ bool stays_inside(const fs::path& relative) {
 }
 
 [[noreturn]] void throw_system(const fs::path& path, std::string_view what, const std::error_code& error) {
-  throw IoError(format("{}: {}: {}", quote(path.native()), what, error.message()));
+  throw IoError(message("{}: {}: {}", quote(path.native()), what, error.message()));
 }
 
 std::vector<fs::path> list(const fs::path& directory) {
@@ -94,7 +94,7 @@ bool names_directory(const fs::path& path) {
   std::error_code error;
   const auto status = fs::status(path, error);
   if (status.type() == fs::file_type::not_found) {
-    throw NotFoundError(format("{}: no such file or directory", quote(path.native())));
+    throw NotFoundError(message("{}: no such file or directory", quote(path.native())));
   }
   if (error) throw_system(path, "cannot stat", error);
   return fs::is_directory(status);
@@ -122,7 +122,7 @@ void Checkpoint::add_directory() {
            quote(indexes[1].filename().native()), preferred_index);
   if (!indexes.empty()) return add_indexed(indexes.front());
   const auto files = with_suffix(paths, data_suffix);
-  if (files.empty()) throw NotFoundError(format("{}: no .safetensors file in it", quote(path_.native())));
+  if (files.empty()) throw NotFoundError(message("{}: no .safetensors file in it", quote(path_.native())));
   for (const auto& file : files) add_all(file);
 }
 

@@ -98,7 +98,8 @@ LayerInfo ExpertIndex::sizes(int layer, const Home& home) const {
 MatView ExpertIndex::stored(int layer, const Home& home, const LayerInfo& info, int expert,
                             Projection p) const {
   const auto fail = [&]<class... Args>(std::string_view name, std::string_view text, const Args&... args) {
-    throw ValueError(format("{}: layer {}: tensor {} ", where(), layer, quote(name)) + format(text, args...));
+    throw ValueError(message("{}: layer {}: tensor {} ", where(), layer, quote(name)) +
+                     message(text, args...));
   };
   const Scheme::Place& place = home.scheme->place(p);
   const auto name = tensor_name(home.root, place, expert);

@@ -121,13 +121,13 @@ std::optional<ExpertName> parse_expert_name(std::string_view name) {
 std::string tensor_name(std::string_view root, const Scheme::Place& place, int expert) {
   std::string tail(place.tail);
   if (!place.fused()) tail.replace(tail.find(hole), hole.size(), std::to_string(expert));
-  return format("{}.{}", root, tail);
+  return message("{}.{}", root, tail);
 }
 
 std::string unsupported_format(std::string_view name) {
   const auto sign =
       std::ranges::find_if(signs, [&](const Sign& s) { return name.find(s.part) != name.npos; });
-  return sign == signs.end() ? "an unknown expert layout" : format("{}: not supported yet", sign->format);
+  return sign == signs.end() ? "an unknown expert layout" : message("{}: not supported yet", sign->format);
 }
 
 }  // namespace kt

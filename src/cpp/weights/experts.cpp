@@ -18,7 +18,7 @@ void decode_row(const DecodeKernels& decode, const MatView& source, index_t row,
     case DType::f32: decode.from_f32(n, static_cast<const float*>(from), target); break;
     default:
       throw ValueError(
-          format("expert weights are {}, wanted bfloat16, float16 or float32", name_of(source.dtype)));
+          message("expert weights are {}, wanted bfloat16, float16 or float32", name_of(source.dtype)));
   }
 }
 

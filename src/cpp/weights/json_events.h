@@ -105,7 +105,7 @@ class JsonEvents : private nlohmann::json_sax<nlohmann::json> {
     return true;
   }
   bool parse_error(std::size_t position, const std::string&, const nlohmann::json::exception&) override {
-    throw ValueError(format("{}: not JSON: syntax error at byte {}", where_, position));
+    throw ValueError(message("{}: not JSON: syntax error at byte {}", where_, position));
   }
 
   std::string where_;

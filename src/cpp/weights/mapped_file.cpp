@@ -16,7 +16,7 @@ namespace kt {
 namespace {
 
 [[noreturn]] void throw_errno(const std::filesystem::path& path, std::string_view what, int error) {
-  const auto text = format("{}: {}: {}", quote(path.native()), what, std::system_category().message(error));
+  const auto text = message("{}: {}: {}", quote(path.native()), what, std::system_category().message(error));
   if (error == ENOENT || error == ENOTDIR) throw NotFoundError(text);
   throw IoError(text);
 }

@@ -69,7 +69,7 @@ class HeaderReader final : JsonEvents {
   };
 
   bool in_metadata() const { return path().front() == metadata_key; }
-  std::string tensor() const { return format("{}: tensor {}", where(), quote(path().front())); }
+  std::string tensor() const { return message("{}: tensor {}", where(), quote(path().front())); }
 
   std::vector<std::uint64_t>& list() {
     auto& found = path()[1] == "shape" ? fields_.shape : fields_.data_offsets;
@@ -93,13 +93,13 @@ class HeaderReader final : JsonEvents {
         KT_CHECK(!object, "{} has an object as its {}, wanted an array", tensor(), path()[1]);
         list();
         return;
-      default: throw ValueError(format("{}: {} holds {}, wanted integers", tensor(), path()[1], found));
+      default: throw ValueError(message("{}: {} holds {}, wanted integers", tensor(), path()[1], found));
     }
   }
 
   void value(JsonScalar scalar) override {
     if (path().size() == 1) {
-      throw ValueError(format("{} is {}, wanted an object", tensor(), scalar.name()));
+      throw ValueError(message("{} is {}, wanted an object", tensor(), scalar.name()));
     }
     if (in_metadata()) {
       KT_CHECK(scalar.is_string(), "{}: {} maps {} to {}, wanted a string", where(), metadata_key,
