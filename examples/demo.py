@@ -17,7 +17,7 @@ import shlex
 import sys
 from pathlib import Path
 
-# Read when torch is imported. Torch's threads then sleep while they wait for each other instead of spinning: a
+# Read when torch is imported. Torch's threads then sleep while they wait for each other, and do not spin: a
 # tenth slower on idle cores, several times as fast beside other work.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
