@@ -6,6 +6,7 @@ import os
 
 # torch's OpenMP team and our worker pool share the cores: keep torch's small. It reads this at import.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # and asleep while it waits
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
