@@ -59,7 +59,7 @@ class Writer {
     for (const index_t n : shape) bytes *= static_cast<std::size_t>(n);
     header_ +=
         message("{}{}:{\"dtype\":\"{}\",\"shape\":{},\"data_offsets\":[{},{}]}", header_.empty() ? "{" : ",",
-               quote(name), dtype, shape_text(shape), data_.size(), data_.size() + bytes);
+                quote(name), dtype, shape_text(shape), data_.size(), data_.size() + bytes);
     for (std::size_t i = 0; i < bytes; ++i) data_.push_back(static_cast<char>(data_.size() % 251));
     return *this;
   }
