@@ -68,6 +68,13 @@ class Experts:
 def count_routes(topk_ids: Tensor, num_experts: int) -> int:
     """Number of entries of topk_ids below num_experts; ValueError names the first not in [0, num_experts]."""
 
+def measure_ceilings(runtime: Runtime, seconds: float, read_bytes: int) -> dict[str, list[float]]:
+    """Rates measured again and again, about `seconds` for each list.
+
+    l1_one, l1_all, l2_one, l2_all: FLOP/s of the micro-kernel with operands in the L1 cache, or with A from
+    half the L2, on one thread and on all. read_all: bytes/s read by all threads from `read_bytes` of memory.
+    """
+
 def forward(
     experts: Experts,
     hidden_states: Tensor,  # [T, H] bf16

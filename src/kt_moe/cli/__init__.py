@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from kt_moe import __version__
-from kt_moe.cli import finetune, info, options
+from kt_moe.cli import bench, finetune, info, options
 from kt_moe.cli.errors import UserError
 
 __all__ = ["main"]
@@ -49,4 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("info", help="show what this machine offers and what will run on it")
     info.add_arguments(command)
     command.set_defaults(run=info.run)
+    command = commands.add_parser("bench", help="time a layer against this machine's ceilings and its rivals")
+    bench.add_arguments(command)
+    command.set_defaults(run=bench.run)
     return parser

@@ -1,0 +1,76 @@
+"""What the machine can do, measured beside the layer, and how near a time comes to it."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import kt_moe
+from kt_moe import _core
+from kt_moe.cli.bench.layer import GIB, MIB, free_memory
+
+SECONDS = 0.2  # for each ceiling
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of repeated measurements."""
+
+    median: float
+    q1: float
+    q3: float
+    count: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Spread:
+        """Of at least one sample; quartiles are interpolated between samples."""
+        if len(samples) == 1:
+            return cls(samples[0], samples[0], samples[0], 1)
+        q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(median, q1, q3, len(samples))
+
+    @property
+    def iqr(self) -> float:
+        """Interquartile range."""
+        return self.q3 - self.q1
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Rates of one runtime on this machine: FLOP/s, and bytes/s of `read_all`.
+
+    Attributes:
+        l1_one, l1_all: of the micro-kernel with operands in the L1 cache, on one and on all threads.
+        l2_one, l2_all: the same with A streaming from half the L2 cache.
+        read_all: memory read by all threads.
+    """
+
+    l1_one: Spread
+    l1_all: Spread
+    l2_one: Spread
+    l2_all: Spread
+    read_all: Spread
+
+    def bound(self, flops: float, moved: float) -> tuple[str, float]:
+        """What limits this work and traffic, "compute" or "memory", and the seconds it takes at least."""
+        compute, memory = flops / self.l2_all.median, moved / self.read_all.median
+        return ("compute", compute) if compute >= memory else ("memory", memory)
+
+
+def measure(runtime: kt_moe.Runtime) -> Ceilings:
+    """Measure for SECONDS each; reads several times the caches, at most a quarter of free memory."""
+    l3 = kt_moe.cpu_info()["caches"]["l3"]
+    # Where groups of cores have an L3 each, l3 is one group's: half of it a thread is more than all of them.
+    wanted = min(4 * GIB, max(256 * MIB, 4 * l3, runtime.threads * l3 // 2))
+    lists = _core.measure_ceilings(runtime._core, SECONDS, min(wanted, free_memory() // 4))
+    return Ceilings(**{name: Spread.of(samples) for name, samples in lists.items()})
+
+
+def machine() -> dict[str, Any]:
+    """`kt_moe.cpu_info()` without what depends on overrides, and how busy other programs keep the machine."""
+    info = kt_moe.cpu_info()
+    names = ("model", "cores", "numa_nodes", "caches", "isa_features")
+    return {**{name: info[name] for name in names}, "load_average": os.getloadavg()[0]}

@@ -1,0 +1,75 @@
+"""The roofline picture (Williams, Waterman and Patterson 2009): rates over FLOP a byte, under ceilings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from kt_moe.cli.bench.report import Result
+
+_MARKS = {"forward": "^", "backward": "v"}
+
+
+def plot_roofline(results: Sequence[Result], path: Path, title: str) -> None:
+    """Draw forward and backward of every result into a PNG, which appears whole or not at all."""
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    figure = Figure(figsize=(9, 5.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot(xscale="log", yscale="log")
+    points = [
+        (result, name, result.case.flops()[name] / result.case.bytes(result.touched)[name])
+        for result in results
+        for name in _MARKS
+        if name in result.seconds
+    ]
+    left, right = min(x for _, _, x in points) / 2, max(x for _, _, x in points) * 2
+    _draw_ceilings(axes, results, left, right)
+    names = list(dict.fromkeys(_label(result, results) for result in results))
+    for result, name, x in points:
+        label = _label(result, results)
+        rate = result.figures(name)["flops_per_second"] / 1e12
+        axes.plot(x, rate, _MARKS[name], color=f"C{names.index(label) + 1}", markersize=6, alpha=0.8)
+        axes.annotate(f" {result.case.tokens}", (x, rate), fontsize=6, va="center")
+    for index, label in enumerate(names):
+        axes.plot([], [], "s", color=f"C{index + 1}", label=label)
+    for name, mark in _MARKS.items():
+        axes.plot([], [], mark, color="grey", label=f"{name}; the number is tokens")
+    axes.set(xlabel="FLOP a byte of weights", ylabel="TFLOP/s", title=title)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        figure.savefig(part, format="png")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _draw_ceilings(axes: object, results: Sequence[Result], left: float, right: float) -> None:
+    """Roofs of every runtime that took part: memory's slope, then the two peaks."""
+    for index, ceilings in enumerate(dict.fromkeys(result.ceilings for result in results)):
+        for style, peak, text in (("-", ceilings.l1_all, "L1"), ("--", ceilings.l2_all, "L2")):
+            corner = min(max(peak.median / ceilings.read_all.median, left), right)
+            slope = [x * ceilings.read_all.median / 1e12 for x in (left, corner)]
+            label = f"peak with operands from {text}, memory read" if index == 0 else None
+            axes.plot(  # type: ignore[attr-defined]
+                [left, corner, right],
+                [slope[0], min(slope[1], peak.median / 1e12), peak.median / 1e12],
+                style,
+                color="C0",
+                linewidth=1,
+                label=label,
+            )
+
+
+def _label(result: Result, results: Sequence[Result]) -> str:
+    """The contestant, with what else differs among the results."""
+    parts = [result.who]
+    if len({r.case.rank for r in results}) > 1:
+        parts.append(f"rank {result.case.rank}")
+    if len({r.isa for r in results}) > 1:
+        parts.append(result.isa)
+    if len({r.threads for r in results}) > 1:
+        parts.append(f"{result.threads} threads")
+    return ", ".join(parts)
