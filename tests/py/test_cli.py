@@ -212,10 +212,11 @@ def test_conversation_the_template_refuses(
             ["--targets", "q_proj,nothing"],
             "the model has no 'nothing', wanted some of ['attention', 'experts'",
         ),
+        (["--nothing", "1"], "unrecognized arguments: --nothing 1 (see kt-moe finetune --help)"),
         (["--resume"], "no complete checkpoint"),
         (["--resume", "--overwrite"], "exclude each other"),
         (["--assistant-only-loss"], 'wants data with "messages"'),
-        (["--model", "/nowhere"], "it has no config.json"),
+        (["--model", "/nowhere"], "it has no config.json (a model on the hub: hf download"),
         (["--data", "/nowhere.txt"], "cannot read /nowhere.txt: No such file"),
         (["--output", __file__], "is a file, wanted a directory"),
     ],
@@ -274,17 +275,25 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert "KT_MOE_THREADS: 1" in text
+    assert "threads        1\n" in text
     assert f"kt_moe: {kt_moe.__version__}" in text
     assert main(["info", "--json"]) == 0
     assert set(kt_moe.cpu_info()) <= set(json.loads(capsys.readouterr().out))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("KT_MOE_ISA", "mmx", 'isa is "mmx", wanted one of scalar'),
+        ("KT_MOE_THREADS", "zero", 'KT_MOE_THREADS is "zero", wanted a number'),
+    ],
+)
 def test_info_with_an_override_that_does_not_hold(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
 ) -> None:
-    monkeypatch.setenv("KT_MOE_ISA", "mmx")
+    monkeypatch.setenv(name, value)
     assert main(["info"]) == 2
-    assert 'kt-moe info: error: isa is "mmx", wanted one of scalar' in capsys.readouterr().err
+    assert f"kt-moe info: error: {message}" in capsys.readouterr().err
 
 
 def test_info_shows_caches_in_their_units() -> None:

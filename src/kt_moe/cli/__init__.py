@@ -20,7 +20,9 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with `argv` (default: the process's); the exit status."""
     command_line = list(sys.argv[1:] if argv is None else argv)
-    args = _parser().parse_args(command_line)
+    args, unknown = _parser().parse_known_args(command_line)
+    if unknown:
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # names the command's own --help
     args.command_line = command_line
     try:
         status: int = args.run(args)
@@ -45,11 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = commands.add_parser("finetune", help="fine-tune a model with LoRA")
     options.add_arguments(command)
-    command.set_defaults(run=finetune.run)
+    command.set_defaults(run=finetune.run, parser=command)
     command = commands.add_parser("info", help="show what this machine offers and what will run on it")
     info.add_arguments(command)
-    command.set_defaults(run=info.run)
+    command.set_defaults(run=info.run, parser=command)
     command = commands.add_parser("bench", help="time a layer against this machine's ceilings and its rivals")
     bench.add_arguments(command)
-    command.set_defaults(run=bench.run)
+    command.set_defaults(run=bench.run, parser=command)
     return parser

@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         info = kt_moe.cpu_info()
+        info["threads"] = kt_moe.Runtime().threads
     except ValueError as error:  # KT_MOE_ISA and its kin
         raise UserError(str(error)) from error
     info["overrides"] = {name: os.environ[name] for name in _OVERRIDES if name in os.environ}

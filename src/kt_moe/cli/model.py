@@ -24,7 +24,8 @@ def load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     if not (path / "config.json").is_file():
-        raise UserError(f"--model {path} is not a model directory: it has no config.json")
+        advice = "" if path.exists() else " (a model on the hub: hf download NAME --local-dir DIR)"
+        raise UserError(f"--model {path} is not a model directory: it has no config.json{advice}")
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:

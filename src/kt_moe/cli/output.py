@@ -49,7 +49,8 @@ class RunDirectory:
             return
         if self.adapter.exists():
             raise UserError(
-                f"{self.root} already has an adapter; pass --overwrite, or --resume to go on from it"
+                f"{self.root} already has an adapter; pass another --output, --overwrite to start anew, "
+                "or --resume to finish an interrupted run"
             )
         if self._run.exists():
             raise UserError(
