@@ -61,8 +61,6 @@ class Backward : Pass {
   std::vector<LoraJob> lora_jobs() const;
   // dA = Q' X and dB' = P' dOutput, summed over the expert's routes in order; zero for an idle expert.
   void lora(const LoraJob& job, Arena& scratch) const;
-  // The input of a projection's LoRA A, rows of a block.
-  Rows lora_input(Projection p, Block block, Range cols, Arena& scratch) const;
 
   index_t rows_per_part() const { return 4 * kernels().gemm.mr; }
 

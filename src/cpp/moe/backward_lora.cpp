@@ -88,10 +88,4 @@ void Backward::lora(const LoraJob& job, Arena& scratch) const {
   }
 }
 
-Rows Backward::lora_input(Projection p, Block block, Range cols, Arena& scratch) const {
-  const Rows rows = p == Projection::down ? by_route(hidden_, experts_.intermediate, block, cols)
-                                          : by_token(inputs_.hidden_states, block, cols);
-  return dropped(rows, p, block, cols, scratch);
-}
-
 }  // namespace kt

@@ -38,9 +38,7 @@ void Pass::project_a(std::initializer_list<Projection> targets, bool weighted) {
       auto* product = scratch.take<float>(rank * part_rows);
       for_parts(block, part_rows, [&](Block part) {
         const Arena::Frame part_frame(scratch);
-        const Rows x = p == Projection::down ? by_route(hidden_, in, part, {0, in})
-                                             : by_token(inputs_.hidden_states, part, {0, in});
-        const Term term{a, pack_b_cols(kernels(), dropped(x, p, part, {0, in}, scratch), scratch)};
+        const Term term{a, pack_b_cols(kernels(), lora_input(p, part, {0, in}, scratch), scratch)};
         multiply(kernels(), {&term, 1}, product);
         bf16_t* stored = low_rank_[index_of(p)] + rank * block.first + (part.first - block.first);
         for (index_t i = 0; i < rank; ++i) {
@@ -127,6 +125,12 @@ Rows Pass::by_token(const MatView& matrix, Block block, Range cols) const {
 Rows Pass::by_route(const bf16_t* matrix, index_t row_length, Block block, Range cols) const {
   return {view(matrix, DType::bf16, routing_.routes(), row_length)
               .block(block.first, cols.begin, block.count, cols.size())};
+}
+
+Rows Pass::lora_input(Projection p, Block block, Range cols, Arena& scratch) const {
+  const Rows rows = p == Projection::down ? by_route(hidden_, experts_.intermediate, block, cols)
+                                          : by_token(inputs_.hidden_states, block, cols);
+  return dropped(rows, p, block, cols, scratch);
 }
 
 Rows Pass::dropped(Rows rows, Projection p, Block block, Range cols, Arena& scratch) const {

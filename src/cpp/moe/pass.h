@@ -39,7 +39,9 @@ class Pass {
   // The rows of a block in a [T, n] matrix, and in a [routes, n] one.
   Rows by_token(const MatView& matrix, Block block, Range cols) const;
   Rows by_route(const bf16_t* matrix, index_t row_length, Block block, Range cols) const;
-  // The same rows as input of a LoRA A product: a copy with the dropped elements zero when dropout is on.
+  // The input of a projection's LoRA A, rows of a block, dropped elements zero.
+  Rows lora_input(Projection p, Block block, Range cols, Arena& scratch) const;
+  // These rows, or when dropout is on a copy of them with the dropped elements zero.
   Rows dropped(Rows rows, Projection p, Block block, Range cols, Arena& scratch) const;
   // P' or Q' of a part of a block: [r, count].
   MatView low_rank_of(const bf16_t* low_rank, index_t rank, Block whole, Block part) const;

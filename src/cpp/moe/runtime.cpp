@@ -47,12 +47,12 @@ std::string choose_isa(const std::optional<std::string>& argument) {
 Runtime::Runtime(std::optional<int> threads, std::optional<int> shards, std::optional<std::string> isa)
     : isa_(choose_isa(isa)),
       kernels_(kernel_set(isa_, cpu_features())),
-      pool_(number("threads", threads, "KT_MOE_THREADS", read_topology().cpus, kMostThreads)) {
+      topology_(read_topology()),
+      pool_(number("threads", threads, "KT_MOE_THREADS", topology_.cpus, kMostThreads)) {
   // One shard until experts can be split over NUMA nodes.
   const int wanted = number("shards", shards, "KT_MOE_SHARDS", 1, std::numeric_limits<int>::max());
   KT_CHECK(wanted == 1, "shards is {}, this version computes in 1 shard", wanted);
-  const std::size_t l2 = read_topology().l2;
-  l2_bytes_ = l2 == 0 ? kUsualL2 : l2;
+  l2_bytes_ = topology_.l2 == 0 ? kUsualL2 : topology_.l2;
   scratch_.resize(static_cast<std::size_t>(pool_.threads()));
 }
 

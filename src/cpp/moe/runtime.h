@@ -43,6 +43,7 @@ class Runtime {
  private:
   std::string isa_;
   KernelSet kernels_;
+  Topology topology_;
   std::size_t l2_bytes_;
   WorkerPool pool_;
   Arena memory_;
