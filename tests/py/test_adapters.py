@@ -13,16 +13,13 @@ import pytest
 import safetensors.torch
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import ALL_EXPERTS, error, load, save_tiny_checkpoint, tokens, with_lora
+from tiny_models import ALL_EXPERTS, PEFT_WARNINGS, error, load, save_tiny_checkpoint, tokens, with_lora
 from torch import Tensor
 
 import kt_moe
 from kt_moe.hf import KtLoraExperts
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
-]
+pytestmark = PEFT_WARNINGS
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

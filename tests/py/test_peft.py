@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import (
     ALL_EXPERTS,
+    PEFT_WARNINGS,
     error,
     gradients,
     load,
@@ -27,11 +28,7 @@ from torch import Tensor
 from kt_moe.functional import PROJECTIONS
 from kt_moe.hf import KtExperts, KtLoraExperts, KtMoeConfig
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
-    # PEFT says this of its own fused rank, whenever experts are all it targets.
-    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
-]
+pytestmark = PEFT_WARNINGS
 
 TARGETS = (["experts"], ["q_proj", "v_proj", "experts"], "all-linear", ["down_proj"])
 

@@ -11,6 +11,7 @@ import transformers
 from peft import LoraConfig
 from tiny_models import (
     ALL_EXPERTS,
+    PEFT_WARNINGS,
     error,
     gradients,
     load,
@@ -22,11 +23,7 @@ from tiny_models import (
 )
 from torch import Tensor
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
-    # PEFT says this of its own fused rank, whenever experts are all it targets.
-    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
-]
+pytestmark = PEFT_WARNINGS
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 import transformers
 from torch import Tensor
@@ -27,6 +28,13 @@ _SHARED = {
     "intermediate_size": 40, "moe_intermediate_size": 24, "n_routed_experts": 8, "n_shared_experts": 1,
     "first_k_dense_replace": 1, "head_dim": 8, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
+
+# What PEFT itself sets off where LoRA goes on experts.
+PEFT_WARNINGS = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
+    # PEFT says this of its own fused rank, whenever experts are all it targets.
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
+]
 
 # With every expert chosen no rounding can change the routing, so errors are those of the arithmetic.
 ALL_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 4}
