@@ -106,19 +106,29 @@ std::vector<float> product(const KernelSet& set, Direction direction, int rows, 
   std::vector<std::int32_t> index;
   for (int i = 0; i < rows; ++i) index.push_back(i * 7 % rows);
 
-  const Panel pa(gemm, gemm.mr, k), pb(gemm, gemm.nr, k);
-  gemm.pack_a({a.data() + 1, a_stride, index.data()}, rows, k, pa.data.get());
-  const RowSource weight{w.data() + 1, w_stride, nullptr};
-  if (direction == Direction::forward)
-    gemm.pack_b_cols(weight, cols, k, pb.data.get());
-  else
-    gemm.pack_b_rows(weight, k, cols, pb.data.get());
+  // k in two segments, as a product with LoRA has it.
+  std::vector<std::unique_ptr<Panel>> panels;
+  std::vector<Segment> segments;
+  for (const auto& [begin, end] : {std::pair{0, k / 2}, std::pair{k / 2, k}}) {
+    const int depth = end - begin;
+    if (depth == 0) continue;
+    const auto take = [&](int width) {
+      return panels.emplace_back(std::make_unique<Panel>(gemm, width, depth))->data.get();
+    };
+    void *pa = take(gemm.mr), *pb = take(gemm.nr);
+    gemm.pack_a({a.data() + 1 + begin, a_stride, index.data()}, rows, depth, pa);
+    if (direction == Direction::forward)
+      gemm.pack_b_cols({w.data() + 1 + begin, w_stride, nullptr}, cols, depth, pb);
+    else
+      gemm.pack_b_rows({w.data() + 1 + begin * w_stride, w_stride, nullptr}, depth, cols, pb);
+    segments.push_back({pa, pb, depth});
+  }
 
   const index_t ldc = gemm.nr + 2;
   std::vector<float> c = floats((rows + 1) * ldc, 3);  // one row of canary behind the result
   const std::vector<float> before = c;
   if (gemm.begin != nullptr) gemm.begin();
-  gemm.micro_kernel(rows, cols, k, pa.data.get(), pb.data.get(), c.data(), ldc, accumulate);
+  gemm.micro_kernel(rows, cols, segments.data(), static_cast<int>(segments.size()), c.data(), ldc, accumulate);
   if (gemm.end != nullptr) gemm.end();
   for (index_t j = 0; j < ldc; ++j)
     CHECK(c[static_cast<std::size_t>(rows * ldc + j)] == before[static_cast<std::size_t>(rows * ldc + j)]);
@@ -199,7 +209,8 @@ TEST_CASE("packing reads nothing but its rows: a NaN beside them stays out") {
     gemm.pack_b_rows({w.data(), 8, nullptr}, k, cols, pb.data.get());
     std::vector<float> c(static_cast<std::size_t>(gemm.nr));
     if (gemm.begin != nullptr) gemm.begin();
-    gemm.micro_kernel(1, cols, k, pa.data.get(), pb.data.get(), c.data(), gemm.nr, 0);
+    const Segment segment{pa.data.get(), pb.data.get(), k};
+    gemm.micro_kernel(1, cols, &segment, 1, c.data(), gemm.nr, 0);
     if (gemm.end != nullptr) gemm.end();
     for (int j = 0; j < cols; ++j) CHECK(c[static_cast<std::size_t>(j)] == 10.0f);
   });

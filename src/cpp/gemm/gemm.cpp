@@ -1,5 +1,6 @@
 #include "gemm/gemm.h"
 
+#include <array>
 #include <cassert>
 
 #include "base/split.h"
@@ -34,55 +35,90 @@ index_t panel_bytes(const GemmKernels& gemm, index_t width, index_t k) {
 
 // Panels of `width` rows each, which run along k.
 template <class Packed>
-Packed pack_rows(const KernelSet& kernels, PackRows* pack, int width, Rows source, Arena& scratch) {
-  source = in_bf16(kernels, source, scratch);
+Packed pack_rows(char* panels, const KernelSet& kernels, PackRows* pack, int width, const Rows& source) {
+  assert(source.matrix.dtype == DType::bf16);
   const index_t rows = source.matrix.rows, k = source.matrix.cols;
   const index_t bytes = panel_bytes(kernels.gemm, width, k);
-  char* data = scratch.take<char>(ceil_div(rows, width) * bytes);
   for (index_t i = 0; i < rows; i += width)
     pack(from_row(source, i), static_cast<int>(std::min<index_t>(width, rows - i)), static_cast<int>(k),
-         data + i / width * bytes);
-  return {data, rows, k, bytes};
+         panels + i / width * bytes);
+  return {panels, rows, k, bytes};
 }
 
 }  // namespace
 
+index_t packed_a_bytes(const KernelSet& kernels, index_t rows, index_t k) {
+  return ceil_div(rows, kernels.gemm.mr) * panel_bytes(kernels.gemm, kernels.gemm.mr, k);
+}
+
+index_t packed_b_bytes(const KernelSet& kernels, index_t cols, index_t k) {
+  return ceil_div(cols, kernels.gemm.nr) * panel_bytes(kernels.gemm, kernels.gemm.nr, k);
+}
+
+PackedA pack_a_into(char* panels, const KernelSet& kernels, Rows source) {
+  return pack_rows<PackedA>(panels, kernels, kernels.gemm.pack_a, kernels.gemm.mr, source);
+}
+
+PackedB pack_b_cols_into(char* panels, const KernelSet& kernels, Rows source) {
+  return pack_rows<PackedB>(panels, kernels, kernels.gemm.pack_b_cols, kernels.gemm.nr, source);
+}
+
 PackedA pack_a(const KernelSet& kernels, Rows source, Arena& scratch) {
-  return pack_rows<PackedA>(kernels, kernels.gemm.pack_a, kernels.gemm.mr, source, scratch);
+  source = in_bf16(kernels, source, scratch);
+  const MatView& m = source.matrix;
+  return pack_a_into(scratch.take<char>(packed_a_bytes(kernels, m.rows, m.cols)), kernels, source);
 }
 
 PackedB pack_b_cols(const KernelSet& kernels, Rows source, Arena& scratch) {
-  return pack_rows<PackedB>(kernels, kernels.gemm.pack_b_cols, kernels.gemm.nr, source, scratch);
+  source = in_bf16(kernels, source, scratch);
+  const MatView& m = source.matrix;
+  return pack_b_cols_into(scratch.take<char>(packed_b_bytes(kernels, m.rows, m.cols)), kernels, source);
 }
 
-PackedB pack_b_rows(const KernelSet& kernels, Rows source, Arena& scratch) {
+PackedB pack_b_rows_into(char* panels, const KernelSet& kernels, Rows source) {
   const GemmKernels& gemm = kernels.gemm;
-  source = in_bf16(kernels, source, scratch);
   const index_t k = source.matrix.rows, cols = source.matrix.cols, bytes = panel_bytes(gemm, gemm.nr, k);
-  char* data = scratch.take<char>(ceil_div(cols, gemm.nr) * bytes);
   RowSource rows = from_row(source, 0);
   for (index_t j = 0; j < cols; j += gemm.nr, rows.base += gemm.nr)
     gemm.pack_b_rows(rows, static_cast<int>(k), static_cast<int>(std::min<index_t>(gemm.nr, cols - j)),
-                     data + j / gemm.nr * bytes);
-  return {data, cols, k, bytes};
+                     panels + j / gemm.nr * bytes);
+  return {panels, cols, k, bytes};
 }
 
-void multiply(const KernelSet& kernels, std::span<const Term> terms, float* c, bool accumulate) {
+PackedB pack_b_rows(const KernelSet& kernels, Rows source, Arena& scratch) {
+  source = in_bf16(kernels, source, scratch);
+  const MatView& m = source.matrix;
+  return pack_b_rows_into(scratch.take<char>(packed_b_bytes(kernels, m.cols, m.rows)), kernels, source);
+}
+
+PackedA rows_of(const KernelSet& kernels, PackedA a, Range rows) {
+  assert(rows.begin % kernels.gemm.mr == 0 && rows.end <= a.rows);
+  return {a.data + rows.begin / kernels.gemm.mr * a.panel_bytes, rows.size(), a.k, a.panel_bytes};
+}
+
+PackedB cols_of(const KernelSet& kernels, PackedB b, Range cols) {
+  assert(cols.begin % kernels.gemm.nr == 0 && cols.end <= b.cols);
+  return {b.data + cols.begin / kernels.gemm.nr * b.panel_bytes, cols.size(), b.k, b.panel_bytes};
+}
+
+void multiply(const KernelSet& kernels, std::span<const Term> terms, float* c, index_t stride,
+              bool accumulate) {
   const GemmKernels& gemm = kernels.gemm;
-  const index_t rows = terms.front().a.rows, cols = terms.front().b.cols,
-                stride = result_stride(kernels, cols);
+  const index_t rows = terms.front().a.rows, cols = terms.front().b.cols;
+  assert(terms.size() <= kMostTerms && stride >= result_stride(kernels, cols));
+  std::array<Segment, kMostTerms> segments;
   if (gemm.begin != nullptr) gemm.begin();
   for (index_t j = 0; j < cols; j += gemm.nr)  // a B panel stays in the nearest cache while A passes by
     for (index_t i = 0; i < rows; i += gemm.mr) {
-      bool add = accumulate;
-      for (const Term& term : terms) {
-        assert(term.a.rows == rows && term.b.cols == cols && term.a.k == term.b.k);
-        gemm.micro_kernel(static_cast<int>(std::min<index_t>(gemm.mr, rows - i)),
-                          static_cast<int>(std::min<index_t>(gemm.nr, cols - j)), static_cast<int>(term.a.k),
-                          term.a.data + i / gemm.mr * term.a.panel_bytes,
-                          term.b.data + j / gemm.nr * term.b.panel_bytes, c + i * stride + j, stride, add);
-        add = true;
+      for (std::size_t t = 0; t < terms.size(); ++t) {
+        const auto& [a, b] = terms[t];
+        assert(a.rows == rows && b.cols == cols && a.k == b.k);
+        segments[t] = {a.data + i / gemm.mr * a.panel_bytes, b.data + j / gemm.nr * b.panel_bytes,
+                       static_cast<int>(a.k)};
       }
+      gemm.micro_kernel(static_cast<int>(std::min<index_t>(gemm.mr, rows - i)),
+                        static_cast<int>(std::min<index_t>(gemm.nr, cols - j)), segments.data(),
+                        static_cast<int>(terms.size()), c + i * stride + j, stride, accumulate);
     }
   if (gemm.end != nullptr) gemm.end();
 }

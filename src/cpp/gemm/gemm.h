@@ -7,6 +7,7 @@
 #include <span>
 
 #include "base/arena.h"
+#include "base/split.h"
 #include "base/view.h"
 #include "kernels/kernel_set.h"
 
@@ -37,14 +38,28 @@ PackedB pack_b_cols(const KernelSet& kernels, Rows source, Arena& scratch);
 // B = source [k, cols].
 PackedB pack_b_rows(const KernelSet& kernels, Rows source, Arena& scratch);
 
+// The same from bf16 into memory of the caller's, as many bytes as packed_a_bytes and packed_b_bytes say.
+PackedA pack_a_into(char* panels, const KernelSet& kernels, Rows source);
+PackedB pack_b_cols_into(char* panels, const KernelSet& kernels, Rows source);
+PackedB pack_b_rows_into(char* panels, const KernelSet& kernels, Rows source);
+index_t packed_a_bytes(const KernelSet& kernels, index_t rows, index_t k);
+index_t packed_b_bytes(const KernelSet& kernels, index_t cols, index_t k);
+
+// Some rows of A or columns of B; the range starts at a panel.
+PackedA rows_of(const KernelSet& kernels, PackedA a, Range rows);
+PackedB cols_of(const KernelSet& kernels, PackedB b, Range cols);
+
 struct Term {
   PackedA a;
   PackedB b;
 };
+inline constexpr std::size_t kMostTerms = 4;
 
 // c[a.rows x b.cols] = (accumulate ? c : 0) + sum of the terms, which agree in a.rows and in b.cols.
-// A row of c holds result_stride(kernels, b.cols) floats; those behind b.cols are scratch.
-void multiply(const KernelSet& kernels, std::span<const Term> terms, float* c, bool accumulate = false);
+// Rows of c are `stride` floats apart, at least result_stride(kernels, b.cols); those behind b.cols are
+// scratch.
+void multiply(const KernelSet& kernels, std::span<const Term> terms, float* c, index_t stride,
+              bool accumulate = false);
 index_t result_stride(const KernelSet& kernels, index_t cols);
 
 }  // namespace kt

@@ -25,11 +25,17 @@ struct RowSource {
 using PackRows = void(RowSource src, int rows, int k, void* panel);
 // A B panel from k rows of the source that run along n (the same weight in the backward direction).
 using PackAcross = void(RowSource src, int k, int cols, void* panel);
+// A stretch of k with its packed panels. A product with LoRA is a list of them, and its tile stays in registers
+// from the first to the last.
+struct Segment {
+  const void *a, *b;
+  int k;
+};
 // rows <= mr and cols <= nr are what is wanted; C may be written up to nr columns, never past `rows` rows.
-using MicroKernel = void(int rows, int cols, int k, const void* a, const void* b, float* c, ptrdiff_t ldc,
+using MicroKernel = void(int rows, int cols, const Segment* segments, int count, float* c, ptrdiff_t ldc,
                          int accumulate);
 
-// C[mr x nr] (+)= A[mr x k] * B[k x nr], operands bf16 in value, accumulation fp32.
+// C[mr x nr] (+)= sum of A[mr x k] * B[k x nr] over segments, operands bf16 in value, accumulation fp32.
 //
 // Packed panels: an A panel holds mr rows, a B panel nr columns; both are zero-filled up to mr / nr and to a
 // multiple of k_align in k, take (mr or nr) * round_up(k, k_align) * element_bytes bytes, and their order

@@ -12,54 +12,80 @@ void Backward::run(SavedGateUp saved) {
     const std::size_t i = index_of(p);
     low_rank_[i] = take_low_rank(p);
     grad_low_rank_[i] = {take_low_rank(p), take_low_rank(p)};
+    grad_inputs_[i].resize(blocks_.size());
   }
-  project_a({Projection::gate, Projection::up});
   if (saved.gate == nullptr) {
     saved = {memory().take<bf16_t>(routes * n), memory().take<bf16_t>(routes * n)};
-    gate_up(saved);
+    add_gate_up(saved);
+    low_rank_done_ = gate_up_done_;
+  } else {
+    add_low_rank();
   }
-  project_grad_b({Projection::down});
-  down(saved);
-  project_a({Projection::down}, /*weighted=*/true);
-  project_grad_b({Projection::gate, Projection::up});
-  input_and_lora();
+  add_down(saved);
+  add_gate_up_gradients();
+  if (gradients_.hidden_states) add_hidden_states();
+  add_lora();
+  tasks_.run(lease_);
 }
 
-Rows Backward::grad_output(Projection p, Block block, Range cols) const {
-  if (p == Projection::down) return by_token(grad_out_, block, cols);
-  return by_route(grad_gate_up_[index_of(p)], experts_.intermediate, block, cols);
+void Backward::add_low_rank() {
+  for (const Block block : blocks_)
+    low_rank_done_.push_back(tasks_.add(1, [=, this](index_t, Arena& scratch) {
+      for (const Projection p : kGateUp)
+        if (inputs_.of(p)) project_a(p, block, nullptr, /*weighted=*/false, scratch);
+    }));
 }
 
-void Backward::down(SavedGateUp saved) {
+void Backward::add_down(SavedGateUp saved) {
   const index_t n = experts_.intermediate, h = experts_.hidden, routes = routing_.routes();
-  const GemmKernels& gemm = kernels().gemm;
-  const index_t parts = slices(n, gemm.nr, h * gemm.element_bytes);
+  const index_t tile = kernels().gemm.nr, parts = slices(n, tile, h * kernels().gemm.element_bytes);
   auto* dots = memory().take<float>(parts * routes);
   std::fill_n(dots, parts * routes, 0.0f);
-  lease_.parallel_for(std::ssize(blocks_) * parts, [&](index_t task, Arena& scratch) {
-    const Block block = blocks_[static_cast<std::size_t>(task / parts)];
-    const Range slice = split(n, parts, task % parts, gemm.nr);
-    if (slice.size() == 0) return;
-    const Stack& weights = experts_.of(Projection::down);
-    const PackedB base =
-        pack_b_rows(kernels(), {weights[block.expert].block(0, slice.begin, h, slice.size())}, scratch);
-    const std::vector<LoraA> lora = pack_lora_a({Projection::down}, block.expert, slice, scratch);
-    const index_t stride = result_stride(kernels(), slice.size());
-    auto* grad = scratch.take<float>(rows_per_part() * stride);
-    for_parts(block, rows_per_part(), [&](Block part) {
-      const Arena::Frame frame(scratch);
-      const Term term{pack_a(kernels(), by_token(grad_out_, part, {0, h}), scratch), base};
-      input_gradient({&term, 1}, lora, part, slice, grad, scratch);
-      for (index_t i = 0; i < part.count; ++i) {
-        const index_t route = part.first + i, place = route * n + slice.begin;
-        dots[task % parts * routes + route] = activation_.backward(
-            static_cast<int>(slice.size()), grad + i * stride, weight_[static_cast<std::size_t>(route)],
-            saved.gate + place, saved.up + place, grad_gate_up_[0] + place, grad_gate_up_[1] + place,
-            hidden_ + place);
-      }
+  std::vector<char*> kept(std::min(blocks_.size(), kInputsKept));
+  for (char*& bytes : kept) bytes = memory().take<char>(grad_input_bytes(Projection::down, kBlockRows));
+
+  std::vector<const Group*> packed(blocks_.size());
+  down_done_.resize(blocks_.size());
+  in_order(
+      [&](std::size_t b) {
+        packed[b] = tasks_.add(1, [=, this, into = kept[b % kInputsKept]](index_t, Arena& scratch) {
+          if (b >= kInputsKept) tasks_.wait(down_done_[b - kInputsKept]);
+          pack_grad_input(Projection::down, blocks_[b], into, scratch);
+        });
+      },
+      [&](std::size_t b) {
+        down_done_[b] = tasks_.add(parts, [=, this, input = packed[b]](index_t part, Arena& scratch) {
+          tasks_.wait(input);
+          if (!gate_up_done_.empty()) tasks_.wait(gate_up_done_[b]);
+          const Range slice = split(n, parts, part, tile);
+          if (slice.size() > 0) down(blocks_[b], slice, saved, dots + part * routes, scratch);
+        });
+      });
+  if (gradients_.topk_weights != nullptr)
+    tasks_.add(1, [=, this](index_t, Arena&) {
+      for (const Group* done : down_done_) tasks_.wait(done);
+      sum_dots(dots, parts);
     });
+}
+
+void Backward::down(Block block, Range slice, SavedGateUp saved, float* dots, Arena& scratch) const {
+  const index_t n = experts_.intermediate, h = experts_.hidden;
+  const Stack& stack = experts_.of(Projection::down);
+  const PackedB weights =
+      pack_b_rows(kernels(), {stack[block.expert].block(0, slice.begin, h, slice.size())}, scratch);
+  const std::vector<LoraA> lora = pack_lora_a(kDown, block.expert, slice, scratch);
+  const index_t stride = result_stride(kernels(), slice.size());
+  auto* grad = scratch.take<float>(rows_per_part() * stride);
+  for_parts(block, rows_per_part(), [&](Block part) {
+    const Arena::Frame frame(scratch);
+    input_gradient(kDown, {&weights, 1}, lora, part, slice, grad, stride, scratch);
+    for (index_t i = 0; i < part.count; ++i) {
+      const index_t route = part.first + i, place = route * n + slice.begin;
+      dots[route] = activation_.backward(static_cast<int>(slice.size()), grad + i * stride, weight(route),
+                                         saved.gate + place, saved.up + place, grad_gate_up_[0] + place,
+                                         grad_gate_up_[1] + place, hidden_ + place);
+    }
   });
-  if (gradients_.topk_weights != nullptr) sum_dots(dots, parts);
 }
 
 void Backward::sum_dots(const float* dots, index_t parts) const {
@@ -70,51 +96,65 @@ void Backward::sum_dots(const float* dots, index_t parts) const {
           dots[part * routing_.routes() + r];
 }
 
-void Backward::input_and_lora() {
+void Backward::add_gate_up_gradients() {
+  for (const Block block : blocks_) {
+    std::array<char*, 2> into;
+    for (const Projection p : kGateUp)
+      into[index_of(p)] = memory().take<char>(grad_input_bytes(p, block.count));
+    gradients_done_.push_back(tasks_.add(1, [=, this](index_t, Arena& scratch) {
+      tasks_.wait(down_done_[block.index]);
+      for (const Projection p : kGateUp)
+        pack_grad_input(p, block, into[index_of(p)], scratch);
+      if (inputs_.of(Projection::down))
+        project_a(Projection::down, block, nullptr, /*weighted=*/true, scratch);
+    }));
+  }
+}
+
+void Backward::add_hidden_states() {
   const GemmKernels& gemm = kernels().gemm;
-  const index_t h = experts_.hidden;
-  const index_t parts = gradients_.hidden_states
-                            ? slices_per_thread(h, gemm.nr, 2 * experts_.intermediate * gemm.element_bytes)
-                            : 0;
-  const std::vector<LoraJob> jobs = lora_jobs();
-  lease_.parallel_for(parts + std::ssize(jobs), [&](index_t task, Arena& scratch) {
-    if (task < parts)
-      hidden_states(split(h, parts, task, gemm.nr), scratch);
-    else
-      lora(jobs[static_cast<std::size_t>(task - parts)], scratch);
+  add_sum(gradients_.hidden_states, /*weighted=*/false, gemm.nr,
+          2 * experts_.intermediate * gemm.element_bytes, gradients_done_,
+          [this](Block block, Range slice, float* rows, index_t stride, Arena& scratch) {
+            hidden_states(block, slice, rows, stride, scratch);
+          });
+}
+
+void Backward::hidden_states(Block block, Range slice, float* rows, index_t stride, Arena& scratch) const {
+  std::array<PackedB, 2> weights;
+  for (const Projection p : kGateUp) {
+    const MatView w = experts_.of(p)[block.expert];
+    weights[index_of(p)] = pack_b_rows(kernels(), {w.block(0, slice.begin, w.rows, slice.size())}, scratch);
+  }
+  const std::vector<LoraA> loras = pack_lora_a(kGateUp, block.expert, slice, scratch);
+  for_parts(block, rows_per_part(), [&](Block part) {
+    const Arena::Frame frame(scratch);
+    input_gradient(kGateUp, weights, loras, part, slice, rows + within(part).begin * stride, stride,
+                   scratch);
   });
 }
 
-void Backward::hidden_states(Range slice, Arena& scratch) const {
-  sum_over_experts(slice, gradients_.hidden_states, scratch,
-                   [&](int expert, float* sum) { add_expert(expert, slice, sum, scratch); });
+Rows Backward::grad_output(Projection p, Block block, Range cols) const {
+  if (p == Projection::down) return by_token(grad_out_, block, cols);
+  return by_route(grad_gate_up_[index_of(p)], experts_.intermediate, block, cols);
 }
 
-void Backward::add_expert(int expert, Range slice, float* sum, Arena& scratch) const {
-  const index_t n = experts_.intermediate, width = slice.size(), stride = result_stride(kernels(), width);
-  std::array<PackedB, 2> weights;
-  for (const Projection p : {Projection::gate, Projection::up})
-    weights[index_of(p)] =
-        pack_b_rows(kernels(), {experts_.of(p)[expert].block(0, slice.begin, n, width)}, scratch);
-  const std::vector<LoraA> loras = pack_lora_a({Projection::gate, Projection::up}, expert, slice, scratch);
-  auto* grad = scratch.take<float>(rows_per_part() * stride);
-
-  for (const Block block : blocks_of(expert))
-    for_parts(block, rows_per_part(), [&](Block part) {
-      const Arena::Frame part_frame(scratch);
-      std::array<Term, 2> terms;
-      for (const Projection p : {Projection::gate, Projection::up})
-        terms[index_of(p)] = {pack_a(kernels(), grad_output(p, part, {0, n}), scratch), weights[index_of(p)]};
-      input_gradient(terms, loras, part, slice, grad, scratch);
-      for (index_t row = 0; row < part.count; ++row) {
-        const std::int32_t token = routing_.token[static_cast<std::size_t>(part.first + row)];
-        kernels().epilogue.add_scaled(static_cast<int>(width), 1.0f, grad + row * stride,
-                                      sum + token * width);
-      }
-    });
+index_t Backward::grad_input_bytes(Projection p, index_t routes) const {
+  return packed_a_bytes(kernels(), routes, experts_.of(p).rows) +
+         packed_a_bytes(kernels(), routes, inputs_.of(p).rank());
 }
 
-std::vector<Backward::LoraA> Backward::pack_lora_a(std::initializer_list<Projection> targets, int expert,
+void Backward::pack_grad_input(Projection p, Block block, char* into, Arena& scratch) {
+  GradInput& in = grad_inputs_[index_of(p)][block.index];
+  const index_t cols = experts_.of(p).rows, rank = inputs_.of(p).rank();
+  in.rows = pack_a_into(into, kernels(), grad_output(p, block, {0, cols}));
+  if (rank == 0) return;
+  project_grad_b(p, block, in.rows, scratch);
+  in.low_rank = pack_a_into(into + packed_a_bytes(kernels(), block.count, cols), kernels(),
+                            by_route(grad_low_rank_[index_of(p)].rows, rank, block, {0, rank}));
+}
+
+std::vector<Backward::LoraA> Backward::pack_lora_a(std::span<const Projection> targets, int expert,
                                                    Range slice, Arena& scratch) const {
   std::vector<LoraA> packed;
   for (const Projection p : targets)
@@ -125,21 +165,21 @@ std::vector<Backward::LoraA> Backward::pack_lora_a(std::initializer_list<Project
   return packed;
 }
 
-void Backward::input_gradient(std::span<const Term> base, std::span<const LoraA> loras, Block part,
-                              Range slice, float* result, Arena& scratch) const {
-  std::vector<Term> terms(base.begin(), base.end());
-  for (const LoraA& a : loras) {
-    const index_t rank = inputs_.of(a.projection).rank();
-    const Rows q = by_route(grad_low_rank_[index_of(a.projection)].rows, rank, part, {0, rank});
-    terms.push_back({pack_a(kernels(), q, scratch), a.packed});
-  }
-  if (!inputs_.dropout.active()) return multiply(kernels(), terms, result);
+void Backward::input_gradient(std::span<const Projection> targets, std::span<const PackedB> weights,
+                              std::span<const LoraA> loras, Block part, Range slice, float* result,
+                              index_t stride, Arena& scratch) const {
+  std::vector<Term> terms;
+  const auto grad_of = [&](Projection p) { return grad_inputs_[index_of(p)][part.index]; };
+  for (const Projection p : targets)
+    terms.push_back({rows_of(kernels(), grad_of(p).rows, within(part)), weights[terms.size()]});
+  for (const LoraA& a : loras)
+    terms.push_back({rows_of(kernels(), grad_of(a.projection).low_rank, within(part)), a.packed});
+  if (!inputs_.dropout.active()) return multiply(kernels(), terms, result, stride);
 
-  multiply(kernels(), base, result);
-  const index_t stride = result_stride(kernels(), slice.size());
+  multiply(kernels(), {terms.data(), targets.size()}, result, stride);
   auto* product = scratch.take<float>(part.count * stride);
   for (std::size_t i = 0; i < loras.size(); ++i) {  // what was dropped gets no gradient
-    multiply(kernels(), {&terms[base.size() + i], 1}, product);
+    multiply(kernels(), {&terms[targets.size() + i], 1}, product, stride);
     for (index_t row = 0; row < part.count; ++row) {
       const std::int32_t slot = routing_.slot[static_cast<std::size_t>(part.first + row)];
       drop(inputs_.dropout, loras[i].projection, slot, slice.begin, slice.size(), product + row * stride);

@@ -20,7 +20,12 @@ class Backward : Pass {
     bf16_t *rows = nullptr, *transposed = nullptr;
   };
 
-  // A of a projection with LoRA, a slice of its columns.
+  // The gradient of a projection's output, a block's rows: packed once for all slices of the weights.
+  struct GradInput {
+    PackedA rows, low_rank;  // dOutput and Q
+  };
+
+  // A of a projection with LoRA, a slice of its columns, and what it is to be multiplied by.
   struct LoraA {
     Projection projection;
     PackedB packed;
@@ -34,30 +39,37 @@ class Backward : Pass {
     Range slice;
   };
 
+  // Adds the tasks that compute the P of gate and up again, unless add_gate_up does.
+  void add_low_rank();
+  // dh' = dY Wd + Q Ad, then dG, dU, h and <dh', h> from it and the saved G, U.
+  void add_down(SavedGateUp saved);
+  void down(Block block, Range slice, SavedGateUp saved, float* dots, Arena& scratch) const;
+  // The gradient of a routing weight, the dots of its slices added in order; 0 where there is no route.
+  void sum_dots(const float* dots, index_t parts) const;
+  // Packs dG and dU, and computes their Q and the P of down.
+  void add_gate_up_gradients();
+  // dX[token] += dG Wg + dU Wu + Qg Ag + Qu Au.
+  void add_hidden_states();
+  void hidden_states(Block block, Range slice, float* rows, index_t stride, Arena& scratch) const;
+
   // The gradient of a projection's output, rows of a block.
   Rows grad_output(Projection p, Block block, Range cols) const;
+  // Packs it, and computes and packs Q, into memory for both; `into` is grad_input_bytes long.
+  void pack_grad_input(Projection p, Block block, char* into, Arena& scratch);
+  index_t grad_input_bytes(Projection p, index_t routes) const;
 
-  // dh' = dY Wd + Q Ad, then dG, dU, h and <dh', h> from it and the saved G, U.
-  void down(SavedGateUp saved);
-  // The gradient of a routing weight, its slices added in order; 0 where there is no route.
-  void sum_dots(const float* dots, index_t parts) const;
-
-  // The two last products of backward do not wait for each other: one loop over both kinds of task.
-  void input_and_lora();
-  // dX[token] += dG Wg + dU Wu + Qg Ag + Qu Au.
-  void hidden_states(Range slice, Arena& scratch) const;
-  void add_expert(int expert, Range slice, float* sum, Arena& scratch) const;
-
-  std::vector<LoraA> pack_lora_a(std::initializer_list<Projection> targets, int expert, Range slice,
+  std::vector<LoraA> pack_lora_a(std::span<const Projection> targets, int expert, Range slice,
                                  Arena& scratch) const;
-  // The gradient of some projections' input, columns `slice`: the base terms and Q A of each LoRA, one fp32
-  // sum.
-  void input_gradient(std::span<const Term> base, std::span<const LoraA> loras, Block part, Range slice,
-                      float* result, Arena& scratch) const;
+  // The gradient of the input of some projections, columns `slice`: dOutput W and Q A of each, one fp32 sum.
+  void input_gradient(std::span<const Projection> targets, std::span<const PackedB> weights,
+                      std::span<const LoraA> loras, Block part, Range slice, float* result, index_t stride,
+                      Arena& scratch) const;
 
-  void project_grad_b(std::initializer_list<Projection> targets);
-  void store_low_rank(Projection p, Block block, Block part, float* product, index_t stride,
-                      float* transposed, const LowRankGradient& q);
+  void project_grad_b(Projection p, Block block, PackedA grad_output, Arena& scratch);
+  void store_low_rank(Projection p, Block part, float* product, index_t stride, float* transposed);
+
+  // Adds the tasks that compute the gradients of LoRA A and B.
+  void add_lora();
   std::vector<LoraJob> lora_jobs() const;
   // dA = Q' X and dB' = P' dOutput, summed over the expert's routes in order; zero for an idle expert.
   void lora(const LoraJob& job, Arena& scratch) const;
@@ -68,6 +80,9 @@ class Backward : Pass {
   const LayerGradients& gradients_;
   std::array<bf16_t*, 2> grad_gate_up_{};  // dG, dU, [routes, I]
   std::array<LowRankGradient, 3> grad_low_rank_{};
+  std::array<std::vector<GradInput>, 3> grad_inputs_;  // a block each
+  // A block each: P of gate and up; dG and dU; their packed form, their Q, and P of down.
+  std::vector<const Group*> low_rank_done_, down_done_, gradients_done_;
 };
 
 }  // namespace kt

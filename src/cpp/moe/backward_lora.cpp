@@ -5,43 +5,43 @@
 
 namespace kt {
 
-void Backward::project_grad_b(std::initializer_list<Projection> targets) {
-  const index_t part_rows = rows_per_part();
-  lease_.parallel_for(std::ssize(blocks_), [&](index_t task, Arena& scratch) {
-    const Block block = blocks_[static_cast<std::size_t>(task)];
-    for (const Projection p : targets) {
-      const LoraPair& lora = inputs_.of(p);
-      if (!lora) continue;
-      const Arena::Frame frame(scratch);
-      const index_t rank = lora.rank(), stride = result_stride(kernels(), rank);
-      const PackedB b = pack_b_rows(kernels(), {lora.b[block.expert]}, scratch);
-      auto* product = scratch.take<float>(part_rows * stride);
-      auto* transposed = scratch.take<float>(rank * part_rows);
-      const LowRankGradient& q = grad_low_rank_[index_of(p)];
-      for_parts(block, part_rows, [&](Block part) {
-        const Arena::Frame part_frame(scratch);
-        const Term term{pack_a(kernels(), grad_output(p, part, {0, lora.b.rows}), scratch), b};
-        multiply(kernels(), {&term, 1}, product);
-        store_low_rank(p, block, part, product, stride, transposed, q);
-      });
-    }
+void Backward::project_grad_b(Projection p, Block block, PackedA grad_output, Arena& scratch) {
+  const Arena::Frame frame(scratch);
+  const LoraPair& lora = inputs_.of(p);
+  const index_t rank = lora.rank(), stride = result_stride(kernels(), rank), part_rows = rows_per_part();
+  const PackedB b = pack_b_rows(kernels(), {lora.b[block.expert]}, scratch);
+  auto* product = scratch.take<float>(part_rows * stride);
+  auto* transposed = scratch.take<float>(rank * part_rows);
+  for_parts(block, part_rows, [&](Block part) {
+    const Term term{rows_of(kernels(), grad_output, within(part)), b};
+    multiply(kernels(), {&term, 1}, product, stride);
+    store_low_rank(p, part, product, stride, transposed);
   });
 }
 
-void Backward::store_low_rank(Projection p, Block block, Block part, float* product, index_t stride,
-                              float* transposed, const LowRankGradient& q) {
+void Backward::store_low_rank(Projection p, Block part, float* product, index_t stride, float* transposed) {
   const EpilogueKernels& epilogue = kernels().epilogue;
+  const LowRankGradient& q = grad_low_rank_[index_of(p)];
   const int rank = static_cast<int>(inputs_.of(p).rank()), count = static_cast<int>(part.count);
   for (index_t i = 0; i < part.count; ++i) {
     float* row = product + i * stride;
     epilogue.round_scaled(rank, lora_scale(p), row, q.rows + (part.first + i) * rank);
-    const float weight = p == Projection::down ? weight_[static_cast<std::size_t>(part.first + i)] : 1.0f;
-    for (int j = 0; j < rank; ++j) row[j] *= weight;
+    const float factor = p == Projection::down ? weight(part.first + i) : 1.0f;
+    for (int j = 0; j < rank; ++j) row[j] *= factor;
   }
   epilogue.transpose(product, stride, count, rank, transposed, count);
-  bf16_t* stored = q.transposed + rank * block.first + (part.first - block.first);
+  const Block& whole = blocks_[part.index];
+  bf16_t* stored = q.transposed + rank * whole.first + within(part).begin;
   for (int j = 0; j < rank; ++j)
-    epilogue.round_scaled(count, lora_scale(p), transposed + j * count, stored + j * block.count);
+    epilogue.round_scaled(count, lora_scale(p), transposed + j * count, stored + j * whole.count);
+}
+
+void Backward::add_lora() {
+  std::vector<LoraJob> jobs = lora_jobs();
+  const auto count = std::ssize(jobs);
+  tasks_.add(count, [this, jobs = std::move(jobs)](index_t job, Arena& scratch) {
+    lora(jobs[static_cast<std::size_t>(job)], scratch);
+  });
 }
 
 std::vector<Backward::LoraJob> Backward::lora_jobs() const {
@@ -67,14 +67,17 @@ void Backward::lora(const LoraJob& job, Arena& scratch) const {
   const index_t stride = result_stride(kernels(), width);
   auto* grad = scratch.take<float>(rank * stride);
   std::fill_n(grad, rank * stride, 0.0f);
-  for (const Block block : blocks_of(job.expert)) {
+  const auto blocks = std::ranges::equal_range(blocks_, job.expert, {}, &Block::expert);
+  for (const Block& block : blocks) {
+    tasks_.wait(low_rank_done_[block.index]);
+    tasks_.wait(gradients_done_[block.index]);
     const Arena::Frame frame(scratch);
     const bf16_t* low_rank = job.of_b ? low_rank_[p] : grad_low_rank_[p].transposed;
     const Rows rows = job.of_b ? grad_output(job.projection, block, job.slice)
                                : lora_input(job.projection, block, job.slice, scratch);
-    const Term term{pack_a(kernels(), {low_rank_of(low_rank, rank, block, block)}, scratch),
+    const Term term{pack_a(kernels(), {low_rank_of(low_rank, rank, block)}, scratch),
                     pack_b_rows(kernels(), rows, scratch)};
-    multiply(kernels(), {&term, 1}, grad, /*accumulate=*/true);
+    multiply(kernels(), {&term, 1}, grad, stride, /*accumulate=*/true);
   }
   if (!job.of_b) {
     const index_t in = inputs_.of(job.projection).a.cols, first = job.expert * rank * in + job.slice.begin;

@@ -11,55 +11,49 @@ class Forward : Pass {
   void run(SavedGateUp saved, const Result& out) {
     hidden_ = memory().take<bf16_t>(routing_.routes() * experts_.intermediate);
     for (const Projection p : projections) low_rank_[index_of(p)] = take_low_rank(p);
-    project_a({Projection::gate, Projection::up});
-    gate_up(saved);
-    project_a({Projection::down});
-    down(out);
+    add_gate_up(saved);
+    add_hidden();
+    add_down(out);
+    tasks_.run(lease_);
   }
 
  private:
-  // out[token] += weight * (h W' + P B').
-  void down(const Result& out) {
-    const index_t h = experts_.hidden;
-    const GemmKernels& gemm = kernels().gemm;
-    const index_t parts = slices_per_thread(h, gemm.mr, experts_.intermediate * gemm.element_bytes);
-    lease_.parallel_for(parts, [&](index_t task, Arena& scratch) {
-      const Range slice = split(h, parts, task, gemm.mr);
-      sum_over_experts(slice, out, scratch,
-                       [&](int expert, float* sum) { add_expert(expert, slice, sum, scratch); });
-    });
-  }
-
-  void add_expert(int expert, Range slice, float* sum, Arena& scratch) const {
-    const index_t width = slice.size(), n = experts_.intermediate, part_rows = kernels().gemm.nr;
-    const LoraPair& lora = inputs_.of(Projection::down);
-    const PackedA weights =
-        pack_a(kernels(), {experts_.of(Projection::down)[expert].block(slice.begin, 0, width, n)}, scratch);
-    PackedA lora_b;
-    if (lora) lora_b = pack_a(kernels(), {lora.b[expert].block(slice.begin, 0, width, lora.rank())}, scratch);
-    auto* transposed = scratch.take<float>(width * part_rows);
-    auto* y = scratch.take<float>(part_rows * width);
-
-    for (const Block block : blocks_of(expert)) {
-      for_parts(block, part_rows, [&](Block part) {
-        const Arena::Frame part_frame(scratch);
-        std::array<Term, 2> terms{
-            Term{weights, pack_b_cols(kernels(), by_route(hidden_, n, part, {0, n}), scratch)}, Term{}};
-        if (lora) {
-          const MatView p = low_rank_of(low_rank_[index_of(Projection::down)], lora.rank(), block, part);
-          terms[1] = {lora_b, pack_b_rows(kernels(), {p}, scratch)};
-        }
-        multiply(kernels(), {terms.data(), lora ? 2u : 1u}, transposed);
-        kernels().epilogue.transpose(transposed, part_rows, static_cast<int>(width),
-                                     static_cast<int>(part.count), y, width);
-        for (index_t row = 0; row < part.count; ++row) {
-          const auto r = static_cast<std::size_t>(part.first + row);
-          kernels().epilogue.add_scaled(static_cast<int>(width), weight_[r], y + row * width,
-                                        sum + routing_.token[r] * width);
-        }
-      });
+  // Packs h, and computes Pd = s h Ad'.
+  void add_hidden() {
+    const index_t n = experts_.intermediate, rank = inputs_.of(Projection::down).rank();
+    packed_.resize(blocks_.size());
+    for (const Block block : blocks_) {
+      char* rows = memory().take<char>(packed_b_bytes(kernels(), block.count, n));
+      char* low_rank = memory().take<char>(packed_b_bytes(kernels(), block.count, rank));
+      packed_done_.push_back(tasks_.add(1, [=, this](index_t, Arena& scratch) {
+        tasks_.wait(gate_up_done_[block.index]);
+        ForwardInput& in = packed_[block.index];
+        in.rows = pack_b_cols_into(rows, kernels(), input(Projection::down, block, {0, n}));
+        if (rank == 0) return;
+        project_a(Projection::down, block, &in.rows, /*weighted=*/false, scratch);
+        constexpr std::size_t kDown = index_of(Projection::down);
+        in.low_rank[kDown] =
+            pack_b_rows_into(low_rank, kernels(), {low_rank_of(low_rank_[kDown], rank, block)});
+      }));
     }
   }
+
+  // out[token] += weight * (h W' + P B').
+  void add_down(const Result& out) {
+    const GemmKernels& gemm = kernels().gemm;
+    const auto product = [this](Block block, Range slice, float* rows, index_t stride, Arena& scratch) {
+      const ForwardWeights weights = pack_forward(Projection::down, block.expert, slice, scratch);
+      for_parts(block, kernels().gemm.nr, [&](Block part) {
+        multiply_forward(Projection::down, weights, packed_[block.index], part,
+                         rows + within(part).begin * stride, stride, scratch);
+      });
+    };
+    add_sum(out, /*weighted=*/true, gemm.mr, experts_.intermediate * gemm.element_bytes, packed_done_,
+            product);
+  }
+
+  std::vector<ForwardInput> packed_;  // a block each
+  std::vector<const Group*> packed_done_;
 };
 
 }  // namespace

@@ -7,115 +7,193 @@ namespace kt {
 
 namespace {
 
+constexpr index_t kSumTokens = 64;  // a task of the sum over experts
+
 int to_int(index_t n) { return static_cast<int>(n); }  // kernels count rows and columns of a tile in int
 
 }  // namespace
 
 Pass::Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs)
     : lease_(runtime),
-      threads_(runtime.threads()),
       experts_(experts),
       inputs_(inputs),
       activation_(kernels_of(kernels(), experts.activation)),
       routing_(route(inputs.topk_ids, experts.num_experts)) {
-  for (const int e : routing_.experts)
-    for_parts({e, routing_.first(e), routing_.count(e)}, kBlockRows,
-              [&](Block block) { blocks_.push_back(block); });
+  for (const int e : routing_.experts) {
+    const index_t count = routing_.count(e), blocks = ceil_div(count, kBlockRows);
+    const index_t each = round_up(ceil_div(count, blocks), kernels().gemm.nr);
+    for_parts({e, 0, routing_.first(e), count}, each, [&](Block block) {
+      block.index = blocks_.size();
+      blocks_.push_back(block);
+    });
+  }
   const auto* weights = static_cast<const float*>(inputs.topk_weights.data);
   for (const std::int32_t slot : routing_.slot) weight_.push_back(weights[slot]);
 }
 
-void Pass::project_a(std::initializer_list<Projection> targets, bool weighted) {
-  const index_t part_rows = kernels().gemm.nr;
-  lease_.parallel_for(std::ssize(blocks_), [&](index_t task, Arena& scratch) {
-    const Block block = blocks_[static_cast<std::size_t>(task)];
-    for (const Projection p : targets) {
-      const LoraPair& lora = inputs_.of(p);
-      if (!lora) continue;
-      const Arena::Frame frame(scratch);
-      const index_t rank = lora.rank(), in = lora.a.cols;
-      const PackedA a = pack_a(kernels(), {lora.a[block.expert]}, scratch);
-      auto* product = scratch.take<float>(rank * part_rows);
-      for_parts(block, part_rows, [&](Block part) {
-        const Arena::Frame part_frame(scratch);
-        const Term term{a, pack_b_cols(kernels(), lora_input(p, part, {0, in}, scratch), scratch)};
-        multiply(kernels(), {&term, 1}, product);
-        bf16_t* stored = low_rank_[index_of(p)] + rank * block.first + (part.first - block.first);
-        for (index_t i = 0; i < rank; ++i) {
-          float* row = product + i * part_rows;
-          if (weighted)
-            for (index_t j = 0; j < part.count; ++j)
-              row[j] *= weight_[static_cast<std::size_t>(part.first + j)];
-          kernels().epilogue.round_scaled(to_int(part.count), lora_scale(p), row, stored + i * block.count);
-        }
-      });
-    }
-  });
-}
-
-void Pass::gate_up(SavedGateUp saved) {
-  constexpr std::array kTargets{Projection::gate, Projection::up};
-  const index_t n = experts_.intermediate, h = experts_.hidden, part_rows = kernels().gemm.nr;
-  const index_t parts = slices(n, kernels().gemm.mr, 2 * h * kernels().gemm.element_bytes);
-  lease_.parallel_for(std::ssize(blocks_) * parts, [&](index_t task, Arena& scratch) {
-    const Block block = blocks_[static_cast<std::size_t>(task / parts)];
-    const Range slice = split(n, parts, task % parts, kernels().gemm.mr);
-    const index_t width = slice.size();
-    if (width == 0) return;
-    std::array<PackedA, 2> weights, lora_b;
-    for (const Projection p : kTargets) {
-      const LoraPair& lora = inputs_.of(p);
-      weights[index_of(p)] =
-          pack_a(kernels(), {experts_.of(p)[block.expert].block(slice.begin, 0, width, h)}, scratch);
-      if (lora)
-        lora_b[index_of(p)] =
-            pack_a(kernels(), {lora.b[block.expert].block(slice.begin, 0, width, lora.rank())}, scratch);
-    }
-    auto* transposed = scratch.take<float>(width * part_rows);
-    std::array<float*, 2> result{scratch.take<float>(part_rows * width),
-                                 scratch.take<float>(part_rows * width)};
-    auto* unsaved = scratch.take<bf16_t>(width);
-
-    for_parts(block, part_rows, [&](Block part) {
-      const Arena::Frame frame(scratch);
-      const PackedB x = pack_b_cols(kernels(), by_token(inputs_.hidden_states, part, {0, h}), scratch);
-      for (const Projection p : kTargets) {
-        const std::size_t i = index_of(p);
-        std::array<Term, 2> terms{Term{weights[i], x}, Term{}};
-        const index_t rank = inputs_.of(p).rank();
-        if (rank > 0)
-          terms[1] = {lora_b[i],
-                      pack_b_rows(kernels(), {low_rank_of(low_rank_[i], rank, block, part)}, scratch)};
-        multiply(kernels(), {terms.data(), rank > 0 ? 2u : 1u}, transposed);
-        kernels().epilogue.transpose(transposed, part_rows, to_int(width), to_int(part.count), result[i],
-                                     width);
-      }
-      for (index_t i = 0; i < part.count; ++i) {
-        const index_t place = (part.first + i) * n + slice.begin;
-        activation_.forward(to_int(width), result[0] + i * width, result[1] + i * width,
-                            saved.gate ? saved.gate + place : unsaved, saved.up ? saved.up + place : unsaved,
-                            hidden_ + place);
-      }
-    });
-  });
-}
-
-std::span<const Block> Pass::blocks_of(int expert) const {
-  const auto found = std::ranges::equal_range(blocks_, expert, {}, &Block::expert);
-  return {found.begin(), found.end()};
-}
-
-void Pass::sum_over_experts(Range slice, const Result& result, Arena& scratch,
-                            const std::function<void(int expert, float* sum)>& add) const {
-  const index_t tokens = inputs_.hidden_states.rows, width = slice.size();
-  auto* sum = scratch.take<float>(tokens * width);
-  std::fill_n(sum, tokens * width, 0.0f);
-  for (const int expert : routing_.experts) {
-    const Arena::Frame frame(scratch);
-    add(expert, sum);
+void Pass::add_gate_up(SavedGateUp saved) {
+  const index_t n = experts_.intermediate, h = experts_.hidden;
+  struct Memory {
+    char* rows;
+    std::array<char*, 2> low_rank;
+  };
+  std::vector<Memory> kept(std::min(blocks_.size(), kInputsKept));
+  for (Memory& m : kept) {
+    m.rows = memory().take<char>(packed_b_bytes(kernels(), kBlockRows, h));
+    for (const Projection p : kGateUp)
+      m.low_rank[index_of(p)] =
+          memory().take<char>(packed_b_bytes(kernels(), kBlockRows, inputs_.of(p).rank()));
   }
-  for (index_t t = 0; t < tokens; ++t)
-    store(sum + t * width, width, result, t * experts_.hidden + slice.begin);
+  hidden_states_.resize(blocks_.size());
+  gate_up_done_.resize(blocks_.size());
+  std::vector<const Group*> packed(blocks_.size());
+  const index_t parts = slices(n, kernels().gemm.mr, 2 * h * kernels().gemm.element_bytes);
+
+  const auto pack = [=, this](std::size_t b, const Memory& into, Arena& scratch) {
+    const Block block = blocks_[b];
+    ForwardInput& in = hidden_states_[b];
+    in.rows = pack_b_cols_into(into.rows, kernels(), input(Projection::gate, block, {0, h}));
+    for (const Projection p : kGateUp) {
+      if (!inputs_.of(p)) continue;
+      const std::size_t i = index_of(p);
+      project_a(p, block, &in.rows, /*weighted=*/false, scratch);
+      in.low_rank[i] = pack_b_rows_into(into.low_rank[i], kernels(),
+                                        {low_rank_of(low_rank_[i], inputs_.of(p).rank(), block)});
+    }
+  };
+  in_order(
+      [&](std::size_t b) {
+        packed[b] = tasks_.add(1, [=, this, into = kept[b % kInputsKept]](index_t, Arena& scratch) {
+          if (b >= kInputsKept) tasks_.wait(gate_up_done_[b - kInputsKept]);
+          pack(b, into, scratch);
+        });
+      },
+      [&](std::size_t b) {
+        gate_up_done_[b] = tasks_.add(parts, [=, this, input = packed[b]](index_t part, Arena& scratch) {
+          tasks_.wait(input);
+          const Range slice = split(n, parts, part, kernels().gemm.mr);
+          if (slice.size() > 0) gate_up(blocks_[b], slice, hidden_states_[b], saved, scratch);
+        });
+      });
+}
+
+void Pass::project_a(Projection p, Block block, const PackedB* packed, bool weighted, Arena& scratch) {
+  const Arena::Frame frame(scratch);
+  const LoraPair& lora = inputs_.of(p);
+  const index_t rank = lora.rank(), in = lora.a.cols, part_rows = kernels().gemm.nr;
+  const PackedA a = pack_a(kernels(), {lora.a[block.expert]}, scratch);
+  auto* product = scratch.take<float>(rank * part_rows);
+  for_parts(block, part_rows, [&](Block part) {
+    const Arena::Frame part_frame(scratch);
+    const bool as_packed = packed != nullptr && !inputs_.dropout.active();
+    const PackedB rows = as_packed ? cols_of(kernels(), *packed, within(part))
+                                   : pack_b_cols(kernels(), lora_input(p, part, {0, in}, scratch), scratch);
+    const Term term{a, rows};
+    multiply(kernels(), {&term, 1}, product, part_rows);
+    bf16_t* stored = low_rank_[index_of(p)] + rank * block.first + within(part).begin;
+    for (index_t i = 0; i < rank; ++i) {
+      float* row = product + i * part_rows;
+      if (weighted)
+        for (index_t j = 0; j < part.count; ++j) row[j] *= weight(part.first + j);
+      kernels().epilogue.round_scaled(to_int(part.count), lora_scale(p), row, stored + i * block.count);
+    }
+  });
+}
+
+void Pass::gate_up(Block block, Range slice, const ForwardInput& in, SavedGateUp saved,
+                   Arena& scratch) const {
+  const index_t n = experts_.intermediate, width = slice.size(), part_rows = kernels().gemm.nr;
+  std::array<ForwardWeights, 2> weights;
+  std::array<float*, 2> result;
+  for (const Projection p : kGateUp) {
+    weights[index_of(p)] = pack_forward(p, block.expert, slice, scratch);
+    result[index_of(p)] = scratch.take<float>(part_rows * width);
+  }
+  auto* unsaved = scratch.take<bf16_t>(width);
+  for_parts(block, part_rows, [&](Block part) {
+    for (const Projection p : kGateUp)
+      multiply_forward(p, weights[index_of(p)], in, part, result[index_of(p)], width, scratch);
+    for (index_t i = 0; i < part.count; ++i) {
+      const index_t place = (part.first + i) * n + slice.begin;
+      activation_.forward(to_int(width), result[0] + i * width, result[1] + i * width,
+                          saved.gate ? saved.gate + place : unsaved, saved.up ? saved.up + place : unsaved,
+                          hidden_ + place);
+    }
+  });
+}
+
+Pass::ForwardWeights Pass::pack_forward(Projection p, int expert, Range slice, Arena& scratch) const {
+  const auto rows_of_slice = [&](const Stack& stack) {
+    return Rows{stack[expert].block(slice.begin, 0, slice.size(), stack.cols)};
+  };
+  ForwardWeights packed{pack_a(kernels(), rows_of_slice(experts_.of(p)), scratch), {}};
+  if (const LoraPair& lora = inputs_.of(p); lora)
+    packed.lora_b = pack_a(kernels(), rows_of_slice(lora.b), scratch);
+  return packed;
+}
+
+void Pass::multiply_forward(Projection p, const ForwardWeights& weights, const ForwardInput& in, Block part,
+                            float* result, index_t stride, Arena& scratch) const {
+  const Arena::Frame frame(scratch);
+  const index_t width = weights.weights.rows, part_rows = kernels().gemm.nr;
+  std::array<Term, 2> terms{Term{weights.weights, cols_of(kernels(), in.rows, within(part))}, Term{}};
+  const bool lora = static_cast<bool>(inputs_.of(p));
+  if (lora) terms[1] = {weights.lora_b, cols_of(kernels(), in.low_rank[index_of(p)], within(part))};
+  auto* transposed = scratch.take<float>(width * part_rows);
+  multiply(kernels(), {terms.data(), lora ? 2u : 1u}, transposed, part_rows);
+  kernels().epilogue.transpose(transposed, part_rows, to_int(width), to_int(part.count), result, stride);
+}
+
+void Pass::add_sum(const Result& result, bool weighted, index_t tile, index_t bytes,
+                   const std::vector<const Group*>& ready, Product product) {
+  const index_t h = experts_.hidden, tokens = inputs_.hidden_states.rows;
+  const index_t parts = std::min(std::max(slices(h, tile, bytes), ceil_div(h, kSumCols)), ceil_div(h, tile));
+  const index_t stride = result_stride(kernels(), split(h, parts, 0, tile).size());
+  std::array<float*, kSlicesKept> kept;
+  for (float*& rows : kept) rows = memory().take<float>(routing_.routes() * stride);
+
+  std::vector<const Group*> sums;
+  const auto add_sum_of = [&](std::size_t s, const Group* products) {
+    const Range slice = split(h, parts, static_cast<index_t>(s), tile);
+    const float* rows = kept[s % kSlicesKept];
+    sums.push_back(tasks_.add(ceil_div(tokens, kSumTokens), [=, this](index_t task, Arena& scratch) {
+      tasks_.wait(products);
+      const index_t first = task * kSumTokens;
+      sum_routes({first, std::min(tokens, first + kSumTokens)}, slice, rows, stride, result, weighted,
+                 scratch);
+    }));
+  };
+  const Group* last = nullptr;
+  for (std::size_t s = 0; s < static_cast<std::size_t>(parts); ++s) {
+    const Group* emptied = s >= kSlicesKept ? sums[s - kSlicesKept] : nullptr;
+    const Range slice = split(h, parts, static_cast<index_t>(s), tile);
+    float* rows = kept[s % kSlicesKept];
+    const Group* products = tasks_.add(std::ssize(blocks_), [=, this](index_t b, Arena& scratch) {
+      if (emptied != nullptr) tasks_.wait(emptied);
+      tasks_.wait(ready[static_cast<std::size_t>(b)]);
+      const Block block = blocks_[static_cast<std::size_t>(b)];
+      product(block, slice, rows + block.first * stride, stride, scratch);
+    });
+    if (last != nullptr) add_sum_of(s - 1, last);
+    last = products;
+  }
+  add_sum_of(static_cast<std::size_t>(parts) - 1, last);
+}
+
+void Pass::sum_routes(Range tokens, Range slice, const float* rows, index_t stride, const Result& result,
+                      bool weighted, Arena& scratch) const {
+  const index_t width = slice.size();
+  auto* sum = scratch.take<float>(width);
+  for (index_t t = tokens.begin; t < tokens.end; ++t) {
+    std::fill_n(sum, width, 0.0f);
+    const std::int32_t* offset = routing_.token_offset.data() + t;
+    for (std::int32_t i = offset[0]; i < offset[1]; ++i) {
+      const index_t route = routing_.of_token[static_cast<std::size_t>(i)];
+      kernels().epilogue.add_scaled(to_int(width), weighted ? weight(route) : 1.0f, rows + route * stride,
+                                    sum);
+    }
+    store(sum, width, result, t * experts_.hidden + slice.begin);
+  }
 }
 
 Rows Pass::by_token(const MatView& matrix, Block block, Range cols) const {
@@ -127,13 +205,13 @@ Rows Pass::by_route(const bf16_t* matrix, index_t row_length, Block block, Range
               .block(block.first, cols.begin, block.count, cols.size())};
 }
 
-Rows Pass::lora_input(Projection p, Block block, Range cols, Arena& scratch) const {
-  const Rows rows = p == Projection::down ? by_route(hidden_, experts_.intermediate, block, cols)
-                                          : by_token(inputs_.hidden_states, block, cols);
-  return dropped(rows, p, block, cols, scratch);
+Rows Pass::input(Projection p, Block block, Range cols) const {
+  return p == Projection::down ? by_route(hidden_, experts_.intermediate, block, cols)
+                               : by_token(inputs_.hidden_states, block, cols);
 }
 
-Rows Pass::dropped(Rows rows, Projection p, Block block, Range cols, Arena& scratch) const {
+Rows Pass::lora_input(Projection p, Block block, Range cols, Arena& scratch) const {
+  const Rows rows = input(p, block, cols);
   if (!inputs_.dropout.active()) return rows;
   auto* copy = scratch.take<bf16_t>(block.count * cols.size());
   for (index_t i = 0; i < block.count; ++i) {
@@ -146,19 +224,15 @@ Rows Pass::dropped(Rows rows, Projection p, Block block, Range cols, Arena& scra
   return {view(copy, DType::bf16, block.count, cols.size())};
 }
 
-MatView Pass::low_rank_of(const bf16_t* low_rank, index_t rank, Block whole, Block part) const {
+MatView Pass::low_rank_of(const bf16_t* low_rank, index_t rank, Block part) const {
+  const Block& whole = blocks_[part.index];
   return view(low_rank + rank * whole.first, DType::bf16, rank, whole.count)
-      .block(0, part.first - whole.first, rank, part.count);
+      .block(0, within(part).begin, rank, part.count);
 }
 
-index_t Pass::slices(index_t n, index_t tile, index_t bytes, index_t at_least) const {
+index_t Pass::slices(index_t n, index_t tile, index_t bytes) const {
   const index_t fit = std::max(2 * tile, static_cast<index_t>(lease_.l2_bytes()) / 2 / bytes);
-  return std::clamp(std::max(ceil_div(n, fit), at_least), index_t{1}, ceil_div(n, tile));
-}
-
-index_t Pass::slices_per_thread(index_t n, index_t tile, index_t bytes) const {
-  const index_t parts = slices(n, tile, bytes, threads_);
-  return std::min(round_up(parts, threads_), ceil_div(n, tile));
+  return std::clamp(ceil_div(n, fit), index_t{1}, ceil_div(n, tile));
 }
 
 void Pass::store(const float* row, index_t n, const Result& result, index_t offset) const {

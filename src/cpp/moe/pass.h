@@ -11,15 +11,27 @@
 #include "gemm/gemm.h"
 #include "moe/layer.h"
 #include "moe/routing.h"
+#include "moe/task_list.h"
 
 namespace kt {
 
-// Routes that share one packing of an expert's weights; large enough to make the packing cheap.
+// Most routes that share one packing of an expert's weights; enough to make the packing cheap.
 inline constexpr index_t kBlockRows = 512;
+// Blocks whose input is packed at the same time, and how many of those are packed ahead of their products.
+inline constexpr std::size_t kInputsKept = 8, kInputsAhead = 4;
+// Slices of columns that wait for their sum over experts at the same time.
+inline constexpr std::size_t kSlicesKept = 3;
+// Columns of such a slice: rows of 1 KiB to write and to read again.
+inline constexpr index_t kSumCols = 256;
 
-// Consecutive routes of one expert.
+// The projections that read hidden_states, and the one that reads h.
+inline constexpr std::array kGateUp{Projection::gate, Projection::up};
+inline constexpr std::array kDown{Projection::down};
+
+// Consecutive routes of one expert: a block, or a part of block `index`.
 struct Block {
   int expert;
+  std::size_t index;
   index_t first, count;
 };
 
@@ -28,42 +40,71 @@ class Pass {
   Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs);
 
  protected:
-  // The first LoRA products, scaled: low_rank[p] of a block is P' = s (X A')' [r, count], rounded to bf16. X
-  // is read from hidden_states (gate, up) or from `hidden_` (down); with `weighted`, times the routing weight
-  // too.
-  void project_a(std::initializer_list<Projection> targets, bool weighted = false);
+  using Group = TaskList::Group;
 
-  // G, U = X W' + P B' and h = act(G) * U. `saved` may be null pointers.
-  void gate_up(SavedGateUp saved);
+  // The input of a forward product, a block's rows: packed once for all slices of the weights.
+  struct ForwardInput {
+    PackedB rows;
+    std::array<PackedB, 3> low_rank;  // P of the projections that read these rows
+  };
+
+  // Adds the tasks that compute G, U = X W' + P B' and h = act(G) * U. `saved` may be null pointers.
+  void add_gate_up(SavedGateUp saved);
+
+  // The first LoRA product, scaled: low_rank[p] of a block is P' = s (X A')' [r, count], rounded to bf16,
+  // from the packed rows (null: from the rows themselves); with `weighted`, times the routing weight too.
+  void project_a(Projection p, Block block, const PackedB* packed, bool weighted, Arena& scratch);
 
   // The rows of a block in a [T, n] matrix, and in a [routes, n] one.
   Rows by_token(const MatView& matrix, Block block, Range cols) const;
   Rows by_route(const bf16_t* matrix, index_t row_length, Block block, Range cols) const;
-  // The input of a projection's LoRA A, rows of a block, dropped elements zero.
+  // The input of a projection, rows of a block; for its LoRA A with dropped elements zero.
+  Rows input(Projection p, Block block, Range cols) const;
   Rows lora_input(Projection p, Block block, Range cols, Arena& scratch) const;
-  // These rows, or when dropout is on a copy of them with the dropped elements zero.
-  Rows dropped(Rows rows, Projection p, Block block, Range cols, Arena& scratch) const;
   // P' or Q' of a part of a block: [r, count].
-  MatView low_rank_of(const bf16_t* low_rank, index_t rank, Block whole, Block part) const;
+  MatView low_rank_of(const bf16_t* low_rank, index_t rank, Block part) const;
 
-  // The blocks of one expert, in order.
-  std::span<const Block> blocks_of(int expert) const;
+  // W and LoRA B of a projection, rows `slice`, as left operands.
+  struct ForwardWeights {
+    PackedA weights, lora_b;
+  };
+  ForwardWeights pack_forward(Projection p, int expert, Range slice, Arena& scratch) const;
+  // result [part.count, slice] = input W' + P B', rows `stride` floats apart; a part is at most nr routes.
+  void multiply_forward(Projection p, const ForwardWeights& weights, const ForwardInput& in, Block part,
+                        float* result, index_t stride, Arena& scratch) const;
 
-  // Columns `slice` of a [T, H] result, summed in fp32 over the experts in order: `add` adds what one
-  // expert's routes give to sum [T, slice.size()]. The task that calls owns these columns.
-  void sum_over_experts(Range slice, const Result& result, Arena& scratch,
-                        const std::function<void(int expert, float* sum)>& add) const;
+  // Adds the tasks that compute a [T, H] result: the sum over a token's routes, experts in order, of what
+  // product(block, slice, rows, stride, scratch) writes to `rows`, times the routing weight if `weighted`.
+  // The product of a block waits for its group of `ready`. Cuts between slices are multiples of `tile`.
+  using Product =
+      std::function<void(Block block, Range slice, float* rows, index_t stride, Arena& scratch)>;
+  void add_sum(const Result& result, bool weighted, index_t tile, index_t bytes,
+               const std::vector<const Group*>& ready, Product product);
 
   // Cuts `block` into parts of at most `rows` routes.
   template <class Body>
   static void for_parts(Block block, index_t rows, const Body& body) {
     for (index_t i = 0; i < block.count; i += rows)
-      body(Block{block.expert, block.first + i, std::min(rows, block.count - i)});
+      body(Block{block.expert, block.index, block.first + i, std::min(rows, block.count - i)});
+  }
+  // Where a part lies in its block.
+  Range within(Block part) const {
+    const index_t begin = part.first - blocks_[part.index].first;
+    return {begin, begin + part.count};
+  }
+
+  // Calls input(b) for every block, some blocks ahead of products(b): how tasks are put in order so that no
+  // product has to wait for its input.
+  template <class Input, class Products>
+  void in_order(const Input& input_of, const Products& products_of) const {
+    for (std::size_t b = 0; b < blocks_.size() + kInputsAhead; ++b) {
+      if (b < blocks_.size()) input_of(b);
+      if (b >= kInputsAhead) products_of(b - kInputsAhead);
+    }
   }
 
   // Parts to cut n columns into: `bytes` of packed weights a column fill half the L2 cache, on whole tiles.
-  index_t slices(index_t n, index_t tile, index_t bytes, index_t at_least = 1) const;
-  index_t slices_per_thread(index_t n, index_t tile, index_t bytes) const;
+  index_t slices(index_t n, index_t tile, index_t bytes) const;
 
   // One row of fp32 results, stored in the wanted type.
   void store(const float* row, index_t n, const Result& result, index_t offset) const;
@@ -74,9 +115,9 @@ class Pass {
   Arena& memory() { return lease_.memory(); }
   const KernelSet& kernels() const { return lease_.kernels(); }
   float lora_scale(Projection p) const;
+  float weight(index_t route) const { return weight_[static_cast<std::size_t>(route)]; }
 
   Runtime::Lease lease_;
-  int threads_;
   const ExpertWeights& experts_;
   const LayerInputs& inputs_;
   const ActivationKernels& activation_;
@@ -85,6 +126,15 @@ class Pass {
   std::vector<float> weight_;          // routing weight of every route
   std::array<bf16_t*, 3> low_rank_{};  // P' of each projection with LoRA
   bf16_t* hidden_ = nullptr;           // h, [routes, I]
+  TaskList tasks_;
+  std::vector<const Group*> gate_up_done_;  // a block each
+
+ private:
+  void gate_up(Block block, Range slice, const ForwardInput& in, SavedGateUp saved, Arena& scratch) const;
+  void sum_routes(Range tokens, Range slice, const float* rows, index_t stride, const Result& result,
+                  bool weighted, Arena& scratch) const;
+
+  std::vector<ForwardInput> hidden_states_;  // a block each, the memory of kInputsKept
 };
 
 }  // namespace kt

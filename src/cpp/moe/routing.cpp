@@ -1,6 +1,7 @@
 #include "moe/routing.h"
 
 #include <limits>
+#include <numeric>
 
 #include "base/error.h"
 
@@ -52,6 +53,15 @@ Routing route(const MatView& topk_ids, int num_experts) {
     const auto place = static_cast<std::size_t>(next[static_cast<std::size_t>(e)]++);
     r.token[place] = static_cast<std::int32_t>(i / topk_ids.cols);
     r.slot[place] = static_cast<std::int32_t>(i);
+  }
+  r.token_offset.resize(static_cast<std::size_t>(topk_ids.rows) + 1);
+  for (const std::int32_t t : r.token) ++r.token_offset[static_cast<std::size_t>(t) + 1];
+  std::partial_sum(r.token_offset.begin(), r.token_offset.end(), r.token_offset.begin());
+  r.of_token.resize(r.token.size());
+  next.assign(r.token_offset.begin(), r.token_offset.end());
+  for (std::int32_t i = 0; i < r.offset.back(); ++i) {
+    const auto t = static_cast<std::size_t>(r.token[static_cast<std::size_t>(i)]);
+    r.of_token[static_cast<std::size_t>(next[t]++)] = i;
   }
   return r;
 }

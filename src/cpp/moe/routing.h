@@ -14,6 +14,8 @@ struct Routing {
   std::vector<std::int32_t> token;    // [routes]
   std::vector<std::int32_t> slot;     // [routes]: token * K + slot, the place in topk_ids and topk_weights
   std::vector<std::int32_t> experts;  // those that have a route
+  // The routes of token t, experts in order: of_token[token_offset[t]] .. of_token[token_offset[t + 1]].
+  std::vector<std::int32_t> token_offset, of_token;
 
   index_t routes() const { return static_cast<index_t>(token.size()); }
   index_t first(int expert) const { return offset[static_cast<std::size_t>(expert)]; }

@@ -20,7 +20,7 @@ void pack_a(RowSource src, int rows, int k, void* panel) { avx512_bf16::copy_row
 
 // Tiles: 0 1 are the upper row of results, 2 3 the lower, 4 5 hold A, 6 7 hold B.
 template <bool Lower, bool Right>
-void tile(int k, const char* a, const char* b, float* c, ptrdiff_t ldc, bool add) {
+void tile(const Segment* segments, int count, float* c, ptrdiff_t ldc, bool add) {
   const ptrdiff_t stride = ldc * static_cast<ptrdiff_t>(sizeof(float));
   float* lower = c + 16 * ldc;
   if (add) {
@@ -34,15 +34,19 @@ void tile(int k, const char* a, const char* b, float* c, ptrdiff_t ldc, bool add
     KT_TILE_ZERO(2);
     KT_TILE_ZERO(3);
   }
-  for (int p = 0; p < k; p += KB, a += kABytes, b += kBBytes) {
-    KT_TILE_LOAD(6, b, kBStride);
-    KT_TILE_LOAD(4, a, kAStride);
-    KT_TILE_MULTIPLY(0, 4, 6);
-    if constexpr (Right) KT_TILE_LOAD(7, b + 64, kBStride);
-    if constexpr (Right) KT_TILE_MULTIPLY(1, 4, 7);
-    if constexpr (Lower) KT_TILE_LOAD(5, a + kABytes / 2, kAStride);
-    if constexpr (Lower) KT_TILE_MULTIPLY(2, 5, 6);
-    if constexpr (Lower && Right) KT_TILE_MULTIPLY(3, 5, 7);
+  for (const Segment* segment = segments; segment != segments + count; ++segment) {
+    const char* a = static_cast<const char*>(segment->a);
+    const char* b = static_cast<const char*>(segment->b);
+    for (int p = 0; p < segment->k; p += KB, a += kABytes, b += kBBytes) {
+      KT_TILE_LOAD(6, b, kBStride);
+      KT_TILE_LOAD(4, a, kAStride);
+      KT_TILE_MULTIPLY(0, 4, 6);
+      if constexpr (Right) KT_TILE_LOAD(7, b + 64, kBStride);
+      if constexpr (Right) KT_TILE_MULTIPLY(1, 4, 7);
+      if constexpr (Lower) KT_TILE_LOAD(5, a + kABytes / 2, kAStride);
+      if constexpr (Lower) KT_TILE_MULTIPLY(2, 5, 6);
+      if constexpr (Lower && Right) KT_TILE_MULTIPLY(3, 5, 7);
+    }
   }
   KT_TILE_STORE(0, c, stride);
   if constexpr (Right) KT_TILE_STORE(1, c + 16, stride);
@@ -50,26 +54,21 @@ void tile(int k, const char* a, const char* b, float* c, ptrdiff_t ldc, bool add
   if constexpr (Lower && Right) KT_TILE_STORE(3, lower + 16, stride);
 }
 
-void whole_tiles(int rows, int cols, int k, const char* a, const char* b, float* c, ptrdiff_t ldc, bool add) {
-  if (rows > 16)
-    cols > 16 ? tile<true, true>(k, a, b, c, ldc, add) : tile<true, false>(k, a, b, c, ldc, add);
-  else
-    cols > 16 ? tile<false, true>(k, a, b, c, ldc, add) : tile<false, false>(k, a, b, c, ldc, add);
-}
+using Tile = void (*)(const Segment*, int, float*, ptrdiff_t, bool);
+constexpr Tile kTiles[2][2] = {{tile<false, false>, tile<false, true>}, {tile<true, false>, tile<true, true>}};
 
 void copy_rows_of_c(const float* from, ptrdiff_t from_stride, float* to, ptrdiff_t to_stride, int rows) {
   for (int i = 0; i < rows; ++i) memcpy(to + i * to_stride, from + i * from_stride, NR * sizeof(float));
 }
 
 // A tile is stored whole: a result whose rows do not fill its tiles is computed aside.
-void micro_kernel(int rows, int cols, int k, const void* a_panel, const void* b_panel, float* c,
-                  ptrdiff_t ldc, int accumulate) {
-  const char* a = static_cast<const char*>(a_panel);
-  const char* b = static_cast<const char*>(b_panel);
-  if (rows % 16 == 0) return whole_tiles(rows, cols, k, a, b, c, ldc, accumulate);
+void micro_kernel(int rows, int cols, const Segment* segments, int count, float* c, ptrdiff_t ldc,
+                  int accumulate) {
+  const Tile whole_tiles = kTiles[rows > 16][cols > 16];
+  if (rows % 16 == 0) return whole_tiles(segments, count, c, ldc, accumulate);
   alignas(64) float aside[MR * NR];
   if (accumulate) copy_rows_of_c(c, ldc, aside, NR, rows);
-  whole_tiles(rows, cols, k, a, b, aside, NR, accumulate);
+  whole_tiles(segments, count, aside, NR, accumulate);
   copy_rows_of_c(aside, NR, c, ldc, rows);
 }
 

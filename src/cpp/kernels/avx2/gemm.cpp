@@ -21,7 +21,7 @@ __attribute__((always_inline)) inline void step(__m256 (&acc)[R][V], const float
 }
 
 template <int R, int V>
-void tile(int k, const void* a_panel, const void* b_panel, float* c, ptrdiff_t ldc, int accumulate) {
+void tile(const Segment* segments, int count, float* c, ptrdiff_t ldc, int accumulate) {
   __m256 acc[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -29,12 +29,15 @@ void tile(int k, const void* a_panel, const void* b_panel, float* c, ptrdiff_t l
     for (int v = 0; v < V; ++v)
       acc[r][v] = accumulate ? _mm256_loadu_ps(c + r * ldc + 8 * v) : _mm256_setzero_ps();
 
-  const float* a = static_cast<const float*>(a_panel);
-  const float* b = static_cast<const float*>(b_panel);
-  for (; k >= KB; k -= KB, a += MR * KB)
+  for (const Segment* segment = segments; segment != segments + count; ++segment) {
+    const float* a = static_cast<const float*>(segment->a);
+    const float* b = static_cast<const float*>(segment->b);
+    int k = segment->k;
+    for (; k >= KB; k -= KB, a += MR * KB)
 #pragma GCC unroll 4
-    for (int p = 0; p < KB; ++p, b += NR) step<R, V>(acc, a + p, b);
-  for (int p = 0; p < k; ++p, b += NR) step<R, V>(acc, a + p, b);
+      for (int p = 0; p < KB; ++p, b += NR) step<R, V>(acc, a + p, b);
+    for (int p = 0; p < k; ++p, b += NR) step<R, V>(acc, a + p, b);
+  }
 
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -42,15 +45,15 @@ void tile(int k, const void* a_panel, const void* b_panel, float* c, ptrdiff_t l
     for (int v = 0; v < V; ++v) _mm256_storeu_ps(c + r * ldc + 8 * v, acc[r][v]);
 }
 
-using Tile = void (*)(int, const void*, const void*, float*, ptrdiff_t, int);
+using Tile = void (*)(const Segment*, int, float*, ptrdiff_t, int);
 constexpr Tile kTiles[MR][2] = {{tile<1, 1>, tile<1, 2>}, {tile<2, 1>, tile<2, 2>}, {tile<3, 1>, tile<3, 2>},
                                 {tile<4, 1>, tile<4, 2>}, {tile<5, 1>, tile<5, 2>}, {tile<6, 1>, tile<6, 2>}};
 
 }  // namespace
 
-void micro_kernel(int rows, int cols, int k, const void* a, const void* b, float* c, ptrdiff_t ldc,
+void micro_kernel(int rows, int cols, const Segment* segments, int count, float* c, ptrdiff_t ldc,
                   int accumulate) {
-  kTiles[rows - 1][cols > 8](k, a, b, c, ldc, accumulate);
+  kTiles[rows - 1][cols > 8](segments, count, c, ldc, accumulate);
 }
 
 extern const KernelSet table;

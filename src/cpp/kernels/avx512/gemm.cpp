@@ -5,6 +5,7 @@ namespace kt::avx512 {
 namespace {
 
 struct Step {
+  static constexpr int kDepth = 1;
   using Operand = __m512;
   static Operand load(const char* b) { return _mm512_load_ps(b); }
   static Operand broadcast(const char* a) { return _mm512_set1_ps(*reinterpret_cast<const float*>(a)); }
@@ -13,9 +14,9 @@ struct Step {
 
 }  // namespace
 
-void micro_kernel(int rows, int cols, int k, const void* a, const void* b, float* c, ptrdiff_t ldc,
+void micro_kernel(int rows, int cols, const Segment* segments, int count, float* c, ptrdiff_t ldc,
                   int accumulate) {
-  kTiles<Step>[rows - 1][cols > 16](k, a, b, c, ldc, accumulate);
+  kTiles<Step>[rows - 1][cols > 16](segments, count, c, ldc, accumulate);
 }
 
 extern const KernelSet table;

@@ -1,6 +1,6 @@
 // The micro-kernel that the AVX-512 sets have in common. A step is what one multiply-add takes: 4 bytes of a
-// packed A row (an fp32, or a pair of bf16) and 4 * kTileCols bytes of packed B. `Step` says how those are
-// read and multiplied; it has internal linkage, and so has what is instantiated with it.
+// packed A row (kDepth of k: an fp32, or a pair of bf16) and 4 * kTileCols bytes of packed B. `Step` says how
+// those are read and multiplied; it has internal linkage, and so has what is instantiated with it.
 #pragma once
 
 #include "kernels/avx512/registers.h"
@@ -29,8 +29,7 @@ __attribute__((always_inline)) static inline void add_step(__m512 (&acc)[R][V], 
 }
 
 template <class Step, int R, int V>
-static void tile(int steps, const void* a_panel, const void* b_panel, float* c, ptrdiff_t ldc,
-                 int accumulate) {
+static void tile(const Segment* segments, int count, float* c, ptrdiff_t ldc, int accumulate) {
   __m512 acc[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -38,12 +37,15 @@ static void tile(int steps, const void* a_panel, const void* b_panel, float* c, 
     for (int v = 0; v < V; ++v)
       acc[r][v] = accumulate ? _mm512_loadu_ps(c + r * ldc + 16 * v) : _mm512_setzero_ps();
 
-  const char* a = static_cast<const char*>(a_panel);
-  const char* b = static_cast<const char*>(b_panel);
-  for (; steps >= kRun; steps -= kRun, a += 64 * kTileRows)
+  for (const Segment* segment = segments; segment != segments + count; ++segment) {
+    const char* a = static_cast<const char*>(segment->a);
+    const char* b = static_cast<const char*>(segment->b);
+    int steps = (segment->k + Step::kDepth - 1) / Step::kDepth;
+    for (; steps >= kRun; steps -= kRun, a += 64 * kTileRows)
 #pragma GCC unroll 4
-    for (int p = 0; p < kRun; ++p, b += 4 * kTileCols) add_step<Step, R, V>(acc, a + 4 * p, b);
-  for (int p = 0; p < steps; ++p, b += 4 * kTileCols) add_step<Step, R, V>(acc, a + 4 * p, b);
+      for (int p = 0; p < kRun; ++p, b += 4 * kTileCols) add_step<Step, R, V>(acc, a + 4 * p, b);
+    for (int p = 0; p < steps; ++p, b += 4 * kTileCols) add_step<Step, R, V>(acc, a + 4 * p, b);
+  }
 
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -51,7 +53,7 @@ static void tile(int steps, const void* a_panel, const void* b_panel, float* c, 
     for (int v = 0; v < V; ++v) _mm512_storeu_ps(c + r * ldc + 16 * v, acc[r][v]);
 }
 
-using Tile = void (*)(int, const void*, const void*, float*, ptrdiff_t, int);
+using Tile = void (*)(const Segment*, int, float*, ptrdiff_t, int);
 
 template <class Step, int R>
 constexpr Tile kTilesOf[2] = {tile<Step, R, 1>, tile<Step, R, 2>};

@@ -6,6 +6,7 @@ namespace {
 
 // A pair of k.
 struct Step {
+  static constexpr int kDepth = 2;
   using Operand = __m512bh;
   static Operand load(const char* b) { return (__m512bh)_mm512_load_si512(b); }
   static Operand broadcast(const char* a) {
@@ -16,9 +17,9 @@ struct Step {
 
 }  // namespace
 
-void micro_kernel(int rows, int cols, int k, const void* a, const void* b, float* c, ptrdiff_t ldc,
+void micro_kernel(int rows, int cols, const Segment* segments, int count, float* c, ptrdiff_t ldc,
                   int accumulate) {
-  kTiles<Step>[rows - 1][cols > 16]((k + 1) / 2, a, b, c, ldc, accumulate);
+  kTiles<Step>[rows - 1][cols > 16](segments, count, c, ldc, accumulate);
 }
 
 extern const KernelSet table;

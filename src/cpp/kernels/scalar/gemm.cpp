@@ -4,14 +4,16 @@
 namespace kt::scalar {
 
 // Panels hold fp32: A as [k][MR], B as [k][NR].
-void micro_kernel(int rows, int, int k, const void* a_panel, const void* b_panel, float* c, ptrdiff_t ldc,
+void micro_kernel(int rows, int, const Segment* segments, int count, float* c, ptrdiff_t ldc,
                   int accumulate) {
-  const float* a = static_cast<const float*>(a_panel);
-  const float* b = static_cast<const float*>(b_panel);
   float sum[MR][NR] = {};
-  for (int p = 0; p < k; ++p)
-    for (int i = 0; i < MR; ++i)
-      for (int j = 0; j < NR; ++j) sum[i][j] += a[p * MR + i] * b[p * NR + j];
+  for (const Segment* segment = segments; segment != segments + count; ++segment) {
+    const float* a = static_cast<const float*>(segment->a);
+    const float* b = static_cast<const float*>(segment->b);
+    for (int p = 0; p < segment->k; ++p)
+      for (int i = 0; i < MR; ++i)
+        for (int j = 0; j < NR; ++j) sum[i][j] += a[p * MR + i] * b[p * NR + j];
+  }
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < NR; ++j) c[i * ldc + j] = (accumulate ? c[i * ldc + j] : 0.0f) + sum[i][j];
 }

@@ -1,0 +1,64 @@
+#include "moe/task_list.h"
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace kt {
+
+namespace {
+
+// Shorter than most tasks: whoever waits longer should leave the core to others.
+constexpr int kSpins = 4000;
+
+// Thrown through the body of a task that waits when another has failed.
+struct Cancelled {};
+
+}  // namespace
+
+TaskList::Group* TaskList::add(index_t count, Body body) {
+  groups_.emplace_back(tasks_, count, std::move(body));
+  tasks_ += count;
+  return &groups_.back();
+}
+
+void TaskList::run(Runtime::Lease& lease) {
+  lease.parallel_for(tasks_, [&](index_t task, Arena& scratch) {
+    if (failed_) return;
+    Group& group = *std::prev(std::ranges::upper_bound(groups_, task, {}, &Group::first_));
+    try {
+      group.body_(task - group.first_, scratch);
+    } catch (const Cancelled&) {
+      return;
+    } catch (...) {
+      return fail(std::current_exception());
+    }
+    if (group.left_.fetch_sub(1, std::memory_order_acq_rel) == 1) group.left_.notify_all();
+  });
+  if (error_) std::rethrow_exception(error_);
+}
+
+void TaskList::wait(const Group* group) const {
+  for (int spins = 0;; ++spins) {
+    const int left = group->left_.load(std::memory_order_acquire);
+    if (failed_) throw Cancelled{};
+    if (left == 0) return;
+    if (spins < kSpins)
+      _mm_pause();
+    else
+      group->left_.wait(left, std::memory_order_acquire);
+  }
+}
+
+void TaskList::fail(std::exception_ptr error) {
+  const std::lock_guard lock(error_mutex_);
+  if (!error_) error_ = std::move(error);
+  failed_ = true;
+  for (Group& group : groups_) {
+    group.left_ = 0;
+    group.left_.notify_all();
+  }
+}
+
+}  // namespace kt
