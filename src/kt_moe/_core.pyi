@@ -84,7 +84,7 @@ def forward(
     scaling: tuple[float, float, float],  # gate, up, down
     dropout: float,
     seed: int,
-    saved: Tensor | None,  # [2, routes, I] bf16, written: G and U by route
+    saved: Tensor | None,  # [routes, 2 I + ranks] bf16, written: G, U and the P of each LoRA
     out: Tensor,  # [T, H] bf16 | fp32, written
 ) -> None: ...
 def backward(

@@ -80,7 +80,8 @@ class _MoE(torch.autograd.Function):
         saved = None
         if save and any(ctx.needs_input_grad):
             routes = _core.count_routes(ids, experts.num_experts)
-            saved = _empty((2, routes, experts.intermediate_size), torch.bfloat16)
+            ranks = sum(a.shape[1] for a in pairs[::2] if a is not None and a.ndim == 3)
+            saved = _empty((routes, 2 * experts.intermediate_size + ranks), torch.bfloat16)
         out = _empty(x.shape, _result_dtype(hidden_states))
         _core.forward(experts._core, x, ids, weights, pairs, lora.scalings, dropout, seed, saved, out)
         ctx.experts, ctx.lora_options = experts, (lora.scalings, dropout, seed)

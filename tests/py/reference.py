@@ -114,7 +114,6 @@ def run_rounded(problem: Problem, masks: Masks | None = None, p_drop: float = 0.
         dG = r(w * dh * U * sigmoid * (1 + G * (1 - sigmoid)))
         dU = r(w * dh * G * sigmoid)
         h = r(G * sigmoid * U)
-        Pd = r(w * pairs["down"].scale * (h * pairs["down"].mask) @ pairs["down"].a.T)
         Q = {p: r(pairs[p].scale * d @ pairs[p].b) for p, d in (("gate", dG), ("up", dU))}
         dx_e = dG @ gate[e] + dU @ up[e]
         for p in ("gate", "up"):
@@ -126,7 +125,7 @@ def run_rounded(problem: Problem, masks: Masks | None = None, p_drop: float = 0.
             "up_lora_a": Q["up"].T @ (X * pairs["up"].mask),
             "up_lora_b": dU.T @ P["up"],
             "down_lora_a": r(w * Qd).T @ (h * pairs["down"].mask),
-            "down_lora_b": dY.T @ Pd,
+            "down_lora_b": dY.T @ r(w * Pd),
         }
         for name in problem.lora:
             grads[name][e] = products[name]

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <utility>
 
 #include "base/error.h"
 #include "bindings/tensor.h"
@@ -63,13 +64,18 @@ LayerInputs read_inputs(const ExpertWeights& w, py::handle hidden_states, py::ha
   return inputs;
 }
 
-SavedGateUp read_saved(const py::object& saved, const ExpertWeights& w, const LayerInputs& inputs) {
+Saved read_saved(const py::object& saved, const ExpertWeights& w, const LayerInputs& inputs) {
   if (saved.is_none()) return {};
-  const Tensor t = read_tensor(saved, "saved", {DType::bf16}, 3);
+  const Tensor t = read_tensor(saved, "saved", {DType::bf16}, 2);
   const index_t routes = count_routes(inputs.topk_ids, w.num_experts);
-  check_shape(t, "saved", {2, routes, w.intermediate}, "[2, routes, I]");
-  auto* gate = static_cast<bf16_t*>(t.data);
-  return {gate, gate + routes * w.intermediate};
+  index_t ranks = 0;
+  for (const LoraPair& pair : inputs.lora) ranks += pair.rank();
+  check_shape(t, "saved", {routes, 2 * w.intermediate + ranks}, "[routes, 2 I + the three ranks]");
+  auto* rest = static_cast<bf16_t*>(t.data);
+  const auto take = [&](index_t width) { return std::exchange(rest, rest + routes * width); };
+  Saved kept{take(w.intermediate), take(w.intermediate), {}};
+  for (const Projection p : projections) kept.low_rank[index_of(p)] = take(inputs.of(p).rank());
+  return kept;
 }
 
 Result read_result(const py::object& tensor, const std::string& name, const std::vector<index_t>& shape) {
@@ -85,7 +91,7 @@ void run_forward(const Experts& experts, py::handle hidden_states, py::handle to
   const ExpertWeights& w = experts.weights();
   const LayerInputs inputs =
       read_inputs(w, hidden_states, topk_ids, topk_weights, lora, scaling, dropout, seed);
-  const SavedGateUp kept = read_saved(saved, w, inputs);
+  const Saved kept = read_saved(saved, w, inputs);
   const Result result = read_result(out, "out", {inputs.hidden_states.rows, w.hidden});
   const py::gil_scoped_release release;
   forward(experts.runtime(), w, inputs, kept, result);
@@ -99,7 +105,7 @@ void run_backward(const Experts& experts, py::handle hidden_states, py::handle t
   const ExpertWeights& w = experts.weights();
   const LayerInputs inputs =
       read_inputs(w, hidden_states, topk_ids, topk_weights, lora, scaling, dropout, seed);
-  const SavedGateUp kept = read_saved(saved, w, inputs);
+  const Saved kept = read_saved(saved, w, inputs);
   const Tensor dout = read_tensor(grad_out, "grad_out", {DType::bf16}, 2);
   check_shape(dout, "grad_out", {inputs.hidden_states.rows, w.hidden}, "[T, H]");
 

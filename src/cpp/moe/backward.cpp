@@ -4,22 +4,25 @@
 
 namespace kt {
 
-void Backward::run(SavedGateUp saved) {
+void Backward::run(Saved saved) {
   const index_t routes = routing_.routes(), n = experts_.intermediate;
   hidden_ = memory().take<bf16_t>(routes * n);
   grad_gate_up_ = {memory().take<bf16_t>(routes * n), memory().take<bf16_t>(routes * n)};
   for (const Projection p : projections) {
     const std::size_t i = index_of(p);
-    low_rank_[i] = take_low_rank(p);
     grad_low_rank_[i] = {take_low_rank(p), take_low_rank(p)};
     grad_inputs_[i].resize(blocks_.size());
   }
-  if (saved.gate == nullptr) {
-    saved = {memory().take<bf16_t>(routes * n), memory().take<bf16_t>(routes * n)};
+  recompute_ = !saved;
+  if (recompute_) {
+    saved = {memory().take<bf16_t>(routes * n), memory().take<bf16_t>(routes * n), {}};
+    for (const Projection p : projections) saved.low_rank[index_of(p)] = take_low_rank(p);
+  }
+  for (const Projection p : kGateUp) low_rank_[index_of(p)] = saved.low_rank[index_of(p)];
+  weighted_low_rank_ = saved.low_rank[index_of(Projection::down)];
+  if (recompute_) {
     add_gate_up(saved);
-    low_rank_done_ = gate_up_done_;
-  } else {
-    add_low_rank();
+    add_down_low_rank();
   }
   add_down(saved);
   add_gate_up_gradients();
@@ -28,15 +31,15 @@ void Backward::run(SavedGateUp saved) {
   tasks_.run(lease_);
 }
 
-void Backward::add_low_rank() {
+void Backward::add_down_low_rank() {
   for (const Block block : blocks_)
-    low_rank_done_.push_back(tasks_.add(1, [=, this](index_t, Arena& scratch) {
-      for (const Projection p : kGateUp)
-        if (inputs_.of(p)) project_a(p, block, nullptr, /*weighted=*/false, scratch);
+    recomputed_.push_back(tasks_.add(1, [=, this](index_t, Arena& scratch) {
+      tasks_.wait(gate_up_done_[block.index]);
+      if (inputs_.of(Projection::down)) project_a(Projection::down, block, nullptr, scratch);
     }));
 }
 
-void Backward::add_down(SavedGateUp saved) {
+void Backward::add_down(const Saved& saved) {
   const index_t n = experts_.intermediate, h = experts_.hidden, routes = routing_.routes();
   const index_t tile = kernels().gemm.nr, parts = slices(n, tile, h * kernels().gemm.element_bytes);
   auto* dots = memory().take<float>(parts * routes);
@@ -56,7 +59,7 @@ void Backward::add_down(SavedGateUp saved) {
       [&](std::size_t b) {
         down_done_[b] = tasks_.add(parts, [=, this, input = packed[b]](index_t part, Arena& scratch) {
           tasks_.wait(input);
-          if (!gate_up_done_.empty()) tasks_.wait(gate_up_done_[b]);
+          if (recompute_) tasks_.wait(recomputed_[b]);
           const Range slice = split(n, parts, part, tile);
           if (slice.size() > 0) down(blocks_[b], slice, saved, dots + part * routes, scratch);
         });
@@ -68,7 +71,7 @@ void Backward::add_down(SavedGateUp saved) {
     });
 }
 
-void Backward::down(Block block, Range slice, SavedGateUp saved, float* dots, Arena& scratch) const {
+void Backward::down(Block block, Range slice, const Saved& saved, float* dots, Arena& scratch) const {
   const index_t n = experts_.intermediate, h = experts_.hidden;
   const Stack& stack = experts_.of(Projection::down);
   const PackedB weights =
@@ -105,8 +108,6 @@ void Backward::add_gate_up_gradients() {
       tasks_.wait(down_done_[block.index]);
       for (const Projection p : kGateUp)
         pack_grad_input(p, block, into[index_of(p)], scratch);
-      if (inputs_.of(Projection::down))
-        project_a(Projection::down, block, nullptr, /*weighted=*/true, scratch);
     }));
   }
 }
@@ -189,7 +190,7 @@ void Backward::input_gradient(std::span<const Projection> targets, std::span<con
   }
 }
 
-void backward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, SavedGateUp saved,
+void backward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, const Saved& saved,
               const MatView& grad_out, const LayerGradients& gradients) {
   Backward(runtime, experts, inputs, grad_out, gradients).run(saved);
 }

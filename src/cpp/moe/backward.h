@@ -11,7 +11,7 @@ class Backward : Pass {
            const LayerGradients& gradients)
       : Pass(runtime, experts, inputs), grad_out_(grad_out), gradients_(gradients) {}
 
-  void run(SavedGateUp saved);
+  void run(Saved saved);
 
  private:
   // Q = s dOutput B of a route: by rows for the gradient of the input, transposed for that of A. The routing
@@ -39,14 +39,14 @@ class Backward : Pass {
     Range slice;
   };
 
-  // Adds the tasks that compute the P of gate and up again, unless add_gate_up does.
-  void add_low_rank();
+  // Adds the tasks that compute P of down again, from the h that forward had.
+  void add_down_low_rank();
   // dh' = dY Wd + Q Ad, then dG, dU, h and <dh', h> from it and the saved G, U.
-  void add_down(SavedGateUp saved);
-  void down(Block block, Range slice, SavedGateUp saved, float* dots, Arena& scratch) const;
+  void add_down(const Saved& saved);
+  void down(Block block, Range slice, const Saved& saved, float* dots, Arena& scratch) const;
   // The gradient of a routing weight, the dots of its slices added in order; 0 where there is no route.
   void sum_dots(const float* dots, index_t parts) const;
-  // Packs dG and dU, and computes their Q and the P of down.
+  // Packs dG and dU, and computes their Q.
   void add_gate_up_gradients();
   // dX[token] += dG Wg + dU Wu + Qg Ag + Qu Au.
   void add_hidden_states();
@@ -74,6 +74,10 @@ class Backward : Pass {
   // dA = Q' X and dB' = P' dOutput, summed over the expert's routes in order; zero for an idle expert.
   void lora(const LoraJob& job, Arena& scratch) const;
 
+  // P as the gradient of B wants it.
+  const bf16_t* output_low_rank(Projection p) const {
+    return p == Projection::down ? weighted_low_rank_ : low_rank_[index_of(p)];
+  }
   index_t rows_per_part() const { return 4 * kernels().gemm.mr; }
 
   MatView grad_out_;
@@ -81,8 +85,9 @@ class Backward : Pass {
   std::array<bf16_t*, 2> grad_gate_up_{};  // dG, dU, [routes, I]
   std::array<LowRankGradient, 3> grad_low_rank_{};
   std::array<std::vector<GradInput>, 3> grad_inputs_;  // a block each
-  // A block each: P of gate and up; dG and dU; their packed form, their Q, and P of down.
-  std::vector<const Group*> low_rank_done_, down_done_, gradients_done_;
+  bool recompute_ = false;
+  // A block each: what forward kept; dG and dU; their packed form and their Q.
+  std::vector<const Group*> recomputed_, down_done_, gradients_done_;
 };
 
 }  // namespace kt

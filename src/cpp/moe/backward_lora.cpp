@@ -69,10 +69,9 @@ void Backward::lora(const LoraJob& job, Arena& scratch) const {
   std::fill_n(grad, rank * stride, 0.0f);
   const auto blocks = std::ranges::equal_range(blocks_, job.expert, {}, &Block::expert);
   for (const Block& block : blocks) {
-    tasks_.wait(low_rank_done_[block.index]);
     tasks_.wait(gradients_done_[block.index]);
     const Arena::Frame frame(scratch);
-    const bf16_t* low_rank = job.of_b ? low_rank_[p] : grad_low_rank_[p].transposed;
+    const bf16_t* low_rank = job.of_b ? output_low_rank(job.projection) : grad_low_rank_[p].transposed;
     const Rows rows = job.of_b ? grad_output(job.projection, block, job.slice)
                                : lora_input(job.projection, block, job.slice, scratch);
     const Term term{pack_a(kernels(), {low_rank_of(low_rank, rank, block)}, scratch),

@@ -8,9 +8,12 @@ class Forward : Pass {
  public:
   using Pass::Pass;
 
-  void run(SavedGateUp saved, const Result& out) {
+  void run(const Saved& saved, const Result& out) {
     hidden_ = memory().take<bf16_t>(routing_.routes() * experts_.intermediate);
-    for (const Projection p : projections) low_rank_[index_of(p)] = take_low_rank(p);
+    for (const Projection p : kGateUp)
+      low_rank_[index_of(p)] = saved ? saved.low_rank[index_of(p)] : take_low_rank(p);
+    low_rank_[index_of(Projection::down)] = take_low_rank(Projection::down);
+    weighted_low_rank_ = saved.low_rank[index_of(Projection::down)];
     add_gate_up(saved);
     add_hidden();
     add_down(out);
@@ -30,7 +33,7 @@ class Forward : Pass {
         ForwardInput& in = packed_[block.index];
         in.rows = pack_b_cols_into(rows, kernels(), input(Projection::down, block, {0, n}));
         if (rank == 0) return;
-        project_a(Projection::down, block, &in.rows, /*weighted=*/false, scratch);
+        project_a(Projection::down, block, &in.rows, scratch);
         constexpr std::size_t kDown = index_of(Projection::down);
         in.low_rank[kDown] =
             pack_b_rows_into(low_rank, kernels(), {low_rank_of(low_rank_[kDown], rank, block)});
@@ -58,7 +61,7 @@ class Forward : Pass {
 
 }  // namespace
 
-void forward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, SavedGateUp saved,
+void forward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, const Saved& saved,
              Result out) {
   Forward(runtime, experts, inputs).run(saved, out);
 }

@@ -63,10 +63,13 @@ struct LayerInputs {
   const LoraPair& of(Projection p) const { return lora[index_of(p)]; }
 };
 
-// G and U of every route in the order of Routing, rounded to bf16: [routes, I] each.
-struct SavedGateUp {
-  bf16_t* gate = nullptr;
-  bf16_t* up = nullptr;
+// What backward needs of forward, by route and rounded to bf16: G and U [routes, I], and P of each projection,
+// r numbers a route (that of down times the routing weight).
+struct Saved {
+  bf16_t *gate = nullptr, *up = nullptr;
+  std::array<bf16_t*, 3> low_rank{};
+
+  explicit operator bool() const { return gate != nullptr; }
 };
 
 // A matrix to be written, bf16 or fp32, dense.
@@ -84,12 +87,11 @@ struct LayerGradients {
 };
 
 // out [T, H]. `saved` may be null pointers: nothing is kept.
-void forward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, SavedGateUp saved,
+void forward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, const Saved& saved,
              Result out);
 
-// Gradients of sum(grad_out * out), grad_out [T, H] bf16. With `saved` null pointers G and U are computed
-// again.
-void backward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, SavedGateUp saved,
+// Gradients of sum(grad_out * out), grad_out [T, H] bf16. With `saved` null pointers it is computed again.
+void backward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, const Saved& saved,
               const MatView& grad_out, const LayerGradients& gradients);
 
 }  // namespace kt

@@ -31,7 +31,7 @@ Pass::Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& in
   for (const std::int32_t slot : routing_.slot) weight_.push_back(weights[slot]);
 }
 
-void Pass::add_gate_up(SavedGateUp saved) {
+void Pass::add_gate_up(const Saved& saved) {
   const index_t n = experts_.intermediate, h = experts_.hidden;
   struct Memory {
     char* rows;
@@ -56,7 +56,7 @@ void Pass::add_gate_up(SavedGateUp saved) {
     for (const Projection p : kGateUp) {
       if (!inputs_.of(p)) continue;
       const std::size_t i = index_of(p);
-      project_a(p, block, &in.rows, /*weighted=*/false, scratch);
+      project_a(p, block, &in.rows, scratch);
       in.low_rank[i] = pack_b_rows_into(into.low_rank[i], kernels(),
                                         {low_rank_of(low_rank_[i], inputs_.of(p).rank(), block)});
     }
@@ -77,7 +77,7 @@ void Pass::add_gate_up(SavedGateUp saved) {
       });
 }
 
-void Pass::project_a(Projection p, Block block, const PackedB* packed, bool weighted, Arena& scratch) {
+void Pass::project_a(Projection p, Block block, const PackedB* packed, Arena& scratch) {
   const Arena::Frame frame(scratch);
   const LoraPair& lora = inputs_.of(p);
   const index_t rank = lora.rank(), in = lora.a.cols, part_rows = kernels().gemm.nr;
@@ -90,17 +90,22 @@ void Pass::project_a(Projection p, Block block, const PackedB* packed, bool weig
                                    : pack_b_cols(kernels(), lora_input(p, part, {0, in}, scratch), scratch);
     const Term term{a, rows};
     multiply(kernels(), {&term, 1}, product, part_rows);
-    bf16_t* stored = low_rank_[index_of(p)] + rank * block.first + within(part).begin;
+    const index_t place = rank * block.first + within(part).begin;
     for (index_t i = 0; i < rank; ++i) {
       float* row = product + i * part_rows;
-      if (weighted)
-        for (index_t j = 0; j < part.count; ++j) row[j] *= weight(part.first + j);
-      kernels().epilogue.round_scaled(to_int(part.count), lora_scale(p), row, stored + i * block.count);
+      const auto keep = [&](bf16_t* stored) {
+        kernels().epilogue.round_scaled(to_int(part.count), lora_scale(p), row,
+                                        stored + place + i * block.count);
+      };
+      if (low_rank_[index_of(p)] != nullptr) keep(low_rank_[index_of(p)]);
+      if (p != Projection::down || weighted_low_rank_ == nullptr) continue;
+      for (index_t j = 0; j < part.count; ++j) row[j] *= weight(part.first + j);
+      keep(weighted_low_rank_);
     }
   });
 }
 
-void Pass::gate_up(Block block, Range slice, const ForwardInput& in, SavedGateUp saved,
+void Pass::gate_up(Block block, Range slice, const ForwardInput& in, const Saved& saved,
                    Arena& scratch) const {
   const index_t n = experts_.intermediate, width = slice.size(), part_rows = kernels().gemm.nr;
   std::array<ForwardWeights, 2> weights;

@@ -49,11 +49,11 @@ class Pass {
   };
 
   // Adds the tasks that compute G, U = X W' + P B' and h = act(G) * U. `saved` may be null pointers.
-  void add_gate_up(SavedGateUp saved);
+  void add_gate_up(const Saved& saved);
 
-  // The first LoRA product, scaled: low_rank[p] of a block is P' = s (X A')' [r, count], rounded to bf16,
-  // from the packed rows (null: from the rows themselves); with `weighted`, times the routing weight too.
-  void project_a(Projection p, Block block, const PackedB* packed, bool weighted, Arena& scratch);
+  // The first LoRA product of a block, scaled: P' = s (X A')' [r, count] from the packed rows (null: from the
+  // rows themselves), rounded to bf16; that of down also times the routing weight. To where there is memory.
+  void project_a(Projection p, Block block, const PackedB* packed, Arena& scratch);
 
   // The rows of a block in a [T, n] matrix, and in a [routes, n] one.
   Rows by_token(const MatView& matrix, Block block, Range cols) const;
@@ -125,12 +125,13 @@ class Pass {
   std::vector<Block> blocks_;          // every route once, experts in order
   std::vector<float> weight_;          // routing weight of every route
   std::array<bf16_t*, 3> low_rank_{};  // P' of each projection with LoRA
+  bf16_t* weighted_low_rank_ = nullptr;  // P' of down times the routing weights
   bf16_t* hidden_ = nullptr;           // h, [routes, I]
   TaskList tasks_;
   std::vector<const Group*> gate_up_done_;  // a block each
 
  private:
-  void gate_up(Block block, Range slice, const ForwardInput& in, SavedGateUp saved, Arena& scratch) const;
+  void gate_up(Block block, Range slice, const ForwardInput& in, const Saved& saved, Arena& scratch) const;
   void sum_routes(Range tokens, Range slice, const float* rows, index_t stride, const Result& result,
                   bool weighted, Arena& scratch) const;
 
