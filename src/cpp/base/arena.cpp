@@ -23,12 +23,17 @@ std::size_t rounded(std::size_t bytes, std::size_t to) { return (bytes + to - 1)
 Buffer::Buffer(std::size_t bytes) : size_(bytes) {
   if (bytes == 0) return;
   // The kernel places mappings of 2 MiB and more on a huge-page boundary where it can.
-  const bool huge = bytes >= kHugePage;
-  mapped_ = rounded(bytes, huge ? kHugePage : 4096);
+  mapped_ = rounded(bytes, bytes >= kHugePage ? kHugePage : 4096);
   void* memory = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
-  if (huge) madvise(memory, mapped_, MADV_HUGEPAGE);  // advice only: small pages are slower, not wrong
+  advise_huge_pages(memory, mapped_);
   data_ = memory;
+}
+
+void advise_huge_pages(void* data, std::size_t bytes) {
+  const auto begin = rounded(reinterpret_cast<std::size_t>(data), kHugePage);
+  const auto end = (reinterpret_cast<std::size_t>(data) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
 Buffer::~Buffer() {

@@ -48,6 +48,12 @@ std::string names(std::initializer_list<DType> dtypes) {
 
 }  // namespace
 
+std::size_t Tensor::bytes() const {
+  std::size_t total = size_of(dtype);
+  for (const index_t n : shape) total *= static_cast<std::size_t>(n);
+  return total;
+}
+
 Tensor read_tensor(py::handle object, const std::string& name, std::initializer_list<DType> dtypes,
                    std::size_t dims) {
   if (!py::hasattr(object, "data_ptr"))

@@ -19,6 +19,7 @@ struct Tensor {
   std::vector<index_t> shape;
 
   index_t dim(std::size_t i) const { return shape[i]; }
+  std::size_t bytes() const;
   MatView matrix() const { return view(data, dtype, shape[0], shape[1]); }
 };
 

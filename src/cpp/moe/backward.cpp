@@ -44,15 +44,15 @@ void Backward::add_down(const Saved& saved) {
   const index_t tile = kernels().gemm.nr, parts = slices(n, tile, h * kernels().gemm.element_bytes);
   auto* dots = memory().take<float>(parts * routes);
   std::fill_n(dots, parts * routes, 0.0f);
-  std::vector<char*> kept(std::min(blocks_.size(), kInputsKept));
+  std::vector<char*> kept(std::min(blocks_.size(), inputs_kept_));
   for (char*& bytes : kept) bytes = memory().take<char>(grad_input_bytes(Projection::down, kBlockRows));
 
   std::vector<const Group*> packed(blocks_.size());
   down_done_.resize(blocks_.size());
   in_order(
       [&](std::size_t b) {
-        packed[b] = tasks_.add(1, [=, this, into = kept[b % kInputsKept]](index_t, Arena& scratch) {
-          if (b >= kInputsKept) tasks_.wait(down_done_[b - kInputsKept]);
+        packed[b] = tasks_.add(1, [=, this, into = kept[b % inputs_kept_]](index_t, Arena& scratch) {
+          if (b >= inputs_kept_) tasks_.wait(down_done_[b - inputs_kept_]);
           pack_grad_input(Projection::down, blocks_[b], into, scratch);
         });
       },

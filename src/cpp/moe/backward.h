@@ -71,8 +71,10 @@ class Backward : Pass {
   // Adds the tasks that compute the gradients of LoRA A and B.
   void add_lora();
   std::vector<LoraJob> lora_jobs() const;
-  // dA = Q' X and dB' = P' dOutput, summed over the expert's routes in order; zero for an idle expert.
+  // dA = Q' X and dB' = P' dOutput, summed over the expert's routes in order.
   void lora(const LoraJob& job, Arena& scratch) const;
+  // The gradients of an idle expert: zero.
+  void clear_lora(index_t expert) const;
 
   // P as the gradient of B wants it.
   const bf16_t* output_low_rank(Projection p) const {

@@ -1,5 +1,6 @@
 // The part of backward that only LoRA needs: Q = s dOutput B, and the gradients of A and B.
 #include <algorithm>
+#include <cstring>
 
 #include "moe/backward.h"
 
@@ -42,6 +43,9 @@ void Backward::add_lora() {
   tasks_.add(count, [this, jobs = std::move(jobs)](index_t job, Arena& scratch) {
     lora(jobs[static_cast<std::size_t>(job)], scratch);
   });
+  tasks_.add(experts_.num_experts, [this](index_t expert, Arena&) {
+    if (routing_.count(static_cast<int>(expert)) == 0) clear_lora(expert);
+  });
 }
 
 std::vector<Backward::LoraJob> Backward::lora_jobs() const {
@@ -52,7 +56,7 @@ std::vector<Backward::LoraJob> Backward::lora_jobs() const {
     for (index_t part = 0; part < parts; ++part)
       jobs.push_back({expert, p, of_b, split(n, parts, part, gemm.nr)});
   };
-  for (int e = 0; e < experts_.num_experts; ++e)
+  for (const int e : routing_.experts)
     for (const Projection p : projections) {
       const LoraPair& lora = inputs_.of(p);
       if (gradients_.lora_a[index_of(p)]) cut(e, p, false, lora.a.cols);
@@ -61,22 +65,34 @@ std::vector<Backward::LoraJob> Backward::lora_jobs() const {
   return jobs;
 }
 
+void Backward::clear_lora(index_t expert) const {
+  const auto clear = [expert](const Result& gradient, const Stack& stack) {
+    if (!gradient) return;
+    const index_t bytes = stack.rows * stack.cols * static_cast<index_t>(size_of(gradient.dtype));
+    std::memset(static_cast<char*>(gradient.data) + expert * bytes, 0, static_cast<std::size_t>(bytes));
+  };
+  for (const Projection p : projections) {
+    clear(gradients_.lora_a[index_of(p)], inputs_.of(p).a);
+    clear(gradients_.lora_b[index_of(p)], inputs_.of(p).b);
+  }
+}
+
 void Backward::lora(const LoraJob& job, Arena& scratch) const {
   const std::size_t p = index_of(job.projection);
   const index_t rank = inputs_.of(job.projection).rank(), width = job.slice.size();
   const index_t stride = result_stride(kernels(), width);
+  const bf16_t* low_rank = job.of_b ? output_low_rank(job.projection) : grad_low_rank_[p].transposed;
   auto* grad = scratch.take<float>(rank * stride);
-  std::fill_n(grad, rank * stride, 0.0f);
-  const auto blocks = std::ranges::equal_range(blocks_, job.expert, {}, &Block::expert);
-  for (const Block& block : blocks) {
+  bool accumulate = false;
+  for (const Block& block : std::ranges::equal_range(blocks_, job.expert, {}, &Block::expert)) {
     tasks_.wait(gradients_done_[block.index]);
     const Arena::Frame frame(scratch);
-    const bf16_t* low_rank = job.of_b ? output_low_rank(job.projection) : grad_low_rank_[p].transposed;
     const Rows rows = job.of_b ? grad_output(job.projection, block, job.slice)
                                : lora_input(job.projection, block, job.slice, scratch);
     const Term term{pack_a(kernels(), {low_rank_of(low_rank, rank, block)}, scratch),
                     pack_b_rows(kernels(), rows, scratch)};
-    multiply(kernels(), {&term, 1}, grad, stride, /*accumulate=*/true);
+    multiply(kernels(), {&term, 1}, grad, stride, accumulate);
+    accumulate = true;
   }
   if (!job.of_b) {
     const index_t in = inputs_.of(job.projection).a.cols, first = job.expert * rank * in + job.slice.begin;

@@ -7,6 +7,7 @@ namespace kt {
 
 namespace {
 
+constexpr index_t kL2Part = 4;  // virtual machines hide that two of their cores share one L2
 constexpr index_t kSumTokens = 64;  // a task of the sum over experts
 
 int to_int(index_t n) { return static_cast<int>(n); }  // kernels count rows and columns of a tile in int
@@ -15,6 +16,8 @@ int to_int(index_t n) { return static_cast<int>(n); }  // kernels count rows and
 
 Pass::Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs)
     : lease_(runtime),
+      inputs_ahead_(static_cast<std::size_t>(std::max(2, runtime.threads() / 2))),
+      inputs_kept_(2 * inputs_ahead_),
       experts_(experts),
       inputs_(inputs),
       activation_(kernels_of(kernels(), experts.activation)),
@@ -37,7 +40,7 @@ void Pass::add_gate_up(const Saved& saved) {
     char* rows;
     std::array<char*, 2> low_rank;
   };
-  std::vector<Memory> kept(std::min(blocks_.size(), kInputsKept));
+  std::vector<Memory> kept(std::min(blocks_.size(), inputs_kept_));
   for (Memory& m : kept) {
     m.rows = memory().take<char>(packed_b_bytes(kernels(), kBlockRows, h));
     for (const Projection p : kGateUp)
@@ -63,8 +66,8 @@ void Pass::add_gate_up(const Saved& saved) {
   };
   in_order(
       [&](std::size_t b) {
-        packed[b] = tasks_.add(1, [=, this, into = kept[b % kInputsKept]](index_t, Arena& scratch) {
-          if (b >= kInputsKept) tasks_.wait(gate_up_done_[b - kInputsKept]);
+        packed[b] = tasks_.add(1, [=, this, into = kept[b % inputs_kept_]](index_t, Arena& scratch) {
+          if (b >= inputs_kept_) tasks_.wait(gate_up_done_[b - inputs_kept_]);
           pack(b, into, scratch);
         });
       },
@@ -236,7 +239,7 @@ MatView Pass::low_rank_of(const bf16_t* low_rank, index_t rank, Block part) cons
 }
 
 index_t Pass::slices(index_t n, index_t tile, index_t bytes) const {
-  const index_t fit = std::max(2 * tile, static_cast<index_t>(lease_.l2_bytes()) / 2 / bytes);
+  const index_t fit = std::max(2 * tile, static_cast<index_t>(lease_.l2_bytes()) / kL2Part / bytes);
   return std::clamp(ceil_div(n, fit), index_t{1}, ceil_div(n, tile));
 }
 

@@ -17,8 +17,6 @@ namespace kt {
 
 // Most routes that share one packing of an expert's weights; enough to make the packing cheap.
 inline constexpr index_t kBlockRows = 512;
-// Blocks whose input is packed at the same time, and how many of those are packed ahead of their products.
-inline constexpr std::size_t kInputsKept = 8, kInputsAhead = 4;
 // Slices of columns that wait for their sum over experts at the same time.
 inline constexpr std::size_t kSlicesKept = 3;
 // Columns of such a slice: rows of 1 KiB to write and to read again.
@@ -97,13 +95,13 @@ class Pass {
   // product has to wait for its input.
   template <class Input, class Products>
   void in_order(const Input& input_of, const Products& products_of) const {
-    for (std::size_t b = 0; b < blocks_.size() + kInputsAhead; ++b) {
+    for (std::size_t b = 0; b < blocks_.size() + inputs_ahead_; ++b) {
       if (b < blocks_.size()) input_of(b);
-      if (b >= kInputsAhead) products_of(b - kInputsAhead);
+      if (b >= inputs_ahead_) products_of(b - inputs_ahead_);
     }
   }
 
-  // Parts to cut n columns into: `bytes` of packed weights a column fill half the L2 cache, on whole tiles.
+  // Parts to cut n columns into: `bytes` of packed weights a column fill a part of the L2 cache, on whole tiles.
   index_t slices(index_t n, index_t tile, index_t bytes) const;
 
   // One row of fp32 results, stored in the wanted type.
@@ -118,6 +116,8 @@ class Pass {
   float weight(index_t route) const { return weight_[static_cast<std::size_t>(route)]; }
 
   Runtime::Lease lease_;
+  // Blocks whose input is packed ahead of their products, and blocks whose packed input is kept in all.
+  std::size_t inputs_ahead_, inputs_kept_;
   const ExpertWeights& experts_;
   const LayerInputs& inputs_;
   const ActivationKernels& activation_;
