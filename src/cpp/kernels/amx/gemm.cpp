@@ -13,10 +13,18 @@ constexpr int MR = 32;
 constexpr int NR = avx512_bf16::NR;
 constexpr int KB = avx512_bf16::KB;
 constexpr ptrdiff_t kABytes = MR * KB * sizeof(uint16_t),
-                    kBBytes = NR * KB * sizeof(uint16_t);  // of KB in a panel
+                    kBBytes = NR * KB * sizeof(uint16_t);  // of KB in a panel: two tiles each
 constexpr ptrdiff_t kAStride = KB * sizeof(uint16_t), kBStride = NR * 2 * sizeof(uint16_t);
 
 void pack_a(RowSource src, int rows, int k, void* panel) { avx512_bf16::copy_rows<MR>(src, rows, k, panel); }
+
+// Tile loads wait for the L2 cache, and no hardware prefetcher follows them: what is needed kAhead steps
+// later is asked for between the products, which gives half as much speed again.
+constexpr int kAhead = 2;
+
+__attribute__((always_inline)) inline void prefetch_tile(const char* bytes) {
+  for (int line = 0; line < 16; ++line) _mm_prefetch(bytes + 64 * line, _MM_HINT_T0);
+}
 
 // Tiles: 0 1 are the upper row of results, 2 3 the lower, 4 5 hold A, 6 7 hold B.
 template <bool Lower, bool Right>
@@ -38,14 +46,19 @@ void tile(const Segment* segments, int count, float* c, ptrdiff_t ldc, bool add)
     const char* a = static_cast<const char*>(segment->a);
     const char* b = static_cast<const char*>(segment->b);
     for (int p = 0; p < segment->k; p += KB, a += kABytes, b += kBBytes) {
+      const char *next_a = a + kAhead * kABytes, *next_b = b + kAhead * kBBytes;
       KT_TILE_LOAD(6, b, kBStride);
       KT_TILE_LOAD(4, a, kAStride);
       KT_TILE_MULTIPLY(0, 4, 6);
+      prefetch_tile(next_a);
       if constexpr (Right) KT_TILE_LOAD(7, b + 64, kBStride);
       if constexpr (Right) KT_TILE_MULTIPLY(1, 4, 7);
+      if constexpr (Lower) prefetch_tile(next_a + kABytes / 2);
       if constexpr (Lower) KT_TILE_LOAD(5, a + kABytes / 2, kAStride);
       if constexpr (Lower) KT_TILE_MULTIPLY(2, 5, 6);
+      prefetch_tile(next_b);
       if constexpr (Lower && Right) KT_TILE_MULTIPLY(3, 5, 7);
+      prefetch_tile(next_b + kBBytes / 2);
     }
   }
   KT_TILE_STORE(0, c, stride);
@@ -55,7 +68,8 @@ void tile(const Segment* segments, int count, float* c, ptrdiff_t ldc, bool add)
 }
 
 using Tile = void (*)(const Segment*, int, float*, ptrdiff_t, bool);
-constexpr Tile kTiles[2][2] = {{tile<false, false>, tile<false, true>}, {tile<true, false>, tile<true, true>}};
+constexpr Tile kTiles[2][2] = {{tile<false, false>, tile<false, true>},
+                               {tile<true, false>, tile<true, true>}};
 
 void copy_rows_of_c(const float* from, ptrdiff_t from_stride, float* to, ptrdiff_t to_stride, int rows) {
   for (int i = 0; i < rows; ++i) memcpy(to + i * to_stride, from + i * from_stride, NR * sizeof(float));
