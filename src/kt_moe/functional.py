@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -56,7 +57,7 @@ class Lora:
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}, wanted an integer in [0, 2**63)")
 
-    @property
+    @cached_property
     def scalings(self) -> tuple[float, float, float]:
         """Scaling of gate, up and down."""
         one_each = self.scaling if isinstance(self.scaling, Sequence) else (self.scaling,) * 3
@@ -86,7 +87,7 @@ class _MoE(torch.autograd.Function):
         _core.forward(experts._core, x, ids, weights, pairs, lora.scalings, dropout, seed, saved, out)
         ctx.experts, ctx.lora_options = experts, (lora.scalings, dropout, seed)
         ctx.save_for_backward(hidden_states, topk_ids, topk_weights, saved, *lora_tensors)
-        return out.to(hidden_states.device, hidden_states.dtype)
+        return _like(out, hidden_states)
 
     @staticmethod
     @once_differentiable
@@ -233,5 +234,7 @@ def _result_dtype(hidden_states: Tensor) -> torch.dtype:
     return torch.bfloat16 if hidden_states.dtype is torch.bfloat16 else torch.float32
 
 
-def _like(grad: Tensor | None, tensor: Tensor) -> Tensor | None:
-    return None if grad is None else grad.to(tensor.device, tensor.dtype)
+def _like(result: Tensor | None, tensor: Tensor) -> Tensor | None:
+    if result is None or (tensor.is_cpu and result.dtype is tensor.dtype):
+        return result
+    return result.to(tensor.device, tensor.dtype)

@@ -23,6 +23,9 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def on_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Contiguous, on the CPU and without autograd; the tensor's own memory where that is so already."""
+    """Contiguous, on the CPU and without autograd; the tensor itself where its memory is so already."""
+    wanted = dtype or tensor.dtype
+    if tensor.is_cpu and tensor.dtype is wanted and not tensor.is_neg() and tensor.is_contiguous():
+        return tensor  # most calls, most tensors: each conversion below costs a microsecond
     # A view with the negative bit (`z.conj().imag`) holds the numbers with the other sign.
-    return tensor.detach().to("cpu", dtype or tensor.dtype).resolve_neg().contiguous()
+    return tensor.detach().to("cpu", wanted).resolve_neg().contiguous()

@@ -58,8 +58,8 @@ Tensor read_tensor(py::handle object, const std::string& name, std::initializer_
                    std::size_t dims) {
   if (!py::hasattr(object, "data_ptr"))
     throw py::type_error(message("{} is a {}, wanted a torch.Tensor", name, Py_TYPE(object.ptr())->tp_name));
-  const std::string device = py::str(object.attr("device").attr("type"));
-  KT_CHECK(device == "cpu", "{} is on {}, wanted the CPU", name, device);
+  KT_CHECK(object.attr("is_cpu").cast<bool>(), "{} is on {}, wanted the CPU", name,
+           std::string(py::str(object.attr("device").attr("type"))));
   const std::optional<DType> dtype = dtype_of(object);
   KT_CHECK(dtype && std::find(dtypes.begin(), dtypes.end(), *dtype) != dtypes.end(), "{} is {}, wanted {}",
            name, std::string(py::str(object.attr("dtype"))), names(dtypes));
