@@ -55,6 +55,18 @@ struct GemmKernels {
   void (*end)();
 };
 
+// Products of few rows, straight from natural row-major matrices: nothing of W is packed, and each of its
+// elements is read from memory once. 1 <= rows <= max_rows; n, k >= 1. An element's additions run in an order
+// that only rows and k decide: the same bits whatever columns of C a caller computes at a time.
+using FewRows = void(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
+                     ptrdiff_t ldc, int accumulate);
+
+struct FewRowsKernels {
+  int max_rows;
+  FewRows* times_transposed;  // C[rows x n] (+)= X[rows x k] * W', W [n x k] (a weight in the forward direction)
+  FewRows* times;             // C[rows x n] (+)= X[rows x k] * W, W [k x n] (the same weight in the backward)
+};
+
 // One row of G and U of an expert, and what the step makes of it. Forward: h = act(G) * U; G, U and h rounded
 // once to bf16. Backward: from dh' (fp32, before the routing weight) and the saved G, U.
 using ActivationForward = void(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
@@ -90,9 +102,11 @@ struct DecodeKernels {
   DecodeF16* from_f16;
 };
 
-// A null gemm.micro_kernel, or any other null slot, takes the next lower set's (the gemm slots go together).
+// A null gemm.micro_kernel, or any other null slot, takes the next lower set's (the slots of gemm go together,
+// and so do those of few).
 struct KernelSet {
   GemmKernels gemm;
+  FewRowsKernels few;
   EpilogueKernels epilogue;
   DecodeKernels decode;
 };

@@ -95,6 +95,7 @@ extern const KernelSet table;
 const KernelSet table = {
     .gemm = {MR, NR, KB, sizeof(uint16_t), pack_a, avx512_bf16::pack_b_cols, avx512_bf16::pack_b_rows,
              micro_kernel, begin, end},
+    .few = {},
     .epilogue = {},
     .decode = {},
 };

@@ -1,3 +1,4 @@
+#include "kernels/avx512/few.h"
 #include "kernels/avx512_bf16/set.h"
 
 namespace kt::avx512_bf16 {
@@ -25,6 +26,7 @@ void micro_kernel(int rows, int cols, const Segment* segments, int count, float*
 extern const KernelSet table;
 const KernelSet table = {
     .gemm = {MR, NR, KB, sizeof(uint16_t), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr},
+    .few = {kFewRows, few_times_transposed, few_times},
     .epilogue = {},
     .decode = {},
 };

@@ -1,0 +1,64 @@
+#include "kernels/avx512/few.h"
+
+#include "kernels/avx512/set.h"
+
+namespace kt::avx512 {
+
+namespace {
+
+// bf16 widened to fp32 where it is: the even and the odd elements of a line.
+struct Step {
+  struct Line {
+    __m512 even, odd;
+  };
+  static constexpr int kLineBytes = 128;  // of X, for a line of W
+  static constexpr int kRows = 1;         // of W in a term of `times`
+
+  static Line load(const uint16_t* w, __mmask32 mask) {
+    const __m512i bits = _mm512_maskz_loadu_epi16(mask, w);
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(bits, upper))};
+  }
+  static __m512 dot(Line w, const char* x, __m512 c) {
+    return _mm512_fmadd_ps(w.odd, _mm512_load_ps(x + 64), _mm512_fmadd_ps(w.even, _mm512_load_ps(x), c));
+  }
+  static void keep(const uint16_t* from, __mmask32 mask, char* to) {
+    const Line line = load(from, mask);
+    _mm512_store_ps(to, line.even);
+    _mm512_store_ps(to + 64, line.odd);
+  }
+
+  static void load_across(const uint16_t* w, ptrdiff_t, __mmask32 mask, __mmask32, __m512i* b) {
+    const Line line = load(w, mask);
+    b[0] = _mm512_castps_si512(line.even);
+    b[1] = _mm512_castps_si512(line.odd);
+  }
+  static __m512 multiply_add(__m512i x, __m512i w, __m512 c) {
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(w), c);
+  }
+  static void keep_terms(const uint16_t* x, int rows, uint32_t* to, int step) {
+    for (int p = 0; p < rows; ++p, to += step) *to = uint32_t{x[p]} << 16;
+  }
+  static void in_order(__m512 (&half)[2]) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    const __m512 first = _mm512_permutex2var_ps(half[0], low, half[1]);
+    half[1] = _mm512_permutex2var_ps(half[0], high, half[1]);
+    half[0] = first;
+  }
+};
+
+}  // namespace
+
+void few_times_transposed(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride,
+                          float* c, ptrdiff_t ldc, int accumulate) {
+  kFewTimesTransposed<Step>[rows - 1](n, k, x, w, w_stride, c, ldc, accumulate);
+}
+
+void few_times(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
+               ptrdiff_t ldc, int accumulate) {
+  kFewTimes<Step>[rows - 1](n, k, x, w, w_stride, c, ldc, accumulate);
+}
+
+}  // namespace kt::avx512

@@ -1,0 +1,239 @@
+// The products of few rows that the AVX-512 sets have in common. `Step` says how a line of 32 weights is
+// read and multiplied; it has internal linkage, and so has what is instantiated with it.
+//
+// A weight takes part in few multiplications, so what counts is how many lines are on their way from memory.
+// A prefetch that finds no free miss buffer is dropped: each line is asked for twice, far and near ahead,
+// into L2 (a request into L1 holds its buffer until the line is there). With one or two rows the loads
+// themselves run far enough ahead, and prefetches only take their buffers.
+#pragma once
+
+#include "kernels/avx512/registers.h"
+
+namespace kt {
+
+constexpr int kFewRows = 8;          // arithmetic takes as long as memory there
+constexpr int kLine = 32;            // bf16 in 64 bytes
+constexpr int kStackBytes = 65536;   // of X or C kept in the order of use: L2 holds them
+constexpr int kX1Bytes = 16384;      // of X that one pass along k uses: half of L1
+constexpr int kPanelRows = 16;       // rows of W whose parts follow each other, and the far request's distance
+constexpr int kNearRows = 4;
+
+static inline int smaller(int a, int b) { return a < b ? a : b; }
+
+// Always inlined: gcc takes a function that only prefetches for one without effect, and drops calls of it.
+__attribute__((always_inline)) static inline void request(const uint16_t* line) {
+  _mm_prefetch((const char*)line, _MM_HINT_T1);
+}
+
+// {a, b, c, d}, each summed over its lanes.
+static inline __m128 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+// The loops over r, i and v are unrolled by order: gcc keeps acc in registers only when no index is left.
+
+// A line of each of R weights' rows times the same line of M rows of X.
+template <class Step, int M, int R>
+__attribute__((always_inline)) static inline void dot_line(__m512 (&acc)[R * M], const char* x,
+                                                           const uint16_t* const (&w)[R], int p,
+                                                           __mmask32 mask) {
+  typename Step::Line line[R];
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r) line[r] = Step::load(w[r] + p, mask);
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) acc[i * R + r] = Step::dot(line[r], x + i * Step::kLineBytes, acc[i * R + r]);
+}
+
+// C[M x rows], rows <= R, from k elements of X in the order of use and as many of each row of W.
+template <class Step, int M, int R>
+static void dot_tile(const char* x, int k, const uint16_t* w, ptrdiff_t stride, int rows, ptrdiff_t far,
+                     ptrdiff_t near, float* c, ptrdiff_t ldc, int accumulate) {
+  const uint16_t* row[R];
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r) row[r] = w + smaller(r, rows - 1) * stride;
+  __m512 acc[R * M];
+#pragma GCC unroll 16
+  for (int q = 0; q < R * M; ++q) acc[q] = _mm512_setzero_ps();
+  int p = 0;
+  for (; p + kLine <= k; p += kLine, x += M * Step::kLineBytes) {
+    if constexpr (M > 2) {
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) request(row[r] + p + far);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) request(row[r] + p + near);
+    }
+    dot_line<Step, M, R>(acc, x, row, p, ~0u);
+  }
+  if (p < k) dot_line<Step, M, R>(acc, x, row, p, first32(k - p));
+
+  float sum[(R * M + 3) / 4 * 4];
+#pragma GCC unroll 4
+  for (int q = 0; q < R * M; q += 4) {
+    const auto part = [&](int i) { return q + i < R * M ? acc[q + i] : _mm512_setzero_ps(); };
+    _mm_storeu_ps(sum + q, sum_lanes(part(0), part(1), part(2), part(3)));
+  }
+  for (int i = 0; i < M; ++i)
+    for (int r = 0; r < rows; ++r)
+      c[i * ldc + r] = (accumulate ? c[i * ldc + r] : 0.0f) + sum[i * R + r];
+}
+
+// X goes through the stack as [k / 32][M] lines: rows a power of two apart would share their cache sets.
+template <class Step, int M>
+static void few_times_transposed(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t stride, float* c,
+                                 ptrdiff_t ldc, int accumulate) {
+  constexpr int R = M <= 4 ? 1 : 2;
+  constexpr int kWhole = kStackBytes / (M * Step::kLineBytes) * kLine;
+  constexpr int kPart = kX1Bytes / (M * Step::kLineBytes) * kLine;
+  alignas(64) char lines[kStackBytes];
+  for (int begin = 0; begin < k; begin += kWhole, w += kWhole) {
+    const int whole = smaller(kWhole, k - begin);
+    for (int i = 0; i < M; ++i)
+      for (int p = 0; p < whole; p += kLine)
+        Step::keep(source_row(x, i) + begin + p, first32(whole - p),
+                   lines + (p / kLine * M + i) * Step::kLineBytes);
+    for (int panel = 0; panel < n; panel += kPanelRows) {
+      const ptrdiff_t far = panel + 2 * kPanelRows <= n ? kPanelRows * stride : 0;
+      for (int p = 0; p < whole; p += kPart)
+        for (int j = panel; j < smaller(panel + kPanelRows, n); j += R)
+          dot_tile<Step, M, R>(lines + p / kLine * M * Step::kLineBytes, smaller(kPart, whole - p),
+                               w + j * stride + p, stride, smaller(R, n - j), far,
+                               j + kNearRows + R <= n ? kNearRows * stride : 0, c + j, ldc,
+                               accumulate || begin + p > 0);
+    }
+  }
+}
+
+// Asks for a block of W line by line in the order of memory, whatever the order of use.
+struct Requests {
+  const uint16_t* line;
+  int left, lines;
+  ptrdiff_t to_next_row;
+
+  __attribute__((always_inline)) void next() {
+    request(line);
+    line += kLine;
+    if (--left == 0) {
+      left = lines;
+      line += to_next_row;
+    }
+  }
+};
+
+// sum[M x V lines of columns] (+)= X * W for `rows` rows of W; x holds its terms as [rows / kRows][M].
+#ifndef T_B
+#define T_B (M <= 4 ? 8 : 32)
+#endif
+#ifndef T_VV
+#define T_VV (M <= 4 ? 2 : 1)
+#endif
+#ifndef T_NR
+#define T_NR kNearRows
+#endif
+template <class Step, int M, int V>
+static void cross_tile(const uint32_t* x, int rows, const uint16_t* w, ptrdiff_t stride, int cols,
+                       Requests& requests, float* sum, bool fresh) {
+  constexpr int kRows = Step::kRows, W = 2 * V;
+  Requests ahead = requests;
+  constexpr int kB = T_B; (void)kB;
+  __mmask32 mask[V];
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) mask[v] = first32(cols - v * kLine);
+  __m512 acc[M][W];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < W; ++v) acc[i][v] = fresh ? _mm512_setzero_ps() : _mm512_load_ps(sum + (i * W + v) * 16);
+  for (int p = 0; p < rows; p += kRows, w += kRows * stride, x += M) {
+    const bool paired = p + kRows <= rows;
+    __m512i b[W];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; ++r) {
+#ifdef T_ROW
+        request(w + T_ROW * (rows == kB ? kB * stride : 0) + r * stride + v * kLine);
+#else
+        ahead.next();
+#endif
+        request(w + r * stride + (v + T_NR) * kLine);
+      }
+      Step::load_across(w + v * kLine, paired ? stride : 0, mask[v], paired ? mask[v] : 0, b + 2 * v);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+      const __m512i term = _mm512_set1_epi32(static_cast<int>(x[i]));
+#pragma GCC unroll 4
+      for (int v = 0; v < W; ++v) acc[i][v] = Step::multiply_add(term, b[v], acc[i][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < W; ++v) _mm512_store_ps(sum + (i * W + v) * 16, acc[i][v]);
+  requests = ahead;
+}
+
+// C[M x cols] (+)= the sums of its tiles, which hold columns in the order of Step.
+template <class Step, int M, int V>
+static void store_sums(const float* sum, int cols, float* c, ptrdiff_t ldc, int accumulate) {
+  for (int j = 0; j < cols; j += V * kLine)
+    for (int i = 0; i < M; ++i)
+      for (int v = j; v < j + V * kLine; v += kLine, sum += kLine) {
+        __m512 half[2] = {_mm512_load_ps(sum), _mm512_load_ps(sum + 16)};
+        Step::in_order(half);
+        for (int h = 0; h < 2; ++h) {
+          const __mmask16 mask = first16(cols - v - 16 * h);
+          float* to = c + i * ldc + v + 16 * h;
+          if (accumulate) half[h] = _mm512_add_ps(half[h], _mm512_maskz_loadu_ps(mask, to));
+          _mm512_mask_storeu_ps(to, mask, half[h]);
+        }
+      }
+}
+
+// Blocks of kBlock rows of W, in each of them strips of columns from top to bottom with C in registers; in
+// between C is on the stack.
+template <class Step, int M>
+static void few_times(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t stride, float* c, ptrdiff_t ldc,
+                      int accumulate) {
+  constexpr int kBlock = T_B;
+  constexpr int V = T_VV, kStrip = V * kLine;
+  constexpr int kColumns = kStackBytes / (4 * M * kStrip) * kStrip;
+  alignas(64) float sum[kColumns * M];
+  uint32_t terms[kBlock / Step::kRows * M];
+  for (int begin = 0; begin < n; begin += kColumns) {
+    const int cols = smaller(kColumns, n - begin), lines = (cols + kLine - 1) / kLine;
+    for (int p = 0; p < k; p += kBlock) {
+      const int rows = smaller(kBlock, k - p);
+      for (int i = 0; i < M; ++i) Step::keep_terms(source_row(x, i) + p, rows, terms + i, M);
+      const uint16_t* block = w + p * stride + begin;
+      Requests next{p + 2 * kBlock <= k ? block + kBlock * stride : block, lines, lines, stride - lines * kLine};
+      for (int j = 0; j < cols; j += kStrip)
+        cross_tile<Step, M, V>(terms, rows, block + j, stride, cols - j, next, sum + M * j, p == 0);
+    }
+    store_sums<Step, M, V>(sum, cols, c + begin, ldc, accumulate);
+  }
+}
+
+using FewProduct = void(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
+                        ptrdiff_t ldc, int accumulate);
+
+template <class Step>
+constexpr FewProduct* kFewTimesTransposed[kFewRows] = {
+    few_times_transposed<Step, 1>, few_times_transposed<Step, 2>, few_times_transposed<Step, 3>,
+    few_times_transposed<Step, 4>, few_times_transposed<Step, 5>, few_times_transposed<Step, 6>,
+    few_times_transposed<Step, 7>, few_times_transposed<Step, 8>,
+};
+
+template <class Step>
+constexpr FewProduct* kFewTimes[kFewRows] = {
+    few_times<Step, 1>, few_times<Step, 2>, few_times<Step, 3>, few_times<Step, 4>,
+    few_times<Step, 5>, few_times<Step, 6>, few_times<Step, 7>, few_times<Step, 8>,
+};
+
+}  // namespace kt
