@@ -123,6 +123,28 @@ void multiply(const KernelSet& kernels, std::span<const Term> terms, float* c, i
   if (gemm.end != nullptr) gemm.end();
 }
 
+namespace {
+
+void call_few(const KernelSet& kernels, FewRows* product, index_t n, const Rows& x, Rows w, float* c,
+              index_t stride, bool accumulate, Arena& scratch) {
+  const Arena::Frame frame(scratch);
+  w = in_bf16(kernels, w, scratch);
+  product(static_cast<int>(x.matrix.rows), static_cast<int>(n), static_cast<int>(x.matrix.cols),
+          from_row(x, 0), bf16(w.matrix.data), w.matrix.stride, c, stride, accumulate);
+}
+
+}  // namespace
+
+void multiply_few_transposed(const KernelSet& kernels, Rows x, Rows w, float* c, index_t stride,
+                             bool accumulate, Arena& scratch) {
+  call_few(kernels, kernels.few.times_transposed, w.matrix.rows, x, w, c, stride, accumulate, scratch);
+}
+
+void multiply_few(const KernelSet& kernels, Rows x, Rows w, float* c, index_t stride, bool accumulate,
+                  Arena& scratch) {
+  call_few(kernels, kernels.few.times, w.matrix.cols, x, w, c, stride, accumulate, scratch);
+}
+
 index_t result_stride(const KernelSet& kernels, index_t cols) { return round_up(cols, kernels.gemm.nr); }
 
 }  // namespace kt

@@ -72,16 +72,13 @@ void Backward::add_down(const Saved& saved) {
 }
 
 void Backward::down(Block block, Range slice, const Saved& saved, float* dots, Arena& scratch) const {
-  const index_t n = experts_.intermediate, h = experts_.hidden;
-  const Stack& stack = experts_.of(Projection::down);
-  const PackedB weights =
-      pack_b_rows(kernels(), {stack[block.expert].block(0, slice.begin, h, slice.size())}, scratch);
-  const std::vector<LoraA> lora = pack_lora_a(kDown, block.expert, slice, scratch);
+  const index_t n = experts_.intermediate;
+  const BackwardWeights weights = backward_weights(kDown, block, slice, scratch);
   const index_t stride = result_stride(kernels(), slice.size());
   auto* grad = scratch.take<float>(rows_per_part() * stride);
   for_parts(block, rows_per_part(), [&](Block part) {
     const Arena::Frame frame(scratch);
-    input_gradient(kDown, {&weights, 1}, lora, part, slice, grad, stride, scratch);
+    input_gradient(kDown, weights, part, slice, grad, stride, scratch);
     for (index_t i = 0; i < part.count; ++i) {
       const index_t route = part.first + i, place = route * n + slice.begin;
       dots[route] = activation_.backward(static_cast<int>(slice.size()), grad + i * stride, weight(route),
@@ -122,16 +119,10 @@ void Backward::add_hidden_states() {
 }
 
 void Backward::hidden_states(Block block, Range slice, float* rows, index_t stride, Arena& scratch) const {
-  std::array<PackedB, 2> weights;
-  for (const Projection p : kGateUp) {
-    const MatView w = experts_.of(p)[block.expert];
-    weights[index_of(p)] = pack_b_rows(kernels(), {w.block(0, slice.begin, w.rows, slice.size())}, scratch);
-  }
-  const std::vector<LoraA> loras = pack_lora_a(kGateUp, block.expert, slice, scratch);
+  const BackwardWeights weights = backward_weights(kGateUp, block, slice, scratch);
   for_parts(block, rows_per_part(), [&](Block part) {
     const Arena::Frame frame(scratch);
-    input_gradient(kGateUp, weights, loras, part, slice, rows + within(part).begin * stride, stride,
-                   scratch);
+    input_gradient(kGateUp, weights, part, slice, rows + within(part).begin * stride, stride, scratch);
   });
 }
 
@@ -148,39 +139,36 @@ index_t Backward::grad_input_bytes(Projection p, index_t routes) const {
 void Backward::pack_grad_input(Projection p, Block block, char* into, Arena& scratch) {
   GradInput& in = grad_inputs_[index_of(p)][block.index];
   const index_t cols = experts_.of(p).rows, rank = inputs_.of(p).rank();
-  in.rows = pack_a_into(into, kernels(), grad_output(p, block, {0, cols}));
+  if (!few(block)) in.rows = pack_a_into(into, kernels(), grad_output(p, block, {0, cols}));
   if (rank == 0) return;
   project_grad_b(p, block, in.rows, scratch);
+  if (few(block)) return;
   in.low_rank = pack_a_into(into + packed_a_bytes(kernels(), block.count, cols), kernels(),
                             by_route(grad_low_rank_[index_of(p)].rows, rank, block, {0, rank}));
 }
 
-std::vector<Backward::LoraA> Backward::pack_lora_a(std::span<const Projection> targets, int expert,
-                                                   Range slice, Arena& scratch) const {
-  std::vector<LoraA> packed;
+Backward::BackwardWeights Backward::backward_weights(std::span<const Projection> targets, Block block,
+                                                     Range slice, Arena& scratch) const {
+  BackwardWeights result;
+  const auto add = [&](Projection p, bool lora, const Stack& stack) {
+    const Rows rows{stack[block.expert].block(0, slice.begin, stack.rows, slice.size())};
+    result.push_back({p, lora, rows, few(block) ? PackedB{} : pack_b_rows(kernels(), rows, scratch)});
+  };
+  for (const Projection p : targets) add(p, false, experts_.of(p));
   for (const Projection p : targets)
-    if (const LoraPair& lora = inputs_.of(p); lora)
-      packed.push_back(
-          {p, pack_b_rows(kernels(), {lora.a[expert].block(0, slice.begin, lora.rank(), slice.size())},
-                          scratch)});
-  return packed;
+    if (const LoraPair& lora = inputs_.of(p); lora) add(p, true, lora.a);
+  return result;
 }
 
-void Backward::input_gradient(std::span<const Projection> targets, std::span<const PackedB> weights,
-                              std::span<const LoraA> loras, Block part, Range slice, float* result,
-                              index_t stride, Arena& scratch) const {
-  std::vector<Term> terms;
-  const auto grad_of = [&](Projection p) { return grad_inputs_[index_of(p)][part.index]; };
-  for (const Projection p : targets)
-    terms.push_back({rows_of(kernels(), grad_of(p).rows, within(part)), weights[terms.size()]});
-  for (const LoraA& a : loras)
-    terms.push_back({rows_of(kernels(), grad_of(a.projection).low_rank, within(part)), a.packed});
-  if (!inputs_.dropout.active()) return multiply(kernels(), terms, result, stride);
+void Backward::input_gradient(std::span<const Projection> targets, const BackwardWeights& weights, Block part,
+                              Range slice, float* result, index_t stride, Arena& scratch) const {
+  const auto loras = std::span(weights).subspan(targets.size());
+  if (!inputs_.dropout.active()) return multiply_backward(weights, part, result, stride, scratch);
 
-  multiply(kernels(), {terms.data(), targets.size()}, result, stride);
+  multiply_backward(std::span(weights).first(targets.size()), part, result, stride, scratch);
   auto* product = scratch.take<float>(part.count * stride);
   for (std::size_t i = 0; i < loras.size(); ++i) {  // what was dropped gets no gradient
-    multiply(kernels(), {&terms[targets.size() + i], 1}, product, stride);
+    multiply_backward(loras.subspan(i, 1), part, product, stride, scratch);
     for (index_t row = 0; row < part.count; ++row) {
       const std::int32_t slot = routing_.slot[static_cast<std::size_t>(part.first + row)];
       drop(inputs_.dropout, loras[i].projection, slot, slice.begin, slice.size(), product + row * stride);
@@ -188,6 +176,24 @@ void Backward::input_gradient(std::span<const Projection> targets, std::span<con
                                     result + row * stride);
     }
   }
+}
+
+void Backward::multiply_backward(std::span<const BackwardTerm> weights, Block part, float* result,
+                                 index_t stride, Arena& scratch) const {
+  std::array<Term, kMostTerms> terms;
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    const auto& [p, lora, rows, packed] = weights[i];
+    if (few(part)) {
+      const index_t rank = inputs_.of(p).rank();
+      const Rows gradient = lora ? by_route(grad_low_rank_[index_of(p)].rows, rank, part, {0, rank})
+                                 : grad_output(p, part, {0, experts_.of(p).rows});
+      multiply_few(kernels(), gradient, rows, result, stride, /*accumulate=*/i > 0, scratch);
+    } else {
+      const GradInput& gradient = grad_inputs_[index_of(p)][part.index];
+      terms[i] = {rows_of(kernels(), lora ? gradient.low_rank : gradient.rows, within(part)), packed};
+    }
+  }
+  if (!few(part)) multiply(kernels(), {terms.data(), weights.size()}, result, stride);
 }
 
 void backward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, const Saved& saved,

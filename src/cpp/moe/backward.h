@@ -20,16 +20,20 @@ class Backward : Pass {
     bf16_t *rows = nullptr, *transposed = nullptr;
   };
 
-  // The gradient of a projection's output, a block's rows: packed once for all slices of the weights.
+  // The gradient of a projection's output, a block's rows: packed once for all slices of the weights. Nothing
+  // where the rows are few.
   struct GradInput {
     PackedA rows, low_rank;  // dOutput and Q
   };
 
-  // A of a projection with LoRA, a slice of its columns, and what it is to be multiplied by.
-  struct LoraA {
+  // W or LoRA A of a projection, some columns: as right operand, unless the block has few rows.
+  struct BackwardTerm {
     Projection projection;
+    bool lora;
+    Rows rows;
     PackedB packed;
   };
+  using BackwardWeights = std::vector<BackwardTerm>;  // W of some projections, then their LoRA A
 
   // A gradient of LoRA A or B of one expert, some of its columns (A) or rows (B).
   struct LoraJob {
@@ -58,14 +62,17 @@ class Backward : Pass {
   void pack_grad_input(Projection p, Block block, char* into, Arena& scratch);
   index_t grad_input_bytes(Projection p, index_t routes) const;
 
-  std::vector<LoraA> pack_lora_a(std::span<const Projection> targets, int expert, Range slice,
-                                 Arena& scratch) const;
+  BackwardWeights backward_weights(std::span<const Projection> targets, Block block, Range slice,
+                                   Arena& scratch) const;
   // The gradient of the input of some projections, columns `slice`: dOutput W and Q A of each, one fp32 sum.
-  void input_gradient(std::span<const Projection> targets, std::span<const PackedB> weights,
-                      std::span<const LoraA> loras, Block part, Range slice, float* result, index_t stride,
-                      Arena& scratch) const;
+  void input_gradient(std::span<const Projection> targets, const BackwardWeights& weights, Block part,
+                      Range slice, float* result, index_t stride, Arena& scratch) const;
+  // result [part.count, ...] = sum of dOutput W and Q A over the given weights.
+  void multiply_backward(std::span<const BackwardTerm> weights, Block part, float* result, index_t stride,
+                         Arena& scratch) const;
 
-  void project_grad_b(Projection p, Block block, PackedA grad_output, Arena& scratch);
+  // Q of a block, from the packed gradient of the output (nothing where the rows are few).
+  void project_grad_b(Projection p, Block block, PackedA packed, Arena& scratch);
   void store_low_rank(Projection p, Block part, float* product, index_t stride, float* transposed);
 
   // Adds the tasks that compute the gradients of LoRA A and B.

@@ -6,16 +6,21 @@
 
 namespace kt {
 
-void Backward::project_grad_b(Projection p, Block block, PackedA grad_output, Arena& scratch) {
+void Backward::project_grad_b(Projection p, Block block, PackedA packed, Arena& scratch) {
   const Arena::Frame frame(scratch);
   const LoraPair& lora = inputs_.of(p);
   const index_t rank = lora.rank(), stride = result_stride(kernels(), rank), part_rows = rows_per_part();
-  const PackedB b = pack_b_rows(kernels(), {lora.b[block.expert]}, scratch);
+  const Rows lora_b{lora.b[block.expert]};
+  const PackedB b = few(block) ? PackedB{} : pack_b_rows(kernels(), lora_b, scratch);
   auto* product = scratch.take<float>(part_rows * stride);
   auto* transposed = scratch.take<float>(rank * part_rows);
   for_parts(block, part_rows, [&](Block part) {
-    const Term term{rows_of(kernels(), grad_output, within(part)), b};
-    multiply(kernels(), {&term, 1}, product, stride);
+    if (few(block)) {
+      multiply_few(kernels(), grad_output(p, part, {0, lora.b.rows}), lora_b, product, stride, /*accumulate=*/false, scratch);
+    } else {
+      const Term term{rows_of(kernels(), packed, within(part)), b};
+      multiply(kernels(), {&term, 1}, product, stride);
+    }
     store_low_rank(p, part, product, stride, transposed);
   });
 }

@@ -7,7 +7,8 @@ namespace kt {
 
 namespace {
 
-constexpr index_t kL2Part = 4;  // virtual machines hide that two of their cores share one L2
+constexpr index_t kTasksPerThread = 4;  // at least, where they are small
+constexpr index_t kFewCols = 128;       // at least, of a slice for few rows: runs of 256 bytes
 constexpr index_t kSumTokens = 64;  // a task of the sum over experts
 
 int to_int(index_t n) { return static_cast<int>(n); }  // kernels count rows and columns of a tile in int
@@ -16,6 +17,7 @@ int to_int(index_t n) { return static_cast<int>(n); }  // kernels count rows and
 
 Pass::Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs)
     : lease_(runtime),
+      threads_(runtime.threads()),
       inputs_ahead_(static_cast<std::size_t>(std::max(2, runtime.threads() / 2))),
       inputs_kept_(2 * inputs_ahead_),
       experts_(experts),
@@ -55,11 +57,13 @@ void Pass::add_gate_up(const Saved& saved) {
   const auto pack = [=, this](std::size_t b, const Memory& into, Arena& scratch) {
     const Block block = blocks_[b];
     ForwardInput& in = hidden_states_[b];
-    in.rows = pack_b_cols_into(into.rows, kernels(), input(Projection::gate, block, {0, h}));
+    if (!few(block))
+      in.rows = pack_b_cols_into(into.rows, kernels(), input(Projection::gate, block, {0, h}));
     for (const Projection p : kGateUp) {
       if (!inputs_.of(p)) continue;
       const std::size_t i = index_of(p);
       project_a(p, block, &in.rows, scratch);
+      if (few(block)) continue;
       in.low_rank[i] = pack_b_rows_into(into.low_rank[i], kernels(),
                                         {low_rank_of(low_rank_[i], inputs_.of(p).rank(), block)});
     }
@@ -84,15 +88,23 @@ void Pass::project_a(Projection p, Block block, const PackedB* packed, Arena& sc
   const Arena::Frame frame(scratch);
   const LoraPair& lora = inputs_.of(p);
   const index_t rank = lora.rank(), in = lora.a.cols, part_rows = kernels().gemm.nr;
-  const PackedA a = pack_a(kernels(), {lora.a[block.expert]}, scratch);
+  const PackedA a = few(block) ? PackedA{} : pack_a(kernels(), {lora.a[block.expert]}, scratch);
   auto* product = scratch.take<float>(rank * part_rows);
   for_parts(block, part_rows, [&](Block part) {
     const Arena::Frame part_frame(scratch);
-    const bool as_packed = packed != nullptr && !inputs_.dropout.active();
-    const PackedB rows = as_packed ? cols_of(kernels(), *packed, within(part))
-                                   : pack_b_cols(kernels(), lora_input(p, part, {0, in}, scratch), scratch);
-    const Term term{a, rows};
-    multiply(kernels(), {&term, 1}, product, part_rows);
+    if (few(block)) {
+      auto* by_row = scratch.take<float>(part.count * rank);
+      multiply_few_transposed(kernels(), lora_input(p, part, {0, in}, scratch), {lora.a[block.expert]},
+                              by_row, rank, /*accumulate=*/false, scratch);
+      kernels().epilogue.transpose(by_row, rank, to_int(part.count), to_int(rank), product, part_rows);
+    } else {
+      const bool as_packed = packed != nullptr && !inputs_.dropout.active();
+      const PackedB rows = as_packed
+                               ? cols_of(kernels(), *packed, within(part))
+                               : pack_b_cols(kernels(), lora_input(p, part, {0, in}, scratch), scratch);
+      const Term term{a, rows};
+      multiply(kernels(), {&term, 1}, product, part_rows);
+    }
     const index_t place = rank * block.first + within(part).begin;
     for (index_t i = 0; i < rank; ++i) {
       float* row = product + i * part_rows;
@@ -114,7 +126,7 @@ void Pass::gate_up(Block block, Range slice, const ForwardInput& in, const Saved
   std::array<ForwardWeights, 2> weights;
   std::array<float*, 2> result;
   for (const Projection p : kGateUp) {
-    weights[index_of(p)] = pack_forward(p, block.expert, slice, scratch);
+    weights[index_of(p)] = forward_weights(p, block, slice, scratch);
     result[index_of(p)] = scratch.take<float>(part_rows * width);
   }
   auto* unsaved = scratch.take<bf16_t>(width);
@@ -130,32 +142,52 @@ void Pass::gate_up(Block block, Range slice, const ForwardInput& in, const Saved
   });
 }
 
-Pass::ForwardWeights Pass::pack_forward(Projection p, int expert, Range slice, Arena& scratch) const {
+Pass::ForwardWeights Pass::forward_weights(Projection p, Block block, Range slice, Arena& scratch) const {
   const auto rows_of_slice = [&](const Stack& stack) {
-    return Rows{stack[expert].block(slice.begin, 0, slice.size(), stack.cols)};
+    return Rows{stack[block.expert].block(slice.begin, 0, slice.size(), stack.cols)};
   };
-  ForwardWeights packed{pack_a(kernels(), rows_of_slice(experts_.of(p)), scratch), {}};
-  if (const LoraPair& lora = inputs_.of(p); lora)
-    packed.lora_b = pack_a(kernels(), rows_of_slice(lora.b), scratch);
-  return packed;
+  const bool lora = static_cast<bool>(inputs_.of(p));
+  ForwardWeights w{rows_of_slice(experts_.of(p)), lora ? rows_of_slice(inputs_.of(p).b) : Rows{}, {}, {}};
+  if (few(block)) return w;
+  w.packed_weights = pack_a(kernels(), w.weights, scratch);
+  if (lora) w.packed_lora_b = pack_a(kernels(), w.lora_b, scratch);
+  return w;
 }
 
-void Pass::multiply_forward(Projection p, const ForwardWeights& weights, const ForwardInput& in, Block part,
+void Pass::multiply_forward(Projection p, const ForwardWeights& w, const ForwardInput& in, Block part,
                             float* result, index_t stride, Arena& scratch) const {
   const Arena::Frame frame(scratch);
-  const index_t width = weights.weights.rows, part_rows = kernels().gemm.nr;
-  std::array<Term, 2> terms{Term{weights.weights, cols_of(kernels(), in.rows, within(part))}, Term{}};
   const bool lora = static_cast<bool>(inputs_.of(p));
-  if (lora) terms[1] = {weights.lora_b, cols_of(kernels(), in.low_rank[index_of(p)], within(part))};
+  if (few(part)) {
+    const Rows rows = input(p, part, {0, w.weights.matrix.cols});
+    multiply_few_transposed(kernels(), rows, w.weights, result, stride, /*accumulate=*/false, scratch);
+    if (lora)
+      multiply_few_transposed(kernels(), low_rank_rows(p, part, scratch), w.lora_b, result, stride,
+                              /*accumulate=*/true, scratch);
+    return;
+  }
+  const index_t width = w.weights.matrix.rows, part_rows = kernels().gemm.nr;
+  std::array<Term, 2> terms{Term{w.packed_weights, cols_of(kernels(), in.rows, within(part))}, Term{}};
+  if (lora) terms[1] = {w.packed_lora_b, cols_of(kernels(), in.low_rank[index_of(p)], within(part))};
   auto* transposed = scratch.take<float>(width * part_rows);
   multiply(kernels(), {terms.data(), lora ? 2u : 1u}, transposed, part_rows);
   kernels().epilogue.transpose(transposed, part_rows, to_int(width), to_int(part.count), result, stride);
 }
 
+Rows Pass::low_rank_rows(Projection p, Block block, Arena& scratch) const {
+  const index_t rank = inputs_.of(p).rank();
+  const MatView stored = low_rank_of(low_rank_[index_of(p)], rank, block);
+  auto* rows = scratch.take<bf16_t>(block.count * rank);
+  for (index_t i = 0; i < rank; ++i)
+    for (index_t j = 0; j < block.count; ++j)
+      rows[j * rank + i] = *static_cast<const bf16_t*>(stored.at(i, j));
+  return {view(rows, DType::bf16, block.count, rank)};
+}
+
 void Pass::add_sum(const Result& result, bool weighted, index_t tile, index_t bytes,
                    const std::vector<const Group*>& ready, Product product) {
   const index_t h = experts_.hidden, tokens = inputs_.hidden_states.rows;
-  const index_t parts = std::min(std::max(slices(h, tile, bytes), ceil_div(h, kSumCols)), ceil_div(h, tile));
+  const index_t parts = slices(h, tile, std::max(bytes, cache_part() / kSumCols));
   const index_t stride = result_stride(kernels(), split(h, parts, 0, tile).size());
   std::array<float*, kSlicesKept> kept;
   for (float*& rows : kept) rows = memory().take<float>(routing_.routes() * stride);
@@ -239,8 +271,11 @@ MatView Pass::low_rank_of(const bf16_t* low_rank, index_t rank, Block part) cons
 }
 
 index_t Pass::slices(index_t n, index_t tile, index_t bytes) const {
-  const index_t fit = std::max(2 * tile, static_cast<index_t>(lease_.l2_bytes()) / kL2Part / bytes);
-  return std::clamp(ceil_div(n, fit), index_t{1}, ceil_div(n, tile));
+  const index_t tiles = ceil_div(n, tile), blocks = std::ssize(blocks_);
+  if (std::ranges::all_of(blocks_, [this](Block block) { return few(block); }))
+    return std::clamp(ceil_div(kTasksPerThread * threads_, std::max(blocks, index_t{1})), index_t{1},
+                      ceil_div(n, std::max(tile, kFewCols)));
+  return std::clamp(ceil_div(n, std::max(2 * tile, cache_part() / bytes)), index_t{1}, tiles);
 }
 
 void Pass::store(const float* row, index_t n, const Result& result, index_t offset) const {

@@ -40,7 +40,8 @@ class Pass {
  protected:
   using Group = TaskList::Group;
 
-  // The input of a forward product, a block's rows: packed once for all slices of the weights.
+  // The input of a forward product, a block's rows: packed once for all slices of the weights. Nothing where
+  // the rows are few.
   struct ForwardInput {
     PackedB rows;
     std::array<PackedB, 3> low_rank;  // P of the projections that read these rows
@@ -62,11 +63,15 @@ class Pass {
   // P' or Q' of a part of a block: [r, count].
   MatView low_rank_of(const bf16_t* low_rank, index_t rank, Block part) const;
 
-  // W and LoRA B of a projection, rows `slice`, as left operands.
+  // Rows so few that their products read the weights as they are, without packing.
+  bool few(Block part) const { return blocks_[part.index].count <= kernels().few.max_rows; }
+
+  // W and LoRA B of a projection, rows `slice`: as left operands, unless the block has few rows.
   struct ForwardWeights {
-    PackedA weights, lora_b;
+    Rows weights, lora_b;
+    PackedA packed_weights, packed_lora_b;
   };
-  ForwardWeights pack_forward(Projection p, int expert, Range slice, Arena& scratch) const;
+  ForwardWeights forward_weights(Projection p, Block block, Range slice, Arena& scratch) const;
   // result [part.count, slice] = input W' + P B', rows `stride` floats apart; a part is at most nr routes.
   void multiply_forward(Projection p, const ForwardWeights& weights, const ForwardInput& in, Block part,
                         float* result, index_t stride, Arena& scratch) const;
@@ -101,7 +106,11 @@ class Pass {
     }
   }
 
-  // Parts to cut n columns into: `bytes` of packed weights a column fill a part of the L2 cache, on whole tiles.
+  // P of a block's rows in natural order, [count, r].
+  Rows low_rank_rows(Projection p, Block block, Arena& scratch) const;
+
+  // Parts to cut n columns into: `bytes` of packed weights a column fill a part of the L2 cache, on whole tiles;
+  // where every block has few rows, as many as keep the threads busy.
   index_t slices(index_t n, index_t tile, index_t bytes) const;
 
   // One row of fp32 results, stored in the wanted type.
@@ -115,7 +124,12 @@ class Pass {
   float lora_scale(Projection p) const;
   float weight(index_t route) const { return weight_[static_cast<std::size_t>(route)]; }
 
+  // Bytes of packed weights that a task keeps in its L2 cache. A quarter: virtual machines hide that two of
+  // their cores share one cache.
+  index_t cache_part() const { return static_cast<index_t>(lease_.l2_bytes()) / 4; }
+
   Runtime::Lease lease_;
+  int threads_;
   // Blocks whose input is packed ahead of their products, and blocks whose packed input is kept in all.
   std::size_t inputs_ahead_, inputs_kept_;
   const ExpertWeights& experts_;
