@@ -62,8 +62,8 @@ void multiply(const KernelSet& kernels, std::span<const Term> terms, float* c, i
               bool accumulate = false);
 index_t result_stride(const KernelSet& kernels, index_t cols);
 
-// The same for few rows of A, at most kernels.few.max_rows, from natural order: c[x.rows x w.rows] (+)= x w', and
-// c[x.rows x w.cols] (+)= x w. Weights are read once and not packed. Rows of c are `stride` floats apart.
+// The same for few rows of A, at most kernels.few.max_rows, from natural order: c[x.rows x w.rows] (+)= x w',
+// and c[x.rows x w.cols] (+)= x w. Weights are read once and not packed. Rows of c are `stride` floats apart.
 void multiply_few_transposed(const KernelSet& kernels, Rows x, Rows w, float* c, index_t stride,
                              bool accumulate, Arena& scratch);
 void multiply_few(const KernelSet& kernels, Rows x, Rows w, float* c, index_t stride, bool accumulate,

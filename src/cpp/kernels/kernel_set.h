@@ -63,6 +63,7 @@ using FewRows = void(int rows, int n, int k, RowSource x, const uint16_t* w, ptr
 
 struct FewRowsKernels {
   int max_rows;
+  int max_tail;  // rows behind whole tiles that are cheaper here than as a tile
   FewRows* times_transposed;  // C[rows x n] (+)= X[rows x k] * W', W [n x k] (a weight in the forward direction)
   FewRows* times;             // C[rows x n] (+)= X[rows x k] * W, W [k x n] (the same weight in the backward)
 };

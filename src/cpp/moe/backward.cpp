@@ -103,8 +103,7 @@ void Backward::add_gate_up_gradients() {
       into[index_of(p)] = memory().take<char>(grad_input_bytes(p, block.count));
     gradients_done_.push_back(tasks_.add(1, [=, this](index_t, Arena& scratch) {
       tasks_.wait(down_done_[block.index]);
-      for (const Projection p : kGateUp)
-        pack_grad_input(p, block, into[index_of(p)], scratch);
+      for (const Projection p : kGateUp) pack_grad_input(p, block, into[index_of(p)], scratch);
     }));
   }
 }

@@ -16,7 +16,8 @@ void Backward::project_grad_b(Projection p, Block block, PackedA packed, Arena& 
   auto* transposed = scratch.take<float>(rank * part_rows);
   for_parts(block, part_rows, [&](Block part) {
     if (few(block)) {
-      multiply_few(kernels(), grad_output(p, part, {0, lora.b.rows}), lora_b, product, stride, /*accumulate=*/false, scratch);
+      multiply_few(kernels(), grad_output(p, part, {0, lora.b.rows}), lora_b, product, stride,
+                   /*accumulate=*/false, scratch);
     } else {
       const Term term{rows_of(kernels(), packed, within(part)), b};
       multiply(kernels(), {&term, 1}, product, stride);

@@ -31,8 +31,7 @@ class Forward : Pass {
       packed_done_.push_back(tasks_.add(1, [=, this](index_t, Arena& scratch) {
         tasks_.wait(gate_up_done_[block.index]);
         ForwardInput& in = packed_[block.index];
-        if (!few(block))
-          in.rows = pack_b_cols_into(rows, kernels(), input(Projection::down, block, {0, n}));
+        if (!few(block)) in.rows = pack_b_cols_into(rows, kernels(), input(Projection::down, block, {0, n}));
         if (rank == 0) return;
         project_a(Projection::down, block, &in.rows, scratch);
         if (few(block)) return;
@@ -48,7 +47,7 @@ class Forward : Pass {
     const GemmKernels& gemm = kernels().gemm;
     const auto product = [this](Block block, Range slice, float* rows, index_t stride, Arena& scratch) {
       const ForwardWeights weights = forward_weights(Projection::down, block, slice, scratch);
-      for_parts(block, kernels().gemm.nr, [&](Block part) {
+      for_tiles(block, [&](Block part) {
         multiply_forward(Projection::down, weights, packed_[block.index], part,
                          rows + within(part).begin * stride, stride, scratch);
       });

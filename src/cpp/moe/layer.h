@@ -63,8 +63,8 @@ struct LayerInputs {
   const LoraPair& of(Projection p) const { return lora[index_of(p)]; }
 };
 
-// What backward needs of forward, by route and rounded to bf16: G and U [routes, I], and P of each projection,
-// r numbers a route (that of down times the routing weight).
+// What backward needs of forward, by route and rounded to bf16: G and U [routes, I], and P of each
+// projection, r numbers a route (that of down times the routing weight).
 struct Saved {
   bf16_t *gate = nullptr, *up = nullptr;
   std::array<bf16_t*, 3> low_rank{};

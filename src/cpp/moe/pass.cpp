@@ -9,7 +9,7 @@ namespace {
 
 constexpr index_t kTasksPerThread = 4;  // at least, where they are small
 constexpr index_t kFewCols = 128;       // at least, of a slice for few rows: runs of 256 bytes
-constexpr index_t kSumTokens = 64;  // a task of the sum over experts
+constexpr index_t kSumTokens = 64;      // a task of the sum over experts
 
 int to_int(index_t n) { return static_cast<int>(n); }  // kernels count rows and columns of a tile in int
 
@@ -57,8 +57,7 @@ void Pass::add_gate_up(const Saved& saved) {
   const auto pack = [=, this](std::size_t b, const Memory& into, Arena& scratch) {
     const Block block = blocks_[b];
     ForwardInput& in = hidden_states_[b];
-    if (!few(block))
-      in.rows = pack_b_cols_into(into.rows, kernels(), input(Projection::gate, block, {0, h}));
+    if (!few(block)) in.rows = pack_b_cols_into(into.rows, kernels(), input(Projection::gate, block, {0, h}));
     for (const Projection p : kGateUp) {
       if (!inputs_.of(p)) continue;
       const std::size_t i = index_of(p);
@@ -99,9 +98,8 @@ void Pass::project_a(Projection p, Block block, const PackedB* packed, Arena& sc
       kernels().epilogue.transpose(by_row, rank, to_int(part.count), to_int(rank), product, part_rows);
     } else {
       const bool as_packed = packed != nullptr && !inputs_.dropout.active();
-      const PackedB rows = as_packed
-                               ? cols_of(kernels(), *packed, within(part))
-                               : pack_b_cols(kernels(), lora_input(p, part, {0, in}, scratch), scratch);
+      const PackedB rows = as_packed ? cols_of(kernels(), *packed, within(part))
+                                     : pack_b_cols(kernels(), lora_input(p, part, {0, in}, scratch), scratch);
       const Term term{a, rows};
       multiply(kernels(), {&term, 1}, product, part_rows);
     }
@@ -130,7 +128,7 @@ void Pass::gate_up(Block block, Range slice, const ForwardInput& in, const Saved
     result[index_of(p)] = scratch.take<float>(part_rows * width);
   }
   auto* unsaved = scratch.take<bf16_t>(width);
-  for_parts(block, part_rows, [&](Block part) {
+  for_tiles(block, [&](Block part) {
     for (const Projection p : kGateUp)
       multiply_forward(p, weights[index_of(p)], in, part, result[index_of(p)], width, scratch);
     for (index_t i = 0; i < part.count; ++i) {
@@ -158,7 +156,7 @@ void Pass::multiply_forward(Projection p, const ForwardWeights& w, const Forward
                             float* result, index_t stride, Arena& scratch) const {
   const Arena::Frame frame(scratch);
   const bool lora = static_cast<bool>(inputs_.of(p));
-  if (few(part)) {
+  if (few(part) || part.count <= kernels().few.max_tail) {
     const Rows rows = input(p, part, {0, w.weights.matrix.cols});
     multiply_few_transposed(kernels(), rows, w.weights, result, stride, /*accumulate=*/false, scratch);
     if (lora)

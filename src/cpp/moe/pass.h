@@ -79,10 +79,21 @@ class Pass {
   // Adds the tasks that compute a [T, H] result: the sum over a token's routes, experts in order, of what
   // product(block, slice, rows, stride, scratch) writes to `rows`, times the routing weight if `weighted`.
   // The product of a block waits for its group of `ready`. Cuts between slices are multiples of `tile`.
-  using Product =
-      std::function<void(Block block, Range slice, float* rows, index_t stride, Arena& scratch)>;
+  using Product = std::function<void(Block block, Range slice, float* rows, index_t stride, Arena& scratch)>;
   void add_sum(const Result& result, bool weighted, index_t tile, index_t bytes,
                const std::vector<const Group*>& ready, Product product);
+
+  // Cuts `block` into parts for forward products: whole tiles, and in the end half a tile or few rows where
+  // those save a large part of a tile.
+  template <class Body>
+  void for_tiles(Block block, const Body& body) const {
+    const index_t tile = kernels().gemm.nr, half = tile / 2, tail = kernels().few.max_tail;
+    for (index_t i = 0, rows; i < block.count; i += rows) {
+      const index_t left = block.count - i;
+      rows = left <= tail || left > half + tail ? std::min(tile, left) : std::min(half, left);
+      body(Block{block.expert, block.index, block.first + i, rows});
+    }
+  }
 
   // Cuts `block` into parts of at most `rows` routes.
   template <class Body>
@@ -109,8 +120,8 @@ class Pass {
   // P of a block's rows in natural order, [count, r].
   Rows low_rank_rows(Projection p, Block block, Arena& scratch) const;
 
-  // Parts to cut n columns into: `bytes` of packed weights a column fill a part of the L2 cache, on whole tiles;
-  // where every block has few rows, as many as keep the threads busy.
+  // Parts to cut n columns into: `bytes` of packed weights a column fill a part of the L2 cache, on whole
+  // tiles; where every block has few rows, as many as keep the threads busy.
   index_t slices(index_t n, index_t tile, index_t bytes) const;
 
   // One row of fp32 results, stored in the wanted type.
@@ -136,11 +147,11 @@ class Pass {
   const LayerInputs& inputs_;
   const ActivationKernels& activation_;
   Routing routing_;
-  std::vector<Block> blocks_;          // every route once, experts in order
-  std::vector<float> weight_;          // routing weight of every route
-  std::array<bf16_t*, 3> low_rank_{};  // P' of each projection with LoRA
+  std::vector<Block> blocks_;            // every route once, experts in order
+  std::vector<float> weight_;            // routing weight of every route
+  std::array<bf16_t*, 3> low_rank_{};    // P' of each projection with LoRA
   bf16_t* weighted_low_rank_ = nullptr;  // P' of down times the routing weights
-  bf16_t* hidden_ = nullptr;           // h, [routes, I]
+  bf16_t* hidden_ = nullptr;             // h, [routes, I]
   TaskList tasks_;
   std::vector<const Group*> gate_up_done_;  // a block each
 

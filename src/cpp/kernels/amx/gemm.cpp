@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "kernels/amx/tile_unit.h"
+#include "kernels/avx512/few.h"
 #include "kernels/avx512_bf16/set.h"
 
 namespace kt::KT_AMX {
@@ -95,7 +96,7 @@ extern const KernelSet table;
 const KernelSet table = {
     .gemm = {MR, NR, KB, sizeof(uint16_t), pack_a, avx512_bf16::pack_b_cols, avx512_bf16::pack_b_rows,
              micro_kernel, begin, end},
-    .few = {},
+    .few = {kFewRows, 0, avx512_bf16::few_times_transposed, avx512_bf16::few_times},
     .epilogue = {},
     .decode = {},
 };

@@ -26,7 +26,7 @@ void micro_kernel(int rows, int cols, const Segment* segments, int count, float*
 extern const KernelSet table;
 const KernelSet table = {
     .gemm = {MR, NR, KB, sizeof(uint16_t), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr},
-    .few = {kFewRows, few_times_transposed, few_times},
+    .few = {kFewRows, kFewRows, few_times_transposed, few_times},
     .epilogue = {},
     .decode = {},
 };
