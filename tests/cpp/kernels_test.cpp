@@ -121,7 +121,7 @@ std::vector<float> product(const KernelSet& set, Direction direction, int rows, 
       gemm.pack_b_cols({w.data() + 1 + begin, w_stride, nullptr}, cols, depth, pb);
     else
       gemm.pack_b_rows({w.data() + 1 + begin * w_stride, w_stride, nullptr}, depth, cols, pb);
-    segments.push_back({pa, pb, depth});
+    segments.push_back({pa, pb, depth, {}});
   }
 
   const index_t ldc = gemm.nr + 2;
@@ -209,7 +209,7 @@ TEST_CASE("packing reads nothing but its rows: a NaN beside them stays out") {
     gemm.pack_b_rows({w.data(), 8, nullptr}, k, cols, pb.data.get());
     std::vector<float> c(static_cast<std::size_t>(gemm.nr));
     if (gemm.begin != nullptr) gemm.begin();
-    const Segment segment{pa.data.get(), pb.data.get(), k};
+    const Segment segment{pa.data.get(), pb.data.get(), k, {}};
     gemm.micro_kernel(1, cols, &segment, 1, c.data(), gemm.nr, 0);
     if (gemm.end != nullptr) gemm.end();
     for (int j = 0; j < cols; ++j) CHECK(c[static_cast<std::size_t>(j)] == 10.0f);

@@ -101,8 +101,20 @@ PackedB cols_of(const KernelSet& kernels, PackedB b, Range cols) {
   return {b.data + cols.begin / kernels.gemm.nr * b.panel_bytes, cols.size(), b.k, b.panel_bytes};
 }
 
+namespace {
+
+// The rows of `next` that are packed into panel `row / mr` of A.
+Ahead rows_ahead(const GemmKernels& gemm, const MatView& next, index_t row) {
+  if (row >= next.rows) return {};
+  constexpr index_t kSize = sizeof(std::uint16_t), kRun = 64;
+  return {static_cast<const char*>(next.at(row, 0)), next.stride * kSize, kRun * kSize / gemm.element_bytes,
+          static_cast<int>(std::min<index_t>(gemm.mr, next.rows - row))};
+}
+
+}  // namespace
+
 void multiply(const KernelSet& kernels, std::span<const Term> terms, float* c, index_t stride,
-              bool accumulate) {
+              bool accumulate, const MatView& next) {
   const GemmKernels& gemm = kernels.gemm;
   const index_t rows = terms.front().a.rows, cols = terms.front().b.cols;
   assert(terms.size() <= kMostTerms && stride >= result_stride(kernels, cols));
@@ -113,9 +125,12 @@ void multiply(const KernelSet& kernels, std::span<const Term> terms, float* c, i
       for (std::size_t t = 0; t < terms.size(); ++t) {
         const auto& [a, b] = terms[t];
         assert(a.rows == rows && b.cols == cols && a.k == b.k);
-        segments[t] = {a.data + i / gemm.mr * a.panel_bytes, b.data + j / gemm.nr * b.panel_bytes,
-                       static_cast<int>(a.k)};
+        segments[t] = {a.data + i / gemm.mr * a.panel_bytes,
+                       b.data + j / gemm.nr * b.panel_bytes,
+                       static_cast<int>(a.k),
+                       {}};
       }
+      if (j == 0) segments[0].ahead = rows_ahead(gemm, next, i);
       gemm.micro_kernel(static_cast<int>(std::min<index_t>(gemm.mr, rows - i)),
                         static_cast<int>(std::min<index_t>(gemm.nr, cols - j)), segments.data(),
                         static_cast<int>(terms.size()), c + i * stride + j, stride, accumulate);

@@ -25,11 +25,20 @@ struct RowSource {
 using PackRows = void(RowSource src, int rows, int k, void* panel);
 // A B panel from k rows of the source that run along n (the same weight in the backward direction).
 using PackAcross = void(RowSource src, int k, int cols, void* panel);
+// Memory that will be packed soon, asked for while a product runs: lines base, base + stride, ... (`lines` of
+// them), and the same `step` bytes further for every further 64 bytes of a packed row. Base null: none.
+struct Ahead {
+  const char* base;
+  ptrdiff_t stride, step;
+  int lines;
+};
+
 // A stretch of k with its packed panels. A product with LoRA is a list of them, and its tile stays in registers
 // from the first to the last.
 struct Segment {
   const void *a, *b;
   int k;
+  Ahead ahead;
 };
 // rows <= mr and cols <= nr are what is wanted; C may be written up to nr columns, never past `rows` rows.
 using MicroKernel = void(int rows, int cols, const Segment* segments, int count, float* c, ptrdiff_t ldc,

@@ -46,10 +46,18 @@ class Forward : Pass {
   void add_down(const Result& out) {
     const GemmKernels& gemm = kernels().gemm;
     const auto product = [this](Block block, Range slice, float* rows, index_t stride, Arena& scratch) {
-      const ForwardWeights weights = forward_weights(Projection::down, block, slice, scratch);
-      for_tiles(block, [&](Block part) {
-        multiply_forward(Projection::down, weights, packed_[block.index], part,
-                         rows + within(part).begin * stride, stride, scratch);
+      // In strips, each fetching the next one's weights.
+      const index_t width = slice.size(), strips = ceil_div(width, 4 * kernels().gemm.mr);
+      for_run(0, strips, width, strips, kernels().gemm.mr, [&](Range strip, Range next) {
+        const Arena::Frame frame(scratch);
+        const auto shifted = [&](Range r) { return Range{slice.begin + r.begin, slice.begin + r.end}; };
+        const ForwardWeights weights = forward_weights(Projection::down, block, shifted(strip), scratch);
+        const MatView soon = weight_rows(Projection::down, block.expert, shifted(next)).matrix;
+        for_tiles(block, [&](Block part) {
+          multiply_forward(Projection::down, weights, packed_[block.index], part,
+                           part.first == block.first ? soon : MatView{},
+                           rows + within(part).begin * stride + strip.begin, stride, scratch);
+        });
       });
     };
     add_sum(out, /*weighted=*/true, gemm.mr, experts_.intermediate * gemm.element_bytes, packed_done_,

@@ -8,6 +8,7 @@ namespace kt {
 namespace {
 
 constexpr index_t kTasksPerThread = 4;  // at least, where they are small
+constexpr index_t kMostSlices = 4;      // of one task: each fetches the next one's weights
 constexpr index_t kFewCols = 128;       // at least, of a slice for few rows: runs of 256 bytes
 constexpr index_t kSumTokens = 64;      // a task of the sum over experts
 
@@ -53,6 +54,7 @@ void Pass::add_gate_up(const Saved& saved) {
   gate_up_done_.resize(blocks_.size());
   std::vector<const Group*> packed(blocks_.size());
   const index_t parts = slices(n, kernels().gemm.mr, 2 * h * kernels().gemm.element_bytes);
+  const index_t run = slices_per_task(parts);
 
   const auto pack = [=, this](std::size_t b, const Memory& into, Arena& scratch) {
     const Block block = blocks_[b];
@@ -75,11 +77,14 @@ void Pass::add_gate_up(const Saved& saved) {
         });
       },
       [&](std::size_t b) {
-        gate_up_done_[b] = tasks_.add(parts, [=, this, input = packed[b]](index_t part, Arena& scratch) {
-          tasks_.wait(input);
-          const Range slice = split(n, parts, part, kernels().gemm.mr);
-          if (slice.size() > 0) gate_up(blocks_[b], slice, hidden_states_[b], saved, scratch);
-        });
+        gate_up_done_[b] =
+            tasks_.add(ceil_div(parts, run), [=, this, input = packed[b]](index_t task, Arena& scratch) {
+              tasks_.wait(input);
+              for_run(task, run, n, parts, kernels().gemm.mr, [&](Range slice, Range next) {
+                const Arena::Frame frame(scratch);
+                gate_up(blocks_[b], slice, next, hidden_states_[b], saved, scratch);
+              });
+            });
       });
 }
 
@@ -118,7 +123,7 @@ void Pass::project_a(Projection p, Block block, const PackedB* packed, Arena& sc
   });
 }
 
-void Pass::gate_up(Block block, Range slice, const ForwardInput& in, const Saved& saved,
+void Pass::gate_up(Block block, Range slice, Range next, const ForwardInput& in, const Saved& saved,
                    Arena& scratch) const {
   const index_t n = experts_.intermediate, width = slice.size(), part_rows = kernels().gemm.nr;
   std::array<ForwardWeights, 2> weights;
@@ -129,8 +134,11 @@ void Pass::gate_up(Block block, Range slice, const ForwardInput& in, const Saved
   }
   auto* unsaved = scratch.take<bf16_t>(width);
   for_tiles(block, [&](Block part) {
-    for (const Projection p : kGateUp)
-      multiply_forward(p, weights[index_of(p)], in, part, result[index_of(p)], width, scratch);
+    for (const Projection p : kGateUp) {
+      const bool first = part.first == block.first;
+      const MatView soon = first ? weight_rows(p, block.expert, next).matrix : MatView{};
+      multiply_forward(p, weights[index_of(p)], in, part, soon, result[index_of(p)], width, scratch);
+    }
     for (index_t i = 0; i < part.count; ++i) {
       const index_t place = (part.first + i) * n + slice.begin;
       activation_.forward(to_int(width), result[0] + i * width, result[1] + i * width,
@@ -141,11 +149,9 @@ void Pass::gate_up(Block block, Range slice, const ForwardInput& in, const Saved
 }
 
 Pass::ForwardWeights Pass::forward_weights(Projection p, Block block, Range slice, Arena& scratch) const {
-  const auto rows_of_slice = [&](const Stack& stack) {
-    return Rows{stack[block.expert].block(slice.begin, 0, slice.size(), stack.cols)};
-  };
-  const bool lora = static_cast<bool>(inputs_.of(p));
-  ForwardWeights w{rows_of_slice(experts_.of(p)), lora ? rows_of_slice(inputs_.of(p).b) : Rows{}, {}, {}};
+  const LoraPair& lora = inputs_.of(p);
+  ForwardWeights w{weight_rows(p, block.expert, slice), {}, {}, {}};
+  if (lora) w.lora_b = {lora.b[block.expert].block(slice.begin, 0, slice.size(), lora.rank())};
   if (few(block)) return w;
   w.packed_weights = pack_a(kernels(), w.weights, scratch);
   if (lora) w.packed_lora_b = pack_a(kernels(), w.lora_b, scratch);
@@ -153,7 +159,7 @@ Pass::ForwardWeights Pass::forward_weights(Projection p, Block block, Range slic
 }
 
 void Pass::multiply_forward(Projection p, const ForwardWeights& w, const ForwardInput& in, Block part,
-                            float* result, index_t stride, Arena& scratch) const {
+                            const MatView& next, float* result, index_t stride, Arena& scratch) const {
   const Arena::Frame frame(scratch);
   const bool lora = static_cast<bool>(inputs_.of(p));
   if (few(part) || part.count <= kernels().few.max_tail) {
@@ -168,7 +174,7 @@ void Pass::multiply_forward(Projection p, const ForwardWeights& w, const Forward
   std::array<Term, 2> terms{Term{w.packed_weights, cols_of(kernels(), in.rows, within(part))}, Term{}};
   if (lora) terms[1] = {w.packed_lora_b, cols_of(kernels(), in.low_rank[index_of(p)], within(part))};
   auto* transposed = scratch.take<float>(width * part_rows);
-  multiply(kernels(), {terms.data(), lora ? 2u : 1u}, transposed, part_rows);
+  multiply(kernels(), {terms.data(), lora ? 2u : 1u}, transposed, part_rows, /*accumulate=*/false, next);
   kernels().epilogue.transpose(transposed, part_rows, to_int(width), to_int(part.count), result, stride);
 }
 
@@ -274,6 +280,10 @@ index_t Pass::slices(index_t n, index_t tile, index_t bytes) const {
     return std::clamp(ceil_div(kTasksPerThread * threads_, std::max(blocks, index_t{1})), index_t{1},
                       ceil_div(n, std::max(tile, kFewCols)));
   return std::clamp(ceil_div(n, std::max(2 * tile, cache_part() / bytes)), index_t{1}, tiles);
+}
+
+index_t Pass::slices_per_task(index_t parts) const {
+  return std::clamp(parts * std::ssize(blocks_) / (kTasksPerThread * threads_), index_t{1}, kMostSlices);
 }
 
 void Pass::store(const float* row, index_t n, const Result& result, index_t offset) const {

@@ -72,9 +72,13 @@ class Pass {
     PackedA packed_weights, packed_lora_b;
   };
   ForwardWeights forward_weights(Projection p, Block block, Range slice, Arena& scratch) const;
+  Rows weight_rows(Projection p, int expert, Range slice) const {
+    return {experts_.of(p)[expert].block(slice.begin, 0, slice.size(), experts_.of(p).cols)};
+  }
   // result [part.count, slice] = input W' + P B', rows `stride` floats apart; a part is at most nr routes.
+  // `next`: rows of weights that this task needs next.
   void multiply_forward(Projection p, const ForwardWeights& weights, const ForwardInput& in, Block part,
-                        float* result, index_t stride, Arena& scratch) const;
+                        const MatView& next, float* result, index_t stride, Arena& scratch) const;
 
   // Adds the tasks that compute a [T, H] result: the sum over a token's routes, experts in order, of what
   // product(block, slice, rows, stride, scratch) writes to `rows`, times the routing weight if `weighted`.
@@ -124,6 +128,19 @@ class Pass {
   // tiles; where every block has few rows, as many as keep the threads busy.
   index_t slices(index_t n, index_t tile, index_t bytes) const;
 
+  // How many of `parts` slices a task takes, one after the other.
+  index_t slices_per_task(index_t parts) const;
+  // Calls body(slice, next slice of this task) for the slices of a task.
+  template <class Body>
+  static void for_run(index_t task, index_t run, index_t n, index_t parts, index_t tile, const Body& body) {
+    const index_t end = std::min(parts, (task + 1) * run);
+    for (index_t part = task * run; part < end; ++part) {
+      const Range slice = split(n, parts, part, tile);
+      if (slice.size() == 0) continue;
+      body(slice, part + 1 < end ? split(n, parts, part + 1, tile) : Range{slice.end, slice.end});
+    }
+  }
+
   // One row of fp32 results, stored in the wanted type.
   void store(const float* row, index_t n, const Result& result, index_t offset) const;
 
@@ -156,7 +173,8 @@ class Pass {
   std::vector<const Group*> gate_up_done_;  // a block each
 
  private:
-  void gate_up(Block block, Range slice, const ForwardInput& in, const Saved& saved, Arena& scratch) const;
+  void gate_up(Block block, Range slice, Range next, const ForwardInput& in, const Saved& saved,
+               Arena& scratch) const;
   void sum_routes(Range tokens, Range slice, const float* rows, index_t stride, const Result& result,
                   bool weighted, Arena& scratch) const;
 

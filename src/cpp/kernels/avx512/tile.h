@@ -28,6 +28,12 @@ __attribute__((always_inline)) static inline void add_step(__m512 (&acc)[R][V], 
   }
 }
 
+// Into L2: packing will read it from there.
+__attribute__((always_inline)) static inline void request(Ahead& ahead) {
+  for (int i = 0; i < ahead.lines; ++i) _mm_prefetch(ahead.base + i * ahead.stride, _MM_HINT_T1);
+  ahead.base += ahead.step;
+}
+
 template <class Step, int R, int V>
 static void tile(const Segment* segments, int count, float* c, ptrdiff_t ldc, int accumulate) {
   __m512 acc[R][V];
@@ -41,9 +47,12 @@ static void tile(const Segment* segments, int count, float* c, ptrdiff_t ldc, in
     const char* a = static_cast<const char*>(segment->a);
     const char* b = static_cast<const char*>(segment->b);
     int steps = (segment->k + Step::kDepth - 1) / Step::kDepth;
-    for (; steps >= kRun; steps -= kRun, a += 64 * kTileRows)
+    Ahead ahead = segment->ahead;
+    for (; steps >= kRun; steps -= kRun, a += 64 * kTileRows) {
+      if (ahead.base != nullptr) request(ahead);
 #pragma GCC unroll 4
       for (int p = 0; p < kRun; ++p, b += 4 * kTileCols) add_step<Step, R, V>(acc, a + 4 * p, b);
+    }
     for (int p = 0; p < steps; ++p, b += 4 * kTileCols) add_step<Step, R, V>(acc, a + 4 * p, b);
   }
 
