@@ -14,13 +14,6 @@ __m256 load(const float* src, int n) {
   return _mm256_loadu_ps(edge);
 }
 
-__m256 load(const uint16_t* src, int n) {
-  if (n >= 8) return widen(_mm_loadu_si128((const __m128i*)src));
-  uint16_t edge[8] = {};
-  memcpy(edge, src, n * sizeof *src);
-  return widen(_mm_loadu_si128((const __m128i*)edge));
-}
-
 void store(float* dst, int n, __m256 x) {
   if (n >= 8) return _mm256_storeu_ps(dst, x);
   float edge[8];
@@ -28,42 +21,100 @@ void store(float* dst, int n, __m256 x) {
   memcpy(dst, edge, n * sizeof *dst);
 }
 
-void store(uint16_t* dst, int n, __m256 x) {
-  if (n >= 8) return _mm_storeu_si128((__m128i*)dst, round_to_bf16(x));
-  uint16_t edge[8];
-  _mm_storeu_si128((__m128i*)edge, round_to_bf16(x));
-  memcpy(dst, edge, n * sizeof *dst);
-}
-
-__m256 power_of_two(__m256i n) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
-}
-
-// exp by x = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor polynomial of degree 7 in r: relative error below
-// 2e-7. The operands of min and max are ordered so that a NaN goes through. 2^n is two factors, each a normal
-// number, so that the product may overflow to infinity and underflow to 0.
-__m256 exp(__m256 x) {
-  x = _mm256_min_ps(_mm256_set1_ps(105.0f), _mm256_max_ps(_mm256_set1_ps(-105.0f), x));
-  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693145752f), x);
-  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(1.42860677e-6f), r);
-  constexpr float kInverseFactorials[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-  __m256 y = _mm256_set1_ps(1.0f / 5040);
-  for (float c : kInverseFactorials) y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(c));
-  const __m256i power = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(power, 1);
-  return _mm256_mul_ps(_mm256_mul_ps(y, power_of_two(half)), power_of_two(_mm256_sub_epi32(power, half)));
-}
-
-__m256 sigmoid(__m256 x) {
-  const __m256 one = _mm256_set1_ps(1.0f);
-  return _mm256_div_ps(one, _mm256_add_ps(one, exp(_mm256_sub_ps(_mm256_setzero_ps(), x))));
-}
-
 float sum(__m256 x) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
+
+// 16 elements. Each step is written for both halves, because the CPU does not look far enough ahead to
+// overlap two whole chains of dependent steps.
+struct Pair {
+  __m256 low, high;
+};
+
+Pair both(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+Pair mul(Pair a, Pair b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+Pair div(Pair a, Pair b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+Pair sub(Pair a, Pair b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+Pair mul_add(Pair a, Pair b, Pair c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+
+Pair mul_sub(Pair a, Pair b, Pair c) {
+  return {_mm256_fmsub_ps(a.low, b.low, c.low), _mm256_fmsub_ps(a.high, b.high, c.high)};
+}
+
+Pair load16(const float* src) { return {_mm256_loadu_ps(src), _mm256_loadu_ps(src + 8)}; }
+
+Pair load16(const uint16_t* src) {
+  return {widen(_mm_loadu_si128((const __m128i*)src)), widen(_mm_loadu_si128((const __m128i*)(src + 8)))};
+}
+
+void store16(uint16_t* dst, Pair x) { _mm256_storeu_si256((__m256i*)dst, round_to_bf16(x.low, x.high)); }
+
+Pair clamp(Pair x, float least, float most) {
+  const __m256 a = _mm256_set1_ps(least), b = _mm256_set1_ps(most);
+  return {_mm256_min_ps(_mm256_max_ps(x.low, a), b), _mm256_min_ps(_mm256_max_ps(x.high, a), b)};
+}
+
+Pair nearest_integers(Pair x) {
+  return {_mm256_round_ps(x.low, _MM_FROUND_TO_NEAREST_INT),
+          _mm256_round_ps(x.high, _MM_FROUND_TO_NEAREST_INT)};
+}
+
+__m256 power_of_two(__m256 n) {
+  return _mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+
+// 1 + exp(-x), relative error below 3e-7. exp(-x) is 2^n 2^f with n + f = -x / ln 2 and |f| <= 1/2, the
+// factor 1 / ln 2 in two parts; 2^f is the minimax polynomial of degree 5 with its constant set to 1. The
+// clamp leaves -127 <= n <= 128, where 2^n is made to be 0 and infinity.
+Pair one_plus_exp_minus(Pair x) {
+  x = clamp(x, -89.0f, 88.0f);
+  const Pair scale = both(-1.44269502f), scale_rest = both(-1.92596303e-8f);
+  const Pair n = nearest_integers(mul(x, scale));
+  const Pair f = mul_add(x, scale_rest, mul_sub(x, scale, n));
+  constexpr float kCoefficients[] = {9.67554096e-3f, 5.55071309e-2f, 0.240221202f, 0.693146944f, 1.0f};
+  Pair y = both(1.32764725e-3f);
+  for (float c : kCoefficients) y = mul_add(y, f, both(c));
+  return mul_add(y, {power_of_two(n.low), power_of_two(n.high)}, both(1.0f));
+}
+
+void forward16(const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved, uint16_t* h) {
+  const Pair gate = load16(g), up = load16(u);
+  const Pair act = div(gate, one_plus_exp_minus(gate));
+  store16(g_saved, gate);
+  store16(u_saved, up);
+  store16(h, mul(act, up));
+}
+
+// n is a multiple of 16.
+float backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u, uint16_t* dg,
+               uint16_t* du, uint16_t* h) {
+  const Pair one = both(1.0f), w = both(weight);
+  Pair dot = both(0.0f);
+  for (int i = 0; i < n; i += 16) {
+    const Pair gate = load16(g + i), up = load16(u + i), d = load16(dh + i), weighted = mul(w, d);
+    const Pair sigmoid = div(one, one_plus_exp_minus(gate)), act = mul(gate, sigmoid), hidden = mul(act, up);
+    const Pair slope = mul_add(act, sub(one, sigmoid), sigmoid);
+    dot = mul_add(d, hidden, dot);
+    store16(dg + i, mul(mul(weighted, up), slope));
+    store16(du + i, mul(weighted, act));
+    store16(h + i, hidden);
+  }
+  return sum(_mm256_add_ps(dot.low, dot.high));
+}
+
+// n < 16 elements, on a copy that goes on with zeros.
+template <class T>
+struct Edge {
+  T data[16] = {};
+  Edge() = default;
+  Edge(const T* src, int n) { memcpy(data, src, n * sizeof *src); }
+  void copy_to(T* dst, int n) const { memcpy(dst, data, n * sizeof *dst); }
+};
 
 }  // namespace
 
@@ -79,40 +130,57 @@ void transpose(const float* src, ptrdiff_t src_stride, int rows, int cols, float
 }
 
 void add_scaled(int n, float scale, const float* x, float* y) {
-  for (int i = 0; i < n; i += 8)
-    store(y + i, n - i, _mm256_fmadd_ps(_mm256_set1_ps(scale), load(x + i, n - i), load(y + i, n - i)));
+  const __m256 factor = _mm256_set1_ps(scale);
+  int i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(y + i, _mm256_fmadd_ps(factor, _mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i)));
+  if (i < n) store(y + i, n - i, _mm256_fmadd_ps(factor, load(x + i, n - i), load(y + i, n - i)));
 }
 
+// Here and in silu_forward the last 16 elements of a row overlap those before them.
 void round_scaled(int n, float scale, const float* x, uint16_t* y) {
-  for (int i = 0; i < n; i += 8)
-    store(y + i, n - i, _mm256_mul_ps(_mm256_set1_ps(scale), load(x + i, n - i)));
+  if (n < 16) {
+    const Edge<float> x_edge(x, n);
+    Edge<uint16_t> y_edge;
+    store16(y_edge.data, mul(both(scale), load16(x_edge.data)));
+    return y_edge.copy_to(y, n);
+  }
+  for (int next = 0; next < n; next += 16) {
+    const int i = next + 16 <= n ? next : n - 16;
+    store16(y + i, mul(both(scale), load16(x + i)));
+  }
 }
 
 // silu(g) = g * sigmoid(g) and its derivative sigmoid(g) * (1 + g * (1 - sigmoid(g))).
 void silu_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved, uint16_t* h) {
-  for (int i = 0; i < n; i += 8) {
-    const __m256 gate = load(g + i, n - i), up = load(u + i, n - i);
-    store(g_saved + i, n - i, gate);
-    store(u_saved + i, n - i, up);
-    store(h + i, n - i, _mm256_mul_ps(_mm256_mul_ps(gate, sigmoid(gate)), up));
+  if (n < 16) {
+    const Edge<float> g_edge(g, n), u_edge(u, n);
+    Edge<uint16_t> gate, up, hidden;
+    forward16(g_edge.data, u_edge.data, gate.data, up.data, hidden.data);
+    gate.copy_to(g_saved, n);
+    up.copy_to(u_saved, n);
+    return hidden.copy_to(h, n);
+  }
+  for (int next = 0; next < n; next += 16) {
+    const int i = next + 16 <= n ? next : n - 16;
+    forward16(g + i, u + i, g_saved + i, u_saved + i, h + i);
   }
 }
 
 float silu_backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u, uint16_t* dg,
                     uint16_t* du, uint16_t* h) {
-  const __m256 one = _mm256_set1_ps(1.0f), w = _mm256_set1_ps(weight);
-  __m256 dot = _mm256_setzero_ps();
-  for (int i = 0; i < n; i += 8) {
-    const __m256 gate = load(g + i, n - i), up = load(u + i, n - i), d = load(dh + i, n - i);
-    const __m256 s = sigmoid(gate), act = _mm256_mul_ps(gate, s), hidden = _mm256_mul_ps(act, up);
-    const __m256 slope = _mm256_mul_ps(s, _mm256_fmadd_ps(gate, _mm256_sub_ps(one, s), one));
-    const __m256 weighted = _mm256_mul_ps(w, d);
-    dot = _mm256_fmadd_ps(d, hidden, dot);
-    store(dg + i, n - i, _mm256_mul_ps(_mm256_mul_ps(weighted, up), slope));
-    store(du + i, n - i, _mm256_mul_ps(weighted, act));
-    store(h + i, n - i, hidden);
-  }
-  return sum(dot);
+  const int whole = n / 16 * 16, left = n - whole;
+  const float dot = backward(whole, dh, weight, g, u, dg, du, h);
+  if (left == 0) return dot;
+  const Edge<float> dh_edge(dh + whole, left);
+  const Edge<uint16_t> g_edge(g + whole, left), u_edge(u + whole, left);
+  Edge<uint16_t> gate, up, hidden;
+  const float rest =
+      backward(16, dh_edge.data, weight, g_edge.data, u_edge.data, gate.data, up.data, hidden.data);
+  gate.copy_to(dg + whole, left);
+  up.copy_to(du + whole, left);
+  hidden.copy_to(h + whole, left);
+  return dot + rest;
 }
 
 }  // namespace kt::avx2

@@ -30,15 +30,22 @@ static inline __m256 widen(__m128i bits) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
-// fp32 to bf16, nearest even, NaN stays NaN.
-static inline __m128i round_to_bf16(__m256 x) {
+// fp32 to bf16 in the lower half of each lane: nearest even, NaN stays NaN.
+static inline __m256i lower_bf16(__m256 x) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-  const __m256i upper = _mm256_srli_epi32(_mm256_blendv_epi8(nearest, quiet, nan), 16);
-  return _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
+  return _mm256_srli_epi32(_mm256_or_si256(nearest, nan), 16);
+}
+
+static inline __m128i round_to_bf16(__m256 x) {
+  const __m256i bits = lower_bf16(x);
+  return _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+}
+
+static inline __m256i round_to_bf16(__m256 low, __m256 high) {
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32(lower_bf16(low), lower_bf16(high)), 0xd8);
 }
 
 // In place: lane j of row i and lane i of row j change places.

@@ -4,29 +4,63 @@ namespace kt::avx512 {
 
 namespace {
 
-__m512 load_bf16(__mmask16 mask, const uint16_t* src) { return widen(_mm256_maskz_loadu_epi16(mask, src)); }
+// 32 elements. Each step is written for both halves, because the CPU does not look far enough ahead to
+// overlap two whole chains of dependent steps.
+struct Pair {
+  __m512 low, high;
+};
 
-void store_bf16(__mmask16 mask, uint16_t* dst, __m512 x) {
-  _mm256_mask_storeu_epi16(dst, mask, round_to_bf16(x));
+Pair both(float x) { return {_mm512_set1_ps(x), _mm512_set1_ps(x)}; }
+Pair mul(Pair a, Pair b) { return {_mm512_mul_ps(a.low, b.low), _mm512_mul_ps(a.high, b.high)}; }
+Pair div(Pair a, Pair b) { return {_mm512_div_ps(a.low, b.low), _mm512_div_ps(a.high, b.high)}; }
+Pair sub(Pair a, Pair b) { return {_mm512_sub_ps(a.low, b.low), _mm512_sub_ps(a.high, b.high)}; }
+Pair add(Pair a, Pair b) { return {_mm512_add_ps(a.low, b.low), _mm512_add_ps(a.high, b.high)}; }
+Pair mul_add(Pair a, Pair b, Pair c) {
+  return {_mm512_fmadd_ps(a.low, b.low, c.low), _mm512_fmadd_ps(a.high, b.high, c.high)};
 }
 
-// exp by x = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor polynomial of degree 7 in r: relative error below
-// 2e-7. The operands of min and max are ordered so that a NaN goes through.
-__m512 exp(__m512 x) {
-  x = _mm512_min_ps(_mm512_set1_ps(105.0f), _mm512_max_ps(_mm512_set1_ps(-105.0f), x));
-  const __m512 n =
-      _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
-  constexpr float kInverseFactorials[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-  __m512 y = _mm512_set1_ps(1.0f / 5040);
-  for (float c : kInverseFactorials) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
-  return _mm512_scalef_ps(y, n);
+Pair mul_sub(Pair a, Pair b, Pair c) {
+  return {_mm512_fmsub_ps(a.low, b.low, c.low), _mm512_fmsub_ps(a.high, b.high, c.high)};
 }
 
-__m512 sigmoid(__m512 x) {
-  const __m512 one = _mm512_set1_ps(1.0f);
-  return _mm512_div_ps(one, _mm512_add_ps(one, exp(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+// Only the elements under the mask are read or written.
+Pair load(__mmask32 mask, const float* src) {
+  return {_mm512_maskz_loadu_ps(mask, src), _mm512_maskz_loadu_ps(mask >> 16, src + 16)};
+}
+
+Pair load(__mmask32 mask, const uint16_t* src) {
+  return {widen(_mm256_maskz_loadu_epi16(mask, src)), widen(_mm256_maskz_loadu_epi16(mask >> 16, src + 16))};
+}
+
+void store(__mmask32 mask, uint16_t* dst, Pair x) {
+  _mm512_mask_storeu_epi16(dst, mask, round_to_bf16(x.low, x.high));
+}
+
+// -most to most: the smaller magnitude, with the sign of x.
+Pair clamp(Pair x, float most) {
+  constexpr int kSmallerMagnitude = 2;
+  const __m512 bound = _mm512_set1_ps(most);
+  return {_mm512_range_ps(x.low, bound, kSmallerMagnitude),
+          _mm512_range_ps(x.high, bound, kSmallerMagnitude)};
+}
+
+Pair nearest_integers(Pair x) {
+  return {_mm512_roundscale_ps(x.low, _MM_FROUND_TO_NEAREST_INT),
+          _mm512_roundscale_ps(x.high, _MM_FROUND_TO_NEAREST_INT)};
+}
+
+// 1 + exp(-x), relative error below 3e-7. exp(-x) is 2^n 2^f with n + f = -x / ln 2 and |f| <= 1/2, the
+// factor 1 / ln 2 in two parts; 2^f is the minimax polynomial of degree 5 with its constant set to 1. The
+// clamp keeps infinities out of f; exp(128) is one.
+Pair one_plus_exp_minus(Pair x) {
+  x = clamp(x, 128.0f);
+  const Pair scale = both(-1.44269502f), scale_rest = both(-1.92596303e-8f);
+  const Pair n = nearest_integers(mul(x, scale));
+  const Pair f = mul_add(x, scale_rest, mul_sub(x, scale, n));
+  constexpr float kCoefficients[] = {9.67554096e-3f, 5.55071309e-2f, 0.240221202f, 0.693146944f, 1.0f};
+  Pair y = both(1.32764725e-3f);
+  for (float c : kCoefficients) y = mul_add(y, f, both(c));
+  return add({_mm512_scalef_ps(y.low, n.low), _mm512_scalef_ps(y.high, n.high)}, both(1.0f));
 }
 
 }  // namespace
@@ -54,39 +88,39 @@ void add_scaled(int n, float scale, const float* x, float* y) {
 }
 
 void round_scaled(int n, float scale, const float* x, uint16_t* y) {
-  for (int i = 0; i < n; i += 16) {
-    const __mmask16 m = first16(n - i);
-    store_bf16(m, y + i, _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_maskz_loadu_ps(m, x + i)));
+  for (int i = 0; i < n; i += 32) {
+    const __mmask32 m = first32(n - i);
+    store(m, y + i, mul(both(scale), load(m, x + i)));
   }
 }
 
 // silu(g) = g * sigmoid(g) and its derivative sigmoid(g) * (1 + g * (1 - sigmoid(g))).
 void silu_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved, uint16_t* h) {
-  for (int i = 0; i < n; i += 16) {
-    const __mmask16 m = first16(n - i);
-    const __m512 gate = _mm512_maskz_loadu_ps(m, g + i), up = _mm512_maskz_loadu_ps(m, u + i);
-    store_bf16(m, g_saved + i, gate);
-    store_bf16(m, u_saved + i, up);
-    store_bf16(m, h + i, _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid(gate)), up));
+  for (int i = 0; i < n; i += 32) {
+    const __mmask32 m = first32(n - i);
+    const Pair gate = load(m, g + i), up = load(m, u + i);
+    const Pair act = div(gate, one_plus_exp_minus(gate));
+    store(m, g_saved + i, gate);
+    store(m, u_saved + i, up);
+    store(m, h + i, mul(act, up));
   }
 }
 
 float silu_backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u, uint16_t* dg,
                     uint16_t* du, uint16_t* h) {
-  const __m512 one = _mm512_set1_ps(1.0f), w = _mm512_set1_ps(weight);
-  __m512 dot = _mm512_setzero_ps();
-  for (int i = 0; i < n; i += 16) {
-    const __mmask16 m = first16(n - i);
-    const __m512 gate = load_bf16(m, g + i), up = load_bf16(m, u + i), d = _mm512_maskz_loadu_ps(m, dh + i);
-    const __m512 s = sigmoid(gate), act = _mm512_mul_ps(gate, s), hidden = _mm512_mul_ps(act, up);
-    const __m512 slope = _mm512_mul_ps(s, _mm512_fmadd_ps(gate, _mm512_sub_ps(one, s), one));
-    const __m512 weighted = _mm512_mul_ps(w, d);
-    dot = _mm512_fmadd_ps(d, hidden, dot);
-    store_bf16(m, dg + i, _mm512_mul_ps(_mm512_mul_ps(weighted, up), slope));
-    store_bf16(m, du + i, _mm512_mul_ps(weighted, act));
-    store_bf16(m, h + i, hidden);
+  const Pair one = both(1.0f), w = both(weight);
+  Pair dot = both(0.0f);
+  for (int i = 0; i < n; i += 32) {
+    const __mmask32 m = first32(n - i);
+    const Pair gate = load(m, g + i), up = load(m, u + i), d = load(m, dh + i), weighted = mul(w, d);
+    const Pair sigmoid = div(one, one_plus_exp_minus(gate)), act = mul(gate, sigmoid), hidden = mul(act, up);
+    const Pair slope = mul_add(act, sub(one, sigmoid), sigmoid);
+    dot = mul_add(d, hidden, dot);
+    store(m, dg + i, mul(mul(weighted, up), slope));
+    store(m, du + i, mul(weighted, act));
+    store(m, h + i, hidden);
   }
-  return _mm512_reduce_add_ps(dot);
+  return _mm512_reduce_add_ps(_mm512_add_ps(dot.low, dot.high));
 }
 
 }  // namespace kt::avx512
