@@ -77,18 +77,19 @@ struct Panel {
 // n elements that end where a page ends, before one that may not be touched.
 template <class T>
 struct EndOfPage {
-  explicit EndOfPage(int n) {
-    map = static_cast<char*>(
-        mmap(nullptr, 2 * kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  explicit EndOfPage(int n) : bytes(round_up(n * static_cast<index_t>(sizeof(T)), kPage)) {
+    map = static_cast<char*>(mmap(nullptr, static_cast<std::size_t>(bytes + kPage), PROT_READ | PROT_WRITE,
+                                  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     REQUIRE(map != MAP_FAILED);
-    REQUIRE(mprotect(map + kPage, kPage, PROT_NONE) == 0);
-    data = reinterpret_cast<T*>(map + kPage) - n;
+    REQUIRE(mprotect(map + bytes, kPage, PROT_NONE) == 0);
+    data = reinterpret_cast<T*>(map + bytes) - n;
   }
-  ~EndOfPage() { munmap(map, 2 * kPage); }
+  ~EndOfPage() { munmap(map, static_cast<std::size_t>(bytes + kPage)); }
   EndOfPage(const EndOfPage&) = delete;
   EndOfPage& operator=(const EndOfPage&) = delete;
 
-  static constexpr std::size_t kPage = 4096;
+  static constexpr index_t kPage = 4096;
+  index_t bytes;
   char* map;
   T* data;
 };
@@ -121,7 +122,7 @@ std::vector<float> product(const KernelSet& set, Direction direction, int rows, 
     if (direction == Direction::forward)
       gemm.pack_b_cols({w.data() + 1 + begin, w_stride, nullptr}, cols, depth, pb);
     else
-      gemm.pack_b_rows({w.data() + 1 + begin * w_stride, w_stride, nullptr}, depth, cols, pb);
+      gemm.pack_b_rows({w.data() + 1 + begin * w_stride, w_stride, nullptr}, depth, cols, pb, 0);
     segments.push_back({pa, pb, depth, {}});
   }
 
@@ -207,7 +208,7 @@ TEST_CASE("packing reads nothing but its rows: a NaN beside them stays out") {
       for (int j = 0; j < cols; ++j) w[static_cast<std::size_t>(p * 8 + j)] = to_bf16(2.0f);
     const Panel pa(gemm, gemm.mr, k), pb(gemm, gemm.nr, k);
     gemm.pack_a({a.data(), 64, nullptr}, 1, k, pa.data.get());
-    gemm.pack_b_rows({w.data(), 8, nullptr}, k, cols, pb.data.get());
+    gemm.pack_b_rows({w.data(), 8, nullptr}, k, cols, pb.data.get(), 0);
     std::vector<float> c(static_cast<std::size_t>(gemm.nr));
     if (gemm.begin != nullptr) gemm.begin();
     const Segment segment{pa.data.get(), pb.data.get(), k, {}};
@@ -231,8 +232,8 @@ TEST_CASE("kernels read and write no byte beyond their operands, not even where 
       gemm.pack_a({a.data, n, nullptr}, 1, n, panel.data.get());
       gemm.pack_b_cols({a.data, 1, nullptr}, cols, 1, panel.data.get());
       gemm.pack_b_cols({a.data, n, nullptr}, 1, n, panel.data.get());
-      gemm.pack_b_rows({a.data, 1, nullptr}, n, 1, panel.data.get());
-      if (n <= gemm.nr) gemm.pack_b_rows({a.data, n, nullptr}, 1, n, panel.data.get());
+      gemm.pack_b_rows({a.data, 1, nullptr}, n, 1, panel.data.get(), 0);
+      if (n <= gemm.nr) gemm.pack_b_rows({a.data, n, nullptr}, 1, n, panel.data.get(), 0);
       set.epilogue.transpose(x.data, n, 1, n, y.data, 1);
       set.epilogue.transpose(x.data, 1, n, 1, y.data, n);
       set.epilogue.add_scaled(n, 1.0f, x.data, y.data);
@@ -242,6 +243,37 @@ TEST_CASE("kernels read and write no byte beyond their operands, not even where 
       set.decode.from_f32(n, x.data, a.data);
       set.decode.from_f16(n, a.data, b.data);
     }
+  });
+}
+
+TEST_CASE(
+    "panels packed from rows in one call are those packed one by one, and their source is read no further") {
+  for_every_set([](const KernelSet& set) {
+    const GemmKernels& gemm = set.gemm;
+    for (const int k : {1, 2, 7, 36, 41})
+      for (const int panels : {1, 2, 3, 4, 5, 9})
+        for (const int cols : {panels * gemm.nr - gemm.nr + 1, panels * gemm.nr - 3, panels * gemm.nr}) {
+          CAPTURE(k);
+          CAPTURE(cols);
+          std::vector<std::int32_t> index;
+          for (int p = 0; p < k; ++p) index.push_back(k - 1 - p);
+          const std::vector<bf16_t> values = bf16s(k * cols, 10);
+          const EndOfPage<bf16_t> source(k * cols);
+          std::copy(values.begin(), values.end(), source.data);
+
+          const Panel together(gemm, panels * gemm.nr, k), single(gemm, gemm.nr, k);
+          const auto panel_bytes = together.bytes / static_cast<std::size_t>(panels);
+          gemm.pack_b_rows({source.data, cols, index.data()}, k, cols, together.data.get(),
+                           static_cast<ptrdiff_t>(panel_bytes));
+          for (int i = 0; i < panels; ++i) {
+            std::memset(single.data.get(), 0xff, single.bytes);
+            gemm.pack_b_rows({source.data + i * gemm.nr, cols, index.data()}, k,
+                             std::min(gemm.nr, cols - i * gemm.nr), single.data.get(), 0);
+            CHECK(
+                std::memcmp(static_cast<char*>(together.data.get()) + i * static_cast<ptrdiff_t>(panel_bytes),
+                            single.data.get(), panel_bytes) == 0);
+          }
+        }
   });
 }
 

@@ -78,10 +78,7 @@ PackedB pack_b_cols(const KernelSet& kernels, Rows source, Arena& scratch) {
 PackedB pack_b_rows_into(char* panels, const KernelSet& kernels, Rows source) {
   const GemmKernels& gemm = kernels.gemm;
   const index_t k = source.matrix.rows, cols = source.matrix.cols, bytes = panel_bytes(gemm, gemm.nr, k);
-  RowSource rows = from_row(source, 0);
-  for (index_t j = 0; j < cols; j += gemm.nr, rows.base += gemm.nr)
-    gemm.pack_b_rows(rows, static_cast<int>(k), static_cast<int>(std::min<index_t>(gemm.nr, cols - j)),
-                     panels + j / gemm.nr * bytes);
+  gemm.pack_b_rows(from_row(source, 0), static_cast<int>(k), static_cast<int>(cols), panels, bytes);
   return {panels, cols, k, bytes};
 }
 

@@ -23,8 +23,9 @@ struct RowSource {
 // A panel from `rows` <= mr rows that run along k; a B panel from `rows` <= nr of them (a weight in the
 // forward direction).
 using PackRows = void(RowSource src, int rows, int k, void* panel);
-// A B panel from k rows of the source that run along n (the same weight in the backward direction).
-using PackAcross = void(RowSource src, int k, int cols, void* panel);
+// B panels, panel_bytes apart, from k rows of the source that run along all their columns (the same weight in
+// the backward direction).
+using PackAcross = void(RowSource src, int k, int cols, void* panels, ptrdiff_t panel_bytes);
 // Memory that will be packed soon, asked for while a product runs: lines base, base + stride, ... (`lines` of
 // them), and the same `step` bytes further for every further 64 bytes of a packed row. Base null: none.
 struct Ahead {

@@ -6,7 +6,31 @@ namespace kt::avx512 {
 
 namespace {
 
+constexpr int kAhead = 32;  // rows between a prefetch, into the second cache level, and its use
+
 __m512 load(const uint16_t* row, int n) { return widen(_mm256_maskz_loadu_epi16(first16(n), row)); }
+
+// The next P panels: a row is read in runs of P lines. One line at a time, rows that lie a power of two of
+// bytes apart fall into one cache set, and what is fetched beside a line is lost before its turn comes.
+template <int P>
+void pack_panels(RowSource src, int k, int cols, char* dst, ptrdiff_t panel_bytes) {
+  const __mmask32 last = first32(cols - (P - 1) * NR);
+  for (int p = 0; p < k; ++p, dst += NR * sizeof(float)) {
+    const uint16_t* row = source_row(src, p);
+    const uint16_t* ahead = p + kAhead < k ? source_row(src, p + kAhead) : row;
+#pragma GCC unroll 4
+    for (int i = 0; i < P; ++i) {
+      _mm_prefetch(ahead + i * NR, _MM_HINT_T1);
+      const __m512i x =
+          i + 1 < P ? _mm512_loadu_si512(row + i * NR) : _mm512_maskz_loadu_epi16(last, row + i * NR);
+      _mm512_store_ps(dst + i * panel_bytes, widen(_mm512_castsi512_si256(x)));
+      _mm512_store_ps(dst + i * panel_bytes + 64, widen(_mm512_extracti64x4_epi64(x, 1)));
+    }
+  }
+}
+
+using PackPanels = void (*)(RowSource, int, int, char*, ptrdiff_t);
+constexpr PackPanels kPackPanels[] = {pack_panels<1>, pack_panels<2>, pack_panels<3>, pack_panels<4>};
 
 }  // namespace
 
@@ -18,25 +42,29 @@ void pack_a(RowSource src, int rows, int k, void* panel) {
   }
 }
 
+// Pairs of neighbours in k are transposed, then taken apart.
 void pack_b_cols(RowSource src, int cols, int k, void* panel) {
   float* dst = static_cast<float*>(panel);
   for (int j = 0; j < NR; j += 16)
-    for (int p = 0; p < k; p += 16) {
+    for (int p = 0; p < k; p += 32) {
       __m512i r[16];
       for (int i = 0; i < 16; ++i)
-        r[i] = j + i < cols ? _mm512_castps_si512(load(source_row(src, j + i) + p, k - p))
+        r[i] = j + i < cols ? _mm512_maskz_loadu_epi16(first32(k - p), source_row(src, j + i) + p)
                             : _mm512_setzero_si512();
       transpose16(r);
-      for (int i = 0; i < 16 && p + i < k; ++i) _mm512_store_si512(dst + (p + i) * NR + j, r[i]);
+      for (int i = 0; i < 16 && p + 2 * i < k; ++i) {
+        float* pair = dst + (p + 2 * i) * NR + j;
+        _mm512_store_si512(pair, _mm512_slli_epi32(r[i], 16));
+        if (p + 2 * i + 1 < k)
+          _mm512_store_si512(pair + NR, _mm512_and_si512(r[i], _mm512_set1_epi32(0xffff0000)));
+      }
     }
 }
 
-void pack_b_rows(RowSource src, int k, int cols, void* panel) {
-  float* dst = static_cast<float*>(panel);
-  for (int p = 0; p < k; ++p) {
-    const uint16_t* row = source_row(src, p);
-    for (int j = 0; j < NR; j += 16) _mm512_store_ps(dst + p * NR + j, load(row + j, cols - j));
-  }
+void pack_b_rows(RowSource src, int k, int cols, void* panels, ptrdiff_t panel_bytes) {
+  char* dst = static_cast<char*>(panels);
+  for (; cols > 0; cols -= 4 * NR, src.base += 4 * NR, dst += 4 * panel_bytes)
+    kPackPanels[cols > 3 * NR ? 3 : (cols - 1) / NR](src, k, cols, dst, panel_bytes);
 }
 
 }  // namespace kt::avx512

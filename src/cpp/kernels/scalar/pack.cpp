@@ -22,10 +22,13 @@ void pack_b_cols(RowSource src, int cols, int k, void* panel) {
   interleave_rows(src, cols, NR, k, static_cast<float*>(panel));
 }
 
-void pack_b_rows(RowSource src, int k, int cols, void* panel) {
-  float* dst = static_cast<float*>(panel);
-  for (int p = 0; p < k; ++p)
-    for (int j = 0; j < NR; ++j) dst[p * NR + j] = j < cols ? widen(row(src, p)[j]) : 0.0f;
+void pack_b_rows(RowSource src, int k, int cols, void* panels, ptrdiff_t panel_bytes) {
+  for (int first = 0; first < cols; first += NR) {
+    float* panel = reinterpret_cast<float*>(static_cast<char*>(panels) + first / NR * panel_bytes);
+    for (int p = 0; p < k; ++p)
+      for (int j = 0; j < NR; ++j)
+        panel[p * NR + j] = first + j < cols ? widen(row(src, p)[first + j]) : 0.0f;
+  }
 }
 
 }  // namespace kt::scalar
