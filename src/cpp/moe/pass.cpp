@@ -9,6 +9,7 @@ namespace {
 
 constexpr index_t kTasksPerThread = 4;  // at least, where they are small
 constexpr index_t kMostSlices = 4;      // of one task: each fetches the next one's weights
+constexpr index_t kLeastCols = 24;      // of a slice, or its input is read too often
 constexpr index_t kFewCols = 128;       // at least, of a slice for few rows: runs of 256 bytes
 constexpr index_t kSumTokens = 64;      // a task of the sum over experts
 
@@ -279,7 +280,7 @@ index_t Pass::slices(index_t n, index_t tile, index_t bytes) const {
   if (std::ranges::all_of(blocks_, [this](Block block) { return few(block); }))
     return std::clamp(ceil_div(kTasksPerThread * threads_, std::max(blocks, index_t{1})), index_t{1},
                       ceil_div(n, std::max(tile, kFewCols)));
-  return std::clamp(ceil_div(n, std::max(2 * tile, cache_part() / bytes)), index_t{1}, tiles);
+  return std::clamp(ceil_div(n, std::max(round_up(kLeastCols, tile), cache_part() / bytes)), index_t{1}, tiles);
 }
 
 index_t Pass::slices_per_task(index_t parts) const {
