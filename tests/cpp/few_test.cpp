@@ -91,7 +91,8 @@ struct Operands {
   RowSource source() const { return {x.data(), x.stride(), index.empty() ? nullptr : index.data()}; }
 
   // Columns begin.. of the product into c, as many as c has.
-  void multiply(const FewRowsKernels& few, int begin, int cols, const Matrix<float>& c, bool accumulate) const {
+  void multiply(const FewRowsKernels& few, int begin, int cols, const Matrix<float>& c,
+                bool accumulate) const {
     kernel(few, direction)(rows, cols, k, source(), &weight(begin, 0), w.stride(), c.data(), c.stride(),
                            accumulate);
   }
@@ -202,6 +203,8 @@ TEST_CASE("a NaN or an infinity reaches the results it belongs to, and no other"
         operands.multiply(few, 0, 37, c, false);
         for (int i = 0; i < 3; ++i)
           for (int j = 0; j < 37; ++j) CHECK(std::isfinite(c.at(i, j)) == (i != 1 && j != 36));
+        CHECK(std::isnan(c.at(1, 0)) == (special == kNan));  // an infinity stays one
+        CHECK(std::isnan(c.at(0, 36)) == (special == kNan));
       });
     }
 }

@@ -393,6 +393,7 @@ TEST_CASE("the registry: unknown and absent sets are refused, empty slots are fi
   CHECK(best_isa(0) == "scalar");
   for_every_set([](const KernelSet& set) {
     CHECK(static_cast<bool>(set.gemm.micro_kernel));
+    CHECK(static_cast<bool>(set.few.times));
     CHECK(static_cast<bool>(set.epilogue.transpose));
     CHECK(static_cast<bool>(set.epilogue.silu.backward));
     CHECK(static_cast<bool>(set.decode.from_f16));

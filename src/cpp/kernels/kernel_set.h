@@ -73,9 +73,9 @@ using FewRows = void(int rows, int n, int k, RowSource x, const uint16_t* w, ptr
 
 struct FewRowsKernels {
   int max_rows;
-  int max_tail;  // rows behind whole tiles that are cheaper here than as a tile
-  FewRows* times_transposed;  // C[rows x n] (+)= X[rows x k] * W', W [n x k] (a weight in the forward direction)
-  FewRows* times;             // C[rows x n] (+)= X[rows x k] * W, W [k x n] (the same weight in the backward)
+  int max_tail;               // rows behind whole tiles that are cheaper here than as a tile
+  FewRows* times_transposed;  // C[rows x n] (+)= X[rows x k] * W', W [n x k]: a weight going forward
+  FewRows* times;             // C[rows x n] (+)= X[rows x k] * W, W [k x n]: the same weight going backward
 };
 
 // One row of G and U of an expert, and what the step makes of it. Forward: h = act(G) * U; G, U and h rounded

@@ -11,9 +11,9 @@ namespace {
 constexpr int kRun = 16;            // bf16 in a vector
 constexpr int kLine = 32;           // bf16 in 64 bytes
 constexpr int kStackFloats = 8192;  // of X or C kept in the order of use
-constexpr int kPanelRows = 16;      // the far request's distance in rows of W that run along k
-constexpr int kNearRows = 4;
-constexpr int kNearLines = 4;       // the near request's distance in rows that run along n
+constexpr int kPanelRows = 16;  // rows of W' whose parts follow each other, and the far request's distance
+constexpr int kNearRows = 4;    // the near one's
+constexpr int kNearLines = 4;   // the near one's along rows of W
 
 int smaller(int a, int b) { return a < b ? a : b; }
 
@@ -32,7 +32,8 @@ struct Run {
 
 Run widen_run(__m256i bits) {
   const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)), _mm256_castsi256_ps(_mm256_and_si256(bits, upper))};
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)),
+          _mm256_castsi256_ps(_mm256_and_si256(bits, upper))};
 }
 
 Run load(const uint16_t* w) { return widen_run(_mm256_loadu_si256((const __m256i*)w)); }
@@ -129,15 +130,16 @@ void times_transposed(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t st
 // sum[M][16] (+)= X * W for `rows` rows of W and a run of columns; x holds X as [rows][step].
 template <int M>
 void cross_tile(const float* x, int step, int rows, const uint16_t* w, ptrdiff_t stride, int cols,
-                ptrdiff_t far, float* sum, bool fresh) {
+                ptrdiff_t far, ptrdiff_t near, float* sum, bool fresh) {
   __m256 acc[M][2];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) acc[i][h] = fresh ? _mm256_setzero_ps() : _mm256_load_ps(sum + i * kRun + 8 * h);
+    for (int h = 0; h < 2; ++h)
+      acc[i][h] = fresh ? _mm256_setzero_ps() : _mm256_load_ps(sum + i * kRun + 8 * h);
   for (int p = 0; p < rows; ++p, w += stride, x += step) {
     request(w + far);
-    request(w + kNearLines * kLine);
+    request(w + near);
     const Run run = load_first(w, cols);
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
@@ -153,8 +155,8 @@ void cross_tile(const float* x, int step, int rows, const uint16_t* w, ptrdiff_t
 }
 
 // Blocks of kBlock rows of W, in each of them runs of columns from top to bottom with C in registers; in
-// between C is on the stack, even columns of a run before odd ones. A line has two runs, and has to stay in L1
-// for the second even where rows are 4 KiB apart.
+// between C is on the stack, even columns of a run before odd ones. A line has two runs, and has to stay in
+// L1 for the second even where rows are 4 KiB apart.
 template <int M>
 void times(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t stride, float* c, ptrdiff_t ldc,
            int accumulate) {
@@ -168,14 +170,17 @@ void times(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t stride, float
     for (int p = 0; p < k; p += kBlock) {
       const int rows = smaller(kBlock, k - p);
       const ptrdiff_t far = p + 2 * kBlock <= k ? kBlock * stride : 0;
+      const int width = (cols + kLine - 1) / kLine * kLine, ahead = smaller(kNearLines * kLine, width);
       for (int i = 0; i < M; ++i)
         for (int q = 0; q < rows; ++q)
           terms[q * M + i] = _mm256_cvtss_f32(widen(_mm_cvtsi32_si128(source_row(x, i)[p + q])));
       for (int j = 0; j < cols; j += kRun) {
         const uint16_t* strip = w + p * stride + begin + j;
-        cross_tile<kFirst>(terms, M, rows, strip, stride, cols - j, far, sum + j * M, p == 0);
+        // In this block or at the start of the next, not in the columns beside.
+        const ptrdiff_t near = j + ahead < width ? ahead : far + ahead - width;
+        cross_tile<kFirst>(terms, M, rows, strip, stride, cols - j, far, near, sum + j * M, p == 0);
         if constexpr (M > kFirst)
-          cross_tile<M - kFirst>(terms + kFirst, M, rows, strip, stride, cols - j, far,
+          cross_tile<M - kFirst>(terms + kFirst, M, rows, strip, stride, cols - j, far, near,
                                  sum + j * M + kFirst * kRun, p == 0);
       }
     }

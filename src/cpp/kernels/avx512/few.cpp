@@ -13,6 +13,7 @@ struct Step {
   };
   static constexpr int kLineBytes = 128;  // of X, for a line of W
   static constexpr int kRows = 1;         // of W in a term of `times`
+  static constexpr int kUnaided = 1;      // rows of X whose loads need no requests along k
 
   static Line load(const uint16_t* w, __mmask32 mask) {
     const __m512i bits = _mm512_maskz_loadu_epi16(mask, w);

@@ -2,21 +2,22 @@
 // read and multiplied; it has internal linkage, and so has what is instantiated with it.
 //
 // A weight takes part in few multiplications, so what counts is how many lines are on their way from memory.
-// A prefetch that finds no free miss buffer is dropped: each line is asked for twice, far and near ahead,
-// into L2 (a request into L1 holds its buffer until the line is there). With one or two rows the loads
-// themselves run far enough ahead, and prefetches only take their buffers.
+// A prefetch that finds no free miss buffer is dropped: each line is asked for far ahead and again when it is
+// near, into L2 (a request into L1 holds its buffer until the line is there). Where a line takes only one or
+// two instructions, the loads themselves run far enough ahead, and requests only take their buffers.
 #pragma once
 
 #include "kernels/avx512/registers.h"
 
 namespace kt {
 
-constexpr int kFewRows = 8;          // arithmetic takes as long as memory there
-constexpr int kLine = 32;            // bf16 in 64 bytes
-constexpr int kStackBytes = 65536;   // of X or C kept in the order of use: L2 holds them
-constexpr int kX1Bytes = 16384;      // of X that one pass along k uses: half of L1
-constexpr int kPanelRows = 16;       // rows of W whose parts follow each other, and the far request's distance
-constexpr int kNearRows = 4;
+constexpr int kFewRows = 8;         // arithmetic takes as long as memory there
+constexpr int kLine = 32;           // bf16 in 64 bytes
+constexpr int kStackBytes = 65536;  // of X or C kept in the order of use: L2 holds them
+constexpr int kL1Bytes = 16384;     // of X that one pass along k uses
+constexpr int kPanelRows = 16;  // rows of W' whose parts follow each other, and the far request's distance
+constexpr int kNearRows = 4;    // the near one's
+constexpr int kBlockRows = 32;  // rows of W between two visits to C, and the far request's distance
 
 static inline int smaller(int a, int b) { return a < b ? a : b; }
 
@@ -62,7 +63,7 @@ static void dot_tile(const char* x, int k, const uint16_t* w, ptrdiff_t stride, 
   for (int q = 0; q < R * M; ++q) acc[q] = _mm512_setzero_ps();
   int p = 0;
   for (; p + kLine <= k; p += kLine, x += M * Step::kLineBytes) {
-    if constexpr (M > 2) {
+    if constexpr (M > Step::kUnaided) {
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r) request(row[r] + p + far);
 #pragma GCC unroll 2
@@ -79,8 +80,7 @@ static void dot_tile(const char* x, int k, const uint16_t* w, ptrdiff_t stride, 
     _mm_storeu_ps(sum + q, sum_lanes(part(0), part(1), part(2), part(3)));
   }
   for (int i = 0; i < M; ++i)
-    for (int r = 0; r < rows; ++r)
-      c[i * ldc + r] = (accumulate ? c[i * ldc + r] : 0.0f) + sum[i * R + r];
+    for (int r = 0; r < rows; ++r) c[i * ldc + r] = (accumulate ? c[i * ldc + r] : 0.0f) + sum[i * R + r];
 }
 
 // X goes through the stack as [k / 32][M] lines: rows a power of two apart would share their cache sets.
@@ -89,7 +89,7 @@ static void few_times_transposed(int n, int k, RowSource x, const uint16_t* w, p
                                  ptrdiff_t ldc, int accumulate) {
   constexpr int R = M <= 4 ? 1 : 2;
   constexpr int kWhole = kStackBytes / (M * Step::kLineBytes) * kLine;
-  constexpr int kPart = kX1Bytes / (M * Step::kLineBytes) * kLine;
+  constexpr int kPart = kL1Bytes / (M * Step::kLineBytes) * kLine;
   alignas(64) char lines[kStackBytes];
   for (int begin = 0; begin < k; begin += kWhole, w += kWhole) {
     const int whole = smaller(kWhole, k - begin);
@@ -114,109 +114,99 @@ struct Requests {
   const uint16_t* line;
   int left, lines;
   ptrdiff_t to_next_row;
-
-  __attribute__((always_inline)) void next() {
-    request(line);
-    line += kLine;
-    if (--left == 0) {
-      left = lines;
-      line += to_next_row;
-    }
-  }
 };
 
-// sum[M x V lines of columns] (+)= X * W for `rows` rows of W; x holds its terms as [rows / kRows][M].
-#ifndef T_B
-#define T_B (M <= 4 ? 8 : 32)
-#endif
-#ifndef T_VV
-#define T_VV (M <= 4 ? 2 : 1)
-#endif
-#ifndef T_NR
-#define T_NR kNearRows
-#endif
-template <class Step, int M, int V>
+__attribute__((always_inline)) static inline void request_next(Requests& of) {
+  request(of.line);
+  of.line += kLine;
+  if (--of.left == 0) {
+    of.left = of.lines;
+    of.line += of.to_next_row;
+  }
+}
+
+// From column j of a block `lines` wide to the line that is used `count` lines later: in this block, or at
+// the start of the one that is to_next away, never in the columns beside, which others may own. Without
+// branches: a mispredicted one costs as much as several lines.
+static inline ptrdiff_t lines_later(int count, int j, int lines, ptrdiff_t to_next) {
+  const ptrdiff_t offset = smaller(count, lines) * kLine, width = lines * kLine;
+  return offset + ((to_next - width) & -ptrdiff_t{j + offset >= width});
+}
+
+// sum[M x 32 columns] (+)= X * W for `rows` rows of W; x holds its terms as [rows / kRows][M].
+template <class Step, int M>
 static void cross_tile(const uint32_t* x, int rows, const uint16_t* w, ptrdiff_t stride, int cols,
-                       Requests& requests, float* sum, bool fresh) {
-  constexpr int kRows = Step::kRows, W = 2 * V;
-  Requests ahead = requests;
-  constexpr int kB = T_B; (void)kB;
-  __mmask32 mask[V];
-#pragma GCC unroll 2
-  for (int v = 0; v < V; ++v) mask[v] = first32(cols - v * kLine);
-  __m512 acc[M][W];
+                       Requests& requests, ptrdiff_t near, ptrdiff_t nearest, float* sum, bool fresh) {
+  constexpr int kRows = Step::kRows;
+  Requests far = requests;  // in registers
+  const __mmask32 mask = first32(cols);
+  __m512 acc[M][2];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-    for (int v = 0; v < W; ++v) acc[i][v] = fresh ? _mm512_setzero_ps() : _mm512_load_ps(sum + (i * W + v) * 16);
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v)
+      acc[i][v] = fresh ? _mm512_setzero_ps() : _mm512_load_ps(sum + i * kLine + v * 16);
   for (int p = 0; p < rows; p += kRows, w += kRows * stride, x += M) {
-    const bool paired = p + kRows <= rows;
-    __m512i b[W];
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-#pragma GCC unroll 2
-      for (int r = 0; r < kRows; ++r) {
-#ifdef T_ROW
-        request(w + T_ROW * (rows == kB ? kB * stride : 0) + r * stride + v * kLine);
-#else
-        ahead.next();
-#endif
-        request(w + r * stride + (v + T_NR) * kLine);
-      }
-      Step::load_across(w + v * kLine, paired ? stride : 0, mask[v], paired ? mask[v] : 0, b + 2 * v);
+    for (int r = 0; r < kRows; ++r) {
+      request_next(far);
+      request(w + r * stride + near);
+      request(w + r * stride + nearest);
     }
+    const bool all = p + kRows <= rows;
+    __m512i b[2];
+    Step::load_across(w, all ? stride : 0, mask, all ? mask : 0, b);
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
       const __m512i term = _mm512_set1_epi32(static_cast<int>(x[i]));
-#pragma GCC unroll 4
-      for (int v = 0; v < W; ++v) acc[i][v] = Step::multiply_add(term, b[v], acc[i][v]);
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) acc[i][v] = Step::multiply_add(term, b[v], acc[i][v]);
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-    for (int v = 0; v < W; ++v) _mm512_store_ps(sum + (i * W + v) * 16, acc[i][v]);
-  requests = ahead;
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) _mm512_store_ps(sum + i * kLine + v * 16, acc[i][v]);
+  requests = far;
 }
 
 // C[M x cols] (+)= the sums of its tiles, which hold columns in the order of Step.
-template <class Step, int M, int V>
+template <class Step, int M>
 static void store_sums(const float* sum, int cols, float* c, ptrdiff_t ldc, int accumulate) {
-  for (int j = 0; j < cols; j += V * kLine)
-    for (int i = 0; i < M; ++i)
-      for (int v = j; v < j + V * kLine; v += kLine, sum += kLine) {
-        __m512 half[2] = {_mm512_load_ps(sum), _mm512_load_ps(sum + 16)};
-        Step::in_order(half);
-        for (int h = 0; h < 2; ++h) {
-          const __mmask16 mask = first16(cols - v - 16 * h);
-          float* to = c + i * ldc + v + 16 * h;
-          if (accumulate) half[h] = _mm512_add_ps(half[h], _mm512_maskz_loadu_ps(mask, to));
-          _mm512_mask_storeu_ps(to, mask, half[h]);
-        }
+  for (int j = 0; j < cols; j += kLine)
+    for (int i = 0; i < M; ++i, sum += kLine) {
+      __m512 half[2] = {_mm512_load_ps(sum), _mm512_load_ps(sum + 16)};
+      Step::in_order(half);
+      for (int h = 0; h < 2; ++h) {
+        const __mmask16 mask = first16(cols - j - 16 * h);
+        float* to = c + i * ldc + j + 16 * h;
+        if (accumulate) half[h] = _mm512_add_ps(half[h], _mm512_maskz_loadu_ps(mask, to));
+        _mm512_mask_storeu_ps(to, mask, half[h]);
       }
+    }
 }
 
-// Blocks of kBlock rows of W, in each of them strips of columns from top to bottom with C in registers; in
-// between C is on the stack.
+// Goes through a block of rows of W line by line of columns, from top to bottom with C in registers; between
+// blocks C is on the stack.
 template <class Step, int M>
 static void few_times(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t stride, float* c, ptrdiff_t ldc,
                       int accumulate) {
-  constexpr int kBlock = T_B;
-  constexpr int V = T_VV, kStrip = V * kLine;
-  constexpr int kColumns = kStackBytes / (4 * M * kStrip) * kStrip;
+  constexpr int kColumns = kStackBytes / (4 * M * kLine) * kLine;
   alignas(64) float sum[kColumns * M];
-  uint32_t terms[kBlock / Step::kRows * M];
+  uint32_t terms[kBlockRows / Step::kRows * M];
   for (int begin = 0; begin < n; begin += kColumns) {
     const int cols = smaller(kColumns, n - begin), lines = (cols + kLine - 1) / kLine;
-    for (int p = 0; p < k; p += kBlock) {
-      const int rows = smaller(kBlock, k - p);
+    for (int p = 0; p < k; p += kBlockRows) {
+      const int rows = smaller(kBlockRows, k - p);
       for (int i = 0; i < M; ++i) Step::keep_terms(source_row(x, i) + p, rows, terms + i, M);
       const uint16_t* block = w + p * stride + begin;
-      Requests next{p + 2 * kBlock <= k ? block + kBlock * stride : block, lines, lines, stride - lines * kLine};
-      for (int j = 0; j < cols; j += kStrip)
-        cross_tile<Step, M, V>(terms, rows, block + j, stride, cols - j, next, sum + M * j, p == 0);
+      const ptrdiff_t to_next = p + 2 * kBlockRows > k ? 0 : kBlockRows * stride;
+      Requests far{block + to_next, lines, lines, stride - lines * kLine};
+      for (int j = 0; j < cols; j += kLine)
+        cross_tile<Step, M>(terms, rows, block + j, stride, cols - j, far, lines_later(6, j, lines, to_next),
+                            lines_later(2, j, lines, to_next), sum + M * j, p == 0);
     }
-    store_sums<Step, M, V>(sum, cols, c + begin, ldc, accumulate);
+    store_sums<Step, M>(sum, cols, c + begin, ldc, accumulate);
   }
 }
 

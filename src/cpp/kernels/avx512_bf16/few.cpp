@@ -11,6 +11,7 @@ struct Step {
   using Line = __m512bh;
   static constexpr int kLineBytes = 64;  // of X, for a line of W
   static constexpr int kRows = 2;        // of W in a term of `times`
+  static constexpr int kUnaided = 2;     // rows of X whose loads need no requests along k
 
   static Line load(const uint16_t* w, __mmask32 mask) { return (__m512bh)_mm512_maskz_loadu_epi16(mask, w); }
   static __m512 dot(Line w, const char* x, __m512 c) {
