@@ -23,6 +23,8 @@ class Runtime:
     def shards(self) -> int: ...
     @property
     def isa(self) -> str: ...
+    @property
+    def scratch_bytes(self) -> int: ...
 
 @final
 class Checkpoint:
@@ -71,8 +73,9 @@ def count_routes(topk_ids: Tensor, num_experts: int) -> int:
 def measure_ceilings(runtime: Runtime, seconds: float, read_bytes: int) -> dict[str, list[float]]:
     """Rates measured again and again, about `seconds` for each list.
 
-    l1_one, l1_all, l2_one, l2_all: FLOP/s of the micro-kernel with operands in the L1 cache, or with A from
-    half the L2, on one thread and on all. read_all: bytes/s read by all threads from `read_bytes` of memory.
+    registers_one, registers_all: FLOP/s of the multiply-add alone, on one thread and on all. l1_*, l2_*: of
+    the micro-kernel with operands in the L1 cache, or with A from half the L2. read_one, read_all: bytes/s
+    read from `read_bytes` of memory.
     """
 
 def forward(

@@ -39,6 +39,14 @@ class Runtime:
         """Name of the kernel set in use."""
         return self._core.isa
 
+    @property
+    def scratch_bytes(self) -> int:
+        """Most scratch memory in use at once during the last forward or backward; it is kept for the next.
+
+        Waits while one is running. What a forward saves for its backward is in tensors, not here.
+        """
+        return self._core.scratch_bytes
+
     def __repr__(self) -> str:
         return f"Runtime(threads={self.threads}, shards={self.shards}, isa={self.isa!r})"
 

@@ -62,6 +62,23 @@ TEST_CASE("arena frame: what was taken inside is taken again, what was outside s
   CHECK(*outside == 7);
 }
 
+TEST_CASE("arena peak: the most in use at once, kept over a reset") {
+  Arena arena;
+  arena.take<char>(64);
+  for (int i = 0; i < 3; ++i) {
+    const Arena::Frame frame(arena);
+    arena.take<char>(100'000);
+  }
+  arena.take<char>(1);
+  CHECK(arena.peak() == 64 + 100'032);
+  arena.reset();
+  arena.take<char>(1000);
+  CHECK(arena.peak() == 64 + 100'032);
+  arena.reset_peak();
+  arena.take<char>(10'000'000);  // does not fit behind what was taken
+  CHECK(arena.peak() == 1024 + 10'000'000);
+}
+
 TEST_CASE("a moved buffer has one owner") {
   Buffer a(4096);
   static_cast<char*>(a.data())[4095] = 1;

@@ -17,7 +17,8 @@ TEST_CASE("every kernel set has ceilings, on one thread and on more than there a
     for (const int threads : {1, 3}) {
       Runtime runtime(threads, std::nullopt, std::string(entry.name));
       const Ceilings c = measure_ceilings(runtime, 0.001, std::size_t{4} << 20);
-      for (const auto* list : {&c.l1_one, &c.l1_all, &c.l2_one, &c.l2_all, &c.read_all}) {
+      for (const auto* list : {&c.registers_one, &c.registers_all, &c.l1_one, &c.l1_all, &c.l2_one, &c.l2_all,
+                               &c.read_one, &c.read_all}) {
         CHECK(list->size() == 7);
         for (const double rate : *list) CHECK((std::isfinite(rate) && rate > 0));
       }

@@ -198,6 +198,27 @@ TEST_CASE("a product of packed panels, every tile height and width, odd k, unali
   });
 }
 
+TEST_CASE("the multiply-add alone does as many as it says") {
+  for_every_set([](const KernelSet& set) {
+    if (set.gemm.peak == nullptr) return;
+    constexpr std::size_t kWords = kPeakBytes / sizeof(float);
+    alignas(64) float registers[kWords];
+    const std::uint32_t pair_of_ones = 0x3f803f80;  // as fp32 1.0020
+    for (float& word : registers) std::memcpy(&word, &pair_of_ones, sizeof word);
+    const double before = double{registers[0]} * kWords;
+    const auto call = [](void (*step)()) {
+      if (step != nullptr) step();
+    };
+    call(set.gemm.begin);
+    const double done = set.gemm.peak(100, registers);
+    call(set.gemm.end);
+    double sum = 0;
+    for (const float word : registers) sum += word;
+    CHECK(done >= 100 * 2 * 8);
+    CHECK((sum - before) * 2 == doctest::Approx(done).epsilon(0.01));
+  });
+}
+
 TEST_CASE("packing reads nothing but its rows: a NaN beside them stays out") {
   for_every_set([](const KernelSet& set) {
     const GemmKernels& gemm = set.gemm;

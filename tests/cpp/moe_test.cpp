@@ -105,3 +105,19 @@ TEST_CASE("runtime: numbers and names out of range are refused by name") {
   CHECK_THROWS_WITH_AS(Runtime(1, {}, "sse9"), doctest::Contains("isa is \"sse9\""), ValueError);
   CHECK(Runtime(3, 1, "scalar").threads() == 3);
 }
+
+TEST_CASE("runtime: scratch is what the last lease had in use, its own and the workers'") {
+  Runtime runtime(2, 1, "scalar");
+  CHECK(runtime.scratch_bytes() == 0);
+  {
+    Runtime::Lease lease(runtime);
+    lease.memory().take<char>(6400);
+    lease.parallel_for(5, [](index_t, Arena& scratch) { scratch.take<char>(640); });
+  }
+  CHECK(runtime.scratch_bytes() >= 6400 + 640);  // one worker may have done it all
+  CHECK(runtime.scratch_bytes() <= 6400 + 2 * 640);
+  {
+    const Runtime::Lease lease(runtime);
+  }
+  CHECK(runtime.scratch_bytes() == 0);
+}

@@ -61,11 +61,13 @@ void* Arena::take_bytes(std::size_t bytes) {
   if (block_ == blocks_.size()) blocks_.emplace_back(std::max({bytes, capacity(), kSmallestBlock}));
   void* memory = static_cast<char*>(blocks_[block_].data()) + used_;
   used_ += bytes;
+  taken_ += bytes;
+  peak_ = std::max(peak_, taken_);
   return memory;
 }
 
 void Arena::reset() {
-  block_ = used_ = 0;
+  block_ = used_ = taken_ = 0;
   if (blocks_.size() > 1) {  // next time all of it fits one block
     const std::size_t total = capacity();
     blocks_.clear();

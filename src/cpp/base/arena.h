@@ -39,18 +39,21 @@ class Arena {
   }
   void reset();
   std::size_t capacity() const;
+  std::size_t peak() const { return peak_; }  // most bytes taken at once since `reset_peak`
+  void reset_peak() { peak_ = 0; }
 
   // Gives back at its end what was taken during its life.
   class Frame {
    public:
-    explicit Frame(Arena& arena) : arena_(arena), block_(arena.block_), used_(arena.used_) {}
-    ~Frame() { arena_.block_ = block_, arena_.used_ = used_; }
+    explicit Frame(Arena& arena)
+        : arena_(arena), block_(arena.block_), used_(arena.used_), taken_(arena.taken_) {}
+    ~Frame() { arena_.block_ = block_, arena_.used_ = used_, arena_.taken_ = taken_; }
     Frame(const Frame&) = delete;
     Frame& operator=(const Frame&) = delete;
 
    private:
     Arena& arena_;
-    std::size_t block_, used_;
+    std::size_t block_, used_, taken_;
   };
 
  private:
@@ -59,6 +62,8 @@ class Arena {
   std::vector<Buffer> blocks_;
   std::size_t block_ = 0;  // the one being filled
   std::size_t used_ = 0;   // of it
+  std::size_t taken_ = 0;  // of all blocks, without what was left over where one did not suffice
+  std::size_t peak_ = 0;
 };
 
 }  // namespace kt

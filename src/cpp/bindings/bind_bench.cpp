@@ -19,10 +19,13 @@ py::dict measure_ceilings(const std::shared_ptr<kt::Runtime>& runtime, double se
     ceilings = kt::measure_ceilings(*runtime, seconds, read_bytes);
   }
   py::dict lists;
+  lists["registers_one"] = ceilings.registers_one;
+  lists["registers_all"] = ceilings.registers_all;
   lists["l1_one"] = ceilings.l1_one;
   lists["l1_all"] = ceilings.l1_all;
   lists["l2_one"] = ceilings.l2_one;
   lists["l2_all"] = ceilings.l2_all;
+  lists["read_one"] = ceilings.read_one;
   lists["read_all"] = ceilings.read_all;
   return lists;
 }

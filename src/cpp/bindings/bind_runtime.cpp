@@ -40,5 +40,7 @@ void bind_runtime(py::module_& m) {
            py::arg("shards"), py::arg("isa"))
       .def_property_readonly("threads", &kt::Runtime::threads)
       .def_property_readonly("shards", &kt::Runtime::shards)
-      .def_property_readonly("isa", &kt::Runtime::isa);
+      .def_property_readonly("isa", &kt::Runtime::isa)
+      .def_property_readonly("scratch_bytes", py::cpp_function(&kt::Runtime::scratch_bytes,
+                                                               py::call_guard<py::gil_scoped_release>()));
 }

@@ -45,6 +45,13 @@ struct Segment {
 using MicroKernel = void(int rows, int cols, const Segment* segments, int count, float* c, ptrdiff_t ldc,
                          int accumulate);
 
+// What the set's multiply-add reaches without memory: `rounds` times into each of as many accumulators as
+// hide its latency. Both operands and the accumulators start from `registers` (kPeakBytes, 64-byte aligned,
+// every 32 bits a pair of bf16 that is also an fp32), where the accumulators end. Returns the multiplications
+// and additions done.
+constexpr int kPeakBytes = 8192;
+using Peak = double(int rounds, void* registers);
+
 // C[mr x nr] (+)= sum of A[mr x k] * B[k x nr] over segments, operands bf16 in value, accumulation fp32.
 //
 // Packed panels: an A panel holds mr rows, a B panel nr columns; both are zero-filled up to mr / nr and to a
@@ -63,6 +70,7 @@ struct GemmKernels {
   // do.
   void (*begin)();
   void (*end)();
+  Peak* peak;  // null: the micro-kernel itself is all there is
 };
 
 // Products of few rows, straight from natural row-major matrices: nothing of W is packed, and each of its

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int kRepetitions = 7;
 constexpr int kCalls = 64;                            // of the micro-kernel between two looks at the clock
+constexpr int kRounds = 4096;                         // of the multiply-add alone, likewise
 constexpr std::size_t kChunk = std::size_t{1} << 20;  // bytes read between two looks at the clock
 constexpr std::size_t kUsualL1 = std::size_t{32} << 10;
 constexpr std::size_t kWord = sizeof(std::uint64_t);
@@ -91,6 +92,26 @@ class Products {
   std::vector<float*> tiles_;
 };
 
+// The multiply-add alone, each thread on registers of its own.
+class Registers {
+ public:
+  Registers(Runtime::Lease& lease, int threads) : gemm_(lease.kernels().gemm), words_(threads) {
+    for (void*& words : words_)
+      words = const_cast<void*>(numbers(1, kPeakBytes / 2, lease.memory()).matrix.data);
+  }
+
+  double operator()(int thread) const {
+    if (gemm_.begin != nullptr) gemm_.begin();
+    const double done = gemm_.peak(kRounds, words_[static_cast<std::size_t>(thread)]);
+    if (gemm_.end != nullptr) gemm_.end();
+    return done;
+  }
+
+ private:
+  const GemmKernels& gemm_;
+  std::vector<void*> words_;
+};
+
 // One panel serves as A and as B: k, which hides the cost of storing the tile, can then be twice as large.
 void put_in_l1(Products& products, Runtime::Lease& lease, std::size_t l1) {
   const KernelSet& kernels = lease.kernels();
@@ -160,14 +181,19 @@ Ceilings measure_ceilings(Runtime& runtime, double seconds, std::size_t read_byt
   const int threads = runtime.threads();
   const Topology topology = read_topology();
   const std::size_t l1 = topology.l1d == 0 ? kUsualL1 : topology.l1d;
+  const Registers registers(lease, threads);
   Products in_l1(lease, threads), in_l2(lease, threads);
   put_in_l1(in_l1, lease, l1);
   put_in_l2(in_l2, lease, l1);
   Ceilings ceilings;
   ceilings.l1_one = rates(lease, 1, seconds, in_l1);
   ceilings.l1_all = rates(lease, threads, seconds, in_l1);
+  const bool known = lease.kernels().gemm.peak != nullptr;
+  ceilings.registers_one = known ? rates(lease, 1, seconds, registers) : ceilings.l1_one;
+  ceilings.registers_all = known ? rates(lease, threads, seconds, registers) : ceilings.l1_all;
   ceilings.l2_one = rates(lease, 1, seconds, in_l2);
   ceilings.l2_all = rates(lease, threads, seconds, in_l2);
+  ceilings.read_one = read_rates(lease, 1, seconds, read_bytes);
   ceilings.read_all = read_rates(lease, threads, seconds, read_bytes);
   return ceilings;
 }

@@ -56,8 +56,17 @@ Runtime::Runtime(std::optional<int> threads, std::optional<int> shards, std::opt
   scratch_.resize(static_cast<std::size_t>(pool_.threads()));
 }
 
+std::size_t Runtime::scratch_bytes() {
+  const std::unique_lock<std::mutex> claim = pool_.claim();
+  std::size_t total = memory_.peak();
+  for (const Arena& arena : scratch_) total += arena.peak();
+  return total;
+}
+
 Runtime::Lease::Lease(Runtime& runtime) : runtime_(runtime), claim_(runtime.pool_.claim()) {
   runtime_.memory_.reset();
+  runtime_.memory_.reset_peak();
+  for (Arena& arena : runtime_.scratch_) arena.reset_peak();
 }
 
 void Runtime::Lease::parallel_for(index_t tasks, const std::function<void(index_t, Arena&)>& body) {

@@ -22,6 +22,8 @@ class Runtime {
   int threads() const { return pool_.threads(); }
   int shards() const { return 1; }
   const std::string& isa() const { return isa_; }
+  // Most scratch memory that the last lease held at once, in all arenas together. Waits while there is one.
+  std::size_t scratch_bytes();
 
   // The runtime for one caller at a time. What it took from `memory` is the next lease's to overwrite.
   class Lease {

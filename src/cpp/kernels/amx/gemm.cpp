@@ -89,6 +89,34 @@ void micro_kernel(int rows, int cols, const Segment* segments, int count, float*
   copy_rows_of_c(aside, NR, c, ldc, rows);
 }
 
+double peak(int rounds, void* registers) {
+  constexpr int kTileBytes = 16 * kAStride;
+  char* words = static_cast<char*>(registers);
+  KT_TILE_LOAD(0, words, kAStride);
+  KT_TILE_LOAD(1, words + kTileBytes, kAStride);
+  KT_TILE_LOAD(2, words + 2 * kTileBytes, kAStride);
+  KT_TILE_LOAD(3, words + 3 * kTileBytes, kAStride);
+  KT_TILE_LOAD(4, words + 4 * kTileBytes, kAStride);
+  KT_TILE_LOAD(5, words + 5 * kTileBytes, kAStride);
+  KT_TILE_LOAD(6, words + 6 * kTileBytes, kAStride);
+  KT_TILE_LOAD(7, words + 7 * kTileBytes, kAStride);
+  for (int round = 0; round < rounds; ++round) {
+    KT_TILE_MULTIPLY(0, 6, 7);
+    KT_TILE_MULTIPLY(1, 6, 7);
+    KT_TILE_MULTIPLY(2, 6, 7);
+    KT_TILE_MULTIPLY(3, 6, 7);
+    KT_TILE_MULTIPLY(4, 6, 7);
+    KT_TILE_MULTIPLY(5, 6, 7);
+  }
+  KT_TILE_STORE(0, words, kAStride);
+  KT_TILE_STORE(1, words + kTileBytes, kAStride);
+  KT_TILE_STORE(2, words + 2 * kTileBytes, kAStride);
+  KT_TILE_STORE(3, words + 3 * kTileBytes, kAStride);
+  KT_TILE_STORE(4, words + 4 * kTileBytes, kAStride);
+  KT_TILE_STORE(5, words + 5 * kTileBytes, kAStride);
+  return 2.0 * 16 * 16 * KB * 6 * rounds;
+}
+
 void begin() { KT_TILES_BEGIN(); }
 void end() { KT_TILES_END(); }
 
@@ -97,7 +125,7 @@ void end() { KT_TILES_END(); }
 extern const KernelSet table;
 const KernelSet table = {
     .gemm = {MR, NR, KB, sizeof(uint16_t), pack_a, avx512_bf16::pack_b_cols, avx512_bf16::pack_b_rows,
-             micro_kernel, begin, end},
+             micro_kernel, begin, end, peak},
     .few = {kFewRows, 0, avx512_bf16::few_times_transposed, avx512_bf16::few_times},
     .epilogue = {},
     .decode = {},

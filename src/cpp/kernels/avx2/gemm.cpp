@@ -49,6 +49,21 @@ using Tile = void (*)(const Segment*, int, float*, ptrdiff_t, int);
 constexpr Tile kTiles[MR][2] = {{tile<1, 1>, tile<1, 2>}, {tile<2, 1>, tile<2, 2>}, {tile<3, 1>, tile<3, 2>},
                                 {tile<4, 1>, tile<4, 2>}, {tile<5, 1>, tile<5, 2>}, {tile<6, 1>, tile<6, 2>}};
 
+double peak(int rounds, void* registers) {
+  constexpr int kChains = 12;  // two units, each with a latency of at most 6 multiply-adds
+  float* words = static_cast<float*>(registers);
+  const __m256 a = _mm256_load_ps(words), b = _mm256_load_ps(words + 8);
+  __m256 acc[kChains];
+#pragma GCC unroll 12
+  for (int i = 0; i < kChains; ++i) acc[i] = _mm256_load_ps(words + 8 * i);
+  for (int round = 0; round < rounds; ++round)
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) acc[i] = _mm256_fmadd_ps(a, b, acc[i]);
+#pragma GCC unroll 12
+  for (int i = 0; i < kChains; ++i) _mm256_store_ps(words + 8 * i, acc[i]);
+  return 2.0 * 8 * kChains * rounds;
+}
+
 }  // namespace
 
 void micro_kernel(int rows, int cols, const Segment* segments, int count, float* c, ptrdiff_t ldc,
@@ -58,7 +73,8 @@ void micro_kernel(int rows, int cols, const Segment* segments, int count, float*
 
 extern const KernelSet table;
 const KernelSet table = {
-    .gemm = {MR, NR, KB, sizeof(float), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr},
+    .gemm = {MR, NR, KB, sizeof(float), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr,
+             peak},
     .few = {FEW_ROWS, FEW_ROWS / 2, few_times_transposed, few_times},
     .epilogue = {transpose, add_scaled, round_scaled, {silu_forward, silu_backward}},
     .decode = {from_f32, from_f16},

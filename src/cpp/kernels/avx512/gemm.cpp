@@ -1,4 +1,5 @@
 #include "kernels/avx512/few.h"
+#include "kernels/avx512/peak.h"
 #include "kernels/avx512/set.h"
 
 namespace kt::avx512 {
@@ -22,7 +23,8 @@ void micro_kernel(int rows, int cols, const Segment* segments, int count, float*
 
 extern const KernelSet table;
 const KernelSet table = {
-    .gemm = {MR, NR, KB, sizeof(float), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr},
+    .gemm = {MR, NR, KB, sizeof(float), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr,
+             multiply_registers<Step>},
     .few = {kFewRows, kFewRows, few_times_transposed, few_times},
     .epilogue = {transpose, add_scaled, round_scaled, {silu_forward, silu_backward}},
     .decode = {from_f32, from_f16},

@@ -1,4 +1,5 @@
 #include "kernels/avx512/few.h"
+#include "kernels/avx512/peak.h"
 #include "kernels/avx512_bf16/set.h"
 
 namespace kt::avx512_bf16 {
@@ -25,7 +26,8 @@ void micro_kernel(int rows, int cols, const Segment* segments, int count, float*
 
 extern const KernelSet table;
 const KernelSet table = {
-    .gemm = {MR, NR, KB, sizeof(uint16_t), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr},
+    .gemm = {MR, NR, KB, sizeof(uint16_t), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr,
+             multiply_registers<Step>},
     .few = {kFewRows, kFewRows, few_times_transposed, few_times},
     .epilogue = {},
     .decode = {},
