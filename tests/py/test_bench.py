@@ -6,17 +6,17 @@ import importlib.util
 import json
 import math
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import reference as truth
+import reference
 import torch
 from PIL import Image
 
 from kt_moe.cli import main
-from kt_moe.cli.bench import ceilings, contestants, layer, options, report
+from kt_moe.cli.bench import ceilings, contestants, layer, options, report, summary, truth
 from kt_moe.cli.bench.data import Inputs, Weights, digest, make_inputs, make_weights
 from kt_moe.cli.bench.layer import SCALING, Case, Shape
 from kt_moe.cli.bench.peer_process import PeerError, PeerProcess
@@ -47,13 +47,13 @@ def finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def test_json_holds_every_case_and_agrees_with_float32(tmp_path: Path) -> None:
+def test_json_holds_every_case_and_agrees_with_float64(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     assert main([*RUN, "--tokens", "1,9", "--rank", "0,8", "--peers", "torch", "--json", str(file)]) == 0
     found = json.loads(file.read_text())
     assert set(found) == {
         "schema", "date", "command", "machine", "versions", "layer", "settings", "ceilings", "results",
-        "comparisons", "memory", "notes", "ok",
+        "comparisons", "lora_costs", "growth", "memory", "notes", "ok",
     }  # fmt: skip
     assert finite(found)
     assert found["ok"]
@@ -66,13 +66,27 @@ def test_json_holds_every_case_and_agrees_with_float32(tmp_path: Path) -> None:
         wanted = {"out", "hidden_states", "topk_weights"}
         assert set(result["errors"]) == wanted | (set(LORA_NAMES) if result["rank"] else set())
         assert all(error < 0.05 for error in result["errors"].values())
+        assert set(result["scratch_bytes"]) == (
+            {"forward", "backward"} if result["who"] == "kt_moe" else set()
+        )
+        assert all(count > 0 for count in result["scratch_bytes"].values())
         for figures in result["passes"].values():
             assert figures["bound"] in ("compute", "memory")
             assert figures["seconds"]["q1"] <= figures["seconds"]["median"] <= figures["seconds"]["q3"]
     (machine,) = found["ceilings"]
-    assert all(machine[name]["count"] == 7 for name in ("l1_one", "l1_all", "l2_one", "l2_all", "read_all"))
-    assert [set(c["slower_than_kt_moe"]["torch"]) for c in found["comparisons"]] == [set(layer.PASSES)] * 4
+    rates = [f"{name}_{many}" for name in ("registers", "l1", "l2", "read") for many in ("one", "all")]
+    assert all(machine[name]["count"] == 7 for name in rates)
+    assert [c["who"] for c in found["comparisons"]] == ["torch"] * 4
+    for compared, result in zip(found["comparisons"], found["results"][::2], strict=True):
+        assert set(compared["its_time_over_ours"]) == set(layer.PASSES)
+        assert set(compared["our_error_over_its"]) == set(result["errors"])
+    assert [(c["who"], c["tokens"], c["rank"]) for c in found["lora_costs"]] == [
+        (who, tokens, 8) for tokens in (1, 9) for who in ("kt_moe", "torch")
+    ]
     assert found["memory"]["weight_ratio"] <= 1.02
+    scratch = found["memory"]["scratch"]
+    assert scratch["bytes"] == max(max(r["scratch_bytes"].values()) for r in found["results"][::2])
+    assert scratch["fewer_experts"]["experts"] == 2
 
 
 def test_a_picture_of_skewed_recomputed_bf16(tmp_path: Path) -> None:
@@ -92,26 +106,63 @@ def test_work_and_traffic_of_a_case() -> None:
     case = Case(Shape("s", 10, 4, 8, 2), tokens=3, rank=5)
     base, lora = 2 * 3 * 2 * 3 * 10 * 4, 2 * 3 * 2 * 5 * (3 * 10 + 3 * 4)
     assert case.flops() == {"forward": base + lora, "backward": base + 2 * lora, "both": 2 * base + 3 * lora}
-    expert, pairs = 3 * 10 * 4 * 2, 5 * (3 * 10 + 3 * 4) * 4
-    forward = 4 * (expert + pairs)
-    assert case.bytes(4) == {
-        "forward": forward,
-        "backward": forward + 8 * pairs,
-        "both": 2 * forward + 8 * pairs,
-    }
-    assert replace(case, rank=0).bytes(4)["both"] == 2 * 4 * expert
+    expert, pairs, states = 3 * 10 * 4 * 2, 5 * (3 * 10 + 3 * 4) * 4, 3 * 10 * 2
+    forward, backward = 4 * (expert + pairs) + 2 * states, 4 * (expert + pairs) + 3 * states + 8 * pairs
+    assert case.bytes(4) == {"forward": forward, "backward": backward, "both": forward + backward}
+    assert replace(case, lora_dtype="bf16").bytes(4)["forward"] == forward - 4 * pairs / 2
+    assert replace(case, rank=0).bytes(4)["both"] == 2 * 4 * expert + 5 * states
     assert case.limited_to(1e12).tokens == 3
     assert case.limited_to(case.flops()["both"] / 2).tokens == 1
     assert case.limited_to(1).tokens == 1
 
 
-def test_the_lower_roof_binds() -> None:
-    def exactly(rate: float) -> ceilings.Spread:
-        return ceilings.Spread.of([rate])
+def roof_of(**rates: float) -> ceilings.Ceilings:
+    names = [field.name for field in fields(ceilings.Ceilings)]
+    return ceilings.Ceilings(**{name: ceilings.Spread.of([rates.get(name, 1.0)]) for name in names})
 
-    roof = ceilings.Ceilings(exactly(1), exactly(1), exactly(1), exactly(100.0), exactly(10.0))
+
+def test_ceilings_that_moved_are_named() -> None:
+    before = roof_of(l2_all=100.0, read_all=10.0)
+    assert before.drift(roof_of(l2_all=109.0, read_all=9.1)) == {}
+    assert before.drift(roof_of(l2_all=50.0, read_all=12.0)) == {"l2_all": 0.5, "read_all": 1.2}
+
+
+def test_the_lower_roof_binds() -> None:
+    roof = roof_of(l2_all=100.0, read_all=10.0)
     assert roof.bound(flops=1000, moved=10) == ("compute", 10)
     assert roof.bound(flops=1000, moved=200) == ("memory", 20)
+
+
+def result_of(who: str, rank: int, times: tuple[float, float], **errors: float) -> report.Result:
+    rest = {"threads": 2, "isa": "scalar", "touched": 2, "ceilings": roof_of(), "errors": errors}
+    return report.Result.of([times], case=Case(TINY, 4, rank), who=who, **rest)
+
+
+def test_what_lora_costs_is_time_over_that_of_rank_0_of_the_same() -> None:
+    results = [
+        result_of(who, rank, (1.0 + rank, factor))
+        for who, factor in (("kt_moe", 3.0), ("torch", 5.0))
+        for rank in (0, 2)
+    ]
+    costs = summary.lora_costs([*results, replace(results[1], case=Case(TINY, 9, 2))])
+    assert [(c["who"], c["rank"], c["time_over_rank_0"]) for c in costs] == [
+        ("kt_moe", 2, {"forward": 3.0, "backward": 1.0, "both": 6 / 4}),
+        ("torch", 2, {"forward": 3.0, "backward": 1.0, "both": 8 / 6}),
+    ]
+    assert "torch          tokens 4     rank 2   forward 3.00x" in summary.lora_lines(costs)
+
+
+def test_errors_are_told_by_kind_of_output_and_where_they_are_worst() -> None:
+    cases = [(0.001, 0.01, 0.004), (0.002, 0.01, 0.008)]
+    ours = [result_of("kt_moe", 8, (1, 1), out=x, gate_lora_a=x, up_lora_b=b) for x, _, b in cases]
+    theirs = [result_of("torch", 8, (2, 4), out=y, gate_lora_a=y, up_lora_b=y) for _, y, _ in cases]
+    compared = [c for pair in zip(ours, theirs, strict=True) for c in summary.compare(pair[0], [pair[1]])]
+    assert compared[0]["its_time_over_ours"] == {"forward": 2, "backward": 4, "both": 3}
+    assert summary.error_lines([*ours, *theirs], compared).split("\n") == [
+        "  kt_moe         out 2.0e-03, LoRA 8.0e-03",
+        "  torch          out 1.0e-02, LoRA 1.0e-02",
+        "  kt_moe over torch, in the case where it is worst: out 0.20, LoRA 0.80",
+    ]
 
 
 def test_spread_is_median_and_quartiles() -> None:
@@ -170,14 +221,14 @@ def enumerate_names(tensors: Weights) -> list[tuple[str, torch.Tensor]]:
 
 def test_reference_is_the_tests_own_float64() -> None:
     weights, inputs = inputs_of()
-    problem = truth.Problem(
+    problem = reference.Problem(
         weights, inputs.hidden_states, inputs.topk_ids[0], inputs.topk_weights[0], inputs.lora,
         (SCALING,) * 3, inputs.grad_out, "bench",
     )  # fmt: skip
-    wanted = {name: tensor.float() for name, tensor in truth.run(problem, torch.float64).items()}
-    found = contestants.reference(weights, inputs)
+    wanted = dict(reference.run(problem, torch.float64).items())
+    found = truth.reference(weights, inputs)
     assert set(found) == set(wanted)
-    assert max(contestants.relative_errors(found, wanted).values()) < 1e-5
+    assert max(truth.relative_errors(found, wanted).values()) < 1e-12
 
 
 @pytest.mark.parametrize("rank", [0, 8])
@@ -189,7 +240,7 @@ def test_torch_rivals_compute_the_layer(rival: Any, rank: int) -> None:
     assert len(contestants.take_turn(contestant, 1, 0)) == 1
     outputs = contestant.outputs()
     assert len(outputs) == (9 if rank else 3)
-    assert max(contestants.relative_errors(outputs, contestants.reference(weights, inputs)).values()) < 0.05
+    assert max(truth.relative_errors(outputs, truth.reference(weights, inputs)).values()) < 0.05
 
 
 def test_a_wrong_output_is_exit_status_1(
@@ -305,24 +356,23 @@ def test_presets_and_what_changes_them(name: str) -> None:
 
     plain, quick = settings("--preset", name), settings("--preset", name, "--quick", "--tokens", "3")
     assert plain.shape == layer.PRESETS[name]
-    assert (quick.shape.name, quick.tokens, quick.ranks) == (name, [3], [16])
+    assert (quick.shape.name, quick.tokens, quick.ranks) == (name, [3], [0, 16])
     assert quick.shape.experts == min(32, plain.shape.experts)
     assert settings("--preset", name, "--experts", "9").shape == replace(plain.shape, experts=9)
     assert settings("--preset", name, "--hidden", "64").shape.name == "custom"
 
 
 def test_columns_are_aligned() -> None:
-    one = ceilings.Spread.of([2.0e15])
-    roof = ceilings.Ceilings(one, one, one, one, ceilings.Spread.of([6.0e12]))
+    roof = roof_of(registers_all=2.0e15, l2_all=2.0e15, read_all=6.0e12)
     result = report.Result.of(
         [(1.23, 20.1), (1.19, 20.2)], case=Case(layer.PRESETS["kimi-k2"], 16384, 256), who="grouped_mm",
-        threads=2, isa="avx2", touched=384, ceilings=roof,
+        threads=2, isa="avx2", touched=384, ceilings=roof, scratch={"forward": 5 * 2**20, "backward": 2**33},
     )  # fmt: skip
     header, *rows = [report.header(), *report.rows(result).splitlines()]
     assert len(rows) == 3
     for name in ("who", "pass", "bound"):
         start = header.index(name)
         assert all(row[start - 1] == " " and row[start] != " " for row in rows)
-    for name in ("ms", "tokens/s", "share"):
+    for name in ("ms", "tokens/s", "share", "scratch"):
         end = header.index(name) + len(name)
         assert all(row[end - 1] != " " and (len(row) == end or row[end] == " ") for row in rows)

@@ -1,4 +1,4 @@
-"""Loss curves: taken from a trainer's log, drawn as PNG."""
+"""Pictures as PNG; loss curves, taken from a trainer's log."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def smooth(curve: Curve, window: int) -> Curve:
 def plot_losses(runs: Mapping[str, History], path: Path, title: str) -> None:
     """Draw training loss (pale: every step, strong: running mean) and held-out loss of each run into a PNG.
 
-    runs: a name for the legend, "" for none, and its losses. The file appears whole or not at all.
+    runs: a name for the legend, "" for none, and its losses.
     """
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
@@ -70,6 +70,11 @@ def plot_losses(runs: Mapping[str, History], path: Path, title: str) -> None:
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
+    save_png(figure, path)
+
+
+def save_png(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure; the file appears whole or not at all."""
     part = path.with_name(f".{path.name}.part")
     try:
         figure.savefig(part, format="png")

@@ -13,6 +13,7 @@ from kt_moe import _core
 from kt_moe.cli.bench.layer import GIB, MIB, free_memory
 
 SECONDS = 0.2  # for each ceiling
+_STEADY = 0.1
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,26 @@ class Ceilings:
     """Rates of one runtime on this machine: FLOP/s, and bytes/s of `read_all`.
 
     Attributes:
-        l1_one, l1_all: of the micro-kernel with operands in the L1 cache, on one and on all threads.
+        registers_one, registers_all: of the multiply-add on registers alone, on one and on all threads.
+        l1_one, l1_all: of the micro-kernel with operands in the L1 cache.
         l2_one, l2_all: the same with A streaming from half the L2 cache.
-        read_all: memory read by all threads.
+        read_one, read_all: of reading memory.
     """
 
+    registers_one: Spread
+    registers_all: Spread
     l1_one: Spread
     l1_all: Spread
     l2_one: Spread
     l2_all: Spread
+    read_one: Spread
     read_all: Spread
+
+    def drift(self, later: Ceilings) -> dict[str, float]:
+        """Those of all threads that were 10 % higher or lower when measured again: new over old."""
+        names = ("registers_all", "l1_all", "l2_all", "read_all")
+        ratios = {name: getattr(later, name).median / getattr(self, name).median for name in names}
+        return {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > _STEADY}
 
     def bound(self, flops: float, moved: float) -> tuple[str, float]:
         """What limits this work and traffic, "compute" or "memory", and the seconds it takes at least."""

@@ -1,10 +1,8 @@
-"""What runs a case: the layer itself, plain PyTorch, and the float32 reference that both are held against."""
+"""What runs a case: the layer itself, and plain PyTorch."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -34,9 +32,14 @@ class Contestant(Protocol):
 def take_turn(contestant: Contestant, variants: int, seconds: float) -> list[Step]:
     """Times of steps for about `seconds`, at least one; an untimed one wakes caches and threads first."""
     contestant.step(variants - 1)
+    return time_steps(contestant, variants, seconds)
+
+
+def time_steps(contestant: Contestant, variants: int, seconds: float, least: int = 1) -> list[Step]:
+    """Times of steps for about `seconds`, at least `least` of them."""
     steps: list[Step] = []
     end = time.perf_counter() + seconds
-    while not steps or time.perf_counter() < end:
+    while len(steps) < least or time.perf_counter() < end:
         steps.append(contestant.step(len(steps) % variants))
     return steps
 
@@ -87,6 +90,15 @@ class KtMoe(Autograd):
     def compute(self, x: Tensor, ids: Tensor, weights: Tensor, lora: dict[str, Tensor]) -> Tensor:
         return kt_moe.moe(x, ids, weights, self.experts, lora, scaling=SCALING)
 
+    def scratch(self) -> dict[str, int]:
+        """Bytes of scratch memory that a step of the first variant needs, by pass."""
+        runtime = self.experts.runtime
+        leaves = (self._x, self._weights[0], *self._lora.values())
+        out = self.compute(self._x, self._ids[0], self._weights[0], self._lora)
+        forward = runtime.scratch_bytes
+        torch.autograd.grad(out, leaves, self._grad_out)
+        return {"forward": forward, "backward": runtime.scratch_bytes}
+
 
 class TorchLoop(Autograd):
     """Experts one after the other in bf16, as transformers' eager code does, LoRA beside each product."""
@@ -100,7 +112,9 @@ class TorchLoop(Autograd):
         out = torch.zeros_like(x)
         for expert in sorted(set(ids.flatten().tolist())):
             token, slot = (ids == expert).nonzero(as_tuple=True)
-            y = _expert(x[token], [w[expert] for w in self._base], {n: t[expert] for n, t in lora.items()})
+            y = expert_output(
+                x[token], [w[expert] for w in self._base], {n: t[expert] for n, t in lora.items()}
+            )
             out = out.index_add(0, token, (y * weights[token, slot, None]).to(x.dtype))
         return out
 
@@ -134,48 +148,9 @@ class GroupedMm(Autograd):
         return torch.zeros_like(x).index_add(0, token, y * weights.flatten()[routes, None].to(y.dtype))
 
 
-def reference(weights: Weights, inputs: Inputs) -> dict[str, Tensor]:
-    """The outputs in float32 on the first variant, an expert at a time to hold one expert in float32."""
-    ids, route_weights = inputs.topk_ids[0], inputs.topk_weights[0]
-    x, grad_out = inputs.hidden_states.float(), inputs.grad_out.float()
-    found = {"out": torch.zeros_like(x), "hidden_states": torch.zeros_like(x)}
-    found["topk_weights"] = torch.zeros_like(route_weights)
-    found |= {name: torch.zeros(tensor.shape) for name, tensor in inputs.lora.items()}
-    for expert in sorted(set(ids.flatten().tolist())):
-        token, slot = (ids == expert).nonzero(as_tuple=True)
-        leaf = x[token].requires_grad_()
-        weight = route_weights[token, slot].requires_grad_()
-        lora = {n: t[expert].detach().float().clone().requires_grad_() for n, t in inputs.lora.items()}
-        y = _expert(leaf, [w[expert].float() for w in weights], lora) * weight[:, None]
-        torch.autograd.backward(y, grad_out[token])
-        found["out"].index_add_(0, token, y.detach())
-        found["hidden_states"].index_add_(0, token, _grad(leaf))
-        found["topk_weights"][token, slot] = _grad(weight)
-        for name, tensor in lora.items():
-            found[name][expert] = _grad(tensor)
-    return found
+def expert_output(x: Tensor, base: list[Tensor], lora: dict[str, Tensor]) -> Tensor:
+    """One expert in plain PyTorch: x [m, H]; base gate, up, down; lora by name, or empty."""
 
-
-def relative_errors(outputs: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    """Relative L2 error of each output there is; not a number where an output is not finite."""
-    return {
-        name: float((tensor.float() - truth[name]).norm() / truth[name].norm().clamp(min=1e-30))
-        for name, tensor in outputs.items()
-    }
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Within `with`, fresh tensors hold NaN until something is written to them."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # what makes torch fill memory it has just taken
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-def _expert(x: Tensor, base: list[Tensor], lora: dict[str, Tensor]) -> Tensor:
     def project(z: Tensor, index: int, name: str) -> Tensor:
         y = linear(z, base[index])
         if not lora:
@@ -183,8 +158,3 @@ def _expert(x: Tensor, base: list[Tensor], lora: dict[str, Tensor]) -> Tensor:
         return y + SCALING * linear(linear(z, lora[f"{name}_lora_a"]), lora[f"{name}_lora_b"])
 
     return project(silu(project(x, 0, "gate")) * project(x, 1, "up"), 2, "down")
-
-
-def _grad(leaf: Tensor) -> Tensor:
-    assert leaf.grad is not None
-    return leaf.grad

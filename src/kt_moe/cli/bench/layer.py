@@ -65,6 +65,25 @@ class Case:
     lora_dtype: str = "fp32"
     variants: int = 1
 
+    def __str__(self) -> str:
+        return f"tokens {self.tokens}, rank {self.rank}"
+
+    @property
+    def lora_numbers(self) -> int:
+        """Elements of all LoRA tensors together."""
+        return self.shape.experts * self.rank * 3 * (self.shape.hidden + self.shape.intermediate)
+
+    def memory(self) -> int:
+        """About how many bytes a step needs beside the weights, at least."""
+        routes = self.tokens * self.shape.topk
+        # LoRA: drawn in bf16, kept in up to fp32 by the inputs and by their leaf, and its gradient. Routes: G
+        # and U saved, h, dG and dU as scratch. Tokens: six matrices in bf16, sums in fp32.
+        return (
+            14 * self.lora_numbers
+            + 10 * routes * self.shape.intermediate
+            + 20 * self.tokens * self.shape.hidden
+        )
+
     def flops(self) -> dict[str, float]:
         """Multiplications and additions that the mathematics needs, by pass.
 
@@ -80,13 +99,16 @@ class Case:
     def bytes(self, touched: float) -> dict[str, float]:
         """Bytes that must pass between memory and cores where `touched` experts have tokens, by pass.
 
-        Each pass reads these experts' weights and LoRA pairs once; backward also writes the LoRA gradients of
-        all experts. Hidden states are left out: there are few of them where memory is what limits.
+        Each pass reads these experts' weights and LoRA pairs once. Forward reads the hidden states and writes
+        as many; backward reads them and the output's gradient, and writes theirs and the LoRA gradients of
+        all experts, which autograd wants dense.
         """
         s = self.shape
-        lora = self.rank * 3 * (s.hidden + s.intermediate) * (4 if self.lora_dtype == "fp32" else 2)
-        forward = touched * (s.expert_bytes + lora)
-        backward = forward + s.experts * lora
+        lora = self.lora_numbers // s.experts * (4 if self.lora_dtype == "fp32" else 2)
+        states = self.tokens * s.hidden * 2
+        read = touched * (s.expert_bytes + lora)
+        forward = read + 2 * states
+        backward = read + 3 * states + s.experts * lora
         return {"forward": forward, "backward": backward, "both": forward + backward}
 
     def limited_to(self, flops: float) -> Case:

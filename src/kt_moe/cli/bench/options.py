@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kt_moe import _core
 from kt_moe.cli.bench.layer import PRESETS, Shape
 from kt_moe.cli.bench.peers import PEERS
 from kt_moe.cli.errors import UserError
@@ -20,7 +21,11 @@ _DEFAULTS: dict[str, Any] = {
     "rank": [0, 16],
     "reps": 7,
 }
-_QUICK: dict[str, Any] = {"most_experts": 32, "tokens": [1, 64, 1024], "rank": [16], "reps": 3}
+_QUICK: dict[str, Any] = {"most_experts": 32, "reps": 3}
+
+_AXES = ("tokens", "experts", "rank", "threads")
+_BASE: dict[str, Any] = {"tokens": [1024], "rank": [16]}  # what stays while another grows
+_QUICK_BASE: dict[str, Any] = {"tokens": [256]}
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Settings:
     quick: bool
     seed: int
     peers: list[str]
+    grow: dict[str, list[int]]  # what to vary alone, and its values; the base case is the one case above
     json: Path | None
     plot: Path | None
 
@@ -59,14 +65,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the LoRA tensors")
     how.add_argument("--routing", choices=["uniform", "skewed"], default="uniform", help="tokens to experts")
     how.add_argument("--recompute", action="store_true", help="backward computes G and U again")
+    how.add_argument(
+        "--grow", type=_list(_one_of(_AXES)), default=[], metavar="NAME,..",
+        help=f"vary each of these alone around a base case: {', '.join(_AXES)}",
+    )  # fmt: skip
     how.add_argument("--reps", type=count, metavar="N", help="turns each one takes at a case (7)")
     how.add_argument("--seed", type=_number(0), default=0, help="of weights, inputs and routes (0)")
-    how.add_argument("--quick", action="store_true", help="32 experts, fewer cases and turns: a minute")
+    how.add_argument("--quick", action="store_true", help="32 experts, fewer turns: about a minute")
     how.add_argument(
         "--peers", type=_list(str), default=[], metavar="NAME,..", help=f"time these too: {', '.join(PEERS)}"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a roofline as PNG")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw a roofline, or what --grow found, as PNG"
+    )
 
 
 def read(args: argparse.Namespace) -> Settings:
@@ -76,7 +88,12 @@ def read(args: argparse.Namespace) -> Settings:
         UserError: options that do not go together, an unknown peer, a file that cannot be written.
     """
     chosen = {**_DEFAULTS, **(_QUICK if args.quick else {})}
-    chosen |= {name: value for name, value in vars(args).items() if value is not None}
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    lists: dict[str, list[int]] = {}
+    if args.grow:
+        chosen |= {**_BASE, **(_QUICK_BASE if args.quick else {})}
+        lists = _lists_of_growth(given, args)
+    chosen |= {name: value for name, value in given.items() if name not in lists}
     unknown = [name for name in args.peers if name not in PEERS]
     if unknown:
         raise UserError(f"--peers has {', '.join(unknown)}, wanted some of {', '.join(PEERS)}")
@@ -85,11 +102,12 @@ def read(args: argparse.Namespace) -> Settings:
             raise UserError(f"{option} {path}: no file can be written there")
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise UserError("--plot needs matplotlib: pip install 'kt_moe[train]'")
+    shape = _shape(chosen)
     return Settings(
-        shape=_shape(chosen),
+        shape=shape,
         tokens=chosen["tokens"],
         ranks=chosen["rank"],
-        threads=args.threads or [None],
+        threads=chosen.get("threads") or [None],
         isas=args.isa or [None],
         lora_dtype=args.dtype,
         routing=args.routing,
@@ -98,9 +116,49 @@ def read(args: argparse.Namespace) -> Settings:
         quick=args.quick,
         seed=args.seed,
         peers=list(dict.fromkeys(args.peers)),
+        grow={name: lists.get(name) or _usual_growth(name, args, shape) for name in args.grow},
         json=args.json,
         plot=args.plot,
     )
+
+
+def _lists_of_growth(given: dict[str, Any], args: argparse.Namespace) -> dict[str, list[int]]:
+    """The values given for what grows, by name; a single one is the base case's.
+
+    Raises:
+        UserError: something else has several values, or there are peers.
+    """
+    if args.peers:
+        raise UserError("--grow times kt_moe alone: leave out --peers")
+    lists = {name: given[name] for name in ("isa", *_AXES) if len(_as_list(given.get(name))) > 1}
+    for name, values in lists.items():
+        if name not in args.grow:
+            raise UserError(f"--{name} has {len(values)} values, but only what --grow names may vary")
+    return {name: sorted(values) for name, values in lists.items()}
+
+
+def _usual_growth(name: str, args: argparse.Namespace, shape: Shape) -> list[int]:
+    if name == "tokens":
+        return [1, 4, 16, 64, 256, 1024] if args.quick else _powers(1, 16384)
+    if name == "experts":
+        return _powers(max(8, shape.topk), args.experts or (shape.experts if args.quick else 256))
+    if name == "rank":
+        return [0, 4, 16, 64] if args.quick else [0, *_powers(1, 256)]
+    cpus: int = _core.cpu_info()["cores"]
+    return _powers(1, cpus)
+
+
+def _powers(first: int, last: int) -> list[int]:
+    """first, 2 first, 4 first, ... and last."""
+    powers = []
+    while first < last:
+        powers.append(first)
+        first *= 2
+    return [*powers, last]
+
+
+def _as_list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _shape(chosen: dict[str, Any]) -> Shape:
@@ -121,6 +179,15 @@ def _number(least: int) -> Callable[[str], int]:
         if value < least:
             raise argparse.ArgumentTypeError(f"is {text!r}, wanted a whole number from {least}")
         return value
+
+    return parse
+
+
+def _one_of(names: Sequence[str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"has {text!r}, wanted some of {', '.join(names)}")
+        return text
 
     return parse
 

@@ -1,4 +1,4 @@
-"""Results: as lines of a table for people, as JSON for programs."""
+"""Results: as lines of the table for people, as JSON for programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from kt_moe.cli.bench.layer import MIB, PASSES, Case
 OURS = "kt_moe"
 _COLUMNS = (
     ("tokens", 6), ("rank", 4), ("who", 14), ("pass", 8), ("ms", 9), ("IQR", 7), ("tokens/s", 9),
-    ("TFLOP/s", 7), ("of L1", 5), ("of L2", 5), ("GB/s", 6), ("of read", 7), ("bound", 7), ("share", 5),
+    ("TFLOP/s", 7), ("of reg", 6), ("of L2", 5), ("GB/s", 6), ("of read", 7), ("bound", 7), ("share", 5),
+    ("scratch", 7),
 )  # fmt: skip
 _LEFT = {"who", "pass", "bound"}
 
@@ -24,7 +25,8 @@ class Result:
 
     Attributes:
         touched: experts that had tokens (mean over the variants).
-        errors: relative L2 error by output, against float32.
+        errors: relative L2 error by output, against float64.
+        scratch: bytes of scratch memory by pass, "forward" and "backward"; ours only.
     """
 
     case: Case
@@ -35,6 +37,7 @@ class Result:
     touched: float
     ceilings: Ceilings
     errors: dict[str, float] = field(default_factory=dict)
+    scratch: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, steps: Sequence[Step], **rest: Any) -> Result:
@@ -46,6 +49,10 @@ class Result:
             samples["both"] = [forward + backward for forward, backward in pairs]
         return cls(seconds={name: Spread.of(values) for name, values in samples.items()}, **rest)
 
+    def least_seconds(self, name: str) -> float:
+        """What the ceilings allow for one pass."""
+        return self.ceilings.bound(self.case.flops()[name], self.case.bytes(self.touched)[name])[1]
+
     def figures(self, name: str) -> dict[str, Any]:
         """Rates of one pass and their share of the ceilings: of each, and of the one that binds."""
         seconds = self.seconds[name].median
@@ -55,6 +62,7 @@ class Result:
             "tokens_per_second": self.case.tokens / seconds,
             "flops_per_second": flops / seconds,
             "bytes_per_second": moved / seconds,
+            "share_of_register_peak": flops / seconds / self.ceilings.registers_all.median,
             "share_of_l1_peak": flops / seconds / self.ceilings.l1_all.median,
             "share_of_l2_peak": flops / seconds / self.ceilings.l2_all.median,
             "share_of_read_bandwidth": moved / seconds / self.ceilings.read_all.median,
@@ -75,6 +83,7 @@ class Result:
         }
         return {
             "who": self.who,
+            "experts": self.case.shape.experts,
             "tokens": self.case.tokens,
             "rank": self.case.rank,
             "threads": self.threads,
@@ -82,6 +91,7 @@ class Result:
             "experts_touched": self.touched,
             "passes": passes,
             "errors": self.errors,
+            "scratch_bytes": self.scratch,
         }
 
 
@@ -97,74 +107,36 @@ def rows(result: Result) -> str:
         if name not in result.seconds:
             continue
         spread, figures = result.seconds[name], result.figures(name)
+        taken = [p for p in result.scratch if name in (p, "both")]
         cells = {
             "tokens": str(result.case.tokens),
             "rank": str(result.case.rank),
             "who": result.who,
             "pass": name,
-            "ms": _milliseconds(spread.median),
-            "IQR": _milliseconds(spread.iqr) if spread.count > 1 else "-",
+            "ms": milliseconds(spread.median),
+            "IQR": milliseconds(spread.iqr) if spread.count > 1 else "-",
             "tokens/s": f"{figures['tokens_per_second']:.0f}",
             "TFLOP/s": f"{figures['flops_per_second'] / 1e12:.3f}",
-            "of L1": _percent(figures["share_of_l1_peak"]),
-            "of L2": _percent(figures["share_of_l2_peak"]),
+            "of reg": percent(figures["share_of_register_peak"]),
+            "of L2": percent(figures["share_of_l2_peak"]),
             "GB/s": f"{figures['bytes_per_second'] / 1e9:.1f}",
-            "of read": _percent(figures["share_of_read_bandwidth"]),
+            "of read": percent(figures["share_of_read_bandwidth"]),
             "bound": figures["bound"],
-            "share": _percent(figures["share_of_bound"]),
+            "share": percent(figures["share_of_bound"]),
+            "scratch": mebibytes(max(result.scratch[p] for p in taken)) if taken else "-",
         }
         lines.append(_row(cells))
     return "\n".join(lines)
 
 
-def ratios(ours: Result, others: Sequence[Result]) -> dict[str, dict[str, float]]:
-    """How many times as long as ours each other's median is, by contestant and pass."""
-    return {
-        other.who: {name: spread.median / ours.seconds[name].median for name, spread in other.seconds.items()}
-        for other in others
-    }
-
-
-def ratio_lines(found: dict[str, dict[str, float]], threads: dict[str, int]) -> str:
-    """`ratios` for people, with the number of threads each contestant had."""
-    return "\n".join(
-        f"  kt_moe has {', '.join(f'{ratio:.2f}x ({name})' for name, ratio in passes.items())} "
-        f"the speed of {who} on {threads[who]} threads"
-        for who, passes in found.items()
-    )
-
-
-def error_line(result: Result) -> str:
-    """Relative L2 errors of one contestant; of the LoRA gradients, the largest."""
-    named = {"out": "out", "hidden_states": "dX", "topk_weights": "dw"}
-    parts = [f"{short} {result.errors[name]:.1e}" for name, short in named.items() if name in result.errors]
-    lora = [error for name, error in result.errors.items() if name not in named]
-    return f"  {result.who:<14} {', '.join(parts + ([f'LoRA {max(lora):.1e}'] if lora else []))}"
-
-
-def ceiling_lines(ceilings: Ceilings, threads: int) -> str:
-    """The ceilings as aligned lines."""
-
-    def line(label: str, spread: Spread, scale: float, unit: str) -> str:
-        return f"  {label:<46} {spread.median / scale:8.3f} {unit:<8} IQR {spread.iqr / scale:.3f}"
-
-    c, all_threads = ceilings, "1 thread" if threads == 1 else f"{threads} threads"
-    return "\n".join(
-        (
-            line("micro-kernel, operands in L1, 1 thread", c.l1_one, 1e12, "TFLOP/s"),
-            line(f"micro-kernel, operands in L1, {all_threads}", c.l1_all, 1e12, "TFLOP/s"),
-            line("micro-kernel, A from L2, 1 thread", c.l2_one, 1e12, "TFLOP/s"),
-            line(f"micro-kernel, A from L2, {all_threads}", c.l2_all, 1e12, "TFLOP/s"),
-            line(f"memory read, {all_threads}", c.read_all, 1e9, "GB/s"),
-        )
-    )
-
-
-def memory_line(memory: dict[str, float]) -> str:
-    """Bytes of the packed weights, as such and over their bf16 size, and the process's peak."""
-    weights, peak = memory["weight_bytes"] / MIB, memory["peak_resident_bytes"] / MIB
-    ratio = memory["weight_ratio"]
-    return f"memory: weights {weights:.0f} MiB ({ratio:.3f}x bf16), peak {peak:.0f} MiB resident"
+def fastest(results: Sequence[Result]) -> list[Result]:
+    """Of results under one name (thread counts that were tried), the one that took least."""
+    best: dict[str, Result] = {}
+    for result in results:
+        last = list(result.seconds)[-1]
+        if result.who not in best or result.seconds[last].median < best[result.who].seconds[last].median:
+            best[result.who] = result
+    return list(best.values())
 
 
 def _row(cells: dict[str, str]) -> str:
@@ -173,9 +145,16 @@ def _row(cells: dict[str, str]) -> str:
     ).rstrip()
 
 
-def _milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
+    """Of a time, with as many digits as it is worth."""
     return f"{seconds * 1e3:.3f}" if seconds < 0.1 else f"{seconds * 1e3:.1f}"
 
 
-def _percent(share: float) -> str:
+def mebibytes(count: float) -> str:
+    """MiB of a number of bytes."""
+    return f"{count / MIB:.1f}M"
+
+
+def percent(share: float) -> str:
+    """Of a share of 1."""
     return f"{share * 100:.0f}%"

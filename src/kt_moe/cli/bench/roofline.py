@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from kt_moe.cli.bench.report import Result
+from kt_moe.cli.plot import save_png
 
 _MARKS = {"forward": "^", "backward": "v"}
 
 
 def plot_roofline(results: Sequence[Result], path: Path, title: str) -> None:
-    """Draw forward and backward of every result into a PNG, which appears whole or not at all."""
+    """Draw forward and backward of every result into a PNG."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
     figure = Figure(figsize=(9, 5.5), dpi=120, layout="constrained")
@@ -35,24 +35,22 @@ def plot_roofline(results: Sequence[Result], path: Path, title: str) -> None:
         axes.plot([], [], "s", color=f"C{index + 1}", label=label)
     for name, mark in _MARKS.items():
         axes.plot([], [], mark, color="grey", label=f"{name}; the number is tokens")
-    axes.set(xlabel="FLOP a byte of weights", ylabel="TFLOP/s", title=title)
+    axes.set(xlabel="FLOP a byte that must move", ylabel="TFLOP/s", title=title)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        figure.savefig(part, format="png")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    save_png(figure, path)
 
 
 def _draw_ceilings(axes: object, results: Sequence[Result], left: float, right: float) -> None:
-    """Roofs of every runtime that took part: memory's slope, then the two peaks."""
+    """Roofs of every runtime that took part: memory's slope, then the peaks on registers and from L2."""
     for index, ceilings in enumerate(dict.fromkeys(result.ceilings for result in results)):
-        for style, peak, text in (("-", ceilings.l1_all, "L1"), ("--", ceilings.l2_all, "L2")):
+        for style, peak, text in (
+            ("-", ceilings.registers_all, "on registers"),
+            ("--", ceilings.l2_all, "with A from L2"),
+        ):
             corner = min(max(peak.median / ceilings.read_all.median, left), right)
             slope = [x * ceilings.read_all.median / 1e12 for x in (left, corner)]
-            label = f"peak with operands from {text}, memory read" if index == 0 else None
+            label = f"peak {text}, memory read" if index == 0 else None
             axes.plot(  # type: ignore[attr-defined]
                 [left, corner, right],
                 [slope[0], min(slope[1], peak.median / 1e12), peak.median / 1e12],

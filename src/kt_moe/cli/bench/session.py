@@ -1,4 +1,4 @@
-"""The order of things: ceilings, cases, turns, checks, and what is written at the end."""
+"""The order of things: what is there, ceilings, cases, and what is written at the end."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from typing import Any
 import torch
 
 import kt_moe
-from kt_moe.cli.bench import ceilings, options, report
-from kt_moe.cli.bench.contestants import KtMoe, Step, poisoned, reference, relative_errors, take_turn
-from kt_moe.cli.bench.data import Inputs, Weights, digest, make_inputs, make_weights
+from kt_moe.cli.bench import ceilings, growth, options, report, summary
+from kt_moe.cli.bench.contestants import KtMoe
+from kt_moe.cli.bench.data import Weights, make_inputs, make_weights
+from kt_moe.cli.bench.growth_plot import plot_growth
 from kt_moe.cli.bench.layer import GIB, Case, fit_experts, free_memory, variants_of
 from kt_moe.cli.bench.peer_process import PeerError, PeerProcess
 from kt_moe.cli.bench.peers import PEERS, Job
-from kt_moe.cli.bench.report import OURS, Result
+from kt_moe.cli.bench.report import Result
 from kt_moe.cli.bench.roofline import plot_roofline
+from kt_moe.cli.bench.trial import Notes, Trials
 from kt_moe.cli.errors import UserError
 from kt_moe.cli.output import write_json
 
-SCHEMA = 1  # of the JSON; grows when a key changes its meaning or goes
-_WORST_ERROR = 0.02  # relative L2; bf16 operands leave about 0.005
+SCHEMA = 2  # of the JSON; grows when a key changes its meaning or goes
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,50 +43,57 @@ class _Bench:
         self.versions = {"kt_moe": kt_moe.__version__, "torch": torch.__version__}
         self.versions["python"] = platform.python_version()
         self.machine = ceilings.machine()  # before we load it ourselves
+        self.notes = Notes()
         self.peers: dict[str, str] = {}  # installed ones and their versions
-        self.notes: list[str] = []  # what was left out or went wrong
+        self.ceilings: list[dict[str, Any]] = []
         self.results: list[Result] = []
         self.comparisons: list[dict[str, Any]] = []
-        self.ceilings: list[dict[str, Any]] = []
-        self.memory: dict[str, float] = {}
-        self.wrong = False
-        self._truth: tuple[Case, dict[str, torch.Tensor]] | None = None
+        self.lora_costs: list[dict[str, Any]] = []
+        self.points: list[growth.Point] = []
+        self.memory: dict[str, Any] = {}
 
     def run(self) -> int:
         started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         print(f"kt-moe bench, {started}")
         self._find_peers()
-        self._fit()
+        most = self._fit()
         runtimes = [
             self._runtime(*pair) for pair in itertools.product(self.settings.threads, self.settings.isas)
         ]
         self._introduce()
-        weights = make_weights(self.shape, self.settings.seed)
-        for runtime in runtimes:
-            self._measure(runtime, weights)
-        self._conclude()
+        weights = make_weights(replace(self.shape, experts=most), self.settings.seed)
+        if self.settings.grow:
+            self._grow(runtimes[0], weights)
+        else:
+            for runtime in runtimes:
+                self._measure(runtime, weights)
+            self._conclude()
         if self.settings.json is not None:
             write_json(self.settings.json, self._to_dict(started))
         if self.settings.plot is not None:
-            plot_roofline(self.results, self.settings.plot, f"{self.shape.name}, E = {self.shape.experts}")
-        return int(self.wrong)
+            self._plot()
+        return int(self.notes.wrong)
 
     def _find_peers(self) -> None:
         for name in self.settings.peers:
             try:
                 self.peers[name] = PEERS[name].version()
             except ValueError as error:
-                self._note(f"{name}: {error}")
+                self.notes.note(f"{name}: {error}")
 
-    def _fit(self) -> None:
+    def _fit(self) -> int:
+        """Fits the shape to memory; how many experts the weights are to have, which may grow."""
         copies = 2 + sum(PEERS[name].copies for name in self.peers)  # ours: the original and the packed one
         free = free_memory()
-        self.shape = fit_experts(self.settings.shape, copies, free)
-        if self.shape.experts < self.settings.shape.experts:
-            self._note(
-                f"{self.shape.experts} experts instead of {self.settings.shape.experts}: what half of the "
-                f"{free / GIB:.1f} GiB of free memory holds {copies} times; each gets more tokens so"
+        most = max([self.settings.shape.experts, *self.settings.grow.get("experts", [])])
+        fitting = fit_experts(replace(self.settings.shape, experts=most), copies, free).experts
+        self.shape = replace(self.settings.shape, experts=min(self.settings.shape.experts, fitting))
+        if fitting < most:
+            self.notes.note(
+                f"{fitting} experts instead of {most}: what half of the {free / GIB:.1f} GiB of free memory "
+                f"holds {copies} times" + ("" if self.settings.grow else "; each gets more tokens so")
             )
+        return fitting
 
     @staticmethod
     def _runtime(threads: int | None, isa: str | None) -> kt_moe.Runtime:
@@ -107,30 +115,71 @@ class _Bench:
             + (", G and U recomputed" if self.settings.recompute else "")
         )
 
+    def _add_ceilings(self, runtime: kt_moe.Runtime, found: ceilings.Ceilings) -> None:
+        self.ceilings.append({"isa": runtime.isa, "threads": runtime.threads, **asdict(found)})
+
+    def _grow(self, runtime: kt_moe.Runtime, weights: Weights) -> None:
+        base = f"tokens {self.settings.tokens[0]}, rank {self.settings.ranks[0]}, {runtime.threads} threads"
+        print(f"\n{runtime.isa}; one thing varies, the others stay: {base}, experts {self.shape.experts}")
+        grown = growth.Growth(self.settings, weights, runtime, self.notes)
+        self.points = grown.run()
+        for used, found in grown.ceilings:
+            self._add_ceilings(used, found)
+            print(f"\nceilings of {used.threads} threads:\n{summary.ceiling_lines(found, used.threads)}")
+        self.memory["peak_resident_bytes"] = _peak_resident()
+
     def _measure(self, runtime: kt_moe.Runtime, weights: Weights) -> None:
         """All cases of one runtime."""
         found = ceilings.measure(runtime)
-        place = {"isa": runtime.isa, "threads": runtime.threads}
-        self.ceilings.append({**place, **asdict(found)})
+        self._add_ceilings(runtime, found)
         print(f"\n{runtime.isa}, {runtime.threads} threads; ceilings:")
-        print(report.ceiling_lines(found, runtime.threads))
+        print(summary.ceiling_lines(found, runtime.threads))
         ours = KtMoe(weights, runtime, self.settings.recompute)
-        self.memory = {
-            "weight_bytes": ours.experts.nbytes,
-            "weight_ratio": ours.experts.nbytes / self.shape.weight_bytes,
-        }
-        cases = [
-            Case(
-                self.shape, tokens, rank, self.settings.routing, self.settings.lora_dtype,
-                variants_of(self.shape, tokens, kt_moe.cpu_info()["caches"]["l3"]),
-            )
-            for rank, tokens in itertools.product(self.settings.ranks, self.settings.tokens)
-        ]  # fmt: skip
+        self.memory["weight_bytes"] = ours.experts.nbytes
+        self.memory["weight_ratio"] = ours.experts.nbytes / self.shape.weight_bytes
+        trials = Trials(self.settings, weights, self.notes)
+        place = {"isa": runtime.isa, "threads": runtime.threads, "ceilings": found}
+        l3 = kt_moe.cpu_info()["caches"]["l3"]
+        results: list[Result] = []
         with ExitStack() as stack:
             rivals = self._start_rivals(stack, runtime)
             print(f"\n{report.header()}")
-            for case in cases:
-                self._run_case(case, ours, rivals, weights, {**place, "case": case, "ceilings": found})
+            for rank, tokens in itertools.product(self.settings.ranks, self.settings.tokens):
+                variants = variants_of(self.shape, tokens, l3)
+                case = Case(
+                    self.shape, tokens, rank, self.settings.routing, self.settings.lora_dtype, variants
+                )
+                mine, *others = trials.run(case, ours, rivals, place)
+                results += [mine, *others]
+                print("\n".join(report.rows(r) for r in (mine, *others)), flush=True)
+                if others:
+                    compared = summary.compare(mine, others)
+                    self.comparisons += compared
+                    print(summary.speed_lines(compared), flush=True)
+        self.notes.note_drift(found, ceilings.measure(runtime))
+        self.results += results
+        if costs := summary.lora_costs(results):
+            self.lora_costs += costs
+            print(f"\nLoRA, time over that of rank 0:\n{summary.lora_lines(costs)}", flush=True)
+        del ours  # before the next one takes its memory
+        self._compare_scratch(results, runtime, weights)
+
+    def _compare_scratch(self, results: list[Result], runtime: kt_moe.Runtime, weights: Weights) -> None:
+        """The most scratch a case needs, and what it needs with as few experts as can be."""
+        mine = [result for result in results if result.scratch]
+        largest = max(mine, key=lambda result: max(result.scratch.values()))
+        few, found = self.shape.topk, max(largest.scratch.values())
+        scratch = {"bytes": found, "tokens": largest.case.tokens, "rank": largest.case.rank}
+        if "scratch" in self.memory and self.memory["scratch"]["bytes"] >= found:
+            return
+        fewer: dict[str, int] | None = None
+        if few < self.shape.experts:
+            gate, up, down = weights
+            ours = KtMoe((gate[:few], up[:few], down[:few]), runtime, self.settings.recompute)
+            case = replace(largest.case, shape=replace(self.shape, experts=few), variants=1)
+            ours.prepare(make_inputs(case, self.settings.seed))
+            fewer = {"experts": few, "bytes": max(ours.scratch().values())}
+        self.memory["scratch"] = {**scratch, "experts": self.shape.experts, "fewer_experts": fewer}
 
     def _start_rivals(self, stack: ExitStack, runtime: kt_moe.Runtime) -> list[PeerProcess]:
         """kt-kernel's calling thread spins beside its pool, so it is also tried with a thread less."""
@@ -146,103 +195,31 @@ class _Bench:
                 try:
                     rivals.append(stack.enter_context(PeerProcess(job)))
                 except PeerError as error:
-                    self._note(f"{name} with {threads} threads: {error}")
+                    self.notes.note(f"{name} with {threads} threads: {error}")
         return rivals
 
-    def _run_case(
-        self, case: Case, ours: KtMoe, rivals: list[PeerProcess], weights: Weights, place: dict[str, Any]
-    ) -> None:
-        errors = self._check(case, ours, rivals, weights)
-        inputs = make_inputs(case, self.settings.seed)
-        marks = self._poisoned_step(ours, inputs)
-        ready = [rival for rival in rivals if self._prepare(rival, case, inputs)]
-        steps = self._turns(case, ours, ready)
-        ours.step(0)
-        if digest(ours.outputs()) != marks:
-            self._fault(f"{_name(case)}: the last step's outputs are not the first one's")
-
-        def result(who: str, rival: PeerProcess | None = None) -> Result:
-            threads = rival.threads if rival else place["threads"]
-            common = {**place, "threads": threads, "touched": inputs.touched, "errors": errors[rival]}
-            return Result.of(steps[rival], who=who, **common)
-
-        mine = result(OURS)
-        others = _best([result(rival.name, rival) for rival in ready if rival in steps])
-        self.results += [mine, *others]
-        print("\n".join(report.rows(r) for r in (mine, *others)), flush=True)
-        if others:
-            ratios = report.ratios(mine, others)
-            same = {"tokens": case.tokens, "rank": case.rank, "isa": mine.isa, "threads": mine.threads}
-            self.comparisons.append({**same, "slower_than_kt_moe": ratios})
-            print(report.ratio_lines(ratios, {other.who: other.threads for other in others}), flush=True)
-
-    def _check(
-        self, case: Case, ours: KtMoe, rivals: list[PeerProcess], weights: Weights
-    ) -> dict[PeerProcess | None, dict[str, float]]:
-        """Relative errors of everyone (None: ours), on the tokens that float32 has time for."""
-        small = case.limited_to(2e10 if self.settings.quick else 1e11)
-        inputs = make_inputs(small, self.settings.seed)
-        if self._truth is None or self._truth[0] != small:
-            self._truth = small, reference(weights, inputs)
-        truth = self._truth[1]
-        self._poisoned_step(ours, inputs)
-        errors: dict[PeerProcess | None, dict[str, float]] = {None: relative_errors(ours.outputs(), truth)}
-        if not all(error <= _WORST_ERROR for error in errors[None].values()):
-            self._fault(f"{_name(small)}: an output is off: {errors[None]}")
-        for rival in rivals:
-            errors[rival] = {}
-            if self._prepare(rival, small, inputs):
-                rival.take_turn(0)
-                errors[rival] = relative_errors(rival.outputs(), truth)
-        return errors
-
-    def _poisoned_step(self, ours: KtMoe, inputs: Inputs) -> list[int]:
-        """A step into memory full of NaN; what its outputs are, as a digest."""
-        ours.prepare(inputs)
-        with poisoned():
-            ours.step(0)
-        outputs = ours.outputs()
-        bad = [name for name, tensor in outputs.items() if not bool(tensor.isfinite().all())]
-        if bad:
-            self._fault(f"{len(inputs.hidden_states)} tokens: not finite: {', '.join(bad)}")
-        return digest(outputs)
-
-    def _prepare(self, rival: PeerProcess, case: Case, inputs: Inputs) -> bool:
-        try:
-            rival.prepare(case, inputs.digest())
-        except PeerError as error:
-            self._note(f"{rival.name}, {_name(case)}: {error}")
-            return False
-        return True
-
-    def _turns(
-        self, case: Case, ours: KtMoe, rivals: list[PeerProcess]
-    ) -> dict[PeerProcess | None, list[Step]]:
-        """A, B, A, B, ...: whatever else the machine does falls on everyone alike."""
-        seconds = 0.05 if self.settings.quick else 0.15
-        steps: dict[PeerProcess | None, list[Step]] = {who: [] for who in (None, *rivals)}
-        for _ in range(self.settings.reps):
-            steps[None] += take_turn(ours, case.variants, seconds)
-            for rival in rivals:
-                if rival in steps:
-                    try:
-                        steps[rival] += rival.take_turn(seconds)
-                    except PeerError as error:
-                        self._note(f"{rival.name}, {_name(case)}: {error}")
-                        del steps[rival]
-        return steps
-
     def _conclude(self) -> None:
-        print("\nrelative L2 errors against float32, the largest of all cases:")
-        for who in dict.fromkeys(result.who for result in self.results):
-            mine = [result for result in self.results if result.who == who]
-            names = dict.fromkeys(name for result in mine for name in result.errors)
-            worst = {name: max(r.errors[name] for r in mine if name in r.errors) for name in names}
-            print(report.error_line(replace(mine[0], errors=worst)))
-        self.memory["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(report.memory_line(self.memory))
+        print("\nrelative L2 errors against float64, the largest of all cases:")
+        print(summary.error_lines(self.results, self.comparisons))
+        self.memory["peak_resident_bytes"] = _peak_resident()
+        print(summary.memory_line(self.memory))
+
+    def _plot(self) -> None:
+        shape, path = self.shape, self.settings.plot
+        assert path is not None
+        if not self.settings.grow:
+            return plot_roofline(self.results, path, f"{shape.name}, E = {shape.experts}")
+        threads = self.ceilings[0]["threads"]
+        plot_growth(
+            self.points,
+            path,
+            f"{shape.name}, {self.ceilings[0]['isa']}, {self.machine['model']}; one varies, the others stay: "
+            f"tokens {self.settings.tokens[0]}, experts {shape.experts}, rank {self.settings.ranks[0]}, "
+            f"threads {threads}",
+        )
 
     def _to_dict(self, started: str) -> dict[str, Any]:
+        apart = ("json", "plot", "shape")
         return {
             "schema": SCHEMA,
             "date": started,
@@ -250,36 +227,17 @@ class _Bench:
             "machine": self.machine,
             "versions": {**self.versions, **self.peers},
             "layer": asdict(self.shape),
-            "settings": {
-                k: v for k, v in asdict(self.settings).items() if k not in ("json", "plot", "shape")
-            },
+            "settings": {k: v for k, v in asdict(self.settings).items() if k not in apart},
             "ceilings": self.ceilings,
             "results": [result.to_dict() for result in self.results],
             "comparisons": self.comparisons,
+            "lora_costs": self.lora_costs,
+            "growth": growth.to_dicts(self.points),
             "memory": self.memory,
-            "notes": self.notes,
-            "ok": not self.wrong,
+            "notes": self.notes.texts,
+            "ok": not self.notes.wrong,
         }
 
-    def _note(self, text: str) -> None:
-        if text not in self.notes:
-            self.notes.append(text)
-            print(f"  note: {text}", flush=True)
 
-    def _fault(self, text: str) -> None:
-        self.wrong = True
-        self._note(f"WRONG, {text}")
-
-
-def _name(case: Case) -> str:
-    return f"tokens {case.tokens}, rank {case.rank}"
-
-
-def _best(results: list[Result]) -> list[Result]:
-    """Of results under one name (thread counts that were tried), the one that took least."""
-    best: dict[str, Result] = {}
-    for result in results:
-        last = list(result.seconds)[-1]
-        if result.who not in best or result.seconds[last].median < best[result.who].seconds[last].median:
-            best[result.who] = result
-    return list(best.values())
+def _peak_resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
