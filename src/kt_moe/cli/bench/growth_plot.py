@@ -67,7 +67,7 @@ def _draw_panel(axes: Any, name: str, points: Sequence[Point]) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
-    if len(shown) <= 9:
-        axes.set_xticks([point.value for point in shown], [str(point.value) for point in shown])
+    values = [point.value for point in shown]
+    axes.set_xticks(values, [str(value) for value in values], fontsize=8 if len(values) < 10 else 6)
     axes.set(xlabel=_LABELS[name], ylabel="ms")
     axes.grid(alpha=0.3, which="both")
