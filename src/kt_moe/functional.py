@@ -108,13 +108,13 @@ class _MoE(torch.autograd.Function):
             saved, on_cpu(grad_out, torch.bfloat16), grad_x, grad_weights, cast("_core.LoraTensors", grads),
         )  # fmt: skip
         return (
-            _like(grad_x, hidden_states),
+            None if grad_x is None else _like(grad_x, hidden_states),
             None,
-            _like(grad_weights, topk_weights),
+            None if grad_weights is None else _like(grad_weights, topk_weights),
             None,
             None,
             None,
-            *(_like(g, t) for g, t in zip(grads, lora_tensors, strict=True)),
+            *(None if g is None else _like(g, t) for g, t in zip(grads, lora_tensors, strict=True)),
         )
 
 
@@ -234,7 +234,7 @@ def _result_dtype(hidden_states: Tensor) -> torch.dtype:
     return torch.bfloat16 if hidden_states.dtype is torch.bfloat16 else torch.float32
 
 
-def _like(result: Tensor | None, tensor: Tensor) -> Tensor | None:
-    if result is None or (tensor.is_cpu and result.dtype is tensor.dtype):
+def _like(result: Tensor, tensor: Tensor) -> Tensor:
+    if tensor.is_cpu and result.dtype is tensor.dtype:
         return result
     return result.to(tensor.device, tensor.dtype)
