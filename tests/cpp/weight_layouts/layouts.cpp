@@ -42,10 +42,10 @@ using WeightsAt = std::function<Ahead(index_t)>;
 
 Ahead share(Ahead ahead, index_t tiles, index_t tile) {
   const Range lines = split(ahead.lines, tiles, tile);
-  return {ahead.first + lines.begin * ahead.line, ahead.run, ahead.line, static_cast<int>(lines.size())};
+  return {ahead.base + lines.begin * ahead.stride, ahead.stride, ahead.step, static_cast<int>(lines.size())};
 }
 
-// gemm.h's multiply, or that with prefetching: ahead(i, j) for the tile at row i, column j of c.
+// gemm.h's multiply, with ahead(i, j) for the tile at row i, column j of c.
 void product(const Bench& bench, const Term& term, float* c,
              const std::function<Ahead(index_t i, index_t j)>& ahead) {
   const GemmKernels& gemm = bench.kernels.gemm;
@@ -53,14 +53,19 @@ void product(const Bench& bench, const Term& term, float* c,
   if (!bench.prefetch) return multiply(bench.kernels, {&term, 1}, c, stride);
   if (gemm.begin != nullptr) gemm.begin();
   for (index_t j = 0; j < cols; j += gemm.nr)
-    for (index_t i = 0; i < rows; i += gemm.mr)
-      bench.direct->multiply(static_cast<int>(std::min<index_t>(gemm.mr, rows - i)),
-                             static_cast<int>(std::min<index_t>(gemm.nr, cols - j)),
-                             static_cast<int>(term.a.k), term.a.data + i / gemm.mr * term.a.panel_bytes,
-                             term.b.data + j / gemm.nr * term.b.panel_bytes, c + i * stride + j, stride,
-                             ahead(i, j));
+    for (index_t i = 0; i < rows; i += gemm.mr) {
+      const Segment segment{term.a.data + i / gemm.mr * term.a.panel_bytes,
+                            term.b.data + j / gemm.nr * term.b.panel_bytes, static_cast<int>(term.a.k),
+                            ahead(i, j)};
+      gemm.micro_kernel(static_cast<int>(std::min<index_t>(gemm.mr, rows - i)),
+                        static_cast<int>(std::min<index_t>(gemm.nr, cols - j)), &segment, 1,
+                        c + i * stride + j, stride, false);
+    }
   if (gemm.end != nullptr) gemm.end();
 }
+
+// k in 64 bytes of a packed row: how often a micro-kernel looks ahead.
+index_t run(const Bench& bench) { return 64 / bench.kernels.gemm.element_bytes; }
 
 // y [m, n] = tokens [m, k] * B, where weights_of(cols) gives columns of B in panels.
 void tokens_left(const Bench& bench, MatView tokens, index_t n, bf16_t* y, Arena& scratch,
@@ -86,6 +91,9 @@ void tokens_left(const Bench& bench, MatView tokens, index_t n, bf16_t* y, Arena
 
 MatView natural(const Shape& shape, const void* w) { return view(w, DType::bf16, shape.out, shape.in); }
 
+constexpr index_t kElement = sizeof(bf16_t);
+index_t row_bytes(const Shape& shape) { return shape.in * kElement; }
+
 // A: natural order, packed strip by strip.
 void natural_forward(const Bench& bench, const void* w, MatView x, bf16_t* y, Arena& scratch) {
   const Shape& shape = bench.shape;
@@ -102,18 +110,13 @@ void natural_forward(const Bench& bench, const void* w, MatView x, bf16_t* y, Ar
       product(bench, {weights, cols_of(bench.kernels, packed, rows)}, c, [&](index_t i, index_t) {
         const index_t next = cols.begin + i + width;
         if (next >= shape.out) return Ahead{};
-        const Ahead panel{static_cast<const char*>(natural(shape, w).at(next, 0)), 64 * gemm.mr, 64, gemm.mr};
+        const Ahead panel{static_cast<const char*>(natural(shape, w).at(next, 0)), row_bytes(shape),
+                          run(bench) * kElement, gemm.mr};
         return share(panel, tiles, rows.begin / gemm.nr);
       });
       store_transposed(bench, c, gemm.nr, rows.size(), cols, shape.out, y + rows.begin * shape.out, scratch);
     });
   });
-}
-
-// The memory of 32 columns of W.
-Ahead natural_column(const Shape& shape, const void* w, index_t col) {
-  const ptrdiff_t row = shape.in * static_cast<index_t>(sizeof(bf16_t));
-  return {static_cast<const char*>(natural(shape, w).at(0, col)), 32 * row, row, 32};
 }
 
 void natural_backward(const Bench& bench, const void* w, MatView dy, bf16_t* dx, Arena& scratch) {
@@ -122,8 +125,11 @@ void natural_backward(const Bench& bench, const void* w, MatView dy, bf16_t* dx,
     return pack_b_rows(bench.kernels, {natural(shape, w).block(0, cols.begin, shape.out, cols.size())},
                        scratch);
   };
-  tokens_left(bench, dy, shape.in, dx, scratch, weights_of,
-              [&](index_t col) { return natural_column(shape, w, col); });
+  tokens_left(bench, dy, shape.in, dx, scratch, weights_of, [&](index_t col) {
+    const auto lines = static_cast<int>(run(bench));
+    return Ahead{static_cast<const char*>(natural(shape, w).at(0, col)), row_bytes(shape),
+                 lines * row_bytes(shape), lines};
+  });
 }
 
 // B and C: panels of [k / 2][32][2], stored for one direction. In that direction they are used as they are,
@@ -134,7 +140,7 @@ void panels_as_stored(const Bench& bench, const void* w, MatView tokens, bf16_t*
   const PackedB all{static_cast<const char*>(w), n, k, nr * k * static_cast<index_t>(sizeof(bf16_t))};
   tokens_left(
       bench, tokens, n, y, scratch, [&](Range cols) { return cols_of(bench.kernels, all, cols); },
-      [&](index_t col) { return Ahead{all.data + col / nr * all.panel_bytes, 2048, 64, 32}; });
+      [&](index_t col) { return Ahead{all.data + col / nr * all.panel_bytes, 64, 2048, 32}; });
 }
 
 template <index_t Shape::* N>
@@ -150,33 +156,32 @@ void panels_turned(const Bench& bench, const void* w, MatView tokens, bf16_t* y,
                    nr * k * static_cast<index_t>(sizeof(bf16_t))};
   };
   tokens_left(bench, tokens, n, y, scratch, weights_of, [&](index_t col) {
-    return Ahead{reinterpret_cast<const char*>(from + col / nr * block), 2 * nr * n, 64, 32};
+    return Ahead{reinterpret_cast<const char*>(from + col / nr * block), 64, 2 * nr * n, 32};
   });
 }
 
-// D: natural order, forward read by the micro-kernel itself.
+// D: natural order, forward read by the micro-kernel itself; few tokens as the layer multiplies them.
 void direct_forward(const Bench& bench, const void* w, MatView x, bf16_t* y, Arena& scratch) {
   const Shape& shape = bench.shape;
+  if (x.rows <= bench.kernels.few.max_rows) {
+    auto* c = scratch.take<float>(x.rows * shape.out);
+    multiply_few_transposed(bench.kernels, {x}, {natural(shape, w)}, c, shape.out, false, scratch);
+    return store(bench, c, shape.out, x.rows, {0, shape.out}, shape.out, y);
+  }
   const Direct& direct = *bench.direct;
-  const int nr = bench.kernels.gemm.nr, k = static_cast<int>(shape.in);
-  const bool few = direct.forward_few != nullptr && x.rows <= 8;
-  const PackedA left = few ? pack_a(bench.kernels, {x}, scratch) : PackedA{};
-  const PackedB right = few ? PackedB{} : pack_b_cols(bench.kernels, {x}, scratch);
-  const index_t part_rows = 2 * nr;
-  auto* c = scratch.take<float>(strip(bench, shape.in, direct.rows) * part_rows);
+  const index_t part_rows = 2 * bench.kernels.gemm.nr, width = strip(bench, shape.in, direct.most_rows);
+  const PackedB packed = pack_b_cols(bench.kernels, {x}, scratch);
+  auto* c = scratch.take<float>(width * part_rows);
   if (direct.begin != nullptr) direct.begin();
-  for_strips(shape.out, strip(bench, shape.in, direct.rows), [&](Range cols) {
+  for_strips(shape.out, width, [&](Range cols) {
     for_strips(x.rows, part_rows, [&](Range rows) {
       const Arena::Frame frame(scratch);
-      for_strips(cols.size(), direct.rows, [&](Range part) {
-        const auto* first = static_cast<const bf16_t*>(w) + (cols.begin + part.begin) * shape.in;
-        const int count = static_cast<int>(part.size());
-        float* to = c + part.begin * part_rows;
-        if (few)
-          direct.forward_few(count, k, first, shape.in, left.data, to, part_rows);
-        else
-          direct.forward(count, static_cast<int>(rows.size()), k, first, shape.in,
-                         cols_of(bench.kernels, right, rows).data, right.panel_bytes, to, part_rows);
+      for_strips(cols.size(), direct.most_rows, [&](Range part) {
+        direct.forward(static_cast<int>(part.size()), static_cast<int>(rows.size()),
+                       static_cast<int>(shape.in),
+                       static_cast<const bf16_t*>(natural(shape, w).at(cols.begin + part.begin, 0)), shape.in,
+                       cols_of(bench.kernels, packed, rows).data, packed.panel_bytes,
+                       c + part.begin * part_rows, part_rows);
       });
       store_transposed(bench, c, part_rows, rows.size(), cols, shape.out, y + rows.begin * shape.out,
                        scratch);
@@ -185,35 +190,12 @@ void direct_forward(const Bench& bench, const void* w, MatView x, bf16_t* y, Are
   if (direct.end != nullptr) direct.end();
 }
 
-// Few tokens: whole rows of W pass by, and the result adds up in the cache.
-void direct_backward_few(const Bench& bench, const void* w, MatView dy, bf16_t* dx, Arena& scratch) {
-  const Shape& shape = bench.shape;
-  const int mr = bench.kernels.gemm.mr;
-  const PackedA packed = pack_a(bench.kernels, {dy}, scratch);
-  auto* c = scratch.take<float>(mr * shape.in);
-  std::fill_n(c, mr * shape.in, 0.0f);
-  constexpr index_t kBlock = 32;
-  for (index_t p = 0; p < shape.out; p += kBlock)
-    for (index_t j = 0; j < shape.in; j += 32)
-      bench.direct->backward_few(static_cast<int>(dy.rows), kBlock, packed.data + p * mr * 2,
-                                 static_cast<const bf16_t*>(w) + p * shape.in + j, shape.in, c + j, shape.in);
-  store(bench, c, shape.in, dy.rows, {0, shape.in}, shape.in, dx);
-}
-
-// More tokens: as A, but a strip is packed a few rows at a time over its whole width.
 void direct_backward(const Bench& bench, const void* w, MatView dy, bf16_t* dx, Arena& scratch) {
-  if (bench.direct->backward_few != nullptr && dy.rows <= bench.kernels.gemm.mr)
-    return direct_backward_few(bench, w, dy, dx, scratch);
   const Shape& shape = bench.shape;
-  const index_t panel_bytes = bench.kernels.gemm.nr * shape.out * static_cast<index_t>(sizeof(bf16_t));
-  const auto weights_of = [&](Range cols) {
-    auto* panels = scratch.take<char>(cols.size() / bench.kernels.gemm.nr * panel_bytes);
-    pack_strip(static_cast<const bf16_t*>(w) + cols.begin, shape.in, static_cast<int>(shape.out),
-               static_cast<int>(cols.size()), panels, panel_bytes);
-    return PackedB{panels, cols.size(), shape.out, panel_bytes};
-  };
-  tokens_left(bench, dy, shape.in, dx, scratch, weights_of,
-              [&](index_t col) { return natural_column(shape, w, col); });
+  if (dy.rows > bench.kernels.few.max_rows) return natural_backward(bench, w, dy, dx, scratch);
+  auto* c = scratch.take<float>(dy.rows * shape.in);
+  multiply_few(bench.kernels, {dy}, {natural(shape, w)}, c, shape.in, false, scratch);
+  store(bench, c, shape.in, dy.rows, {0, shape.in}, shape.in, dx);
 }
 
 }  // namespace
@@ -235,6 +217,7 @@ Stored::Stored(const Bench& bench, index_t experts) {
   char* const a = add();
   fill(reinterpret_cast<bf16_t*>(a), experts * shape.out * shape.in);
   layouts_.push_back({"A natural", a, natural_forward, natural_backward, false});
+  layouts_.push_back({"A natural, prefetch", a, natural_forward, natural_backward, true});
   if (bench.direct == nullptr) return;  // the others are written for the panels of two sets
 
   char *const b = add(), *const c = add();
@@ -246,7 +229,6 @@ Stored::Stored(const Bench& bench, index_t experts) {
     std::memcpy(c + e * shape.bytes(), pack_b_rows(bench.kernels, w, scratch).data, bytes);
   }
   for (const bool prefetch : {false, true}) {
-    if (prefetch) layouts_.push_back({"A natural, prefetch", a, natural_forward, natural_backward, true});
     layouts_.push_back({prefetch ? "B forward panels, prefetch" : "B forward panels", b,
                         panels_as_stored<&Shape::out>, panels_turned<&Shape::in>, prefetch});
     layouts_.push_back({prefetch ? "C backward panels, prefetch" : "C backward panels", c,
