@@ -34,8 +34,8 @@ struct Ahead {
   int lines;
 };
 
-// A stretch of k with its packed panels. A product with LoRA is a list of them, and its tile stays in registers
-// from the first to the last.
+// A stretch of k with its packed panels. A product with LoRA is a list of them, and its tile stays in
+// registers from the first to the last.
 struct Segment {
   const void *a, *b;
   int k;
@@ -121,8 +121,8 @@ struct DecodeKernels {
   DecodeF16* from_f16;
 };
 
-// A null gemm.micro_kernel, or any other null slot, takes the next lower set's (the slots of gemm go together,
-// and so do those of few).
+// A null gemm.micro_kernel, or any other null slot, takes the next lower set's (the slots of gemm go
+// together, and so do those of few).
 struct KernelSet {
   GemmKernels gemm;
   FewRowsKernels few;
