@@ -63,7 +63,7 @@ def test_error_is_no_larger_than_bf16_eager(runtime, T, H, inner, E, K, ranks, r
 
 
 def test_a_layer_that_is_cut_into_slices(runtime):
-    """Half of any L2 cache holds fewer columns of these weights than there are: every product is cut."""
+    """A quarter of any L2 cache holds fewer columns of these weights than there are: every product is cut."""
     problem = make_problem(24, 6000, 310, 2, 1, {"gate": 3, "up": 5, "down": 4})
     ours = run_ours(problem, runtime)
     assert_formula(ours, problem)

@@ -9,6 +9,8 @@ namespace kt {
 
 namespace {
 
+constexpr index_t kLine = 64;  // bytes: panels start on a cache line, and are fetched by lines
+
 const std::uint16_t* bf16(const void* data) { return static_cast<const std::uint16_t*>(data); }
 
 // The source in bf16: itself, or a rounded copy in scratch.
@@ -30,7 +32,7 @@ RowSource from_row(const Rows& source, index_t row) {
 }
 
 index_t panel_bytes(const GemmKernels& gemm, index_t width, index_t k) {
-  return round_up(width * round_up(k, gemm.k_align) * gemm.element_bytes, 64);
+  return round_up(width * round_up(k, gemm.k_align) * gemm.element_bytes, kLine);
 }
 
 // Panels of `width` rows each, which run along k.
@@ -103,8 +105,8 @@ namespace {
 // The rows of `next` that are packed into panel `row / mr` of A.
 Ahead rows_ahead(const GemmKernels& gemm, const MatView& next, index_t row) {
   if (row >= next.rows) return {};
-  constexpr index_t kSize = sizeof(std::uint16_t), kRun = 64;
-  return {static_cast<const char*>(next.at(row, 0)), next.stride * kSize, kRun * kSize / gemm.element_bytes,
+  constexpr index_t kSize = sizeof(std::uint16_t);
+  return {static_cast<const char*>(next.at(row, 0)), next.stride * kSize, kLine * kSize / gemm.element_bytes,
           static_cast<int>(std::min<index_t>(gemm.mr, next.rows - row))};
 }
 

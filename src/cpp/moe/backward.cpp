@@ -13,14 +13,14 @@ void Backward::run(Saved saved) {
     grad_low_rank_[i] = {take_low_rank(p), take_low_rank(p)};
     grad_inputs_[i].resize(blocks_.size());
   }
-  recompute_ = !saved;
-  if (recompute_) {
+  const bool recompute = !saved;
+  if (recompute) {
     saved = {memory().take<bf16_t>(routes * n), memory().take<bf16_t>(routes * n), {}};
     for (const Projection p : projections) saved.low_rank[index_of(p)] = take_low_rank(p);
   }
   for (const Projection p : kGateUp) low_rank_[index_of(p)] = saved.low_rank[index_of(p)];
   weighted_low_rank_ = saved.low_rank[index_of(Projection::down)];
-  if (recompute_) {
+  if (recompute) {
     add_gate_up(saved);
     add_down_low_rank();
   }
@@ -35,39 +35,31 @@ void Backward::add_down_low_rank() {
   for (const Block block : blocks_)
     recomputed_.push_back(tasks_.add(1, [=, this](index_t, Arena& scratch) {
       tasks_.wait(gate_up_done_[block.index]);
-      if (inputs_.of(Projection::down)) project_a(Projection::down, block, nullptr, scratch);
+      if (inputs_.of(Projection::down)) project_a(Projection::down, block, {}, scratch);
     }));
 }
 
 void Backward::add_down(const Saved& saved) {
-  const index_t n = experts_.intermediate, h = experts_.hidden, routes = routing_.routes();
-  const index_t tile = kernels().gemm.nr, parts = slices(n, tile, h * kernels().gemm.element_bytes);
-  auto* dots = memory().take<float>(parts * routes);
-  std::fill_n(dots, parts * routes, 0.0f);
-  std::vector<char*> kept(std::min(blocks_.size(), inputs_kept_));
-  for (char*& bytes : kept) bytes = memory().take<char>(grad_input_bytes(Projection::down, kBlockRows));
-
-  std::vector<const Group*> packed(blocks_.size());
-  down_done_.resize(blocks_.size());
-  in_order(
-      [&](std::size_t b) {
-        packed[b] = tasks_.add(1, [=, this, into = kept[b % inputs_kept_]](index_t, Arena& scratch) {
-          if (b >= inputs_kept_) tasks_.wait(down_done_[b - inputs_kept_]);
-          pack_grad_input(Projection::down, blocks_[b], into, scratch);
-        });
+  const index_t routes = routing_.routes();
+  const Slices slices =
+      this->slices(experts_.intermediate, kernels().gemm.nr, experts_.hidden * kernels().gemm.element_bytes);
+  auto* dots = memory().take<float>(slices.count * routes);
+  std::fill_n(dots, slices.count * routes, 0.0f);
+  add_with_input(
+      grad_input_bytes(Projection::down, kBlockRows),
+      [this](Block block, char* memory, Arena& scratch) {
+        pack_grad_input(Projection::down, block, memory, scratch);
       },
-      [&](std::size_t b) {
-        down_done_[b] = tasks_.add(parts, [=, this, input = packed[b]](index_t part, Arena& scratch) {
-          tasks_.wait(input);
-          if (recompute_) tasks_.wait(recomputed_[b]);
-          const Range slice = split(n, parts, part, tile);
-          if (slice.size() > 0) down(blocks_[b], slice, saved, dots + part * routes, scratch);
-        });
-      });
+      slices.count,
+      [=, this](Block block, index_t i, Arena& scratch) {
+        if (!recomputed_.empty()) tasks_.wait(recomputed_[block.index]);
+        if (slices[i].size() > 0) down(block, slices[i], saved, dots + i * routes, scratch);
+      },
+      down_done_);
   if (gradients_.topk_weights != nullptr)
     tasks_.add(1, [=, this](index_t, Arena&) {
       for (const Group* done : down_done_) tasks_.wait(done);
-      sum_dots(dots, parts);
+      sum_dots(dots, slices.count);
     });
 }
 
@@ -78,7 +70,7 @@ void Backward::down(Block block, Range slice, const Saved& saved, float* dots, A
   auto* grad = scratch.take<float>(rows_per_part() * stride);
   for_parts(block, rows_per_part(), [&](Block part) {
     const Arena::Frame frame(scratch);
-    input_gradient(kDown, weights, part, slice, grad, stride, scratch);
+    input_gradient(weights, part, slice, grad, stride, scratch);
     for (index_t i = 0; i < part.count; ++i) {
       const index_t route = part.first + i, place = route * n + slice.begin;
       dots[route] = activation_.backward(static_cast<int>(slice.size()), grad + i * stride, weight(route),
@@ -121,7 +113,7 @@ void Backward::hidden_states(Block block, Range slice, float* rows, index_t stri
   const BackwardWeights weights = backward_weights(kGateUp, block, slice, scratch);
   for_parts(block, rows_per_part(), [&](Block part) {
     const Arena::Frame frame(scratch);
-    input_gradient(kGateUp, weights, part, slice, rows + within(part).begin * stride, stride, scratch);
+    input_gradient(weights, part, slice, rows + within(part).begin * stride, stride, scratch);
   });
 }
 
@@ -159,12 +151,13 @@ Backward::BackwardWeights Backward::backward_weights(std::span<const Projection>
   return result;
 }
 
-void Backward::input_gradient(std::span<const Projection> targets, const BackwardWeights& weights, Block part,
-                              Range slice, float* result, index_t stride, Arena& scratch) const {
-  const auto loras = std::span(weights).subspan(targets.size());
+void Backward::input_gradient(const BackwardWeights& weights, Block part, Range slice, float* result,
+                              index_t stride, Arena& scratch) const {
   if (!inputs_.dropout.active()) return multiply_backward(weights, part, result, stride, scratch);
 
-  multiply_backward(std::span(weights).first(targets.size()), part, result, stride, scratch);
+  const auto first_lora = std::ranges::find(weights, true, &BackwardTerm::lora);
+  const std::span<const BackwardTerm> frozen(weights.begin(), first_lora), loras(first_lora, weights.end());
+  multiply_backward(frozen, part, result, stride, scratch);
   auto* product = scratch.take<float>(part.count * stride);
   for (std::size_t i = 0; i < loras.size(); ++i) {  // what was dropped gets no gradient
     multiply_backward(loras.subspan(i, 1), part, product, stride, scratch);

@@ -64,9 +64,9 @@ class Backward : Pass {
 
   BackwardWeights backward_weights(std::span<const Projection> targets, Block block, Range slice,
                                    Arena& scratch) const;
-  // The gradient of the input of some projections, columns `slice`: dOutput W and Q A of each, one fp32 sum.
-  void input_gradient(std::span<const Projection> targets, const BackwardWeights& weights, Block part,
-                      Range slice, float* result, index_t stride, Arena& scratch) const;
+  // The gradient of the projections' common input, columns `slice`: dOutput W and Q A of each, one fp32 sum.
+  void input_gradient(const BackwardWeights& weights, Block part, Range slice, float* result, index_t stride,
+                      Arena& scratch) const;
   // result [part.count, ...] = sum of dOutput W and Q A over the given weights.
   void multiply_backward(std::span<const BackwardTerm> weights, Block part, float* result, index_t stride,
                          Arena& scratch) const;
@@ -94,8 +94,7 @@ class Backward : Pass {
   std::array<bf16_t*, 2> grad_gate_up_{};  // dG, dU, [routes, I]
   std::array<LowRankGradient, 3> grad_low_rank_{};
   std::array<std::vector<GradInput>, 3> grad_inputs_;  // a block each
-  bool recompute_ = false;
-  // A block each: what forward kept; dG and dU; their packed form and their Q.
+  // A block each: what forward did not keep (empty if it did); dG and dU; their packed form and their Q.
   std::vector<const Group*> recomputed_, down_done_, gradients_done_;
 };
 

@@ -58,9 +58,8 @@ std::vector<Backward::LoraJob> Backward::lora_jobs() const {
   std::vector<LoraJob> jobs;
   const auto cut = [&](int expert, Projection p, bool of_b, index_t n) {
     const GemmKernels& gemm = kernels().gemm;
-    const index_t parts = slices(n, gemm.nr, kBlockRows * gemm.element_bytes);
-    for (index_t part = 0; part < parts; ++part)
-      jobs.push_back({expert, p, of_b, split(n, parts, part, gemm.nr)});
+    const Slices slices = this->slices(n, gemm.nr, kBlockRows * gemm.element_bytes);
+    for (index_t i = 0; i < slices.count; ++i) jobs.push_back({expert, p, of_b, slices[i]});
   };
   for (const int e : routing_.experts)
     for (const Projection p : projections) {

@@ -11,7 +11,6 @@ constexpr index_t kTasksPerThread = 4;  // at least, where they are small
 constexpr index_t kMostSlices = 4;      // of one task: each fetches the next one's weights
 constexpr index_t kLeastCols = 24;      // of a slice, or its input is read too often
 constexpr index_t kFewCols = 128;       // at least, of a slice for few rows: runs of 256 bytes
-constexpr index_t kSumTokens = 64;      // a task of the sum over experts
 
 int to_int(index_t n) { return static_cast<int>(n); }  // kernels count rows and columns of a tile in int
 
@@ -21,7 +20,6 @@ Pass::Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& in
     : lease_(runtime),
       threads_(runtime.threads()),
       inputs_ahead_(static_cast<std::size_t>(std::max(2, runtime.threads() / 2))),
-      inputs_kept_(2 * inputs_ahead_),
       experts_(experts),
       inputs_(inputs),
       activation_(kernels_of(kernels(), experts.activation)),
@@ -39,57 +37,51 @@ Pass::Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& in
 }
 
 void Pass::add_gate_up(const Saved& saved) {
-  const index_t n = experts_.intermediate, h = experts_.hidden;
-  struct Memory {
-    char* rows;
-    std::array<char*, 2> low_rank;
-  };
-  std::vector<Memory> kept(std::min(blocks_.size(), inputs_kept_));
-  for (Memory& m : kept) {
-    m.rows = memory().take<char>(packed_b_bytes(kernels(), kBlockRows, h));
-    for (const Projection p : kGateUp)
-      m.low_rank[index_of(p)] =
-          memory().take<char>(packed_b_bytes(kernels(), kBlockRows, inputs_.of(p).rank()));
-  }
+  const index_t h = experts_.hidden;
+  const Slices slices =
+      this->slices(experts_.intermediate, kernels().gemm.mr, 2 * h * kernels().gemm.element_bytes);
+  const index_t run = slices_per_task(slices);
   hidden_states_.resize(blocks_.size());
-  gate_up_done_.resize(blocks_.size());
-  std::vector<const Group*> packed(blocks_.size());
-  const index_t parts = slices(n, kernels().gemm.mr, 2 * h * kernels().gemm.element_bytes);
-  const index_t run = slices_per_task(parts);
-
-  const auto pack = [=, this](std::size_t b, const Memory& into, Arena& scratch) {
-    const Block block = blocks_[b];
-    ForwardInput& in = hidden_states_[b];
-    if (!few(block)) in.rows = pack_b_cols_into(into.rows, kernels(), input(Projection::gate, block, {0, h}));
-    for (const Projection p : kGateUp) {
-      if (!inputs_.of(p)) continue;
-      const std::size_t i = index_of(p);
-      project_a(p, block, &in.rows, scratch);
-      if (few(block)) continue;
-      in.low_rank[i] = pack_b_rows_into(into.low_rank[i], kernels(),
-                                        {low_rank_of(low_rank_[i], inputs_.of(p).rank(), block)});
-    }
-  };
-  in_order(
-      [&](std::size_t b) {
-        packed[b] = tasks_.add(1, [=, this, into = kept[b % inputs_kept_]](index_t, Arena& scratch) {
-          if (b >= inputs_kept_) tasks_.wait(gate_up_done_[b - inputs_kept_]);
-          pack(b, into, scratch);
-        });
+  add_with_input(
+      forward_input_bytes(kGateUp, kBlockRows),
+      [this](Block block, char* memory, Arena& scratch) {
+        pack_forward_input(kGateUp, block, memory, hidden_states_[block.index], scratch);
       },
-      [&](std::size_t b) {
-        gate_up_done_[b] =
-            tasks_.add(ceil_div(parts, run), [=, this, input = packed[b]](index_t task, Arena& scratch) {
-              tasks_.wait(input);
-              for_run(task, run, n, parts, kernels().gemm.mr, [&](Range slice, Range next) {
-                const Arena::Frame frame(scratch);
-                gate_up(blocks_[b], slice, next, hidden_states_[b], saved, scratch);
-              });
-            });
-      });
+      ceil_div(slices.count, run),
+      [=, this](Block block, index_t task, Arena& scratch) {
+        for_slices(slices, {task * run, std::min(slices.count, (task + 1) * run)},
+                   [&](Range slice, Range next) {
+                     const Arena::Frame frame(scratch);
+                     gate_up(block, slice, next, hidden_states_[block.index], saved, scratch);
+                   });
+      },
+      gate_up_done_);
 }
 
-void Pass::project_a(Projection p, Block block, const PackedB* packed, Arena& scratch) {
+index_t Pass::forward_input_bytes(std::span<const Projection> targets, index_t routes) const {
+  index_t bytes = packed_b_bytes(kernels(), routes, experts_.of(targets.front()).cols);
+  for (const Projection p : targets) bytes += packed_b_bytes(kernels(), routes, inputs_.of(p).rank());
+  return bytes;
+}
+
+void Pass::pack_forward_input(std::span<const Projection> targets, Block block, char* into, ForwardInput& in,
+                              Arena& scratch) {
+  const Projection first = targets.front();
+  const index_t cols = experts_.of(first).cols;
+  if (!few(block)) in.rows = pack_b_cols_into(into, kernels(), input(first, block, {0, cols}));
+  into += packed_b_bytes(kernels(), block.count, cols);
+  for (const Projection p : targets) {
+    const index_t rank = inputs_.of(p).rank();
+    if (rank == 0) continue;
+    project_a(p, block, in.rows, scratch);
+    if (few(block)) continue;
+    const std::size_t i = index_of(p);
+    in.low_rank[i] = pack_b_rows_into(into, kernels(), {low_rank_of(low_rank_[i], rank, block)});
+    into += packed_b_bytes(kernels(), block.count, rank);
+  }
+}
+
+void Pass::project_a(Projection p, Block block, PackedB packed, Arena& scratch) {
   const Arena::Frame frame(scratch);
   const LoraPair& lora = inputs_.of(p);
   const index_t rank = lora.rank(), in = lora.a.cols, part_rows = kernels().gemm.nr;
@@ -103,8 +95,8 @@ void Pass::project_a(Projection p, Block block, const PackedB* packed, Arena& sc
                               by_row, rank, /*accumulate=*/false, scratch);
       kernels().epilogue.transpose(by_row, rank, to_int(part.count), to_int(rank), product, part_rows);
     } else {
-      const bool as_packed = packed != nullptr && !inputs_.dropout.active();
-      const PackedB rows = as_packed ? cols_of(kernels(), *packed, within(part))
+      const bool as_packed = packed.data != nullptr && !inputs_.dropout.active();
+      const PackedB rows = as_packed ? cols_of(kernels(), packed, within(part))
                                      : pack_b_cols(kernels(), lora_input(p, part, {0, in}, scratch), scratch);
       const Term term{a, rows};
       multiply(kernels(), {&term, 1}, product, part_rows);
@@ -189,58 +181,6 @@ Rows Pass::low_rank_rows(Projection p, Block block, Arena& scratch) const {
   return {view(rows, DType::bf16, block.count, rank)};
 }
 
-void Pass::add_sum(const Result& result, bool weighted, index_t tile, index_t bytes,
-                   const std::vector<const Group*>& ready, Product product) {
-  const index_t h = experts_.hidden, tokens = inputs_.hidden_states.rows;
-  const index_t parts = slices(h, tile, std::max(bytes, cache_part() / kSumCols));
-  const index_t stride = result_stride(kernels(), split(h, parts, 0, tile).size());
-  std::array<float*, kSlicesKept> kept;
-  for (float*& rows : kept) rows = memory().take<float>(routing_.routes() * stride);
-
-  std::vector<const Group*> sums;
-  const auto add_sum_of = [&](std::size_t s, const Group* products) {
-    const Range slice = split(h, parts, static_cast<index_t>(s), tile);
-    const float* rows = kept[s % kSlicesKept];
-    sums.push_back(tasks_.add(ceil_div(tokens, kSumTokens), [=, this](index_t task, Arena& scratch) {
-      tasks_.wait(products);
-      const index_t first = task * kSumTokens;
-      sum_routes({first, std::min(tokens, first + kSumTokens)}, slice, rows, stride, result, weighted,
-                 scratch);
-    }));
-  };
-  const Group* last = nullptr;
-  for (std::size_t s = 0; s < static_cast<std::size_t>(parts); ++s) {
-    const Group* emptied = s >= kSlicesKept ? sums[s - kSlicesKept] : nullptr;
-    const Range slice = split(h, parts, static_cast<index_t>(s), tile);
-    float* rows = kept[s % kSlicesKept];
-    const Group* products = tasks_.add(std::ssize(blocks_), [=, this](index_t b, Arena& scratch) {
-      if (emptied != nullptr) tasks_.wait(emptied);
-      tasks_.wait(ready[static_cast<std::size_t>(b)]);
-      const Block block = blocks_[static_cast<std::size_t>(b)];
-      product(block, slice, rows + block.first * stride, stride, scratch);
-    });
-    if (last != nullptr) add_sum_of(s - 1, last);
-    last = products;
-  }
-  add_sum_of(static_cast<std::size_t>(parts) - 1, last);
-}
-
-void Pass::sum_routes(Range tokens, Range slice, const float* rows, index_t stride, const Result& result,
-                      bool weighted, Arena& scratch) const {
-  const index_t width = slice.size();
-  auto* sum = scratch.take<float>(width);
-  for (index_t t = tokens.begin; t < tokens.end; ++t) {
-    std::fill_n(sum, width, 0.0f);
-    const std::int32_t* offset = routing_.token_offset.data() + t;
-    for (std::int32_t i = offset[0]; i < offset[1]; ++i) {
-      const index_t route = routing_.of_token[static_cast<std::size_t>(i)];
-      kernels().epilogue.add_scaled(to_int(width), weighted ? weight(route) : 1.0f, rows + route * stride,
-                                    sum);
-    }
-    store(sum, width, result, t * experts_.hidden + slice.begin);
-  }
-}
-
 Rows Pass::by_token(const MatView& matrix, Block block, Range cols) const {
   return {matrix.block(0, cols.begin, block.count, cols.size()), routing_.token.data() + block.first};
 }
@@ -275,23 +215,20 @@ MatView Pass::low_rank_of(const bf16_t* low_rank, index_t rank, Block part) cons
       .block(0, within(part).begin, rank, part.count);
 }
 
-index_t Pass::slices(index_t n, index_t tile, index_t bytes) const {
-  const index_t tiles = ceil_div(n, tile), blocks = std::ssize(blocks_);
+Slices Pass::slices(index_t n, index_t tile, index_t bytes) const {
+  const index_t blocks = std::ssize(blocks_);
+  const auto cut = [&](index_t count, index_t most) {
+    return Slices{n, std::clamp(count, index_t{1}, most), tile};
+  };
   if (std::ranges::all_of(blocks_, [this](Block block) { return few(block); }))
-    return std::clamp(ceil_div(kTasksPerThread * threads_, std::max(blocks, index_t{1})), index_t{1},
-                      ceil_div(n, std::max(tile, kFewCols)));
-  return std::clamp(ceil_div(n, std::max(round_up(kLeastCols, tile), cache_part() / bytes)), index_t{1}, tiles);
+    return cut(ceil_div(kTasksPerThread * threads_, std::max(blocks, index_t{1})),
+               ceil_div(n, std::max(tile, kFewCols)));
+  return cut(ceil_div(n, std::max(round_up(kLeastCols, tile), cache_part() / bytes)), ceil_div(n, tile));
 }
 
-index_t Pass::slices_per_task(index_t parts) const {
-  return std::clamp(parts * std::ssize(blocks_) / (kTasksPerThread * threads_), index_t{1}, kMostSlices);
-}
-
-void Pass::store(const float* row, index_t n, const Result& result, index_t offset) const {
-  if (result.dtype == DType::f32)
-    std::memcpy(static_cast<float*>(result.data) + offset, row, static_cast<std::size_t>(n) * sizeof(float));
-  else
-    kernels().epilogue.round_scaled(to_int(n), 1.0f, row, static_cast<bf16_t*>(result.data) + offset);
+index_t Pass::slices_per_task(const Slices& slices) const {
+  return std::clamp(slices.count * std::ssize(blocks_) / (kTasksPerThread * threads_), index_t{1},
+                    kMostSlices);
 }
 
 // Dropped inputs are zeros; the kept ones' factor 1 / (1 - probability) enters here, in fp32.

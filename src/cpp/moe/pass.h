@@ -17,10 +17,6 @@ namespace kt {
 
 // Most routes that share one packing of an expert's weights; enough to make the packing cheap.
 inline constexpr index_t kBlockRows = 512;
-// Slices of columns that wait for their sum over experts at the same time.
-inline constexpr std::size_t kSlicesKept = 3;
-// Columns of such a slice: rows of 1 KiB to write and to read again.
-inline constexpr index_t kSumCols = 256;
 
 // The projections that read hidden_states, and the one that reads h.
 inline constexpr std::array kGateUp{Projection::gate, Projection::up};
@@ -31,6 +27,14 @@ struct Block {
   int expert;
   std::size_t index;
   index_t first, count;
+};
+
+// The cut of n columns (or rows of a weight) into `count` slices, cuts on multiples of `tile`. Slices at the
+// end may be empty.
+struct Slices {
+  index_t n, count, tile;
+
+  Range operator[](index_t i) const { return split(n, count, i, tile); }
 };
 
 class Pass {
@@ -50,9 +54,15 @@ class Pass {
   // Adds the tasks that compute G, U = X W' + P B' and h = act(G) * U. `saved` may be null pointers.
   void add_gate_up(const Saved& saved);
 
-  // The first LoRA product of a block, scaled: P' = s (X A')' [r, count] from the packed rows (null: from the
+  // Packs the input of some projections that read the same rows, and computes and packs their P; `into` is
+  // forward_input_bytes long.
+  void pack_forward_input(std::span<const Projection> targets, Block block, char* into, ForwardInput& input,
+                          Arena& scratch);
+  index_t forward_input_bytes(std::span<const Projection> targets, index_t routes) const;
+
+  // The first LoRA product of a block, scaled: P' = s (X A')' [r, count] from the packed rows (none: from the
   // rows themselves), rounded to bf16; that of down also times the routing weight. To where there is memory.
-  void project_a(Projection p, Block block, const PackedB* packed, Arena& scratch);
+  void project_a(Projection p, Block block, PackedB packed, Arena& scratch);
 
   // The rows of a block in a [T, n] matrix, and in a [routes, n] one.
   Rows by_token(const MatView& matrix, Block block, Range cols) const;
@@ -82,7 +92,7 @@ class Pass {
 
   // Adds the tasks that compute a [T, H] result: the sum over a token's routes, experts in order, of what
   // product(block, slice, rows, stride, scratch) writes to `rows`, times the routing weight if `weighted`.
-  // The product of a block waits for its group of `ready`. Cuts between slices are multiples of `tile`.
+  // The product of a block waits for its group of `ready`. `tile` and `bytes` as in `slices`.
   using Product = std::function<void(Block block, Range slice, float* rows, index_t stride, Arena& scratch)>;
   void add_sum(const Result& result, bool weighted, index_t tile, index_t bytes,
                const std::vector<const Group*>& ready, Product product);
@@ -111,33 +121,52 @@ class Pass {
     return {begin, begin + part.count};
   }
 
-  // Calls input(b) for every block, some blocks ahead of products(b): how tasks are put in order so that no
-  // product has to wait for its input.
-  template <class Input, class Products>
-  void in_order(const Input& input_of, const Products& products_of) const {
-    for (std::size_t b = 0; b < blocks_.size() + inputs_ahead_; ++b) {
-      if (b < blocks_.size()) input_of(b);
-      if (b >= inputs_ahead_) products_of(b - inputs_ahead_);
+  // Adds for every block a task pack(block, memory, scratch) and `count` tasks multiply(block, task, scratch)
+  // that wait for it; done[b] becomes the group of the latter. Packing runs some blocks ahead, so that
+  // products seldom wait, in a ring of pieces of `bytes`, each free again when its products are done.
+  template <class Pack, class Multiply>
+  void add_with_input(index_t bytes, Pack pack, index_t count, Multiply multiply,
+                      std::vector<const Group*>& done) {
+    const std::size_t blocks = blocks_.size(), kept = std::min(blocks, 2 * inputs_ahead_);
+    char* ring = memory().take<char>(static_cast<index_t>(kept) * bytes);
+    std::vector<const Group*> packed(blocks);
+    done.resize(blocks);
+    const auto add_pack = [&](std::size_t b) {
+      const Group* emptied = b >= kept ? done[b - kept] : nullptr;
+      char* piece = ring + static_cast<index_t>(b % kept) * bytes;
+      packed[b] = tasks_.add(1, [=, this](index_t, Arena& scratch) {
+        if (emptied != nullptr) tasks_.wait(emptied);
+        pack(blocks_[b], piece, scratch);
+      });
+    };
+    const auto add_products = [&](std::size_t b) {
+      done[b] = tasks_.add(count, [=, this, input = packed[b]](index_t task, Arena& scratch) {
+        tasks_.wait(input);
+        multiply(blocks_[b], task, scratch);
+      });
+    };
+    for (std::size_t b = 0; b < blocks + inputs_ahead_; ++b) {
+      if (b < blocks) add_pack(b);
+      if (b >= inputs_ahead_) add_products(b - inputs_ahead_);
     }
   }
 
   // P of a block's rows in natural order, [count, r].
   Rows low_rank_rows(Projection p, Block block, Arena& scratch) const;
 
-  // Parts to cut n columns into: `bytes` of packed weights a column fill a part of the L2 cache, on whole
-  // tiles; where every block has few rows, as many as keep the threads busy.
-  index_t slices(index_t n, index_t tile, index_t bytes) const;
+  // n columns, cut so that `bytes` of packed weights a column fill a part of the L2 cache; where every block
+  // has few rows, into as many slices as keep the threads busy.
+  Slices slices(index_t n, index_t tile, index_t bytes) const;
 
-  // How many of `parts` slices a task takes, one after the other.
-  index_t slices_per_task(index_t parts) const;
-  // Calls body(slice, next slice of this task) for the slices of a task.
+  // How many of a block's slices a task takes, one after the other.
+  index_t slices_per_task(const Slices& slices) const;
+  // Calls body(slice, the one after it) for some slices; none is after the last.
   template <class Body>
-  static void for_run(index_t task, index_t run, index_t n, index_t parts, index_t tile, const Body& body) {
-    const index_t end = std::min(parts, (task + 1) * run);
-    for (index_t part = task * run; part < end; ++part) {
-      const Range slice = split(n, parts, part, tile);
+  static void for_slices(const Slices& slices, Range which, const Body& body) {
+    for (index_t i = which.begin; i < which.end; ++i) {
+      const Range slice = slices[i];
       if (slice.size() == 0) continue;
-      body(slice, part + 1 < end ? split(n, parts, part + 1, tile) : Range{slice.end, slice.end});
+      body(slice, i + 1 < which.end ? slices[i + 1] : Range{slice.end, slice.end});
     }
   }
 
@@ -158,8 +187,7 @@ class Pass {
 
   Runtime::Lease lease_;
   int threads_;
-  // Blocks whose input is packed ahead of their products, and blocks whose packed input is kept in all.
-  std::size_t inputs_ahead_, inputs_kept_;
+  std::size_t inputs_ahead_;  // blocks whose input is packed ahead of their products
   const ExpertWeights& experts_;
   const LayerInputs& inputs_;
   const ActivationKernels& activation_;
@@ -178,7 +206,7 @@ class Pass {
   void sum_routes(Range tokens, Range slice, const float* rows, index_t stride, const Result& result,
                   bool weighted, Arena& scratch) const;
 
-  std::vector<ForwardInput> hidden_states_;  // a block each, the memory of kInputsKept
+  std::vector<ForwardInput> hidden_states_;  // a block each
 };
 
 }  // namespace kt

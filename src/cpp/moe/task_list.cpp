@@ -42,6 +42,7 @@ void TaskList::run(Runtime::Lease& lease) {
 void TaskList::wait(const Group* group) const {
   for (int spins = 0;; ++spins) {
     const int left = group->left_.load(std::memory_order_acquire);
+    // Looked at second: it is set before `fail` empties the groups.
     if (failed_) throw Cancelled{};
     if (left == 0) return;
     if (spins < kSpins)
