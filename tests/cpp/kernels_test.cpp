@@ -130,7 +130,8 @@ std::vector<float> product(const KernelSet& set, Direction direction, int rows, 
   std::vector<float> c = floats((rows + 1) * ldc, 3);  // one row of canary behind the result
   const std::vector<float> before = c;
   if (gemm.begin != nullptr) gemm.begin();
-  gemm.micro_kernel(rows, cols, segments.data(), static_cast<int>(segments.size()), c.data(), ldc, accumulate);
+  gemm.micro_kernel(rows, cols, segments.data(), static_cast<int>(segments.size()), c.data(), ldc,
+                    accumulate);
   if (gemm.end != nullptr) gemm.end();
   for (index_t j = 0; j < ldc; ++j)
     CHECK(c[static_cast<std::size_t>(rows * ldc + j)] == before[static_cast<std::size_t>(rows * ldc + j)]);

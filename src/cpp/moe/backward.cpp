@@ -4,6 +4,12 @@
 
 namespace kt {
 
+namespace {
+
+constexpr index_t kDotCols = 64;  // of h that one dot of few rows sums
+
+}  // namespace
+
 void Backward::run(Saved saved) {
   const index_t routes = routing_.routes(), n = experts_.intermediate;
   hidden_ = memory().take<bf16_t>(routes * n);
@@ -40,11 +46,14 @@ void Backward::add_down_low_rank() {
 }
 
 void Backward::add_down(const Saved& saved) {
-  const index_t routes = routing_.routes();
-  const Slices slices =
-      this->slices(experts_.intermediate, kernels().gemm.nr, experts_.hidden * kernels().gemm.element_bytes);
-  auto* dots = memory().take<float>(slices.count * routes);
-  std::fill_n(dots, slices.count * routes, 0.0f);
+  const index_t n = experts_.intermediate, routes = routing_.routes();
+  // The number of threads decides how few rows are cut, but not how their dots are: the sums would differ.
+  const bool fixed = all_few();
+  const index_t tile = fixed ? kDotCols : kernels().gemm.nr;
+  const Slices slices = this->slices(n, tile, experts_.hidden * kernels().gemm.element_bytes);
+  const index_t dot_cols = fixed ? kDotCols : n, count = fixed ? ceil_div(n, kDotCols) : slices.count;
+  auto* dots = memory().take<float>(count * routes);
+  std::fill_n(dots, count * routes, 0.0f);
   add_with_input(
       grad_input_bytes(Projection::down, kBlockRows),
       [this](Block block, char* memory, Arena& scratch) {
@@ -53,17 +62,21 @@ void Backward::add_down(const Saved& saved) {
       slices.count,
       [=, this](Block block, index_t i, Arena& scratch) {
         if (!recomputed_.empty()) tasks_.wait(recomputed_[block.index]);
-        if (slices[i].size() > 0) down(block, slices[i], saved, dots + i * routes, scratch);
+        const Range slice = slices[i];
+        if (slice.size() == 0) return;
+        float* first = dots + (fixed ? slice.begin / kDotCols : i) * routes;
+        down(block, slice, saved, first, dot_cols, scratch);
       },
       down_done_);
   if (gradients_.topk_weights != nullptr)
     tasks_.add(1, [=, this](index_t, Arena&) {
       for (const Group* done : down_done_) tasks_.wait(done);
-      sum_dots(dots, slices.count);
+      sum_dots(dots, count);
     });
 }
 
-void Backward::down(Block block, Range slice, const Saved& saved, float* dots, Arena& scratch) const {
+void Backward::down(Block block, Range slice, const Saved& saved, float* dots, index_t dot_cols,
+                    Arena& scratch) const {
   const index_t n = experts_.intermediate;
   const BackwardWeights weights = backward_weights(kDown, block, slice, scratch);
   const index_t stride = result_stride(kernels(), slice.size());
@@ -71,21 +84,22 @@ void Backward::down(Block block, Range slice, const Saved& saved, float* dots, A
   for_parts(block, rows_per_part(), [&](Block part) {
     const Arena::Frame frame(scratch);
     input_gradient(weights, part, slice, grad, stride, scratch);
-    for (index_t i = 0; i < part.count; ++i) {
-      const index_t route = part.first + i, place = route * n + slice.begin;
-      dots[route] = activation_.backward(static_cast<int>(slice.size()), grad + i * stride, weight(route),
-                                         saved.gate + place, saved.up + place, grad_gate_up_[0] + place,
-                                         grad_gate_up_[1] + place, hidden_ + place);
-    }
+    for (index_t i = 0; i < part.count; ++i)
+      for (index_t j = 0; j < slice.size(); j += dot_cols) {
+        const index_t route = part.first + i, place = route * n + slice.begin + j;
+        dots[j / dot_cols * routing_.routes() + route] =
+            activation_.backward(static_cast<int>(std::min(dot_cols, slice.size() - j)),
+                                 grad + i * stride + j, weight(route), saved.gate + place, saved.up + place,
+                                 grad_gate_up_[0] + place, grad_gate_up_[1] + place, hidden_ + place);
+      }
   });
 }
 
-void Backward::sum_dots(const float* dots, index_t parts) const {
+void Backward::sum_dots(const float* dots, index_t count) const {
   std::fill_n(gradients_.topk_weights, inputs_.topk_weights.rows * inputs_.topk_weights.cols, 0.0f);
-  for (index_t part = 0; part < parts; ++part)
+  for (index_t i = 0; i < count; ++i)
     for (index_t r = 0; r < routing_.routes(); ++r)
-      gradients_.topk_weights[routing_.slot[static_cast<std::size_t>(r)]] +=
-          dots[part * routing_.routes() + r];
+      gradients_.topk_weights[routing_.slot[static_cast<std::size_t>(r)]] += dots[i * routing_.routes() + r];
 }
 
 void Backward::add_gate_up_gradients() {

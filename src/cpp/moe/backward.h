@@ -47,9 +47,11 @@ class Backward : Pass {
   void add_down_low_rank();
   // dh' = dY Wd + Q Ad, then dG, dU, h and <dh', h> from it and the saved G, U.
   void add_down(const Saved& saved);
-  void down(Block block, Range slice, const Saved& saved, float* dots, Arena& scratch) const;
-  // The gradient of a routing weight, the dots of its slices added in order; 0 where there is no route.
-  void sum_dots(const float* dots, index_t parts) const;
+  // dots: [ceil(slice / dot_cols), routes], one for every `dot_cols` columns of the slice.
+  void down(Block block, Range slice, const Saved& saved, float* dots, index_t dot_cols,
+            Arena& scratch) const;
+  // The gradient of a routing weight, its `count` dots added in order; 0 where there is no route.
+  void sum_dots(const float* dots, index_t count) const;
   // Packs dG and dU, and computes their Q.
   void add_gate_up_gradients();
   // dX[token] += dG Wg + dU Wu + Qg Ag + Qu Au.

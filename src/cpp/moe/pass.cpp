@@ -216,12 +216,11 @@ MatView Pass::low_rank_of(const bf16_t* low_rank, index_t rank, Block part) cons
 }
 
 Slices Pass::slices(index_t n, index_t tile, index_t bytes) const {
-  const index_t blocks = std::ssize(blocks_);
   const auto cut = [&](index_t count, index_t most) {
     return Slices{n, std::clamp(count, index_t{1}, most), tile};
   };
-  if (std::ranges::all_of(blocks_, [this](Block block) { return few(block); }))
-    return cut(ceil_div(kTasksPerThread * threads_, std::max(blocks, index_t{1})),
+  if (all_few())
+    return cut(ceil_div(kTasksPerThread * threads_, std::max(std::ssize(blocks_), index_t{1})),
                ceil_div(n, std::max(tile, kFewCols)));
   return cut(ceil_div(n, std::max(round_up(kLeastCols, tile), cache_part() / bytes)), ceil_div(n, tile));
 }

@@ -2,6 +2,7 @@
 // backward repeats when it recomputes.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <initializer_list>
 #include <span>
@@ -75,6 +76,9 @@ class Pass {
 
   // Rows so few that their products read the weights as they are, without packing.
   bool few(Block part) const { return blocks_[part.index].count <= kernels().few.max_rows; }
+  bool all_few() const {
+    return std::ranges::all_of(blocks_, [this](Block block) { return few(block); });
+  }
 
   // W and LoRA B of a projection, rows `slice`: as left operands, unless the block has few rows.
   struct ForwardWeights {
