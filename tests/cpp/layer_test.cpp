@@ -1,0 +1,246 @@
+// forward and backward of small layers: the same bits for any number of threads, and close to the scalar set.
+#include <doctest/doctest.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstring>
+#include <map>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/features.h"
+#include "kernels/registry.h"
+#include "moe/layer.h"
+#include "moe/routing.h"
+
+using namespace kt;
+
+namespace {
+
+enum class To { any, one, most_idle, none, sparse };  // which experts the tokens go to
+
+struct Shape {
+  const char* name;
+  index_t tokens, slots;
+  int experts;
+  index_t hidden, intermediate;
+  To to = To::any;
+  std::array<index_t, 3> ranks{16, 16, 16};
+};
+
+struct Options {
+  bool save = true;
+  double dropout = 0.0;
+  DType result = DType::f32, lora = DType::f32;
+};
+
+// A vector whose end is the end of its memory, for the address sanitizer.
+using Bytes = std::vector<unsigned char>;
+
+class Layer {
+ public:
+  Layer(const Shape& shape, const Options& options) : shape_(shape), options_(options) {
+    const auto [name, t, k, e, h, n, to, ranks] = shape;
+    const float to_hidden = 1.0f / std::sqrt(float(h)), to_inner = 1.0f / std::sqrt(float(n));
+    experts_ = {e, h, n, Activation::silu, {}};
+    experts_.projections = {stack(e, n, h, to_hidden), stack(e, n, h, to_hidden), stack(e, h, n, to_inner)};
+    inputs_.hidden_states = view(numbers(t * h, 1.0f, DType::bf16), DType::bf16, t, h);
+    grad_out_ = view(numbers(t * h, 1.0f, DType::bf16), DType::bf16, t, h);
+    for (index_t i = 0; i < t * k; ++i) ids_.push_back(pick(i));
+    inputs_.topk_ids = view(ids_.data(), DType::i32, t, k);
+    inputs_.topk_weights = view(numbers(t * k, 0.5f, DType::f32), DType::f32, t, k);
+    inputs_.dropout = {options.dropout, 17};
+    for (const Projection p : projections) {
+      const index_t r = ranks[index_of(p)], in = p == Projection::down ? n : h, out = h + n - in;
+      if (r == 0) continue;
+      inputs_.lora[index_of(p)] = {stack(e, r, in, 1.0f / std::sqrt(float(in)), options.lora),
+                                   stack(e, out, r, 1.0f / std::sqrt(float(r)), options.lora), 0.7f};
+    }
+  }
+
+  // Every result: out, and the gradients of the hidden states, the routing weights and LoRA's tensors.
+  // Memory starts as NaN, so that what is not written shows.
+  std::map<std::string, Bytes> run(Runtime& runtime) const {
+    std::map<std::string, Bytes> results;
+    const auto result = [&](const std::string& name, index_t n, DType type) -> void* {
+      Bytes& bytes = results[name];
+      bytes.assign(static_cast<std::size_t>(n) * size_of(type), 0xff);
+      return bytes.data();
+    };
+    const auto [name, t, k, e, h, n, to, ranks] = shape_;
+    const index_t routes = count_routes(inputs_.topk_ids, e);
+    std::vector<bf16_t> kept(static_cast<std::size_t>(routes * (2 * n + ranks[0] + ranks[1] + ranks[2])));
+    Saved saved;
+    if (options_.save && routes > 0) {
+      saved = {kept.data(), kept.data() + routes * n, {}};
+      bf16_t* next = saved.up + routes * n;
+      for (std::size_t i = 0; i < 3; next += routes * ranks[i++]) saved.low_rank[i] = next;
+    }
+    forward(runtime, experts_, inputs_, saved, {result("out", t * h, options_.result), options_.result});
+
+    LayerGradients gradients;
+    gradients.hidden_states = {result("hidden_states", t * h, options_.result), options_.result};
+    gradients.topk_weights = static_cast<float*>(result("topk_weights", t * k, DType::f32));
+    for (const Projection p : projections) {
+      const LoraPair& lora = inputs_.of(p);
+      if (!lora) continue;
+      const std::string of = std::string(name_of(p));
+      gradients.lora_a[index_of(p)] = {result(of + "_a", e * lora.a.rows * lora.a.cols, options_.lora),
+                                       options_.lora};
+      gradients.lora_b[index_of(p)] = {result(of + "_b", e * lora.b.rows * lora.b.cols, options_.lora),
+                                       options_.lora};
+    }
+    backward(runtime, experts_, inputs_, saved, grad_out_, gradients);
+    return results;
+  }
+
+  DType type_of(const std::string& result) const {
+    if (result == "topk_weights") return DType::f32;
+    return result == "out" || result == "hidden_states" ? options_.result : options_.lora;
+  }
+
+ private:
+  int pick(index_t i) {
+    const int e = shape_.experts;
+    switch (shape_.to) {
+      case To::any: return static_cast<int>(random_() % static_cast<unsigned>(e));
+      case To::one: return e - 1;
+      case To::most_idle: return i % 3 == 0 ? 1 : e - 2;
+      case To::none: return e;
+      case To::sparse: return static_cast<int>(random_() % static_cast<unsigned>(e + 1));
+    }
+    return e;
+  }
+
+  const void* numbers(index_t n, float scale, DType type) {
+    std::normal_distribution<float> normal;
+    Bytes& bytes = memory_.emplace_back(static_cast<std::size_t>(n) * size_of(type));
+    for (index_t i = 0; i < n; ++i) {
+      const float x = scale * normal(random_);
+      if (type == DType::f32)
+        reinterpret_cast<float*>(bytes.data())[i] = x;
+      else
+        reinterpret_cast<bf16_t*>(bytes.data())[i] = to_bf16(x);
+    }
+    return bytes.data();
+  }
+  Stack stack(index_t count, index_t rows, index_t cols, float scale, DType type = DType::bf16) {
+    return {numbers(count * rows * cols, scale, type), type, rows, cols};
+  }
+
+  Shape shape_;
+  Options options_;
+  std::mt19937 random_{5};
+  std::vector<Bytes> memory_;
+  std::vector<std::int32_t> ids_;
+  ExpertWeights experts_;
+  LayerInputs inputs_;
+  MatView grad_out_;
+};
+
+// Made once: starting threads takes longer than these layers.
+Runtime& runtime_of(std::string_view isa, int threads) {
+  static std::map<std::pair<std::string, int>, Runtime> runtimes;
+  const std::pair key(std::string(isa), threads);
+  return runtimes.try_emplace(key, threads, 1, std::string(isa)).first->second;
+}
+
+std::vector<float> floats(const Bytes& bytes, DType type) {
+  std::vector<float> result(bytes.size() / size_of(type));
+  for (std::size_t i = 0; i < result.size(); ++i)
+    result[i] = type == DType::f32 ? reinterpret_cast<const float*>(bytes.data())[i]
+                                   : to_float(reinterpret_cast<const bf16_t*>(bytes.data())[i]);
+  return result;
+}
+
+// |a - b| / |b|; NaN where there is one.
+double difference(const std::vector<float>& a, const std::vector<float>& b) {
+  double error = 0, size = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) error += std::pow(a[i] - b[i], 2), size += std::pow(b[i], 2);
+  return std::isnan(error) ? error : std::sqrt(error) / std::max(std::sqrt(size), 1e-30);
+}
+
+// Flipped roundings of bf16, 2^-8 of an element, do not average out in results of a few elements.
+constexpr double kClose = 0.008;
+
+void check(const Shape& shape, const Options& options, std::initializer_list<int> threads = {2, 5, 16}) {
+  CAPTURE(std::string(shape.name));
+  CAPTURE(options.save);
+  const Layer layer(shape, options);
+  const auto scalar = layer.run(runtime_of("scalar", 1));
+  for (const KernelEntry& entry : kernel_registry()) {
+    if (availability(entry, cpu_features()) != "available") continue;
+    CAPTURE(std::string(entry.name));
+    const auto expected = layer.run(runtime_of(entry.name, 1));
+    for (const auto& [name, bytes] : expected) {
+      CAPTURE(name);
+      CHECK(difference(floats(bytes, layer.type_of(name)), floats(scalar.at(name), layer.type_of(name))) <=
+            kClose);
+    }
+    for (const int count : threads) {
+      CAPTURE(count);
+      const auto results = layer.run(runtime_of(entry.name, count));
+      for (const auto& [name, bytes] : results) {
+        CAPTURE(name);
+        CHECK(bytes == expected.at(name));
+      }
+    }
+  }
+}
+
+const Shape kShapes[] = {
+    {"usual", 70, 3, 5, 72, 56},
+    {"one token", 1, 2, 4, 40, 640},  // whose few rows are cut by the number of threads
+    {"few rows of a wide layer", 6, 2, 3, 600, 530},
+    {"several blocks of one expert", 2700, 1, 2, 20, 24, To::one},
+    {"more blocks than inputs are kept", 500, 1, 25, 24, 40},
+    {"more slices than sums are kept", 33, 2, 3, 1290, 17},
+    {"idle experts", 50, 2, 9, 33, 31, To::most_idle},
+    {"routes missing", 40, 4, 3, 24, 70, To::sparse, {5, 5, 5}},
+    {"no routes", 5, 2, 3, 16, 24, To::none},
+    {"no tokens", 0, 2, 3, 16, 24},
+    {"odd sizes", 19, 1, 1, 1, 1, To::one, {1, 1, 1}},
+    {"no LoRA", 45, 2, 3, 40, 33, To::any, {0, 0, 0}},
+    {"LoRA of gate alone", 45, 2, 3, 40, 33, To::any, {40, 0, 0}},
+    {"LoRA of up and down", 45, 2, 3, 40, 33, To::any, {0, 1, 40}},
+    {"LoRA of down alone", 3, 2, 3, 40, 33, To::any, {0, 0, 16}},
+};
+
+}  // namespace
+
+TEST_CASE("the same bits for any number of threads, close to the scalar set") {
+  alarm(600);  // a hang ends the test
+  for (const Shape& shape : kShapes)
+    for (const bool save : {true, false}) {
+      check(shape, {save});
+      check(shape, {save, 0.3, DType::bf16, DType::bf16});
+    }
+}
+
+TEST_CASE("every number of rows that is few, a half tile, or a tail") {
+  for (index_t rows = 1; rows <= 70; ++rows) check({"rows", rows, 1, 1, 34, 50, To::one, {3, 2, 1}}, {}, {5});
+}
+
+TEST_CASE("many calls with more threads than cores") {
+  for (const Shape& shape : {kShapes[0], kShapes[4], kShapes[7]})
+    for (const bool save : {true, false}) {
+      const Layer layer(shape, {save});
+      const auto expected = layer.run(runtime_of(best_isa(cpu_features()), 1));
+      for (int i = 0; i < 60; ++i) CHECK(layer.run(runtime_of(best_isa(cpu_features()), 16)) == expected);
+    }
+}
+
+TEST_CASE("callers of one runtime take turns") {
+  const Layer layer(kShapes[0], {});
+  const auto expected = layer.run(runtime_of("scalar", 5));
+  std::vector<int> wrong(4);
+  std::vector<std::thread> callers;
+  for (int& mine : wrong)
+    callers.emplace_back([&] {
+      for (int i = 0; i < 10; ++i) mine += layer.run(runtime_of("scalar", 5)) != expected;
+    });
+  for (std::thread& caller : callers) caller.join();
+  CHECK(wrong == std::vector<int>(4));
+}
