@@ -58,7 +58,8 @@ void* Arena::take_bytes(std::size_t bytes) {
     ++block_;
     used_ = 0;
   }
-  if (block_ == blocks_.size()) blocks_.emplace_back(std::max({bytes, capacity(), kSmallestBlock}));
+  if (block_ == blocks_.size())
+    blocks_.emplace_back(std::max({bytes, capacity(), together_, kSmallestBlock}));
   void* memory = static_cast<char*>(blocks_[block_].data()) + used_;
   used_ += bytes;
   taken_ += bytes;
@@ -66,16 +67,15 @@ void* Arena::take_bytes(std::size_t bytes) {
   return memory;
 }
 
-void Arena::reset() {
+void Arena::reset() noexcept {
   block_ = used_ = taken_ = 0;
   if (blocks_.size() > 1) {  // next time all of it fits one block
-    const std::size_t total = capacity();
+    together_ = capacity();
     blocks_.clear();
-    blocks_.emplace_back(total);
   }
 }
 
-std::size_t Arena::capacity() const {
+std::size_t Arena::capacity() const noexcept {
   std::size_t total = 0;
   for (const Buffer& block : blocks_) total += block.size();
   return total;

@@ -18,7 +18,7 @@ class Buffer {
   Buffer& operator=(Buffer&& other) noexcept;
 
   void* data() const { return data_; }
-  std::size_t size() const { return size_; }
+  std::size_t size() const noexcept { return size_; }
 
  private:
   void* data_ = nullptr;
@@ -37,8 +37,9 @@ class Arena {
   T* take(index_t count) {
     return static_cast<T*>(take_bytes(static_cast<std::size_t>(count) * sizeof(T)));
   }
-  void reset();
-  std::size_t capacity() const;
+  // Allocates nothing and never fails: a task that could not start would keep others waiting.
+  void reset() noexcept;
+  std::size_t capacity() const noexcept;
   std::size_t peak() const { return peak_; }  // most bytes taken at once since `reset_peak`
   void reset_peak() { peak_ = 0; }
 
@@ -60,9 +61,10 @@ class Arena {
   void* take_bytes(std::size_t bytes);
 
   std::vector<Buffer> blocks_;
-  std::size_t block_ = 0;  // the one being filled
-  std::size_t used_ = 0;   // of it
-  std::size_t taken_ = 0;  // of all blocks, without what was left over where one did not suffice
+  std::size_t together_ = 0;  // what the blocks held that the last `reset` gave back
+  std::size_t block_ = 0;     // the one being filled
+  std::size_t used_ = 0;      // of it
+  std::size_t taken_ = 0;     // of all blocks, without what was left over where one did not suffice
   std::size_t peak_ = 0;
 };
 
