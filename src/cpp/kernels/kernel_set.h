@@ -27,7 +27,8 @@ using PackRows = void(RowSource src, int rows, int k, void* panel);
 // the backward direction).
 using PackAcross = void(RowSource src, int k, int cols, void* panels, ptrdiff_t panel_bytes);
 // Memory that will be packed soon, asked for while a product runs: lines base, base + stride, ... (`lines` of
-// them), and the same `step` bytes further for every further 64 bytes of a packed row. Base null: none.
+// them), and the same `step` bytes further for every further 64 bytes of a packed row. Base null: none. A set
+// whose products gain nothing by it leaves it aside.
 struct Ahead {
   const char* base;
   ptrdiff_t stride, step;

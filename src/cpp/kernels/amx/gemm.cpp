@@ -46,9 +46,7 @@ void tile(const Segment* segments, int count, float* c, ptrdiff_t ldc, bool add)
   for (const Segment* segment = segments; segment != segments + count; ++segment) {
     const char* a = static_cast<const char*>(segment->a);
     const char* b = static_cast<const char*>(segment->b);
-    Ahead ahead = segment->ahead;
     for (int p = 0; p < segment->k; p += KB, a += kABytes, b += kBBytes) {
-      if (ahead.base != nullptr) request(ahead);
       const char *next_a = a + kAhead * kABytes, *next_b = b + kAhead * kBBytes;
       KT_TILE_LOAD(6, b, kBStride);
       KT_TILE_LOAD(4, a, kAStride);
