@@ -19,7 +19,7 @@ void Pass::add_sum(const Result& result, bool weighted, index_t tile, index_t by
   const index_t h = experts_.hidden, tokens = inputs_.hidden_states.rows;
   const Slices slices = this->slices(h, tile, std::max(bytes, cache_part() / kSumCols));
   const index_t stride = result_stride(kernels(), slices[0].size());
-  std::array<float*, kSlicesKept> kept;
+  std::vector<float*> kept(std::min(static_cast<std::size_t>(slices.count), kSlicesKept));
   for (float*& rows : kept) rows = memory().take<float>(routing_.routes() * stride);
 
   std::vector<const Group*> products, sums;
