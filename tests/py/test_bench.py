@@ -301,7 +301,7 @@ def test_a_missing_rival_is_left_out_with_the_way_to_install_it(
     assert main([*RUN, "--tokens", "2", "--rank", "0", "--peers", "kt-kernel", "--json", str(file)]) == 0
     wanted = "kt-kernel: not installed; try: pip install kt-kernel==0.7.2"
     assert wanted in capsys.readouterr().out
-    assert json.loads(file.read_text())["notes"] == [wanted]
+    assert wanted in json.loads(file.read_text())["notes"]  # beside one on a busy machine
 
 
 @pytest.mark.parametrize(
