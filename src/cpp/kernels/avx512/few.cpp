@@ -43,10 +43,7 @@ struct Step {
   }
   static void in_order(__m512 (&half)[2]) {
     const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    const __m512 first = _mm512_permutex2var_ps(half[0], low, half[1]);
-    half[1] = _mm512_permutex2var_ps(half[0], high, half[1]);
-    half[0] = first;
+    interleave(half, low);
   }
 };
 

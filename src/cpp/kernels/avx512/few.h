@@ -51,6 +51,14 @@ __attribute__((always_inline)) static inline void dot_line(__m512 (&acc)[R * M],
     for (int r = 0; r < R; ++r) acc[i * R + r] = Step::dot(line[r], x + i * Step::kLineBytes, acc[i * R + r]);
 }
 
+// `low` picks the first half of the columns out of both; the second half lies 8 lanes on.
+static inline void interleave(__m512 (&half)[2], __m512i low) {
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  const __m512 first = _mm512_permutex2var_ps(half[0], low, half[1]);
+  half[1] = _mm512_permutex2var_ps(half[0], high, half[1]);
+  half[0] = first;
+}
+
 // C[M x rows], rows <= R, from k elements of X in the order of use and as many of each row of W.
 template <class Step, int M, int R>
 static void dot_tile(const char* x, int k, const uint16_t* w, ptrdiff_t stride, int rows, ptrdiff_t far,

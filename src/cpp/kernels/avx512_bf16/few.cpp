@@ -37,10 +37,7 @@ struct Step {
   // Unpacking interleaves within 128 bits: the first half has columns 0-3, 8-11, ...
   static void in_order(__m512 (&half)[2]) {
     const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    const __m512 first = _mm512_permutex2var_ps(half[0], low, half[1]);
-    half[1] = _mm512_permutex2var_ps(half[0], high, half[1]);
-    half[0] = first;
+    interleave(half, low);
   }
 };
 
