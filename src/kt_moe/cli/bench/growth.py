@@ -100,9 +100,7 @@ class Growth:
         steps = time_steps(
             ours, case.variants, _QUICK_SECONDS if self._settings.quick else _SECONDS, _LEAST_STEPS
         )
-        bad = [name for name, tensor in ours.outputs().items() if not bool(tensor.isfinite().all())]
-        if bad:
-            self._notes.fault(f"{axis} {value}: not finite: {', '.join(bad)}")
+        self._notes.check_finite(f"{axis} {value}", ours.outputs())
         result = Result.of(
             steps, case=case, who=OURS, threads=runtime.threads, isa=runtime.isa, touched=inputs.touched,
             ceilings=roof, scratch=scratch,

@@ -39,6 +39,12 @@ class Notes:
             ratios = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in drift.items())
             self.note(f"the ceilings at the end, over those at the start: {ratios}; do not trust the shares")
 
+    def check_finite(self, what: str, outputs: dict[str, Tensor]) -> None:
+        """Outputs of ours that hold a NaN or an infinity are a fault."""
+        bad = [name for name, tensor in outputs.items() if not bool(tensor.isfinite().all())]
+        if bad:
+            self.fault(f"{what}: not finite: {', '.join(bad)}")
+
     def fault(self, text: str) -> None:
         """An output of ours was wrong: the run ends in exit status 1."""
         self.wrong = True
@@ -104,9 +110,7 @@ class Trials:
         with poisoned():
             ours.step(0)
         outputs = ours.outputs()
-        bad = [name for name, tensor in outputs.items() if not bool(tensor.isfinite().all())]
-        if bad:
-            self._notes.fault(f"{len(inputs.hidden_states)} tokens: not finite: {', '.join(bad)}")
+        self._notes.check_finite(f"{len(inputs.hidden_states)} tokens", outputs)
         return digest(outputs)
 
     def _prepare(self, rival: PeerProcess, case: Case, inputs: Inputs) -> bool:
