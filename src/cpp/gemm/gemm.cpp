@@ -102,34 +102,36 @@ PackedB cols_of(const KernelSet& kernels, PackedB b, Range cols) {
 
 namespace {
 
-// The rows of `next` that are packed into panel `row / mr` of A.
-Ahead rows_ahead(const GemmKernels& gemm, const MatView& next, index_t row) {
-  if (row >= next.rows) return {};
+// What tile `tile` of `tiles`, `k` deep, fetches of `next`: as much as the others.
+Ahead ahead(const GemmKernels& gemm, const MatView& next, index_t k, index_t tiles, index_t tile) {
   constexpr index_t kSize = sizeof(std::uint16_t);
-  return {static_cast<const char*>(next.at(row, 0)), next.stride * kSize, kLine * kSize / gemm.element_bytes,
-          static_cast<int>(std::min<index_t>(gemm.mr, next.rows - row))};
+  const index_t lines = ceil_div(next.cols * kSize, kLine), all = next.rows * lines;
+  const index_t steps = std::max<index_t>(1, k * gemm.element_bytes / kLine);
+  const index_t count = ceil_div(all, tiles * steps), first = tile * steps * count;
+  if (first >= all) return {};
+  return {static_cast<const char*>(next.at(first / lines, 0)), next.stride * kSize, static_cast<int>(lines),
+          static_cast<int>(first % lines), static_cast<int>(count)};
 }
 
 }  // namespace
 
 void multiply(const KernelSet& kernels, std::span<const Term> terms, float* c, index_t stride,
-              bool accumulate, const MatView& next) {
+              bool accumulate) {
   const GemmKernels& gemm = kernels.gemm;
   const index_t rows = terms.front().a.rows, cols = terms.front().b.cols;
   assert(terms.size() <= kMostTerms && stride >= result_stride(kernels, cols));
+  const index_t tiles = ceil_div(rows, gemm.mr) * ceil_div(cols, gemm.nr);
+  index_t tile = 0;
   std::array<Segment, kMostTerms> segments;
   if (gemm.begin != nullptr) gemm.begin();
   for (index_t j = 0; j < cols; j += gemm.nr)  // a B panel stays in the nearest cache while A passes by
-    for (index_t i = 0; i < rows; i += gemm.mr) {
+    for (index_t i = 0; i < rows; i += gemm.mr, ++tile) {
       for (std::size_t t = 0; t < terms.size(); ++t) {
-        const auto& [a, b] = terms[t];
+        const auto& [a, b, next] = terms[t];
         assert(a.rows == rows && b.cols == cols && a.k == b.k);
-        segments[t] = {a.data + i / gemm.mr * a.panel_bytes,
-                       b.data + j / gemm.nr * b.panel_bytes,
-                       static_cast<int>(a.k),
-                       {}};
+        segments[t] = {a.data + i / gemm.mr * a.panel_bytes, b.data + j / gemm.nr * b.panel_bytes,
+                       static_cast<int>(a.k), ahead(gemm, next, a.k, tiles, tile)};
       }
-      if (j == 0) segments[0].ahead = rows_ahead(gemm, next, i);
       gemm.micro_kernel(static_cast<int>(std::min<index_t>(gemm.mr, rows - i)),
                         static_cast<int>(std::min<index_t>(gemm.nr, cols - j)), segments.data(),
                         static_cast<int>(terms.size()), c + i * stride + j, stride, accumulate);

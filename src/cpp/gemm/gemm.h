@@ -52,14 +52,15 @@ PackedB cols_of(const KernelSet& kernels, PackedB b, Range cols);
 struct Term {
   PackedA a;
   PackedB b;
+  MatView next = {};  // what the caller will pack next (bf16), fetched into L2 meanwhile
 };
 inline constexpr std::size_t kMostTerms = 4;
 
 // c[a.rows x b.cols] = (accumulate ? c : 0) + sum of the terms, which agree in a.rows and in b.cols.
 // Rows of c are `stride` floats apart, at least result_stride(kernels, b.cols); those behind b.cols are
-// scratch. `next`: bf16 rows that the caller will pack as A next; they are fetched into L2 meanwhile.
+// scratch.
 void multiply(const KernelSet& kernels, std::span<const Term> terms, float* c, index_t stride,
-              bool accumulate = false, const MatView& next = {});
+              bool accumulate = false);
 index_t result_stride(const KernelSet& kernels, index_t cols);
 
 // The same for few rows of A, at most kernels.few.max_rows, from natural order: c[x.rows x w.rows] (+)= x w',

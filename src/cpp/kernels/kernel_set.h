@@ -26,13 +26,14 @@ using PackRows = void(RowSource src, int rows, int k, void* panel);
 // B panels, panel_bytes apart, from k rows of the source that run along all their columns (the same weight in
 // the backward direction).
 using PackAcross = void(RowSource src, int k, int cols, void* panels, ptrdiff_t panel_bytes);
-// Memory that will be packed soon, asked for while a product runs: lines base, base + stride, ... (`lines` of
-// them), and the same `step` bytes further for every further 64 bytes of a packed row. Base null: none. A set
-// whose products gain nothing by it leaves it aside.
+// Memory that will be packed soon, asked for while a product runs: a matrix, row by row, `count` lines of it
+// for every 64 bytes of a packed row. A set whose products gain nothing by it leaves it aside.
 struct Ahead {
-  const char* base;
-  ptrdiff_t stride, step;
-  int lines;
+  const char* row;
+  ptrdiff_t stride;  // bytes from one row to the next
+  int lines;         // of a row
+  int line;          // the first that is asked for, in `row`
+  int count;
 };
 
 // A stretch of k with its packed panels. A product with LoRA is a list of them, and its tile stays in

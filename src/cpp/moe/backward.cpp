@@ -51,6 +51,7 @@ void Backward::add_down(const Saved& saved) {
   const bool fixed = all_few();
   const index_t tile = fixed ? kDotCols : kernels().gemm.nr;
   const Slices slices = this->slices(n, tile, experts_.hidden * kernels().gemm.element_bytes);
+  const index_t run = slices_per_task(slices);
   const index_t dot_cols = fixed ? kDotCols : n, count = fixed ? ceil_div(n, kDotCols) : slices.count;
   auto* dots = memory().take<float>(count * routes);
   std::fill_n(dots, count * routes, 0.0f);
@@ -59,13 +60,14 @@ void Backward::add_down(const Saved& saved) {
       [this](Block block, char* memory, Arena& scratch) {
         pack_grad_input(Projection::down, block, memory, scratch);
       },
-      slices.count,
-      [=, this](Block block, index_t i, Arena& scratch) {
+      ceil_div(slices.count, run),
+      [=, this](Block block, index_t task, Arena& scratch) {
         if (!recomputed_.empty()) tasks_.wait(recomputed_[block.index]);
-        const Range slice = slices[i];
-        if (slice.size() == 0) return;
-        float* first = dots + (fixed ? slice.begin / kDotCols : i) * routes;
-        down(block, slice, saved, first, dot_cols, scratch);
+        for_slices(slices, task, run, [&](index_t i, Range slice, Range next) {
+          const Arena::Frame frame(scratch);
+          float* first = dots + (fixed ? slice.begin / kDotCols : i) * routes;
+          down(block, slice, next, saved, first, dot_cols, scratch);
+        });
       },
       down_done_);
   if (gradients_.topk_weights != nullptr)
@@ -75,10 +77,10 @@ void Backward::add_down(const Saved& saved) {
     });
 }
 
-void Backward::down(Block block, Range slice, const Saved& saved, float* dots, index_t dot_cols,
+void Backward::down(Block block, Range slice, Range next, const Saved& saved, float* dots, index_t dot_cols,
                     Arena& scratch) const {
   const index_t n = experts_.intermediate;
-  const BackwardWeights weights = backward_weights(kDown, block, slice, scratch);
+  const BackwardWeights weights = backward_weights(kDown, block, slice, next, scratch);
   const index_t stride = result_stride(kernels(), slice.size());
   auto* grad = scratch.take<float>(rows_per_part() * stride);
   for_parts(block, rows_per_part(), [&](Block part) {
@@ -124,11 +126,17 @@ void Backward::add_hidden_states() {
 }
 
 void Backward::hidden_states(Block block, Range slice, float* rows, index_t stride, Arena& scratch) const {
-  const BackwardWeights weights = backward_weights(kGateUp, block, slice, scratch);
-  for_parts(block, rows_per_part(), [&](Block part) {
-    const Arena::Frame frame(scratch);
-    input_gradient(weights, part, slice, rows + within(part).begin * stride, stride, scratch);
-  });
+  const GemmKernels& gemm = kernels().gemm;
+  for_strips(
+      block, slice, gemm.nr, 2 * experts_.intermediate * gemm.element_bytes, [&](Range strip, Range next) {
+        const Arena::Frame frame(scratch);
+        const BackwardWeights weights = backward_weights(kGateUp, block, strip, next, scratch);
+        for_parts(block, rows_per_part(), [&](Block part) {
+          const Arena::Frame part_frame(scratch);
+          input_gradient(weights, part, strip, rows + within(part).begin * stride + strip.begin - slice.begin,
+                         stride, scratch);
+        });
+      });
 }
 
 Rows Backward::grad_output(Projection p, Block block, Range cols) const {
@@ -153,11 +161,13 @@ void Backward::pack_grad_input(Projection p, Block block, char* into, Arena& scr
 }
 
 Backward::BackwardWeights Backward::backward_weights(std::span<const Projection> targets, Block block,
-                                                     Range slice, Arena& scratch) const {
+                                                     Range slice, Range next, Arena& scratch) const {
   BackwardWeights result;
   const auto add = [&](Projection p, bool lora, const Stack& stack) {
-    const Rows rows{stack[block.expert].block(0, slice.begin, stack.rows, slice.size())};
-    result.push_back({p, lora, rows, few(block) ? PackedB{} : pack_b_rows(kernels(), rows, scratch)});
+    const auto cols = [&](Range r) { return stack[block.expert].block(0, r.begin, stack.rows, r.size()); };
+    const Rows rows{cols(slice)};
+    result.push_back({p, lora, rows, few(block) ? PackedB{} : pack_b_rows(kernels(), rows, scratch),
+                      lora ? MatView{} : cols(next)});
   };
   for (const Projection p : targets) add(p, false, experts_.of(p));
   for (const Projection p : targets)
@@ -188,7 +198,7 @@ void Backward::multiply_backward(std::span<const BackwardTerm> weights, Block pa
                                  index_t stride, Arena& scratch) const {
   std::array<Term, kMostTerms> terms;
   for (std::size_t i = 0; i < weights.size(); ++i) {
-    const auto& [p, lora, rows, packed] = weights[i];
+    const auto& [p, lora, rows, packed, next] = weights[i];
     if (few(part)) {
       const index_t rank = inputs_.of(p).rank();
       const Rows gradient = lora ? by_route(grad_low_rank_[index_of(p)].rows, rank, part, {0, rank})
@@ -196,7 +206,8 @@ void Backward::multiply_backward(std::span<const BackwardTerm> weights, Block pa
       multiply_few(kernels(), gradient, rows, result, stride, /*accumulate=*/i > 0, scratch);
     } else {
       const GradInput& gradient = grad_inputs_[index_of(p)][part.index];
-      terms[i] = {rows_of(kernels(), lora ? gradient.low_rank : gradient.rows, within(part)), packed};
+      terms[i] = {rows_of(kernels(), lora ? gradient.low_rank : gradient.rows, within(part)), packed,
+                  share(next, part)};
     }
   }
   if (!few(part)) multiply(kernels(), {terms.data(), weights.size()}, result, stride);

@@ -32,6 +32,7 @@ class Backward : Pass {
     bool lora;
     Rows rows;
     PackedB packed;
+    MatView next;  // weights that this task packs next
   };
   using BackwardWeights = std::vector<BackwardTerm>;  // W of some projections, then their LoRA A
 
@@ -48,7 +49,7 @@ class Backward : Pass {
   // dh' = dY Wd + Q Ad, then dG, dU, h and <dh', h> from it and the saved G, U.
   void add_down(const Saved& saved);
   // dots: [ceil(slice / dot_cols), routes], one for every `dot_cols` columns of the slice.
-  void down(Block block, Range slice, const Saved& saved, float* dots, index_t dot_cols,
+  void down(Block block, Range slice, Range next, const Saved& saved, float* dots, index_t dot_cols,
             Arena& scratch) const;
   // The gradient of a routing weight, its `count` dots added in order; 0 where there is no route.
   void sum_dots(const float* dots, index_t count) const;
@@ -64,7 +65,7 @@ class Backward : Pass {
   void pack_grad_input(Projection p, Block block, char* into, Arena& scratch);
   index_t grad_input_bytes(Projection p, index_t routes) const;
 
-  BackwardWeights backward_weights(std::span<const Projection> targets, Block block, Range slice,
+  BackwardWeights backward_weights(std::span<const Projection> targets, Block block, Range slice, Range next,
                                    Arena& scratch) const;
   // The gradient of the projections' common input, columns `slice`: dOutput W and Q A of each, one fp32 sum.
   void input_gradient(const BackwardWeights& weights, Block part, Range slice, float* result, index_t stride,

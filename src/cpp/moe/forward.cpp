@@ -42,21 +42,17 @@ class Forward : Pass {
             });
   }
 
-  // In strips, each fetching the next one's weights.
   void down(Block block, Range slice, float* rows, index_t stride, Arena& scratch) const {
-    const index_t width = slice.size(), tile = kernels().gemm.mr;
-    const Slices strips{width, ceil_div(width, 4 * tile), tile};
-    const auto weights_of = [&](Range r) { return Range{slice.begin + r.begin, slice.begin + r.end}; };
-    for_slices(strips, {0, strips.count}, [&](Range strip, Range next) {
-      const Arena::Frame frame(scratch);
-      const ForwardWeights weights = forward_weights(Projection::down, block, weights_of(strip), scratch);
-      const MatView soon = weight_rows(Projection::down, block.expert, weights_of(next)).matrix;
-      for_tiles(block, [&](Block part) {
-        multiply_forward(Projection::down, weights, packed_[block.index], part,
-                         part.first == block.first ? soon : MatView{},
-                         rows + within(part).begin * stride + strip.begin, stride, scratch);
-      });
-    });
+    const GemmKernels& gemm = kernels().gemm;
+    for_strips(
+        block, slice, gemm.mr, experts_.intermediate * gemm.element_bytes, [&](Range strip, Range next) {
+          const Arena::Frame frame(scratch);
+          const ForwardWeights weights = forward_weights(Projection::down, block, strip, next, scratch);
+          for_tiles(block, [&](Block part) {
+            multiply_forward(Projection::down, weights, packed_[block.index], part,
+                             rows + within(part).begin * stride + strip.begin - slice.begin, stride, scratch);
+          });
+        });
   }
 
   std::vector<ForwardInput> packed_;  // a block each

@@ -49,11 +49,10 @@ void Pass::add_gate_up(const Saved& saved) {
       },
       ceil_div(slices.count, run),
       [=, this](Block block, index_t task, Arena& scratch) {
-        for_slices(slices, {task * run, std::min(slices.count, (task + 1) * run)},
-                   [&](Range slice, Range next) {
-                     const Arena::Frame frame(scratch);
-                     gate_up(block, slice, next, hidden_states_[block.index], saved, scratch);
-                   });
+        for_slices(slices, task, run, [&](index_t, Range slice, Range next) {
+          const Arena::Frame frame(scratch);
+          gate_up(block, slice, next, hidden_states_[block.index], saved, scratch);
+        });
       },
       gate_up_done_);
 }
@@ -122,16 +121,13 @@ void Pass::gate_up(Block block, Range slice, Range next, const ForwardInput& in,
   std::array<ForwardWeights, 2> weights;
   std::array<float*, 2> result;
   for (const Projection p : kGateUp) {
-    weights[index_of(p)] = forward_weights(p, block, slice, scratch);
+    weights[index_of(p)] = forward_weights(p, block, slice, next, scratch);
     result[index_of(p)] = scratch.take<float>(part_rows * width);
   }
-  auto* unsaved = scratch.take<bf16_t>(width);
+  auto* unsaved = scratch.take<bf16_t>(width + 1) + 1;  // off a line, or it would be written past the caches
   for_tiles(block, [&](Block part) {
-    for (const Projection p : kGateUp) {
-      const bool first = part.first == block.first;
-      const MatView soon = first ? weight_rows(p, block.expert, next).matrix : MatView{};
-      multiply_forward(p, weights[index_of(p)], in, part, soon, result[index_of(p)], width, scratch);
-    }
+    for (const Projection p : kGateUp)
+      multiply_forward(p, weights[index_of(p)], in, part, result[index_of(p)], width, scratch);
     for (index_t i = 0; i < part.count; ++i) {
       const index_t place = (part.first + i) * n + slice.begin;
       activation_.forward(to_int(width), result[0] + i * width, result[1] + i * width,
@@ -141,9 +137,11 @@ void Pass::gate_up(Block block, Range slice, Range next, const ForwardInput& in,
   });
 }
 
-Pass::ForwardWeights Pass::forward_weights(Projection p, Block block, Range slice, Arena& scratch) const {
+Pass::ForwardWeights Pass::forward_weights(Projection p, Block block, Range slice, Range next,
+                                           Arena& scratch) const {
   const LoraPair& lora = inputs_.of(p);
-  ForwardWeights w{weight_rows(p, block.expert, slice), {}, {}, {}};
+  ForwardWeights w{
+      weight_rows(p, block.expert, slice), {}, {}, {}, weight_rows(p, block.expert, next).matrix};
   if (lora) w.lora_b = {lora.b[block.expert].block(slice.begin, 0, slice.size(), lora.rank())};
   if (few(block)) return w;
   w.packed_weights = pack_a(kernels(), w.weights, scratch);
@@ -152,7 +150,7 @@ Pass::ForwardWeights Pass::forward_weights(Projection p, Block block, Range slic
 }
 
 void Pass::multiply_forward(Projection p, const ForwardWeights& w, const ForwardInput& in, Block part,
-                            const MatView& next, float* result, index_t stride, Arena& scratch) const {
+                            float* result, index_t stride, Arena& scratch) const {
   const Arena::Frame frame(scratch);
   const bool lora = static_cast<bool>(inputs_.of(p));
   if (few(part) || part.count <= kernels().few.max_tail) {
@@ -164,10 +162,11 @@ void Pass::multiply_forward(Projection p, const ForwardWeights& w, const Forward
     return;
   }
   const index_t width = w.weights.matrix.rows, part_rows = kernels().gemm.nr;
-  std::array<Term, 2> terms{Term{w.packed_weights, cols_of(kernels(), in.rows, within(part))}, Term{}};
+  std::array<Term, 2> terms;
+  terms[0] = {w.packed_weights, cols_of(kernels(), in.rows, within(part)), share(w.next, part)};
   if (lora) terms[1] = {w.packed_lora_b, cols_of(kernels(), in.low_rank[index_of(p)], within(part))};
   auto* transposed = scratch.take<float>(width * part_rows);
-  multiply(kernels(), {terms.data(), lora ? 2u : 1u}, transposed, part_rows, /*accumulate=*/false, next);
+  multiply(kernels(), {terms.data(), lora ? 2u : 1u}, transposed, part_rows);
   kernels().epilogue.transpose(transposed, part_rows, to_int(width), to_int(part.count), result, stride);
 }
 

@@ -18,6 +18,8 @@ namespace kt {
 
 // Most routes that share one packing of an expert's weights; enough to make the packing cheap.
 inline constexpr index_t kBlockRows = 512;
+// Most tiles across a strip: while one is multiplied, the next one's weights are fetched.
+inline constexpr index_t kStripTiles = 4;
 
 // The projections that read hidden_states, and the one that reads h.
 inline constexpr std::array kGateUp{Projection::gate, Projection::up};
@@ -84,15 +86,15 @@ class Pass {
   struct ForwardWeights {
     Rows weights, lora_b;
     PackedA packed_weights, packed_lora_b;
+    MatView next;  // weights that this task packs next
   };
-  ForwardWeights forward_weights(Projection p, Block block, Range slice, Arena& scratch) const;
+  ForwardWeights forward_weights(Projection p, Block block, Range slice, Range next, Arena& scratch) const;
   Rows weight_rows(Projection p, int expert, Range slice) const {
     return {experts_.of(p)[expert].block(slice.begin, 0, slice.size(), experts_.of(p).cols)};
   }
   // result [part.count, slice] = input W' + P B', rows `stride` floats apart; a part is at most nr routes.
-  // `next`: rows of weights that this task needs next.
   void multiply_forward(Projection p, const ForwardWeights& weights, const ForwardInput& in, Block part,
-                        const MatView& next, float* result, index_t stride, Arena& scratch) const;
+                        float* result, index_t stride, Arena& scratch) const;
 
   // Adds the tasks that compute a [T, H] result: the sum over a token's routes, experts in order, of what
   // product(block, slice, rows, stride, scratch) writes to `rows`, times the routing weight if `weighted`.
@@ -118,6 +120,12 @@ class Pass {
   static void for_parts(Block block, index_t rows, const Body& body) {
     for (index_t i = 0; i < block.count; i += rows)
       body(Block{block.expert, block.index, block.first + i, std::min(rows, block.count - i)});
+  }
+  // The rows of a matrix that are fetched while a part of a block is multiplied.
+  MatView share(const MatView& next, Block part) const {
+    const index_t of = blocks_[part.index].count;
+    const Range rows{next.rows * within(part).begin / of, next.rows * within(part).end / of};
+    return next.block(rows.begin, 0, rows.size(), next.cols);
   }
   // Where a part lies in its block.
   Range within(Block part) const {
@@ -164,14 +172,26 @@ class Pass {
 
   // How many of a block's slices a task takes, one after the other.
   index_t slices_per_task(const Slices& slices) const;
-  // Calls body(slice, the one after it) for some slices; none is after the last.
+  // Calls body(i, slices[i], the slice after it) for the slices of a task; none is after the last.
   template <class Body>
-  static void for_slices(const Slices& slices, Range which, const Body& body) {
-    for (index_t i = which.begin; i < which.end; ++i) {
+  static void for_slices(const Slices& slices, index_t task, index_t per_task, const Body& body) {
+    const index_t end = std::min(slices.count, (task + 1) * per_task);
+    for (index_t i = task * per_task; i < end; ++i) {
       const Range slice = slices[i];
-      if (slice.size() == 0) continue;
-      body(slice, i + 1 < which.end ? slices[i + 1] : Range{slice.end, slice.end});
+      if (slice.size() > 0) body(i, slice, i + 1 < end ? slices[i + 1] : Range{slice.end, slice.end});
     }
+  }
+  // Calls body(strip, the one after it) for strips of a block's slice, each as many tiles wide as the cache
+  // holds at `bytes` a column. Few rows, which fill no cache, take the slice as it is.
+  template <class Body>
+  void for_strips(Block block, Range slice, index_t tile, index_t bytes, const Body& body) const {
+    if (few(block)) return body(slice, Range{slice.end, slice.end});
+    const index_t most = std::clamp(cache_part() / bytes, tile, kStripTiles * tile);
+    const Slices strips{slice.size(), ceil_div(slice.size(), most), tile};
+    for_slices(strips, 0, strips.count, [&](index_t, Range strip, Range next) {
+      body(Range{slice.begin + strip.begin, slice.begin + strip.end},
+           Range{slice.begin + next.begin, slice.begin + next.end});
+    });
   }
 
   // One row of fp32 results, stored in the wanted type.

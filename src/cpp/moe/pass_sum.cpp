@@ -17,7 +17,7 @@ constexpr std::size_t kSlicesKept = 3;  // that are computed or wait for their s
 void Pass::add_sum(const Result& result, bool weighted, index_t tile, index_t bytes,
                    const std::vector<const Group*>& ready, Product product) {
   const index_t h = experts_.hidden, tokens = inputs_.hidden_states.rows;
-  const Slices slices = this->slices(h, tile, std::max(bytes, cache_part() / kSumCols));
+  const Slices slices = this->slices(h, tile, std::max(bytes / kStripTiles, cache_part() / kSumCols));
   const index_t stride = result_stride(kernels(), slices[0].size());
   std::vector<float*> kept(std::min(static_cast<std::size_t>(slices.count), kSlicesKept));
   for (float*& rows : kept) rows = memory().take<float>(routing_.routes() * stride);

@@ -36,42 +36,29 @@ void store_transposed(const Bench& bench, const float* c, index_t ldc, index_t r
   store(bench, natural, cols.size(), rows, cols, n, y);
 }
 
-// Where the weights are that the panel from this column on is made of. They are fetched while the strip
-// before it is multiplied: each of the `tiles` results of a panel's weights fetches its share.
-using WeightsAt = std::function<Ahead(index_t)>;
+// Where the weights of some columns lie. Those of the next strip are fetched while one is multiplied: each
+// part of the tokens fetches its share.
+using WeightsAt = std::function<MatView(Range cols)>;
 
-Ahead share(Ahead ahead, index_t tiles, index_t tile) {
-  const Range lines = split(ahead.lines, tiles, tile);
-  return {ahead.base + lines.begin * ahead.stride, ahead.stride, ahead.step, static_cast<int>(lines.size())};
+MatView share(const MatView& next, Range rows, index_t of) {
+  const index_t begin = next.rows * rows.begin / of;
+  return next.block(begin, 0, next.rows * rows.end / of - begin, next.cols);
 }
 
-// gemm.h's multiply, with ahead(i, j) for the tile at row i, column j of c.
-void product(const Bench& bench, const Term& term, float* c,
-             const std::function<Ahead(index_t i, index_t j)>& ahead) {
-  const GemmKernels& gemm = bench.kernels.gemm;
-  const index_t rows = term.a.rows, cols = term.b.cols, stride = result_stride(bench.kernels, cols);
-  if (!bench.prefetch) return multiply(bench.kernels, {&term, 1}, c, stride);
-  if (gemm.begin != nullptr) gemm.begin();
-  for (index_t j = 0; j < cols; j += gemm.nr)
-    for (index_t i = 0; i < rows; i += gemm.mr) {
-      const Segment segment{term.a.data + i / gemm.mr * term.a.panel_bytes,
-                            term.b.data + j / gemm.nr * term.b.panel_bytes, static_cast<int>(term.a.k),
-                            ahead(i, j)};
-      gemm.micro_kernel(static_cast<int>(std::min<index_t>(gemm.mr, rows - i)),
-                        static_cast<int>(std::min<index_t>(gemm.nr, cols - j)), &segment, 1,
-                        c + i * stride + j, stride, false);
-    }
-  if (gemm.end != nullptr) gemm.end();
+Range after(Range cols, index_t width, index_t n) {
+  return {std::min(n, cols.begin + width), std::min(n, cols.end + width)};
 }
 
-// k in 64 bytes of a packed row: how often a micro-kernel looks ahead.
-index_t run(const Bench& bench) { return 64 / bench.kernels.gemm.element_bytes; }
+void product(const Bench& bench, Term term, float* c, index_t stride) {
+  if (!bench.prefetch) term.next = {};
+  multiply(bench.kernels, {&term, 1}, c, stride);
+}
 
 // y [m, n] = tokens [m, k] * B, where weights_of(cols) gives columns of B in panels.
 void tokens_left(const Bench& bench, MatView tokens, index_t n, bf16_t* y, Arena& scratch,
                  const std::function<PackedB(Range cols)>& weights_of, const WeightsAt& weights_at) {
   const GemmKernels& gemm = bench.kernels.gemm;
-  const index_t part_rows = round_up(32, gemm.mr), tiles = ceil_div(tokens.rows, gemm.mr);
+  const index_t part_rows = round_up(32, gemm.mr);
   const index_t width = strip(bench, tokens.cols, gemm.nr);
   const PackedA packed = pack_a(bench.kernels, {tokens}, scratch);
   for_strips(n, width, [&](Range cols) {
@@ -80,10 +67,8 @@ void tokens_left(const Bench& bench, MatView tokens, index_t n, bf16_t* y, Arena
     const index_t stride = result_stride(bench.kernels, cols.size());
     auto* c = scratch.take<float>(part_rows * stride);
     for_strips(tokens.rows, part_rows, [&](Range rows) {
-      product(bench, {rows_of(bench.kernels, packed, rows), weights}, c, [&](index_t i, index_t j) {
-        const index_t next = cols.begin + j + width;
-        return next < n ? share(weights_at(next), tiles, (rows.begin + i) / gemm.mr) : Ahead{};
-      });
+      const MatView next = share(weights_at(after(cols, width, n)), rows, tokens.rows);
+      product(bench, {rows_of(bench.kernels, packed, rows), weights, next}, c, stride);
       store(bench, c, stride, rows.size(), cols, n, y + rows.begin * n);
     });
   });
@@ -91,29 +76,21 @@ void tokens_left(const Bench& bench, MatView tokens, index_t n, bf16_t* y, Arena
 
 MatView natural(const Shape& shape, const void* w) { return view(w, DType::bf16, shape.out, shape.in); }
 
-constexpr index_t kElement = sizeof(bf16_t);
-index_t row_bytes(const Shape& shape) { return shape.in * kElement; }
-
 // A: natural order, packed strip by strip.
 void natural_forward(const Bench& bench, const void* w, MatView x, bf16_t* y, Arena& scratch) {
   const Shape& shape = bench.shape;
   const GemmKernels& gemm = bench.kernels.gemm;
-  const index_t width = strip(bench, shape.in, gemm.mr), tiles = ceil_div(x.rows, gemm.nr);
+  const index_t width = strip(bench, shape.in, gemm.mr);
   const PackedB packed = pack_b_cols(bench.kernels, {x}, scratch);
   for_strips(shape.out, width, [&](Range cols) {
     const Arena::Frame frame(scratch);
-    const PackedA weights =
-        pack_a(bench.kernels, {natural(shape, w).block(cols.begin, 0, cols.size(), shape.in)}, scratch);
+    const auto weights_at = [&](Range r) { return natural(shape, w).block(r.begin, 0, r.size(), shape.in); };
+    const PackedA weights = pack_a(bench.kernels, {weights_at(cols)}, scratch);
     auto* c = scratch.take<float>(round_up(cols.size(), gemm.mr) * gemm.nr);
     for_strips(x.rows, gemm.nr, [&](Range rows) {
       const Arena::Frame part_frame(scratch);
-      product(bench, {weights, cols_of(bench.kernels, packed, rows)}, c, [&](index_t i, index_t) {
-        const index_t next = cols.begin + i + width;
-        if (next >= shape.out) return Ahead{};
-        const Ahead panel{static_cast<const char*>(natural(shape, w).at(next, 0)), row_bytes(shape),
-                          run(bench) * kElement, gemm.mr};
-        return share(panel, tiles, rows.begin / gemm.nr);
-      });
+      const MatView next = share(weights_at(after(cols, width, shape.out)), rows, x.rows);
+      product(bench, {weights, cols_of(bench.kernels, packed, rows), next}, c, gemm.nr);
       store_transposed(bench, c, gemm.nr, rows.size(), cols, shape.out, y + rows.begin * shape.out, scratch);
     });
   });
@@ -121,15 +98,12 @@ void natural_forward(const Bench& bench, const void* w, MatView x, bf16_t* y, Ar
 
 void natural_backward(const Bench& bench, const void* w, MatView dy, bf16_t* dx, Arena& scratch) {
   const Shape& shape = bench.shape;
-  const auto weights_of = [&](Range cols) {
-    return pack_b_rows(bench.kernels, {natural(shape, w).block(0, cols.begin, shape.out, cols.size())},
-                       scratch);
+  const auto weights_at = [&](Range cols) {
+    return natural(shape, w).block(0, cols.begin, shape.out, cols.size());
   };
-  tokens_left(bench, dy, shape.in, dx, scratch, weights_of, [&](index_t col) {
-    const auto lines = static_cast<int>(run(bench));
-    return Ahead{static_cast<const char*>(natural(shape, w).at(0, col)), row_bytes(shape),
-                 lines * row_bytes(shape), lines};
-  });
+  tokens_left(
+      bench, dy, shape.in, dx, scratch,
+      [&](Range cols) { return pack_b_rows(bench.kernels, {weights_at(cols)}, scratch); }, weights_at);
 }
 
 // B and C: panels of [k / 2][32][2], stored for one direction. In that direction they are used as they are,
@@ -140,7 +114,9 @@ void panels_as_stored(const Bench& bench, const void* w, MatView tokens, bf16_t*
   const PackedB all{static_cast<const char*>(w), n, k, nr * k * static_cast<index_t>(sizeof(bf16_t))};
   tokens_left(
       bench, tokens, n, y, scratch, [&](Range cols) { return cols_of(bench.kernels, all, cols); },
-      [&](index_t col) { return Ahead{all.data + col / nr * all.panel_bytes, 64, 2048, 32}; });
+      [&](Range cols) {
+        return view(all.data + cols.begin / nr * all.panel_bytes, DType::bf16, cols.size(), k);
+      });
 }
 
 template <index_t Shape::* N>
@@ -155,8 +131,8 @@ void panels_turned(const Bench& bench, const void* w, MatView tokens, bf16_t* y,
     return PackedB{reinterpret_cast<const char*>(to), cols.size(), k,
                    nr * k * static_cast<index_t>(sizeof(bf16_t))};
   };
-  tokens_left(bench, tokens, n, y, scratch, weights_of, [&](index_t col) {
-    return Ahead{reinterpret_cast<const char*>(from + col / nr * block), 64, 2 * nr * n, 32};
+  tokens_left(bench, tokens, n, y, scratch, weights_of, [&](Range cols) {
+    return view(from, DType::bf16, k / nr, nr * n).block(0, cols.begin * nr, k / nr, cols.size() * nr);
   });
 }
 

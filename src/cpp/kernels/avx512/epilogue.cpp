@@ -1,3 +1,5 @@
+#include <math.h>
+
 #include "kernels/avx512/set.h"
 
 namespace kt::avx512 {
@@ -12,7 +14,6 @@ struct Pair {
 
 Pair both(float x) { return {_mm512_set1_ps(x), _mm512_set1_ps(x)}; }
 Pair mul(Pair a, Pair b) { return {_mm512_mul_ps(a.low, b.low), _mm512_mul_ps(a.high, b.high)}; }
-Pair div(Pair a, Pair b) { return {_mm512_div_ps(a.low, b.low), _mm512_div_ps(a.high, b.high)}; }
 Pair sub(Pair a, Pair b) { return {_mm512_sub_ps(a.low, b.low), _mm512_sub_ps(a.high, b.high)}; }
 Pair add(Pair a, Pair b) { return {_mm512_add_ps(a.low, b.low), _mm512_add_ps(a.high, b.high)}; }
 Pair mul_add(Pair a, Pair b, Pair c) {
@@ -22,6 +23,15 @@ Pair mul_add(Pair a, Pair b, Pair c) {
 Pair mul_sub(Pair a, Pair b, Pair c) {
   return {_mm512_fmsub_ps(a.low, b.low, c.low), _mm512_fmsub_ps(a.high, b.high, c.high)};
 }
+
+// 1 / x, x >= 1: fourteen bits, then a Newton step, which infinity must not take. Division keeps its unit
+// busy for longer than all of that.
+__m512 reciprocal(__m512 x) {
+  const __m512 y = _mm512_rcp14_ps(x), rest = _mm512_fnmadd_ps(x, y, _mm512_set1_ps(1.0f));
+  return _mm512_mask_fmadd_ps(y, _mm512_cmp_ps_mask(x, _mm512_set1_ps(INFINITY), _CMP_NEQ_UQ), rest, y);
+}
+
+Pair reciprocal(Pair x) { return {reciprocal(x.low), reciprocal(x.high)}; }
 
 // Only the elements under the mask are read or written.
 Pair load(__mmask32 mask, const float* src) {
@@ -34,6 +44,14 @@ Pair load(__mmask32 mask, const uint16_t* src) {
 
 void store(__mmask32 mask, uint16_t* dst, Pair x) {
   _mm512_mask_storeu_epi16(dst, mask, round_to_bf16(x.low, x.high));
+}
+
+// Whole lines past the caches: nobody reads them for long. The lock that ends a task makes them visible.
+void stream(__mmask32 mask, uint16_t* dst, Pair x) {
+  if (mask == 0xffffffff && reinterpret_cast<uintptr_t>(dst) % 64 == 0)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(dst), (__m512i)round_to_bf16(x.low, x.high));
+  else
+    store(mask, dst, x);
 }
 
 // -most to most: the smaller magnitude, with the sign of x.
@@ -99,9 +117,9 @@ void silu_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint
   for (int i = 0; i < n; i += 32) {
     const __mmask32 m = first32(n - i);
     const Pair gate = load(m, g + i), up = load(m, u + i);
-    const Pair act = div(gate, one_plus_exp_minus(gate));
-    store(m, g_saved + i, gate);
-    store(m, u_saved + i, up);
+    const Pair act = mul(gate, reciprocal(one_plus_exp_minus(gate)));
+    stream(m, g_saved + i, gate);
+    stream(m, u_saved + i, up);
     store(m, h + i, mul(act, up));
   }
 }
@@ -113,7 +131,8 @@ float silu_backward(int n, const float* dh, float weight, const uint16_t* g, con
   for (int i = 0; i < n; i += 32) {
     const __mmask32 m = first32(n - i);
     const Pair gate = load(m, g + i), up = load(m, u + i), d = load(m, dh + i), weighted = mul(w, d);
-    const Pair sigmoid = div(one, one_plus_exp_minus(gate)), act = mul(gate, sigmoid), hidden = mul(act, up);
+    const Pair sigmoid = reciprocal(one_plus_exp_minus(gate)), act = mul(gate, sigmoid),
+               hidden = mul(act, up);
     const Pair slope = mul_add(act, sub(one, sigmoid), sigmoid);
     dot = mul_add(d, hidden, dot);
     store(m, dg + i, mul(mul(weighted, up), slope));

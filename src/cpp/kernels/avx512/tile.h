@@ -30,8 +30,12 @@ __attribute__((always_inline)) static inline void add_step(__m512 (&acc)[R][V], 
 
 // Into L2: packing will read it from there.
 __attribute__((always_inline)) static inline void request(Ahead& ahead) {
-  for (int i = 0; i < ahead.lines; ++i) _mm_prefetch(ahead.base + i * ahead.stride, _MM_HINT_T1);
-  ahead.base += ahead.step;
+  for (int i = 0; i < ahead.count; ++i) {
+    _mm_prefetch(ahead.row + 64 * ahead.line, _MM_HINT_T1);
+    if (++ahead.line < ahead.lines) continue;
+    ahead.line = 0;
+    ahead.row += ahead.stride;
+  }
 }
 
 template <class Step, int R, int V>
@@ -49,7 +53,7 @@ static void tile(const Segment* segments, int count, float* c, ptrdiff_t ldc, in
     int steps = (segment->k + Step::kDepth - 1) / Step::kDepth;
     Ahead ahead = segment->ahead;
     for (; steps >= kRun; steps -= kRun, a += 64 * kTileRows) {
-      if (ahead.base != nullptr) request(ahead);
+      request(ahead);
 #pragma GCC unroll 4
       for (int p = 0; p < kRun; ++p, b += 4 * kTileCols) add_step<Step, R, V>(acc, a + 4 * p, b);
     }

@@ -16,11 +16,22 @@ FewRows few_times_transposed, few_times;
 // The A panel of a set with `Rows` rows: [k / KB][Rows][KB].
 template <int Rows>
 static inline void copy_rows(RowSource src, int rows, int k, void* panel) {
+  constexpr int kTogether = 4;  // rows; meanwhile the next four are asked for
+  static_assert(Rows % kTogether == 0);
   uint16_t* dst = static_cast<uint16_t*>(panel);
-  for (int i = 0; i < rows; ++i) {
-    const uint16_t* row = source_row(src, i);
+  for (int i = 0; i < rows; i += kTogether) {
+    const uint16_t *row[kTogether], *ahead[kTogether];
+    for (int j = 0; j < kTogether; ++j) {
+      row[j] = source_row(src, i + j < rows ? i + j : rows - 1);
+      ahead[j] = source_row(src, i + kTogether + j < rows ? i + kTogether + j : rows - 1);
+    }
     for (int p = 0; p < k; p += KB)
-      _mm512_store_si512(dst + p * Rows + i * KB, _mm512_maskz_loadu_epi16(first32(k - p), row + p));
+#pragma GCC unroll 4
+      for (int j = 0; j < kTogether; ++j) {
+        _mm_prefetch(ahead[j] + p, _MM_HINT_T1);
+        _mm512_store_si512(dst + p * Rows + (i + j) * KB,
+                           _mm512_maskz_loadu_epi16(first32(k - p), row[j] + p));
+      }
   }
 }
 
