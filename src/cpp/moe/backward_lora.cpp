@@ -1,10 +1,28 @@
 // The part of backward that only LoRA needs: Q = s dOutput B, and the gradients of A and B.
+#include <emmintrin.h>
+
 #include <algorithm>
 #include <cstring>
 
 #include "moe/backward.h"
 
 namespace kt {
+
+namespace {
+
+// Past the caches, so that no line is fetched only to be overwritten. The lock that ends a task makes the
+// zeros visible to other threads.
+void stream_zeros(char* to, std::size_t bytes) {
+  constexpr std::size_t kVector = sizeof(__m128i);
+  const std::size_t head = std::min(bytes, -reinterpret_cast<std::uintptr_t>(to) % kVector);
+  std::memset(to, 0, head);
+  std::size_t i = head;
+  for (; i + kVector <= bytes; i += kVector)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_setzero_si128());
+  std::memset(to + i, 0, bytes - i);
+}
+
+}  // namespace
 
 void Backward::project_grad_b(Projection p, Block block, PackedA packed, Arena& scratch) {
   const Arena::Frame frame(scratch);
@@ -74,7 +92,7 @@ void Backward::clear_lora(index_t expert) const {
   const auto clear = [expert](const Result& gradient, const Stack& stack) {
     if (!gradient) return;
     const index_t bytes = stack.rows * stack.cols * static_cast<index_t>(size_of(gradient.dtype));
-    std::memset(static_cast<char*>(gradient.data) + expert * bytes, 0, static_cast<std::size_t>(bytes));
+    stream_zeros(static_cast<char*>(gradient.data) + expert * bytes, static_cast<std::size_t>(bytes));
   };
   for (const Projection p : projections) {
     clear(gradients_.lora_a[index_of(p)], inputs_.of(p).a);
