@@ -102,14 +102,15 @@ PackedB cols_of(const KernelSet& kernels, PackedB b, Range cols) {
 
 namespace {
 
-// What tile `tile` of `tiles`, `k` deep, fetches of `next`: as much as the others.
+// What tile `tile` of `tiles`, `k` deep, fetches of `next`: a whole number of lines a step, so that the last
+// tiles may find nothing left.
 Ahead ahead(const GemmKernels& gemm, const MatView& next, index_t k, index_t tiles, index_t tile) {
-  constexpr index_t kSize = sizeof(std::uint16_t);
-  const index_t lines = ceil_div(next.cols * kSize, kLine), all = next.rows * lines;
+  const auto size = static_cast<index_t>(size_of(next.dtype));
+  const index_t lines = ceil_div(next.cols * size, kLine), all = next.rows * lines;
   const index_t steps = std::max<index_t>(1, k * gemm.element_bytes / kLine);
   const index_t count = ceil_div(all, tiles * steps), first = tile * steps * count;
   if (first >= all) return {};
-  return {static_cast<const char*>(next.at(first / lines, 0)), next.stride * kSize, static_cast<int>(lines),
+  return {static_cast<const char*>(next.at(first / lines, 0)), next.stride * size, static_cast<int>(lines),
           static_cast<int>(first % lines), static_cast<int>(count)};
 }
 

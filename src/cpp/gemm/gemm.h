@@ -52,8 +52,15 @@ PackedB cols_of(const KernelSet& kernels, PackedB b, Range cols);
 struct Term {
   PackedA a;
   PackedB b;
-  MatView next = {};  // what the caller will pack next (bf16), fetched into L2 meanwhile
+  MatView next = {};  // what the caller packs next: sets that gain by it fetch it into L2 meanwhile
 };
+
+// The rows of `next` to fetch with `part` of `whole` rows.
+inline MatView share(const MatView& next, Range part, index_t whole) {
+  const index_t begin = next.rows * part.begin / whole, end = next.rows * part.end / whole;
+  return next.block(begin, 0, end - begin, next.cols);
+}
+
 inline constexpr std::size_t kMostTerms = 4;
 
 // c[a.rows x b.cols] = (accumulate ? c : 0) + sum of the terms, which agree in a.rows and in b.cols.

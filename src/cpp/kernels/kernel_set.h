@@ -26,14 +26,15 @@ using PackRows = void(RowSource src, int rows, int k, void* panel);
 // B panels, panel_bytes apart, from k rows of the source that run along all their columns (the same weight in
 // the backward direction).
 using PackAcross = void(RowSource src, int k, int cols, void* panels, ptrdiff_t panel_bytes);
-// Memory that will be packed soon, asked for while a product runs: a matrix, row by row, `count` lines of it
-// for every 64 bytes of a packed row. A set whose products gain nothing by it leaves it aside.
+// Memory that will be packed soon, asked for while a product runs: a matrix, row by row, so many lines of it
+// for every 64 bytes of a packed row. It may end behind the last row, so it is for prefetches alone. A set
+// whose products gain nothing by it leaves it aside.
 struct Ahead {
   const char* row;
   ptrdiff_t stride;  // bytes from one row to the next
-  int lines;         // of a row
-  int line;          // the first that is asked for, in `row`
-  int count;
+  int row_lines;
+  int line;            // of `row`, the first that is asked for
+  int lines_per_step;  // 0: nothing is wanted
 };
 
 // A stretch of k with its packed panels. A product with LoRA is a list of them, and its tile stays in
@@ -56,8 +57,9 @@ using Peak = double(int rounds, void* registers);
 
 // C[mr x nr] (+)= sum of A[mr x k] * B[k x nr] over segments, operands bf16 in value, accumulation fp32.
 //
-// Packed panels: an A panel holds mr rows, a B panel nr columns; both are zero-filled up to mr / nr and to a
-// multiple of k_align in k, take (mr or nr) * round_up(k, k_align) * element_bytes bytes, and their order
+// Packed panels: an A panel holds mr rows, a B panel nr columns. What is behind the last row or column is
+// arbitrary and reaches only results that nobody wants; behind k there are zeros as far as the micro-kernel
+// reads. They take (mr or nr) * round_up(k, k_align) * element_bytes bytes, and their order
 // inside is the kernel set's own business.
 struct GemmKernels {
   int mr, nr;
@@ -89,7 +91,8 @@ struct FewRowsKernels {
 };
 
 // One row of G and U of an expert, and what the step makes of it. Forward: h = act(G) * U; G, U and h rounded
-// once to bf16. Backward: from dh' (fp32, before the routing weight) and the saved G, U.
+// once to bf16. Lines that G and U fill may go past the caches: before another thread reads them comes a
+// locked instruction or a fence. Backward: from dh' (fp32, before the routing weight) and the saved G, U.
 using ActivationForward = void(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
                                uint16_t* h);
 // dG, dU for dh = weight * dh'; h as in the forward. Returns <dh', h>, the gradient of the routing weight.

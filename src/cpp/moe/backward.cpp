@@ -51,7 +51,6 @@ void Backward::add_down(const Saved& saved) {
   const bool fixed = all_few();
   const index_t tile = fixed ? kDotCols : kernels().gemm.nr;
   const Slices slices = this->slices(n, tile, experts_.hidden * kernels().gemm.element_bytes);
-  const index_t run = slices_per_task(slices);
   const index_t dot_cols = fixed ? kDotCols : n, count = fixed ? ceil_div(n, kDotCols) : slices.count;
   auto* dots = memory().take<float>(count * routes);
   std::fill_n(dots, count * routes, 0.0f);
@@ -60,14 +59,11 @@ void Backward::add_down(const Saved& saved) {
       [this](Block block, char* memory, Arena& scratch) {
         pack_grad_input(Projection::down, block, memory, scratch);
       },
-      ceil_div(slices.count, run),
-      [=, this](Block block, index_t task, Arena& scratch) {
+      slices,
+      [=, this](Block block, index_t i, Range slice, Range next, Arena& scratch) {
         if (!recomputed_.empty()) tasks_.wait(recomputed_[block.index]);
-        for_slices(slices, task, run, [&](index_t i, Range slice, Range next) {
-          const Arena::Frame frame(scratch);
-          float* first = dots + (fixed ? slice.begin / kDotCols : i) * routes;
-          down(block, slice, next, saved, first, dot_cols, scratch);
-        });
+        float* first = dots + (fixed ? slice.begin / kDotCols : i) * routes;
+        down(block, slice, next, saved, first, dot_cols, scratch);
       },
       down_done_);
   if (gradients_.topk_weights != nullptr)
@@ -120,23 +116,18 @@ void Backward::add_hidden_states() {
   const GemmKernels& gemm = kernels().gemm;
   add_sum(gradients_.hidden_states, /*weighted=*/false, gemm.nr,
           2 * experts_.intermediate * gemm.element_bytes, gradients_done_,
-          [this](Block block, Range slice, float* rows, index_t stride, Arena& scratch) {
-            hidden_states(block, slice, rows, stride, scratch);
+          [this](Block block, Range strip, Range next, float* rows, index_t stride, Arena& scratch) {
+            hidden_states(block, strip, next, rows, stride, scratch);
           });
 }
 
-void Backward::hidden_states(Block block, Range slice, float* rows, index_t stride, Arena& scratch) const {
-  const GemmKernels& gemm = kernels().gemm;
-  for_strips(
-      block, slice, gemm.nr, 2 * experts_.intermediate * gemm.element_bytes, [&](Range strip, Range next) {
-        const Arena::Frame frame(scratch);
-        const BackwardWeights weights = backward_weights(kGateUp, block, strip, next, scratch);
-        for_parts(block, rows_per_part(), [&](Block part) {
-          const Arena::Frame part_frame(scratch);
-          input_gradient(weights, part, strip, rows + within(part).begin * stride + strip.begin - slice.begin,
-                         stride, scratch);
-        });
-      });
+void Backward::hidden_states(Block block, Range strip, Range next, float* rows, index_t stride,
+                             Arena& scratch) const {
+  const BackwardWeights weights = backward_weights(kGateUp, block, strip, next, scratch);
+  for_parts(block, rows_per_part(), [&](Block part) {
+    const Arena::Frame frame(scratch);
+    input_gradient(weights, part, strip, rows + within(part).begin * stride, stride, scratch);
+  });
 }
 
 Rows Backward::grad_output(Projection p, Block block, Range cols) const {
@@ -167,7 +158,7 @@ Backward::BackwardWeights Backward::backward_weights(std::span<const Projection>
     const auto cols = [&](Range r) { return stack[block.expert].block(0, r.begin, stack.rows, r.size()); };
     const Rows rows{cols(slice)};
     result.push_back({p, lora, rows, few(block) ? PackedB{} : pack_b_rows(kernels(), rows, scratch),
-                      lora ? MatView{} : cols(next)});
+                      lora ? MatView{} : cols(next) /* LoRA A is small */});
   };
   for (const Projection p : targets) add(p, false, experts_.of(p));
   for (const Projection p : targets)
@@ -207,7 +198,7 @@ void Backward::multiply_backward(std::span<const BackwardTerm> weights, Block pa
     } else {
       const GradInput& gradient = grad_inputs_[index_of(p)][part.index];
       terms[i] = {rows_of(kernels(), lora ? gradient.low_rank : gradient.rows, within(part)), packed,
-                  share(next, part)};
+                  share(next, within(part), blocks_[part.index].count)};
     }
   }
   if (!few(part)) multiply(kernels(), {terms.data(), weights.size()}, result, stride);

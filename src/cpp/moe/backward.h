@@ -57,7 +57,7 @@ class Backward : Pass {
   void add_gate_up_gradients();
   // dX[token] += dG Wg + dU Wu + Qg Ag + Qu Au.
   void add_hidden_states();
-  void hidden_states(Block block, Range slice, float* rows, index_t stride, Arena& scratch) const;
+  void hidden_states(Block block, Range strip, Range next, float* rows, index_t stride, Arena& scratch) const;
 
   // The gradient of a projection's output, rows of a block.
   Rows grad_output(Projection p, Block block, Range cols) const;

@@ -10,8 +10,7 @@ namespace kt {
 
 namespace {
 
-// Past the caches, so that no line is fetched only to be overwritten. The lock that ends a task makes the
-// zeros visible to other threads.
+// Past the caches, so that no line is fetched only to be overwritten.
 void stream_zeros(char* to, std::size_t bytes) {
   constexpr std::size_t kVector = sizeof(__m128i);
   const std::size_t head = std::min(bytes, -reinterpret_cast<std::uintptr_t>(to) % kVector);
@@ -20,6 +19,7 @@ void stream_zeros(char* to, std::size_t bytes) {
   for (; i + kVector <= bytes; i += kVector)
     _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_setzero_si128());
   std::memset(to + i, 0, bytes - i);
+  _mm_sfence();
 }
 
 }  // namespace

@@ -37,22 +37,13 @@ class Forward : Pass {
   void add_down(const Result& out) {
     const GemmKernels& gemm = kernels().gemm;
     add_sum(out, /*weighted=*/true, gemm.mr, experts_.intermediate * gemm.element_bytes, packed_done_,
-            [this](Block block, Range slice, float* rows, index_t stride, Arena& scratch) {
-              down(block, slice, rows, stride, scratch);
+            [this](Block block, Range strip, Range next, float* rows, index_t stride, Arena& scratch) {
+              const ForwardWeights weights = forward_weights(Projection::down, block, strip, next, scratch);
+              for_tiles(block, [&](Block part) {
+                multiply_forward(Projection::down, weights, packed_[block.index], part,
+                                 rows + within(part).begin * stride, stride, scratch);
+              });
             });
-  }
-
-  void down(Block block, Range slice, float* rows, index_t stride, Arena& scratch) const {
-    const GemmKernels& gemm = kernels().gemm;
-    for_strips(
-        block, slice, gemm.mr, experts_.intermediate * gemm.element_bytes, [&](Range strip, Range next) {
-          const Arena::Frame frame(scratch);
-          const ForwardWeights weights = forward_weights(Projection::down, block, strip, next, scratch);
-          for_tiles(block, [&](Block part) {
-            multiply_forward(Projection::down, weights, packed_[block.index], part,
-                             rows + within(part).begin * stride + strip.begin - slice.begin, stride, scratch);
-          });
-        });
   }
 
   std::vector<ForwardInput> packed_;  // a block each

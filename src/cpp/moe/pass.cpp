@@ -40,19 +40,15 @@ void Pass::add_gate_up(const Saved& saved) {
   const index_t h = experts_.hidden;
   const Slices slices =
       this->slices(experts_.intermediate, kernels().gemm.mr, 2 * h * kernels().gemm.element_bytes);
-  const index_t run = slices_per_task(slices);
   hidden_states_.resize(blocks_.size());
   add_with_input(
       forward_input_bytes(kGateUp, kBlockRows),
       [this](Block block, char* memory, Arena& scratch) {
         pack_forward_input(kGateUp, block, memory, hidden_states_[block.index], scratch);
       },
-      ceil_div(slices.count, run),
-      [=, this](Block block, index_t task, Arena& scratch) {
-        for_slices(slices, task, run, [&](index_t, Range slice, Range next) {
-          const Arena::Frame frame(scratch);
-          gate_up(block, slice, next, hidden_states_[block.index], saved, scratch);
-        });
+      slices,
+      [=, this](Block block, index_t, Range slice, Range next, Arena& scratch) {
+        gate_up(block, slice, next, hidden_states_[block.index], saved, scratch);
       },
       gate_up_done_);
 }
@@ -124,7 +120,8 @@ void Pass::gate_up(Block block, Range slice, Range next, const ForwardInput& in,
     weights[index_of(p)] = forward_weights(p, block, slice, next, scratch);
     result[index_of(p)] = scratch.take<float>(part_rows * width);
   }
-  auto* unsaved = scratch.take<bf16_t>(width + 1) + 1;  // off a line, or it would be written past the caches
+  auto* unsaved =
+      scratch.take<bf16_t>(width + 1) + 1;  // off a line, for what fills lines may go past the caches
   for_tiles(block, [&](Block part) {
     for (const Projection p : kGateUp)
       multiply_forward(p, weights[index_of(p)], in, part, result[index_of(p)], width, scratch);
@@ -162,8 +159,11 @@ void Pass::multiply_forward(Projection p, const ForwardWeights& w, const Forward
     return;
   }
   const index_t width = w.weights.matrix.rows, part_rows = kernels().gemm.nr;
+  const index_t whole = blocks_[part.index].count;
+  Range fetching = within(part);  // and for a tail of few rows behind it
+  if (whole - fetching.end <= kernels().few.max_tail) fetching.end = whole;
   std::array<Term, 2> terms;
-  terms[0] = {w.packed_weights, cols_of(kernels(), in.rows, within(part)), share(w.next, part)};
+  terms[0] = {w.packed_weights, cols_of(kernels(), in.rows, within(part)), share(w.next, fetching, whole)};
   if (lora) terms[1] = {w.packed_lora_b, cols_of(kernels(), in.low_rank[index_of(p)], within(part))};
   auto* transposed = scratch.take<float>(width * part_rows);
   multiply(kernels(), {terms.data(), lora ? 2u : 1u}, transposed, part_rows);

@@ -18,8 +18,6 @@ namespace kt {
 
 // Most routes that share one packing of an expert's weights; enough to make the packing cheap.
 inline constexpr index_t kBlockRows = 512;
-// Most tiles across a strip: while one is multiplied, the next one's weights are fetched.
-inline constexpr index_t kStripTiles = 4;
 
 // The projections that read hidden_states, and the one that reads h.
 inline constexpr std::array kGateUp{Projection::gate, Projection::up};
@@ -97,9 +95,11 @@ class Pass {
                         float* result, index_t stride, Arena& scratch) const;
 
   // Adds the tasks that compute a [T, H] result: the sum over a token's routes, experts in order, of what
-  // product(block, slice, rows, stride, scratch) writes to `rows`, times the routing weight if `weighted`.
-  // The product of a block waits for its group of `ready`. `tile` and `bytes` as in `slices`.
-  using Product = std::function<void(Block block, Range slice, float* rows, index_t stride, Arena& scratch)>;
+  // product(block, strip, next strip, rows, stride, scratch) writes to `rows`, times the routing weight if
+  // `weighted`. The product of a block waits for its group of `ready`. `tile` and `bytes` of packed weights a
+  // column cut the result into slices, and those into strips.
+  using Product =
+      std::function<void(Block block, Range strip, Range next, float* rows, index_t stride, Arena& scratch)>;
   void add_sum(const Result& result, bool weighted, index_t tile, index_t bytes,
                const std::vector<const Group*>& ready, Product product);
 
@@ -121,24 +121,20 @@ class Pass {
     for (index_t i = 0; i < block.count; i += rows)
       body(Block{block.expert, block.index, block.first + i, std::min(rows, block.count - i)});
   }
-  // The rows of a matrix that are fetched while a part of a block is multiplied.
-  MatView share(const MatView& next, Block part) const {
-    const index_t of = blocks_[part.index].count;
-    const Range rows{next.rows * within(part).begin / of, next.rows * within(part).end / of};
-    return next.block(rows.begin, 0, rows.size(), next.cols);
-  }
   // Where a part lies in its block.
   Range within(Block part) const {
     const index_t begin = part.first - blocks_[part.index].first;
     return {begin, begin + part.count};
   }
 
-  // Adds for every block a task pack(block, memory, scratch) and `count` tasks multiply(block, task, scratch)
-  // that wait for it; done[b] becomes the group of the latter. Packing runs some blocks ahead, so that
-  // products seldom wait, in a ring of pieces of `bytes`, each free again when its products are done.
+  // Adds for every block a task pack(block, memory, scratch), and tasks that wait for it and call
+  // multiply(block, i, slices[i], the slice after it, scratch); done[b] becomes the group of the latter.
+  // Packing runs some blocks ahead, so that products seldom wait, in a ring of pieces of `bytes`, each free
+  // again when its products are done.
   template <class Pack, class Multiply>
-  void add_with_input(index_t bytes, Pack pack, index_t count, Multiply multiply,
+  void add_with_input(index_t bytes, Pack pack, const Slices& slices, Multiply multiply,
                       std::vector<const Group*>& done) {
+    const index_t run = slices_per_task(slices), count = ceil_div(slices.count, run);
     const std::size_t blocks = blocks_.size(), kept = std::min(blocks, 2 * inputs_ahead_);
     char* ring = memory().take<char>(static_cast<index_t>(kept) * bytes);
     std::vector<const Group*> packed(blocks);
@@ -154,7 +150,10 @@ class Pass {
     const auto add_products = [&](std::size_t b) {
       done[b] = tasks_.add(count, [=, this, input = packed[b]](index_t task, Arena& scratch) {
         tasks_.wait(input);
-        multiply(blocks_[b], task, scratch);
+        for_slices(slices, task, run, [&](index_t i, Range slice, Range next) {
+          const Arena::Frame frame(scratch);
+          multiply(blocks_[b], i, slice, next, scratch);
+        });
       });
     };
     for (std::size_t b = 0; b < blocks + inputs_ahead_; ++b) {
@@ -181,19 +180,6 @@ class Pass {
       if (slice.size() > 0) body(i, slice, i + 1 < end ? slices[i + 1] : Range{slice.end, slice.end});
     }
   }
-  // Calls body(strip, the one after it) for strips of a block's slice, each as many tiles wide as the cache
-  // holds at `bytes` a column. Few rows, which fill no cache, take the slice as it is.
-  template <class Body>
-  void for_strips(Block block, Range slice, index_t tile, index_t bytes, const Body& body) const {
-    if (few(block)) return body(slice, Range{slice.end, slice.end});
-    const index_t most = std::clamp(cache_part() / bytes, tile, kStripTiles * tile);
-    const Slices strips{slice.size(), ceil_div(slice.size(), most), tile};
-    for_slices(strips, 0, strips.count, [&](index_t, Range strip, Range next) {
-      body(Range{slice.begin + strip.begin, slice.begin + strip.end},
-           Range{slice.begin + next.begin, slice.begin + next.end});
-    });
-  }
-
   // One row of fp32 results, stored in the wanted type.
   void store(const float* row, index_t n, const Result& result, index_t offset) const;
 

@@ -8,8 +8,10 @@ namespace kt {
 
 namespace {
 
-constexpr index_t kSumTokens = 64;      // a task
-constexpr index_t kSumCols = 256;       // at most, of a slice: rows of 1 KiB to write and to read again
+constexpr index_t kSumTokens = 64;   // a task
+constexpr index_t kSumCols = 256;    // at most, of a slice: rows of 1 KiB to write and to read again
+constexpr index_t kSliceStrips = 4;  // that fill the cache, in a slice: all but the first are fetched early
+constexpr index_t kStripTiles = 4;   // at most
 constexpr std::size_t kSlicesKept = 3;  // that are computed or wait for their sum at the same time
 
 }  // namespace
@@ -17,7 +19,7 @@ constexpr std::size_t kSlicesKept = 3;  // that are computed or wait for their s
 void Pass::add_sum(const Result& result, bool weighted, index_t tile, index_t bytes,
                    const std::vector<const Group*>& ready, Product product) {
   const index_t h = experts_.hidden, tokens = inputs_.hidden_states.rows;
-  const Slices slices = this->slices(h, tile, std::max(bytes / kStripTiles, cache_part() / kSumCols));
+  const Slices slices = this->slices(h, tile, std::max(bytes / kSliceStrips, cache_part() / kSumCols));
   const index_t stride = result_stride(kernels(), slices[0].size());
   std::vector<float*> kept(std::min(static_cast<std::size_t>(slices.count), kSlicesKept));
   for (float*& rows : kept) rows = memory().take<float>(routing_.routes() * stride);
@@ -25,14 +27,22 @@ void Pass::add_sum(const Result& result, bool weighted, index_t tile, index_t by
   std::vector<const Group*> products, sums;
   const auto add_products = [&](std::size_t s) {
     const Group* emptied = s >= kSlicesKept ? sums[s - kSlicesKept] : nullptr;
-    products.push_back(
-        tasks_.add(std::ssize(blocks_), [=, this, rows = kept[s % kSlicesKept],
-                                         slice = slices[static_cast<index_t>(s)]](index_t b, Arena& scratch) {
-          if (emptied != nullptr) tasks_.wait(emptied);
-          tasks_.wait(ready[static_cast<std::size_t>(b)]);
-          const Block block = blocks_[static_cast<std::size_t>(b)];
-          product(block, slice, rows + block.first * stride, stride, scratch);
-        }));
+    products.push_back(tasks_.add(std::ssize(blocks_), [=, this, rows = kept[s % kSlicesKept],
+                                                        slice = slices[static_cast<index_t>(s)]](
+                                                           index_t b, Arena& scratch) {
+      if (emptied != nullptr) tasks_.wait(emptied);
+      tasks_.wait(ready[static_cast<std::size_t>(b)]);
+      const Block block = blocks_[static_cast<std::size_t>(b)];
+      // Strips begin on multiples of a tile, so what a product writes behind its columns stays in the row
+      // and before the next strip. Few rows, which fill no cache, take the slice as it is.
+      const index_t fit = std::clamp(cache_part() / bytes, tile, kStripTiles * tile);
+      const Slices strips{slice.size(), few(block) ? 1 : ceil_div(slice.size(), fit), tile};
+      for_slices(strips, 0, strips.count, [&](index_t, Range strip, Range next) {
+        const Arena::Frame frame(scratch);
+        const auto cols = [&](Range r) { return Range{slice.begin + r.begin, slice.begin + r.end}; };
+        product(block, cols(strip), cols(next), rows + block.first * stride + strip.begin, stride, scratch);
+      });
+    }));
   };
   const auto add_sums = [&](std::size_t s) {
     sums.push_back(tasks_.add(ceil_div(tokens, kSumTokens),

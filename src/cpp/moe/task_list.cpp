@@ -34,6 +34,7 @@ void TaskList::run(Runtime::Lease& lease) {
     } catch (...) {
       return fail(std::current_exception());
     }
+    // A locked instruction: it also makes visible what kernels stored past the caches.
     if (group.left_.fetch_sub(1, std::memory_order_acq_rel) == 1) group.left_.notify_all();
   });
   if (error_) std::rethrow_exception(error_);

@@ -40,11 +40,6 @@ void store_transposed(const Bench& bench, const float* c, index_t ldc, index_t r
 // part of the tokens fetches its share.
 using WeightsAt = std::function<MatView(Range cols)>;
 
-MatView share(const MatView& next, Range rows, index_t of) {
-  const index_t begin = next.rows * rows.begin / of;
-  return next.block(begin, 0, next.rows * rows.end / of - begin, next.cols);
-}
-
 Range after(Range cols, index_t width, index_t n) {
   return {std::min(n, cols.begin + width), std::min(n, cols.end + width)};
 }

@@ -46,7 +46,7 @@ void store(__mmask32 mask, uint16_t* dst, Pair x) {
   _mm512_mask_storeu_epi16(dst, mask, round_to_bf16(x.low, x.high));
 }
 
-// Whole lines past the caches: nobody reads them for long. The lock that ends a task makes them visible.
+// Whole lines go past the caches: G and U are read again only by backward.
 void stream(__mmask32 mask, uint16_t* dst, Pair x) {
   if (mask == 0xffffffff && reinterpret_cast<uintptr_t>(dst) % 64 == 0)
     _mm512_stream_si512(reinterpret_cast<__m512i*>(dst), (__m512i)round_to_bf16(x.low, x.high));

@@ -30,9 +30,9 @@ __attribute__((always_inline)) static inline void add_step(__m512 (&acc)[R][V], 
 
 // Into L2: packing will read it from there.
 __attribute__((always_inline)) static inline void request(Ahead& ahead) {
-  for (int i = 0; i < ahead.count; ++i) {
+  for (int i = 0; i < ahead.lines_per_step; ++i) {
     _mm_prefetch(ahead.row + 64 * ahead.line, _MM_HINT_T1);
-    if (++ahead.line < ahead.lines) continue;
+    if (++ahead.line < ahead.row_lines) continue;
     ahead.line = 0;
     ahead.row += ahead.stride;
   }

@@ -13,7 +13,8 @@ PackAcross pack_b_rows;
 MicroKernel micro_kernel;
 FewRows few_times_transposed, few_times;
 
-// The A panel of a set with `Rows` rows: [k / KB][Rows][KB].
+// The A panel of a set with `Rows` rows: [k / KB][Rows][KB]; behind the last row, up to a multiple of four,
+// it is repeated.
 template <int Rows>
 static inline void copy_rows(RowSource src, int rows, int k, void* panel) {
   constexpr int kTogether = 4;  // rows; meanwhile the next four are asked for
