@@ -177,7 +177,7 @@ def dropout_masks(problem: Problem, p_drop: float, seed: int) -> Masks:
             key = mix(np.uint64(seed) + mix(stream + np.uint64(1)))[:, None]
             column = np.arange(inner if p == "down" else H, dtype=np.uint64)[None]
             bits = mix(key + column * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
-            kept = bits >= np.uint64(int(np.float32(p_drop) * 2.0**32))
+            kept = bits >= np.uint64(int(p_drop * 2.0**32))
             masks[p] = torch.from_numpy(kept.reshape(T, K, -1).astype(np.float64)) / (1.0 - p_drop)
     return masks
 

@@ -229,6 +229,41 @@ def test_several_python_threads(problem, experts):
     assert not failures
 
 
+def test_ids_that_another_thread_rewrites_harm_nothing():
+    x, topk_weights = torch.zeros(20_000, 1, dtype=torch.bfloat16), torch.ones(20_000, 8)
+    layer = kt_moe.Experts(*(torch.zeros(64, 1, 1, dtype=torch.bfloat16) for _ in range(3)))
+    ids = torch.randint(0, 64, topk_weights.shape)
+    others, stop = (ids.clone(), torch.randint(0, 64, ids.shape)), threading.Event()
+
+    def rewrite() -> None:
+        while not stop.is_set():
+            for other in others:
+                ids.copy_(other)
+
+    thread = threading.Thread(target=rewrite)
+    thread.start()
+    try:
+        for _ in range(60):
+            assert kt_moe.moe(x, ids, topk_weights, layer).count_nonzero() == 0
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_the_callers_floating_point_mode_decides_nothing():
+    problem = make_problem(300, 64, 96, 4, 2, {})
+    gate, up, down = problem.weights
+    problem.weights = (gate * 1e-19, up * 1e-20, down * 1e20)  # h is denormal
+    runtime = kt_moe.Runtime(threads=3)
+    usual = run_ours(problem, runtime)
+    torch.set_flush_denormal(True)
+    try:
+        flushing = run_ours(problem, runtime)
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(torch.equal(usual[name], flushing[name]) for name in usual)
+
+
 def test_works_in_a_forked_child(problem, experts):
     before = call(problem, experts, problem.leaves())
     read, write = os.pipe()

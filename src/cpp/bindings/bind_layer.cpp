@@ -4,6 +4,7 @@
 
 #include <array>
 #include <utility>
+#include <vector>
 
 #include "base/arena.h"
 #include "base/error.h"
@@ -45,9 +46,11 @@ LoraPair read_pair(const ExpertWeights& w, Projection p, py::handle a, py::handl
   return pair;
 }
 
+// The ids are copied, into `kept_ids`: they are read more than once, and whoever changes them meanwhile shall
+// get odd numbers, not somebody else's memory.
 LayerInputs read_inputs(const ExpertWeights& w, py::handle hidden_states, py::handle topk_ids,
                         py::handle topk_weights, const LoraTensors& lora, const Scaling& scaling,
-                        double dropout, std::uint64_t seed) {
+                        double dropout, std::uint64_t seed, std::vector<char>& kept_ids) {
   const Tensor x = read_tensor(hidden_states, "hidden_states", {DType::bf16}, 2);
   const Tensor ids = read_tensor(topk_ids, "topk_ids", {DType::i64, DType::i32}, 2);
   const Tensor weights = read_tensor(topk_weights, "topk_weights", {DType::f32}, 2);
@@ -57,7 +60,10 @@ LayerInputs read_inputs(const ExpertWeights& w, py::handle hidden_states, py::ha
            shape_text(ids.shape), x.dim(0));
   KT_CHECK(dropout >= 0.0f && dropout < 1.0f, "dropout is {}, wanted a probability in [0, 1)", dropout);
   check_shape(weights, "topk_weights", {ids.dim(0), ids.dim(1)}, "the shape of topk_ids");
-  LayerInputs inputs{x.matrix(), ids.matrix(), weights.matrix(), {}, {dropout, seed}};
+  const auto* first_id = static_cast<const char*>(ids.data);
+  kept_ids.assign(first_id, first_id + ids.bytes());
+  const MatView kept = view(kept_ids.data(), ids.dtype, ids.dim(0), ids.dim(1));
+  LayerInputs inputs{x.matrix(), kept, weights.matrix(), {}, {dropout, seed}};
   for (const Projection p : projections) {
     const std::size_t i = index_of(p);
     inputs.lora[i] = read_pair(w, p, lora[2 * i], lora[2 * i + 1], scaling[i]);
@@ -92,8 +98,9 @@ void run_forward(const Experts& experts, py::handle hidden_states, py::handle to
                  py::handle topk_weights, const LoraTensors& lora, const Scaling& scaling, double dropout,
                  std::uint64_t seed, const py::object& saved, const py::object& out) {
   const ExpertWeights& w = experts.weights();
+  std::vector<char> kept_ids;
   const LayerInputs inputs =
-      read_inputs(w, hidden_states, topk_ids, topk_weights, lora, scaling, dropout, seed);
+      read_inputs(w, hidden_states, topk_ids, topk_weights, lora, scaling, dropout, seed, kept_ids);
   const Saved kept = read_saved(saved, w, inputs);
   const Result result = read_result(out, "out", {inputs.hidden_states.rows, w.hidden});
   const py::gil_scoped_release release;
@@ -106,8 +113,9 @@ void run_backward(const Experts& experts, py::handle hidden_states, py::handle t
                   const py::object& grad_hidden, const py::object& grad_weights,
                   const LoraTensors& grad_lora) {
   const ExpertWeights& w = experts.weights();
+  std::vector<char> kept_ids;
   const LayerInputs inputs =
-      read_inputs(w, hidden_states, topk_ids, topk_weights, lora, scaling, dropout, seed);
+      read_inputs(w, hidden_states, topk_ids, topk_weights, lora, scaling, dropout, seed, kept_ids);
   const Saved kept = read_saved(saved, w, inputs);
   const Tensor dout = read_tensor(grad_out, "grad_out", {DType::bf16}, 2);
   check_shape(dout, "grad_out", {inputs.hidden_states.rows, w.hidden}, "[T, H]");

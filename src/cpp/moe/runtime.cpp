@@ -1,5 +1,7 @@
 #include "moe/runtime.h"
 
+#include <xmmintrin.h>
+
 #include <charconv>
 #include <cstdlib>
 #include <limits>
@@ -42,6 +44,18 @@ std::string choose_isa(const std::optional<std::string>& argument) {
   return environment("KT_MOE_ISA").value_or(std::string(best_isa(cpu_features())));
 }
 
+// Rounding to nearest, denormals kept: what a thread was set to before must not decide the bits of a result.
+class UsualFloats {
+ public:
+  UsualFloats() { _mm_setcsr(0x1f80); }
+  ~UsualFloats() { _mm_setcsr(before_); }
+  UsualFloats(const UsualFloats&) = delete;
+  UsualFloats& operator=(const UsualFloats&) = delete;
+
+ private:
+  unsigned before_ = _mm_getcsr();
+};
+
 }  // namespace
 
 Runtime::Runtime(std::optional<int> threads, std::optional<int> shards, std::optional<std::string> isa)
@@ -73,6 +87,7 @@ void Runtime::Lease::parallel_for(index_t tasks, const std::function<void(index_
   runtime_.pool_.parallel_for(static_cast<int>(tasks), [&](int task, int worker) {
     Arena& scratch = runtime_.scratch_[static_cast<std::size_t>(worker)];
     scratch.reset();
+    const UsualFloats floats;
     body(task, scratch);
   });
 }
