@@ -124,7 +124,7 @@ def roof_of(**rates: float) -> ceilings.Ceilings:
 def test_ceilings_that_moved_are_named() -> None:
     before = roof_of(l2_all=100.0, read_all=10.0)
     assert before.drift(roof_of(l2_all=109.0, read_all=9.1)) == {}
-    assert before.drift(roof_of(l2_all=50.0, read_all=12.0)) == {"l2_all": 0.5, "read_all": 1.2}
+    assert before.drift(roof_of(l2_all=50.0, read_all=12.0)) == {"A from L2": 0.5, "memory read": 1.2}
 
 
 def test_the_lower_roof_binds() -> None:

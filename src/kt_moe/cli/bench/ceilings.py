@@ -61,8 +61,10 @@ class Ceilings:
 
     def drift(self, later: Ceilings) -> dict[str, float]:
         """Those of all threads that were 10 % higher or lower when measured again: new over old."""
-        names = ("registers_all", "l1_all", "l2_all", "read_all")
-        ratios = {name: getattr(later, name).median / getattr(self, name).median for name in names}
+        names = {"registers_all": "on registers", "l2_all": "A from L2", "read_all": "memory read"}
+        ratios = {
+            text: getattr(later, name).median / getattr(self, name).median for name, text in names.items()
+        }
         return {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > _STEADY}
 
     def bound(self, flops: float, moved: float) -> tuple[str, float]:

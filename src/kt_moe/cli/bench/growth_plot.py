@@ -29,7 +29,7 @@ def plot_growth(points: Sequence[Point], path: Path, title: str) -> None:
         _draw_panel(axes, name, [point for point in points if point.axis == name])
         if index == 0:
             axes.legend(fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title if columns > 1 else title.replace("; ", ";\n"), fontsize=10)
     save_png(figure, path)
 
 
@@ -58,7 +58,11 @@ def _draw_panel(axes: Any, name: str, points: Sequence[Point]) -> None:
                 level = point.result.seconds[which].median * 1e3
                 axes.axhline(level, linestyle="-.", color=color, linewidth=0.8)
                 axes.annotate(
-                    "rank 0", (0.99, level), xycoords=("axes fraction", "data"), fontsize=7, ha="right"
+                    f"{which}, rank 0",
+                    (0.01 if which == "forward" else 0.99, level),
+                    xycoords=("axes fraction", "data"),
+                    fontsize=7,
+                    ha="left" if which == "forward" else "right",
                 )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

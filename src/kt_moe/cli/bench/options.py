@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     how.add_argument("--reps", type=count, metavar="N", help="turns each one takes at a case (7)")
     how.add_argument("--seed", type=_number(0), default=0, help="of weights, inputs and routes (0)")
-    how.add_argument("--quick", action="store_true", help="32 experts, fewer turns: about a minute")
+    how.add_argument("--quick", action="store_true", help="32 experts, fewer turns: half a minute")
     how.add_argument(
         "--peers", type=_list(str), default=[], metavar="NAME,..", help=f"time these too: {', '.join(PEERS)}"
     )
@@ -126,10 +126,12 @@ def _lists_of_growth(given: dict[str, Any], args: argparse.Namespace) -> dict[st
     """The values given for what grows, by name; a single one is the base case's.
 
     Raises:
-        UserError: something else has several values, or there are peers.
+        UserError: something else has several values, or there are peers or --reps.
     """
     if args.peers:
         raise UserError("--grow times kt_moe alone: leave out --peers")
+    if args.reps is not None:
+        raise UserError("--grow runs each point for a second: leave out --reps")
     lists = {name: given[name] for name in ("isa", *_AXES) if len(_as_list(given.get(name))) > 1}
     for name, values in lists.items():
         if name not in args.grow:

@@ -27,7 +27,13 @@ from kt_moe.cli.bench.peers import PEERS, Job
 
 _PATIENCE = 600.0  # seconds for one request; a pool that hangs ends here
 _PR_SET_PDEATHSIG = 1
-_CODE = "import sys; from kt_moe.cli.bench.peer_process import serve; serve(int(sys.argv[1]))"
+# Without the current directory, which -c puts first: a file there may have the name of a module.
+_CODE = """
+import sys
+sys.path[:] = filter(None, sys.path)
+from kt_moe.cli.bench.peer_process import serve
+serve(int(sys.argv[1]))
+"""
 
 
 class PeerError(Exception):

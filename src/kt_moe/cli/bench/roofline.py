@@ -24,6 +24,9 @@ def plot_roofline(results: Sequence[Result], path: Path, title: str) -> None:
         if name in result.seconds
     ]
     left, right = min(x for _, _, x in points) / 2, max(x for _, _, x in points) * 2
+    roofs = [result.ceilings for result in results]
+    corners = [roof.l2_all.median / roof.read_all.median for roof in roofs]
+    left = min(left, *(corner / 2 for corner in corners))  # so that memory's slope shows
     _draw_ceilings(axes, results, left, right)
     names = list(dict.fromkeys(_label(result, results) for result in results))
     for result, name, x in points:
@@ -49,11 +52,11 @@ def _draw_ceilings(axes: object, results: Sequence[Result], left: float, right: 
             ("--", ceilings.l2_all, "with A from L2"),
         ):
             corner = min(max(peak.median / ceilings.read_all.median, left), right)
-            slope = [x * ceilings.read_all.median / 1e12 for x in (left, corner)]
+            slope = left * ceilings.read_all.median / 1e12
             label = f"peak {text}, memory read" if index == 0 else None
             axes.plot(  # type: ignore[attr-defined]
                 [left, corner, right],
-                [slope[0], min(slope[1], peak.median / 1e12), peak.median / 1e12],
+                [slope, min(corner * ceilings.read_all.median, peak.median) / 1e12, peak.median / 1e12],
                 style,
                 color="C0",
                 linewidth=1,

@@ -37,7 +37,7 @@ class Notes:
         """Say if the machine was faster or slower at the end than when its ceilings were measured."""
         if drift := before.drift(after):
             ratios = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in drift.items())
-            self.note(f"the ceilings at the end, over those at the start: {ratios}; do not trust the shares")
+            self.note(f"ceilings at the end over those at the start: {ratios}; do not trust the shares")
 
     def check_finite(self, what: str, outputs: dict[str, Tensor]) -> None:
         """Outputs of ours that hold a NaN or an infinity are a fault."""
