@@ -258,7 +258,8 @@ TEST_CASE("kernels read and write no byte beyond their operands, not even where 
       if (n <= gemm.nr) gemm.pack_b_rows({a.data, n, nullptr}, 1, n, panel.data.get(), 0);
       set.epilogue.transpose(x.data, n, 1, n, y.data, 1);
       set.epilogue.transpose(x.data, 1, n, 1, y.data, n);
-      set.epilogue.add_scaled(n, 1.0f, x.data, y.data);
+      const float *terms[]{x.data, z.data}, scales[]{1.0f, 2.0f};
+      set.epilogue.sum_scaled(n, 2, terms, scales, y.data);
       set.epilogue.round_scaled(n, 1.0f, x.data, a.data);
       set.epilogue.silu.forward(n, x.data, y.data, a.data, b.data, c.data);
       set.epilogue.silu.backward(n, z.data, 1.0f, a.data, b.data, c.data, d.data, e.data);
@@ -314,14 +315,19 @@ TEST_CASE("transpose") {
   });
 }
 
-TEST_CASE("add_scaled and round_scaled touch n elements and no more") {
+TEST_CASE("sum_scaled and round_scaled touch n elements and no more") {
   for_every_set([](const KernelSet& set) {
-    for (const int n : {0, 1, 7, 8, 15, 16, 17, 50}) {
-      const std::vector<float> x = floats(n + 1, 5);
-      std::vector<float> y = floats(n + 1, 6), y_scalar = y;
-      set.epilogue.add_scaled(n, 0.3f, x.data(), y.data());
-      scalar_set().epilogue.add_scaled(n, 0.3f, x.data(), y_scalar.data());
-      check_close(y, y_scalar, 1e-6);
+    for (const int n : {0, 1, 7, 8, 15, 16, 17, 31, 32, 50, 64, 131}) {
+      const std::vector<float> x = floats(n + 1, 5), z = floats(n + 1, 7);
+      for (const int count : {0, 1, 3}) {
+        std::vector<float> y = floats(n + 1, 6), y_scalar = y;
+        const float *terms[]{x.data(), y.data(), z.data()},
+            *terms_scalar[]{x.data(), y_scalar.data(), z.data()};
+        const float scales[]{0.3f, -1.5f, 2.0f};
+        set.epilogue.sum_scaled(n, count, terms, scales, y.data());
+        scalar_set().epilogue.sum_scaled(n, count, terms_scalar, scales, y_scalar.data());
+        check_close(y, y_scalar, 1e-6);
+      }
       std::vector<bf16_t> r(static_cast<std::size_t>(n) + 1, 77), r_scalar = r;
       set.epilogue.round_scaled(n, 0.3f, x.data(), r.data());
       scalar_set().epilogue.round_scaled(n, 0.3f, x.data(), r_scalar.data());

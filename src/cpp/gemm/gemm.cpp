@@ -19,9 +19,10 @@ Rows in_bf16(const KernelSet& kernels, Rows source, Arena& scratch) {
   if (m.dtype == DType::bf16) return source;
   assert(m.dtype == DType::f32 && source.index == nullptr);
   auto* copy = scratch.take<std::uint16_t>(m.rows * m.cols);
-  for (index_t i = 0; i < m.rows; ++i)
-    kernels.decode.from_f32(static_cast<int>(m.cols), static_cast<const float*>(m.at(i, 0)),
-                            copy + i * m.cols);
+  const bool dense = m.stride == m.cols;  // then as one row: a rank of 16 makes short ones
+  const index_t rows = dense ? 1 : m.rows, cols = dense ? m.rows * m.cols : m.cols;
+  for (index_t i = 0; i < rows; ++i)
+    kernels.decode.from_f32(static_cast<int>(cols), static_cast<const float*>(m.at(i, 0)), copy + i * cols);
   return {view(copy, DType::bf16, m.rows, m.cols)};
 }
 

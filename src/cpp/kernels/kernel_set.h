@@ -107,12 +107,13 @@ struct ActivationKernels {
 // dst[j * dst_stride + i] = src[i * src_stride + j] for i < rows, j < cols.
 using Transpose = void(const float* src, ptrdiff_t src_stride, int rows, int cols, float* dst,
                        ptrdiff_t dst_stride);
-using AddScaled = void(int n, float scale, const float* x, float* y);       // y += scale * x
+// y = sum of scale[j] * x[j], j < count, in order; y may be one of x.
+using SumScaled = void(int n, int count, const float* const* x, const float* scale, float* y);
 using RoundScaled = void(int n, float scale, const float* x, uint16_t* y);  // y = bf16(scale * x)
 
 struct EpilogueKernels {
   Transpose* transpose;
-  AddScaled* add_scaled;
+  SumScaled* sum_scaled;
   RoundScaled* round_scaled;
   ActivationKernels silu;
 };

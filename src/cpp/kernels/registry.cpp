@@ -54,7 +54,7 @@ void overlay(KernelSet& set, const KernelSet& own) {
   if (own.gemm.micro_kernel != nullptr) set.gemm = own.gemm;
   if (own.few.times != nullptr) set.few = own.few;
   fill(set.epilogue.transpose, own.epilogue.transpose);
-  fill(set.epilogue.add_scaled, own.epilogue.add_scaled);
+  fill(set.epilogue.sum_scaled, own.epilogue.sum_scaled);
   fill(set.epilogue.round_scaled, own.epilogue.round_scaled);
   fill(set.epilogue.silu.forward, own.epilogue.silu.forward);
   fill(set.epilogue.silu.backward, own.epilogue.silu.backward);

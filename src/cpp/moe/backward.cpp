@@ -179,7 +179,9 @@ void Backward::input_gradient(const BackwardWeights& weights, Block part, Range 
     for (index_t row = 0; row < part.count; ++row) {
       const std::int32_t slot = routing_.slot[static_cast<std::size_t>(part.first + row)];
       drop(inputs_.dropout, loras[i].projection, slot, slice.begin, slice.size(), product + row * stride);
-      kernels().epilogue.add_scaled(static_cast<int>(slice.size()), 1.0f, product + row * stride,
+      const std::array<const float*, 2> terms{result + row * stride, product + row * stride};
+      constexpr std::array kOnce{1.0f, 1.0f};
+      kernels().epilogue.sum_scaled(static_cast<int>(slice.size()), 2, terms.data(), kOnce.data(),
                                     result + row * stride);
     }
   }

@@ -64,16 +64,19 @@ void Pass::add_sum(const Result& result, bool weighted, index_t tile, index_t by
 
 void Pass::sum_routes(Range tokens, Range slice, const float* rows, index_t stride, const Result& result,
                       bool weighted, Arena& scratch) const {
-  const index_t width = slice.size();
+  const index_t width = slice.size(), slots = inputs_.topk_weights.cols;
   auto* sum = scratch.take<float>(width);
+  auto* scale = scratch.take<float>(slots);
+  auto* terms = scratch.take<const float*>(slots);
   for (index_t t = tokens.begin; t < tokens.end; ++t) {
-    std::fill_n(sum, width, 0.0f);
     const std::int32_t* offset = routing_.token_offset.data() + t;
-    for (std::int32_t i = offset[0]; i < offset[1]; ++i) {
-      const index_t route = routing_.of_token[static_cast<std::size_t>(i)];
-      kernels().epilogue.add_scaled(static_cast<int>(width), weighted ? weight(route) : 1.0f,
-                                    rows + route * stride, sum);
+    const int count = offset[1] - offset[0];
+    for (int i = 0; i < count; ++i) {
+      const index_t route = routing_.of_token[static_cast<std::size_t>(offset[0] + i)];
+      scale[i] = weighted ? weight(route) : 1.0f;
+      terms[i] = rows + route * stride;
     }
+    kernels().epilogue.sum_scaled(static_cast<int>(width), count, terms, scale, sum);
     store(sum, width, result, t * experts_.hidden + slice.begin);
   }
 }

@@ -129,12 +129,29 @@ void transpose(const float* src, ptrdiff_t src_stride, int rows, int cols, float
     }
 }
 
-void add_scaled(int n, float scale, const float* x, float* y) {
-  const __m256 factor = _mm256_set1_ps(scale);
+// Two lines of every x at a time: what is far away is asked for together.
+void sum_scaled(int n, int count, const float* const* x, const float* scale, float* y) {
+  constexpr int kVectors = 4;
   int i = 0;
-  for (; i + 8 <= n; i += 8)
-    _mm256_storeu_ps(y + i, _mm256_fmadd_ps(factor, _mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i)));
-  if (i < n) store(y + i, n - i, _mm256_fmadd_ps(factor, load(x + i, n - i), load(y + i, n - i)));
+  for (; i + 8 * kVectors <= n; i += 8 * kVectors) {
+    __m256 sum[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[v] = _mm256_setzero_ps();
+    for (int j = 0; j < count; ++j) {
+      const __m256 factor = _mm256_set1_ps(scale[j]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v)
+        sum[v] = _mm256_fmadd_ps(factor, _mm256_loadu_ps(x[j] + i + 8 * v), sum[v]);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) _mm256_storeu_ps(y + i + 8 * v, sum[v]);
+  }
+  for (; i < n; i += 8) {
+    __m256 sum = _mm256_setzero_ps();
+    for (int j = 0; j < count; ++j)
+      sum = _mm256_fmadd_ps(_mm256_set1_ps(scale[j]), load(x[j] + i, n - i), sum);
+    store(y + i, n - i, sum);
+  }
 }
 
 // Here and in silu_forward the last 16 elements of a row overlap those before them.

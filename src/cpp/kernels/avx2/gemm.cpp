@@ -76,7 +76,7 @@ const KernelSet table = {
     .gemm = {MR, NR, KB, sizeof(float), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr,
              peak},
     .few = {FEW_ROWS, FEW_ROWS / 2, few_times_transposed, few_times},
-    .epilogue = {transpose, add_scaled, round_scaled, {silu_forward, silu_backward}},
+    .epilogue = {transpose, sum_scaled, round_scaled, {silu_forward, silu_backward}},
     .decode = {from_f32, from_f16},
 };
 

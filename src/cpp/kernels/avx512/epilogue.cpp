@@ -96,12 +96,25 @@ void transpose(const float* src, ptrdiff_t src_stride, int rows, int cols, float
     }
 }
 
-void add_scaled(int n, float scale, const float* x, float* y) {
-  for (int i = 0; i < n; i += 16) {
-    const __mmask16 m = first16(n - i);
-    const __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(scale), _mm512_maskz_loadu_ps(m, x + i),
-                                       _mm512_maskz_loadu_ps(m, y + i));
-    _mm512_mask_storeu_ps(y + i, m, sum);
+// Four lines of every x at a time: what is far away is asked for together.
+void sum_scaled(int n, int count, const float* const* x, const float* scale, float* y) {
+  constexpr int kLines = 4;
+  for (int i = 0; i < n; i += 16 * kLines) {
+    __m512 sum[kLines];
+    __mmask16 mask[kLines];
+#pragma GCC unroll 4
+    for (int v = 0; v < kLines; ++v) {
+      sum[v] = _mm512_setzero_ps();
+      mask[v] = first16(n - i - 16 * v);
+    }
+    for (int j = 0; j < count; ++j) {
+      const __m512 factor = _mm512_set1_ps(scale[j]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kLines; ++v)
+        sum[v] = _mm512_fmadd_ps(factor, _mm512_maskz_loadu_ps(mask[v], x[j] + i + 16 * v), sum[v]);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kLines; ++v) _mm512_mask_storeu_ps(y + i + 16 * v, mask[v], sum[v]);
   }
 }
 

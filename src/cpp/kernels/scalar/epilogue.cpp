@@ -9,8 +9,12 @@ void transpose(const float* src, ptrdiff_t src_stride, int rows, int cols, float
     for (int i = 0; i < rows; ++i) dst[j * dst_stride + i] = src[i * src_stride + j];
 }
 
-void add_scaled(int n, float scale, const float* x, float* y) {
-  for (int i = 0; i < n; ++i) y[i] += scale * x[i];
+void sum_scaled(int n, int count, const float* const* x, const float* scale, float* y) {
+  for (int i = 0; i < n; ++i) {
+    float sum = 0.0f;
+    for (int j = 0; j < count; ++j) sum += scale[j] * x[j][i];
+    y[i] = sum;
+  }
 }
 
 void round_scaled(int n, float scale, const float* x, uint16_t* y) {

@@ -16,7 +16,7 @@ MicroKernel micro_kernel;
 FewRows few_times_transposed, few_times;
 
 Transpose transpose;
-AddScaled add_scaled;
+SumScaled sum_scaled;
 RoundScaled round_scaled;
 ActivationForward silu_forward;
 ActivationBackward silu_backward;
