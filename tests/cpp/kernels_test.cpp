@@ -123,7 +123,7 @@ std::vector<float> product(const KernelSet& set, Direction direction, int rows, 
       gemm.pack_b_cols({w.data() + 1 + begin, w_stride, nullptr}, cols, depth, pb);
     else
       gemm.pack_b_rows({w.data() + 1 + begin * w_stride, w_stride, nullptr}, depth, cols, pb, 0);
-    segments.push_back({pa, pb, depth, {}});
+    segments.push_back({pa, pb, 0, depth, {}});
   }
 
   const index_t ldc = gemm.nr + 2;
@@ -199,6 +199,31 @@ TEST_CASE("a product of packed panels, every tile height and width, odd k, unali
   });
 }
 
+TEST_CASE("rows multiplied where they lie give the bits of a panel, and are read no further") {
+  for_every_set([](const KernelSet& set) {
+    const GemmKernels& gemm = set.gemm;
+    if (!gemm.in_place) return;
+    for (int rows = 1; rows <= gemm.mr; ++rows)
+      for (const int k : {2, 30, 32, 34, 64, 100}) {
+        CAPTURE(rows);
+        CAPTURE(k);
+        const index_t stride = k + 3;
+        const std::vector<bf16_t> w = bf16s(gemm.nr * k, 2), values = bf16s(rows * stride, 1);
+        const EndOfPage<bf16_t> a(static_cast<int>((rows - 1) * stride + k));
+        std::copy_n(values.begin(), (rows - 1) * stride + k, a.data);
+        const Panel pa(gemm, gemm.mr, k), pb(gemm, gemm.nr, k);
+        gemm.pack_a({a.data, stride, nullptr}, rows, k, pa.data.get());
+        gemm.pack_b_cols({w.data(), k, nullptr}, gemm.nr, k, pb.data.get());
+        const Segment segments[]{{pa.data.get(), pb.data.get(), 0, k, {}},
+                                 {a.data, pb.data.get(), 2 * stride, k, {}}};
+        std::vector<float> packed(static_cast<std::size_t>(rows * gemm.nr)), in_place = packed;
+        gemm.micro_kernel(rows, gemm.nr, &segments[0], 1, packed.data(), gemm.nr, 0);
+        gemm.micro_kernel(rows, gemm.nr, &segments[1], 1, in_place.data(), gemm.nr, 0);
+        CHECK(in_place == packed);
+      }
+  });
+}
+
 TEST_CASE("the multiply-add alone does as many as it says") {
   for_every_set([](const KernelSet& set) {
     if (set.gemm.peak == nullptr) return;
@@ -233,7 +258,7 @@ TEST_CASE("packing reads nothing but its rows: a NaN beside them stays out") {
     gemm.pack_b_rows({w.data(), 8, nullptr}, k, cols, pb.data.get(), 0);
     std::vector<float> c(static_cast<std::size_t>(gemm.nr));
     if (gemm.begin != nullptr) gemm.begin();
-    const Segment segment{pa.data.get(), pb.data.get(), k, {}};
+    const Segment segment{pa.data.get(), pb.data.get(), 0, k, {}};
     gemm.micro_kernel(1, cols, &segment, 1, c.data(), gemm.nr, 0);
     if (gemm.end != nullptr) gemm.end();
     for (int j = 0; j < cols; ++j) CHECK(c[static_cast<std::size_t>(j)] == 10.0f);

@@ -69,6 +69,10 @@ PackedB pack_b_cols_into(char* panels, const KernelSet& kernels, Rows source) {
 PackedA pack_a(const KernelSet& kernels, Rows source, Arena& scratch) {
   source = in_bf16(kernels, source, scratch);
   const MatView& m = source.matrix;
+  if (kernels.gemm.in_place && source.index == nullptr && m.cols % 2 == 0) {
+    const index_t stride = m.stride * static_cast<index_t>(sizeof(bf16_t));
+    return {static_cast<const char*>(m.data), m.rows, m.cols, kernels.gemm.mr * stride, stride};
+  }
   return pack_a_into(scratch.take<char>(packed_a_bytes(kernels, m.rows, m.cols)), kernels, source);
 }
 
@@ -93,7 +97,7 @@ PackedB pack_b_rows(const KernelSet& kernels, Rows source, Arena& scratch) {
 
 PackedA rows_of(const KernelSet& kernels, PackedA a, Range rows) {
   assert(rows.begin % kernels.gemm.mr == 0 && rows.end <= a.rows);
-  return {a.data + rows.begin / kernels.gemm.mr * a.panel_bytes, rows.size(), a.k, a.panel_bytes};
+  return {a.data + rows.begin / kernels.gemm.mr * a.panel_bytes, rows.size(), a.k, a.panel_bytes, a.stride};
 }
 
 PackedB cols_of(const KernelSet& kernels, PackedB b, Range cols) {
@@ -131,7 +135,7 @@ void multiply(const KernelSet& kernels, std::span<const Term> terms, float* c, i
       for (std::size_t t = 0; t < terms.size(); ++t) {
         const auto& [a, b, next] = terms[t];
         assert(a.rows == rows && b.cols == cols && a.k == b.k);
-        segments[t] = {a.data + i / gemm.mr * a.panel_bytes, b.data + j / gemm.nr * b.panel_bytes,
+        segments[t] = {a.data + i / gemm.mr * a.panel_bytes, b.data + j / gemm.nr * b.panel_bytes, a.stride,
                        static_cast<int>(a.k), ahead(gemm, next, a.k, tiles, tile)};
       }
       gemm.micro_kernel(static_cast<int>(std::min<index_t>(gemm.mr, rows - i)),

@@ -19,10 +19,11 @@ struct Rows {
   const std::int32_t* index = nullptr;  // matrix.rows entries
 };
 
-// rows x k, cut into panels of mr rows.
+// rows x k, cut into panels of mr rows; or those rows where they lie, `stride` bytes apart.
 struct PackedA {
   const char* data = nullptr;
   index_t rows = 0, k = 0, panel_bytes = 0;
+  index_t stride = 0;  // 0: packed
 };
 
 // k x cols, cut into panels of nr columns.
@@ -31,7 +32,7 @@ struct PackedB {
   index_t cols = 0, k = 0, panel_bytes = 0;
 };
 
-// A = source [rows, k].
+// A = source [rows, k]; not copied where the kernels take it as it is.
 PackedA pack_a(const KernelSet& kernels, Rows source, Arena& scratch);
 // B = source', source [cols, k].
 PackedB pack_b_cols(const KernelSet& kernels, Rows source, Arena& scratch);

@@ -41,6 +41,7 @@ struct Ahead {
 // registers from the first to the last.
 struct Segment {
   const void *a, *b;
+  ptrdiff_t a_stride;  // 0: `a` is a panel; else rows of a bf16 matrix, so many bytes apart
   int k;
   Ahead ahead;
 };
@@ -74,7 +75,8 @@ struct GemmKernels {
   // do.
   void (*begin)();
   void (*end)();
-  Peak* peak;  // null: the micro-kernel itself is all there is
+  Peak* peak;     // null: the micro-kernel itself is all there is
+  bool in_place;  // A may be rows of a matrix where they lie, if k is even
 };
 
 // Products of few rows, straight from natural row-major matrices: nothing of W is packed, and each of its

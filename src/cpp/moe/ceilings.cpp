@@ -75,7 +75,7 @@ class Products {
   double operator()(int thread) const {
     if (gemm_.begin != nullptr) gemm_.begin();
     for (int call = 0; call < calls; ++call) {
-      const Segment segment{a + (call % panels) * panel_bytes, b, k, {}};
+      const Segment segment{a + (call % panels) * panel_bytes, b, a_stride, k, {}};
       gemm_.micro_kernel(gemm_.mr, gemm_.nr, &segment, 1, tiles_[static_cast<std::size_t>(thread)], gemm_.nr,
                          0);
     }
@@ -84,7 +84,7 @@ class Products {
   }
 
   const char *a = nullptr, *b = nullptr;
-  index_t panels = 1, panel_bytes = 0;
+  index_t panels = 1, panel_bytes = 0, a_stride = 0;
   int k = 0, calls = kCalls;
 
  private:
@@ -135,6 +135,7 @@ void put_in_l2(Products& products, Runtime::Lease& lease, std::size_t l1) {
   const PackedA a = pack_a(kernels, numbers(products.panels * gemm.mr, k, lease.memory()), lease.memory());
   products.a = a.data;
   products.panel_bytes = a.panel_bytes;
+  products.a_stride = a.stride;
   products.b = pack_b_cols(kernels, numbers(gemm.nr, k, lease.memory()), lease.memory()).data;
   products.calls = static_cast<int>(products.panels);
 }

@@ -74,7 +74,7 @@ void micro_kernel(int rows, int cols, const Segment* segments, int count, float*
 extern const KernelSet table;
 const KernelSet table = {
     .gemm = {MR, NR, KB, sizeof(float), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr,
-             peak},
+             peak, false},
     .few = {FEW_ROWS, FEW_ROWS / 2, few_times_transposed, few_times},
     .epilogue = {transpose, sum_scaled, round_scaled, {silu_forward, silu_backward}},
     .decode = {from_f32, from_f16},

@@ -8,6 +8,7 @@ namespace {
 
 struct Step {
   static constexpr int kDepth = 1;
+  static constexpr bool kInPlace = false;  // fp32: panels only
   using Operand = __m512;
   static Operand load(const char* b) { return _mm512_load_ps(b); }
   static Operand broadcast(const char* a) { return _mm512_set1_ps(*reinterpret_cast<const float*>(a)); }
@@ -24,7 +25,7 @@ void micro_kernel(int rows, int cols, const Segment* segments, int count, float*
 extern const KernelSet table;
 const KernelSet table = {
     .gemm = {MR, NR, KB, sizeof(float), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr,
-             multiply_registers<Step>},
+             multiply_registers<Step>, Step::kInPlace},
     .few = {kFewRows, kFewRows, few_times_transposed, few_times},
     .epilogue = {transpose, sum_scaled, round_scaled, {silu_forward, silu_backward}},
     .decode = {from_f32, from_f16},

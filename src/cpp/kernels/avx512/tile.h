@@ -1,6 +1,7 @@
 // The micro-kernel that the AVX-512 sets have in common. A step is what one multiply-add takes: 4 bytes of a
 // packed A row (kDepth of k: an fp32, or a pair of bf16) and 4 * kTileCols bytes of packed B. `Step` says how
-// those are read and multiplied; it has internal linkage, and so has what is instantiated with it.
+// those are read and multiplied, and whether rows of A may lie in a matrix; it has internal linkage, and so
+// has what is instantiated with it.
 #pragma once
 
 #include "kernels/avx512/registers.h"
@@ -17,18 +18,28 @@ constexpr int kRun = 16;       // steps in one 64-byte run of a packed A row
 constexpr int kRunsAhead = 8;    // of A
 constexpr int kStepsAhead = 48;  // of B
 
+// Rows of A, the same number of bytes apart.
+struct TileRows {
+  const char* fourth[kTileRows / 4];  // rows 0, 4 and 8
+  ptrdiff_t stride, thrice;           // so that no row needs a register of its own
+};
+
+__attribute__((always_inline)) static inline const char* row_of(const TileRows& a, int r) {
+  return a.fourth[r / 4] + (r % 4 == 3 ? a.thrice : r % 4 * a.stride);
+}
+
 // The loops over r and v are unrolled by order: gcc keeps acc in registers only when no index is left.
 
-// One step: every row of A times V vectors of B.
+// One step: every row of A, at an offset, times V vectors of B.
 template <class Step, int R, int V>
-__attribute__((always_inline)) static inline void add_step(__m512 (&acc)[R][V], const char* a,
+__attribute__((always_inline)) static inline void add_step(__m512 (&acc)[R][V], const TileRows& a, int offset,
                                                            const char* b) {
   typename Step::Operand column[V];
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v) column[v] = Step::load(b + 64 * v);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    const typename Step::Operand row = Step::broadcast(a + 64 * r);
+    const typename Step::Operand row = Step::broadcast(row_of(a, r) + offset);
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) acc[r][v] = Step::multiply_add(row, column[v], acc[r][v]);
   }
@@ -44,38 +55,53 @@ __attribute__((always_inline)) static inline void request(Ahead& ahead) {
   }
 }
 
+// `stride` and `run`: bytes from a row of A to the next, and from a run to the next. Constants for panels.
+template <class Step, int R, int V>
+__attribute__((always_inline)) static inline void add_segment(__m512 (&acc)[R][V], const Segment& segment,
+                                                              ptrdiff_t stride, ptrdiff_t run) {
+  const char *first = static_cast<const char*>(segment.a), *b = static_cast<const char*>(segment.b);
+  TileRows a{{first, first + 4 * stride, first + 8 * stride}, stride, 3 * stride};
+  Ahead ahead = segment.ahead;
+  int steps = (segment.k + Step::kDepth - 1) / Step::kDepth;
+  for (; steps >= kRun; steps -= kRun) {
+    request(ahead);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) _mm_prefetch(row_of(a, r) + kRunsAhead * run, _MM_HINT_T0);
+#pragma GCC unroll 4
+    for (int p = 0; p < kRun; ++p, b += 4 * kTileCols) {
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) _mm_prefetch(b + 4 * kTileCols * kStepsAhead + 64 * v, _MM_HINT_T0);
+      add_step<Step, R, V>(acc, a, 4 * p, b);
+    }
+#pragma GCC unroll 3
+    for (const char*& row : a.fourth) row += run;
+  }
+  for (int p = 0; p < steps; ++p, b += 4 * kTileCols) add_step<Step, R, V>(acc, a, 4 * p, b);
+}
+
 template <class Step, int R, int V>
 static void tile(const Segment* segments, int count, float* c, ptrdiff_t ldc, int accumulate) {
   __m512 acc[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v)
-      acc[r][v] = accumulate ? _mm512_loadu_ps(c + r * ldc + 16 * v) : _mm512_setzero_ps();
+    for (int v = 0; v < V; ++v) acc[r][v] = _mm512_setzero_ps();
 
   for (const Segment* segment = segments; segment != segments + count; ++segment) {
-    const char* a = static_cast<const char*>(segment->a);
-    const char* b = static_cast<const char*>(segment->b);
-    int steps = (segment->k + Step::kDepth - 1) / Step::kDepth;
-    Ahead ahead = segment->ahead;
-    for (; steps >= kRun; steps -= kRun, a += 64 * kTileRows) {
-      request(ahead);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) _mm_prefetch(a + 64 * (kRunsAhead * kTileRows + r), _MM_HINT_T0);
-#pragma GCC unroll 4
-      for (int p = 0; p < kRun; ++p, b += 4 * kTileCols) {
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) _mm_prefetch(b + 4 * kTileCols * kStepsAhead + 64 * v, _MM_HINT_T0);
-        add_step<Step, R, V>(acc, a + 4 * p, b);
+    if constexpr (Step::kInPlace)
+      if (segment->a_stride != 0) {
+        add_segment<Step, R, V>(acc, *segment, segment->a_stride, 64);
+        continue;
       }
-    }
-    for (int p = 0; p < steps; ++p, b += 4 * kTileCols) add_step<Step, R, V>(acc, a + 4 * p, b);
+    add_segment<Step, R, V>(acc, *segment, 64, 64 * kTileRows);
   }
 
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r, c += ldc)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) _mm512_storeu_ps(c + r * ldc + 16 * v, acc[r][v]);
+    for (int v = 0; v < V; ++v)
+      _mm512_storeu_ps(c + 16 * v,
+                       accumulate ? _mm512_add_ps(_mm512_loadu_ps(c + 16 * v), acc[r][v]) : acc[r][v]);
 }
 
 using Tile = void (*)(const Segment*, int, float*, ptrdiff_t, int);

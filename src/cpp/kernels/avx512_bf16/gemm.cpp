@@ -1,3 +1,5 @@
+#include <string.h>
+
 #include "kernels/avx512/few.h"
 #include "kernels/avx512/peak.h"
 #include "kernels/avx512_bf16/set.h"
@@ -9,10 +11,13 @@ namespace {
 // A pair of k.
 struct Step {
   static constexpr int kDepth = 2;
+  static constexpr bool kInPlace = true;  // rows of a matrix are what a panel's are
   using Operand = __m512bh;
   static Operand load(const char* b) { return (__m512bh)_mm512_load_si512(b); }
   static Operand broadcast(const char* a) {
-    return (__m512bh)_mm512_set1_epi32(*reinterpret_cast<const int*>(a));
+    int pair;  // of a matrix it may lie at any even address
+    memcpy(&pair, a, sizeof pair);
+    return (__m512bh)_mm512_set1_epi32(pair);
   }
   static __m512 multiply_add(Operand a, Operand b, __m512 c) { return _mm512_dpbf16_ps(c, a, b); }
 };
@@ -27,7 +32,7 @@ void micro_kernel(int rows, int cols, const Segment* segments, int count, float*
 extern const KernelSet table;
 const KernelSet table = {
     .gemm = {MR, NR, KB, sizeof(uint16_t), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr,
-             multiply_registers<Step>},
+             multiply_registers<Step>, Step::kInPlace},
     .few = {kFewRows, kFewRows, few_times_transposed, few_times},
     .epilogue = {},
     .decode = {},

@@ -21,7 +21,7 @@ void micro_kernel(int rows, int, const Segment* segments, int count, float* c, p
 extern const KernelSet table;
 const KernelSet table = {
     .gemm = {MR, NR, 1, sizeof(float), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr,
-             nullptr},
+             nullptr, false},
     .few = {8, 0, few_times_transposed, few_times},
     .epilogue = {transpose, sum_scaled, round_scaled, {silu_forward, silu_backward}},
     .decode = {from_f32, from_f16},
