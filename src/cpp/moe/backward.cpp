@@ -7,6 +7,12 @@ namespace kt {
 namespace {
 
 constexpr index_t kDotCols = 64;  // of h that one dot of few rows sums
+constexpr index_t kRowsAhead = 8;
+
+// Short rows far apart are more than the hardware foresees.
+void prefetch(const bf16_t* row, index_t n) {
+  for (index_t i = 0; i < n; i += 64 / static_cast<index_t>(sizeof *row)) __builtin_prefetch(row + i);
+}
 
 }  // namespace
 
@@ -82,7 +88,9 @@ void Backward::down(Block block, Range slice, Range next, const Saved& saved, fl
   for_parts(block, rows_per_part(), [&](Block part) {
     const Arena::Frame frame(scratch);
     input_gradient(weights, part, slice, grad, stride, scratch);
-    for (index_t i = 0; i < part.count; ++i)
+    for (index_t i = 0; i < part.count; ++i) {
+      for (const bf16_t* rows : {saved.gate, saved.up})  // few rows have none behind them
+        if (!few(block)) prefetch(rows + (part.first + i + kRowsAhead) * n + slice.begin, slice.size());
       for (index_t j = 0; j < slice.size(); j += dot_cols) {
         const index_t route = part.first + i, place = route * n + slice.begin + j;
         dots[j / dot_cols * routing_.routes() + route] =
@@ -90,6 +98,7 @@ void Backward::down(Block block, Range slice, Range next, const Saved& saved, fl
                                  grad + i * stride + j, weight(route), saved.gate + place, saved.up + place,
                                  grad_gate_up_[0] + place, grad_gate_up_[1] + place, hidden_ + place);
       }
+    }
   });
 }
 
