@@ -50,16 +50,16 @@ void tile(const Segment* segments, int count, float* c, ptrdiff_t ldc, bool add)
       const char *next_a = a + kAhead * kABytes, *next_b = b + kAhead * kBBytes;
       KT_TILE_LOAD(6, b, kBStride);
       KT_TILE_LOAD(4, a, kAStride);
+      if constexpr (Right) KT_TILE_LOAD(7, b + 64, kBStride);
+      if constexpr (Lower) KT_TILE_LOAD(5, a + kABytes / 2, kAStride);
       KT_TILE_MULTIPLY(0, 4, 6);
       prefetch_tile(next_a);
-      if constexpr (Right) KT_TILE_LOAD(7, b + 64, kBStride);
       if constexpr (Right) KT_TILE_MULTIPLY(1, 4, 7);
       if constexpr (Lower) prefetch_tile(next_a + kABytes / 2);
-      if constexpr (Lower) KT_TILE_LOAD(5, a + kABytes / 2, kAStride);
       if constexpr (Lower) KT_TILE_MULTIPLY(2, 5, 6);
       prefetch_tile(next_b);
       if constexpr (Lower && Right) KT_TILE_MULTIPLY(3, 5, 7);
-      prefetch_tile(next_b + kBBytes / 2);
+      if constexpr (Right) prefetch_tile(next_b + kBBytes / 2);
     }
   }
   KT_TILE_STORE(0, c, stride);
