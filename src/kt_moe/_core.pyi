@@ -27,6 +27,12 @@ class Runtime:
     def scratch_bytes(self) -> int: ...
 
 @final
+class ResultMemory:
+    """Memory that holds anything, for `torch.frombuffer`; used again when it is garbage."""
+
+    def __init__(self, runtime: Runtime, bytes: int) -> None: ...
+
+@final
 class Checkpoint:
     """Safetensors index of a file or a directory; see `kt_moe.Checkpoint`."""
 

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from kt_moe import _core
 from kt_moe.experts import Experts
-from kt_moe.tensors import check_tensor, on_cpu
+from kt_moe.tensors import check_tensor, empty, on_cpu
 
 PROJECTIONS = ("gate", "up", "down")
 LORA_NAMES = tuple(f"{p}_lora_{m}" for p in PROJECTIONS for m in "ab")
@@ -78,12 +78,13 @@ class _MoE(torch.autograd.Function):
     ) -> Tensor:
         x, ids, weights, pairs = _for_core(hidden_states, topk_ids, topk_weights, lora_tensors)
         dropout, seed = _dropout_and_seed(lora, pairs)
+        runtime = experts.runtime._core
         saved = None
         if save and any(ctx.needs_input_grad):
             routes = _core.count_routes(ids, experts.num_experts)
             ranks = sum(a.shape[1] for a in pairs[::2] if a is not None and a.ndim == 3)
-            saved = _empty((routes, 2 * experts.intermediate_size + ranks), torch.bfloat16)
-        out = _empty(x.shape, _result_dtype(hidden_states))
+            saved = empty((routes, 2 * experts.intermediate_size + ranks), torch.bfloat16, runtime)
+        out = empty(x.shape, _result_dtype(hidden_states), runtime)
         _core.forward(experts._core, x, ids, weights, pairs, lora.scalings, dropout, seed, saved, out)
         ctx.experts, ctx.lora_options = experts, (lora.scalings, dropout, seed)
         ctx.save_for_backward(hidden_states, topk_ids, topk_weights, saved, *lora_tensors)
@@ -96,11 +97,12 @@ class _MoE(torch.autograd.Function):
         x, ids, weights, pairs = _for_core(hidden_states, topk_ids, topk_weights, lora_tensors)
         scalings, dropout, seed = ctx.lora_options
         needs_x, _, needs_weights, _, _, _, *needs_lora = ctx.needs_input_grad
+        runtime = ctx.experts.runtime._core
 
-        grad_x = _empty(x.shape, _result_dtype(hidden_states)) if needs_x else None
-        grad_weights = _empty(weights.shape, torch.float32) if needs_weights else None
+        grad_x = empty(x.shape, _result_dtype(hidden_states), runtime) if needs_x else None
+        grad_weights = empty(weights.shape, torch.float32, runtime) if needs_weights else None
         grads = tuple(
-            torch.empty_like(t) if t is not None and needed else None
+            empty(t.shape, t.dtype, runtime) if t is not None and needed else None
             for t, needed in zip(pairs, needs_lora, strict=True)
         )
         _core.backward(
@@ -223,11 +225,6 @@ def _dropout_and_seed(lora: Lora, pairs: _core.LoraTensors) -> tuple[float, int]
     if lora.seed is not None:
         return lora.dropout, lora.seed
     return lora.dropout, int(torch.randint(2**63 - 1, (), device="cpu").item())
-
-
-def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    # the default device and dtype are the user's to set
-    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _result_dtype(hidden_states: Tensor) -> torch.dtype:

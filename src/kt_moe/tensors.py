@@ -1,9 +1,16 @@
-"""Tensors on their way to the core: refused by name, or brought into the form it reads."""
+"""Tensors for the core: refused by name, brought into the form it reads, or made for its results."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from kt_moe import _core
+
+_RECYCLED = 1 << 20  # bytes: of smaller tensors the allocator keeps the pages itself
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -29,3 +36,22 @@ def on_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return tensor  # most calls, most tensors: each conversion below costs a microsecond
     # A view with the negative bit (`z.conj().imag`) holds the numbers with the other sign.
     return tensor.detach().to("cpu", wanted).resolve_neg().contiguous()
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, runtime: _core.Runtime) -> Tensor:
+    """A tensor for a result, on the CPU whatever the default device.
+
+    A large one lies in memory of earlier results that are gone: the pages of fresh memory cost a call with
+    few tokens more than all it computes.
+    """
+    count = math.prod(shape)
+    if count * dtype.itemsize < _RECYCLED:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    memory = torch.frombuffer(_core.ResultMemory(runtime, count * dtype.itemsize), dtype=dtype)
+    # Not a view, which autograd would let nobody change in place.
+    result = torch.empty(0, dtype=dtype, device="cpu")
+    result.set_(memory.untyped_storage(), 0, shape)  # type: ignore[call-overload]
+    deterministic = torch.utils.deterministic
+    if torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
+        result.fill_(torch.nan)  # as torch.empty does
+    return result

@@ -1,10 +1,15 @@
 #include <doctest/doctest.h>
 
+#include <atomic>
 #include <cstring>
+#include <new>
 #include <set>
+#include <thread>
 #include <utility>
+#include <vector>
 
 #include "base/arena.h"
+#include "base/buffer_pool.h"
 #include "base/error.h"
 #include "base/split.h"
 
@@ -91,6 +96,60 @@ TEST_CASE("a moved buffer has one owner") {
   CHECK(static_cast<char*>(b.data())[4095] == 1);
   b = Buffer();
   CHECK(b.size() == 0);
+}
+
+TEST_CASE("buffer pool: what was given back is taken again by who wants nearly as much") {
+  BufferPool pool;
+  pool.give_back(pool.take(10'000'000));  // so that there is room for all of these
+  Buffer a = pool.take(1'000'000);
+  void* const memory = a.data();
+  pool.give_back(std::move(a));
+  Buffer larger = pool.take(1'000'001), small = pool.take(700'000);
+  CHECK(larger.data() != memory);
+  CHECK(small.data() != memory);
+  pool.give_back(std::move(larger));
+  pool.give_back(std::move(small));
+
+  Buffer b = pool.take(1'000'000);
+  std::memset(b.data(), 1, b.size());
+  pool.give_back(std::move(b));
+  Buffer c = pool.take(900'000);
+  CHECK(c.size() >= 900'000);
+  CHECK(static_cast<char*>(c.data())[899'999] == 1);  // not fresh
+}
+
+TEST_CASE("buffer pool: it keeps no more than was in use at once") {
+  BufferPool pool;
+  for (const std::size_t bytes : {1'000'000, 3'000'000, 500'000, 2'000'000, 100'000}) {
+    std::vector<Buffer> both;
+    for (int i = 0; i < 2; ++i) both.push_back(pool.take(bytes));
+    CHECK(pool.bytes() <= 6'000'000);
+    for (Buffer& buffer : both) pool.give_back(std::move(buffer));
+    CHECK(pool.bytes() <= 6'000'000);
+  }
+  CHECK_THROWS_AS(pool.take(std::size_t{1} << 60), std::bad_alloc);
+  const std::size_t before = pool.bytes();
+  pool.give_back(pool.take(before));
+  CHECK(pool.bytes() >= before);
+}
+
+TEST_CASE("buffer pool: threads share it") {
+  BufferPool pool;
+  std::atomic<int> shared = 0;
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t)
+    threads.emplace_back([&pool, &shared, t] {
+      for (std::size_t i = 0; i < 200; ++i) {
+        Buffer buffer = pool.take(10'000 + i % 7 * 5'000);
+        std::memset(buffer.data(), t, buffer.size());
+        const auto* bytes = static_cast<const char*>(buffer.data());
+        for (std::size_t j = 0; j < buffer.size(); j += 999)
+          if (bytes[j] != t) ++shared;
+        pool.give_back(std::move(buffer));
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+  CHECK(shared == 0);
 }
 
 TEST_CASE("format fills holes in order") {

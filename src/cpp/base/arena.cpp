@@ -26,14 +26,8 @@ Buffer::Buffer(std::size_t bytes) : size_(bytes) {
   mapped_ = rounded(bytes, bytes >= kHugePage ? kHugePage : 4096);
   void* memory = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
-  advise_huge_pages(memory, mapped_);
+  if (bytes >= kHugePage) madvise(memory, mapped_, MADV_HUGEPAGE);  // advice: small pages are only slower
   data_ = memory;
-}
-
-void advise_huge_pages(void* data, std::size_t bytes) {
-  const auto begin = rounded(reinterpret_cast<std::size_t>(data), kHugePage);
-  const auto end = (reinterpret_cast<std::size_t>(data) + bytes) / kHugePage * kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
 Buffer::~Buffer() {

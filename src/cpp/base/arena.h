@@ -25,10 +25,6 @@ class Buffer {
   std::size_t size_ = 0, mapped_ = 0;
 };
 
-// Asks for huge pages where memory of that size is about to be written first: a tenth of the page faults'
-// cost. Advice only: small pages are slower, not wrong.
-void advise_huge_pages(void* data, std::size_t bytes);
-
 // Bump allocator. What `take` returned stays valid until the frame it was taken in ends, or `reset`; it holds
 // whatever was there before.
 class Arena {

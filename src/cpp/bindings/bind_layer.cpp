@@ -6,7 +6,6 @@
 #include <utility>
 #include <vector>
 
-#include "base/arena.h"
 #include "base/error.h"
 #include "bindings/tensor.h"
 #include "moe/layer.h"
@@ -78,7 +77,6 @@ Saved read_saved(const py::object& saved, const ExpertWeights& w, const LayerInp
   index_t ranks = 0;
   for (const LoraPair& pair : inputs.lora) ranks += pair.rank();
   check_shape(t, "saved", {routes, 2 * w.intermediate + ranks}, "[routes, 2 I + the three ranks]");
-  advise_huge_pages(t.data, t.bytes());
   auto* rest = static_cast<bf16_t*>(t.data);
   const auto take = [&](index_t width) { return std::exchange(rest, rest + routes * width); };
   Saved kept{take(w.intermediate), take(w.intermediate), {}};
@@ -90,7 +88,6 @@ Result read_result(const py::object& tensor, const std::string& name, const std:
   if (tensor.is_none()) return {};
   const Tensor t = read_tensor(tensor, name, {DType::bf16, DType::f32}, shape.size());
   KT_CHECK(t.shape == shape, "{} has shape {}, wanted {}", name, shape_text(t.shape), shape_text(shape));
-  advise_huge_pages(t.data, t.bytes());
   return {t.data, t.dtype};
 }
 

@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <utility>
 
 #include "cpu/features.h"
 #include "cpu/topology.h"
@@ -31,6 +32,25 @@ py::dict cpu_info() {
   return info;
 }
 
+// Memory of one result, for torch.frombuffer; goes back when the last tensor in it is gone.
+class ResultMemory {
+ public:
+  ResultMemory(const kt::Runtime& runtime, std::size_t bytes)
+      : pool_(runtime.results()), buffer_(pool_->take(bytes)), bytes_(bytes) {}
+  ~ResultMemory() { pool_->give_back(std::move(buffer_)); }
+  ResultMemory(const ResultMemory&) = delete;
+  ResultMemory& operator=(const ResultMemory&) = delete;
+
+  py::buffer_info info() const {
+    return {static_cast<unsigned char*>(buffer_.data()), static_cast<py::ssize_t>(bytes_)};
+  }
+
+ private:
+  std::shared_ptr<kt::BufferPool> pool_;
+  kt::Buffer buffer_;
+  std::size_t bytes_;
+};
+
 }  // namespace
 
 void bind_runtime(py::module_& m) {
@@ -43,4 +63,8 @@ void bind_runtime(py::module_& m) {
       .def_property_readonly("isa", &kt::Runtime::isa)
       .def_property_readonly("scratch_bytes", py::cpp_function(&kt::Runtime::scratch_bytes,
                                                                py::call_guard<py::gil_scoped_release>()));
+  py::class_<ResultMemory>(m, "ResultMemory", py::buffer_protocol())
+      .def(py::init<const kt::Runtime&, std::size_t>(), py::arg("runtime"), py::arg("bytes"),
+           py::call_guard<py::gil_scoped_release>())
+      .def_buffer(&ResultMemory::info);
 }

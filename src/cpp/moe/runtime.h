@@ -2,12 +2,14 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "base/arena.h"
+#include "base/buffer_pool.h"
 #include "cpu/topology.h"
 #include "cpu/worker_pool.h"
 #include "kernels/kernel_set.h"
@@ -24,6 +26,8 @@ class Runtime {
   const std::string& isa() const { return isa_; }
   // Most scratch memory that the last lease held at once, in all arenas together. Waits while there is one.
   std::size_t scratch_bytes();
+  // Where results are written; it outlives the runtime while there are some.
+  const std::shared_ptr<BufferPool>& results() const { return results_; }
 
   // The runtime for one caller at a time. What it took from `memory` is the next lease's to overwrite.
   class Lease {
@@ -50,6 +54,7 @@ class Runtime {
   WorkerPool pool_;
   Arena memory_;
   std::vector<Arena> scratch_;  // one a worker
+  std::shared_ptr<BufferPool> results_ = std::make_shared<BufferPool>();
 };
 
 }  // namespace kt
