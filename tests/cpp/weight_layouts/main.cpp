@@ -148,7 +148,8 @@ struct Run {
 };
 
 bool run(const Run& run, std::string_view isa) {
-  const KernelSet kernels = kernel_set(isa, cpu_features());
+  KernelSet kernels = kernel_set(isa, cpu_features());
+  kernels.gemm.in_place = false;  // to read rows where they lie is a layout of its own here
   Team team(run.threads);
   bool all = true;
   for (const Shape& shape : run.shapes) {
