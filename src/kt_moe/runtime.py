@@ -43,7 +43,8 @@ class Runtime:
     def scratch_bytes(self) -> int:
         """Most scratch memory in use at once during the last forward or backward; it is kept for the next.
 
-        Waits while one is running. What a forward saves for its backward is in tensors, not here.
+        Waits while one is running. What a forward saves for its backward is in tensors, not here. The memory
+        of results of 1 MiB and more is kept too, up to the most that was in use at once.
         """
         return self._core.scratch_bytes
 

@@ -42,7 +42,10 @@ def empty(shape: Sequence[int], dtype: torch.dtype, runtime: _core.Runtime) -> T
     """A tensor for a result, on the CPU whatever the default device.
 
     A large one lies in memory of earlier results that are gone: the pages of fresh memory cost a call with
-    few tokens more than all it computes.
+    few tokens more than all it computes. Its storage cannot be resized.
+
+    Raises:
+        MemoryError: there is no memory for a large one (torch's RuntimeError for a small one).
     """
     count = math.prod(shape)
     if count * dtype.itemsize < _RECYCLED:

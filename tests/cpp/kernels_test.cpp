@@ -214,11 +214,20 @@ TEST_CASE("rows multiplied where they lie give the bits of a panel, and are read
         const Panel pa(gemm, gemm.mr, k), pb(gemm, gemm.nr, k);
         gemm.pack_a({a.data, stride, nullptr}, rows, k, pa.data.get());
         gemm.pack_b_cols({w.data(), k, nullptr}, gemm.nr, k, pb.data.get());
-        const Segment segments[]{{pa.data.get(), pb.data.get(), 0, k, {}},
-                                 {a.data, pb.data.get(), 2 * stride, k, {}}};
+        const Segment panel{pa.data.get(), pb.data.get(), 0, k, {}},
+            lying{a.data, pb.data.get(), 2 * stride, k, {}};
         std::vector<float> packed(static_cast<std::size_t>(rows * gemm.nr)), in_place = packed;
-        gemm.micro_kernel(rows, gemm.nr, &segments[0], 1, packed.data(), gemm.nr, 0);
-        gemm.micro_kernel(rows, gemm.nr, &segments[1], 1, in_place.data(), gemm.nr, 0);
+        const auto product = [&](std::vector<Segment> segments, int accumulate, std::vector<float>& c) {
+          if (gemm.begin != nullptr) gemm.begin();
+          gemm.micro_kernel(rows, gemm.nr, segments.data(), static_cast<int>(segments.size()), c.data(),
+                            gemm.nr, accumulate);
+          if (gemm.end != nullptr) gemm.end();
+        };
+        product({panel}, 0, packed);
+        product({lying}, 0, in_place);
+        CHECK(in_place == packed);
+        product({panel, panel}, 1, packed);  // W where it lies, and LoRA B of an odd rank in panels
+        product({lying, panel}, 1, in_place);
         CHECK(in_place == packed);
       }
   });

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -43,17 +43,28 @@ def storages(results: dict[str, Tensor]) -> set[int]:
     return {t.untyped_storage().data_ptr() for t in results.values()}
 
 
-def test_large_results_are_recycled_and_small_ones_are_not(problem):
+def test_large_results_are_recycled():
     runtime = kt_moe.Runtime(threads=1)
-    for count, recycled in ((1 << 18, True), (100, False)):
-        first = tensors.empty((count,), torch.float32, runtime._core)
-        place = first.data_ptr()
-        first.fill_(7.0)
-        del first
-        again = tensors.empty((count,), torch.float32, runtime._core)
-        if recycled:
-            assert again.data_ptr() == place
-            assert (again == 7.0).all()
+    first = tensors.empty((1 << 18,), torch.float32, runtime._core)
+    place = first.data_ptr()
+    first.fill_(7.0)
+    del first
+    again = tensors.empty((1 << 18,), torch.float32, runtime._core)
+    assert again.data_ptr() == place
+    assert (again == 7.0).all()
+    assert not again.untyped_storage().resizable()
+
+
+def test_small_results_are_torchs_own():
+    runtime = kt_moe.Runtime(threads=1)
+    assert tensors.empty((100,), torch.float32, runtime._core).untyped_storage().resizable()
+
+
+def test_too_large_a_result_is_a_memory_error():
+    runtime = kt_moe.Runtime(threads=1)
+    with pytest.raises(MemoryError):
+        tensors.empty((1 << 58,), torch.bfloat16, runtime._core)
+    assert tensors.empty((1 << 18,), torch.float32, runtime._core).fill_(1.0).sum() == 1 << 18
 
 
 @pytest.mark.usefixtures("recycle_all")
@@ -117,7 +128,7 @@ def test_default_device_and_dtype_are_the_users(problem):
 
 
 @pytest.mark.usefixtures("recycle_all")
-def test_uninitialized_memory_is_filled_where_torch_does(problem):
+def test_uninitialized_memory_is_filled_where_torch_does():
     runtime = kt_moe.Runtime(threads=1)
     tensors.empty((4096,), torch.float32, runtime._core).fill_(1.0)
     torch.use_deterministic_algorithms(True)
@@ -131,16 +142,7 @@ def test_uninitialized_memory_is_filled_where_torch_does(problem):
 def test_threads_that_share_experts_share_no_result(problem):
     experts = make_experts(problem)
     truth = step(problem, experts)
-    wrong: list[str] = []
-
-    def work() -> None:
-        for _ in range(20):
-            results = step(problem, experts)
-            wrong.extend(name for name in truth if not torch.equal(results[name], truth[name]))
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(4) as pool:
+        for results in pool.map(lambda _: step(problem, experts), range(80)):
+            for name in truth:
+                assert torch.equal(results[name], truth[name]), name

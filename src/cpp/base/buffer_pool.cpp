@@ -8,14 +8,15 @@
 namespace kt {
 
 Buffer BufferPool::take(std::size_t bytes) {
-  std::vector<Buffer> surplus;  // unmapped when nobody waits for the lock
+  std::list<Buffer> surplus;  // unmapped when nobody waits for the lock
   {
     const std::lock_guard lock(mutex_);
     constexpr std::size_t kUnfit = std::numeric_limits<std::size_t>::max();
-    const auto waste = [bytes](const Buffer& buffer) {
-      const std::size_t size = buffer.size();
-      return size < bytes || size - bytes > bytes / 4 ? kUnfit : size - bytes;
-    };
+    const auto waste =
+        [bytes](const Buffer& buffer) {  // up to a quarter: batches differ a little in their routes
+          const std::size_t size = buffer.size();
+          return size < bytes || size - bytes > bytes / 4 ? kUnfit : size - bytes;
+        };
     const auto best = std::ranges::min_element(free_, {}, waste);
     if (best != free_.end() && waste(*best) != kUnfit) {
       Buffer buffer = std::move(*best);
@@ -24,16 +25,16 @@ Buffer BufferPool::take(std::size_t bytes) {
       in_use_ += buffer.size();
       return buffer;
     }
-    most_ = std::max(most_, in_use_ + bytes);
+    const std::size_t most = std::max(most_, in_use_ + bytes);
     auto kept = free_.begin();
-    for (; kept != free_.end() && in_use_ + bytes + free_bytes_ > most_; ++kept) free_bytes_ -= kept->size();
-    surplus.assign(std::move_iterator(free_.begin()), std::move_iterator(kept));
-    free_.erase(free_.begin(), kept);
+    for (; kept != free_.end() && in_use_ + bytes + free_bytes_ > most; ++kept) free_bytes_ -= kept->size();
+    surplus.splice(surplus.begin(), free_, free_.begin(), kept);
   }
   surplus.clear();
   Buffer buffer(bytes);
   const std::lock_guard lock(mutex_);
   in_use_ += bytes;
+  most_ = std::max(most_, in_use_);  // only now: there may have been no such memory
   return buffer;
 }
 

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstddef>
+#include <list>
 #include <mutex>
-#include <vector>
 
 #include "base/arena.h"
 
@@ -14,12 +14,12 @@ class BufferPool {
   // At least so many bytes, holding whatever was there before. std::bad_alloc: there is no such memory.
   Buffer take(std::size_t bytes);
   void give_back(Buffer buffer) noexcept;
-  std::size_t bytes();  // in use or kept
+  std::size_t bytes();  // in use and free
 
  private:
-  // All that is kept is never more than what was in use at once, `most_`.
+  // In use and free together are never more than was once in use at a time, `most_`.
   std::mutex mutex_;
-  std::vector<Buffer> free_;  // the first was given back first
+  std::list<Buffer> free_;  // the first was given back first
   std::size_t free_bytes_ = 0, in_use_ = 0, most_ = 0;
 };
 

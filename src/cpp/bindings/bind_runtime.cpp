@@ -64,7 +64,7 @@ void bind_runtime(py::module_& m) {
       .def_property_readonly("scratch_bytes", py::cpp_function(&kt::Runtime::scratch_bytes,
                                                                py::call_guard<py::gil_scoped_release>()));
   py::class_<ResultMemory>(m, "ResultMemory", py::buffer_protocol())
-      .def(py::init<const kt::Runtime&, std::size_t>(), py::arg("runtime"), py::arg("bytes"),
-           py::call_guard<py::gil_scoped_release>())
+      // With the GIL: os.fork waits for it, and so finds the pool unlocked.
+      .def(py::init<const kt::Runtime&, std::size_t>(), py::arg("runtime"), py::arg("bytes"))
       .def_buffer(&ResultMemory::info);
 }

@@ -19,7 +19,7 @@ Rows in_bf16(const KernelSet& kernels, Rows source, Arena& scratch) {
   if (m.dtype == DType::bf16) return source;
   assert(m.dtype == DType::f32 && source.index == nullptr);
   auto* copy = scratch.take<std::uint16_t>(m.rows * m.cols);
-  const bool dense = m.stride == m.cols;  // then as one row: a rank of 16 makes short ones
+  const bool dense = m.stride == m.cols;  // then as one row: the decoder asks for more than a short one ahead
   const index_t rows = dense ? 1 : m.rows, cols = dense ? m.rows * m.cols : m.cols;
   for (index_t i = 0; i < rows; ++i)
     kernels.decode.from_f32(static_cast<int>(cols), static_cast<const float*>(m.at(i, 0)), copy + i * cols);
@@ -70,8 +70,8 @@ PackedA pack_a(const KernelSet& kernels, Rows source, Arena& scratch) {
   source = in_bf16(kernels, source, scratch);
   const MatView& m = source.matrix;
   if (kernels.gemm.in_place && source.index == nullptr && m.cols % 2 == 0) {
-    const index_t stride = m.stride * static_cast<index_t>(sizeof(bf16_t));
-    return {static_cast<const char*>(m.data), m.rows, m.cols, kernels.gemm.mr * stride, stride};
+    const index_t row_bytes = m.stride * static_cast<index_t>(sizeof(bf16_t));
+    return {static_cast<const char*>(m.data), m.rows, m.cols, kernels.gemm.mr * row_bytes, row_bytes};
   }
   return pack_a_into(scratch.take<char>(packed_a_bytes(kernels, m.rows, m.cols)), kernels, source);
 }
@@ -97,7 +97,8 @@ PackedB pack_b_rows(const KernelSet& kernels, Rows source, Arena& scratch) {
 
 PackedA rows_of(const KernelSet& kernels, PackedA a, Range rows) {
   assert(rows.begin % kernels.gemm.mr == 0 && rows.end <= a.rows);
-  return {a.data + rows.begin / kernels.gemm.mr * a.panel_bytes, rows.size(), a.k, a.panel_bytes, a.stride};
+  return {a.data + rows.begin / kernels.gemm.mr * a.panel_bytes, rows.size(), a.k, a.panel_bytes,
+          a.row_bytes};
 }
 
 PackedB cols_of(const KernelSet& kernels, PackedB b, Range cols) {
@@ -135,8 +136,8 @@ void multiply(const KernelSet& kernels, std::span<const Term> terms, float* c, i
       for (std::size_t t = 0; t < terms.size(); ++t) {
         const auto& [a, b, next] = terms[t];
         assert(a.rows == rows && b.cols == cols && a.k == b.k);
-        segments[t] = {a.data + i / gemm.mr * a.panel_bytes, b.data + j / gemm.nr * b.panel_bytes, a.stride,
-                       static_cast<int>(a.k), ahead(gemm, next, a.k, tiles, tile)};
+        segments[t] = {a.data + i / gemm.mr * a.panel_bytes, b.data + j / gemm.nr * b.panel_bytes,
+                       a.row_bytes, static_cast<int>(a.k), ahead(gemm, next, a.k, tiles, tile)};
       }
       gemm.micro_kernel(static_cast<int>(std::min<index_t>(gemm.mr, rows - i)),
                         static_cast<int>(std::min<index_t>(gemm.nr, cols - j)), segments.data(),

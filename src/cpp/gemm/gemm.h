@@ -1,6 +1,6 @@
-// Products of packed matrices: C = sum of A_i * B_i in one fp32 result, the loops around the micro-kernel.
-// LoRA enters as further terms of the sum, so nothing rounded is ever read back and added to.
-// Pure: no threads; memory comes from the caller's arena.
+// Products of matrices packed for the micro-kernel: C = sum of A_i * B_i in one fp32 result, the loops around
+// the micro-kernel. LoRA enters as further terms of the sum, so nothing rounded is ever read back and added
+// to. Pure: no threads; memory comes from the caller's arena.
 #pragma once
 
 #include <cstdint>
@@ -19,11 +19,11 @@ struct Rows {
   const std::int32_t* index = nullptr;  // matrix.rows entries
 };
 
-// rows x k, cut into panels of mr rows; or those rows where they lie, `stride` bytes apart.
+// A, rows x k, as the micro-kernel reads it: panels of mr rows, or rows of a matrix where they lie.
 struct PackedA {
   const char* data = nullptr;
   index_t rows = 0, k = 0, panel_bytes = 0;
-  index_t stride = 0;  // 0: packed
+  index_t row_bytes = 0;  // from one row of a matrix to the next; 0: panels
 };
 
 // k x cols, cut into panels of nr columns.
@@ -32,7 +32,8 @@ struct PackedB {
   index_t cols = 0, k = 0, panel_bytes = 0;
 };
 
-// A = source [rows, k]; not copied where the kernels take it as it is.
+// A = source [rows, k]: itself where the kernels read rows where they lie (it must outlive the result), else
+// packed.
 PackedA pack_a(const KernelSet& kernels, Rows source, Arena& scratch);
 // B = source', source [cols, k].
 PackedB pack_b_cols(const KernelSet& kernels, Rows source, Arena& scratch);
@@ -53,7 +54,7 @@ PackedB cols_of(const KernelSet& kernels, PackedB b, Range cols);
 struct Term {
   PackedA a;
   PackedB b;
-  MatView next = {};  // what the caller packs next: sets that gain by it fetch it into L2 meanwhile
+  MatView next = {};  // what the caller needs next: sets that gain by it fetch it into L2 meanwhile
 };
 
 // The rows of `next` to fetch with `part` of `whole` rows.

@@ -26,8 +26,8 @@ using PackRows = void(RowSource src, int rows, int k, void* panel);
 // B panels, panel_bytes apart, from k rows of the source that run along all their columns (the same weight in
 // the backward direction).
 using PackAcross = void(RowSource src, int k, int cols, void* panels, ptrdiff_t panel_bytes);
-// Memory that will be packed soon, asked for while a product runs: a matrix, row by row, so many lines of it
-// for every 64 bytes of a packed row. It may end behind the last row, so it is for prefetches alone. A set
+// Memory that is needed soon, asked for while a product runs: a matrix, row by row, so many lines of it for
+// every 64 bytes of a row of A. It may end behind the last row, so it is for prefetches alone. A set
 // whose products gain nothing by it leaves it aside.
 struct Ahead {
   const char* row;
@@ -37,8 +37,8 @@ struct Ahead {
   int lines_per_step;  // 0: nothing is wanted
 };
 
-// A stretch of k with its packed panels. A product with LoRA is a list of them, and its tile stays in
-// registers from the first to the last.
+// A stretch of k: a panel of B, and of A a panel or rows where they lie. A product with LoRA is a list of
+// them, and its tile stays in registers from the first to the last.
 struct Segment {
   const void *a, *b;
   ptrdiff_t a_stride;  // 0: `a` is a panel; else rows of a bf16 matrix, so many bytes apart
@@ -75,8 +75,10 @@ struct GemmKernels {
   // do.
   void (*begin)();
   void (*end)();
-  Peak* peak;     // null: the micro-kernel itself is all there is
-  bool in_place;  // A may be rows of a matrix where they lie, if k is even
+  Peak* peak;  // null: the micro-kernel itself is all there is
+  // A may be rows of a bf16 matrix where they lie, at any even address, if k is even; nothing behind k is
+  // read.
+  bool in_place;
 };
 
 // Products of few rows, straight from natural row-major matrices: nothing of W is packed, and each of its

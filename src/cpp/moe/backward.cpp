@@ -89,8 +89,9 @@ void Backward::down(Block block, Range slice, Range next, const Saved& saved, fl
     const Arena::Frame frame(scratch);
     input_gradient(weights, part, slice, grad, stride, scratch);
     for (index_t i = 0; i < part.count; ++i) {
-      for (const bf16_t* rows : {saved.gate, saved.up})  // few rows have none behind them
-        if (!few(block)) prefetch(rows + (part.first + i + kRowsAhead) * n + slice.begin, slice.size());
+      if (const index_t ahead = part.first + i + kRowsAhead; ahead < block.first + block.count)
+        for (const bf16_t* rows : {saved.gate, saved.up})
+          prefetch(rows + ahead * n + slice.begin, slice.size());
       for (index_t j = 0; j < slice.size(); j += dot_cols) {
         const index_t route = part.first + i, place = route * n + slice.begin + j;
         dots[j / dot_cols * routing_.routes() + route] =

@@ -32,7 +32,7 @@ class Backward : Pass {
     bool lora;
     Rows rows;
     PackedB packed;
-    MatView next;  // weights that this task packs next
+    MatView next;  // weights that this task needs next
   };
   using BackwardWeights = std::vector<BackwardTerm>;  // W of some projections, then their LoRA A
 

@@ -135,7 +135,7 @@ void put_in_l2(Products& products, Runtime::Lease& lease, std::size_t l1) {
   const PackedA a = pack_a(kernels, numbers(products.panels * gemm.mr, k, lease.memory()), lease.memory());
   products.a = a.data;
   products.panel_bytes = a.panel_bytes;
-  products.a_stride = a.stride;
+  products.a_stride = a.row_bytes;
   products.b = pack_b_cols(kernels, numbers(gemm.nr, k, lease.memory()), lease.memory()).data;
   products.calls = static_cast<int>(products.panels);
 }

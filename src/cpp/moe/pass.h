@@ -84,7 +84,7 @@ class Pass {
   struct ForwardWeights {
     Rows weights, lora_b;
     PackedA packed_weights, packed_lora_b;
-    MatView next;  // weights that this task packs next
+    MatView next;  // weights that this task needs next
   };
   ForwardWeights forward_weights(Projection p, Block block, Range slice, Range next, Arena& scratch) const;
   Rows weight_rows(Projection p, int expert, Range slice) const {
@@ -96,7 +96,7 @@ class Pass {
 
   // Adds the tasks that compute a [T, H] result: the sum over a token's routes, experts in order, of what
   // product(block, strip, next strip, rows, stride, scratch) writes to `rows`, times the routing weight if
-  // `weighted`. The product of a block waits for its group of `ready`. `tile` and `bytes` of packed weights a
+  // `weighted`. The product of a block waits for its group of `ready`. `tile` and `bytes` of weights a
   // column cut the result into slices, and those into strips.
   using Product =
       std::function<void(Block block, Range strip, Range next, float* rows, index_t stride, Arena& scratch)>;
@@ -165,7 +165,7 @@ class Pass {
   // P of a block's rows in natural order, [count, r].
   Rows low_rank_rows(Projection p, Block block, Arena& scratch) const;
 
-  // n columns, cut so that `bytes` of packed weights a column fill a part of the L2 cache; where every block
+  // n columns, cut so that `bytes` of weights a column fill a part of the L2 cache; where every block
   // has few rows, into as many slices as keep the threads busy.
   Slices slices(index_t n, index_t tile, index_t bytes) const;
 
@@ -191,8 +191,8 @@ class Pass {
   float lora_scale(Projection p) const;
   float weight(index_t route) const { return weight_[static_cast<std::size_t>(route)]; }
 
-  // Bytes of weights that a task keeps in its L2 cache: half of it, and of 2 MiB a quarter, for virtual
-  // machines hide that two of their cores share it.
+  // Bytes of weights that a task keeps in its L2 cache: half of it, 512 KiB at most, for virtual machines
+  // hide that two of their cores share one, and caches of 2 MiB are such.
   index_t cache_part() const {
     return std::min(static_cast<index_t>(lease_.l2_bytes()) / 2, index_t{512} << 10);
   }

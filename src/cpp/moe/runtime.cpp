@@ -66,7 +66,8 @@ Runtime::Runtime(std::optional<int> threads, std::optional<int> shards, std::opt
   // One shard until experts can be split over NUMA nodes.
   const int wanted = number("shards", shards, "KT_MOE_SHARDS", 1, std::numeric_limits<int>::max());
   KT_CHECK(wanted == 1, "shards is {}, this version computes in 1 shard", wanted);
-  // Rows 4 KiB apart share a set of the first cache level, which has a way for every 4 KiB.
+  // The first cache level has a way for each 4 KiB of its size, and lines that lie a multiple of 4 KiB apart
+  // share a set. With fewer ways than a tile has rows, these would drive each other out where they lie.
   constexpr std::size_t kWay = 4096;
   if (topology_.l1d < static_cast<std::size_t>(kernels_.gemm.mr) * kWay) kernels_.gemm.in_place = false;
   l2_bytes_ = topology_.l2 == 0 ? kUsualL2 : topology_.l2;

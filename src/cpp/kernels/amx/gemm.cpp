@@ -59,7 +59,7 @@ void tile(const Segment* segments, int count, float* c, ptrdiff_t ldc, bool add)
       if constexpr (Lower) KT_TILE_MULTIPLY(2, 5, 6);
       prefetch_tile(next_b);
       if constexpr (Lower && Right) KT_TILE_MULTIPLY(3, 5, 7);
-      if constexpr (Right) prefetch_tile(next_b + kBBytes / 2);
+      prefetch_tile(next_b + kBBytes / 2);
     }
   }
   KT_TILE_STORE(0, c, stride);

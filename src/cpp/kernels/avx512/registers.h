@@ -42,6 +42,20 @@ static inline __m512i round_to_bf16(__m512 low, __m512 high) {
   return _mm512_permutex2var_epi16(upper_bf16(low), _mm512_load_si512(kUpper), upper_bf16(high));
 }
 
+// Elements p to p + 31 of rows i to i + 15; zeros behind the last row and behind k. Four lines further are
+// asked for, into the second cache level: in the first, rows that lie a power of two of bytes apart share a
+// set.
+static inline void load_rows(RowSource src, int i, int rows, int p, int k, __m512i r[16]) {
+  constexpr int kAhead = 4 * 32;
+  for (int j = 0; j < 16; ++j) {
+    r[j] = _mm512_setzero_si512();
+    if (i + j >= rows) continue;
+    const uint16_t* row = source_row(src, i + j) + p;
+    r[j] = _mm512_maskz_loadu_epi16(first32(k - p), row);
+    _mm_prefetch(row + kAhead, _MM_HINT_T1);
+  }
+}
+
 // In place: lane j of row i and lane i of row j change places.
 static inline void transpose16(__m512i r[16]) {
   __m512i t[16];

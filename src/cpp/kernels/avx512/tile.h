@@ -1,5 +1,5 @@
 // The micro-kernel that the AVX-512 sets have in common. A step is what one multiply-add takes: 4 bytes of a
-// packed A row (kDepth of k: an fp32, or a pair of bf16) and 4 * kTileCols bytes of packed B. `Step` says how
+// row of A (kDepth of k: an fp32, or a pair of bf16) and 4 * kTileCols bytes of packed B. `Step` says how
 // those are read and multiplied, and whether rows of A may lie in a matrix; it has internal linkage, and so
 // has what is instantiated with it.
 #pragma once
@@ -14,7 +14,7 @@ constexpr int kRun = 16;       // steps in one 64-byte run of a packed A row
 
 // How far ahead a tile asks for its operands. A panel of activations comes from L3 or memory, being one of
 // more than L2 holds: out-of-order execution sees 15 steps of 12 cycles ahead, too few for that. Where a
-// panel is at hand, nothing is lost.
+// panel is at hand, nothing is lost. What lies behind the operand may be asked for: a prefetch never faults.
 constexpr int kRunsAhead = 8;    // of A
 constexpr int kStepsAhead = 48;  // of B
 
@@ -88,12 +88,10 @@ static void tile(const Segment* segments, int count, float* c, ptrdiff_t ldc, in
     for (int v = 0; v < V; ++v) acc[r][v] = _mm512_setzero_ps();
 
   for (const Segment* segment = segments; segment != segments + count; ++segment) {
-    if constexpr (Step::kInPlace)
-      if (segment->a_stride != 0) {
-        add_segment<Step, R, V>(acc, *segment, segment->a_stride, 64);
-        continue;
-      }
-    add_segment<Step, R, V>(acc, *segment, 64, 64 * kTileRows);
+    if (Step::kInPlace && segment->a_stride != 0)
+      add_segment<Step, R, V>(acc, *segment, segment->a_stride, 64);
+    else  // a panel
+      add_segment<Step, R, V>(acc, *segment, 64, 64 * kTileRows);
   }
 
 #pragma GCC unroll 16

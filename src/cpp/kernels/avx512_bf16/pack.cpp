@@ -7,9 +7,7 @@ namespace kt::avx512_bf16 {
 
 namespace {
 
-// Between a prefetch, into the second cache level, and its use: rows, and lines of a row. Into the first
-// level it loses: rows that lie a power of two of bytes apart share a set there.
-constexpr int kAhead = 32, kLinesAhead = 4;
+constexpr int kAhead = 32;  // rows between a prefetch, into the second cache level, and its use
 
 // Two rows of one panel, side by side.
 void interleave(__m512i even, __m512i odd, char* dst) {
@@ -59,11 +57,7 @@ void pack_b_cols(RowSource src, int cols, int k, void* panel) {
   for (int j = 0; j < NR; j += 16)
     for (int p = 0; p < k; p += 32) {
       __m512i r[16];
-      for (int i = 0; i < 16; ++i) {
-        const uint16_t* row = j + i < cols ? source_row(src, j + i) : nullptr;
-        r[i] = row != nullptr ? _mm512_maskz_loadu_epi16(first32(k - p), row + p) : _mm512_setzero_si512();
-        _mm_prefetch(row + p + 32 * kLinesAhead, _MM_HINT_T1);
-      }
+      load_rows(src, j, cols, p, k, r);
       transpose16(r);
       for (int i = 0; i < 16; ++i) _mm512_store_si512(dst + (p / 2 + i) * NR + j, r[i]);
     }
