@@ -156,7 +156,8 @@ class MoEFunction:
         Returns:
             [T, H] in the dtype and on the device of hidden_states. Gradients reach hidden_states,
             topk_weights and every LoRA tensor; those of the LoRA tensors are accumulated in fp32 and have the
-            tensor's dtype.
+            tensor's dtype. Results of 1 MiB and more lie in memory that later ones use again when they are
+            gone; their storage cannot be resized.
 
         Raises:
             ValueError: an argument has the wrong shape, dtype or range; the message names it.
