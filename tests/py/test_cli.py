@@ -121,6 +121,7 @@ def test_run_says_what_matters_and_no_more(finished: Path) -> None:
 
 
 def test_interrupted_run_resumes_with_the_same_losses(
+    request: pytest.FixtureRequest,
     finished: Path,
     cli: Any,
     tmp_path: Path,
@@ -128,6 +129,9 @@ def test_interrupted_run_resumes_with_the_same_losses(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     output, log = tmp_path / "out", progress.Progress.on_log
+    # A shell that puts its jobs into the background has them ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def interrupt(
         self: Any, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
