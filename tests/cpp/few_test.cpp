@@ -7,12 +7,10 @@
 #include <cstring>
 #include <limits>
 #include <random>
-#include <string>
 #include <vector>
 
 #include "base/dtype.h"
-#include "cpu/features.h"
-#include "kernels/registry.h"
+#include "kernel_sets.h"
 
 using namespace kt;
 
@@ -22,11 +20,7 @@ constexpr bf16_t kNan = 0x7fc0;
 
 template <class Body>
 void for_every_set(const Body& body) {
-  for (const KernelEntry& entry : kernel_registry()) {
-    if (availability(entry, cpu_features()) != "available") continue;
-    CAPTURE(std::string(entry.name));
-    body(kernel_set(entry.name, cpu_features()).few);
-  }
+  for_every_available_set([&](const KernelSet& set) { body(set.few); });
 }
 
 enum class Direction { times_transposed, times };

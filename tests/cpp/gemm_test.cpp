@@ -6,18 +6,19 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/features.h"
-#include "kernels/registry.h"
+#include "kernel_sets.h"
 
 using namespace kt;
 
 namespace {
 
 // Small whole numbers: exact in bf16, and so are their products and sums in fp32.
+float whole_number(index_t i) { return static_cast<float>(i * 7 % 11 - 5); }
+
 template <class T>
 std::vector<T> whole_numbers(index_t n, T (*from)(float)) {
   std::vector<T> values;
-  for (index_t i = 0; i < n; ++i) values.push_back(from(static_cast<float>(i * 7 % 11 - 5)));
+  for (index_t i = 0; i < n; ++i) values.push_back(from(whole_number(i)));
   return values;
 }
 
@@ -53,8 +54,7 @@ void check_product(const KernelSet& kernels, const Sizes& size, DType dtype, con
       const index_t row = picked ? index[static_cast<std::size_t>(i)] : i;
       float sum = 0;
       for (index_t p = 0; p < size.k; ++p)
-        sum += static_cast<float>((row * size.k + p) * 7 % 11 - 5) *
-               static_cast<float>((j * size.k + p) * 7 % 11 - 5);
+        sum += whole_number(row * size.k + p) * whole_number(j * size.k + p);
       CHECK(c[static_cast<std::size_t>((i - first) * stride + j)] == sum);
     }
 }
@@ -63,11 +63,7 @@ void check_product(const KernelSet& kernels, const Sizes& size, DType dtype, con
 
 TEST_CASE(
     "a left operand: packed, or where it lies, from bf16 or fp32, in order or picked, some of its rows") {
-  const unsigned features = cpu_features();
-  for (const KernelEntry& entry : kernel_registry()) {
-    if (availability(entry, features) != "available") continue;
-    CAPTURE(entry.name);
-    KernelSet kernels = kernel_set(entry.name, features);
+  for_every_available_set([](KernelSet kernels) {
     for (const bool in_place : {kernels.gemm.in_place, false}) {
       kernels.gemm.in_place = in_place;
       for (const index_t k : {2, 31, 64})
@@ -77,5 +73,5 @@ TEST_CASE(
           if (!picked) check_product(kernels, size, DType::f32, whole_numbers(size.rows * k, same), picked);
         }
     }
-  }
+  });
 }

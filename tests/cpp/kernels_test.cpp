@@ -17,6 +17,7 @@
 #include "base/error.h"
 #include "base/split.h"
 #include "cpu/features.h"
+#include "kernel_sets.h"
 
 using namespace kt;
 
@@ -36,11 +37,7 @@ const KernelSet& scalar_set() {
 
 template <class Body>
 void for_every_set(const Body& body) {
-  for (const KernelEntry& entry : kernel_registry()) {
-    if (availability(entry, cpu_features()) != "available") continue;
-    CAPTURE(std::string(entry.name));
-    body(kernel_set(entry.name, cpu_features()));
-  }
+  for_every_available_set(body);
   if (availability(kernel_registry()[3], cpu_features()) != "available") return;
   CAPTURE("amx on software tiles");
   KernelSet software = kernel_set("avx512_bf16", cpu_features());  // whose packing it shares

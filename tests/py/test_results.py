@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from reference import Problem
-from strategies import make_problem
+from strategies import make_problem, run_ours
 from torch import Tensor
 
 import kt_moe
@@ -31,12 +31,7 @@ def make_experts(problem: Problem) -> kt_moe.Experts:
 
 
 def step(problem: Problem, experts: kt_moe.Experts) -> dict[str, Tensor]:
-    """Output and gradients of one forward and backward."""
-    leaves = {k: v.detach().clone().requires_grad_() for k, v in problem.leaves().items()}
-    x, w = leaves.pop("hidden_states"), leaves.pop("topk_weights")
-    out = kt_moe.moe(x, problem.topk_ids, w, experts, leaves, scaling=problem.scaling)
-    out.sum().backward()
-    return {"out": out.detach(), "x": x.grad, "w": w.grad, **{k: v.grad for k, v in leaves.items()}}
+    return run_ours(problem, experts.runtime, experts=experts)
 
 
 def storages(results: dict[str, Tensor]) -> set[int]:

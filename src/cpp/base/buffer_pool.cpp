@@ -12,11 +12,11 @@ Buffer BufferPool::take(std::size_t bytes) {
   {
     const std::lock_guard lock(mutex_);
     constexpr std::size_t kUnfit = std::numeric_limits<std::size_t>::max();
-    const auto waste =
-        [bytes](const Buffer& buffer) {  // up to a quarter: batches differ a little in their routes
-          const std::size_t size = buffer.size();
-          return size < bytes || size - bytes > bytes / 4 ? kUnfit : size - bytes;
-        };
+    // Of what fits: up to a quarter too large, for batches differ a little in their routes.
+    const auto waste = [bytes](const Buffer& buffer) {
+      const std::size_t size = buffer.size();
+      return size < bytes || size - bytes > bytes / 4 ? kUnfit : size - bytes;
+    };
     const auto best = std::ranges::min_element(free_, {}, waste);
     if (best != free_.end() && waste(*best) != kUnfit) {
       Buffer buffer = std::move(*best);
