@@ -126,9 +126,27 @@ struct EpilogueKernels {
 using DecodeF32 = void(int n, const float* src, uint16_t* dst);
 using DecodeF16 = void(int n, const uint16_t* src, uint16_t* dst);
 
+enum ScaleKind { kScaleF32, kScaleBF16, kScaleE8M0 };
+
+// A block of rows of quantised weights (base/weight.h has the formats).
+struct CodedRows {
+  int rows, cols;
+  const uint8_t* codes;
+  ptrdiff_t stride;  // bytes from one row to the next
+  ScaleKind scale_kind;
+  const void* scales;      // of the first column's group
+  ptrdiff_t scale_stride;  // in scales, from one row's to the next one's; 0: all rows have the same
+  const uint8_t* zeros;    // int4: zero points, where the scales lie; null: 8
+  int group;               // columns that share a scale: at least `cols`, or a multiple of 32
+};
+// dst[i * dst_stride + j] = bf16(value of the code * scale): one product in fp32, rounded to nearest even.
+// E8M0 is 2^(e - 127), and NaN for 255. Every kernel set gives the same bits, NaNs' payloads aside.
+using DecodeCodes = void(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride);
+
 struct DecodeKernels {
   DecodeF32* from_f32;
   DecodeF16* from_f16;
+  DecodeCodes *from_int8 = nullptr, *from_int4 = nullptr, *from_fp8 = nullptr, *from_mxfp4 = nullptr;
 };
 
 // A null gemm.micro_kernel, or any other null slot, takes the next lower set's (the slots of gemm go

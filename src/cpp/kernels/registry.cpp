@@ -60,6 +60,10 @@ void overlay(KernelSet& set, const KernelSet& own) {
   fill(set.epilogue.silu.backward, own.epilogue.silu.backward);
   fill(set.decode.from_f32, own.decode.from_f32);
   fill(set.decode.from_f16, own.decode.from_f16);
+  fill(set.decode.from_int8, own.decode.from_int8);
+  fill(set.decode.from_int4, own.decode.from_int4);
+  fill(set.decode.from_fp8, own.decode.from_fp8);
+  fill(set.decode.from_mxfp4, own.decode.from_mxfp4);
 }
 
 }  // namespace

@@ -20,6 +20,38 @@ float half_to_float(uint16_t half) {
   return sign ? -subnormal : subnormal;
 }
 
+float scale_of(const CodedRows& src, ptrdiff_t i) {
+  switch (src.scale_kind) {
+    case kScaleF32: return static_cast<const float*>(src.scales)[i];
+    case kScaleBF16: return widen(static_cast<const uint16_t*>(src.scales)[i]);
+    case kScaleE8M0: break;
+  }
+  const uint32_t exponent = static_cast<const uint8_t*>(src.scales)[i];
+  if (exponent == 0) return 0x1p-127f;
+  return from_bits(exponent == 255 ? 0x7fc00000u : exponent << 23);
+}
+
+// value(row of codes, column, place of the scale) is the number a code stands for.
+template <class Value>
+void decode(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride, Value value) {
+  for (int i = 0; i < src.rows; ++i)
+    for (int j = 0; j < src.cols; ++j) {
+      const ptrdiff_t place = i * src.scale_stride + j / src.group;
+      dst[i * dst_stride + j] = round(value(src.codes + i * src.stride, j, place) * scale_of(src, place));
+    }
+}
+
+int nibble(const uint8_t* row, int j) { return row[j / 2] >> 4 * (j % 2) & 15; }
+
+float e4m3(uint8_t code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  if ((code & 0x7f) == 0x7f) return from_bits(0x7fc00000u);
+  const float magnitude = exponent == 0
+                              ? static_cast<float>(mantissa) * 0x1p-9f
+                              : from_bits(static_cast<uint32_t>((exponent + 120) << 23 | mantissa << 20));
+  return code & 0x80 ? -magnitude : magnitude;
+}
+
 }  // namespace
 
 float widen(uint16_t bits) { return from_bits(uint32_t{bits} << 16); }
@@ -38,6 +70,28 @@ void from_f32(int n, const float* src, uint16_t* dst) {
 
 void from_f16(int n, const uint16_t* src, uint16_t* dst) {
   for (int i = 0; i < n; ++i) dst[i] = round(half_to_float(src[i]));
+}
+
+void from_int8(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
+  decode(src, dst, dst_stride, [](const uint8_t* row, int j, ptrdiff_t) {
+    return static_cast<float>(static_cast<int8_t>(row[j]));
+  });
+}
+
+void from_int4(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
+  decode(src, dst, dst_stride, [&](const uint8_t* row, int j, ptrdiff_t place) {
+    return static_cast<float>(nibble(row, j) - (src.zeros ? src.zeros[place] : 8));
+  });
+}
+
+void from_fp8(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
+  decode(src, dst, dst_stride, [](const uint8_t* row, int j, ptrdiff_t) { return e4m3(row[j]); });
+}
+
+void from_mxfp4(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
+  static const float kValues[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
+                                    -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+  decode(src, dst, dst_stride, [](const uint8_t* row, int j, ptrdiff_t) { return kValues[nibble(row, j)]; });
 }
 
 }  // namespace kt::scalar
