@@ -30,7 +30,8 @@ class Backward : Pass {
   struct BackwardTerm {
     Projection projection;
     bool lora;
-    Rows rows;
+    WeightBlock weights;  // W
+    Rows rows;            // LoRA A
     PackedB packed;
     MatView next;  // weights that this task needs next
   };

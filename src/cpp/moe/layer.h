@@ -5,10 +5,13 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <string_view>
+#include <vector>
 
 #include "base/projection.h"
 #include "base/view.h"
+#include "base/weight.h"
 #include "kernels/kernel_set.h"
 #include "moe/dropout.h"
 #include "moe/runtime.h"
@@ -38,9 +41,15 @@ struct ExpertWeights {
   int num_experts = 0;
   index_t hidden = 0, intermediate = 0;
   Activation activation = Activation::silu;
-  std::array<Stack, 3> projections;  // gate, up [I, H]; down [H, I]; bf16
+  std::array<std::vector<Weight>, 3> weights;  // gate, up [I, H]; down [H, I]; one an expert
+  // Asks for an expert's weights ahead of their use, where they may not be in memory; else empty.
+  std::function<void(int expert)> fetch;
 
-  const Stack& of(Projection p) const { return projections[index_of(p)]; }
+  const Weight& of(Projection p, int expert) const {
+    return weights[index_of(p)][static_cast<std::size_t>(expert)];
+  }
+  index_t rows(Projection p) const { return p == Projection::down ? hidden : intermediate; }
+  index_t cols(Projection p) const { return p == Projection::down ? intermediate : hidden; }
 };
 
 // LoRA of one projection: a [r, in], b [out, r] for each expert, fp32 or bf16. Rank 0: the projection has

@@ -24,6 +24,10 @@ Pass::Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& in
       inputs_(inputs),
       activation_(kernels_of(kernels(), experts.activation)),
       routing_(route(inputs.topk_ids, experts.num_experts)) {
+  if (experts.fetch)
+    tasks_.add(std::ssize(routing_.experts), [this](index_t i, Arena&) {
+      experts_.fetch(routing_.experts[static_cast<std::size_t>(i)]);
+    });
   for (const int e : routing_.experts) {
     const index_t count = routing_.count(e), blocks = ceil_div(count, kBlockRows);
     const index_t each = round_up(ceil_div(count, blocks), kernels().gemm.nr);
@@ -54,7 +58,7 @@ void Pass::add_gate_up(const Saved& saved) {
 }
 
 index_t Pass::forward_input_bytes(std::span<const Projection> targets, index_t routes) const {
-  index_t bytes = packed_b_bytes(kernels(), routes, experts_.of(targets.front()).cols);
+  index_t bytes = packed_b_bytes(kernels(), routes, experts_.cols(targets.front()));
   for (const Projection p : targets) bytes += packed_b_bytes(kernels(), routes, inputs_.of(p).rank());
   return bytes;
 }
@@ -62,7 +66,7 @@ index_t Pass::forward_input_bytes(std::span<const Projection> targets, index_t r
 void Pass::pack_forward_input(std::span<const Projection> targets, Block block, char* into, ForwardInput& in,
                               Arena& scratch) {
   const Projection first = targets.front();
-  const index_t cols = experts_.of(first).cols;
+  const index_t cols = experts_.cols(first);
   if (!few(block)) in.rows = pack_b_cols_into(into, kernels(), input(first, block, {0, cols}));
   into += packed_b_bytes(kernels(), block.count, cols);
   for (const Projection p : targets) {
@@ -138,7 +142,7 @@ Pass::ForwardWeights Pass::forward_weights(Projection p, Block block, Range slic
                                            Arena& scratch) const {
   const LoraPair& lora = inputs_.of(p);
   ForwardWeights w{
-      weight_rows(p, block.expert, slice), {}, {}, {}, weight_rows(p, block.expert, next).matrix};
+      weight_rows(p, block.expert, slice), {}, {}, {}, codes_of(weight_rows(p, block.expert, next))};
   if (lora) w.lora_b = {lora.b[block.expert].block(slice.begin, 0, slice.size(), lora.rank())};
   if (few(block)) return w;
   w.packed_weights = pack_a(kernels(), w.weights, scratch);
@@ -151,14 +155,14 @@ void Pass::multiply_forward(Projection p, const ForwardWeights& w, const Forward
   const Arena::Frame frame(scratch);
   const bool lora = static_cast<bool>(inputs_.of(p));
   if (few(part) || part.count <= kernels().few.max_tail) {
-    const Rows rows = input(p, part, {0, w.weights.matrix.cols});
+    const Rows rows = input(p, part, {0, experts_.cols(p)});
     multiply_few_transposed(kernels(), rows, w.weights, result, stride, /*accumulate=*/false, scratch);
     if (lora)
       multiply_few_transposed(kernels(), low_rank_rows(p, part, scratch), w.lora_b, result, stride,
                               /*accumulate=*/true, scratch);
     return;
   }
-  const index_t width = w.weights.matrix.rows, part_rows = kernels().gemm.nr;
+  const index_t width = w.weights.rows.size(), part_rows = kernels().gemm.nr;
   const index_t whole = blocks_[part.index].count;
   Range fetching = within(part);  // and for a tail of few rows behind it
   if (whole - fetching.end <= kernels().few.max_tail) fetching.end = whole;

@@ -82,13 +82,14 @@ class Pass {
 
   // W and LoRA B of a projection, rows `slice`: as left operands, unless the block has few rows.
   struct ForwardWeights {
-    Rows weights, lora_b;
+    WeightBlock weights;
+    Rows lora_b;
     PackedA packed_weights, packed_lora_b;
     MatView next;  // weights that this task needs next
   };
   ForwardWeights forward_weights(Projection p, Block block, Range slice, Range next, Arena& scratch) const;
-  Rows weight_rows(Projection p, int expert, Range slice) const {
-    return {experts_.of(p)[expert].block(slice.begin, 0, slice.size(), experts_.of(p).cols)};
+  WeightBlock weight_rows(Projection p, int expert, Range slice) const {
+    return {&experts_.of(p, expert), slice, {0, experts_.cols(p)}};
   }
   // result [part.count, slice] = input W' + P B', rows `stride` floats apart; a part is at most nr routes.
   void multiply_forward(Projection p, const ForwardWeights& weights, const ForwardInput& in, Block part,
