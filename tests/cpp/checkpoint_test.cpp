@@ -44,7 +44,7 @@ TEST_CASE("a file is a checkpoint, whatever its name") {
   CHECK(checkpoint.path() == dir / "blob");
   CHECK(checkpoint.files().size() == 1);
   REQUIRE(checkpoint.find("a") != nullptr);
-  CHECK(checkpoint.find("a")->bytes.size() == 2);
+  CHECK(checkpoint.find("a")->tensor.nbytes == 2);
   CHECK(checkpoint.find("b") == nullptr);
 }
 
@@ -56,7 +56,7 @@ TEST_CASE("an index decides which tensors there are and where") {
     CHECK(checkpoint.files().size() == 2);
     CHECK(checkpoint.tensors().size() == 2);
     CHECK(checkpoint.find("extra") == nullptr);
-    CHECK(checkpoint.tensors().at("b").file->path().filename() == "two.safetensors");
+    CHECK(checkpoint.find("b")->file->path().filename() == "two.safetensors");
   }
 }
 

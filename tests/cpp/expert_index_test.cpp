@@ -42,7 +42,7 @@ const std::vector<std::string> proj{"gate_proj", "up_proj", "down_proj"};
 const std::string qwen = "model.layers.3.mlp.experts.";
 
 const char* bytes_of(const Checkpoint& checkpoint, const std::string& name) {
-  return reinterpret_cast<const char*>(checkpoint.find(name)->bytes.data());
+  return reinterpret_cast<const char*>(checkpoint.map(*checkpoint.find(name)).data());
 }
 
 void check_view(const MatView& m, const void* data, index_t rows, index_t cols) {

@@ -27,13 +27,12 @@ std::vector<std::filesystem::path> files(const kt::ExpertIndex& index) {
 }
 
 py::dict tensors(const kt::ExpertIndex& index) {
-  std::map<const kt::SafetensorsFile*, py::object> paths;  // a Path costs more than the rest of an entry
+  std::map<const kt::DataFile*, py::object> paths;  // a Path costs more than the rest of an entry
   for (const auto& file : index.checkpoint().files()) paths.emplace(&file, py::cast(file.path()));
   py::dict out;
-  for (const auto& [name, entry] : index.checkpoint().tensors()) {
-    const auto& [type, shape, bytes] = *entry.tensor;
+  for (const auto& [name, tensor, file] : index.checkpoint().tensors()) {
     out[py::str(name)] =
-        py::make_tuple(type->name, py::tuple(py::cast(shape)), bytes.size(), paths.at(entry.file));
+        py::make_tuple(tensor.type->name, py::tuple(py::cast(tensor.shape)), tensor.nbytes, paths.at(file));
   }
   return out;
 }

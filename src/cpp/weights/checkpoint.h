@@ -1,24 +1,23 @@
 // The tensors of a model: one safetensors file, or a directory of them with or without an index.
-// Every header is read and checked at construction; the data is read when it is touched. Immutable
-// afterwards.
+// Every header is read and checked at construction; the data is read when it is asked for. Immutable
+// afterwards, and safe to use from several threads.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <deque>
 #include <filesystem>
-#include <map>
-#include <string>
+#include <span>
 #include <string_view>
 
-#include "weights/safetensors.h"
+#include "weights/data_file.h"
+#include "weights/tensor_table.h"
 
 namespace kt {
 
 class Checkpoint {
  public:
-  struct Entry {
-    const StoredTensor* tensor;
-    const SafetensorsFile* file;
-  };
+  using Entry = TensorEntry;
 
   // path: a .safetensors file or a directory. Of a directory it reads, in this order, what
   // model.safetensors.index.json names, what the only *.safetensors.index.json names, or all *.safetensors.
@@ -30,20 +29,26 @@ class Checkpoint {
 
   const std::filesystem::path& path() const { return path_; }
   // In the order of their names.
-  const std::deque<SafetensorsFile>& files() const { return files_; }
-  const std::map<std::string, Entry, std::less<>>& tensors() const { return tensors_; }
+  const std::deque<DataFile>& files() const { return table_.files; }
+  std::span<const Entry> tensors() const { return table_.entries; }
 
   // nullptr when there is none of that name.
-  const StoredTensor* find(std::string_view name) const;
+  const Entry* find(std::string_view name) const;
+
+  // Bytes [begin, begin + to.size()) of the tensor. Throws ValueError for a range beyond the tensor and for a
+  // file that was changed since its header was read (noticed when it is opened again: by its size, inode and
+  // time of modification), or that has become too short; NotFoundError, IoError.
+  void read(const Entry& entry, std::uint64_t begin, std::span<std::byte> to) const;
+
+  // The tensor in a read-only mapping of its file, made at first use and kept as long as the checkpoint
+  // lives. Throws as `read` does; whoever touches the bytes of a file that was shortened in place since gets
+  // SIGBUS.
+  std::span<const std::byte> map(const Entry& entry) const;
 
  private:
-  void add_directory();
-  void add_all(const std::filesystem::path& file);
-  void add_indexed(const std::filesystem::path& index);
-
   std::filesystem::path path_;
-  std::deque<SafetensorsFile> files_;  // entries point into it
-  std::map<std::string, Entry, std::less<>> tensors_;
+  TensorTable table_;
+  mutable OpenFiles open_files_;
 };
 
 }  // namespace kt

@@ -1,7 +1,6 @@
 #include "weights/expert_index.h"
 
 #include <algorithm>
-#include <cstdint>
 #include <iterator>
 #include <utility>
 
@@ -29,7 +28,7 @@ std::string ranges_text(const std::vector<int>& ascending) {
 }  // namespace
 
 ExpertIndex::ExpertIndex(std::shared_ptr<const Checkpoint> checkpoint) : checkpoint_(std::move(checkpoint)) {
-  for (const auto& entry : checkpoint_->tensors()) add(entry.first);
+  for (const auto& entry : checkpoint_->tensors()) add(entry.name);
 }
 
 void ExpertIndex::add(std::string_view name) {
@@ -73,8 +72,9 @@ const ExpertIndex::Home& ExpertIndex::home(int layer) const {
 LayerInfo ExpertIndex::sizes(int layer, const Home& home) const {
   const Scheme::Place& place = home.scheme->place(Projection::gate);
   const auto name = tensor_name(home.root, place, 0);
-  const StoredTensor* tensor = checkpoint_->find(name);
-  KT_CHECK(tensor != nullptr, "{}: layer {} has no tensor {}", where(), layer, quote(name));
+  const Checkpoint::Entry* entry = checkpoint_->find(name);
+  KT_CHECK(entry != nullptr, "{}: layer {} has no tensor {}", where(), layer, quote(name));
+  const StoredTensor* tensor = &entry->tensor;
   const auto type = tensor->type->dtype;
   KT_CHECK(type == DType::bf16 || type == DType::f16 || type == DType::f32,
            "{}: tensor {} is {}, which is not supported yet; wanted BF16, F16 or F32", where(), quote(name),
@@ -103,8 +103,9 @@ MatView ExpertIndex::stored(int layer, const Home& home, const LayerInfo& info, 
   };
   const Scheme::Place& place = home.scheme->place(p);
   const auto name = tensor_name(home.root, place, expert);
-  const StoredTensor* tensor = checkpoint_->find(name);
-  if (tensor == nullptr) fail(name, "is missing");
+  const Checkpoint::Entry* entry = checkpoint_->find(name);
+  if (entry == nullptr) fail(name, "is missing");
+  const StoredTensor* tensor = &entry->tensor;
   if (tensor->type->dtype != info.dtype)
     fail(name, "is {}, the layer's first is {}", tensor->type->name, info.stored_type);
 
@@ -117,12 +118,13 @@ MatView ExpertIndex::stored(int layer, const Home& home, const LayerInfo& info, 
     fail(name, "has shape {}, wanted {}", shape_text(tensor->shape), shape_text(wanted));
 
   const auto align = size_of(info.dtype);
-  if (reinterpret_cast<std::uintptr_t>(tensor->bytes.data()) % align != 0) {
+  if (tensor->offset % align != 0) {
     fail(name, "does not begin on a multiple of {} bytes; save the file again to align it", align);
   }
   const index_t above = place.fused() ? expert * wanted[1] : 0;
   const index_t all = place.fused() ? wanted[0] * wanted[1] : wanted[0];
-  return view(tensor->bytes.data(), info.dtype, all, cols).block(above + place.part * rows, 0, rows, cols);
+  return view(checkpoint_->map(*entry).data(), info.dtype, all, cols)
+      .block(above + place.part * rows, 0, rows, cols);
 }
 
 LayerInfo ExpertIndex::layer(int layer) const {

@@ -4,7 +4,6 @@
 #include <array>
 #include <bit>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <utility>
 
@@ -19,11 +18,9 @@ static_assert(std::endian::native == std::endian::little, "the format's numbers 
 
 constexpr std::size_t length_bytes = 8;            // the header's length, before the header
 constexpr std::uint64_t max_header = 100'000'000;  // the reference implementation's limit
-constexpr std::size_t max_rank = 64;               // the format has none; NumPy's is 64
 constexpr std::string_view metadata_key = "__metadata__";
 
-// The element types of safetensors 0.8.
-constexpr std::array<StoredType, 22> stored_types{{
+constexpr std::array<StoredType, 22> types{{
     {"BOOL", 8, {}},         {"F4", 4, {}},           {"F6_E2M3", 6, {}},        {"F6_E3M2", 6, {}},
     {"U8", 8, {}},           {"I8", 8, {}},           {"F8_E5M2", 8, {}},        {"F8_E4M3", 8, {}},
     {"F8_E8M0", 8, {}},      {"F8_E4M3FNUZ", 8, {}},  {"F8_E5M2FNUZ", 8, {}},    {"I16", 16, {}},
@@ -32,35 +29,22 @@ constexpr std::array<StoredType, 22> stored_types{{
     {"I64", 64, DType::i64}, {"U64", 64, {}},
 }};
 
-// nullopt when the size in bits does not fit 64 bits.
-std::optional<std::uint64_t> size_in_bits(const StoredType& type, std::span<const index_t> shape) {
-  auto bits = static_cast<std::uint64_t>(type.bits);
-  for (const index_t n : shape) {
-    if (__builtin_mul_overflow(bits, static_cast<std::uint64_t>(n), &bits)) return std::nullopt;
-  }
-  return bits;
-}
-
 // Collects the header's tensors and checks each against the size of the data.
 class HeaderReader final : JsonEvents {
  public:
-  struct Placed {
-    std::uint64_t begin, end;
-    const std::string* name;
-  };
+  using Row = SafetensorsHeader::Row;
 
-  HeaderReader(std::string file, std::span<const std::byte> data)
-      : JsonEvents(std::move(file)), data_(data) {}
+  HeaderReader(std::string file, std::uint64_t data_offset, std::uint64_t data_size)
+      : JsonEvents(std::move(file)), data_offset_(data_offset), data_size_(data_size) {}
 
-  void read(std::string_view header) {
+  std::vector<Row> read(std::string_view header) {
     // nlohmann would skip a byte-order mark; the format wants the brace first.
     KT_CHECK(header.starts_with('{'), "{}: header is not a JSON object: it does not begin with '{'", where());
     parse(header);
     check_coverage();
+    std::ranges::sort(rows_, {}, &Row::name);
+    return std::move(rows_);
   }
-
-  std::map<std::string, StoredTensor, std::less<>> tensors;
-  std::map<std::string, std::string> metadata;
 
  private:
   struct Fields {
@@ -104,7 +88,6 @@ class HeaderReader final : JsonEvents {
     if (in_metadata()) {
       KT_CHECK(scalar.is_string(), "{}: {} maps {} to {}, wanted a string", where(), metadata_key,
                quote(path()[1]), scalar.name());
-      metadata.emplace(path()[1], std::move(scalar.text));
     } else if (path().size() == 2) {
       KT_CHECK(path()[1] == "dtype", "{} has {} as its {}, wanted dtype, shape and data_offsets", tensor(),
                scalar.name(), quote(path()[1]));
@@ -131,23 +114,21 @@ class HeaderReader final : JsonEvents {
     const auto& offsets = *fields_.data_offsets;
     KT_CHECK(offsets.size() == 2, "{}: data_offsets holds {} numbers, wanted 2", tensor(), offsets.size());
     const auto begin = offsets[0], end = offsets[1];
-    KT_CHECK(begin <= end && end <= data_.size(),
+    KT_CHECK(begin <= end && end <= data_size_,
              "{}: data_offsets are [{}, {}], wanted an ordered pair within the {} bytes of data", tensor(),
-             begin, end, data_.size());
+             begin, end, data_size_);
     const auto bits = size_in_bits(type, shape);
     KT_CHECK(bits, "{}: shape {} of {} overflows 64 bits", tensor(), shape_text(shape), type.name);
     KT_CHECK(*bits % 8 == 0, "{}: shape {} of {} is {} bits, wanted whole bytes", tensor(), shape_text(shape),
              type.name, *bits);
     KT_CHECK(end - begin == *bits / 8, "{}: data_offsets [{}, {}] span {} bytes, but {} of {} takes {}",
              tensor(), begin, end, end - begin, shape_text(shape), type.name, *bits / 8);
-    const auto [at, inserted] = tensors.emplace(
-        path().front(), StoredTensor{&type, std::move(shape), data_.subspan(begin, end - begin)});
-    placed_.push_back({begin, end, &at->first});
+    rows_.push_back({path().front(), {&type, std::move(shape), data_offset_ + begin, end - begin}});
   }
 
   const StoredType& checked_type(std::string_view name) const {
-    const auto row = std::ranges::find(stored_types, name, &StoredType::name);
-    KT_CHECK(row != stored_types.end(), "{}: dtype {} is unknown", tensor(), quote(name));
+    const auto row = std::ranges::find(types, name, &StoredType::name);
+    KT_CHECK(row != types.end(), "{}: dtype {} is unknown", tensor(), quote(name));
     return *row;
   }
 
@@ -161,48 +142,61 @@ class HeaderReader final : JsonEvents {
 
   // The tensors must tile the data: no overlap, no hole, nothing left over.
   void check_coverage() {
-    std::ranges::sort(placed_, {}, [](const Placed& p) { return std::pair(p.begin, p.end); });
+    std::ranges::sort(rows_, {}, [](const Row& row) {
+      return std::pair(row.tensor.offset, row.tensor.offset + row.tensor.nbytes);
+    });
     std::uint64_t covered = 0;
     const std::string* last = nullptr;
-    for (const Placed& p : placed_) {
-      KT_CHECK(p.begin >= covered,
+    for (const auto& [name, tensor] : rows_) {
+      const std::uint64_t begin = tensor.offset - data_offset_;
+      KT_CHECK(begin >= covered,
                "{}: tensors {} and {} overlap: the first ends at {}, the second begins at {}", where(),
-               quote(*last), quote(*p.name), covered, p.begin);
-      KT_CHECK(p.begin == covered, "{}: tensor {} begins at {}, wanted {}: no tensor owns the bytes between",
-               where(), quote(*p.name), p.begin, covered);
-      covered = p.end;
-      last = p.name;
+               quote(*last), quote(name), covered, begin);
+      KT_CHECK(begin == covered, "{}: tensor {} begins at {}, wanted {}: no tensor owns the bytes between",
+               where(), quote(name), begin, covered);
+      covered = begin + tensor.nbytes;
+      last = &name;
     }
-    KT_CHECK(covered == data_.size(),
+    KT_CHECK(covered == data_size_,
              "{}: the tensors end at byte {} of {} bytes of data, wanted no bytes left", where(), covered,
-             data_.size());
+             data_size_);
   }
 
-  std::span<const std::byte> data_;
+  std::uint64_t data_offset_, data_size_;
   Fields fields_;
-  std::vector<Placed> placed_;
+  std::vector<Row> rows_;
 };
-
-std::string_view header_of(const std::string& file, std::span<const std::byte> bytes) {
-  KT_CHECK(bytes.size() >= length_bytes, "{}: {} bytes long, too short for a safetensors file", file,
-           bytes.size());
-  std::uint64_t length = 0;
-  std::memcpy(&length, bytes.data(), length_bytes);
-  KT_CHECK(length <= max_header, "{}: header length is {}, wanted at most {}", file, length, max_header);
-  KT_CHECK(length <= bytes.size() - length_bytes, "{}: header length is {}, but only {} bytes follow", file,
-           length, bytes.size() - length_bytes);
-  return {reinterpret_cast<const char*>(bytes.data()) + length_bytes, static_cast<std::size_t>(length)};
-}
 
 }  // namespace
 
-SafetensorsFile::SafetensorsFile(std::filesystem::path path) : path_(std::move(path)), map_(path_) {
-  const auto file = quote(path_.native());
-  const auto header = header_of(file, map_.bytes());
-  HeaderReader reader(file, map_.bytes().subspan(length_bytes + header.size()));
-  reader.read(header);
-  tensors_ = std::move(reader.tensors);
-  metadata_ = std::move(reader.metadata);
+std::span<const StoredType> stored_types() { return types; }
+
+std::optional<std::uint64_t> size_in_bits(const StoredType& type, std::span<const index_t> shape) {
+  auto bits = static_cast<std::uint64_t>(type.bits);
+  for (const index_t n : shape) {
+    if (__builtin_mul_overflow(bits, static_cast<std::uint64_t>(n), &bits)) return std::nullopt;
+  }
+  return bits;
+}
+
+SafetensorsHeader parse_safetensors_header(std::string_view json, std::uint64_t data_size,
+                                           const std::string& where) {
+  const std::uint64_t data_offset = length_bytes + json.size();
+  return {HeaderReader(where, data_offset, data_size).read(json), data_offset};
+}
+
+SafetensorsHeader read_safetensors_header(const OpenFile& file) {
+  const auto where = quote(file.path().native());
+  const std::uint64_t size = file.stamp().size;
+  KT_CHECK(size >= length_bytes, "{}: {} bytes long, too short for a safetensors file", where, size);
+  std::uint64_t length = 0;
+  file.read(0, std::as_writable_bytes(std::span(&length, 1)));
+  KT_CHECK(length <= max_header, "{}: header length is {}, wanted at most {}", where, length, max_header);
+  KT_CHECK(length <= size - length_bytes, "{}: header length is {}, but only {} bytes follow", where, length,
+           size - length_bytes);
+  std::string json(static_cast<std::size_t>(length), '\0');
+  file.read(length_bytes, std::as_writable_bytes(std::span(json)));
+  return parse_safetensors_header(json, size - length_bytes - length, where);
 }
 
 }  // namespace kt

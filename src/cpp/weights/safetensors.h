@@ -1,10 +1,9 @@
-// One safetensors file: mapped read-only, its header checked in full before any byte is handed out.
+// The header of a safetensors file: which tensors it holds and where, checked in full against the file.
 // Format: https://github.com/huggingface/safetensors#format
 #pragma once
 
 #include <cstddef>
-#include <filesystem>
-#include <map>
+#include <cstdint>
 #include <optional>
 #include <span>
 #include <string>
@@ -13,7 +12,7 @@
 
 #include "base/dtype.h"
 #include "base/view.h"
-#include "weights/mapped_file.h"
+#include "weights/data_file.h"
 
 namespace kt {
 
@@ -24,26 +23,34 @@ struct StoredType {
   std::optional<DType> dtype;  // the type we read it as, where we have one
 };
 
+// The element types of safetensors 0.8.
+std::span<const StoredType> stored_types();
+
+// nullopt when the elements' size in bits does not fit 64 bits.
+std::optional<std::uint64_t> size_in_bits(const StoredType& type, std::span<const index_t> shape);
+
+constexpr std::size_t max_rank = 64;  // the format has none; NumPy's is 64
+
 struct StoredTensor {
   const StoredType* type;
   std::vector<index_t> shape;
-  std::span<const std::byte> bytes;  // row-major; any alignment
+  std::uint64_t offset, nbytes;  // in the file; row-major; any alignment
 };
 
-class SafetensorsFile {
- public:
-  // Throws NotFoundError, IoError, or ValueError for a header that breaks a rule of the format.
-  explicit SafetensorsFile(std::filesystem::path path);
-
-  const std::filesystem::path& path() const { return path_; }
-  const std::map<std::string, StoredTensor, std::less<>>& tensors() const { return tensors_; }
-  const std::map<std::string, std::string>& metadata() const { return metadata_; }
-
- private:
-  std::filesystem::path path_;
-  MappedFile map_;
-  std::map<std::string, StoredTensor, std::less<>> tensors_;
-  std::map<std::string, std::string> metadata_;
+struct SafetensorsHeader {
+  struct Row {
+    std::string name;
+    StoredTensor tensor;
+  };
+  std::vector<Row> rows;        // in the order of their names
+  std::uint64_t data_offset{};  // in the file
 };
+
+// Throws IoError, or ValueError for a header that breaks a rule of the format.
+SafetensorsHeader read_safetensors_header(const OpenFile& file);
+
+// The same of the JSON text alone, with `data_size` bytes behind it. `where` opens every message.
+SafetensorsHeader parse_safetensors_header(std::string_view json, std::uint64_t data_size,
+                                           const std::string& where);
 
 }  // namespace kt

@@ -1,0 +1,117 @@
+#include "weights/data_file.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <string>
+#include <system_error>
+
+#include "base/error.h"
+#include "weights/text.h"
+
+namespace kt {
+namespace {
+
+std::string subject(const std::filesystem::path& path, std::string_view tensor = {}) {
+  const auto file = quote(path.native());
+  return tensor.empty() ? file : message("{}: tensor {}", file, quote(tensor));
+}
+
+[[noreturn]] void throw_errno(std::string_view what, std::string_view did, int error) {
+  const auto text = message("{}: {}: {}", what, did, std::system_category().message(error));
+  if (error == ENOENT || error == ENOTDIR) throw NotFoundError(text);
+  throw IoError(text);
+}
+
+FileStamp stamp_of(const struct stat& info) {
+  return {static_cast<std::uint64_t>(info.st_size),
+          std::int64_t{info.st_mtim.tv_sec} * 1'000'000'000 + info.st_mtim.tv_nsec, info.st_ino};
+}
+
+}  // namespace
+
+// O_NONBLOCK: opening a FIFO must not wait for a writer. It means nothing for a regular file.
+OpenFile::OpenFile(std::filesystem::path path)
+    : path_(std::move(path)), descriptor_(::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
+  if (descriptor_ < 0) {
+    const int error = errno;
+    throw_errno(subject(path_), "cannot open", error);
+  }
+  struct stat info{};
+  const int error = ::fstat(descriptor_, &info) == 0 ? 0 : errno;
+  if (error != 0 || !S_ISREG(info.st_mode)) {
+    ::close(descriptor_);
+    if (error != 0) throw_errno(subject(path_), "cannot stat", error);
+    throw ValueError(message("{}: not a regular file", subject(path_)));
+  }
+  stamp_ = stamp_of(info);
+}
+
+OpenFile::~OpenFile() { ::close(descriptor_); }
+
+void OpenFile::read(std::uint64_t offset, std::span<std::byte> to, std::string_view tensor) const {
+  const std::uint64_t end = offset + to.size();
+  while (!to.empty()) {
+    const ssize_t got = ::pread(descriptor_, to.data(), to.size(), static_cast<off_t>(offset));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) {
+      const int error = errno;
+      throw_errno(subject(path_, tensor), message("cannot read {} bytes at {}", to.size(), offset), error);
+    }
+    KT_CHECK(got > 0, "{}: the file was shortened: it ends at byte {}, wanted {}", subject(path_, tensor),
+             offset, end);
+    offset += static_cast<std::uint64_t>(got);
+    to = to.subspan(static_cast<std::size_t>(got));
+  }
+}
+
+DataFile::~DataFile() {
+  if (!mapped_.empty()) ::munmap(const_cast<std::byte*>(mapped_.data()), mapped_.size());
+}
+
+std::shared_ptr<const OpenFile> DataFile::open(std::string_view tensor) const {
+  auto opened = std::make_shared<const OpenFile>(path_);
+  const auto same = [&](std::string_view what, auto found, auto wanted) {
+    KT_CHECK(found == wanted, "{}: the file has changed since its header was read: its {} is {}, wanted {}",
+             subject(path_, tensor), what, found, wanted);
+  };
+  const FileStamp& found = opened->stamp();
+  same("size", found.size, stamp_.size);
+  same("inode", found.inode, stamp_.inode);
+  same("time of modification in nanoseconds", found.mtime_ns, stamp_.mtime_ns);
+  return opened;
+}
+
+std::span<const std::byte> DataFile::map(std::string_view tensor) const {
+  const std::lock_guard lock(mapping_);
+  if (mapped_.empty() && stamp_.size > 0) {  // mmap refuses an empty range
+    const auto opened = open(tensor);
+    const auto size = static_cast<std::size_t>(stamp_.size);
+    void* data = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, opened->descriptor(), 0);
+    if (data == MAP_FAILED) {
+      const int error = errno;
+      throw_errno(subject(path_, tensor), "cannot map the file", error);
+    }
+    mapped_ = {static_cast<const std::byte*>(data), size};
+  }
+  return mapped_;
+}
+
+std::shared_ptr<const OpenFile> OpenFiles::open(const DataFile& file, std::string_view tensor) {
+  const std::lock_guard lock(mutex_);
+  auto use = std::ranges::find(uses_, &file, &Use::file);
+  if (use == uses_.end()) {
+    auto opened = file.open(tensor);
+    if (uses_.size() == most) uses_.pop_back();
+    uses_.push_back({&file, std::move(opened)});
+    use = uses_.end() - 1;
+  }
+  std::rotate(uses_.begin(), use, use + 1);
+  return uses_.front().opened;
+}
+
+}  // namespace kt

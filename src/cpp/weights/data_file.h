@@ -1,0 +1,92 @@
+// Regular files that are read in parts over a long time: what a file was when its header was read is
+// remembered, and a file that is another by now is refused, never read as if it were the same.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace kt {
+
+// Tells versions of a file apart.
+struct FileStamp {
+  std::uint64_t size = 0;
+  std::int64_t mtime_ns = 0;
+  std::uint64_t inode = 0;
+
+  bool operator==(const FileStamp&) const = default;
+};
+
+// An open file. `tensor` is whom a call serves, named in messages.
+class OpenFile {
+ public:
+  // Throws NotFoundError, IoError, or ValueError for a directory, a FIFO, a device.
+  explicit OpenFile(std::filesystem::path path);
+  ~OpenFile();
+  OpenFile(const OpenFile&) = delete;
+  OpenFile& operator=(const OpenFile&) = delete;
+
+  const std::filesystem::path& path() const { return path_; }
+  int descriptor() const { return descriptor_; }
+  const FileStamp& stamp() const { return stamp_; }  // when it was opened
+
+  // Fills `to` from `offset`. Throws ValueError where the file ends too early, IoError. Several threads may
+  // read at once.
+  void read(std::uint64_t offset, std::span<std::byte> to, std::string_view tensor = {}) const;
+
+ private:
+  std::filesystem::path path_;
+  int descriptor_;
+  FileStamp stamp_;
+};
+
+// A file by its name, as it was once found. Opened only to be read.
+class DataFile {
+ public:
+  DataFile(std::filesystem::path path, const FileStamp& stamp) : path_(std::move(path)), stamp_(stamp) {}
+  ~DataFile();
+  DataFile(const DataFile&) = delete;
+  DataFile& operator=(const DataFile&) = delete;
+
+  const std::filesystem::path& path() const { return path_; }
+  const FileStamp& stamp() const { return stamp_; }
+
+  // Throws as OpenFile does, and ValueError if it is another file now.
+  std::shared_ptr<const OpenFile> open(std::string_view tensor) const;
+
+  // The whole file, mapped read-only by the first call. As with any mapping, a file that is shortened in
+  // place afterwards raises SIGBUS at the next touch.
+  std::span<const std::byte> map(std::string_view tensor) const;
+
+ private:
+  std::filesystem::path path_;
+  FileStamp stamp_;
+  mutable std::mutex mapping_;
+  mutable std::span<const std::byte> mapped_;
+};
+
+// The files being read at a time: opening one for each read would cost more than a small read, and a large
+// model has more files than a process may have open.
+class OpenFiles {
+ public:
+  // Stays open as long as the caller holds it, whatever else is opened meanwhile.
+  std::shared_ptr<const OpenFile> open(const DataFile& file, std::string_view tensor);
+
+ private:
+  static constexpr std::size_t most = 16;  // a layer's tensors lie in a few files
+
+  struct Use {
+    const DataFile* file;
+    std::shared_ptr<const OpenFile> opened;
+  };
+  std::mutex mutex_;
+  std::vector<Use> uses_;  // the latest first
+};
+
+}  // namespace kt
