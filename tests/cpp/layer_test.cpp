@@ -114,13 +114,18 @@ class Layer {
         for (index_t row = 0; row < w.rows; ++row)
           for (index_t group = 0; group < groups; ++group) {
             const index_t first = group * w.group(), scale = row / w.type.scale_rows * groups + group;
-            const CodedRows source{
-                1, static_cast<int>(std::min(w.group(), w.cols - first)),
-                reinterpret_cast<const std::uint8_t*>(w.codes) + row * w.code_bytes(w.cols) + w.code_bytes(first),
-                0, w.type.scale == ScaleType::f32 ? kScaleF32 : w.type.scale == ScaleType::bf16 ? kScaleBF16 : kScaleE8M0,
-                w.scales + scale * size_of(w.type.scale), 0,
-                w.zeros ? reinterpret_cast<const std::uint8_t*>(w.zeros) + scale : nullptr,
-                static_cast<int>(w.group())};
+            const CodedRows source{1,
+                                   static_cast<int>(std::min(w.group(), w.cols - first)),
+                                   reinterpret_cast<const std::uint8_t*>(w.codes) +
+                                       row * w.code_bytes(w.cols) + w.code_bytes(first),
+                                   0,
+                                   w.type.scale == ScaleType::f32    ? kScaleF32
+                                   : w.type.scale == ScaleType::bf16 ? kScaleBF16
+                                                                     : kScaleE8M0,
+                                   w.scales + scale * size_of(w.type.scale),
+                                   0,
+                                   w.zeros ? reinterpret_cast<const std::uint8_t*>(w.zeros) + scale : nullptr,
+                                   static_cast<int>(w.group())};
             (w.type.format == Format::int8   ? decode.from_int8
              : w.type.format == Format::int4 ? decode.from_int4
              : w.type.format == Format::fp8  ? decode.from_fp8
@@ -168,7 +173,8 @@ class Layer {
       if (w.type.format == Format::bf16) {
         w.codes = static_cast<const std::byte*>(numbers(w.rows * w.cols, size, DType::bf16));
       } else {
-        w.codes = fill(w.codes_bytes(), [&] { return byte(random_) & (w.type.format == Format::fp8 ? 0xbb : 0xff); });
+        w.codes = fill(w.codes_bytes(),
+                       [&] { return byte(random_) & (w.type.format == Format::fp8 ? 0xbb : 0xff); });
         if (w.type.zero_points) w.zeros = fill(w.zeros_bytes(), [&] { return zero(random_); });
         w.scales = scales(w, size);
       }
@@ -281,7 +287,8 @@ TEST_CASE("the same bits for any number of threads, close to the scalar set") {
     }
 }
 
-TEST_CASE("quantised weights: the bits of any number of threads, close to the scalar set and to bf16 weights") {
+TEST_CASE(
+    "quantised weights: the bits of any number of threads, close to the scalar set and to bf16 weights") {
   for (const WeightType& type : {kInt8, kInt4, kInt4Zeros, kFp8, kMxfp4}) {
     CAPTURE(std::string(name_of(type.format)));
     for (const Shape& shape : kShapes) {

@@ -45,8 +45,8 @@ void decode_run(DecodeCodes* kernel, const Weight& w, Range rows, Range cols, bf
 MatView codes_of(const WeightBlock& block) {
   const auto& [w, rows, cols] = block;
   const index_t row_bytes = w->code_bytes(w->cols), first = w->code_bytes(cols.begin);
-  return {w->codes + rows.begin * row_bytes + first, DType::u8, rows.size(),
-          w->code_bytes(cols.end) - first, row_bytes};
+  return {w->codes + rows.begin * row_bytes + first, DType::u8, rows.size(), w->code_bytes(cols.end) - first,
+          row_bytes};
 }
 
 void decode(const KernelSet& kernels, const WeightBlock& block, bf16_t* to, index_t stride) {

@@ -194,12 +194,12 @@ void multiply_few(const KernelSet& kernels, Rows x, Rows w, float* c, index_t st
 
 namespace {
 
-// Calls body(rows, the block's rows in bf16) for all rows, so many decoded at a time as stay in the L2 cache.
+// Calls body(rows, the block's rows in bf16), `each` rows decoded at a time.
 template <class Body>
-void for_decoded(const KernelSet& kernels, const WeightBlock& w, Arena& scratch, const Body& body) {
-  constexpr index_t kDecodedBytes = 64 << 10;
-  const index_t n = w.rows.size(), row_bytes = 2 * w.cols.size();
-  const index_t each = w.is_bf16() ? n : std::clamp(kDecodedBytes / row_bytes, index_t{1}, n);
+void for_decoded(const KernelSet& kernels, const WeightBlock& w, index_t each, Arena& scratch,
+                 const Body& body) {
+  const index_t n = w.rows.size();
+  if (w.is_bf16()) each = n;
   for (index_t i = 0; i < n; i += each) {
     const Arena::Frame frame(scratch);
     const Range rows{i, std::min(n, i + each)};
@@ -211,18 +211,19 @@ void for_decoded(const KernelSet& kernels, const WeightBlock& w, Arena& scratch,
 
 void multiply_few_transposed(const KernelSet& kernels, Rows x, const WeightBlock& w, float* c, index_t stride,
                              bool accumulate, Arena& scratch) {
-  for_decoded(kernels, w, scratch, [&](Range rows, Rows decoded) {
+  constexpr index_t kDecodedBytes = 64 << 10;  // stay in the second cache level
+  const index_t each = std::max(index_t{1}, kDecodedBytes / (2 * w.cols.size()));
+  for_decoded(kernels, w, each, scratch, [&](Range rows, Rows decoded) {
     multiply_few_transposed(kernels, x, decoded, c + rows.begin, stride, accumulate, scratch);
   });
 }
 
 void multiply_few(const KernelSet& kernels, Rows x, const WeightBlock& w, float* c, index_t stride,
                   bool accumulate, Arena& scratch) {
-  const index_t n = x.matrix.rows;
-  for_decoded(kernels, w, scratch, [&](Range rows, Rows decoded) {
+  constexpr index_t kDecodedRows = 64;  // a number of its own: the order of additions hangs on it
+  for_decoded(kernels, w, kDecodedRows, scratch, [&](Range rows, Rows decoded) {
     Rows part = x;
     part.matrix.data = x.matrix.at(0, rows.begin);
-    part.matrix.rows = n;
     part.matrix.cols = rows.size();
     multiply_few(kernels, part, decoded, c, stride, accumulate || rows.begin > 0, scratch);
   });

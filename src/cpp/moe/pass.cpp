@@ -25,9 +25,8 @@ Pass::Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& in
       activation_(kernels_of(kernels(), experts.activation)),
       routing_(route(inputs.topk_ids, experts.num_experts)) {
   if (experts.fetch)
-    tasks_.add(std::ssize(routing_.experts), [this](index_t i, Arena&) {
-      experts_.fetch(routing_.experts[static_cast<std::size_t>(i)]);
-    });
+    tasks_.add(std::ssize(routing_.experts),
+               [this](index_t i, Arena&) { experts_.fetch(routing_.experts[static_cast<std::size_t>(i)]); });
   for (const int e : routing_.experts) {
     const index_t count = routing_.count(e), blocks = ceil_div(count, kBlockRows);
     const index_t each = round_up(ceil_div(count, blocks), kernels().gemm.nr);

@@ -9,7 +9,8 @@ Experts::Experts(std::shared_ptr<Runtime> runtime, const LayerPlan& plan, Activa
     : runtime_(std::move(runtime)),
       plan_(plan),
       placed_(std::move(placed)),
-      weights_{plan.num_experts, plan.hidden, plan.intermediate, activation, placed_.weights, placed_.fetch} {}
+      weights_{plan.num_experts, plan.hidden, plan.intermediate, activation, placed_.weights, placed_.fetch} {
+}
 
 void Experts::dequantize(Projection p, bf16_t* into) const {
   Runtime::Lease lease(*runtime_);

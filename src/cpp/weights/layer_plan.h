@@ -1,5 +1,5 @@
-// How the matrices of a layer lie in one piece of memory: expert by expert, each part of each matrix on a cache
-// line. What a packed file holds behind its header.
+// How the matrices of a layer lie in one piece of memory: expert by expert, each part of each matrix on a
+// cache line. What a packed file holds behind its header.
 #pragma once
 
 #include <array>

@@ -4,8 +4,8 @@
 #include <unistd.h>
 
 #include <atomic>
-#include <cstring>
 #include <cstdint>
+#include <cstring>
 #include <thread>
 #include <utility>
 
@@ -28,8 +28,8 @@ std::size_t task_of(int expert, Projection p) {
 }
 
 // `nbytes` is what is reported in the end.
-void fill_all(Runtime& runtime, const LayerPlan& plan, std::byte* memory, std::size_t nbytes, const Fill& fill,
-              const Report& report) {
+void fill_all(Runtime& runtime, const LayerPlan& plan, std::byte* memory, std::size_t nbytes,
+              const Fill& fill, const Report& report) {
   const auto tasks = static_cast<std::size_t>(plan.num_experts) * projections.size();
   std::atomic<std::size_t> done{0};
   std::size_t reported = 0;  // the caller's alone
@@ -64,7 +64,8 @@ Placed place(const LayerPlan& plan, std::byte* memory, std::shared_ptr<const voi
 void read_ahead(const std::byte* bytes, index_t count) {
   static const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
   const auto begin = reinterpret_cast<std::uintptr_t>(bytes), first = begin / page * page;
-  ::madvise(reinterpret_cast<void*>(first), begin + static_cast<std::uintptr_t>(count) - first, MADV_WILLNEED);
+  ::madvise(reinterpret_cast<void*>(first), begin + static_cast<std::uintptr_t>(count) - first,
+            MADV_WILLNEED);
 }
 
 void page_in(Placed& placed) {
@@ -109,6 +110,14 @@ QuantError convert(const KernelSet& kernels, const MatView& from, const MutableW
   return keep ? QuantError{} : quantize(kernels, view(rows, DType::bf16, from.rows, from.cols), into);
 }
 
+// Another number when a file of the checkpoint has changed; a faithful copy of the directory has the same.
+std::uint64_t fingerprint(const Checkpoint& checkpoint) {
+  std::string text;
+  for (const DataFile& file : checkpoint.files())
+    text += message("{} {} {}\n", file.path().filename().native(), file.stamp().size, file.stamp().mtime_ns);
+  return checksum(std::as_bytes(std::span(text)));
+}
+
 // Errors of all experts, added in order.
 std::array<QuantError, 3> sum_errors(const std::vector<QuantError>& each) {
   std::array<QuantError, 3> sums{};
@@ -139,7 +148,8 @@ class CheckpointLayer {
 
   std::shared_ptr<Experts> load() {
     KT_CHECK(!options_.paged || !options_.cache_dir,
-             "paged leaves the weights in the checkpoint's files, cache_dir puts them into packed ones: wanted one "
+             "paged leaves the weights in the checkpoint's files, cache_dir puts them into packed ones: "
+             "wanted one "
              "of them");
     Placed placed = options_.paged ? mapped() : options_.cache_dir ? packed() : in_memory();
     return std::make_shared<Experts>(runtime_, plan_, options_.activation, std::move(placed));
@@ -159,8 +169,8 @@ class CheckpointLayer {
   }
 
   Placed mapped() {
-    KT_CHECK(!convert_, "format is \"{}\", paged needs the one in the files: \"{}\"", name_of(*options_.format),
-             name_of(info_.types.front().format));
+    KT_CHECK(!convert_, "format is \"{}\", paged needs the one in the files: \"{}\"",
+             name_of(*options_.format), name_of(info_.types.front().format));
     Placed placed;
     placed.memory = index_;
     for (int e = 0; e < plan_.num_experts; ++e)
@@ -170,11 +180,12 @@ class CheckpointLayer {
   }
 
   Placed packed() {
-    PackedLayer wanted{plan_, index_->checkpoint().fingerprint(), quantizes(), {}};
+    PackedLayer wanted{plan_, fingerprint(index_->checkpoint()), quantizes(), {}};
     const fs::path path = packed_path();
     std::string why;
     auto file = PackedFile::open(path, wanted, why);
-    if (!why.empty() && options_.warn) options_.warn(message("{}: ignored and made again: {}", quote(path.native()), why));
+    if (!why.empty() && options_.warn)
+      options_.warn(message("{}: ignored and made again: {}", quote(path.native()), why));
     if (file != nullptr && report_) report_(info_.nbytes);
     if (file == nullptr) {
       PackedWriter writer(path, plan_);
@@ -184,7 +195,8 @@ class CheckpointLayer {
         writer.commit(wanted, *runtime_);
         file = PackedFile::open(path, wanted, why);
       }
-      if (file == nullptr) throw IoError(message("{}: cannot be read after it was written: {}", quote(path.native()), why));
+      if (file == nullptr)
+        throw IoError(message("{}: cannot be read after it was written: {}", quote(path.native()), why));
     }
     Placed placed = place(plan_, const_cast<std::byte*>(file->weights()), file);
     placed.quantized = file->layer().quantized;
@@ -197,24 +209,26 @@ class CheckpointLayer {
   fs::path packed_path() const {
     const fs::path from = fs::weakly_canonical(index_->checkpoint().path());
     const std::string& text = from.native();
-    return *options_.cache_dir / message("{}-{}", from.filename().native(), checksum(std::as_bytes(std::span(text)))) /
+    return *options_.cache_dir /
+           message("{}-{}", from.filename().native(), checksum(std::as_bytes(std::span(text)))) /
            message("layer-{}.{}.ktmoe", layer_, name_of(plan_.types.front().format));
   }
 
   std::array<QuantError, 3> fill(std::byte* memory) {
     std::vector<QuantError> errors(static_cast<std::size_t>(plan_.num_experts) * projections.size());
-    fill_all(*runtime_, plan_, memory, info_.nbytes,
-             [&](int expert, Projection p, const MutableWeight& into, const KernelSet& kernels, Arena& scratch) {
-               MutableWeight stored = into;
-               stored.type = info_.types[index_of(p)];
-               if (stored.type == into.type) return index_->read(layer_, expert, p, into, kernels, scratch);
-               stored = in_scratch(stored, scratch);
-               index_->read(layer_, expert, p, stored, kernels, scratch);
-               const Weight w = frozen(stored);
-               const MatView decoded = in_bf16(kernels, whole(w), scratch);
-               errors[task_of(expert, p)] = convert(kernels, decoded, into, scratch);
-             },
-             report_);
+    fill_all(
+        *runtime_, plan_, memory, info_.nbytes,
+        [&](int expert, Projection p, const MutableWeight& into, const KernelSet& kernels, Arena& scratch) {
+          MutableWeight stored = into;
+          stored.type = info_.types[index_of(p)];
+          if (stored.type == into.type) return index_->read(layer_, expert, p, into, kernels, scratch);
+          stored = in_scratch(stored, scratch);
+          index_->read(layer_, expert, p, stored, kernels, scratch);
+          const Weight w = frozen(stored);
+          const MatView decoded = in_bf16(kernels, whole(w), scratch);
+          errors[task_of(expert, p)] = convert(kernels, decoded, into, scratch);
+        },
+        report_);
     return sum_errors(errors);
   }
 
@@ -235,15 +249,16 @@ std::shared_ptr<Experts> experts_from_matrices(std::shared_ptr<Runtime> runtime,
   const auto memory = std::make_shared<Buffer>(static_cast<std::size_t>(plan.bytes()));
   auto* bytes = static_cast<std::byte*>(memory->data());
   std::vector<QuantError> errors(static_cast<std::size_t>(plan.num_experts) * projections.size());
-  fill_all(*runtime, plan, bytes, 0,
-           [&](int expert, Projection p, const MutableWeight& into, const KernelSet& kernels, Arena& scratch) {
-             try {
-               errors[task_of(expert, p)] = convert(kernels, matrices(expert, p), into, scratch);
-             } catch (const ValueError& error) {
-               throw ValueError(message("{}: expert {}: {}", name_of(p), expert, error.what()));
-             }
-           },
-           {});
+  fill_all(
+      *runtime, plan, bytes, 0,
+      [&](int expert, Projection p, const MutableWeight& into, const KernelSet& kernels, Arena& scratch) {
+        try {
+          errors[task_of(expert, p)] = convert(kernels, matrices(expert, p), into, scratch);
+        } catch (const ValueError& error) {
+          throw ValueError(message("{}: expert {}: {}", name_of(p), expert, error.what()));
+        }
+      },
+      {});
   Placed placed = place(plan, bytes, memory);
   placed.quantized = plan.types.front().format != Format::bf16;
   placed.errors = sum_errors(errors);

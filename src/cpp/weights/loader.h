@@ -1,5 +1,5 @@
-// Brings the experts of a layer to where they are computed from: into memory, quantised on the way where that is
-// wanted, into a packed file, or nowhere, if the checkpoint's own bytes will do.
+// Brings the experts of a layer to where they are computed from: into memory, quantised on the way where that
+// is wanted, into a packed file, or nowhere, if the checkpoint's own bytes will do.
 #pragma once
 
 #include <filesystem>
@@ -27,11 +27,12 @@ struct LoadOptions {
   std::optional<Format> format;  // none: as the checkpoint stores them
   // Where packed layers are kept: one that fits is mapped, else it is made first.
   std::optional<std::filesystem::path> cache_dir;
-  bool paged = false;  // stay in the checkpoint's files
+  bool paged = false;                                 // stay in the checkpoint's files
   std::function<void(const std::string& text)> warn;  // called on the caller's thread; may be empty
 };
 
-// Throws what reading the checkpoint throws; ValueError for `paged` with a layout that is not the one in memory.
+// Throws what reading the checkpoint throws; ValueError for `paged` with a layout that is not the one in
+// memory.
 std::shared_ptr<Experts> experts_from_checkpoint(std::shared_ptr<Runtime> runtime,
                                                  std::shared_ptr<const ExpertIndex> index, int layer,
                                                  const LoadOptions& options, const Report& report);

@@ -156,7 +156,9 @@ bool PackedFile::verify(Runtime& runtime) const {
 }
 
 PackedWriter::PackedWriter(fs::path path, const LayerPlan& plan)
-    : path_(std::move(path)), temporary_(path_), bytes_(kHeaderBytes + static_cast<std::size_t>(plan.bytes())) {
+    : path_(std::move(path)),
+      temporary_(path_),
+      bytes_(kHeaderBytes + static_cast<std::size_t>(plan.bytes())) {
   temporary_ += ".part";
   std::error_code error;
   fs::create_directories(path_.parent_path(), error);
@@ -168,7 +170,8 @@ PackedWriter::PackedWriter(fs::path path, const LayerPlan& plan)
     if (fd_ < 0) throw_errno(temporary_, "cannot write", errno);
     while (::flock(fd_, LOCK_EX) != 0 && errno == EINTR) continue;  // some file systems have no locks
     struct stat mine{}, named{};
-    if (::fstat(fd_, &mine) == 0 && ::stat(temporary_.c_str(), &named) == 0 && mine.st_ino == named.st_ino) break;
+    if (::fstat(fd_, &mine) == 0 && ::stat(temporary_.c_str(), &named) == 0 && mine.st_ino == named.st_ino)
+      break;
     ::close(fd_);
   }
   // Space for all of it now: a full disk would be a signal when the mapping is written.

@@ -25,8 +25,8 @@ struct PackedLayer {
 
 class PackedFile {
  public:
-  // The layer in `path` as `wanted` describes it. Empty, with the reason in `why`, for a file that is damaged or
-  // holds something else; with none, if there is no file.
+  // The layer in `path` as `wanted` describes it. Empty, with the reason in `why`, for a file that is damaged
+  // or holds something else; with none, if there is no file.
   static std::shared_ptr<const PackedFile> open(const std::filesystem::path& path, const PackedLayer& wanted,
                                                 std::string& why);
   ~PackedFile();
