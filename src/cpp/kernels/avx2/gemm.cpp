@@ -77,7 +77,7 @@ const KernelSet table = {
              peak, false},
     .few = {FEW_ROWS, FEW_ROWS / 2, few_times_transposed, few_times},
     .epilogue = {transpose, sum_scaled, round_scaled, {silu_forward, silu_backward}},
-    .decode = {.from_f32 = from_f32, .from_f16 = from_f16},
+    .decode = {from_f32, from_f16, from_int8, from_int4, from_fp8, from_mxfp4},
 };
 
 }  // namespace kt::avx2

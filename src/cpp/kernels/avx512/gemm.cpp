@@ -28,7 +28,7 @@ const KernelSet table = {
              multiply_registers<Step>, Step::kInPlace},
     .few = {kFewRows, kFewRows, few_times_transposed, few_times},
     .epilogue = {transpose, sum_scaled, round_scaled, {silu_forward, silu_backward}},
-    .decode = {.from_f32 = from_f32, .from_f16 = from_f16},
+    .decode = {from_f32, from_f16, from_int8, from_int4, from_fp8, from_mxfp4},
 };
 
 }  // namespace kt::avx512
