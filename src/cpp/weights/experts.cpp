@@ -52,10 +52,20 @@ Experts::Experts(std::shared_ptr<Runtime> runtime, int num_experts, index_t hidd
 
 std::shared_ptr<Experts> Experts::from_index(std::shared_ptr<Runtime> runtime, const ExpertIndex& index,
                                              int layer, Activation activation) {
-  const LayerInfo info = index.layer(layer);
+  const auto source = index.open(layer);
+  const LayerInfo& info = source->info();
+  KT_CHECK(info.types[0].format == Format::bf16, "layer {} is {} {}, wanted BF16, F16 or F32", layer,
+           info.stored_type, info.layout);
+  const DecodeKernels decode = Runtime::Lease(*runtime).kernels().decode;
   return std::make_shared<Experts>(std::move(runtime), info.num_experts, info.hidden_size,
-                                   info.intermediate_size, activation,
-                                   [&](int expert, Projection p) { return index.expert(layer, expert, p); });
+                                   info.intermediate_size, activation, [&](int expert, Projection p) {
+                                     thread_local Arena memory;
+                                     memory.reset();
+                                     MutableWeight into = info.matrix(p);
+                                     into.codes = memory.take<std::byte>(into.codes_bytes());
+                                     source->read(expert, p, into, memory, decode);
+                                     return view(into.codes, DType::bf16, into.rows, into.cols);
+                                   });
 }
 
 }  // namespace kt
