@@ -100,7 +100,12 @@ def test_quantised_when_loaded(checkpoint: Path, format: str) -> None:
 
 def test_progress_adds_up_to_the_bytes_of_the_layer(checkpoint: Path, tmp_path: Path) -> None:
     nbytes = kt_moe.Checkpoint(checkpoint).layer(0).nbytes
-    for options in ({}, {"format": "int4"}, {"cache_dir": tmp_path / "cache"}, {"cache_dir": tmp_path / "cache"}):
+    for options in (
+        {},
+        {"format": "int4"},
+        {"cache_dir": tmp_path / "cache"},
+        {"cache_dir": tmp_path / "cache"},
+    ):
         seen: list[int] = []
         kt_moe.Experts.from_checkpoint(checkpoint, 0, progress=seen.append, **options)
         assert sum(seen) == nbytes
