@@ -9,87 +9,11 @@
 #include <vector>
 
 #include "base/error.h"
+#include "weights/grids.h"
 
 namespace kt {
 
 namespace {
-
-// To a whole number, ties to even. Where |x| is 2^22 or more the result is only as large as that.
-float round_even(float x) {
-  constexpr float kWhole = 0x1.8p23f;
-  return (x + kWhole) - kWhole;
-}
-
-// What codes stand for before they are scaled. nearest(x): the closest number there is, ties to even;
-// code(x): the code of it. unit(peak): the scale that brings the largest weight to the end of the numbers;
-// factors: how much of that scale is tried, because a finer grid may be worth a few weights out of range.
-
-template <int N>
-struct Integers {  // -N to N - 1; the longer side is for the peak, whatever its sign
-  static float nearest(float x) { return std::min(std::max(round_even(x), -float{N}), float{N - 1}); }
-  static float unit(float peak) { return peak / -float{N}; }
-};
-
-struct Int8 : Integers<128> {
-  static constexpr auto decode = &DecodeKernels::from_int8;
-  static constexpr std::array factors = {1.0f, 0.97f, 0.94f, 0.91f};
-  static std::uint8_t code(float x) { return static_cast<std::uint8_t>(static_cast<int>(nearest(x))); }
-};
-
-struct Int4 : Integers<8> {
-  static constexpr auto decode = &DecodeKernels::from_int4;
-  static constexpr std::array factors = {0.98f, 0.94f, 1.02f,
-                                         1.12f, 0.92f, 0.96f};  // best six for normal weights
-  static std::uint8_t code(float x) { return static_cast<std::uint8_t>(static_cast<int>(nearest(x)) + 8); }
-};
-
-// Sign, exponent and mantissa. In integers, whose comparisons are vectors.
-template <int MantissaBits, int LeastExponent>
-struct SmallFloat {
-  static constexpr int kShift = 23 - MantissaBits, kSign = std::numeric_limits<std::int32_t>::min();
-  static constexpr std::int32_t kLeastNormal = (127 + LeastExponent) << 23;
-  static constexpr std::int32_t kBeforeNormal = kLeastNormal - (1 << 23);
-
-  // Of the float with these bits, which is not negative; as bits again.
-  static std::int32_t nearest_bits(std::int32_t bits) {
-    constexpr float kStep = std::bit_cast<float>(kLeastNormal) / (1 << MantissaBits);  // of denormals
-    const float denormal = round_even(std::bit_cast<float>(bits) / kStep) * kStep;
-    const std::int32_t normal = (bits + (1 << (kShift - 1)) - 1 + (bits >> kShift & 1)) & -(1 << kShift);
-    return bits < kLeastNormal ? std::bit_cast<std::int32_t>(denormal) : normal;
-  }
-  static float nearest(float x, float largest) {
-    const auto bits = std::bit_cast<std::int32_t>(x);
-    const std::int32_t magnitude = std::min(bits & ~kSign, std::bit_cast<std::int32_t>(largest));
-    return std::bit_cast<float>(nearest_bits(magnitude) | (bits & kSign));
-  }
-  // Of a number that there is; its sign aside.
-  static std::int32_t code_of(float number) {
-    constexpr float kSteps = (1 << MantissaBits) / std::bit_cast<float>(kLeastNormal);
-    const std::int32_t bits = std::bit_cast<std::int32_t>(number) & ~kSign;
-    const auto denormal =
-        static_cast<std::int32_t>(std::bit_cast<float>(std::min(bits, kLeastNormal)) * kSteps);
-    return bits < kLeastNormal ? denormal : (bits - kBeforeNormal) >> kShift;
-  }
-};
-
-struct E2M1 : SmallFloat<1, 0> {
-  static constexpr auto decode = &DecodeKernels::from_mxfp4;
-  static constexpr std::array factors = {1.0f, 2.0f};
-  static float unit(float peak) { return std::ldexp(1.0f, std::ilogb(peak) - 2); }
-  static float nearest(float x) { return SmallFloat::nearest(x, 6); }
-  static std::uint8_t code(float x) {
-    return static_cast<std::uint8_t>(code_of(nearest(x)) | (std::bit_cast<std::int32_t>(x) >> 28 & 8));
-  }
-};
-
-struct E4M3 : SmallFloat<3, -6> {
-  static constexpr auto decode = &DecodeKernels::from_fp8;
-  static constexpr float kLargest = 448;
-  static std::uint8_t code(float x) {
-    return static_cast<std::uint8_t>(code_of(nearest(x, kLargest)) |
-                                     (std::bit_cast<std::int32_t>(x) >> 24 & 0x80));
-  }
-};
 
 // The rows of the source, each widened when it is asked for.
 class Rows {
@@ -213,14 +137,14 @@ class Scales {
     for (index_t i = row; i < end; ++i) look_at(rows_(i));
     for (index_t g = 0; g < std::ssize(scales_); ++g) {
       float& scale = scales_[static_cast<std::size_t>(g)];
-      if constexpr (kByPeak) scale /= E4M3::kLargest;
+      if constexpr (kByPeak) scale /= grids::E4M3::kLargest;
       if (scale == 0) scale = 1;
       store_scale(into_, place(row, g), scale);
     }
   }
 
  private:
-  static constexpr bool kByPeak = std::is_same_v<Grid, E4M3>;  // its numbers are as fine at any scale
+  static constexpr bool kByPeak = std::is_same_v<Grid, grids::E4M3>;  // its numbers are as fine at any scale
 
   void look_at(const float* weights) {
     for (index_t begin = 0, g = 0; begin < into_.cols; begin += into_.group(), ++g) {
@@ -271,7 +195,7 @@ constexpr ScaleKind kind_of(ScaleType type) {
 
 template <class Grid>
 QuantError quantize_as(const KernelSet& kernels, const MatView& source, const MutableWeight& into) {
-  constexpr bool kPairs = std::is_same_v<Grid, Int4> || std::is_same_v<Grid, E2M1>;
+  constexpr bool kPairs = std::is_same_v<Grid, grids::Int4> || std::is_same_v<Grid, grids::E2M1>;
   const index_t cols = into.cols, group = into.group(), row_bytes = into.code_bytes(cols);
   Rows rows(source);
   Scales<Grid> scales(into, rows);
@@ -337,10 +261,10 @@ QuantError quantize(const KernelSet& kernels, const MatView& source, const Mutab
            into.type.scale_rows, into.type.scale_cols);
   switch (into.type.format) {
     case Format::bf16: break;
-    case Format::int8: return quantize_as<Int8>(kernels, source, into);
-    case Format::int4: return quantize_as<Int4>(kernels, source, into);
-    case Format::fp8: return quantize_as<E4M3>(kernels, source, into);
-    case Format::mxfp4: return quantize_as<E2M1>(kernels, source, into);
+    case Format::int8: return quantize_as<grids::Int8>(kernels, source, into);
+    case Format::int4: return quantize_as<grids::Int4>(kernels, source, into);
+    case Format::fp8: return quantize_as<grids::E4M3>(kernels, source, into);
+    case Format::mxfp4: return quantize_as<grids::E2M1>(kernels, source, into);
   }
   return {};
 }
