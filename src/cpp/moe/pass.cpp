@@ -140,10 +140,10 @@ void Pass::gate_up(Block block, Range slice, Range next, const ForwardInput& in,
 Pass::ForwardWeights Pass::forward_weights(Projection p, Block block, Range slice, Range next,
                                            Arena& scratch) const {
   const LoraPair& lora = inputs_.of(p);
-  const bf16_t* bias = experts_.bias(p, block.expert);
-  ForwardWeights w{
-      weight_rows(p, block.expert, slice),         {}, bias == nullptr ? nullptr : bias + slice.begin, {}, {},
-      codes_of(weight_rows(p, block.expert, next))};
+  ForwardWeights w{};
+  w.weights = weight_rows(p, block.expert, slice);
+  w.next = codes_of(weight_rows(p, block.expert, next));
+  if (const bf16_t* bias = experts_.bias(p, block.expert); bias != nullptr) w.bias = bias + slice.begin;
   if (lora) w.lora_b = {lora.b[block.expert].block(slice.begin, 0, slice.size(), lora.rank())};
   if (few(block)) return w;
   w.packed_weights = pack_a(kernels(), w.weights, scratch);
