@@ -2,7 +2,6 @@
 #include "kernels/registry.h"
 
 #include <doctest/doctest.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <bit>
@@ -17,6 +16,7 @@
 #include "base/error.h"
 #include "base/split.h"
 #include "cpu/features.h"
+#include "end_of_page.h"
 #include "kernel_sets.h"
 
 using namespace kt;
@@ -72,26 +72,6 @@ struct Panel {
   }
   std::size_t bytes;
   std::unique_ptr<void, decltype(&std::free)> data;
-};
-
-// n elements that end where a page ends, before one that may not be touched.
-template <class T>
-struct EndOfPage {
-  explicit EndOfPage(int n) : bytes(round_up(n * static_cast<index_t>(sizeof(T)), kPage)) {
-    map = static_cast<char*>(mmap(nullptr, static_cast<std::size_t>(bytes + kPage), PROT_READ | PROT_WRITE,
-                                  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    REQUIRE(map != MAP_FAILED);
-    REQUIRE(mprotect(map + bytes, kPage, PROT_NONE) == 0);
-    data = reinterpret_cast<T*>(map + bytes) - n;
-  }
-  ~EndOfPage() { munmap(map, static_cast<std::size_t>(bytes + kPage)); }
-  EndOfPage(const EndOfPage&) = delete;
-  EndOfPage& operator=(const EndOfPage&) = delete;
-
-  static constexpr index_t kPage = 4096;
-  index_t bytes;
-  char* map;
-  T* data;
 };
 
 enum class Direction { forward, backward };

@@ -30,6 +30,11 @@ inline Format format_from(std::string_view name) {
 
 enum class ScaleType : std::uint8_t { none, f32, bf16, e8m0 };
 
+constexpr std::string_view name_of(ScaleType type) {
+  constexpr std::array<std::string_view, 4> names{"none", "f32", "bf16", "e8m0"};
+  return names[static_cast<std::size_t>(type)];
+}
+
 constexpr index_t size_of(ScaleType type) {
   constexpr index_t sizes[] = {0, 4, 2, 1};
   return sizes[static_cast<std::size_t>(type)];

@@ -1,7 +1,9 @@
 #include "weights/expert_names.h"
 
 #include <algorithm>
+#include <array>
 #include <charconv>
+#include <span>
 #include <system_error>
 
 #include "base/error.h"
@@ -9,35 +11,52 @@
 namespace kt {
 namespace {
 
-constexpr std::string_view hole = "{expert}";
+using Words = std::array<std::string_view, projections.size()>;  // gate, up, down
 
-constexpr std::array schemes{
-    // Qwen, DeepSeek, GLM, Kimi and most others on the hub.
-    Scheme{"per-expert",
-           {{{"experts.{expert}.gate_proj.weight"},
-             {"experts.{expert}.up_proj.weight"},
-             {"experts.{expert}.down_proj.weight"}}}},
-    // Mixtral, MiniMax, LFM2.
-    Scheme{
-        "per-expert",
-        {{{"experts.{expert}.w1.weight"}, {"experts.{expert}.w3.weight"}, {"experts.{expert}.w2.weight"}}}},
-    // transformers 5: gate_up_proj [E, 2I, H] with the gate's rows first, down_proj [E, H, I].
-    Scheme{"fused",
-           {{{"experts.gate_up_proj", 0, 2}, {"experts.gate_up_proj", 1, 2}, {"experts.down_proj"}}}},
+// Qwen, DeepSeek, GLM, Kimi and most others on the hub; Mixtral, MiniMax, LFM2.
+constexpr Words gate_up_down{"gate_proj", "up_proj", "down_proj"};
+constexpr Words w1_w3_w2{"w1", "w3", "w2"};
+// transformers 5, gpt-oss, Llama 4.
+constexpr Words fused{"gate_up_proj", "gate_up_proj", "down_proj"};
+// Files that kt-kernel writes.
+constexpr Words kt_words{"ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"};
+
+// experts.{expert}.{word}.{tail}
+constexpr std::array expert_tails{
+    Tail{"weight", Encoding::plain, Role::weight},
+    Tail{"weight_scale_inv", Encoding::plain, Role::scale},
+    Tail{"weight_scale", Encoding::any, Role::scale},
+    Tail{"weight_packed", Encoding::packed, Role::weight},
+    Tail{"weight_shape", Encoding::packed, Role::shape},
+    Tail{"weight_zero_point", Encoding::packed, Role::zeros},
+    Tail{"weight_g_idx", Encoding::packed, Role::order},
+    Tail{"qweight", Encoding::gptq, Role::weight},
+    Tail{"scales", Encoding::gptq, Role::scale},
+    Tail{"qzeros", Encoding::gptq, Role::zeros},
+    Tail{"g_idx", Encoding::gptq, Role::order},
+    Tail{"bias", Encoding::any, Role::bias},
+    Tail{"input_scale", Encoding::any, Role::unused},
+    Tail{"activation_scale", Encoding::any, Role::unused},
+};
+// experts.{word}{tail}
+constexpr std::array fused_tails{
+    Tail{"", Encoding::plain, Role::weight},        Tail{"_scale_inv", Encoding::plain, Role::scale},
+    Tail{"_blocks", Encoding::mxfp4, Role::weight}, Tail{"_scales", Encoding::mxfp4, Role::scale},
+    Tail{"_bias", Encoding::any, Role::bias},       Tail{"_activation_scale", Encoding::any, Role::unused},
+};
+// blk.{layer}.{word}.{expert}.numa.{part}.{tail}
+constexpr std::array kt_tails{
+    Tail{"weight", Encoding::kt, Role::weight},
+    Tail{"scale", Encoding::kt, Role::scale},
 };
 
-// What a name that no scheme knows says about its format.
+// What a name that no table knows says about its format.
 struct Sign {
   std::string_view part, format;
 };
 constexpr std::array signs{
-    Sign{"weight_scale_inv", "FP8 with block scales"},
-    Sign{"proj_scale_inv", "FP8 with block scales"},
-    Sign{"weight_packed", "compressed-tensors integers"},
-    Sign{"_blocks", "MXFP4"},
-    Sign{"_scales", "MXFP4"},
-    Sign{"qweight", "GPTQ or AWQ integers"},
-    Sign{"bias", "experts with biases"},
+    Sign{"weight_scale_2", "NVFP4"},
+    Sign{"weight_global_scale", "NVFP4"},
     Sign{"lora_", "an adapter, not a model"},
 };
 
@@ -46,9 +65,10 @@ constexpr std::string_view skipped_segment = "mtp";
 
 // "a.b.c" gives "c" and leaves "a.b".
 std::string_view take_last(std::string_view& dotted) {
-  const auto dot = dotted.rfind('.');
-  const auto last = dot == dotted.npos ? dotted : dotted.substr(dot + 1);
-  dotted = dot == dotted.npos ? std::string_view{} : dotted.substr(0, dot);
+  std::size_t at = dotted.size();
+  while (at > 0 && dotted[at - 1] != '.') --at;
+  const auto last = dotted.substr(at);
+  dotted = dotted.substr(0, at == 0 ? 0 : at - 1);
   return last;
 }
 
@@ -61,25 +81,66 @@ std::optional<int> number(std::string_view text) {
   return n;
 }
 
-// Sets root and expert when `name` ends in `tail`.
-bool match(std::string_view name, std::string_view tail, ExpertName& found) {
-  std::optional<int> expert;
-  while (!tail.empty()) {
-    const auto want = take_last(tail), have = take_last(name);
-    if (want == hole) expert = number(have);
-    if (want == hole ? !expert : want != have) return false;
-  }
-  found.root = name;
-  found.expert = expert;
+const Tail* find_tail(std::span<const Tail> tails, std::string_view text) {
+  const auto at = std::ranges::find(tails, text, &Tail::text);
+  return at == tails.end() ? nullptr : &*at;
+}
+
+bool find_word(const Words& words, Naming naming, std::string_view word, ExpertName& found) {
+  const auto at = std::ranges::find(words, word);
+  if (at == words.end()) return false;
+  found.naming = naming;
+  found.first = found.last = projections[static_cast<std::size_t>(at - words.begin())];
   return true;
 }
 
-// The number after the last "layers" of a root.
+bool parse_per_expert(std::string_view name, ExpertName& found) {
+  const auto tail = take_last(name), word = take_last(name);
+  const auto expert = number(take_last(name));
+  if (!expert || take_last(name) != "experts") return false;
+  if (!find_word(gate_up_down, Naming::gate_up_down, word, found) &&
+      !find_word(w1_w3_w2, Naming::w1_w3_w2, word, found))
+    return false;
+  found.tail = find_tail(expert_tails, tail);
+  found.expert = *expert;
+  found.root = name;
+  return found.tail != nullptr;
+}
+
+bool parse_fused(std::string_view name, ExpertName& found) {
+  const auto last = take_last(name);
+  if (take_last(name) != "experts") return false;
+  const bool down = last.starts_with(fused.back());
+  if (!down && !last.starts_with(fused.front())) return false;
+  found.tail = find_tail(fused_tails, last.substr((down ? fused.back() : fused.front()).size()));
+  found.naming = Naming::fused;
+  found.first = down ? Projection::down : Projection::gate;
+  found.last = down ? Projection::down : Projection::up;
+  found.root = name;
+  return found.tail != nullptr;
+}
+
+bool parse_kt(std::string_view name, ExpertName& found) {
+  const auto tail = take_last(name);
+  const auto part = number(take_last(name));
+  if (!part || take_last(name) != "numa") return false;
+  const auto expert = number(take_last(name));
+  if (!expert || !find_word(kt_words, Naming::kt, take_last(name), found)) return false;
+  found.tail = find_tail(kt_tails, tail);
+  found.expert = *expert;
+  found.part = *part;
+  found.root = name;
+  return found.tail != nullptr;
+}
+
+// The number after the last "layers" or "blk" of a root.
 std::optional<int> layer_of(std::string_view root) {
   while (!root.empty()) {
     const auto n = number(take_last(root));
+    if (!n) continue;
     auto before = root;
-    if (n && take_last(before) == "layers") return n;
+    const auto word = take_last(before);
+    if (word == "layers" || word == "blk") return n;
   }
   return std::nullopt;
 }
@@ -91,10 +152,11 @@ bool has_segment(std::string_view dotted, std::string_view wanted) {
   return false;
 }
 
-// "model.layers.3.mlp" of "model.layers.3.mlp.experts.anything"; empty when no segment is "experts".
+// "model.layers.3.mlp" of "model.layers.3.mlp.experts.anything"; empty when no segment means experts.
 std::string_view root_of(std::string_view name) {
   while (!name.empty()) {
-    if (take_last(name) == "experts") return name;
+    const auto segment = take_last(name);
+    if (segment == "experts" || std::ranges::find(kt_words, segment) != kt_words.end()) return name;
   }
   return {};
 }
@@ -102,15 +164,11 @@ std::string_view root_of(std::string_view name) {
 }  // namespace
 
 std::optional<ExpertName> parse_expert_name(std::string_view name) {
+  if (name.find("exp") == name.npos) return std::nullopt;  // most tensors that are not experts leave here
   ExpertName found{};
-  found.root = root_of(name);
-  for (const Scheme& scheme : schemes) {
-    for (const Scheme::Place& place : scheme.places) {
-      if (!match(name, place.tail, found)) continue;
-      found.scheme = &scheme;
-      break;
-    }
-    if (found.scheme != nullptr) break;
+  if (!parse_per_expert(name, found) && !parse_fused(name, found) && !parse_kt(name, found)) {
+    found = {};
+    found.root = root_of(name);
   }
   const auto layer = layer_of(found.root);
   if (!layer || has_segment(found.root, skipped_segment)) return std::nullopt;
@@ -118,16 +176,23 @@ std::optional<ExpertName> parse_expert_name(std::string_view name) {
   return found;
 }
 
-std::string tensor_name(std::string_view root, const Scheme::Place& place, int expert) {
-  std::string tail(place.tail);
-  if (!place.fused()) tail.replace(tail.find(hole), hole.size(), std::to_string(expert));
-  return message("{}.{}", root, tail);
+std::string tensor_name(const ExpertName& like, Projection p, int expert, int part) {
+  const auto tail = like.tail->text;
+  const auto at = index_of(p);
+  switch (like.naming) {
+    case Naming::gate_up_down:
+      return message("{}.experts.{}.{}.{}", like.root, expert, gate_up_down[at], tail);
+    case Naming::w1_w3_w2: return message("{}.experts.{}.{}.{}", like.root, expert, w1_w3_w2[at], tail);
+    case Naming::fused: return message("{}.experts.{}{}", like.root, fused[at], tail);
+    case Naming::kt: return message("{}.{}.{}.numa.{}.{}", like.root, kt_words[at], expert, part, tail);
+  }
+  return {};
 }
 
 std::string unsupported_format(std::string_view name) {
   const auto sign =
       std::ranges::find_if(signs, [&](const Sign& s) { return name.find(s.part) != name.npos; });
-  return sign == signs.end() ? "an unknown expert layout" : message("{}: not supported yet", sign->format);
+  return sign == signs.end() ? "an unknown expert layout" : message("{}: not supported", sign->format);
 }
 
 }  // namespace kt

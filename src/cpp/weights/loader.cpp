@@ -97,16 +97,9 @@ QuantError convert(const KernelSet& kernels, const MatView& from, const MutableW
   const bool keep = into.type.format == Format::bf16;
   if (!keep && from.dtype != DType::f16) return quantize(kernels, from, into);
   auto* rows = keep ? reinterpret_cast<bf16_t*>(into.codes) : scratch.take<bf16_t>(from.rows * from.cols);
-  for (index_t i = 0; i < from.rows; ++i) {
-    const int n = static_cast<int>(from.cols);
-    bf16_t* row = rows + i * from.cols;
-    if (from.dtype == DType::bf16)
-      std::memcpy(row, from.at(i, 0), static_cast<std::size_t>(n) * sizeof *row);
-    else if (from.dtype == DType::f16)
-      kernels.decode.from_f16(n, static_cast<const std::uint16_t*>(from.at(i, 0)), row);
-    else
-      kernels.decode.from_f32(n, static_cast<const float*>(from.at(i, 0)), row);
-  }
+  for (index_t i = 0; i < from.rows; ++i)
+    round_row(kernels.decode, from.dtype, from.cols, static_cast<const std::byte*>(from.at(i, 0)),
+              rows + i * from.cols);
   return keep ? QuantError{} : quantize(kernels, view(rows, DType::bf16, from.rows, from.cols), into);
 }
 
@@ -137,7 +130,8 @@ class CheckpointLayer {
         layer_(layer),
         options_(options),
         report_(report),
-        info_(index_->layer(layer)),
+        source_(index_->open(layer)),
+        info_(source_->info()),
         plan_{info_.num_experts, info_.hidden_size, info_.intermediate_size, info_.types} {
     for (WeightType& type : plan_.types)
       if (options.format && *options.format != type.format) {
@@ -174,7 +168,7 @@ class CheckpointLayer {
     Placed placed;
     placed.memory = index_;
     for (int e = 0; e < plan_.num_experts; ++e)
-      for (const Projection p : projections) placed.weights[index_of(p)].push_back(index_->map(layer_, e, p));
+      for (const Projection p : projections) placed.weights[index_of(p)].push_back(source_->map(e, p));
     page_in(placed);
     return placed;
   }
@@ -221,9 +215,9 @@ class CheckpointLayer {
         [&](int expert, Projection p, const MutableWeight& into, const KernelSet& kernels, Arena& scratch) {
           MutableWeight stored = into;
           stored.type = info_.types[index_of(p)];
-          if (stored.type == into.type) return index_->read(layer_, expert, p, into, kernels, scratch);
+          if (stored.type == into.type) return source_->read(expert, p, into, scratch, kernels.decode);
           stored = in_scratch(stored, scratch);
-          index_->read(layer_, expert, p, stored, kernels, scratch);
+          source_->read(expert, p, stored, scratch, kernels.decode);
           const Weight w = frozen(stored);
           const MatView decoded = in_bf16(kernels, whole(w), scratch);
           errors[task_of(expert, p)] = convert(kernels, decoded, into, scratch);
@@ -237,7 +231,8 @@ class CheckpointLayer {
   int layer_;
   const LoadOptions& options_;
   const Report& report_;
-  LayerInfo info_;
+  std::unique_ptr<const LayerSource> source_;
+  const LayerInfo& info_;
   LayerPlan plan_;
   bool convert_ = false;
 };

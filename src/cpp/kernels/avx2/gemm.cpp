@@ -81,7 +81,7 @@ const KernelSet table = {
                  round_scaled,
                  {silu_forward, silu_backward},
                  {gpt_oss_forward, gpt_oss_backward}},
-    .decode = {.from_f32 = from_f32, .from_f16 = from_f16},
+    .decode = {from_f32, from_f16, from_int8, from_int4, from_fp8, from_mxfp4},
 };
 
 }  // namespace kt::avx2

@@ -21,5 +21,6 @@ ActivationBackward silu_backward, gpt_oss_backward;
 
 DecodeF32 from_f32;
 DecodeF16 from_f16;
+DecodeCodes from_int8, from_int4, from_fp8, from_mxfp4;
 
 }  // namespace kt::avx512

@@ -1,0 +1,184 @@
+#include "weights/convert.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+namespace kt {
+namespace {
+
+// Both sides of a block stay in the L1 cache, and what is written is whole lines.
+constexpr index_t block = 32;
+
+template <class T>
+void transpose_blocks(const T* src, index_t src_stride, index_t src_step, index_t rows, index_t cols, T* dst,
+                      index_t dst_stride) {
+  for (index_t i0 = 0; i0 < rows; i0 += block) {
+    const index_t i1 = std::min(rows, i0 + block);
+    for (index_t j0 = 0; j0 < cols; j0 += block) {
+      const index_t j1 = std::min(cols, j0 + block);
+      for (index_t j = j0; j < j1; ++j) {
+        for (index_t i = i0; i < i1; ++i) dst[j * dst_stride + i] = src[i * src_stride + j * src_step];
+      }
+    }
+  }
+}
+
+// Nibble n of word i and nibble i of word n change places.
+void transpose_nibbles(std::uint32_t (&words)[8]) {
+  const auto swap = [&](int distance, int shift, std::uint32_t low) {
+    for (int i = 0; i < 8; ++i) {
+      if (i & distance) continue;
+      std::uint32_t &a = words[i], &b = words[i + distance];
+      const std::uint32_t t = (a >> shift ^ b) & low;
+      b ^= t;
+      a ^= t << shift;
+    }
+  };
+  swap(1, 4, 0x0f0f0f0fu);
+  swap(2, 8, 0x00ff00ffu);
+  swap(4, 16, 0x0000ffffu);
+}
+
+constexpr index_t kt_tile_rows = 32, kt_tile_bytes = 2048;
+constexpr index_t kt_column_block = 3584;
+
+// Calls tile(bytes, row, column) in the order in which the tiles lie.
+template <class Tile>
+void for_kt_tiles(const std::byte* part, index_t rows, index_t cols, index_t row_block, index_t tile_cols,
+                  Tile tile) {
+  for (index_t r0 = 0; r0 < rows; r0 += row_block) {
+    const index_t r1 = std::min(rows, r0 + row_block);
+    for (index_t c0 = 0; c0 < cols; c0 += kt_column_block) {
+      const index_t c1 = std::min(cols, c0 + kt_column_block);
+      for (index_t r = r0; r < r1; r += kt_tile_rows) {
+        for (index_t c = c0; c < c1; c += tile_cols, part += kt_tile_bytes) tile(part, r, c);
+      }
+    }
+  }
+}
+
+// A row's 64 bytes lie in the tile as 16 times 4, those of 16 rows beside each other.
+void kt_tile_row(const std::byte* tile, index_t row, std::byte* to) {
+  const std::byte* from = tile + row / 16 * (kt_tile_bytes / 2) + row % 16 * 4;
+  for (int k = 0; k < 16; ++k) std::memcpy(to + 4 * k, from + 64 * k, 4);
+}
+
+// The lower nibbles of 8 bytes, side by side.
+std::uint32_t gather_nibbles(std::uint64_t bytes) {
+  bytes &= 0x0f0f0f0f0f0f0f0fu;
+  bytes = (bytes | bytes >> 4) & 0x00ff00ff00ff00ffu;
+  bytes = (bytes | bytes >> 8) & 0x0000ffff0000ffffu;
+  return static_cast<std::uint32_t>(bytes | bytes >> 16);
+}
+
+// A sign and exponent as high as `infinite`, or nothing but a sign, in one comparison.
+template <class Bits>
+std::optional<index_t> bad_float(const std::byte* scales, index_t count, Bits infinite) {
+  constexpr auto magnitude = static_cast<Bits>(~Bits{0}) >> 1;
+  const auto bad = [&](index_t i) {
+    Bits bits;
+    std::memcpy(&bits, scales + i * static_cast<index_t>(sizeof bits), sizeof bits);
+    return static_cast<Bits>((bits & magnitude) - 1) >= static_cast<Bits>(infinite - 1);
+  };
+  Bits any = 0;
+  for (index_t i = 0; i < count; ++i) any |= static_cast<Bits>(bad(i));
+  if (!any) return std::nullopt;
+  index_t i = 0;
+  while (!bad(i)) ++i;
+  return i;
+}
+
+}  // namespace
+
+void transpose(const std::uint16_t* src, index_t src_stride, index_t src_step, index_t rows, index_t cols,
+               std::uint16_t* dst, index_t dst_stride) {
+  transpose_blocks(src, src_stride, src_step, rows, cols, dst, dst_stride);
+}
+
+void transpose(const std::uint32_t* src, index_t src_stride, index_t rows, index_t cols, std::uint32_t* dst,
+               index_t dst_stride) {
+  transpose_blocks(src, src_stride, index_t{1}, rows, cols, dst, dst_stride);
+}
+
+void f16_to_f32(std::span<const std::uint16_t> src, float* dst) {
+  for (std::size_t i = 0; i < src.size(); ++i) {
+    const std::uint32_t sign = std::uint32_t{src[i]} >> 15 << 31, rest = src[i] & 0x7fffu;
+    // As bits of a float its exponent is 112 too low; the product also makes subnormals normal.
+    const float magnitude = std::bit_cast<float>(rest << 13) * 0x1p112f;
+    const std::uint32_t infinite = rest >= 0x7c00u ? 0x7f800000u : 0u;
+    dst[i] = std::bit_cast<float>(std::bit_cast<std::uint32_t>(magnitude) | infinite | sign);
+  }
+}
+
+void bf16_to_f32(std::span<const bf16_t> src, float* dst) {
+  for (std::size_t i = 0; i < src.size(); ++i) dst[i] = to_float(src[i]);
+}
+
+void awq_codes(const std::uint32_t* words, index_t in, index_t out, std::byte* codes) {
+  static constexpr int output_of_nibble[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+  constexpr index_t inputs_per_line = 128;
+  const index_t columns = out / 8, row_bytes = in / 2;
+  for (index_t i0 = 0; i0 < in; i0 += inputs_per_line) {
+    const index_t i1 = std::min(in, i0 + inputs_per_line);
+    for (index_t q = 0; q < columns; ++q) {
+      for (index_t i = i0; i < i1; i += 8) {
+        std::uint32_t square[8];
+        for (index_t k = 0; k < 8; ++k) square[k] = words[(i + k) * columns + q];
+        transpose_nibbles(square);
+        for (int n = 0; n < 8; ++n)
+          std::memcpy(codes + (8 * q + output_of_nibble[n]) * row_bytes + i / 2, &square[n],
+                      sizeof square[n]);
+      }
+    }
+  }
+}
+
+void unpack_zeros(const std::uint32_t* words, index_t q_stride, index_t g_stride, index_t out, index_t groups,
+                  const ZeroOrder& order, std::byte* zeros) {
+  for (index_t o = 0; o < out; ++o) {
+    const std::uint32_t* from = words + o / 8 * q_stride;
+    const int shift = order.shift[o % 8];
+    for (index_t g = 0; g < groups; ++g) {
+      const auto stored = from[g * g_stride] >> shift;
+      zeros[o * groups + g] = static_cast<std::byte>((stored + static_cast<unsigned>(order.less)) & 15u);
+    }
+  }
+}
+
+void kt_int8_codes(const std::byte* part, index_t rows, index_t cols, std::byte* codes, index_t stride) {
+  for_kt_tiles(part, rows, cols, 64, 64, [&](const std::byte* tile, index_t row, index_t col) {
+    for (index_t i = 0; i < kt_tile_rows; ++i) kt_tile_row(tile, i, codes + (row + i) * stride + col);
+  });
+}
+
+void kt_int4_codes(const std::byte* part, index_t rows, index_t cols, std::byte* codes, index_t stride) {
+  constexpr std::uint32_t biased = 0x88888888u;  // two's complement to an offset of 8
+  for_kt_tiles(part, rows, cols, 128, 128, [&](const std::byte* tile, index_t row, index_t col) {
+    for (index_t i = 0; i < kt_tile_rows; ++i) {
+      std::uint64_t bytes[8];
+      kt_tile_row(tile, i, reinterpret_cast<std::byte*>(bytes));
+      std::byte* to = codes + (row + i) * stride + col / 2;
+      for (int k = 0; k < 8; ++k) {
+        const std::uint32_t low = gather_nibbles(bytes[k]) ^ biased;
+        const std::uint32_t high = gather_nibbles(bytes[k] >> 4) ^ biased;
+        std::memcpy(to + 4 * k, &low, sizeof low);
+        std::memcpy(to + 32 + 4 * k, &high, sizeof high);
+      }
+    }
+  });
+}
+
+std::optional<index_t> bad_scale(ScaleType type, const std::byte* scales, index_t count) {
+  switch (type) {
+    case ScaleType::none: return std::nullopt;
+    case ScaleType::f32: return bad_float<std::uint32_t>(scales, count, 0x7f800000u);
+    case ScaleType::bf16: return bad_float<std::uint16_t>(scales, count, 0x7f80u);
+    case ScaleType::e8m0: break;
+  }
+  const auto* at = static_cast<const std::byte*>(std::memchr(scales, 255, static_cast<std::size_t>(count)));
+  if (at == nullptr) return std::nullopt;
+  return at - scales;
+}
+
+}  // namespace kt

@@ -1,0 +1,156 @@
+#include "weights/layer_source.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "weights/convert.h"
+#include "weights/sources.h"
+
+namespace kt {
+
+LayerSource::LayerSource(LayerTensors tensors, LayerInfo info, bool interleaved)
+    : tensors_(std::move(tensors)), info_(info), interleaved_(interleaved) {
+  info_.stored_type = tensors_.first(Projection::gate, Role::weight).tensor.type->name;
+  info_.biases = tensors_.has(Role::bias);
+  info_.nbytes = tensors_.nbytes();
+  if (info_.biases) check_biases();
+}
+
+void LayerSource::check_biases() const {
+  for (const Projection p : projections) {
+    const Entry& entry = tensors_.first(p, Role::bias);
+    const auto type = entry.tensor.type->dtype;
+    if (type != DType::bf16 && type != DType::f16 && type != DType::f32)
+      tensors_.fail(entry, "is {}, wanted BF16, F16 or F32", entry.tensor.type->name);
+    std::vector<index_t> wanted{info_.rows(p)};
+    if (tensors_.fused()) wanted = {info_.num_experts, info_.rows(p) * (p == Projection::down ? 1 : 2)};
+    tensors_.want_shape(p, Role::bias, wanted);
+  }
+}
+
+void LayerSource::check_expert(int expert) const {
+  KT_CHECK(expert >= 0 && expert < info_.num_experts, "expert is {}, but layer {} has {} experts", expert,
+           tensors_.layer(), info_.num_experts);
+}
+
+void LayerSource::read(int expert, Projection p, const MutableWeight& into, Arena& scratch,
+                       const DecodeKernels& decode) const {
+  check_expert(expert);
+  KT_CHECK(into.type == info_.types[index_of(p)] && into.rows == info_.rows(p) && into.cols == info_.cols(p),
+           "the memory for {} of layer {} is of another shape or format: {} {} x {}, wanted {} {} x {}",
+           name_of(p), tensors_.layer(), name_of(into.type.format), into.rows, into.cols,
+           name_of(info_.types[index_of(p)].format), info_.rows(p), info_.cols(p));
+  const Arena::Frame frame(scratch);
+  read_matrix(expert, p, into, scratch, decode);
+}
+
+Weight LayerSource::map(int expert, Projection p) const {
+  check_expert(expert);
+  KT_CHECK(info_.mappable,
+           "{}: layer {} cannot be used where it lies in the file: it is stored as {} {}, "
+           "wanted rows of {} one after the other, each tensor aligned to its elements",
+           quote(tensors_.checkpoint().path().native()), tensors_.layer(), info_.stored_type, info_.layout,
+           name_of(info_.types[index_of(p)].format));
+  return map_matrix(expert, p);
+}
+
+Weight LayerSource::map_matrix(int, Projection) const { return {}; }
+
+LayerSource::Plane LayerSource::plane(Projection p, index_t rows) const {
+  if (!tensors_.fused()) return {rows};
+  if (p == Projection::down) return {rows, 0, 1, rows};
+  const index_t part = p == Projection::up ? 1 : 0;
+  if (interleaved_) return {rows, part, 2, 2 * rows};
+  return {rows, part * rows, 1, 2 * rows};
+}
+
+void LayerSource::read_bias(int expert, Projection p, bf16_t* into, Arena& scratch,
+                            const DecodeKernels& decode) const {
+  check_expert(expert);
+  KT_CHECK(info_.biases, "layer {} has no biases", tensors_.layer());
+  const Arena::Frame frame(scratch);
+  const Entry& entry = tensors_.at(expert, p, Role::bias);
+  const index_t n = info_.rows(p), size = entry.tensor.type->bits / 8;
+  auto* stored = scratch.take<std::byte>(n * size);
+  read_rows(entry, expert, plane(p, n), size, 0, n, stored, scratch);
+  round_row(decode, *entry.tensor.type->dtype, n, stored, into);
+}
+
+void LayerSource::read_rows(const Entry& entry, int expert, const Plane& plane, index_t row_bytes,
+                            index_t begin, index_t count, std::byte* to, Arena& scratch) const {
+  constexpr index_t chunk_bytes = 256 * 1024;  // read and picked from in the L2 cache
+  const auto read = [&](index_t row, std::byte* at, index_t bytes) {
+    tensors_.checkpoint().read(entry, static_cast<std::uint64_t>(row * row_bytes),
+                               {at, static_cast<std::size_t>(bytes)});
+  };
+  const index_t first = expert * plane.per_expert + plane.first;
+  if (plane.step == 1) return read(first + begin, to, count * row_bytes);
+  const Arena::Frame frame(scratch);
+  const index_t stride = plane.step * row_bytes;
+  const index_t chunk = std::clamp(chunk_bytes / stride, index_t{1}, count);
+  auto* chunk_data = scratch.take<std::byte>(chunk * stride);
+  for (index_t done = 0; done < count; done += chunk) {
+    const index_t n = std::min(chunk, count - done);
+    read(first + (begin + done) * plane.step, chunk_data, (n - 1) * stride + row_bytes);
+    for (index_t i = 0; i < n; ++i, to += row_bytes)
+      std::memcpy(to, chunk_data + i * stride, static_cast<std::size_t>(row_bytes));
+  }
+}
+
+std::span<const float> LayerSource::read_floats(const Entry& entry, Arena& scratch) const {
+  const auto type = entry.tensor.type->dtype;
+  if (type == DType::f32) return read_tensor<float>(entry, scratch);
+  const auto halves = read_tensor<std::uint16_t>(entry, scratch);
+  auto* floats = scratch.take<float>(std::ssize(halves));
+  type == DType::f16 ? f16_to_f32(halves, floats) : bf16_to_f32(halves, floats);
+  return {floats, halves.size()};
+}
+
+void LayerSource::check_scales(const Entry& entry, int expert, const MutableWeight& matrix) const {
+  const auto bad = bad_scale(matrix.type.scale, matrix.scales, matrix.scale_count());
+  if (!bad) return;
+  const index_t across = ceil_div(matrix.cols, matrix.group());
+  tensors_.fail(entry, "has a scale that is NaN, infinite or 0: that of block [{}, {}] of expert {}",
+                *bad / across, *bad % across, expert);
+}
+
+void LayerSource::check_order(int expert, Projection p, Arena& scratch) const {
+  if (!tensors_.has(Role::order)) return;
+  const Entry& entry = tensors_.at(expert, p, Role::order);
+  const auto groups = read_tensor<std::int32_t>(entry, scratch);
+  const index_t group = info_.matrix(p).group();
+  for (index_t begin = 0, number = 0; begin < std::ssize(groups); begin += group, ++number) {
+    for (index_t i = begin; i < std::min(begin + group, std::ssize(groups)); ++i) {
+      const auto found = groups[static_cast<std::size_t>(i)];
+      if (found != number)
+        tensors_.fail(entry,
+                      "puts column {} into group {}, wanted {}: columns reordered by activation "
+                      "(act-order, desc_act) are not supported",
+                      i, found, number);
+    }
+  }
+}
+
+void round_row(const DecodeKernels& decode, DType type, index_t n, const std::byte* src, bf16_t* dst) {
+  switch (type) {
+    case DType::f16:
+      return decode.from_f16(static_cast<int>(n), reinterpret_cast<const std::uint16_t*>(src), dst);
+    case DType::f32: return decode.from_f32(static_cast<int>(n), reinterpret_cast<const float*>(src), dst);
+    default: std::memcpy(dst, src, static_cast<std::size_t>(n) * sizeof *dst);
+  }
+}
+
+std::unique_ptr<const LayerSource> open_source(LayerTensors tensors) {
+  switch (tensors.encoding()) {
+    case Encoding::any:  // the weights' own tail has an encoding
+    case Encoding::plain: return open_plain(std::move(tensors));
+    case Encoding::packed: return open_packed(std::move(tensors));
+    case Encoding::gptq: return open_gptq(std::move(tensors));
+    case Encoding::mxfp4: return open_mxfp4(std::move(tensors));
+    case Encoding::kt: return open_kt(std::move(tensors));
+  }
+  return nullptr;
+}
+
+}  // namespace kt

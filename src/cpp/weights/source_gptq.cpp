@@ -1,0 +1,116 @@
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "weights/convert.h"
+#include "weights/sources.h"
+
+namespace kt {
+namespace {
+
+constexpr index_t codes_in_word = 8;
+constexpr std::uint32_t gptq_eights = 0x77777777u, awq_eights = 0x88888888u;  // zero points of 8 in a word
+
+// GPTQ: qweight [in / 8, out]; AWQ: [in, out / 8]. Both: scales [groups, out], qzeros [groups, out / 8].
+class WordsSource final : public LayerSource {
+ public:
+  WordsSource(LayerTensors tensors, LayerInfo info, bool awq)
+      : LayerSource(std::move(tensors), info, false), awq_(awq) {
+    Arena scratch;
+    for (const Projection p : projections) check_order(0, p, scratch);
+  }
+
+ private:
+  void read_matrix(int expert, Projection p, const MutableWeight& into, Arena& scratch,
+                   const DecodeKernels&) const override {
+    check_order(expert, p, scratch);
+    const index_t out = into.rows, in = into.cols, groups = ceil_div(in, into.group());
+    const auto codes = read_tensor<std::uint32_t>(tensors().at(expert, p, Role::weight), scratch);
+    if (awq_) {
+      awq_codes(codes.data(), in, out, into.codes);
+    } else {  // a word is 8 columns of a row as int4 has them
+      transpose(codes.data(), out, in / codes_in_word, out, reinterpret_cast<std::uint32_t*>(into.codes),
+                in / codes_in_word);
+    }
+    const Entry& scale_entry = tensors().at(expert, p, Role::scale);
+    const auto scales = read_floats(scale_entry, scratch);
+    transpose(reinterpret_cast<const std::uint32_t*>(scales.data()), out, groups, out,
+              reinterpret_cast<std::uint32_t*>(into.scales), groups);
+    check_scales(scale_entry, expert, into);
+    if (into.type.zero_points) {
+      const auto words = read_tensor<std::uint32_t>(tensors().at(expert, p, Role::zeros), scratch);
+      unpack_zeros(words.data(), 1, out / codes_in_word, out, groups, awq_ ? awq_order : gptq_order,
+                   into.zeros);
+    }
+  }
+
+  bool awq_;
+};
+
+// Whether a zero point of the projection is not 8: symmetric files spell out 8 everywhere.
+bool has_zero_points(const LayerTensors& tensors, Projection p, bool awq, Arena& scratch) {
+  for (int expert = 0; expert < tensors.experts(); ++expert) {
+    const Arena::Frame frame(scratch);
+    const Entry& entry = tensors.at(expert, p, Role::zeros);
+    const auto count = static_cast<index_t>(entry.tensor.nbytes / sizeof(std::uint32_t));
+    auto* words = scratch.take<std::uint32_t>(count);
+    tensors.checkpoint().read(entry, 0, {reinterpret_cast<std::byte*>(words), entry.tensor.nbytes});
+    const auto eights = awq ? awq_eights : gptq_eights;
+    if (std::find_if(words, words + count, [&](std::uint32_t w) { return w != eights; }) != words + count)
+      return true;
+  }
+  return false;
+}
+
+struct Shape {
+  index_t in, out, groups;
+};
+
+Shape shape_of_words(const LayerTensors& tensors, Projection p) {
+  const auto& words = shape_of(tensors, p, Role::weight, 2);
+  const auto& scales = shape_of(tensors, p, Role::scale, 2);
+  const index_t groups = scales[0], out = scales[1];
+  const bool gptq = words[1] == out;
+  if ((!gptq && words[1] * codes_in_word != out) || out % codes_in_word != 0)
+    tensors.fail(
+        tensors.first(p, Role::weight),
+        "has shape {} beside scales {}, wanted [in / 8, out] (GPTQ) or [in, out / 8] (AWQ) for [groups, out]",
+        shape_text(words), shape_text(scales));
+  return {gptq ? words[0] * codes_in_word : words[0], out, groups};
+}
+
+}  // namespace
+
+SourcePointer open_gptq(LayerTensors tensors) {
+  want_type(tensors, Role::weight, "I32");
+  tensors.want_role(Role::scale, "scales");
+  tensors.want_role(Role::zeros, "qzeros");
+  want_type(tensors, Role::scale, "F16 BF16 F32");
+  want_type(tensors, Role::zeros, "I32");
+  if (tensors.has(Role::order)) want_type(tensors, Role::order, "I32");
+
+  const Shape gate = shape_of_words(tensors, Projection::gate);
+  const bool awq = tensors.first(Projection::gate, Role::weight).tensor.shape[1] != gate.out;
+  LayerInfo info;
+  info.num_experts = tensors.experts();
+  info.hidden_size = gate.in, info.intermediate_size = gate.out;
+  info.layout = awq ? "awq" : "gptq";
+  Arena scratch;
+  for (const Projection p : projections) {
+    const index_t rows = info.rows(p), cols = info.cols(p);
+    const index_t words = cols / codes_in_word, groups = shape_of_words(tensors, p).groups;
+    if (cols % codes_in_word != 0)
+      tensors.fail(tensors.first(p, Role::weight), "has {} columns, wanted a multiple of 8", cols);
+    tensors.want_shape(p, Role::weight,
+                       awq ? std::vector{cols, rows / codes_in_word} : std::vector{words, rows});
+    tensors.want_shape(p, Role::scale, {groups, rows});
+    tensors.want_shape(p, Role::zeros, {groups, rows / codes_in_word});
+    if (tensors.has(Role::order)) tensors.want_shape(p, Role::order, {cols});
+    info.types[index_of(p)] = {Format::int4, ScaleType::f32, 1,
+                               group_of(tensors, tensors.first(p, Role::scale), cols, groups),
+                               has_zero_points(tensors, p, awq, scratch)};
+  }
+  return std::make_unique<WordsSource>(std::move(tensors), info, awq);
+}
+
+}  // namespace kt

@@ -1,0 +1,134 @@
+#include <utility>
+
+#include "weights/sources.h"
+
+namespace kt {
+namespace {
+
+constexpr index_t fp8_block = 128;  // rows and columns that share a scale, DeepSeek's
+
+bool is_float(const StoredType& type) {
+  return type.dtype == DType::bf16 || type.dtype == DType::f16 || type.dtype == DType::f32;
+}
+
+struct Sizes {
+  LayerInfo info;
+  bool transposed = false;
+};
+
+Sizes per_expert_sizes(const LayerTensors& tensors) {
+  const auto& gate = shape_of(tensors, Projection::gate, Role::weight, 2);
+  const index_t intermediate = gate[0], hidden = gate[1];
+  tensors.want_shape(Projection::up, Role::weight, gate);
+  tensors.want_shape(Projection::down, Role::weight, {hidden, intermediate});
+  LayerInfo info;
+  info.num_experts = tensors.experts();
+  info.hidden_size = hidden, info.intermediate_size = intermediate;
+  info.layout = "per-expert";
+  return {info};
+}
+
+// [E, 2I, H] with [E, H, I], or [E, H, 2I] with [E, I, H]. No shapes fit both: the second dimension of
+// gate_up_proj is twice the last of down_proj, or the same.
+Sizes fused_sizes(const LayerTensors& tensors) {
+  const auto& both = shape_of(tensors, Projection::gate, Role::weight, 3);
+  const auto& down = shape_of(tensors, Projection::down, Role::weight, 3);
+  const bool natural = both[1] == 2 * down[2] && both[2] == down[1];
+  const bool transposed = both[1] == down[2] && both[2] == 2 * down[1];
+  if (!natural && !transposed) {
+    tensors.fail(
+        tensors.first(Projection::gate, Role::weight),
+        "has shape {} and down_proj {}, wanted [E, 2I, H] and [E, H, I], or [E, H, 2I] and [E, I, H]",
+        shape_text(both), shape_text(down));
+  }
+  tensors.want_shape(Projection::down, Role::weight, {both[0], down[1], down[2]});
+  LayerInfo info;
+  info.num_experts = experts_in(tensors, both[0]);
+  info.hidden_size = transposed ? down[2] : down[1];
+  info.intermediate_size = transposed ? down[1] : down[2];
+  info.layout = transposed ? "fused, transposed" : "fused";
+  return {info, transposed};
+}
+
+SourcePointer open_floats(LayerTensors tensors, Sizes sizes) {
+  if (tensors.has(Role::scale))
+    tensors.fail(tensors.first(Projection::gate, Role::scale), "is a scale, but the weights are {}",
+                 tensors.first(Projection::gate, Role::weight).tensor.type->name);
+  sizes.info.types.fill({});
+  if (!sizes.transposed) return rows_source(std::move(tensors), sizes.info, false);
+  // Of all that store [E, H, 2I], gpt-oss has biases, and lets gate and up alternate.
+  const bool interleaved = tensors.has(Role::bias);
+  if (interleaved) sizes.info.layout = "fused, transposed, interleaved";
+  return open_transposed(std::move(tensors), sizes.info, interleaved);
+}
+
+ScaleType kept_scale(const LayerTensors& tensors) {
+  want_type(tensors, Role::scale, "F32 BF16 F16 F8_E8M0");
+  const auto* type = tensors.first(Projection::gate, Role::scale).tensor.type;
+  if (type->dtype == DType::bf16) return ScaleType::bf16;
+  return type->dtype ? ScaleType::f32 : ScaleType::e8m0;
+}
+
+// What the shape of the scales says: one a block of 128 x 128, one a row, or one for all.
+WeightType coded_type(const LayerTensors& tensors, const LayerInfo& info, Projection p, Format format) {
+  const Entry& entry = tensors.first(p, Role::scale);
+  const index_t rows = info.rows(p), cols = info.cols(p);
+  WeightType type{format, kept_scale(tensors)};
+  auto shape = entry.tensor.shape;
+  index_t matrices = 1;  // that the tensor has rows for
+  if (tensors.fused()) {
+    matrices = p == Projection::down ? 1 : 2;
+    if (shape.size() != 3 || shape[0] != info.num_experts)
+      tensors.fail(entry, "has shape {}, wanted [{}, ., .]", shape_text(entry.tensor.shape),
+                   info.num_experts);
+    shape.erase(shape.begin());
+  } else if (shape.empty() || shape == std::vector<index_t>{1}) {
+    shape = {1, 1};
+  } else if (shape.size() == 1) {
+    shape.push_back(1);
+  }
+  const auto is = [&](index_t height, index_t width) {
+    return shape == std::vector{matrices * height, width};
+  };
+  const bool cut = matrices > 1 && rows % fp8_block != 0;  // a block may hold rows of gate and of up
+  if (is(ceil_div(rows, fp8_block), ceil_div(cols, fp8_block)) && !cut) {
+    type.scale_rows = type.scale_cols = fp8_block;
+  } else if (is(rows, 1)) {
+    type.scale_rows = 1;
+  } else if (is(1, 1)) {
+    type.scale_rows = rows;
+  } else {
+    tensors.fail(entry, "has shape {} for {} matrices of [{}, {}], wanted {}one a row or one a matrix",
+                 shape_text(entry.tensor.shape), matrices, rows, cols,
+                 cut ? "the matrices' rows to be a multiple of 128, "
+                     : message("[{}, {}] for blocks of 128 x 128, ", matrices * ceil_div(rows, fp8_block),
+                               ceil_div(cols, fp8_block)));
+  }
+  return type;
+}
+
+SourcePointer open_coded(LayerTensors tensors, Sizes sizes, Format format) {
+  const Entry& entry = tensors.first(Projection::gate, Role::weight);
+  tensors.want_role(Role::scale, "weight_scale_inv or weight_scale");
+  if (sizes.transposed)
+    tensors.fail(entry, "is {} of shape {}, rows along the outputs: not supported, wanted [E, 2I, H]",
+                 entry.tensor.type->name, shape_text(entry.tensor.shape));
+  for (const Projection p : projections)
+    sizes.info.types[index_of(p)] = coded_type(tensors, sizes.info, p, format);
+  return rows_source(std::move(tensors), sizes.info, false);
+}
+
+}  // namespace
+
+SourcePointer open_plain(LayerTensors tensors) {
+  want_type(tensors, Role::weight, "BF16 F16 F32 F8_E4M3 I8");
+  const Sizes sizes = tensors.fused() ? fused_sizes(tensors) : per_expert_sizes(tensors);
+  if (tensors.fused() && tensors.has(Role::bias) && !sizes.transposed)
+    tensors.fail(tensors.first(Projection::gate, Role::bias),
+                 "stands beside gate_up_proj [E, 2I, H]: whether gate and up alternate cannot be known");
+  const StoredType& type = *tensors.first(Projection::gate, Role::weight).tensor.type;
+  if (is_float(type)) return open_floats(std::move(tensors), sizes);
+  return open_coded(std::move(tensors), sizes, type.name == "I8" ? Format::int8 : Format::fp8);
+}
+
+}  // namespace kt
