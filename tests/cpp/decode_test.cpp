@@ -44,7 +44,8 @@ std::vector<bf16_t> decoded(DecodeCodes* decode, const CodedRows& src) {
   std::vector<bf16_t> result;
   for (int i = 0; i < src.rows; ++i) {
     result.insert(result.end(), dst.data + i * stride, dst.data + i * stride + src.cols);
-    for (int j = src.cols; j < stride && i + 1 < src.rows; ++j) CHECK(dst.data[i * stride + j] == kCanary);
+    if (i + 1 < src.rows)
+      CHECK(std::count(dst.data + i * stride + src.cols, dst.data + (i + 1) * stride, kCanary) == 3);
   }
   return result;
 }
@@ -74,20 +75,17 @@ std::vector<T> random_integers(std::size_t n, unsigned seed) {
   return values;
 }
 
-// Every scale with every code, whatever the zero point: a row has all codes, and a scale of its own.
-void check_all_codes(ScaleKind kind, const void* scales, int count) {
-  for (const NamedSlot& format : kSlots) {
-    std::vector<std::uint8_t> codes(256);
-    for (std::size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<std::uint8_t>(i);
-    const int cols = format.nibbles ? 512 : 256;
-    CodedRows src{count, cols, codes.data(), 0, kind, scales, 1, nullptr, cols};
-    check_same(format, src);
-    if (&format == &kSlots[1]) {
-      const auto zeros = random_integers<std::uint8_t>(static_cast<std::size_t>(count), 1);
-      src.zeros = zeros.data();
-      check_same(format, src);
-    }
-  }
+// Every scale with every code: a row has all codes, and a scale (and zero point) of its own.
+void check_all_codes(const NamedSlot& format, ScaleKind kind, const void* scales, int count) {
+  std::vector<std::uint8_t> codes(256);
+  for (std::size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<std::uint8_t>(i);
+  const int cols = format.nibbles ? 512 : 256;
+  CodedRows src{count, cols, codes.data(), 0, kind, scales, 1, nullptr, cols};
+  check_same(format, src);
+  if (format.slot != kInt4.slot) return;
+  const auto zeros = random_integers<std::uint8_t>(static_cast<std::size_t>(count), 1);
+  src.zeros = zeros.data();
+  check_same(format, src);
 }
 
 }  // namespace
@@ -104,12 +102,14 @@ TEST_CASE("all codes with scales of all kinds: any sign, denormal, huge, infinit
         bf16.push_back(static_cast<bf16_t>((sign | exponent << 23 | mantissa) >> 16));
       }
   }
-  check_all_codes(kScaleF32, f32.data(), static_cast<int>(f32.size()));
-  check_all_codes(kScaleBF16, bf16.data(), static_cast<int>(bf16.size()));
-  check_all_codes(kScaleE8M0, e8m0.data(), static_cast<int>(e8m0.size()));
-  // The scales that fast paths may take for themselves, one call each: one scale is enough to lose them.
-  for (const float& scale : f32) check_all_codes(kScaleF32, &scale, 1);
-  for (const std::uint8_t& scale : e8m0) check_all_codes(kScaleE8M0, &scale, 1);
+  for (const NamedSlot& format : kSlots) {
+    check_all_codes(format, kScaleF32, f32.data(), static_cast<int>(f32.size()));
+    check_all_codes(format, kScaleBF16, bf16.data(), static_cast<int>(bf16.size()));
+    check_all_codes(format, kScaleE8M0, e8m0.data(), static_cast<int>(e8m0.size()));
+  }
+  // One scale a call: above, some scale kept every call from what is faster and takes ordinary ones only.
+  for (const NamedSlot& format : {kInt8, kFp8})
+    for (const float& scale : f32) check_all_codes(format, kScaleF32, &scale, 1);
 }
 
 TEST_CASE("any number of columns, groups and strides; nothing is touched behind a row") {

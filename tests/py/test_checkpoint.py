@@ -95,8 +95,13 @@ def test_a_sharded_directory_is_one_model(tmp_path: Path, index: str) -> None:
     assert checkpoint.tensors["lm_head.weight"].file == tmp_path / "model-2.safetensors"
     assert checkpoint.layers == [0, 1]
     nbytes = E * 3 * H * I * 2
-    assert checkpoint.layer(0) == LayerInfo(E, H, I, "BF16", "per-expert", nbytes)
-    assert checkpoint.layer(1) == LayerInfo(E, H, I, "BF16", "fused", nbytes)
+    memory = {p: nbytes // 3 for p in ("gate", "up", "down")}
+    for layer, layout in enumerate(("per-expert", "fused")):
+        assert checkpoint.layer(layer) == LayerInfo(
+            num_experts=E, hidden_size=H, intermediate_size=I, dtype="BF16", layout=layout, nbytes=nbytes,
+            format="bf16", scale_type="none", scale_rows=1, scale_cols=0, zero_points=False, biases=False,
+            mappable=True, memory_bytes=memory,
+        )  # fmt: skip
     assert repr(checkpoint) == (
         f"Checkpoint({str(tmp_path)!r}: 2 files, {3 * E + 3} tensors, 0.0 MB, experts in 2 layers)"
     )

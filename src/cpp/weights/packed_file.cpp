@@ -114,7 +114,7 @@ std::shared_ptr<const PackedFile> PackedFile::open(const fs::path& path, const P
   why.clear();
   const Descriptor fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   if (fd < 0) {
-    if (errno != ENOENT) why = std::system_category().message(errno);
+    if (errno != ENOENT && errno != ENOTDIR) why = std::system_category().message(errno);
     return nullptr;
   }
   struct stat info{};

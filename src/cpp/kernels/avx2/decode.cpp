@@ -129,23 +129,23 @@ void from_f16(int n, const uint16_t* src, uint16_t* dst) {
 }
 
 void from_int8(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
-  decode_rows<32>(src, dst, dst_stride, [](float scale, int) { return Int8{_mm256_set1_ps(scale)}; });
+  decode_rows<32>(src, dst, dst_stride, [](float scale, float) { return Int8{_mm256_set1_ps(scale)}; });
 }
 
 void from_int4(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
-  decode_rows<16>(src, dst, dst_stride, [](float scale, int zero) {
-    return Nibbles{Table(kCounts, static_cast<float>(zero), scale)};
-  });
+  decode_rows<16>(src, dst, dst_stride,
+                  [](float scale, float zero) { return Nibbles{Table(kCounts, zero, scale)}; });
 }
 
 void from_mxfp4(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
-  decode_rows<16>(src, dst, dst_stride, [](float scale, int) { return Nibbles{Table(kE2M1, 0.0f, scale)}; });
+  decode_rows<16>(src, dst, dst_stride,
+                  [](float scale, float) { return Nibbles{Table(kE2M1, 0.0f, scale)}; });
 }
 
 void from_fp8(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
   if (!products_are_normal(src)) return scalar::from_fp8(src, dst, dst_stride);
   decode_rows<32>(src, dst, dst_stride,
-                  [](float scale, int) { return Fp8{Table(kCounts, 0.0f, scale * 0x1p-9f)}; });
+                  [](float scale, float) { return Fp8{Table(kCounts, 0.0f, scale * 0x1p-9f)}; });
 }
 
 }  // namespace kt::avx2

@@ -88,24 +88,24 @@ void from_f16(int n, const uint16_t* src, uint16_t* dst) {
 }
 
 void from_int8(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
-  decode_rows<32>(src, dst, dst_stride, [](float scale, int) { return Int8{_mm512_set1_ps(scale)}; });
+  decode_rows<32>(src, dst, dst_stride, [](float scale, float) { return Int8{_mm512_set1_ps(scale)}; });
 }
 
 void from_int4(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
-  decode_rows<16>(src, dst, dst_stride, [](float scale, int zero) {
-    const __m512 zeros = _mm512_set1_ps(static_cast<float>(zero));
+  decode_rows<16>(src, dst, dst_stride, [](float scale, float zero) {
+    const __m512 zeros = _mm512_set1_ps(zero);
     return Nibbles(_mm512_sub_ps(_mm512_load_ps(kCounts), zeros), scale);
   });
 }
 
 void from_mxfp4(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
   decode_rows<16>(src, dst, dst_stride,
-                  [](float scale, int) { return Nibbles(_mm512_load_ps(kE2M1), scale); });
+                  [](float scale, float) { return Nibbles(_mm512_load_ps(kE2M1), scale); });
 }
 
 void from_fp8(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
   if (!products_are_normal(src)) return scalar::from_fp8(src, dst, dst_stride);
-  decode_rows<32>(src, dst, dst_stride, [](float scale, int) { return Fp8(scale); });
+  decode_rows<32>(src, dst, dst_stride, [](float scale, float) { return Fp8(scale); });
 }
 
 }  // namespace kt::avx512

@@ -23,7 +23,7 @@ struct Int8 {
 // VCVTNE2PS2BF16 rounds as wanted where no product is denormal.
 void from_int8(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
   if (!products_are_normal(src)) return avx512::from_int8(src, dst, dst_stride);
-  decode_rows<32>(src, dst, dst_stride, [](float scale, int) { return Int8{_mm512_set1_ps(scale)}; });
+  decode_rows<32>(src, dst, dst_stride, [](float scale, float) { return Int8{_mm512_set1_ps(scale)}; });
 }
 
 }  // namespace kt::avx512_bf16
