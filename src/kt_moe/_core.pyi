@@ -53,7 +53,15 @@ class Checkpoint:
 class Experts:
     @staticmethod
     def from_tensors(
-        gate: Tensor, up: Tensor, down: Tensor, activation: str, format: str, runtime: Runtime
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        gate_bias: Tensor | None,
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        activation: str,
+        format: str,
+        runtime: Runtime,
     ) -> Experts: ...
     @staticmethod
     def from_checkpoint(

@@ -25,7 +25,9 @@ class Experts:
     Args:
         gate, up: [E, I, H], bf16, fp16 or fp32 (rounded to bf16), CPU or CUDA.
         down: [E, H, I].
-        activation: "silu".
+        gate_bias, up_bias, down_bias: [E, I], [E, I] and [E, H], like the weights; None where there is none.
+        activation: "silu", h = silu(G) * U; or "gpt_oss", h = (clamp(U, -7, 7) + 1) * g * sigmoid(1.702 * g)
+            with g = min(G, 7).
         format: how the weights are kept in memory: "bf16", or quantised to "int8" (a scale a row), "int4"
             (groups of 32), "fp8" (blocks of 128 x 128) or "mxfp4"; docs/formats.md has bytes and errors.
         runtime: None means `default_runtime()`.
@@ -44,16 +46,26 @@ class Experts:
         up: Tensor,
         down: Tensor,
         *,
+        gate_bias: Tensor | None = None,
+        up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
         activation: str = "silu",
         format: str = "bf16",
         runtime: Runtime | None = None,
     ) -> None:
         _check_format(format, FORMATS)
         runtime = runtime or default_runtime()
-        for name, tensor in (("gate", gate), ("up", up), ("down", down)):
+        biases = {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
+        tensors = {"gate": gate, "up": up, "down": down} | {
+            name: bias for name, bias in biases.items() if bias is not None
+        }
+        for name, tensor in tensors.items():
             check_tensor(name, tensor)
-        gate, up, down = (on_cpu(t) for t in (gate, up, down))
-        self._adopt(_core.Experts.from_tensors(gate, up, down, activation, format, runtime._core), runtime)
+        given = biases | {name: on_cpu(tensor) for name, tensor in tensors.items()}
+        core = _core.Experts.from_tensors(
+            **given, activation=activation, format=format, runtime=runtime._core
+        )
+        self._adopt(core, runtime)
 
     @classmethod
     def from_checkpoint(

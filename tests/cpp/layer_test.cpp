@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <map>
@@ -35,7 +36,12 @@ struct Options {
   double dropout = 0.0;
   DType result = DType::f32, lora = DType::f32;
   WeightType weights = {};
+  Activation activation = Activation::silu;
+  std::array<bool, 3> biases = {};
 };
+
+// Beyond the limits of gpt-oss's activation.
+constexpr float kLargeBias = 5.0f;
 
 constexpr WeightType kInt8{Format::int8, ScaleType::f32};
 constexpr WeightType kInt4{Format::int4, ScaleType::bf16, 1, 32};
@@ -51,8 +57,13 @@ class Layer {
   Layer(const Shape& shape, const Options& options) : shape_(shape), options_(options) {
     const auto [name, t, k, e, h, n, to, ranks] = shape;
     const float to_hidden = 1.0f / std::sqrt(float(h)), to_inner = 1.0f / std::sqrt(float(n));
-    experts_ = {e, h, n, Activation::silu, {}, {}};
-    for (const Projection p : projections) add_weights(p, p == Projection::down ? to_inner : to_hidden);
+    experts_ = {e, h, n, options.activation, {}, {}, {}};
+    for (const Projection p : projections) {
+      add_weights(p, p == Projection::down ? to_inner : to_hidden);
+      if (options.biases[index_of(p)])
+        experts_.biases[index_of(p)] =
+            static_cast<const bf16_t*>(numbers(e * experts_.rows(p), kLargeBias, DType::bf16));
+    }
     inputs_.hidden_states = view(numbers(t * h, 1.0f, DType::bf16), DType::bf16, t, h);
     grad_out_ = view(numbers(t * h, 1.0f, DType::bf16), DType::bf16, t, h);
     for (index_t i = 0; i < t * k; ++i) ids_.push_back(pick(i));
@@ -133,6 +144,46 @@ class Layer {
           }
         w = {{}, w.rows, w.cols, reinterpret_cast<const std::byte*>(decoded)};
       }
+  }
+
+  // out and the gradient of the routing weights of a layer like gpt-oss's, without LoRA, in double.
+  std::array<std::vector<float>, 2> by_definition() const {
+    const auto [name, t, k, e, h, n, to, ranks] = shape_;
+    const auto at = [](const void* data, index_t i) {
+      return static_cast<double>(to_float(static_cast<const bf16_t*>(data)[i]));
+    };
+    const auto project = [&](Projection p, int expert, const std::vector<double>& x) {
+      std::vector<double> y;
+      for (index_t row = 0; row < experts_.rows(p); ++row) {
+        y.push_back(at(experts_.bias(p, expert), row));
+        for (index_t i = 0; i < std::ssize(x); ++i)
+          y.back() +=
+              at(experts_.of(p, expert).codes, row * std::ssize(x) + i) * x[static_cast<std::size_t>(i)];
+      }
+      return y;
+    };
+    std::vector<float> out(static_cast<std::size_t>(t * h)), grad;
+    for (index_t route = 0; route < t * k; ++route) {
+      const index_t first = route / k * h;
+      const int expert = ids_[static_cast<std::size_t>(route)];
+      std::vector<double> x;
+      for (index_t i = 0; i < h; ++i) x.push_back(at(inputs_.hidden_states.data, first + i));
+      std::vector<double> g = project(Projection::gate, expert, x), u = project(Projection::up, expert, x);
+      for (std::size_t i = 0; i < g.size(); ++i) {
+        const double gate = std::min(g[i], 7.0), up = std::clamp(u[i], -7.0, 7.0);
+        g[i] = (up + 1) * gate / (1 + std::exp(-1.702 * gate));
+      }
+      const std::vector<double> y = project(Projection::down, expert, g);
+      const float weight = static_cast<const float*>(inputs_.topk_weights.data)[route];
+      double dot = 0;
+      for (index_t i = 0; i < h; ++i) {
+        const double value = y[static_cast<std::size_t>(i)];
+        out[static_cast<std::size_t>(first + i)] += static_cast<float>(weight * value);
+        dot += value * at(grad_out_.data, first + i);
+      }
+      grad.push_back(static_cast<float>(dot));
+    }
+    return {out, grad};
   }
 
   DType type_of(const std::string& result) const {
@@ -309,8 +360,38 @@ TEST_CASE(
   }
 }
 
+TEST_CASE("biases and gpt-oss's activation: the bits of any number of threads, close to the scalar set") {
+  for (const Activation activation : {Activation::silu, Activation::gpt_oss})
+    for (const std::array<bool, 3>& biases : {std::array{true, true, true}, {false, true, false}, {}}) {
+      CAPTURE(std::string(name_of(activation)));
+      CAPTURE(biases[0]);
+      Options options{.activation = activation, .biases = biases};
+      for (const Shape& shape : kShapes)
+        for (const bool save : {true, false}) {
+          options.save = save;
+          check(shape, options, {5});
+        }
+      options = {true, 0.3, DType::bf16, DType::bf16, kMxfp4, activation, biases};
+      for (const Shape& shape : kShapes) check(shape, options, {16});
+    }
+}
+
+TEST_CASE("a layer like gpt-oss's against its definition") {
+  const Shape shape{"", 70, 2, 3, 40, 33, To::any, {0, 0, 0}};
+  Runtime& runtime = runtime_of("scalar", 1);
+  const Options options{true, 0.0, DType::f32, DType::f32, {}, Activation::gpt_oss, {true, true, true}};
+  const Layer layer(shape, options);
+  const auto results = layer.run(runtime);
+  const auto [out, grad] = layer.by_definition();
+  CHECK(difference(floats(results.at("out"), DType::f32), out) <= kClose);
+  CHECK(difference(floats(results.at("topk_weights"), DType::f32), grad) <= kClose);
+}
+
 TEST_CASE("every number of rows that is few, a half tile, or a tail") {
-  for (index_t rows = 1; rows <= 70; ++rows) check({"rows", rows, 1, 1, 34, 50, To::one, {3, 2, 1}}, {}, {5});
+  for (const Options& options :
+       {Options{}, Options{.activation = Activation::gpt_oss, .biases = {true, true, true}}})
+    for (index_t rows = 1; rows <= 70; ++rows)
+      check({"rows", rows, 1, 1, 34, 50, To::one, {3, 2, 1}}, options, {5});
 }
 
 TEST_CASE("many calls with more threads than cores") {

@@ -25,9 +25,9 @@ std::array<WeightType, 3> types_of(Format format) {
   return {type, type, type};
 }
 
-std::shared_ptr<Experts> from_tensors(py::handle gate, py::handle up, py::handle down,
-                                      const std::string& activation, const std::string& format,
-                                      std::shared_ptr<Runtime> runtime) {
+std::shared_ptr<Experts> from_tensors(py::handle gate, py::handle up, py::handle down, py::handle gate_bias,
+                                      py::handle up_bias, py::handle down_bias, const std::string& activation,
+                                      const std::string& format, std::shared_ptr<Runtime> runtime) {
   const std::array tensors{read_tensor(gate, "gate", kFloats, 3), read_tensor(up, "up", kFloats, 3),
                            read_tensor(down, "down", kFloats, 3)};
   const index_t e = tensors[0].dim(0), i = tensors[0].dim(1), h = tensors[0].dim(2);
@@ -35,14 +35,26 @@ std::shared_ptr<Experts> from_tensors(py::handle gate, py::handle up, py::handle
            shape_text(tensors[0].shape));
   check_shape(tensors[1], "up", {e, i, h}, "[E, I, H] of gate");
   check_shape(tensors[2], "down", {e, h, i}, "[E, H, I] of gate's [E, I, H]");
+  Biases biases;
+  const auto read_bias = [&](Projection p, py::handle bias, index_t rows, const char* meaning) {
+    if (bias.is_none()) return;
+    const std::string name = std::string(name_of(p)) + "_bias";
+    const Tensor tensor = read_tensor(bias, name, kFloats, 2);
+    check_shape(tensor, name, {e, rows}, meaning);
+    biases[index_of(p)] = tensor.matrix();
+  };
+  read_bias(Projection::gate, gate_bias, i, "[E, I] of gate's [E, I, H]");
+  read_bias(Projection::up, up_bias, i, "[E, I] of gate's [E, I, H]");
+  read_bias(Projection::down, down_bias, h, "[E, H] of gate's [E, I, H]");
   const Activation act = activation_from(activation);
   const LayerPlan plan{static_cast<int>(e), h, i, types_of(format_from(format))};
 
   const py::gil_scoped_release release;
-  return experts_from_matrices(std::move(runtime), plan, act, [&](int expert, Projection p) {
+  const auto matrices = [&](int expert, Projection p) {
     const Tensor& t = tensors[index_of(p)];
     return Stack{t.data, t.dtype, t.dim(1), t.dim(2)}[expert];
-  });
+  };
+  return experts_from_matrices(std::move(runtime), plan, act, matrices, biases);
 }
 
 std::shared_ptr<Experts> from_checkpoint(std::shared_ptr<const ExpertIndex> index, int layer,
@@ -101,7 +113,8 @@ void bind_experts(py::module_& m) {
   using kt::Experts;
   py::class_<Experts, std::shared_ptr<Experts>>(m, "Experts")
       .def_static("from_tensors", &kt::from_tensors, py::arg("gate"), py::arg("up"), py::arg("down"),
-                  py::arg("activation"), py::arg("format"), py::arg("runtime"))
+                  py::arg("gate_bias"), py::arg("up_bias"), py::arg("down_bias"), py::arg("activation"),
+                  py::arg("format"), py::arg("runtime"))
       .def_static("from_checkpoint", &kt::from_checkpoint, py::arg("checkpoint"), py::arg("layer"),
                   py::arg("activation"), py::arg("format"), py::arg("runtime"), py::arg("cache_dir"),
                   py::arg("paged"), py::arg("progress"))

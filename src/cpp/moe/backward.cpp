@@ -58,12 +58,15 @@ void Backward::add_down(const Saved& saved) {
   const index_t tile = fixed ? kDotCols : kernels().gemm.nr;
   const Slices slices = this->slices(n, tile, experts_.hidden * kernels().gemm.element_bytes);
   const index_t dot_cols = fixed ? kDotCols : n, count = fixed ? ceil_div(n, kDotCols) : slices.count;
-  auto* dots = memory().take<float>(count * routes);
-  std::fill_n(dots, count * routes, 0.0f);
+  const bool biased = experts_.biases[index_of(Projection::down)] != nullptr;
+  const index_t rows = count + biased;
+  auto* dots = memory().take<float>(rows * routes);
+  std::fill_n(dots, rows * routes, 0.0f);
   add_with_input(
       grad_input_bytes(Projection::down, kBlockRows),
-      [this](Block block, char* memory, Arena& scratch) {
+      [=, this](Block block, char* memory, Arena& scratch) {
         pack_grad_input(Projection::down, block, memory, scratch);
+        if (biased) bias_dots(block, dots + count * routes, scratch);
       },
       slices,
       [=, this](Block block, index_t i, Range slice, Range next, Arena& scratch) {
@@ -75,7 +78,7 @@ void Backward::add_down(const Saved& saved) {
   if (gradients_.topk_weights != nullptr)
     tasks_.add(1, [=, this](index_t, Arena&) {
       for (const Group* done : down_done_) tasks_.wait(done);
-      sum_dots(dots, count);
+      sum_dots(dots, rows);
     });
 }
 
@@ -100,6 +103,15 @@ void Backward::down(Block block, Range slice, Range next, const Saved& saved, fl
                                  grad_gate_up_[0] + place, grad_gate_up_[1] + place, hidden_ + place);
       }
     }
+  });
+}
+
+void Backward::bias_dots(Block block, float* dots, Arena& scratch) const {
+  const bf16_t* bias = experts_.bias(Projection::down, block.expert);
+  const Rows row{view(bias, DType::bf16, 1, experts_.hidden)};
+  for_parts(block, kernels().few.max_rows, [&](Block part) {
+    multiply_few_transposed(kernels(), grad_output(Projection::down, part, {0, experts_.hidden}), row,
+                            dots + part.first, /*stride=*/1, /*accumulate=*/false, scratch);
   });
 }
 

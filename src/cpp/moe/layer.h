@@ -18,7 +18,7 @@
 
 namespace kt {
 
-enum class Activation : std::uint8_t { silu };
+enum class Activation : std::uint8_t { silu, gpt_oss };
 
 // ValueError for a name that is not known.
 Activation activation_from(std::string_view name);
@@ -44,9 +44,14 @@ struct ExpertWeights {
   std::array<std::vector<Weight>, 3> weights;  // gate, up [I, H]; down [H, I]; one an expert
   // Asks for an expert's weights ahead of their use, where they may not be in memory; else empty.
   std::function<void(int expert)> fetch;
+  std::array<const bf16_t*, 3> biases{};  // [E, rows of the projection], or null: it has none
 
   const Weight& of(Projection p, int expert) const {
     return weights[index_of(p)][static_cast<std::size_t>(expert)];
+  }
+  const bf16_t* bias(Projection p, int expert) const {
+    const bf16_t* all = biases[index_of(p)];
+    return all == nullptr ? nullptr : all + expert * rows(p);
   }
   index_t rows(Projection p) const { return p == Projection::down ? hidden : intermediate; }
   index_t cols(Projection p) const { return p == Projection::down ? intermediate : hidden; }

@@ -4,13 +4,24 @@
 
 namespace kt {
 
+namespace {
+
+std::array<const bf16_t*, 3> biases_of(const Placed& placed) {
+  std::array<const bf16_t*, 3> biases{};
+  for (const Projection p : projections)
+    if (const auto& own = placed.biases[index_of(p)]; !own.empty()) biases[index_of(p)] = own.data();
+  return biases;
+}
+
+}  // namespace
+
 Experts::Experts(std::shared_ptr<Runtime> runtime, const LayerPlan& plan, Activation activation,
                  Placed placed)
     : runtime_(std::move(runtime)),
       plan_(plan),
       placed_(std::move(placed)),
-      weights_{plan.num_experts, plan.hidden, plan.intermediate, activation, placed_.weights, placed_.fetch} {
-}
+      weights_{plan.num_experts, plan.hidden,   plan.intermediate, activation,
+               placed_.weights,  placed_.fetch, biases_of(placed_)} {}
 
 void Experts::dequantize(Projection p, bf16_t* into) const {
   Runtime::Lease lease(*runtime_);

@@ -14,6 +14,7 @@ namespace kt {
 struct Placed {
   std::shared_ptr<const void> memory;
   std::array<std::vector<Weight>, 3> weights;  // gate, up, down; one an expert
+  std::array<std::vector<bf16_t>, 3> biases;   // of gate, up, down; empty: none
   std::function<void(int expert)> fetch;       // see ExpertWeights
   bool mapped = false;                         // paged in from a file by access
   bool quantized = false;                      // when they were loaded, with these errors

@@ -103,6 +103,17 @@ QuantError convert(const KernelSet& kernels, const MatView& from, const MutableW
   return keep ? QuantError{} : quantize(kernels, view(rows, DType::bf16, from.rows, from.cols), into);
 }
 
+// A dense matrix in bf16, row by row; nothing of one without data.
+std::vector<bf16_t> rounded(Runtime& runtime, const MatView& from) {
+  if (from.data == nullptr) return {};
+  std::vector<bf16_t> rows(static_cast<std::size_t>(from.rows * from.cols));
+  const Runtime::Lease lease(runtime);
+  for (index_t i = 0; i < from.rows; ++i)
+    round_row(lease.kernels().decode, from.dtype, from.cols, static_cast<const std::byte*>(from.at(i, 0)),
+              rows.data() + i * from.cols);
+  return rows;
+}
+
 // Another number when a file of the checkpoint has changed; a faithful copy of the directory has the same.
 std::uint64_t fingerprint(const Checkpoint& checkpoint) {
   std::string text;
@@ -146,11 +157,25 @@ class CheckpointLayer {
              "wanted one "
              "of them");
     Placed placed = options_.paged ? mapped() : options_.cache_dir ? packed() : in_memory();
+    if (info_.biases) placed.biases = biases();
     return std::make_shared<Experts>(runtime_, plan_, options_.activation, std::move(placed));
   }
 
  private:
   bool quantizes() const { return convert_ && *options_.format != Format::bf16; }
+
+  std::array<std::vector<bf16_t>, 3> biases() const {
+    std::array<std::vector<bf16_t>, 3> result;
+    for (const Projection p : projections)
+      result[index_of(p)].resize(static_cast<std::size_t>(info_.num_experts * info_.rows(p)));
+    Runtime::Lease lease(*runtime_);
+    lease.parallel_for(info_.num_experts, [&](index_t expert, Arena& scratch) {
+      for (const Projection p : projections)
+        source_->read_bias(static_cast<int>(expert), p, result[index_of(p)].data() + expert * info_.rows(p),
+                           scratch, lease.kernels().decode);
+    });
+    return result;
+  }
 
   Placed in_memory() {
     const auto memory = std::make_shared<Buffer>(static_cast<std::size_t>(plan_.bytes()));
@@ -240,7 +265,8 @@ class CheckpointLayer {
 }  // namespace
 
 std::shared_ptr<Experts> experts_from_matrices(std::shared_ptr<Runtime> runtime, const LayerPlan& plan,
-                                               Activation activation, const Matrices& matrices) {
+                                               Activation activation, const Matrices& matrices,
+                                               const Biases& biases) {
   const auto memory = std::make_shared<Buffer>(static_cast<std::size_t>(plan.bytes()));
   auto* bytes = static_cast<std::byte*>(memory->data());
   std::vector<QuantError> errors(static_cast<std::size_t>(plan.num_experts) * projections.size());
@@ -257,6 +283,7 @@ std::shared_ptr<Experts> experts_from_matrices(std::shared_ptr<Runtime> runtime,
   Placed placed = place(plan, bytes, memory);
   placed.quantized = plan.types.front().format != Format::bf16;
   placed.errors = sum_errors(errors);
+  for (const Projection p : projections) placed.biases[index_of(p)] = rounded(*runtime, biases[index_of(p)]);
   return std::make_shared<Experts>(std::move(runtime), plan, activation, std::move(placed));
 }
 

@@ -19,8 +19,12 @@ using Report = std::function<void(std::size_t bytes)>;
 // One [rows, cols] matrix, bf16, fp16 or fp32, an expert and projection; read by several threads at once.
 using Matrices = std::function<MatView(int expert, Projection p)>;
 
+// [E, rows] of gate, up and down, bf16, fp16 or fp32; without data where there is none.
+using Biases = std::array<MatView, 3>;
+
 std::shared_ptr<Experts> experts_from_matrices(std::shared_ptr<Runtime> runtime, const LayerPlan& plan,
-                                               Activation activation, const Matrices& matrices);
+                                               Activation activation, const Matrices& matrices,
+                                               const Biases& biases);
 
 struct LoadOptions {
   Activation activation = Activation::silu;
