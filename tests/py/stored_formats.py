@@ -118,11 +118,7 @@ def gptq(
 ) -> Matrix:
     """qweight [in/8, out], qzeros [groups, out/8] with 1 subtracted, scales [groups, out]."""
     codes = random_codes(0, 16, (out, inp), seed)
-    zeros = (
-        random_codes(0, 16, (out, inp // group), seed + 2)
-        if asymmetric
-        else torch.full((out, inp // group), 8)
-    )
+    zeros = zero_points((out, inp // group), seed, asymmetric)
     scales = random_scales((inp // group, out), seed, dtype)
     tensors = {
         "qweight": pack_nibbles(codes.T, 0),
@@ -136,14 +132,11 @@ def gptq(
 
 
 def awq(out: int, inp: int, seed: int, *, group: int, asymmetric: bool = True) -> Matrix:
-    """qweight [in, out/8], qzeros [groups, out/8], nibbles in the order 0 2 4 6 1 3 5 7; scales [groups, out]."""
+    """qweight [in, out/8], qzeros [groups, out/8], nibbles in the order 0 2 4 6 1 3 5 7; scales
+    [groups, out]."""
     order = (0, 2, 4, 6, 1, 3, 5, 7)
     codes = random_codes(0, 16, (out, inp), seed)
-    zeros = (
-        random_codes(0, 16, (out, inp // group), seed + 2)
-        if asymmetric
-        else torch.full((out, inp // group), 8)
-    )
+    zeros = zero_points((out, inp // group), seed, asymmetric)
     scales = random_scales((inp // group, out), seed, torch.float16)
     tensors = {
         "qweight": pack_nibbles(codes.T, 1, order),

@@ -55,9 +55,8 @@ def check(path: Path, values: Values, layout: str, dtype: str) -> None:
     info = Checkpoint(path).layer(LAYER)
     found = (info.num_experts, info.hidden_size, info.intermediate_size, info.layout, info.dtype)
     assert found == (*values[2].shape, layout, dtype)
-    for name, got, want in zip(
-        ("gate", "up", "down"), Experts.from_checkpoint(path, LAYER).dequantize(), values
-    ):
+    decoded = Experts.from_checkpoint(path, LAYER).dequantize()
+    for name, got, want in zip(("gate", "up", "down"), decoded, values, strict=True):
         assert got.dtype == torch.bfloat16
         assert torch.equal(got.view(torch.int16), want.bfloat16().view(torch.int16)), name
 
