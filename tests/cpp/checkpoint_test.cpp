@@ -1,9 +1,14 @@
 #include "weights/checkpoint.h"
 
 #include <doctest/doctest.h>
+#include <sys/stat.h>
 
+#include <cstdint>
 #include <filesystem>
+#include <span>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "base/error.h"
 #include "temp_files.h"
@@ -97,6 +102,91 @@ TEST_CASE("an index may name a subdirectory, and files may be symbolic links out
   fs::create_directory(model.dir / "sub");
   fs::create_symlink(store / "blob", model.dir / "sub/link.safetensors");
   CHECK(Checkpoint(model.dir.path()).tensors().size() == 1);
+}
+
+TEST_CASE("what is no file by name of one is refused, through an index too") {
+  struct Hostile {
+    std::string says;
+    void (*make)(const fs::path&);
+  };
+  for (const auto& [says, make] : std::vector<Hostile>{
+           {"not a regular file", [](const fs::path& path) { fs::create_directory(path); }},
+           {"not a regular file", [](const fs::path& path) { REQUIRE(::mkfifo(path.c_str(), 0600) == 0); }},
+           {"not a regular file", [](const fs::path& path) { fs::create_symlink("/dev/zero", path); }},
+           {"too short", [](const fs::path& path) { fs::create_symlink("/dev/../proc/self/status", path); }},
+       }) {
+    CAPTURE(says);
+    const TempDir dir;
+    make(dir / "m.safetensors");
+    CHECK(contains(refusal(dir.path()), says));
+    write(dir / preferred, map_of(R"("a":"m.safetensors")"));
+    CHECK(contains(refusal(dir.path()), says));
+    fs::rename(dir / "m.safetensors", dir / "m");
+    fs::rename(dir / preferred, dir / "text");
+    fs::rename(dir / "m", dir / preferred);
+    message_of<ValueError>([&] { Checkpoint{dir.path()}; });
+  }
+  const TempDir dir;
+  fs::create_symlink("two.safetensors", dir / "one.safetensors");
+  fs::create_symlink("one.safetensors", dir / "two.safetensors");
+  CHECK(contains(message_of<IoError>([&] { Checkpoint{dir.path()}; }), "one.safetensors"));
+}
+
+TEST_CASE("any part of a tensor can be read, and nothing beside it") {
+  const TempDir dir;
+  const Checkpoint checkpoint(
+      Writer().add("a", "U8", {5}, 1).add("b", "U8", {7}, 1).write_to(dir / "m.safetensors"));
+  const auto* b = checkpoint.find("b");
+  REQUIRE(b != nullptr);
+  const auto read = [&](std::uint64_t begin, std::size_t n) {
+    std::string bytes(n, '?');
+    checkpoint.read(*b, begin, std::as_writable_bytes(std::span(bytes)));
+    return bytes;
+  };
+  CHECK(read(0, 7) == "\5\6\7\10\11\12\13");
+  CHECK(read(2, 3) == "\7\10\11");
+  CHECK(read(7, 0).empty());
+  const auto mapped = checkpoint.map(*b);
+  CHECK(std::string(reinterpret_cast<const char*>(mapped.data()), mapped.size()) == read(0, 7));
+  for (const auto& [begin, n] :
+       std::vector<std::pair<std::uint64_t, std::size_t>>{{0, 8}, {7, 1}, {8, 0}, {~0ull, 0}, {~0ull, 2}}) {
+    CAPTURE(begin);
+    CHECK(contains(message_of<ValueError>([&, at = begin, size = n] { read(at, size); }),
+                   "m.safetensors\": tensor \"b\": "));
+  }
+}
+
+TEST_CASE("a file that was truncated, replaced or removed under an open checkpoint") {
+  const TempDir dir;
+  const auto path = dir / "m.safetensors";
+  std::string bytes(4, '?');
+  const auto refused = [&](auto change) {
+    Writer().add("a", "U8", {4}, 1).write_to(path);
+    const Checkpoint checkpoint(path);
+    change();
+    const auto message = message_of<ValueError>(
+        [&] { checkpoint.read(*checkpoint.find("a"), 0, std::as_writable_bytes(std::span(bytes))); });
+    CHECK(contains(message, "m.safetensors\": tensor \"a\": the file "));
+    return message;
+  };
+  CHECK(contains(refused([&] { fs::resize_file(path, 20); }), "its size is 20, wanted"));
+  CHECK(contains(refused([&] { write(path, "other"); }), "its size is 5, wanted"));
+  CHECK(contains(refused([&] {
+                   fs::copy_file(path, dir / "copy");
+                   fs::rename(dir / "copy", path);
+                 }),
+                 "its inode is"));
+  Writer().add("a", "U8", {4}, 1).write_to(path);
+  const Checkpoint checkpoint(path);
+  const auto read = [&] {
+    checkpoint.read(*checkpoint.find("a"), 0, std::as_writable_bytes(std::span(bytes)));
+  };
+  read();
+  fs::resize_file(path, fs::file_size(path) - 1);
+  CHECK(contains(message_of<ValueError>(read), "the file was shortened"));
+  const Checkpoint gone(Writer().add("a", "U8", {4}, 1).write_to(path));
+  fs::remove(path);
+  message_of<NotFoundError>([&] { gone.map(*gone.find("a")); });
 }
 
 TEST_CASE("a file or a tensor that the index names and is not there") {

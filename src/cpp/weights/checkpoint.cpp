@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "base/error.h"
+#include "weights/index_cache.h"
 #include "weights/text.h"
-#include "weights/weight_map.h"
 
 namespace kt {
 namespace fs = std::filesystem;
@@ -48,22 +48,28 @@ bool names_directory(const fs::path& path) {
   return fs::is_directory(status);
 }
 
-TensorTable read_directory(const fs::path& directory) {
+// With an index, or else all safetensors files.
+ModelFiles files_of(const fs::path& directory) {
   const auto paths = list(directory);
-  const auto read_indexed = [&](const fs::path& index) {
-    return read_tensors(directory, read_weight_map(OpenFile(index)), quote(index.native()));
-  };
   const auto indexes = with_suffix(paths, index_suffix);
   const auto preferred = std::ranges::find(indexes, directory / preferred_index);
-  if (preferred != indexes.end()) return read_indexed(*preferred);
+  if (preferred != indexes.end()) return {directory, *preferred, {}};
   KT_CHECK(indexes.size() <= 1, "{}: several indexes, such as {} and {}, and none is {}",
            quote(directory.native()), quote(indexes[0].filename().native()),
            quote(indexes[1].filename().native()), preferred_index);
-  if (!indexes.empty()) return read_indexed(indexes.front());
-  const auto files = with_suffix(paths, data_suffix);
+  if (!indexes.empty()) return {directory, indexes.front(), {}};
+  auto files = with_suffix(paths, data_suffix);
   if (files.empty())
     throw NotFoundError(message("{}: no .safetensors file in it", quote(directory.native())));
-  return read_tensors(files);
+  return {directory, {}, std::move(files)};
+}
+
+TensorTable read_directory(const fs::path& directory) {
+  const ModelFiles model = files_of(directory);
+  if (auto cached = load_table(model)) return std::move(*cached);
+  auto table = model.index.empty() ? read_tensors(model.files) : read_indexed_tensors(model.index);
+  store_table(model, table);
+  return table;
 }
 
 TensorTable read_path(const fs::path& path) {

@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "weights/text.h"
+#include "weights/weight_map.h"
 
 namespace kt {
 namespace fs = std::filesystem;
@@ -61,16 +62,18 @@ TensorTable read_tensors(const std::vector<fs::path>& files) {
   return table;
 }
 
-TensorTable read_tensors(const fs::path& directory, const WeightMap& map, std::string_view where) {
+TensorTable read_indexed_tensors(const fs::path& index) {
+  const OpenFile opened(index);
+  const WeightMap map = read_weight_map(opened);
   std::vector<std::string_view> names;
   for (const auto& [tensor, file] : map) names.push_back(file);
   std::ranges::sort(names);
-  const auto again = std::ranges::unique(names);
-  names.erase(again.begin(), again.end());
+  names.erase(std::unique(names.begin(), names.end()), names.end());
   std::vector<fs::path> paths;
-  for (const auto name : names) paths.push_back(directory / name);
+  for (const auto name : names) paths.push_back(index.parent_path() / name);
 
   TensorTable table;
+  table.index = opened.stamp();
   auto headers = read_headers(paths, table);
   std::vector<Found> found;
   found.reserve(map.size());
@@ -78,8 +81,8 @@ TensorTable read_tensors(const fs::path& directory, const WeightMap& map, std::s
     const auto file = static_cast<std::size_t>(std::ranges::lower_bound(names, name) - names.begin());
     auto& rows = headers[file].rows;
     const auto row = std::ranges::lower_bound(rows, tensor, {}, &SafetensorsHeader::Row::name);
-    KT_CHECK(row != rows.end() && row->name == tensor, "{}: tensor {} is not in {}", where, quote(tensor),
-             quoted(table.files[file]));
+    KT_CHECK(row != rows.end() && row->name == tensor, "{}: tensor {} is not in {}", quote(index.native()),
+             quote(tensor), quoted(table.files[file]));
     found.push_back({&*row, file});
   }
   take(found, table);

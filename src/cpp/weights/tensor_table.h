@@ -9,7 +9,6 @@
 
 #include "weights/data_file.h"
 #include "weights/safetensors.h"
-#include "weights/weight_map.h"
 
 namespace kt {
 
@@ -24,6 +23,7 @@ struct TensorTable {
   std::deque<DataFile> files;        // in the order of their names; entries point into it
   std::vector<char> names;           // and into this
   std::vector<TensorEntry> entries;  // in the order of their names
+  FileStamp index{};                 // of the index that says which tensors these are, if there is one
   std::uint64_t header_bytes = 0;    // of all files
 };
 
@@ -31,9 +31,8 @@ struct TensorTable {
 // or a tensor that two files hold.
 TensorTable read_tensors(const std::vector<std::filesystem::path>& files);
 
-// Reads the headers of the files in `directory` that `map` names, and takes the tensors that it names.
-// Throws as above, and ValueError for a tensor that its file lacks. `where` names the index.
-TensorTable read_tensors(const std::filesystem::path& directory, const WeightMap& map,
-                         std::string_view where);
+// Reads the headers of the files that the index names, which are in its directory, and takes the tensors that
+// it names. Throws as above, and ValueError for a malformed index or a tensor that its file lacks.
+TensorTable read_indexed_tensors(const std::filesystem::path& index);
 
 }  // namespace kt

@@ -14,12 +14,6 @@ namespace {
 
 constexpr std::uint64_t max_index = 100'000'000;  // bytes, as for a header: 91,000 tensors take 10 MB
 
-// Only the name decides: a download cache's files are symbolic links that rightly point elsewhere.
-bool stays_inside(const std::filesystem::path& relative) {
-  return !relative.empty() && relative.is_relative() && std::ranges::find(relative, "..") == relative.end() &&
-         relative.native().find('\0') == std::string::npos;
-}
-
 // Takes weight_map from an index and skips the rest.
 class IndexReader final : JsonEvents {
  public:
@@ -62,6 +56,11 @@ class IndexReader final : JsonEvents {
 };
 
 }  // namespace
+
+bool stays_inside(const std::filesystem::path& relative) {
+  return !relative.empty() && relative.is_relative() && std::ranges::find(relative, "..") == relative.end() &&
+         relative.native().find('\0') == std::string::npos;
+}
 
 WeightMap parse_weight_map(std::string_view json, const std::string& where) {
   return IndexReader(where).read(json);

@@ -1,6 +1,7 @@
 // The index of a sharded model (*.safetensors.index.json): which file holds which tensor.
 #pragma once
 
+#include <filesystem>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -18,5 +19,8 @@ WeightMap read_weight_map(const OpenFile& file);
 
 // The same of the text alone. `where` opens every message.
 WeightMap parse_weight_map(std::string_view json, const std::string& where);
+
+// Only the name decides: a download cache's files are symbolic links that rightly point elsewhere.
+bool stays_inside(const std::filesystem::path& relative);
 
 }  // namespace kt
