@@ -303,6 +303,7 @@ def test_scales_that_scale_nothing(
             "puts column 0 into group 7, wanted 0: .*act-order",
         ),
         ("gptq", "0.up_proj.qzeros", lambda t: t[:4], "has shape"),
+        ("gptq", "0.up_proj.qzeros", lambda t: torch.full_like(t, 0x88888888 - (1 << 32)), "gptq_v2"),
     ],
 )
 def test_layers_that_do_not_fit_together(
