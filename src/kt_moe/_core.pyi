@@ -3,6 +3,7 @@
 Tensors are read and written in place through their data pointers; they must be contiguous and on the CPU.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
@@ -52,10 +53,27 @@ class Checkpoint:
 class Experts:
     @staticmethod
     def from_tensors(
-        gate: Tensor, up: Tensor, down: Tensor, activation: str, runtime: Runtime
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        gate_bias: Tensor | None,
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        activation: str,
+        format: str,
+        runtime: Runtime,
     ) -> Experts: ...
     @staticmethod
-    def from_checkpoint(checkpoint: Checkpoint, layer: int, activation: str, runtime: Runtime) -> Experts: ...
+    def from_checkpoint(
+        checkpoint: Checkpoint,
+        layer: int,
+        activation: str,
+        format: str,
+        runtime: Runtime,
+        cache_dir: str | None,
+        paged: bool,
+        progress: Callable[[int], object] | None,
+    ) -> Experts: ...
     @property
     def num_experts(self) -> int: ...
     @property
@@ -68,6 +86,10 @@ class Experts:
     def format(self) -> str: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def mapped(self) -> bool: ...
+    @property
+    def quantization_error(self) -> dict[str, float] | None: ...
     @property
     def shards(self) -> int: ...
     def dequantize(self, gate: Tensor, up: Tensor, down: Tensor) -> None:

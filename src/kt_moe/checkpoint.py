@@ -32,11 +32,28 @@ class LayerInfo:
     hidden_size: int
     intermediate_size: int
     dtype: str
-    """As the file names it: "BF16", "F16" or "F32"."""
+    """Of the weights, as the file names it: "BF16", "F8_E4M3", "I32", ..."""
     layout: str
-    """"per-expert" (three tensors an expert) or "fused" (gate_up_proj and down_proj of all experts)."""
+    """"per-expert" (tensors of its own for each), "fused" (of all experts), "fused, transposed",
+    "fused, interleaved", "compressed-tensors", "gptq", "awq", "mxfp4" or "kt"; see docs/formats.md."""
     nbytes: int
     """Bytes of all experts in the files."""
+    format: str
+    """How they are kept in memory as stored: "bf16", "int8", "int4", "fp8" or "mxfp4"."""
+    scale_type: str
+    """Of the scales in memory: "none", "f32", "bf16" or "e8m0"."""
+    scale_rows: int
+    """Rows of gate that share a scale."""
+    scale_cols: int
+    """Columns of gate that share a scale; 0: all of a row."""
+    zero_points: bool
+    """Whether int4 codes have zero points of their own."""
+    biases: bool
+    """Whether the projections have biases."""
+    mappable: bool
+    """Whether the files' layout is the one in memory, as `paged` wants it."""
+    memory_bytes: Mapping[str, int]
+    """Bytes in memory as stored, of all experts' "gate", "up" and "down"."""
 
 
 class Checkpoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from kt_moe.checkpoint import Checkpoint
 from kt_moe.runtime import Runtime, default_runtime
 from kt_moe.tensors import check_tensor, on_cpu
 
-FORMATS = ("bf16",)  # of weights in memory
+FORMATS = ("bf16", "int8", "int4", "fp8", "mxfp4")  # of weights in memory
 CHECKPOINT_FORMATS = ("as-stored", *FORMATS)
 
 
@@ -24,12 +25,16 @@ class Experts:
     Args:
         gate, up: [E, I, H], bf16, fp16 or fp32 (rounded to bf16), CPU or CUDA.
         down: [E, H, I].
-        activation: "silu".
-        format: how the weights are kept in memory: "bf16".
+        gate_bias, up_bias, down_bias: [E, I], [E, I] and [E, H], like the weights; None where there is none.
+        activation: "silu", h = silu(G) * U; or "gpt_oss", h = (clamp(U, -7, 7) + 1) * g * sigmoid(1.702 * g)
+            with g = min(G, 7).
+        format: how the weights are kept in memory: "bf16", or quantised to "int8" (a scale a row), "int4"
+            (groups of 32), "fp8" (blocks of 128 x 128) or "mxfp4"; docs/formats.md has bytes and errors.
         runtime: None means `default_runtime()`.
 
     Raises:
-        ValueError: shapes that do not agree, a dtype that is not a float, an unknown activation or format.
+        ValueError: shapes that do not agree, a dtype that is not a float, an unknown activation or format, or
+            a weight to be quantised that is not finite.
     """
 
     recompute: bool
@@ -41,16 +46,26 @@ class Experts:
         up: Tensor,
         down: Tensor,
         *,
+        gate_bias: Tensor | None = None,
+        up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
         activation: str = "silu",
         format: str = "bf16",
         runtime: Runtime | None = None,
     ) -> None:
         _check_format(format, FORMATS)
         runtime = runtime or default_runtime()
-        for name, tensor in (("gate", gate), ("up", up), ("down", down)):
+        biases = {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
+        tensors = {"gate": gate, "up": up, "down": down} | {
+            name: bias for name, bias in biases.items() if bias is not None
+        }
+        for name, tensor in tensors.items():
             check_tensor(name, tensor)
-        gate, up, down = (on_cpu(t) for t in (gate, up, down))
-        self._adopt(_core.Experts.from_tensors(gate, up, down, activation, runtime._core), runtime)
+        given = biases | {name: on_cpu(tensor) for name, tensor in tensors.items()}
+        core = _core.Experts.from_tensors(
+            **given, activation=activation, format=format, runtime=runtime._core
+        )
+        self._adopt(core, runtime)
 
     @classmethod
     def from_checkpoint(
@@ -61,23 +76,38 @@ class Experts:
         activation: str = "silu",
         format: str = "as-stored",
         runtime: Runtime | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        paged: bool = False,
+        progress: Callable[[int], object] | None = None,
     ) -> Experts:
-        """Load one layer's experts straight from safetensors files.
+        """Load one layer's experts straight from safetensors files. Ctrl-C stops it and leaves nothing behind.
 
         Args:
             path: a .safetensors file, a directory of them, or an open `Checkpoint`.
             layer: the layer's number in the tensor names.
-            format: "as-stored" (bf16; fp16 and fp32 files are rounded to bf16) or "bf16".
+            format: "as-stored" (fp16 and fp32 files are rounded to bf16), or one of the formats of `Experts`,
+                to which the weights are converted one by one.
+            cache_dir: a directory of packed layers. A layer that is there is mapped read-only: shared between
+                processes, paged in by access, nothing decoded or copied. One that is not, or that was made
+                from other files (a warning says so), is made first, of the layer's size in that format.
+            paged: True leaves the weights in the checkpoint's files and pages them in by access. For layouts
+                that are the one in memory (`LayerInfo.mappable`); the files must not change meanwhile.
+            progress: called now and then with the number of bytes loaded since the last call.
 
         Raises:
             FileNotFoundError: no such file, or one that the index names is missing.
-            ValueError: a malformed file, no such layer, or an expert that is missing; names the key.
+            ValueError: a malformed file, no such layer, an expert that is missing, a scale that is zero or not
+                finite; names file and tensor. `paged` with another format, layout or with `cache_dir`.
+            OSError: a file cannot be read, or a packed layer not be written.
         """
         _check_format(format, CHECKPOINT_FORMATS)
+        directory = None if cache_dir is None else os.fspath(cache_dir)
         checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(path)
         runtime = runtime or default_runtime()
         self = cls.__new__(cls)
-        core = _core.Experts.from_checkpoint(checkpoint._core, layer, activation, runtime._core)
+        core = _core.Experts.from_checkpoint(
+            checkpoint._core, layer, activation, format, runtime._core, directory, paged, progress
+        )
         self._adopt(core, runtime)
         return self
 
@@ -111,8 +141,18 @@ class Experts:
 
     @property
     def nbytes(self) -> int:
-        """Bytes the weights take."""
+        """Bytes the weights take, scales included."""
         return self._core.nbytes
+
+    @property
+    def mapped(self) -> bool:
+        """Whether they lie in a mapped file, paged in by access, and not in memory of their own."""
+        return self._core.mapped
+
+    @property
+    def quantization_error(self) -> dict[str, float] | None:
+        """Relative L2 error of "gate", "up" and "down", if they were quantised when they were loaded."""
+        return self._core.quantization_error
 
     @property
     def shards(self) -> int:

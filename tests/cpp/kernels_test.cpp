@@ -2,7 +2,6 @@
 #include "kernels/registry.h"
 
 #include <doctest/doctest.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <bit>
@@ -17,6 +16,7 @@
 #include "base/error.h"
 #include "base/split.h"
 #include "cpu/features.h"
+#include "end_of_page.h"
 #include "kernel_sets.h"
 
 using namespace kt;
@@ -29,6 +29,9 @@ namespace {
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInf = std::numeric_limits<float>::infinity();
+
+using Slot = ActivationKernels EpilogueKernels::*;
+constexpr Slot kActivations[] = {&EpilogueKernels::silu, &EpilogueKernels::gpt_oss};
 
 const KernelSet& scalar_set() {
   static const KernelSet set = kernel_set("scalar", cpu_features());
@@ -69,26 +72,6 @@ struct Panel {
   }
   std::size_t bytes;
   std::unique_ptr<void, decltype(&std::free)> data;
-};
-
-// n elements that end where a page ends, before one that may not be touched.
-template <class T>
-struct EndOfPage {
-  explicit EndOfPage(int n) : bytes(round_up(n * static_cast<index_t>(sizeof(T)), kPage)) {
-    map = static_cast<char*>(mmap(nullptr, static_cast<std::size_t>(bytes + kPage), PROT_READ | PROT_WRITE,
-                                  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    REQUIRE(map != MAP_FAILED);
-    REQUIRE(mprotect(map + bytes, kPage, PROT_NONE) == 0);
-    data = reinterpret_cast<T*>(map + bytes) - n;
-  }
-  ~EndOfPage() { munmap(map, static_cast<std::size_t>(bytes + kPage)); }
-  EndOfPage(const EndOfPage&) = delete;
-  EndOfPage& operator=(const EndOfPage&) = delete;
-
-  static constexpr index_t kPage = 4096;
-  index_t bytes;
-  char* map;
-  T* data;
 };
 
 enum class Direction { forward, backward };
@@ -292,8 +275,10 @@ TEST_CASE("kernels read and write no byte beyond their operands, not even where 
       const float *terms[]{x.data, z.data}, scales[]{1.0f, 2.0f};
       set.epilogue.sum_scaled(n, 2, terms, scales, y.data);
       set.epilogue.round_scaled(n, 1.0f, x.data, a.data);
-      set.epilogue.silu.forward(n, x.data, y.data, a.data, b.data, c.data);
-      set.epilogue.silu.backward(n, z.data, 1.0f, a.data, b.data, c.data, d.data, e.data);
+      for (const Slot activation : kActivations) {
+        (set.epilogue.*activation).forward(n, x.data, y.data, a.data, b.data, c.data);
+        (set.epilogue.*activation).backward(n, z.data, 1.0f, a.data, b.data, c.data, d.data, e.data);
+      }
       set.decode.from_f32(n, x.data, a.data);
       set.decode.from_f16(n, a.data, b.data);
     }
@@ -409,12 +394,18 @@ TEST_CASE("every half-precision number decodes as in the scalar set") {
   });
 }
 
-TEST_CASE("SiLU forward and backward agree with the scalar set, also far out and on NaN") {
+namespace {
+
+void check_like_scalar(Slot activation) {
   std::vector<float> g = floats(203, 7), u = floats(203, 8), dh = floats(203, 9);
-  for (std::size_t i = 0; i < g.size(); ++i) g[i] *= 10.0f;
+  for (std::size_t i = 0; i < g.size(); ++i) g[i] *= 10.0f, u[i] *= 5.0f;
   const std::vector<float> special{0.0f,  -0.0f,  60.0f, -60.0f, 87.5f,  -87.5f, 90.0f, -104.0f, 1000.0f,
                                    -1e4f, -1e30f, 1e30f, 3e38f,  -3e38f, kNan,   kInf,  -kInf};
   std::copy(special.begin(), special.end(), g.begin() + 20);
+  std::copy(special.begin(), special.end(), u.begin() + 120);
+  const std::vector<float> limits{6.96875f, 7.0f, 7.03125f, -6.96875f, -7.0f, -7.03125f};
+  std::copy(limits.begin(), limits.end(), g.begin() + 60);
+  std::copy(limits.begin(), limits.end(), u.begin() + 70);
   struct alignas(64) Row {  // on a cache line: whole lines may be stored in another way than parts of one
     bf16_t data[205];
   };
@@ -429,13 +420,13 @@ TEST_CASE("SiLU forward and backward agree with the scalar set, also far out and
         ours.push_back(row.data + offset);
       }
       std::vector<std::vector<bf16_t>> truth(6, std::vector<bf16_t>(size, 77));
-      set.epilogue.silu.forward(n, g.data(), u.data(), ours[0], ours[1], ours[2]);
-      scalar_set().epilogue.silu.forward(n, g.data(), u.data(), truth[0].data(), truth[1].data(),
-                                         truth[2].data());
-      const float dot = set.epilogue.silu.backward(n, dh.data(), 0.7f, truth[0].data(), truth[1].data(),
-                                                   ours[3], ours[4], ours[5]);
-      const float dot_truth =
-          scalar_set().epilogue.silu.backward(n, dh.data(), 0.7f, truth[0].data(), truth[1].data(),
+      const ActivationKernels &kernels = set.epilogue.*activation,
+                              &scalar = scalar_set().epilogue.*activation;
+      kernels.forward(n, g.data(), u.data(), ours[0], ours[1], ours[2]);
+      scalar.forward(n, g.data(), u.data(), truth[0].data(), truth[1].data(), truth[2].data());
+      const float dot =
+          kernels.backward(n, dh.data(), 0.7f, truth[0].data(), truth[1].data(), ours[3], ours[4], ours[5]);
+      const float dot_truth = scalar.backward(n, dh.data(), 0.7f, truth[0].data(), truth[1].data(),
                                               truth[3].data(), truth[4].data(), truth[5].data());
       if (std::isnan(dot_truth))
         CHECK(std::isnan(dot));
@@ -455,6 +446,38 @@ TEST_CASE("SiLU forward and backward agree with the scalar set, also far out and
   });
 }
 
+}  // namespace
+
+TEST_CASE("activations forward and backward agree with the scalar set, also far out and on NaN") {
+  for (const Slot activation : kActivations) check_like_scalar(activation);
+}
+
+TEST_CASE("gpt-oss's activation: no gradient beyond a limit, one on it") {
+  struct {
+    float g, u;
+    bool gate_moves, up_moves;
+  } cases[] = {{1.0f, 1.0f, true, true},       {7.0f, 7.0f, true, true},   {7.0f, -7.0f, true, true},
+               {7.03125f, 2.0f, false, true},  {-50.0f, 2.0f, true, true}, {2.0f, 7.03125f, true, false},
+               {2.0f, -7.03125f, true, false}, {9.0f, 9.0f, false, false}};
+  for_every_set([&](const KernelSet& set) {
+    for (const auto& [g, u, gate_moves, up_moves] : cases) {
+      CAPTURE(g);
+      CAPTURE(u);
+      const bf16_t gate = to_bf16(g), up = to_bf16(u);
+      const float dh = 1e30f;
+      bf16_t h[3], dg, du, saved;
+      set.epilogue.gpt_oss.forward(1, &g, &u, &saved, &saved, h);
+      set.epilogue.gpt_oss.backward(1, &dh, 1.0f, &gate, &up, &dg, &du, h + 1);
+      const double x = std::min(g, 7.0f), y = std::clamp(u, -7.0f, 7.0f);
+      h[2] = to_bf16(static_cast<float>((y + 1) * x / (1 + std::exp(-1.702 * x))));
+      check_same_bf16(h[0], h[2], 1);
+      check_same_bf16(h[1], h[2], 1);
+      CHECK((to_float(dg) != 0.0f) == gate_moves);
+      CHECK((to_float(du) != 0.0f) == up_moves);
+    }
+  });
+}
+
 TEST_CASE("the registry: unknown and absent sets are refused, empty slots are filled from below") {
   CHECK_THROWS_WITH_AS(kernel_set("mmx", cpu_features()), doctest::Contains("wanted one of scalar, avx2"),
                        ValueError);
@@ -464,7 +487,7 @@ TEST_CASE("the registry: unknown and absent sets are refused, empty slots are fi
     CHECK(static_cast<bool>(set.gemm.micro_kernel));
     CHECK(static_cast<bool>(set.few.times));
     CHECK(static_cast<bool>(set.epilogue.transpose));
-    CHECK(static_cast<bool>(set.epilogue.silu.backward));
+    for (const Slot activation : kActivations) CHECK(static_cast<bool>((set.epilogue.*activation).backward));
     CHECK(static_cast<bool>(set.decode.from_f16));
   });
 }

@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <map>
@@ -34,7 +35,19 @@ struct Options {
   bool save = true;
   double dropout = 0.0;
   DType result = DType::f32, lora = DType::f32;
+  WeightType weights = {};
+  Activation activation = Activation::silu;
+  std::array<bool, 3> biases = {};
 };
+
+// Beyond the limits of gpt-oss's activation.
+constexpr float kLargeBias = 5.0f;
+
+constexpr WeightType kInt8{Format::int8, ScaleType::f32};
+constexpr WeightType kInt4{Format::int4, ScaleType::bf16, 1, 32};
+constexpr WeightType kInt4Zeros{Format::int4, ScaleType::f32, 1, 64, true};
+constexpr WeightType kFp8{Format::fp8, ScaleType::f32, 128, 128};
+constexpr WeightType kMxfp4{Format::mxfp4, ScaleType::e8m0, 1, 32};
 
 // A vector whose end is the end of its memory, for the address sanitizer.
 using Bytes = std::vector<unsigned char>;
@@ -44,8 +57,13 @@ class Layer {
   Layer(const Shape& shape, const Options& options) : shape_(shape), options_(options) {
     const auto [name, t, k, e, h, n, to, ranks] = shape;
     const float to_hidden = 1.0f / std::sqrt(float(h)), to_inner = 1.0f / std::sqrt(float(n));
-    experts_ = {e, h, n, Activation::silu, {}};
-    experts_.projections = {stack(e, n, h, to_hidden), stack(e, n, h, to_hidden), stack(e, h, n, to_inner)};
+    experts_ = {e, h, n, options.activation, {}, {}, {}};
+    for (const Projection p : projections) {
+      add_weights(p, p == Projection::down ? to_inner : to_hidden);
+      if (options.biases[index_of(p)])
+        experts_.biases[index_of(p)] =
+            static_cast<const bf16_t*>(numbers(e * experts_.rows(p), kLargeBias, DType::bf16));
+    }
     inputs_.hidden_states = view(numbers(t * h, 1.0f, DType::bf16), DType::bf16, t, h);
     grad_out_ = view(numbers(t * h, 1.0f, DType::bf16), DType::bf16, t, h);
     for (index_t i = 0; i < t * k; ++i) ids_.push_back(pick(i));
@@ -96,6 +114,78 @@ class Layer {
     return results;
   }
 
+  // The same with every weight decoded by itself, in the obvious way.
+  void dequantize() {
+    const DecodeKernels decode = kernel_set("scalar", 0).decode;
+    for (auto& stack : experts_.weights)
+      for (Weight& w : stack) {
+        auto* decoded = reinterpret_cast<bf16_t*>(
+            memory_.emplace_back(static_cast<std::size_t>(2 * w.rows * w.cols)).data());
+        const index_t groups = ceil_div(w.cols, w.group());
+        for (index_t row = 0; row < w.rows; ++row)
+          for (index_t group = 0; group < groups; ++group) {
+            const index_t first = group * w.group(), scale = row / w.type.scale_rows * groups + group;
+            const CodedRows source{1,
+                                   static_cast<int>(std::min(w.group(), w.cols - first)),
+                                   reinterpret_cast<const std::uint8_t*>(w.codes) +
+                                       row * w.code_bytes(w.cols) + w.code_bytes(first),
+                                   0,
+                                   w.type.scale == ScaleType::f32    ? kScaleF32
+                                   : w.type.scale == ScaleType::bf16 ? kScaleBF16
+                                                                     : kScaleE8M0,
+                                   w.scales + scale * size_of(w.type.scale),
+                                   0,
+                                   w.zeros ? reinterpret_cast<const std::uint8_t*>(w.zeros) + scale : nullptr,
+                                   static_cast<int>(w.group())};
+            (w.type.format == Format::int8   ? decode.from_int8
+             : w.type.format == Format::int4 ? decode.from_int4
+             : w.type.format == Format::fp8  ? decode.from_fp8
+                                             : decode.from_mxfp4)(source, decoded + row * w.cols + first, 0);
+          }
+        w = {{}, w.rows, w.cols, reinterpret_cast<const std::byte*>(decoded)};
+      }
+  }
+
+  // out and the gradient of the routing weights of a layer like gpt-oss's, without LoRA, in double.
+  std::array<std::vector<float>, 2> by_definition() const {
+    const auto [name, t, k, e, h, n, to, ranks] = shape_;
+    const auto at = [](const void* data, index_t i) {
+      return static_cast<double>(to_float(static_cast<const bf16_t*>(data)[i]));
+    };
+    const auto project = [&](Projection p, int expert, const std::vector<double>& x) {
+      std::vector<double> y;
+      for (index_t row = 0; row < experts_.rows(p); ++row) {
+        y.push_back(at(experts_.bias(p, expert), row));
+        for (index_t i = 0; i < std::ssize(x); ++i)
+          y.back() +=
+              at(experts_.of(p, expert).codes, row * std::ssize(x) + i) * x[static_cast<std::size_t>(i)];
+      }
+      return y;
+    };
+    std::vector<float> out(static_cast<std::size_t>(t * h)), grad;
+    for (index_t route = 0; route < t * k; ++route) {
+      const index_t first = route / k * h;
+      const int expert = ids_[static_cast<std::size_t>(route)];
+      std::vector<double> x;
+      for (index_t i = 0; i < h; ++i) x.push_back(at(inputs_.hidden_states.data, first + i));
+      std::vector<double> g = project(Projection::gate, expert, x), u = project(Projection::up, expert, x);
+      for (std::size_t i = 0; i < g.size(); ++i) {
+        const double gate = std::min(g[i], 7.0), up = std::clamp(u[i], -7.0, 7.0);
+        g[i] = (up + 1) * gate / (1 + std::exp(-1.702 * gate));
+      }
+      const std::vector<double> y = project(Projection::down, expert, g);
+      const float weight = static_cast<const float*>(inputs_.topk_weights.data)[route];
+      double dot = 0;
+      for (index_t i = 0; i < h; ++i) {
+        const double value = y[static_cast<std::size_t>(i)];
+        out[static_cast<std::size_t>(first + i)] += static_cast<float>(weight * value);
+        dot += value * at(grad_out_.data, first + i);
+      }
+      grad.push_back(static_cast<float>(dot));
+    }
+    return {out, grad};
+  }
+
   DType type_of(const std::string& result) const {
     if (result == "topk_weights") return DType::f32;
     return result == "out" || result == "hidden_states" ? options_.result : options_.lora;
@@ -125,6 +215,35 @@ class Layer {
         reinterpret_cast<bf16_t*>(bytes.data())[i] = to_bf16(x);
     }
     return bytes.data();
+  }
+  // Random codes of about the wanted size, every one of a format's but NaN.
+  void add_weights(Projection p, float size) {
+    std::uniform_int_distribution<int> byte(0, 255), zero(6, 9);
+    for (int e = 0; e < shape_.experts; ++e) {
+      Weight w{options_.weights, experts_.rows(p), experts_.cols(p)};
+      if (w.type.format == Format::bf16) {
+        w.codes = static_cast<const std::byte*>(numbers(w.rows * w.cols, size, DType::bf16));
+      } else {
+        w.codes = fill(w.codes_bytes(),
+                       [&] { return byte(random_) & (w.type.format == Format::fp8 ? 0xbb : 0xff); });
+        if (w.type.zero_points) w.zeros = fill(w.zeros_bytes(), [&] { return zero(random_); });
+        w.scales = scales(w, size);
+      }
+      experts_.weights[index_of(p)].push_back(w);
+    }
+  }
+  template <class Draw>
+  const std::byte* fill(index_t n, const Draw& draw) {
+    Bytes& bytes = memory_.emplace_back(static_cast<std::size_t>(n));
+    for (auto& b : bytes) b = static_cast<unsigned char>(draw());
+    return reinterpret_cast<const std::byte*>(bytes.data());
+  }
+  const std::byte* scales(const Weight& w, float size) {
+    const auto n = w.scale_count();
+    if (w.type.scale == ScaleType::e8m0) return fill(n, [&] { return 122 + random_() % 3; });
+    const float usual = w.type.format == Format::int8 ? 0.01f : 0.2f;
+    const bool narrow = w.type.scale == ScaleType::bf16;
+    return static_cast<const std::byte*>(numbers(n, usual * size, narrow ? DType::bf16 : DType::f32));
   }
   Stack stack(index_t count, index_t rows, index_t cols, float scale, DType type = DType::bf16) {
     return {numbers(count * rows * cols, scale, type), type, rows, cols};
@@ -219,8 +338,60 @@ TEST_CASE("the same bits for any number of threads, close to the scalar set") {
     }
 }
 
+TEST_CASE(
+    "quantised weights: the bits of any number of threads, close to the scalar set and to bf16 weights") {
+  for (const WeightType& type : {kInt8, kInt4, kInt4Zeros, kFp8, kMxfp4}) {
+    CAPTURE(std::string(name_of(type.format)));
+    for (const Shape& shape : kShapes) {
+      CAPTURE(std::string(shape.name));
+      const Options options{true, 0.0, DType::f32, DType::f32, type};
+      check(shape, options, {5});
+      Layer layer(shape, options);
+      Runtime& runtime = runtime_of("scalar", 1);
+      const auto results = layer.run(runtime);
+      layer.dequantize();
+      for (const auto& [name, bytes] : layer.run(runtime)) {
+        CAPTURE(name);
+        // Few rows going backward are summed in another order.
+        CHECK(difference(floats(results.at(name), layer.type_of(name)), floats(bytes, layer.type_of(name))) <=
+              1e-3);
+      }
+    }
+  }
+}
+
+TEST_CASE("biases and gpt-oss's activation: the bits of any number of threads, close to the scalar set") {
+  for (const Activation activation : {Activation::silu, Activation::gpt_oss})
+    for (const std::array<bool, 3>& biases : {std::array{true, true, true}, {false, true, false}, {}}) {
+      CAPTURE(std::string(name_of(activation)));
+      CAPTURE(biases[0]);
+      Options options{.activation = activation, .biases = biases};
+      for (const Shape& shape : kShapes)
+        for (const bool save : {true, false}) {
+          options.save = save;
+          check(shape, options, {5});
+        }
+      options = {true, 0.3, DType::bf16, DType::bf16, kMxfp4, activation, biases};
+      for (const Shape& shape : kShapes) check(shape, options, {16});
+    }
+}
+
+TEST_CASE("a layer like gpt-oss's against its definition") {
+  const Shape shape{"", 70, 2, 3, 40, 33, To::any, {0, 0, 0}};
+  Runtime& runtime = runtime_of("scalar", 1);
+  const Options options{true, 0.0, DType::f32, DType::f32, {}, Activation::gpt_oss, {true, true, true}};
+  const Layer layer(shape, options);
+  const auto results = layer.run(runtime);
+  const auto [out, grad] = layer.by_definition();
+  CHECK(difference(floats(results.at("out"), DType::f32), out) <= kClose);
+  CHECK(difference(floats(results.at("topk_weights"), DType::f32), grad) <= kClose);
+}
+
 TEST_CASE("every number of rows that is few, a half tile, or a tail") {
-  for (index_t rows = 1; rows <= 70; ++rows) check({"rows", rows, 1, 1, 34, 50, To::one, {3, 2, 1}}, {}, {5});
+  for (const Options& options :
+       {Options{}, Options{.activation = Activation::gpt_oss, .biases = {true, true, true}}})
+    for (index_t rows = 1; rows <= 70; ++rows)
+      check({"rows", rows, 1, 1, 34, 50, To::one, {3, 2, 1}}, options, {5});
 }
 
 TEST_CASE("many calls with more threads than cores") {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,8 @@ class Problem:
     scaling: tuple[float, float, float]
     grad_out: Tensor  # [T, H] bf16
     made_by: str  # the call that makes it again
+    biases: tuple[Tensor | None, ...] = (None, None, None)  # of gate, up [E, I] and down [E, H]; bf16
+    activation: str = "silu"
 
     def __repr__(self) -> str:
         return self.made_by
@@ -33,6 +36,18 @@ class Problem:
     def leaves(self) -> dict[str, Tensor]:
         """Everything that gets a gradient."""
         return {"hidden_states": self.hidden_states, "topk_weights": self.topk_weights, **self.lora}
+
+
+def gpt_oss(G: Tensor, U: Tensor) -> Tensor:
+    """As transformers' GptOssExperts has it."""
+    gate, up = G.clamp(max=7.0), U.clamp(min=-7.0, max=7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": lambda G, U: silu(G) * U,
+    "gpt_oss": gpt_oss,
+}
 
 
 def moe(
@@ -43,6 +58,8 @@ def moe(
     lora: dict[str, Tensor],
     scaling: tuple[float, ...],
     masks: Masks | None = None,
+    biases: tuple[Tensor | None, ...] = (None, None, None),
+    activation: str = "silu",
 ) -> Tensor:
     """The mathematics, expert by expert, in whatever dtype the tensors have."""
     out = torch.zeros_like(hidden_states)
@@ -53,14 +70,15 @@ def moe(
 
         def project(x: Tensor, i: int, e: int = e, token: Tensor = token, slot: Tensor = slot) -> Tensor:
             p = PROJECTIONS[i]
-            y = linear(x, weights[i][e])
+            bias = biases[i]
+            y = linear(x, weights[i][e], None if bias is None else bias[e])
             if f"{p}_lora_a" not in lora:
                 return y
             dropped = x if masks is None else x * masks[p][token, slot].to(x.dtype)
             return y + scaling[i] * linear(linear(dropped, lora[f"{p}_lora_a"][e]), lora[f"{p}_lora_b"][e])
 
         x = hidden_states[token]
-        y = project(silu(project(x, 0)) * project(x, 1), 2)
+        y = project(ACTIVATIONS[activation](project(x, 0), project(x, 1)), 2)
         out = out.index_add(0, token, y * topk_weights[token, slot, None].to(y.dtype))
     return out
 
@@ -71,7 +89,11 @@ def run(problem: Problem, dtype: torch.dtype, masks: Masks | None = None) -> dic
     lora = {k: v for k, v in leaves.items() if k in LORA_NAMES}
     weights = tuple(w.to(dtype) for w in problem.weights)
     hidden_states, topk_weights = leaves["hidden_states"], leaves["topk_weights"]
-    out = moe(hidden_states, problem.topk_ids, topk_weights, weights, lora, problem.scaling, masks)
+    biases = tuple(None if b is None else b.to(dtype) for b in problem.biases)
+    out = moe(
+        hidden_states, problem.topk_ids, topk_weights, weights, lora, problem.scaling, masks,
+        biases, problem.activation,
+    )  # fmt: skip
     out.backward(problem.grad_out.to(dtype)) if out.requires_grad else None
     grads = {k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in leaves.items()}
     return {"out": out.detach(), **grads}
@@ -86,6 +108,11 @@ def run_rounded(problem: Problem, masks: Masks | None = None, p_drop: float = 0.
     r = _round
     x, grad_out = problem.hidden_states.double(), problem.grad_out.double()
     gate, up, down = (w.double() for w in problem.weights)
+    gate_bias, up_bias, down_bias = (
+        torch.zeros(w.shape[:2], dtype=torch.float64) if b is None else b.double()
+        for w, b in zip(problem.weights, problem.biases, strict=True)
+    )
+    act = ACTIVATIONS[problem.activation]
     keep = 1.0 - p_drop
     lora = {k: r(v.double()) for k, v in problem.lora.items()}
     out, dx = torch.zeros_like(x), torch.zeros_like(x)
@@ -100,20 +127,20 @@ def run_rounded(problem: Problem, masks: Masks | None = None, p_drop: float = 0.
         pairs = _pairs(problem, lora, masks, token, slot, e, keep)
         X, dY = x[token], grad_out[token]
         P = {p: r(pairs[p].scale * (X * pairs[p].mask) @ pairs[p].a.T) for p in ("gate", "up")}
-        G = X @ gate[e].T + P["gate"] @ pairs["gate"].b.T
-        U = X @ up[e].T + P["up"] @ pairs["up"].b.T
-        h = r(silu(G) * U)
+        G = X @ gate[e].T + P["gate"] @ pairs["gate"].b.T + gate_bias[e]
+        U = X @ up[e].T + P["up"] @ pairs["up"].b.T + up_bias[e]
+        h = r(act(G, U))
         Pd = pairs["down"].scale * (h * pairs["down"].mask) @ pairs["down"].a.T
-        out.index_add_(0, token, w * (h @ down[e].T + r(Pd) @ pairs["down"].b.T))
+        out.index_add_(0, token, w * (h @ down[e].T + r(Pd) @ pairs["down"].b.T + down_bias[e]))
 
         Qd = pairs["down"].scale * dY @ pairs["down"].b
         dh = dY @ down[e] + (r(Qd) @ pairs["down"].a) * pairs["down"].mask
-        G, U = r(G), r(U)
-        sigmoid = torch.sigmoid(G)
-        dw[token, slot] = (dh * (G * sigmoid * U)).sum(-1)
-        dG = r(w * dh * U * sigmoid * (1 + G * (1 - sigmoid)))
-        dU = r(w * dh * G * sigmoid)
-        h = r(G * sigmoid * U)
+        G, U = r(G).requires_grad_(), r(U).requires_grad_()
+        h = act(G, U)
+        dG, dU = (r(d) for d in torch.autograd.grad(h, (G, U), w * dh))
+        h = h.detach()
+        dw[token, slot] = (dh * h).sum(-1) + dY @ down_bias[e]
+        h = r(h)
         Q = {p: r(pairs[p].scale * d @ pairs[p].b) for p, d in (("gate", dG), ("up", dU))}
         dx_e = dG @ gate[e] + dU @ up[e]
         for p in ("gate", "up"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from hypothesis import strategies as st
-from reference import PROJECTIONS, Problem
+from reference import ACTIVATIONS, PROJECTIONS, Problem
 from torch import Tensor
 
 import kt_moe
@@ -27,15 +27,19 @@ def make_problem(
     seed: int = 0,
     lora_dtype: torch.dtype = torch.float32,
     scaling: tuple[float, float, float] = (2.0, 1.5, 0.5),
+    biased: tuple[str, ...] = (),
+    activation: str = "silu",
 ) -> Problem:
     """A layer problem with values of ordinary size.
 
     ranks: projection -> LoRA rank; a projection that is missing has none.
     routing: "random" (distinct experts a token), "one" (all on expert 0), "repeat" (an expert in several
         slots), "sparse" (a third of the slots has no route), "none".
+    biased: the projections with a bias, of a size that reaches the limits of "gpt_oss".
     """
     call = (
-        f"make_problem({T}, {H}, {inner}, {E}, {K}, {ranks}, {routing=}, {seed=}, {lora_dtype=}, {scaling=})"
+        f"make_problem({T}, {H}, {inner}, {E}, {K}, {ranks}, {routing=}, {seed=}, {lora_dtype=}, "
+        f"{scaling=}, {biased=}, {activation=})"
     )
     random = torch.Generator().manual_seed(seed)
 
@@ -47,7 +51,7 @@ def make_problem(
         into, out = (inner, H) if p == "down" else (H, inner)
         lora[f"{p}_lora_a"] = normal(E, r, into, scale=into**-0.5).to(lora_dtype)
         lora[f"{p}_lora_b"] = normal(E, out, r, scale=r**-0.5).to(lora_dtype)
-    return Problem(
+    problem = Problem(
         weights=(
             normal(E, inner, H, scale=H**-0.5).bfloat16(),
             normal(E, inner, H, scale=H**-0.5).bfloat16(),
@@ -60,7 +64,19 @@ def make_problem(
         scaling=scaling,
         grad_out=normal(T, H).bfloat16(),
         made_by=call,
+        activation=activation,
     )
+    problem.biases = tuple(
+        normal(*w.shape[:2], scale=5.0).bfloat16() if p in biased else None
+        for p, w in zip(PROJECTIONS, problem.weights, strict=True)
+    )
+    return problem
+
+
+def make_experts(problem: Problem, runtime: kt_moe.Runtime) -> kt_moe.Experts:
+    """The experts of a problem."""
+    biases = {f"{p}_bias": b for p, b in zip(PROJECTIONS, problem.biases, strict=True)}
+    return kt_moe.Experts(*problem.weights, **biases, activation=problem.activation, runtime=runtime)
 
 
 def _route(routing: str, T: int, E: int, K: int, random: torch.Generator) -> Tensor:
@@ -89,6 +105,8 @@ def problems(draw: st.DrawFn) -> Problem:
         routing=draw(st.sampled_from(["random", "random", "one", "repeat", "sparse", "none"])),
         seed=draw(st.integers(0, 2**31)),
         lora_dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        biased=tuple(draw(st.sampled_from([(), PROJECTIONS, ("up",), ("down",)]))),
+        activation=draw(st.sampled_from(list(ACTIVATIONS))),
     )
 
 
@@ -102,7 +120,7 @@ def run_ours(
     seed: int | None = None,
 ) -> dict[str, Tensor]:
     """`out` and the gradient of every leaf, by kt_moe."""
-    experts = experts or kt_moe.Experts(*problem.weights, runtime=runtime)
+    experts = experts or make_experts(problem, runtime)
     experts.recompute = recompute
     leaves = {k: v.detach().clone().requires_grad_() for k, v in problem.leaves().items()}
     lora = {k: leaves[k] for k in problem.lora}

@@ -96,8 +96,13 @@ def test_a_sharded_directory_is_one_model(tmp_path: Path, index: str) -> None:
     assert checkpoint.tensors["lm_head.weight"].file == tmp_path / "model-2.safetensors"
     assert checkpoint.layers == [0, 1]
     nbytes = E * 3 * H * I * 2
-    assert checkpoint.layer(0) == LayerInfo(E, H, I, "BF16", "per-expert", nbytes)
-    assert checkpoint.layer(1) == LayerInfo(E, H, I, "BF16", "fused", nbytes)
+    memory = {p: nbytes // 3 for p in ("gate", "up", "down")}
+    for layer, layout in enumerate(("per-expert", "fused")):
+        assert checkpoint.layer(layer) == LayerInfo(
+            num_experts=E, hidden_size=H, intermediate_size=I, dtype="BF16", layout=layout, nbytes=nbytes,
+            format="bf16", scale_type="none", scale_rows=1, scale_cols=0, zero_points=False, biases=False,
+            mappable=True, memory_bytes=memory,
+        )  # fmt: skip
     assert repr(checkpoint) == (
         f"Checkpoint({str(tmp_path)!r}: 2 files, {3 * E + 3} tensors, 0.0 MB, experts in 2 layers)"
     )
@@ -151,13 +156,14 @@ def test_experts_that_disagree_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "says"),
     [
-        ({"0.gate_proj.weight_scale_inv": torch.ones(1)}, r"0\.up_proj\.weight_scale_inv\" is missing"),
-        ({"gate_up_proj_blocks": torch.ones(1)}, "stored in two layouts"),
+        ({"0.gate_proj.weight_scale_inv": torch.ones(1)}, 'up_proj.weight_scale_inv" is missing'),
+        ({"gate_up_proj_blocks": torch.ones(1)}, "stored in two layouts; .*gate_up_proj_blocks"),
+        ({"gate_up_proj_bias": torch.ones(1)}, "stored in two layouts; .*gate_up_proj_bias"),
         ({"0.gate_proj.weight_scale_2": torch.ones(1)}, "NVFP4: not supported"),
         ({"0.fc1.weight": torch.ones(1)}, "an unknown expert layout"),
     ],
 )
-def test_other_formats_are_listed_but_not_read(tmp_path: Path, extra: dict[str, Tensor], says: str) -> None:
+def test_mixed_formats_are_listed_but_not_read(tmp_path: Path, extra: dict[str, Tensor], says: str) -> None:
     root = "model.layers.0.mlp.experts."
     save_file(qwen() | {root + name: t for name, t in extra.items()}, tmp_path / "m.safetensors")
     checkpoint = Checkpoint(tmp_path)

@@ -62,6 +62,15 @@ def test_error_is_no_larger_than_bf16_eager(runtime, T, H, inner, E, K, ranks, r
     assert_formula(ours, problem)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("T", [3, 100, 700])
+def test_a_layer_like_those_of_gpt_oss(runtime, T, recompute):
+    problem = make_problem(T, 96, 80, 4, 2, ALL, biased=reference.PROJECTIONS, activation="gpt_oss")
+    ours = run_ours(problem, runtime, recompute=recompute)
+    assert_as_good_as_eager(ours, problem)
+    assert_formula(ours, problem)
+
+
 def test_a_layer_that_is_cut_into_slices(runtime):
     """A quarter of any L2 cache holds fewer columns of these weights than there are: every product is cut."""
     problem = make_problem(24, 6000, 310, 2, 1, {"gate": 3, "up": 5, "down": 4})

@@ -10,7 +10,7 @@ namespace kt {
 
 using bf16_t = std::uint16_t;  // the upper half of an IEEE float
 
-enum class DType : std::uint8_t { bf16, f16, f32, i32, i64 };
+enum class DType : std::uint8_t { bf16, f16, f32, i32, i64, u8 };
 
 constexpr std::size_t size_of(DType type) {
   switch (type) {
@@ -19,6 +19,7 @@ constexpr std::size_t size_of(DType type) {
     case DType::f32:
     case DType::i32: return 4;
     case DType::i64: return 8;
+    case DType::u8: return 1;
   }
   return 0;
 }
@@ -30,6 +31,7 @@ constexpr std::string_view name_of(DType type) {
     case DType::f32: return "float32";
     case DType::i32: return "int32";
     case DType::i64: return "int64";
+    case DType::u8: return "uint8";
   }
   return "unknown";
 }

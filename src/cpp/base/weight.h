@@ -3,10 +3,12 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <string_view>
 
+#include "base/error.h"
 #include "base/split.h"
 #include "base/view.h"
 
@@ -16,12 +18,22 @@ namespace kt {
 // point. fp8: E4M3, no infinities. mxfp4: E2M1, two a byte as in int4, scales E8M0.
 enum class Format : std::uint8_t { bf16, int8, int4, fp8, mxfp4 };
 
-constexpr std::string_view name_of(Format format) {
-  constexpr std::string_view names[] = {"bf16", "int8", "int4", "fp8", "mxfp4"};
-  return names[static_cast<std::size_t>(format)];
+inline constexpr std::array<std::string_view, 5> format_names{"bf16", "int8", "int4", "fp8", "mxfp4"};
+
+constexpr std::string_view name_of(Format format) { return format_names[static_cast<std::size_t>(format)]; }
+
+inline Format format_from(std::string_view name) {
+  const auto at = std::find(format_names.begin(), format_names.end(), name);
+  KT_CHECK(at != format_names.end(), "format is \"{}\", wanted bf16, int8, int4, fp8 or mxfp4", name);
+  return static_cast<Format>(at - format_names.begin());
 }
 
 enum class ScaleType : std::uint8_t { none, f32, bf16, e8m0 };
+
+constexpr std::string_view name_of(ScaleType type) {
+  constexpr std::array<std::string_view, 4> names{"none", "f32", "bf16", "e8m0"};
+  return names[static_cast<std::size_t>(type)];
+}
 
 constexpr index_t size_of(ScaleType type) {
   constexpr index_t sizes[] = {0, 4, 2, 1};

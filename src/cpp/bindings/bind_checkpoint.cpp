@@ -46,6 +46,18 @@ py::dict layer(const kt::ExpertIndex& index, int number) {
   out["dtype"] = info.stored_type;
   out["layout"] = info.layout;
   out["nbytes"] = info.nbytes;
+  out["biases"] = info.biases;
+  out["mappable"] = info.mappable;
+  const kt::WeightType& gate = info.types.front();
+  out["format"] = kt::name_of(gate.format);
+  out["scale_type"] = kt::name_of(gate.scale);
+  out["scale_rows"] = gate.scale_rows;
+  out["scale_cols"] = gate.scale_cols;
+  out["zero_points"] = gate.zero_points;
+  py::dict memory;
+  for (const kt::Projection p : kt::projections)
+    memory[py::str(std::string(kt::name_of(p)))] = info.num_experts * info.matrix(p).bytes();
+  out["memory_bytes"] = memory;
   return out;
 }
 

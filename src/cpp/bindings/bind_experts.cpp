@@ -1,11 +1,15 @@
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
 
-#include <cstring>
+#include <cmath>
+#include <filesystem>
 #include <memory>
+#include <optional>
 
 #include "base/error.h"
 #include "bindings/tensor.h"
-#include "weights/experts.h"
+#include "weights/loader.h"
 
 namespace py = pybind11;
 
@@ -15,8 +19,15 @@ namespace {
 
 constexpr auto kFloats = {DType::bf16, DType::f16, DType::f32};
 
-std::shared_ptr<Experts> from_tensors(py::handle gate, py::handle up, py::handle down,
-                                      const std::string& activation, std::shared_ptr<Runtime> runtime) {
+// The memory format of a layer's three matrices.
+std::array<WeightType, 3> types_of(Format format) {
+  const WeightType type = default_type(format);
+  return {type, type, type};
+}
+
+std::shared_ptr<Experts> from_tensors(py::handle gate, py::handle up, py::handle down, py::handle gate_bias,
+                                      py::handle up_bias, py::handle down_bias, const std::string& activation,
+                                      const std::string& format, std::shared_ptr<Runtime> runtime) {
   const std::array tensors{read_tensor(gate, "gate", kFloats, 3), read_tensor(up, "up", kFloats, 3),
                            read_tensor(down, "down", kFloats, 3)};
   const index_t e = tensors[0].dim(0), i = tensors[0].dim(1), h = tensors[0].dim(2);
@@ -24,33 +35,74 @@ std::shared_ptr<Experts> from_tensors(py::handle gate, py::handle up, py::handle
            shape_text(tensors[0].shape));
   check_shape(tensors[1], "up", {e, i, h}, "[E, I, H] of gate");
   check_shape(tensors[2], "down", {e, h, i}, "[E, H, I] of gate's [E, I, H]");
+  Biases biases;
+  const auto read_bias = [&](Projection p, py::handle bias, index_t rows, const char* meaning) {
+    if (bias.is_none()) return;
+    const std::string name = std::string(name_of(p)) + "_bias";
+    const Tensor tensor = read_tensor(bias, name, kFloats, 2);
+    check_shape(tensor, name, {e, rows}, meaning);
+    biases[index_of(p)] = tensor.matrix();
+  };
+  read_bias(Projection::gate, gate_bias, i, "[E, I] of gate's [E, I, H]");
+  read_bias(Projection::up, up_bias, i, "[E, I] of gate's [E, I, H]");
+  read_bias(Projection::down, down_bias, h, "[E, H] of gate's [E, I, H]");
   const Activation act = activation_from(activation);
+  const LayerPlan plan{static_cast<int>(e), h, i, types_of(format_from(format))};
 
   const py::gil_scoped_release release;
-  return std::make_shared<Experts>(std::move(runtime), static_cast<int>(e), h, i, act,
-                                   [&](int expert, Projection p) {
-                                     const Tensor& t = tensors[index_of(p)];
-                                     return Stack{t.data, t.dtype, t.dim(1), t.dim(2)}[expert];
-                                   });
+  const auto matrices = [&](int expert, Projection p) {
+    const Tensor& t = tensors[index_of(p)];
+    return Stack{t.data, t.dtype, t.dim(1), t.dim(2)}[expert];
+  };
+  return experts_from_matrices(std::move(runtime), plan, act, matrices, biases);
 }
 
-std::shared_ptr<Experts> from_checkpoint(const std::shared_ptr<ExpertIndex>& index, int layer,
-                                         const std::string& activation, std::shared_ptr<Runtime> runtime) {
-  const Activation act = activation_from(activation);
+std::shared_ptr<Experts> from_checkpoint(std::shared_ptr<const ExpertIndex> index, int layer,
+                                         const std::string& activation, const std::string& format,
+                                         std::shared_ptr<Runtime> runtime,
+                                         const std::optional<std::filesystem::path>& cache_dir, bool paged,
+                                         const py::object& progress) {
+  LoadOptions options;
+  options.activation = activation_from(activation);
+  if (format != "as-stored") options.format = format_from(format);
+  options.cache_dir = cache_dir;
+  options.paged = paged;
+  options.warn = [](const std::string& text) {
+    const py::gil_scoped_acquire acquire;
+    if (PyErr_WarnEx(PyExc_UserWarning, text.c_str(), 1) != 0) throw py::error_already_set();
+  };
+  const Report report = [&](std::size_t bytes) {
+    const py::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    if (!progress.is_none()) progress(bytes);
+  };
   const py::gil_scoped_release release;
-  return Experts::from_index(std::move(runtime), *index, layer, act);
+  return experts_from_checkpoint(std::move(runtime), std::move(index), layer, options, report);
 }
 
 void dequantize(const Experts& experts, py::handle gate, py::handle up, py::handle down) {
   const ExpertWeights& w = experts.weights();
   const std::array targets{gate, up, down};
+  std::array<bf16_t*, 3> memory;
   for (const Projection p : projections) {
-    const Stack& stack = w.of(p);
     const std::string name(name_of(p));
     const Tensor target = read_tensor(targets[index_of(p)], name, {DType::bf16}, 3);
-    check_shape(target, name, {w.num_experts, stack.rows, stack.cols}, "[E, rows, cols]");
-    std::memcpy(target.data, stack.data, static_cast<std::size_t>(w.num_experts * stack.bytes()));
+    check_shape(target, name, {w.num_experts, w.rows(p), w.cols(p)}, "[E, rows, cols]");
+    memory[index_of(p)] = static_cast<bf16_t*>(target.data);
   }
+  const py::gil_scoped_release release;
+  for (const Projection p : projections) experts.dequantize(p, memory[index_of(p)]);
+}
+
+// Relative L2 error of gate, up and down, or None.
+py::object quantization_error(const Experts& experts) {
+  if (!experts.placed().quantized) return py::none();
+  py::dict errors;
+  for (const Projection p : projections) {
+    const auto& [error, norm] = experts.placed().errors[index_of(p)];
+    errors[py::str(std::string(name_of(p)))] = norm > 0 ? std::sqrt(error / norm) : 0.0;
+  }
+  return errors;
 }
 
 }  // namespace
@@ -61,16 +113,21 @@ void bind_experts(py::module_& m) {
   using kt::Experts;
   py::class_<Experts, std::shared_ptr<Experts>>(m, "Experts")
       .def_static("from_tensors", &kt::from_tensors, py::arg("gate"), py::arg("up"), py::arg("down"),
-                  py::arg("activation"), py::arg("runtime"))
+                  py::arg("gate_bias"), py::arg("up_bias"), py::arg("down_bias"), py::arg("activation"),
+                  py::arg("format"), py::arg("runtime"))
       .def_static("from_checkpoint", &kt::from_checkpoint, py::arg("checkpoint"), py::arg("layer"),
-                  py::arg("activation"), py::arg("runtime"))
+                  py::arg("activation"), py::arg("format"), py::arg("runtime"), py::arg("cache_dir"),
+                  py::arg("paged"), py::arg("progress"))
       .def_property_readonly("num_experts", [](const Experts& e) { return e.weights().num_experts; })
       .def_property_readonly("hidden_size", [](const Experts& e) { return e.weights().hidden; })
       .def_property_readonly("intermediate_size", [](const Experts& e) { return e.weights().intermediate; })
       .def_property_readonly("activation",
                              [](const Experts& e) { return kt::name_of(e.weights().activation); })
-      .def_property_readonly("format", [](const Experts&) { return "bf16"; })
-      .def_property_readonly("nbytes", &Experts::nbytes)
+      .def_property_readonly("format",
+                             [](const Experts& e) { return kt::name_of(e.plan().types.front().format); })
+      .def_property_readonly("nbytes", [](const Experts& e) { return e.plan().bytes(); })
+      .def_property_readonly("mapped", [](const Experts& e) { return e.placed().mapped; })
+      .def_property_readonly("quantization_error", &kt::quantization_error)
       .def_property_readonly("shards", [](const Experts& e) { return e.runtime().shards(); })
       .def("dequantize", &kt::dequantize, py::arg("gate"), py::arg("up"), py::arg("down"));
 }

@@ -95,6 +95,30 @@ PackedB pack_b_rows(const KernelSet& kernels, Rows source, Arena& scratch) {
   return pack_b_rows_into(scratch.take<char>(packed_b_bytes(kernels, m.cols, m.rows)), kernels, source);
 }
 
+// Panel by panel: what is decoded is read again while it lies in the nearest cache.
+PackedA pack_a(const KernelSet& kernels, const WeightBlock& weight, Arena& scratch) {
+  const index_t rows = weight.rows.size(), k = weight.cols.size(), mr = kernels.gemm.mr;
+  if (weight.is_bf16() || (kernels.gemm.in_place && k % 2 == 0))
+    return pack_a(kernels, Rows{in_bf16(kernels, weight, scratch)}, scratch);
+  auto* panels = scratch.take<char>(packed_a_bytes(kernels, rows, k));
+  const index_t bytes = panel_bytes(kernels.gemm, mr, k);
+  const Arena::Frame frame(scratch);
+  auto* decoded = scratch.take<bf16_t>(mr * k);
+  for (index_t i = 0; i < rows; i += mr) {
+    const Range part{i, std::min(rows, i + mr)};
+    decode(kernels, weight.rows_of(part), decoded, k);
+    pack_a_into(panels + i / mr * bytes, kernels, {view(decoded, DType::bf16, part.size(), k)});
+  }
+  return {panels, rows, k, bytes};
+}
+
+PackedB pack_b_rows(const KernelSet& kernels, const WeightBlock& weight, Arena& scratch) {
+  const index_t k = weight.rows.size(), cols = weight.cols.size();
+  auto* panels = scratch.take<char>(packed_b_bytes(kernels, cols, k));
+  const Arena::Frame frame(scratch);
+  return pack_b_rows_into(panels, kernels, {in_bf16(kernels, weight, scratch)});
+}
+
 PackedA rows_of(const KernelSet& kernels, PackedA a, Range rows) {
   assert(rows.begin % kernels.gemm.mr == 0 && rows.end <= a.rows);
   return {a.data + rows.begin / kernels.gemm.mr * a.panel_bytes, rows.size(), a.k, a.panel_bytes,
@@ -166,6 +190,43 @@ void multiply_few_transposed(const KernelSet& kernels, Rows x, Rows w, float* c,
 void multiply_few(const KernelSet& kernels, Rows x, Rows w, float* c, index_t stride, bool accumulate,
                   Arena& scratch) {
   call_few(kernels, kernels.few.times, w.matrix.cols, x, w, c, stride, accumulate, scratch);
+}
+
+namespace {
+
+// Calls body(rows, the block's rows in bf16), `each` rows decoded at a time.
+template <class Body>
+void for_decoded(const KernelSet& kernels, const WeightBlock& w, index_t each, Arena& scratch,
+                 const Body& body) {
+  const index_t n = w.rows.size();
+  if (w.is_bf16()) each = n;
+  for (index_t i = 0; i < n; i += each) {
+    const Arena::Frame frame(scratch);
+    const Range rows{i, std::min(n, i + each)};
+    body(rows, Rows{in_bf16(kernels, w.rows_of(rows), scratch)});
+  }
+}
+
+}  // namespace
+
+void multiply_few_transposed(const KernelSet& kernels, Rows x, const WeightBlock& w, float* c, index_t stride,
+                             bool accumulate, Arena& scratch) {
+  constexpr index_t kDecodedBytes = 64 << 10;  // stay in the second cache level
+  const index_t each = std::max(index_t{1}, kDecodedBytes / (2 * w.cols.size()));
+  for_decoded(kernels, w, each, scratch, [&](Range rows, Rows decoded) {
+    multiply_few_transposed(kernels, x, decoded, c + rows.begin, stride, accumulate, scratch);
+  });
+}
+
+void multiply_few(const KernelSet& kernels, Rows x, const WeightBlock& w, float* c, index_t stride,
+                  bool accumulate, Arena& scratch) {
+  constexpr index_t kDecodedRows = 64;  // a number of its own: the order of additions hangs on it
+  for_decoded(kernels, w, kDecodedRows, scratch, [&](Range rows, Rows decoded) {
+    Rows part = x;
+    part.matrix.data = x.matrix.at(0, rows.begin);
+    part.matrix.cols = rows.size();
+    multiply_few(kernels, part, decoded, c, stride, accumulate || rows.begin > 0, scratch);
+  });
 }
 
 index_t result_stride(const KernelSet& kernels, index_t cols) { return round_up(cols, kernels.gemm.nr); }

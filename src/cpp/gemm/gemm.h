@@ -9,6 +9,7 @@
 #include "base/arena.h"
 #include "base/split.h"
 #include "base/view.h"
+#include "gemm/decode.h"
 #include "kernels/kernel_set.h"
 
 namespace kt {
@@ -39,6 +40,10 @@ PackedA pack_a(const KernelSet& kernels, Rows source, Arena& scratch);
 PackedB pack_b_cols(const KernelSet& kernels, Rows source, Arena& scratch);
 // B = source [k, cols].
 PackedB pack_b_rows(const KernelSet& kernels, Rows source, Arena& scratch);
+
+// A weight as A, and as B = weight [k, cols].
+PackedA pack_a(const KernelSet& kernels, const WeightBlock& weight, Arena& scratch);
+PackedB pack_b_rows(const KernelSet& kernels, const WeightBlock& weight, Arena& scratch);
 
 // The same from bf16 into memory of the caller's, as many bytes as packed_a_bytes and packed_b_bytes say.
 PackedA pack_a_into(char* panels, const KernelSet& kernels, Rows source);
@@ -78,5 +83,9 @@ void multiply_few_transposed(const KernelSet& kernels, Rows x, Rows w, float* c,
                              bool accumulate, Arena& scratch);
 void multiply_few(const KernelSet& kernels, Rows x, Rows w, float* c, index_t stride, bool accumulate,
                   Arena& scratch);
+void multiply_few_transposed(const KernelSet& kernels, Rows x, const WeightBlock& w, float* c, index_t stride,
+                             bool accumulate, Arena& scratch);
+void multiply_few(const KernelSet& kernels, Rows x, const WeightBlock& w, float* c, index_t stride,
+                  bool accumulate, Arena& scratch);
 
 }  // namespace kt

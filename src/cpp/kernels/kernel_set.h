@@ -94,7 +94,7 @@ struct FewRowsKernels {
   FewRows* times;             // C[rows x n] (+)= X[rows x k] * W, W [k x n]: the same weight going backward
 };
 
-// One row of G and U of an expert, and what the step makes of it. Forward: h = act(G) * U; G, U and h rounded
+// One row of G and U of an expert, and what the step makes of it. Forward: h = act(G, U); G, U and h rounded
 // once to bf16. Lines that G and U fill may go past the caches: before another thread reads them comes a
 // locked instruction or a fence. Backward: from dh' (fp32, before the routing weight) and the saved G, U.
 using ActivationForward = void(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
@@ -102,6 +102,10 @@ using ActivationForward = void(int n, const float* g, const float* u, uint16_t* 
 // dG, dU for dh = weight * dh'; h as in the forward. Returns <dh', h>, the gradient of the routing weight.
 using ActivationBackward = float(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u,
                                  uint16_t* dg, uint16_t* du, uint16_t* h);
+
+// gpt-oss: h = (clamp(U, -limit, limit) + 1) * g * sigmoid(alpha * g), g = min(G, limit). What lies beyond a
+// limit gets no gradient, what lies on it does.
+constexpr float kGptOssAlpha = 1.702f, kGptOssLimit = 7.0f;
 
 struct ActivationKernels {
   ActivationForward* forward;
@@ -119,7 +123,8 @@ struct EpilogueKernels {
   Transpose* transpose;
   SumScaled* sum_scaled;
   RoundScaled* round_scaled;
-  ActivationKernels silu;
+  ActivationKernels silu;  // h = silu(G) * U
+  ActivationKernels gpt_oss;
 };
 
 // Stored weights and parameters to bf16, one row at a time.

@@ -58,12 +58,15 @@ void Backward::add_down(const Saved& saved) {
   const index_t tile = fixed ? kDotCols : kernels().gemm.nr;
   const Slices slices = this->slices(n, tile, experts_.hidden * kernels().gemm.element_bytes);
   const index_t dot_cols = fixed ? kDotCols : n, count = fixed ? ceil_div(n, kDotCols) : slices.count;
-  auto* dots = memory().take<float>(count * routes);
-  std::fill_n(dots, count * routes, 0.0f);
+  const bool biased = experts_.biases[index_of(Projection::down)] != nullptr;
+  const index_t rows = count + biased;
+  auto* dots = memory().take<float>(rows * routes);
+  std::fill_n(dots, rows * routes, 0.0f);
   add_with_input(
       grad_input_bytes(Projection::down, kBlockRows),
-      [this](Block block, char* memory, Arena& scratch) {
+      [=, this](Block block, char* memory, Arena& scratch) {
         pack_grad_input(Projection::down, block, memory, scratch);
+        if (biased) bias_dots(block, dots + count * routes, scratch);
       },
       slices,
       [=, this](Block block, index_t i, Range slice, Range next, Arena& scratch) {
@@ -75,7 +78,7 @@ void Backward::add_down(const Saved& saved) {
   if (gradients_.topk_weights != nullptr)
     tasks_.add(1, [=, this](index_t, Arena&) {
       for (const Group* done : down_done_) tasks_.wait(done);
-      sum_dots(dots, count);
+      sum_dots(dots, rows);
     });
 }
 
@@ -100,6 +103,15 @@ void Backward::down(Block block, Range slice, Range next, const Saved& saved, fl
                                  grad_gate_up_[0] + place, grad_gate_up_[1] + place, hidden_ + place);
       }
     }
+  });
+}
+
+void Backward::bias_dots(Block block, float* dots, Arena& scratch) const {
+  const bf16_t* bias = experts_.bias(Projection::down, block.expert);
+  const Rows row{view(bias, DType::bf16, 1, experts_.hidden)};
+  for_parts(block, kernels().few.max_rows, [&](Block part) {
+    multiply_few_transposed(kernels(), grad_output(Projection::down, part, {0, experts_.hidden}), row,
+                            dots + part.first, /*stride=*/1, /*accumulate=*/false, scratch);
   });
 }
 
@@ -146,13 +158,13 @@ Rows Backward::grad_output(Projection p, Block block, Range cols) const {
 }
 
 index_t Backward::grad_input_bytes(Projection p, index_t routes) const {
-  return packed_a_bytes(kernels(), routes, experts_.of(p).rows) +
+  return packed_a_bytes(kernels(), routes, experts_.rows(p)) +
          packed_a_bytes(kernels(), routes, inputs_.of(p).rank());
 }
 
 void Backward::pack_grad_input(Projection p, Block block, char* into, Arena& scratch) {
   GradInput& in = grad_inputs_[index_of(p)][block.index];
-  const index_t cols = experts_.of(p).rows, rank = inputs_.of(p).rank();
+  const index_t cols = experts_.rows(p), rank = inputs_.of(p).rank();
   if (!few(block)) in.rows = pack_a_into(into, kernels(), grad_output(p, block, {0, cols}));
   if (rank == 0) return;
   project_grad_b(p, block, in.rows, scratch);
@@ -164,15 +176,19 @@ void Backward::pack_grad_input(Projection p, Block block, char* into, Arena& scr
 Backward::BackwardWeights Backward::backward_weights(std::span<const Projection> targets, Block block,
                                                      Range slice, Range next, Arena& scratch) const {
   BackwardWeights result;
-  const auto add = [&](Projection p, bool lora, const Stack& stack) {
-    const auto cols = [&](Range r) { return stack[block.expert].block(0, r.begin, stack.rows, r.size()); };
-    const Rows rows{cols(slice)};
-    result.push_back({p, lora, rows, few(block) ? PackedB{} : pack_b_rows(kernels(), rows, scratch),
-                      lora ? MatView{} : cols(next) /* LoRA A is small */});
+  const auto packed = [&](const auto& source) {
+    return few(block) ? PackedB{} : pack_b_rows(kernels(), source, scratch);
   };
-  for (const Projection p : targets) add(p, false, experts_.of(p));
+  for (const Projection p : targets) {
+    const Weight& w = experts_.of(p, block.expert);
+    const WeightBlock weights{&w, {0, w.rows}, slice};
+    result.push_back({p, false, weights, {}, packed(weights), codes_of({&w, {0, w.rows}, next})});
+  }
   for (const Projection p : targets)
-    if (const LoraPair& lora = inputs_.of(p); lora) add(p, true, lora.a);
+    if (const LoraPair& lora = inputs_.of(p); lora) {
+      const Rows rows{lora.a[block.expert].block(0, slice.begin, lora.rank(), slice.size())};
+      result.push_back({p, true, {}, rows, packed(rows), {} /* it is small */});
+    }
   return result;
 }
 
@@ -201,12 +217,15 @@ void Backward::multiply_backward(std::span<const BackwardTerm> weights, Block pa
                                  index_t stride, Arena& scratch) const {
   std::array<Term, kMostTerms> terms;
   for (std::size_t i = 0; i < weights.size(); ++i) {
-    const auto& [p, lora, rows, packed, next] = weights[i];
+    const auto& [p, lora, frozen, rows, packed, next] = weights[i];
     if (few(part)) {
       const index_t rank = inputs_.of(p).rank();
       const Rows gradient = lora ? by_route(grad_low_rank_[index_of(p)].rows, rank, part, {0, rank})
-                                 : grad_output(p, part, {0, experts_.of(p).rows});
-      multiply_few(kernels(), gradient, rows, result, stride, /*accumulate=*/i > 0, scratch);
+                                 : grad_output(p, part, {0, experts_.rows(p)});
+      if (lora)
+        multiply_few(kernels(), gradient, rows, result, stride, /*accumulate=*/i > 0, scratch);
+      else
+        multiply_few(kernels(), gradient, frozen, result, stride, /*accumulate=*/i > 0, scratch);
     } else {
       const GradInput& gradient = grad_inputs_[index_of(p)][part.index];
       terms[i] = {rows_of(kernels(), lora ? gradient.low_rank : gradient.rows, within(part)), packed,

@@ -30,7 +30,8 @@ class Backward : Pass {
   struct BackwardTerm {
     Projection projection;
     bool lora;
-    Rows rows;
+    WeightBlock weights;  // W
+    Rows rows;            // LoRA A
     PackedB packed;
     MatView next;  // weights that this task needs next
   };
@@ -51,6 +52,8 @@ class Backward : Pass {
   // dots: [ceil(slice / dot_cols), routes], one for every `dot_cols` columns of the slice.
   void down(Block block, Range slice, Range next, const Saved& saved, float* dots, index_t dot_cols,
             Arena& scratch) const;
+  // <dY, bd> of a block's routes: what the bias of down adds to the gradient of their weights.
+  void bias_dots(Block block, float* dots, Arena& scratch) const;
   // The gradient of a routing weight, its `count` dots added in order; 0 where there is no route.
   void sum_dots(const float* dots, index_t count) const;
   // Packs dG and dU, and computes their Q.

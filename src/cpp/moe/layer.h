@@ -5,17 +5,20 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <string_view>
+#include <vector>
 
 #include "base/projection.h"
 #include "base/view.h"
+#include "base/weight.h"
 #include "kernels/kernel_set.h"
 #include "moe/dropout.h"
 #include "moe/runtime.h"
 
 namespace kt {
 
-enum class Activation : std::uint8_t { silu };
+enum class Activation : std::uint8_t { silu, gpt_oss };
 
 // ValueError for a name that is not known.
 Activation activation_from(std::string_view name);
@@ -38,9 +41,20 @@ struct ExpertWeights {
   int num_experts = 0;
   index_t hidden = 0, intermediate = 0;
   Activation activation = Activation::silu;
-  std::array<Stack, 3> projections;  // gate, up [I, H]; down [H, I]; bf16
+  std::array<std::vector<Weight>, 3> weights;  // gate, up [I, H]; down [H, I]; one an expert
+  // Asks for an expert's weights ahead of their use, where they may not be in memory; else empty.
+  std::function<void(int expert)> fetch;
+  std::array<const bf16_t*, 3> biases{};  // [E, rows of the projection], or null: it has none
 
-  const Stack& of(Projection p) const { return projections[index_of(p)]; }
+  const Weight& of(Projection p, int expert) const {
+    return weights[index_of(p)][static_cast<std::size_t>(expert)];
+  }
+  const bf16_t* bias(Projection p, int expert) const {
+    const bf16_t* all = biases[index_of(p)];
+    return all == nullptr ? nullptr : all + expert * rows(p);
+  }
+  index_t rows(Projection p) const { return p == Projection::down ? hidden : intermediate; }
+  index_t cols(Projection p) const { return p == Projection::down ? intermediate : hidden; }
 };
 
 // LoRA of one projection: a [r, in], b [out, r] for each expert, fp32 or bf16. Rank 0: the projection has

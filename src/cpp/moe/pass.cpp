@@ -24,6 +24,9 @@ Pass::Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& in
       inputs_(inputs),
       activation_(kernels_of(kernels(), experts.activation)),
       routing_(route(inputs.topk_ids, experts.num_experts)) {
+  if (experts.fetch)
+    tasks_.add(std::ssize(routing_.experts),
+               [this](index_t i, Arena&) { experts_.fetch(routing_.experts[static_cast<std::size_t>(i)]); });
   for (const int e : routing_.experts) {
     const index_t count = routing_.count(e), blocks = ceil_div(count, kBlockRows);
     const index_t each = round_up(ceil_div(count, blocks), kernels().gemm.nr);
@@ -54,7 +57,7 @@ void Pass::add_gate_up(const Saved& saved) {
 }
 
 index_t Pass::forward_input_bytes(std::span<const Projection> targets, index_t routes) const {
-  index_t bytes = packed_b_bytes(kernels(), routes, experts_.of(targets.front()).cols);
+  index_t bytes = packed_b_bytes(kernels(), routes, experts_.cols(targets.front()));
   for (const Projection p : targets) bytes += packed_b_bytes(kernels(), routes, inputs_.of(p).rank());
   return bytes;
 }
@@ -62,7 +65,7 @@ index_t Pass::forward_input_bytes(std::span<const Projection> targets, index_t r
 void Pass::pack_forward_input(std::span<const Projection> targets, Block block, char* into, ForwardInput& in,
                               Arena& scratch) {
   const Projection first = targets.front();
-  const index_t cols = experts_.of(first).cols;
+  const index_t cols = experts_.cols(first);
   if (!few(block)) in.rows = pack_b_cols_into(into, kernels(), input(first, block, {0, cols}));
   into += packed_b_bytes(kernels(), block.count, cols);
   for (const Projection p : targets) {
@@ -137,8 +140,10 @@ void Pass::gate_up(Block block, Range slice, Range next, const ForwardInput& in,
 Pass::ForwardWeights Pass::forward_weights(Projection p, Block block, Range slice, Range next,
                                            Arena& scratch) const {
   const LoraPair& lora = inputs_.of(p);
-  ForwardWeights w{
-      weight_rows(p, block.expert, slice), {}, {}, {}, weight_rows(p, block.expert, next).matrix};
+  ForwardWeights w{};
+  w.weights = weight_rows(p, block.expert, slice);
+  w.next = codes_of(weight_rows(p, block.expert, next));
+  if (const bf16_t* bias = experts_.bias(p, block.expert); bias != nullptr) w.bias = bias + slice.begin;
   if (lora) w.lora_b = {lora.b[block.expert].block(slice.begin, 0, slice.size(), lora.rank())};
   if (few(block)) return w;
   w.packed_weights = pack_a(kernels(), w.weights, scratch);
@@ -149,16 +154,18 @@ Pass::ForwardWeights Pass::forward_weights(Projection p, Block block, Range slic
 void Pass::multiply_forward(Projection p, const ForwardWeights& w, const ForwardInput& in, Block part,
                             float* result, index_t stride, Arena& scratch) const {
   const Arena::Frame frame(scratch);
-  const bool lora = static_cast<bool>(inputs_.of(p));
+  const bool lora = static_cast<bool>(inputs_.of(p)), bias = w.bias != nullptr;  // which the sum starts from
+  const index_t width = w.weights.rows.size(), part_rows = kernels().gemm.nr;
   if (few(part) || part.count <= kernels().few.max_tail) {
-    const Rows rows = input(p, part, {0, w.weights.matrix.cols});
-    multiply_few_transposed(kernels(), rows, w.weights, result, stride, /*accumulate=*/false, scratch);
+    const Rows rows = input(p, part, {0, experts_.cols(p)});
+    for (index_t i = 0; bias && i < part.count; ++i)
+      std::transform(w.bias, w.bias + width, result + i * stride, to_float);
+    multiply_few_transposed(kernels(), rows, w.weights, result, stride, /*accumulate=*/bias, scratch);
     if (lora)
       multiply_few_transposed(kernels(), low_rank_rows(p, part, scratch), w.lora_b, result, stride,
                               /*accumulate=*/true, scratch);
     return;
   }
-  const index_t width = w.weights.matrix.rows, part_rows = kernels().gemm.nr;
   const index_t whole = blocks_[part.index].count;
   Range fetching = within(part);  // and for a tail of few rows behind it
   if (whole - fetching.end <= kernels().few.max_tail) fetching.end = whole;
@@ -166,7 +173,9 @@ void Pass::multiply_forward(Projection p, const ForwardWeights& w, const Forward
   terms[0] = {w.packed_weights, cols_of(kernels(), in.rows, within(part)), share(w.next, fetching, whole)};
   if (lora) terms[1] = {w.packed_lora_b, cols_of(kernels(), in.low_rank[index_of(p)], within(part))};
   auto* transposed = scratch.take<float>(width * part_rows);
-  multiply(kernels(), {terms.data(), lora ? 2u : 1u}, transposed, part_rows);
+  for (index_t i = 0; bias && i < width; ++i)
+    std::fill_n(transposed + i * part_rows, part.count, to_float(w.bias[i]));
+  multiply(kernels(), {terms.data(), lora ? 2u : 1u}, transposed, part_rows, /*accumulate=*/bias);
   kernels().epilogue.transpose(transposed, part_rows, to_int(width), to_int(part.count), result, stride);
 }
 

@@ -52,7 +52,7 @@ class Pass {
     std::array<PackedB, 3> low_rank;  // P of the projections that read these rows
   };
 
-  // Adds the tasks that compute G, U = X W' + P B' and h = act(G) * U. `saved` may be null pointers.
+  // Adds the tasks that compute G, U = X W' + P B' + b and h = act(G, U). `saved` may be null pointers.
   void add_gate_up(const Saved& saved);
 
   // Packs the input of some projections that read the same rows, and computes and packs their P; `into` is
@@ -80,17 +80,20 @@ class Pass {
     return std::ranges::all_of(blocks_, [this](Block block) { return few(block); });
   }
 
-  // W and LoRA B of a projection, rows `slice`: as left operands, unless the block has few rows.
+  // W, LoRA B and the bias of a projection, rows `slice`: as left operands, unless the block has few rows.
   struct ForwardWeights {
-    Rows weights, lora_b;
+    WeightBlock weights;
+    Rows lora_b;
+    const bf16_t* bias;  // null: none
     PackedA packed_weights, packed_lora_b;
     MatView next;  // weights that this task needs next
   };
   ForwardWeights forward_weights(Projection p, Block block, Range slice, Range next, Arena& scratch) const;
-  Rows weight_rows(Projection p, int expert, Range slice) const {
-    return {experts_.of(p)[expert].block(slice.begin, 0, slice.size(), experts_.of(p).cols)};
+  WeightBlock weight_rows(Projection p, int expert, Range slice) const {
+    return {&experts_.of(p, expert), slice, {0, experts_.cols(p)}};
   }
-  // result [part.count, slice] = input W' + P B', rows `stride` floats apart; a part is at most nr routes.
+  // result [part.count, slice] = input W' + P B' + b, rows `stride` floats apart; a part is at most nr
+  // routes.
   void multiply_forward(Projection p, const ForwardWeights& weights, const ForwardInput& in, Block part,
                         float* result, index_t stride, Arena& scratch) const;
 

@@ -1,35 +1,43 @@
-// The frozen experts of one layer in memory of their own: a dense bf16 copy, natural order, on huge pages.
-// Immutable once made; refuses anything that is not bf16, fp16 or fp32.
+// The frozen experts of one layer, wherever they lie: memory of their own, or a mapped file. Immutable.
 #pragma once
 
-#include <functional>
+#include <array>
 #include <memory>
 
-#include "base/arena.h"
 #include "moe/layer.h"
-#include "weights/expert_index.h"
+#include "weights/layer_plan.h"
+#include "weights/quantize.h"
 
 namespace kt {
 
+// The weights of a layer, and what keeps them there.
+struct Placed {
+  std::shared_ptr<const void> memory;
+  std::array<std::vector<Weight>, 3> weights;  // gate, up, down; one an expert
+  std::array<std::vector<bf16_t>, 3> biases;   // of gate, up, down; empty: none
+  std::function<void(int expert)> fetch;       // see ExpertWeights
+  bool mapped = false;                         // paged in from a file by access
+  bool quantized = false;                      // when they were loaded, with these errors
+  std::array<QuantError, 3> errors{};          // of gate, up, down
+};
+
 class Experts {
  public:
-  // One [rows, cols] matrix of `source` an expert and projection; read by several threads at once.
-  using Source = std::function<MatView(int expert, Projection p)>;
-
-  Experts(std::shared_ptr<Runtime> runtime, int num_experts, index_t hidden, index_t intermediate,
-          Activation activation, const Source& source);
-
-  static std::shared_ptr<Experts> from_index(std::shared_ptr<Runtime> runtime, const ExpertIndex& index,
-                                             int layer, Activation activation);
+  Experts(std::shared_ptr<Runtime> runtime, const LayerPlan& plan, Activation activation, Placed placed);
 
   const ExpertWeights& weights() const { return weights_; }
+  const LayerPlan& plan() const { return plan_; }
+  const Placed& placed() const { return placed_; }
   Runtime& runtime() const { return *runtime_; }
-  std::size_t nbytes() const { return memory_.size(); }
+
+  // A projection of all experts in bf16, [E, rows, cols]: exactly what the kernels multiply by.
+  void dequantize(Projection p, bf16_t* into) const;
 
  private:
   std::shared_ptr<Runtime> runtime_;
+  LayerPlan plan_;
+  Placed placed_;
   ExpertWeights weights_;
-  Buffer memory_;
 };
 
 }  // namespace kt

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,6 +17,9 @@ from kt_moe.experts import Experts
 from kt_moe.functional import MoEFunction
 
 NAME = "kt_moe"
+
+Load = Callable[["KtExperts", Callable[[int], object] | None], Experts]
+_loading = threading.Lock()
 
 
 class KtExperts(nn.Module):
@@ -38,18 +43,16 @@ class KtExperts(nn.Module):
         self.architecture, self.layer = architecture, layer
         self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden_dim, intermediate_dim
         self._experts: Experts | None = None
+        self._load: Load | None = None
 
-    @property
-    def experts(self) -> Experts:
-        """The weights. RuntimeError before they are loaded."""
-        if self._experts is None:
-            raise RuntimeError(
-                f"the experts of layer {self.layer} are not loaded: from_pretrained did not finish"
-            )
-        return self._experts
+    def load_with(self, load: Load) -> None:
+        """Have the weights loaded so, by `load` or when they are first used."""
+        self._load = load
 
-    @experts.setter
-    def experts(self, experts: Experts) -> None:
+    def load(self, progress: Callable[[int], object] | None = None) -> None:
+        """Load the weights now. ValueError where they are not what the model's config says."""
+        assert self._load is not None
+        experts = self._load(self, progress)
         found = (experts.num_experts, experts.hidden_size, experts.intermediate_size)
         wanted = (self.num_experts, self.hidden_dim, self.intermediate_dim)
         if found != wanted:
@@ -58,6 +61,19 @@ class KtExperts(nn.Module):
                 f"{found}, the config says {wanted}"
             )
         self._experts = experts
+
+    @property
+    def experts(self) -> Experts:
+        """The weights. RuntimeError before from_pretrained has said where they are."""
+        if self._experts is None and self._load is None:
+            raise RuntimeError(
+                f"the experts of layer {self.layer} are not loaded: from_pretrained did not finish"
+            )
+        with _loading:  # of several threads that come first, one loads
+            if self._experts is None:
+                self.load()
+        assert self._experts is not None
+        return self._experts
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, H], [T, K], [T, K] -> [T, H]; see `kt_moe.MoEFunction.apply`."""
@@ -68,7 +84,7 @@ class KtExperts(nn.Module):
         copy = KtExperts(
             self.architecture, self.layer, self.num_experts, self.hidden_dim, self.intermediate_dim
         )
-        copy._experts = self._experts
+        copy._experts, copy._load = self._experts, self._load
         copy.training = self.training
         return copy
 

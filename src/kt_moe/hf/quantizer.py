@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers.quantizers.base import HfQuantizer
@@ -24,10 +25,13 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Args:
         threads, shards, isa: see `kt_moe.Runtime`; all None means `kt_moe.default_runtime()`.
         recompute: False saves G and U for the backward pass, True computes them again (see `kt_moe.Experts`).
-        format: how the weights are kept in memory: "as-stored" or "bf16".
+        format: how the weights are kept in memory: "as-stored", or a format of `kt_moe.Experts` to which they
+            are converted while they are loaded.
+        cache_dir, paged: see `kt_moe.Experts.from_checkpoint`.
+        lazy: False loads all experts in from_pretrained, True those of a layer when they are first used.
 
     Raises:
-        ValueError: an unknown option or format.
+        ValueError: an unknown option or format, or `paged` with `cache_dir`.
     """
 
     def __init__(
@@ -37,16 +41,23 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         isa: str | None = None,
         recompute: bool = False,
         format: str = "as-stored",
+        cache_dir: str | os.PathLike[str] | None = None,
+        paged: bool = False,
+        lazy: bool = False,
         **unknown: Any,
     ) -> None:
         self.quant_method = unknown.pop("quant_method", NAME)  # part of every serialised quantization config
         self.threads, self.shards, self.isa = threads, shards, isa
         self.recompute, self.format = recompute, format
+        self.cache_dir = None if cache_dir is None else os.fspath(cache_dir)  # to_dict wants what JSON knows
+        self.paged, self.lazy = paged, lazy
         if unknown:
             options = [name for name in self.to_dict() if name != "quant_method"]
             raise ValueError(f"KtMoeConfig has no option {sorted(unknown)}, only {options}")
         if format not in CHECKPOINT_FORMATS:
             raise ValueError(f"KtMoeConfig: format is {format!r}, wanted one of {list(CHECKPOINT_FORMATS)}")
+        if paged and cache_dir is not None:
+            raise ValueError("KtMoeConfig has paged and cache_dir, wanted one of them")
 
     def runtime(self) -> Runtime:
         """The runtime these options ask for."""
@@ -85,17 +96,11 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        config = self.quantization_config
         modules = [m for m in model.modules() if isinstance(m, KtExperts)]
-        for module in logging.tqdm(modules, desc="Loading experts"):
-            module.experts = Experts.from_checkpoint(
-                self._checkpoint,
-                module.layer,
-                activation=module.architecture.activation,
-                format=config.format,
-                runtime=self._runtime,
-            )
-            module.experts.recompute = config.recompute
+        for module in modules:
+            module.load_with(_Loader(self._checkpoint, self._runtime, self.quantization_config))
+        if not self.quantization_config.lazy:
+            _load_all(modules, self._checkpoint)
         model.load_adapter = _no_load_adapter
         del self._checkpoint, self._runtime  # the model keeps its quantizer, and must stay copyable
         return model
@@ -118,6 +123,36 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """Adapters can be trained on it."""
         return True
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """Loads the experts of any layer of a checkpoint as a config says."""
+
+    checkpoint: Checkpoint
+    runtime: Runtime
+    config: KtMoeConfig
+
+    def __call__(self, module: KtExperts, progress: Callable[[int], object] | None = None) -> Experts:
+        experts = Experts.from_checkpoint(
+            self.checkpoint,
+            module.layer,
+            activation=module.architecture.activation,
+            format=self.config.format,
+            runtime=self.runtime,
+            cache_dir=self.config.cache_dir,
+            paged=self.config.paged,
+            progress=progress,
+        )
+        experts.recompute = self.config.recompute
+        return experts
+
+
+def _load_all(modules: Sequence[KtExperts], checkpoint: Checkpoint) -> None:
+    total = sum(checkpoint.layer(module.layer).nbytes for module in modules)
+    with logging.tqdm(total=total, desc="Loading experts", unit="B", unit_scale=True) as bar:
+        for module in modules:
+            module.load(bar.update)
 
 
 def _no_load_adapter(*args: Any, **kwargs: Any) -> None:

@@ -35,6 +35,7 @@ struct Pair {
 
 Pair both(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 Pair mul(Pair a, Pair b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+Pair add(Pair a, Pair b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
 Pair div(Pair a, Pair b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
 Pair sub(Pair a, Pair b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
 Pair mul_add(Pair a, Pair b, Pair c) {
@@ -53,9 +54,23 @@ Pair load16(const uint16_t* src) {
 
 void store16(uint16_t* dst, Pair x) { _mm256_storeu_si256((__m256i*)dst, round_to_bf16(x.low, x.high)); }
 
-Pair clamp(Pair x, float least, float most) {
-  const __m256 a = _mm256_set1_ps(least), b = _mm256_set1_ps(most);
-  return {_mm256_min_ps(_mm256_max_ps(x.low, a), b), _mm256_min_ps(_mm256_max_ps(x.high, a), b)};
+// A NaN stays one.
+Pair at_most(Pair x, float most) {
+  const __m256 bound = _mm256_set1_ps(most);
+  return {_mm256_min_ps(bound, x.low), _mm256_min_ps(bound, x.high)};
+}
+
+Pair at_least(Pair x, float least) {
+  const __m256 bound = _mm256_set1_ps(least);
+  return {_mm256_max_ps(bound, x.low), _mm256_max_ps(bound, x.high)};
+}
+
+Pair clamp(Pair x, float least, float most) { return at_most(at_least(x, least), most); }
+
+// y, but 0 where a limit has changed x.
+Pair within(Pair x, Pair limited, Pair y) {
+  return {_mm256_and_ps(_mm256_cmp_ps(x.low, limited.low, _CMP_EQ_UQ), y.low),
+          _mm256_and_ps(_mm256_cmp_ps(x.high, limited.high, _CMP_EQ_UQ), y.high)};
 }
 
 Pair nearest_integers(Pair x) {
@@ -82,26 +97,59 @@ Pair one_plus_exp_minus(Pair x) {
   return mul_add(y, {power_of_two(n.low), power_of_two(n.high)}, both(1.0f));
 }
 
+Pair sigmoid(Pair x) { return div(both(1.0f), one_plus_exp_minus(x)); }
+
+// h and its derivatives.
+struct Activated {
+  Pair hidden, by_gate, by_up;
+};
+
+// silu(g) = g * sigmoid(g) and its derivative sigmoid(g) * (1 + g * (1 - sigmoid(g))).
+struct Silu {
+  static Pair hidden(Pair g, Pair u) { return mul(div(g, one_plus_exp_minus(g)), u); }
+  static Activated with_derivatives(Pair g, Pair u) {
+    const Pair s = sigmoid(g), act = mul(g, s), slope = mul_add(act, sub(both(1.0f), s), s);
+    return {mul(act, u), mul(u, slope), act};
+  }
+};
+
+// The derivative of g * sigmoid(alpha * g) is s + alpha * g * s * (1 - s), s = sigmoid(alpha * g).
+struct GptOss {
+  static Pair limited_gate(Pair g) { return at_most(g, kGptOssLimit); }
+  static Pair limited_up(Pair u) { return clamp(u, -kGptOssLimit, kGptOssLimit); }
+  static Pair hidden(Pair g, Pair u) {
+    const Pair gate = limited_gate(g), act = div(gate, one_plus_exp_minus(mul(both(kGptOssAlpha), gate)));
+    return mul(act, add(limited_up(u), both(1.0f)));
+  }
+  static Activated with_derivatives(Pair g, Pair u) {
+    const Pair alpha = both(kGptOssAlpha), one = both(1.0f);
+    const Pair gate = limited_gate(g), up = limited_up(u), up_and_one = add(up, one);
+    const Pair s = sigmoid(mul(alpha, gate)), act = mul(gate, s);
+    const Pair slope = mul_add(mul(alpha, act), sub(one, s), s);
+    return {mul(act, up_and_one), within(g, gate, mul(up_and_one, slope)), within(u, up, act)};
+  }
+};
+
+template <class Activation>
 void forward16(const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved, uint16_t* h) {
   const Pair gate = load16(g), up = load16(u);
-  const Pair act = div(gate, one_plus_exp_minus(gate));
   store16(g_saved, gate);
   store16(u_saved, up);
-  store16(h, mul(act, up));
+  store16(h, Activation::hidden(gate, up));
 }
 
 // n is a multiple of 16.
-float backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u, uint16_t* dg,
-               uint16_t* du, uint16_t* h) {
-  const Pair one = both(1.0f), w = both(weight);
+template <class Activation>
+float backward_whole(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u, uint16_t* dg,
+                     uint16_t* du, uint16_t* h) {
+  const Pair w = both(weight);
   Pair dot = both(0.0f);
   for (int i = 0; i < n; i += 16) {
-    const Pair gate = load16(g + i), up = load16(u + i), d = load16(dh + i), weighted = mul(w, d);
-    const Pair sigmoid = div(one, one_plus_exp_minus(gate)), act = mul(gate, sigmoid), hidden = mul(act, up);
-    const Pair slope = mul_add(act, sub(one, sigmoid), sigmoid);
+    const Pair d = load16(dh + i), weighted = mul(w, d);
+    const auto [hidden, by_gate, by_up] = Activation::with_derivatives(load16(g + i), load16(u + i));
     dot = mul_add(d, hidden, dot);
-    store16(dg + i, mul(mul(weighted, up), slope));
-    store16(du + i, mul(weighted, act));
+    store16(dg + i, mul(weighted, by_gate));
+    store16(du + i, mul(weighted, by_up));
     store16(h + i, hidden);
   }
   return sum(_mm256_add_ps(dot.low, dot.high));
@@ -115,6 +163,39 @@ struct Edge {
   Edge(const T* src, int n) { memcpy(data, src, n * sizeof *src); }
   void copy_to(T* dst, int n) const { memcpy(dst, data, n * sizeof *dst); }
 };
+
+template <class Activation>
+void forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved, uint16_t* h) {
+  if (n < 16) {
+    const Edge<float> g_edge(g, n), u_edge(u, n);
+    Edge<uint16_t> gate, up, hidden;
+    forward16<Activation>(g_edge.data, u_edge.data, gate.data, up.data, hidden.data);
+    gate.copy_to(g_saved, n);
+    up.copy_to(u_saved, n);
+    return hidden.copy_to(h, n);
+  }
+  for (int next = 0; next < n; next += 16) {
+    const int i = next + 16 <= n ? next : n - 16;
+    forward16<Activation>(g + i, u + i, g_saved + i, u_saved + i, h + i);
+  }
+}
+
+template <class Activation>
+float backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u, uint16_t* dg,
+               uint16_t* du, uint16_t* h) {
+  const int whole = n / 16 * 16, left = n - whole;
+  const float dot = backward_whole<Activation>(whole, dh, weight, g, u, dg, du, h);
+  if (left == 0) return dot;
+  const Edge<float> dh_edge(dh + whole, left);
+  const Edge<uint16_t> g_edge(g + whole, left), u_edge(u + whole, left);
+  Edge<uint16_t> gate, up, hidden;
+  const float rest = backward_whole<Activation>(16, dh_edge.data, weight, g_edge.data, u_edge.data, gate.data,
+                                                up.data, hidden.data);
+  gate.copy_to(dg + whole, left);
+  up.copy_to(du + whole, left);
+  hidden.copy_to(h + whole, left);
+  return dot + rest;
+}
 
 }  // namespace
 
@@ -154,7 +235,7 @@ void sum_scaled(int n, int count, const float* const* x, const float* scale, flo
   }
 }
 
-// Here and in silu_forward the last 16 elements of a row overlap those before them.
+// Here and in the activations' forward the last 16 elements of a row overlap those before them.
 void round_scaled(int n, float scale, const float* x, uint16_t* y) {
   if (n < 16) {
     const Edge<float> x_edge(x, n);
@@ -168,36 +249,23 @@ void round_scaled(int n, float scale, const float* x, uint16_t* y) {
   }
 }
 
-// silu(g) = g * sigmoid(g) and its derivative sigmoid(g) * (1 + g * (1 - sigmoid(g))).
 void silu_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved, uint16_t* h) {
-  if (n < 16) {
-    const Edge<float> g_edge(g, n), u_edge(u, n);
-    Edge<uint16_t> gate, up, hidden;
-    forward16(g_edge.data, u_edge.data, gate.data, up.data, hidden.data);
-    gate.copy_to(g_saved, n);
-    up.copy_to(u_saved, n);
-    return hidden.copy_to(h, n);
-  }
-  for (int next = 0; next < n; next += 16) {
-    const int i = next + 16 <= n ? next : n - 16;
-    forward16(g + i, u + i, g_saved + i, u_saved + i, h + i);
-  }
+  forward<Silu>(n, g, u, g_saved, u_saved, h);
 }
 
 float silu_backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u, uint16_t* dg,
                     uint16_t* du, uint16_t* h) {
-  const int whole = n / 16 * 16, left = n - whole;
-  const float dot = backward(whole, dh, weight, g, u, dg, du, h);
-  if (left == 0) return dot;
-  const Edge<float> dh_edge(dh + whole, left);
-  const Edge<uint16_t> g_edge(g + whole, left), u_edge(u + whole, left);
-  Edge<uint16_t> gate, up, hidden;
-  const float rest =
-      backward(16, dh_edge.data, weight, g_edge.data, u_edge.data, gate.data, up.data, hidden.data);
-  gate.copy_to(dg + whole, left);
-  up.copy_to(du + whole, left);
-  hidden.copy_to(h + whole, left);
-  return dot + rest;
+  return backward<Silu>(n, dh, weight, g, u, dg, du, h);
+}
+
+void gpt_oss_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
+                     uint16_t* h) {
+  forward<GptOss>(n, g, u, g_saved, u_saved, h);
+}
+
+float gpt_oss_backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u,
+                       uint16_t* dg, uint16_t* du, uint16_t* h) {
+  return backward<GptOss>(n, dh, weight, g, u, dg, du, h);
 }
 
 }  // namespace kt::avx2

@@ -20,23 +20,29 @@ FewRows few_times_transposed, few_times;
 Transpose transpose;
 SumScaled sum_scaled;
 RoundScaled round_scaled;
-ActivationForward silu_forward;
-ActivationBackward silu_backward;
+ActivationForward silu_forward, gpt_oss_forward;
+ActivationBackward silu_backward, gpt_oss_backward;
 
 DecodeF32 from_f32;
 DecodeF16 from_f16;
+DecodeCodes from_int8, from_int4, from_fp8, from_mxfp4;
 
 static inline __m256 widen(__m128i bits) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
-// fp32 to bf16 in the lower half of each lane: nearest even, NaN stays NaN.
-static inline __m256i lower_bf16(__m256 x) {
+// fp32 to bf16 in the upper half of each lane: nearest even, the lower half arbitrary. Of NaNs, only the two
+// default ones stay NaN.
+static inline __m256i nearest_bf16(__m256 x) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+}
+
+// The same in the lower half, zeros above, and for every x.
+static inline __m256i lower_bf16(__m256 x) {
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-  return _mm256_srli_epi32(_mm256_or_si256(nearest, nan), 16);
+  return _mm256_srli_epi32(_mm256_or_si256(nearest_bf16(x), nan), 16);
 }
 
 static inline __m128i round_to_bf16(__m256 x) {

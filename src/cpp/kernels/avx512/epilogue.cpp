@@ -62,6 +62,23 @@ Pair clamp(Pair x, float most) {
           _mm512_range_ps(x.high, bound, kSmallerMagnitude)};
 }
 
+// A NaN stays one.
+Pair at_most(Pair x, float most) {
+  const __m512 bound = _mm512_set1_ps(most);
+  return {_mm512_min_ps(bound, x.low), _mm512_min_ps(bound, x.high)};
+}
+
+Pair at_least(Pair x, float least) {
+  const __m512 bound = _mm512_set1_ps(least);
+  return {_mm512_max_ps(bound, x.low), _mm512_max_ps(bound, x.high)};
+}
+
+// y, but 0 where a limit has changed x.
+Pair within(Pair x, Pair limited, Pair y) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.low, limited.low, _CMP_EQ_UQ), y.low),
+          _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.high, limited.high, _CMP_EQ_UQ), y.high)};
+}
+
 Pair nearest_integers(Pair x) {
   return {_mm512_roundscale_ps(x.low, _MM_FROUND_TO_NEAREST_INT),
           _mm512_roundscale_ps(x.high, _MM_FROUND_TO_NEAREST_INT)};
@@ -79,6 +96,67 @@ Pair one_plus_exp_minus(Pair x) {
   Pair y = both(1.32764725e-3f);
   for (float c : kCoefficients) y = mul_add(y, f, both(c));
   return add({_mm512_scalef_ps(y.low, n.low), _mm512_scalef_ps(y.high, n.high)}, both(1.0f));
+}
+
+Pair sigmoid(Pair x) { return reciprocal(one_plus_exp_minus(x)); }
+
+// h and its derivatives.
+struct Activated {
+  Pair hidden, by_gate, by_up;
+};
+
+// silu(g) = g * sigmoid(g) and its derivative sigmoid(g) * (1 + g * (1 - sigmoid(g))).
+struct Silu {
+  static Pair hidden(Pair g, Pair u) { return mul(mul(g, sigmoid(g)), u); }
+  static Activated with_derivatives(Pair g, Pair u) {
+    const Pair s = sigmoid(g), act = mul(g, s), slope = mul_add(act, sub(both(1.0f), s), s);
+    return {mul(act, u), mul(u, slope), act};
+  }
+};
+
+// The derivative of g * sigmoid(alpha * g) is s + alpha * g * s * (1 - s), s = sigmoid(alpha * g).
+struct GptOss {
+  static Pair limited_gate(Pair g) { return at_most(g, kGptOssLimit); }
+  static Pair limited_up(Pair u) { return at_least(at_most(u, kGptOssLimit), -kGptOssLimit); }
+  static Pair hidden(Pair g, Pair u) {
+    const Pair gate = limited_gate(g), act = mul(gate, sigmoid(mul(both(kGptOssAlpha), gate)));
+    return mul(act, add(limited_up(u), both(1.0f)));
+  }
+  static Activated with_derivatives(Pair g, Pair u) {
+    const Pair alpha = both(kGptOssAlpha), one = both(1.0f);
+    const Pair gate = limited_gate(g), up = limited_up(u), up_and_one = add(up, one);
+    const Pair s = sigmoid(mul(alpha, gate)), act = mul(gate, s);
+    const Pair slope = mul_add(mul(alpha, act), sub(one, s), s);
+    return {mul(act, up_and_one), within(g, gate, mul(up_and_one, slope)), within(u, up, act)};
+  }
+};
+
+template <class Activation>
+void forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved, uint16_t* h) {
+  for (int i = 0; i < n; i += 32) {
+    const __mmask32 m = first32(n - i);
+    const Pair gate = load(m, g + i), up = load(m, u + i);
+    stream(m, g_saved + i, gate);
+    stream(m, u_saved + i, up);
+    store(m, h + i, Activation::hidden(gate, up));
+  }
+}
+
+template <class Activation>
+float backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u, uint16_t* dg,
+               uint16_t* du, uint16_t* h) {
+  const Pair w = both(weight);
+  Pair dot = both(0.0f);
+  for (int i = 0; i < n; i += 32) {
+    const __mmask32 m = first32(n - i);
+    const Pair d = load(m, dh + i), weighted = mul(w, d);
+    const auto [hidden, by_gate, by_up] = Activation::with_derivatives(load(m, g + i), load(m, u + i));
+    dot = mul_add(d, hidden, dot);
+    store(m, dg + i, mul(weighted, by_gate));
+    store(m, du + i, mul(weighted, by_up));
+    store(m, h + i, hidden);
+  }
+  return _mm512_reduce_add_ps(_mm512_add_ps(dot.low, dot.high));
 }
 
 }  // namespace
@@ -125,34 +203,23 @@ void round_scaled(int n, float scale, const float* x, uint16_t* y) {
   }
 }
 
-// silu(g) = g * sigmoid(g) and its derivative sigmoid(g) * (1 + g * (1 - sigmoid(g))).
 void silu_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved, uint16_t* h) {
-  for (int i = 0; i < n; i += 32) {
-    const __mmask32 m = first32(n - i);
-    const Pair gate = load(m, g + i), up = load(m, u + i);
-    const Pair act = mul(gate, reciprocal(one_plus_exp_minus(gate)));
-    stream(m, g_saved + i, gate);
-    stream(m, u_saved + i, up);
-    store(m, h + i, mul(act, up));
-  }
+  forward<Silu>(n, g, u, g_saved, u_saved, h);
 }
 
 float silu_backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u, uint16_t* dg,
                     uint16_t* du, uint16_t* h) {
-  const Pair one = both(1.0f), w = both(weight);
-  Pair dot = both(0.0f);
-  for (int i = 0; i < n; i += 32) {
-    const __mmask32 m = first32(n - i);
-    const Pair gate = load(m, g + i), up = load(m, u + i), d = load(m, dh + i), weighted = mul(w, d);
-    const Pair sigmoid = reciprocal(one_plus_exp_minus(gate)), act = mul(gate, sigmoid),
-               hidden = mul(act, up);
-    const Pair slope = mul_add(act, sub(one, sigmoid), sigmoid);
-    dot = mul_add(d, hidden, dot);
-    store(m, dg + i, mul(mul(weighted, up), slope));
-    store(m, du + i, mul(weighted, act));
-    store(m, h + i, hidden);
-  }
-  return _mm512_reduce_add_ps(_mm512_add_ps(dot.low, dot.high));
+  return backward<Silu>(n, dh, weight, g, u, dg, du, h);
+}
+
+void gpt_oss_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
+                     uint16_t* h) {
+  forward<GptOss>(n, g, u, g_saved, u_saved, h);
+}
+
+float gpt_oss_backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u,
+                       uint16_t* dg, uint16_t* du, uint16_t* h) {
+  return backward<GptOss>(n, dh, weight, g, u, dg, du, h);
 }
 
 }  // namespace kt::avx512

@@ -27,8 +27,12 @@ const KernelSet table = {
     .gemm = {MR, NR, KB, sizeof(float), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr,
              multiply_registers<Step>, Step::kInPlace},
     .few = {kFewRows, kFewRows, few_times_transposed, few_times},
-    .epilogue = {transpose, sum_scaled, round_scaled, {silu_forward, silu_backward}},
-    .decode = {.from_f32 = from_f32, .from_f16 = from_f16},
+    .epilogue = {transpose,
+                 sum_scaled,
+                 round_scaled,
+                 {silu_forward, silu_backward},
+                 {gpt_oss_forward, gpt_oss_backward}},
+    .decode = {from_f32, from_f16, from_int8, from_int4, from_fp8, from_mxfp4},
 };
 
 }  // namespace kt::avx512

@@ -19,16 +19,28 @@ static inline __m512 widen(__m256i bits) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-// fp32 to bf16 in the upper half of each lane: nearest even, NaN stays NaN. Done in integers because
-// VCVTNEPS2BF16 flushes denormals.
-static inline __m512i upper_bf16(__m512 x) {
+// fp32 to bf16 in the upper half of each lane: nearest even, the lower half arbitrary. Done in integers
+// because VCVTNEPS2BF16 flushes denormals. Of NaNs, only the two default ones stay NaN.
+static inline __m512i nearest_bf16(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
   const __m512i half = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
-  const __m512i nearest = _mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1));
+  return _mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1));
+}
+
+// The same for every x.
+static inline __m512i upper_bf16(__m512 x) {
   const __m512i quiet_nan =
       _mm512_set1_epi32(0x22);  // a table: for either kind of NaN in x, x as a quiet NaN
-  return _mm512_castps_si512(_mm512_fixupimm_ps(_mm512_castsi512_ps(nearest), x, quiet_nan, 0));
+  return _mm512_castps_si512(_mm512_fixupimm_ps(_mm512_castsi512_ps(nearest_bf16(x)), x, quiet_nan, 0));
+}
+
+// The upper halves of the lanes of `low`, then of `high`.
+static inline __m512i upper_halves(__m512i low, __m512i high) {
+  alignas(64) static const uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                  23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                  45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return _mm512_permutex2var_epi16(low, _mm512_load_si512(kUpper), high);
 }
 
 static inline __m256i round_to_bf16(__m512 x) {
@@ -36,10 +48,7 @@ static inline __m256i round_to_bf16(__m512 x) {
 }
 
 static inline __m512i round_to_bf16(__m512 low, __m512 high) {
-  alignas(64) static const uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
-                                                  23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
-                                                  45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-  return _mm512_permutex2var_epi16(upper_bf16(low), _mm512_load_si512(kUpper), upper_bf16(high));
+  return upper_halves(upper_bf16(low), upper_bf16(high));
 }
 
 // Elements p to p + 31 of rows i to i + 15; zeros behind the last row and behind k. Four lines further are

@@ -35,7 +35,7 @@ const KernelSet table = {
              multiply_registers<Step>, Step::kInPlace},
     .few = {kFewRows, kFewRows, few_times_transposed, few_times},
     .epilogue = {},
-    .decode = {},
+    .decode = {.from_f32 = nullptr, .from_f16 = nullptr, .from_int8 = from_int8},
 };
 
 }  // namespace kt::avx512_bf16

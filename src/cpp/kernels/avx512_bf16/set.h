@@ -12,6 +12,7 @@ PackRows pack_a, pack_b_cols;
 PackAcross pack_b_rows;
 MicroKernel micro_kernel;
 FewRows few_times_transposed, few_times;
+DecodeCodes from_int8;
 
 // The A panel of a set with `Rows` rows: [k / KB][Rows][KB]; behind the last row, up to a multiple of four,
 // it is repeated.

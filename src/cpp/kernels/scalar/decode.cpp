@@ -1,16 +1,11 @@
 #include <string.h>
 
+#include "kernels/scalar/groups.h"
 #include "kernels/scalar/set.h"
 
 namespace kt::scalar {
 
 namespace {
-
-float from_bits(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
 
 float half_to_float(uint16_t half) {
   const uint32_t sign = uint32_t{half} >> 15 << 31, exponent = half >> 10 & 0x1f, mantissa = half & 0x3ff;
@@ -20,24 +15,13 @@ float half_to_float(uint16_t half) {
   return sign ? -subnormal : subnormal;
 }
 
-float scale_of(const CodedRows& src, ptrdiff_t i) {
-  switch (src.scale_kind) {
-    case kScaleF32: return static_cast<const float*>(src.scales)[i];
-    case kScaleBF16: return widen(static_cast<const uint16_t*>(src.scales)[i]);
-    case kScaleE8M0: break;
-  }
-  const uint32_t exponent = static_cast<const uint8_t*>(src.scales)[i];
-  if (exponent == 0) return 0x1p-127f;
-  return from_bits(exponent == 255 ? 0x7fc00000u : exponent << 23);
-}
-
 // value(row of codes, column, place of the scale) is the number a code stands for.
 template <class Value>
 void decode(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride, Value value) {
   for (int i = 0; i < src.rows; ++i)
     for (int j = 0; j < src.cols; ++j) {
       const ptrdiff_t place = i * src.scale_stride + j / src.group;
-      dst[i * dst_stride + j] = round(value(src.codes + i * src.stride, j, place) * scale_of(src, place));
+      dst[i * dst_stride + j] = round(value(src.codes + i * src.stride, j, place) * scale_at(src, place));
     }
 }
 

@@ -23,7 +23,11 @@ const KernelSet table = {
     .gemm = {MR, NR, 1, sizeof(float), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr,
              nullptr, false},
     .few = {8, 0, few_times_transposed, few_times},
-    .epilogue = {transpose, sum_scaled, round_scaled, {silu_forward, silu_backward}},
+    .epilogue = {transpose,
+                 sum_scaled,
+                 round_scaled,
+                 {silu_forward, silu_backward},
+                 {gpt_oss_forward, gpt_oss_backward}},
     .decode = {from_f32, from_f16, from_int8, from_int4, from_fp8, from_mxfp4},
 };
 

@@ -1,0 +1,52 @@
+// How the matrices of a layer lie in one piece of memory: expert by expert, each part of each matrix on a
+// cache line. What a packed file holds behind its header.
+#pragma once
+
+#include <array>
+#include <cstddef>
+
+#include "base/projection.h"
+#include "base/weight.h"
+
+namespace kt {
+
+struct LayerPlan {
+  int num_experts = 0;
+  index_t hidden = 0, intermediate = 0;
+  std::array<WeightType, 3> types;
+
+  // A matrix without memory.
+  MutableWeight shape(Projection p) const {
+    const bool down = p == Projection::down;
+    return {types[index_of(p)], down ? hidden : intermediate, down ? intermediate : hidden};
+  }
+  MutableWeight at(std::byte* memory, int expert, Projection p) const {
+    std::byte* next = memory + expert * expert_bytes();
+    for (const Projection before : projections) {
+      if (before == p) break;
+      next += padded_bytes(shape(before));
+    }
+    MutableWeight w = shape(p);
+    w.codes = next;
+    if (w.scales_bytes() > 0) w.scales = next += padded(w.codes_bytes());
+    if (w.zeros_bytes() > 0) w.zeros = next + padded(w.scales_bytes());
+    return w;
+  }
+  // Of all experts.
+  index_t bytes() const { return num_experts * expert_bytes(); }
+
+  bool operator==(const LayerPlan&) const = default;
+
+ private:
+  static index_t padded(index_t bytes) { return round_up(bytes, 64); }
+  static index_t padded_bytes(const MutableWeight& w) {
+    return padded(w.codes_bytes()) + padded(w.scales_bytes()) + padded(w.zeros_bytes());
+  }
+  index_t expert_bytes() const {
+    index_t bytes = 0;
+    for (const Projection p : projections) bytes += padded_bytes(shape(p));
+    return bytes;
+  }
+};
+
+}  // namespace kt

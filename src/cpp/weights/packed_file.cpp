@@ -1,0 +1,211 @@
+#include "weights/packed_file.h"
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <span>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include "base/error.h"
+#include "weights/checksum.h"
+#include "weights/text.h"
+
+namespace kt {
+namespace fs = std::filesystem;
+namespace {
+
+constexpr std::array<char, 8> kMagic{'k', 't', 'm', 'o', 'e', 'p', 'k', '\n'};
+constexpr std::uint32_t kVersion = 1;
+constexpr std::size_t kHeaderBytes = 4096;  // a page, so that the weights begin on one
+
+struct TypeOnDisk {
+  std::uint32_t format, scale;
+  std::int64_t scale_rows, scale_cols;
+  std::uint64_t zero_points;
+};
+
+struct Header {
+  std::array<char, 8> magic;
+  std::uint32_t version, quantized;
+  std::uint64_t source;
+  std::int64_t num_experts, hidden, intermediate;
+  std::array<TypeOnDisk, 3> types;
+  std::array<std::array<double, 2>, 3> errors;
+  std::uint64_t weights_bytes, weights_checksum;
+  std::uint64_t checksum;  // of all before it
+};
+static_assert(std::has_unique_object_representations_v<TypeOnDisk> && sizeof(Header) < kHeaderBytes);
+
+std::uint64_t own_checksum(const Header& header) {
+  return checksum({reinterpret_cast<const std::byte*>(&header), offsetof(Header, checksum)});
+}
+
+Header header_of(const PackedLayer& layer) {
+  const LayerPlan& plan = layer.plan;
+  Header h{};
+  h.magic = kMagic;
+  h.version = kVersion;
+  h.quantized = layer.quantized;
+  h.source = layer.source;
+  h.num_experts = plan.num_experts, h.hidden = plan.hidden, h.intermediate = plan.intermediate;
+  for (std::size_t i = 0; i < plan.types.size(); ++i) {
+    const WeightType& t = plan.types[i];
+    h.types[i] = {static_cast<std::uint32_t>(t.format), static_cast<std::uint32_t>(t.scale), t.scale_rows,
+                  t.scale_cols, t.zero_points};
+    h.errors[i] = {layer.errors[i].error, layer.errors[i].norm};
+  }
+  h.weights_bytes = static_cast<std::uint64_t>(plan.bytes());
+  return h;
+}
+
+// Everything but what only the file can know.
+bool same_layer(const Header& a, const Header& b) {
+  return a.num_experts == b.num_experts && a.hidden == b.hidden && a.intermediate == b.intermediate &&
+         a.quantized == b.quantized && std::memcmp(&a.types, &b.types, sizeof a.types) == 0;
+}
+
+// Expert by expert, so that threads share the work.
+std::uint64_t weights_checksum(Runtime& runtime, const LayerPlan& plan, const std::byte* weights) {
+  const auto each = static_cast<std::size_t>(plan.bytes() / plan.num_experts);
+  std::vector<std::uint64_t> sums(static_cast<std::size_t>(plan.num_experts));
+  Runtime::Lease lease(runtime);
+  lease.parallel_for(plan.num_experts, [&](index_t expert, Arena&) {
+    const auto e = static_cast<std::size_t>(expert);
+    sums[e] = checksum({weights + e * each, each});
+  });
+  return checksum(std::as_bytes(std::span(sums)));
+}
+
+[[noreturn]] void throw_errno(const fs::path& path, std::string_view what, int error) {
+  throw IoError(message("{}: {}: {}", quote(path.native()), what, std::system_category().message(error)));
+}
+
+class Descriptor {
+ public:
+  explicit Descriptor(int fd) : fd_(fd) {}
+  ~Descriptor() {
+    if (fd_ >= 0) ::close(fd_);
+  }
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+  operator int() const { return fd_; }
+
+ private:
+  int fd_;
+};
+
+void sync_directory(const fs::path& directory) {
+  const Descriptor fd(::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (fd < 0 || ::fsync(fd) != 0) throw_errno(directory, "cannot sync", errno);
+}
+
+}  // namespace
+
+std::shared_ptr<const PackedFile> PackedFile::open(const fs::path& path, const PackedLayer& wanted,
+                                                   std::string& why) {
+  why.clear();
+  const Descriptor fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  if (fd < 0) {
+    if (errno != ENOENT && errno != ENOTDIR) why = std::system_category().message(errno);
+    return nullptr;
+  }
+  struct stat info{};
+  Header found{};
+  if (::fstat(fd, &info) != 0 || !S_ISREG(info.st_mode) ||
+      ::pread(fd, &found, sizeof found, 0) != static_cast<ssize_t>(sizeof found) || found.magic != kMagic) {
+    why = "it is no packed layer";
+    return nullptr;
+  }
+  const Header want = header_of(wanted);
+  if (found.version != kVersion)
+    why = message("it has version {}, wanted {}", found.version, kVersion);
+  else if (found.checksum != own_checksum(found))
+    why = "its header is damaged";
+  else if (!same_layer(found, want) || found.weights_bytes != want.weights_bytes)
+    why = "it holds a layer of another shape or format";
+  else if (found.source != want.source)
+    why = "the checkpoint has changed since";
+  else if (static_cast<std::uint64_t>(info.st_size) != kHeaderBytes + found.weights_bytes)
+    why = message("it has {} bytes, wanted {}", info.st_size, kHeaderBytes + found.weights_bytes);
+  if (!why.empty()) return nullptr;
+
+  const auto bytes = static_cast<std::size_t>(info.st_size);
+  void* map = ::mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd, 0);
+  if (map == MAP_FAILED) throw_errno(path, "cannot map", errno);
+  std::shared_ptr<PackedFile> file(new PackedFile(static_cast<const std::byte*>(map), bytes));
+  file->layer_ = wanted;
+  file->checksum_ = found.weights_checksum;
+  for (std::size_t i = 0; i < found.errors.size(); ++i)
+    file->layer_.errors[i] = {found.errors[i][0], found.errors[i][1]};
+  return file;
+}
+
+PackedFile::~PackedFile() { ::munmap(const_cast<std::byte*>(map_), bytes_); }
+
+const std::byte* PackedFile::weights() const { return map_ + kHeaderBytes; }
+
+bool PackedFile::verify(Runtime& runtime) const {
+  return weights_checksum(runtime, layer_.plan, weights()) == checksum_;
+}
+
+PackedWriter::PackedWriter(fs::path path, const LayerPlan& plan)
+    : path_(std::move(path)),
+      temporary_(path_),
+      bytes_(kHeaderBytes + static_cast<std::size_t>(plan.bytes())) {
+  temporary_ += ".part";
+  std::error_code error;
+  fs::create_directories(path_.parent_path(), error);
+  if (error) throw IoError(message("{}: {}", quote(path_.parent_path().native()), error.message()));
+  // What a killed writer left is locked by nobody, and taken over. A name whose file went away meanwhile was
+  // its writer's: commit renames it.
+  for (;;) {
+    fd_ = ::open(temporary_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+    if (fd_ < 0) throw_errno(temporary_, "cannot write", errno);
+    while (::flock(fd_, LOCK_EX) != 0 && errno == EINTR) continue;  // some file systems have no locks
+    struct stat mine{}, named{};
+    if (::fstat(fd_, &mine) == 0 && ::stat(temporary_.c_str(), &named) == 0 && mine.st_ino == named.st_ino)
+      break;
+    ::close(fd_);
+  }
+  // Space for all of it now: a full disk would be a signal when the mapping is written.
+  const int full = ::posix_fallocate(fd_, 0, static_cast<off_t>(bytes_));
+  void* map = full != 0 ? MAP_FAILED : ::mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, fd_, 0);
+  if (map == MAP_FAILED) {
+    const int why = full != 0 ? full : errno;
+    ::unlink(temporary_.c_str());
+    ::close(fd_);
+    throw_errno(temporary_, message("cannot make a file of {} bytes", bytes_), why);
+  }
+  map_ = static_cast<std::byte*>(map);
+}
+
+PackedWriter::~PackedWriter() {
+  if (map_ != nullptr) ::munmap(map_, bytes_);
+  if (fd_ < 0) return;
+  ::unlink(temporary_.c_str());
+  ::close(fd_);
+}
+
+std::byte* PackedWriter::weights() const { return map_ + kHeaderBytes; }
+
+void PackedWriter::commit(const PackedLayer& layer, Runtime& runtime) {
+  Header header = header_of(layer);
+  header.weights_checksum = weights_checksum(runtime, layer.plan, weights());
+  header.checksum = own_checksum(header);
+  std::memcpy(map_, &header, sizeof header);
+  if (::msync(map_, bytes_, MS_SYNC) != 0 || ::ftruncate(fd_, static_cast<off_t>(bytes_)) != 0 ||
+      ::fsync(fd_) != 0 || ::rename(temporary_.c_str(), path_.c_str()) != 0)
+    throw_errno(path_, "cannot write", errno);
+  ::close(std::exchange(fd_, -1));
+  sync_directory(path_.parent_path());
+}
+
+}  // namespace kt

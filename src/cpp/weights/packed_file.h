@@ -1,0 +1,71 @@
+// A layer's weights on disk exactly as memory holds them, behind a header that says whose they are. Mapped
+// read-only, so that processes share it; written whole or not at all. docs/formats.md has it byte by byte.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <string>
+
+#include "moe/runtime.h"
+#include "weights/layer_plan.h"
+#include "weights/quantize.h"
+
+namespace kt {
+
+// What a packed layer was made from, and into.
+struct PackedLayer {
+  LayerPlan plan;
+  std::uint64_t source = 0;  // fingerprint of the checkpoint's files
+  bool quantized = false;    // with these errors
+  std::array<QuantError, 3> errors{};
+};
+
+class PackedFile {
+ public:
+  // The layer in `path` as `wanted` describes it. Empty, with the reason in `why`, for a file that is damaged
+  // or holds something else; with none, if there is no file.
+  static std::shared_ptr<const PackedFile> open(const std::filesystem::path& path, const PackedLayer& wanted,
+                                                std::string& why);
+  ~PackedFile();
+  PackedFile(const PackedFile&) = delete;
+  PackedFile& operator=(const PackedFile&) = delete;
+
+  const PackedLayer& layer() const { return layer_; }
+  const std::byte* weights() const;
+  // Reads all of it: whether the weights are those that were written.
+  bool verify(Runtime& runtime) const;
+
+ private:
+  PackedFile(const std::byte* map, std::size_t bytes) : map_(map), bytes_(bytes) {}
+
+  const std::byte* map_;
+  std::size_t bytes_;
+  std::uint64_t checksum_ = 0;
+  PackedLayer layer_;
+};
+
+// A packed file in the making, under another name until `commit`. One writer of a path at a time, in all
+// processes: the next one waits.
+class PackedWriter {
+ public:
+  // IoError if the directory cannot be made or written, or the disk is full.
+  PackedWriter(std::filesystem::path path, const LayerPlan& plan);
+  ~PackedWriter();
+  PackedWriter(const PackedWriter&) = delete;
+  PackedWriter& operator=(const PackedWriter&) = delete;
+
+  std::byte* weights() const;
+  // Waits until all of it is on the disk. Afterwards `path` is this file.
+  void commit(const PackedLayer& layer, Runtime& runtime);
+
+ private:
+  std::filesystem::path path_, temporary_;
+  int fd_ = -1;
+  std::byte* map_ = nullptr;
+  std::size_t bytes_ = 0;
+};
+
+}  // namespace kt

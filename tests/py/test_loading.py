@@ -1,0 +1,229 @@
+"""Experts quantised, packed into files, paged from checkpoints, and loads that are broken off."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from strategies import make_problem, run_ours
+from torch import Tensor
+
+import kt_moe
+from kt_moe.experts import FORMATS
+
+QUANTISED = [f for f in FORMATS if f != "bf16"]
+# What is asked of each format on normal weights; fp8 has 3 bits of mantissa, mxfp4 one and powers of two.
+MOST_ERROR = {"int8": 0.0075, "int4": 0.075, "fp8": 0.027, "mxfp4": 0.125}
+BYTES_A_WEIGHT = {"bf16": 2, "int8": 1, "int4": 0.5625, "fp8": 1, "mxfp4": 0.53125}
+
+E, H, I = 3, 256, 192  # noqa: E741
+
+
+def weights(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    shapes = ((E, I, H), (E, I, H), (E, H, I))
+    gate, up, down = (torch.randn(s, generator=random).mul(0.05).bfloat16() for s in shapes)
+    return gate, up, down
+
+
+def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tensors = {}
+    for name, stack in zip(("gate_proj", "up_proj", "down_proj"), weights(), strict=True):
+        for e in range(E):
+            tensors[f"model.layers.0.mlp.experts.{e}.{name}.weight"] = stack[e].contiguous()
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def packed_files(cache: Path) -> list[Path]:
+    return sorted(path for path in cache.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("format", QUANTISED)
+def test_quantised_when_made(format: str) -> None:
+    experts = kt_moe.Experts(*weights(), format=format)
+    assert experts.format == format
+    assert experts.quantization_error is not None
+    for name, w, q in zip(("gate", "up", "down"), weights(), experts.dequantize(), strict=True):
+        error = float((w.double() - q.double()).norm() / w.double().norm())
+        assert error <= MOST_ERROR[format]
+        assert error == pytest.approx(experts.quantization_error[name], rel=1e-6)
+    scales_and_padding = E * 3 * (4 * max(H, I) + 128)
+    assert abs(experts.nbytes - BYTES_A_WEIGHT[format] * 3 * E * H * I) <= scales_and_padding
+
+
+def test_bf16_is_not_quantised() -> None:
+    assert kt_moe.Experts(*weights()).quantization_error is None
+
+
+@pytest.mark.parametrize("format", QUANTISED)
+def test_gradients_are_those_of_the_decoded_weights(format: str) -> None:
+    problem = make_problem(T=33, H=96, inner=72, E=4, K=2, ranks={"gate": 4, "up": 4, "down": 4})
+    runtime = kt_moe.default_runtime()
+    quantised = kt_moe.Experts(*problem.weights, format=format, runtime=runtime)
+    decoded = kt_moe.Experts(*quantised.dequantize(), runtime=runtime)
+    ours = run_ours(problem, runtime, experts=quantised)
+    theirs = run_ours(problem, runtime, experts=decoded)
+    for name, grad in theirs.items():
+        assert torch.allclose(ours[name].double(), grad.double(), rtol=0, atol=1e-3 * float(grad.abs().max()))
+
+
+def test_infinite_weights_are_not_quantised() -> None:
+    gate, up, down = weights()
+    up[1, 2, 3] = float("inf")
+    kt_moe.Experts(gate, up, down)  # as they are
+    with pytest.raises(ValueError, match=r"up: expert 1: .*row 2.*column 3"):
+        kt_moe.Experts(gate, up, down, format="int4")
+
+
+@pytest.mark.parametrize("format", ["as-stored", *FORMATS])
+def test_quantised_when_loaded(checkpoint: Path, format: str) -> None:
+    loaded = kt_moe.Experts.from_checkpoint(checkpoint, 0, format=format)
+    made = kt_moe.Experts(*weights(), format="bf16" if format == "as-stored" else format)
+    assert loaded.format == made.format
+    assert same(loaded.dequantize(), made.dequantize())
+    assert loaded.quantization_error == made.quantization_error
+
+
+def test_progress_adds_up_to_the_bytes_of_the_layer(checkpoint: Path, tmp_path: Path) -> None:
+    nbytes = kt_moe.Checkpoint(checkpoint).layer(0).nbytes
+    for options in (
+        {},
+        {"format": "int4"},
+        {"cache_dir": tmp_path / "cache"},
+        {"cache_dir": tmp_path / "cache"},
+    ):
+        seen: list[int] = []
+        kt_moe.Experts.from_checkpoint(checkpoint, 0, progress=seen.append, **options)
+        assert sum(seen) == nbytes
+
+
+@pytest.mark.parametrize("format", ["as-stored", "int4", "int8"])
+def test_a_packed_layer_is_mapped_the_second_time(checkpoint: Path, tmp_path: Path, format: str) -> None:
+    cache = tmp_path / "cache"
+    plain = kt_moe.Experts.from_checkpoint(checkpoint, 0, format=format)
+    for _ in range(2):
+        experts = kt_moe.Experts.from_checkpoint(checkpoint, 0, format=format, cache_dir=cache)
+        assert experts.mapped
+        assert same(experts.dequantize(), plain.dequantize())
+        assert experts.quantization_error == plain.quantization_error
+        (path,) = packed_files(cache)
+    before = path.stat()
+    kt_moe.Experts.from_checkpoint(checkpoint, 0, format=format, cache_dir=cache)
+    assert path.stat() == before
+
+
+def test_two_formats_of_a_layer_lie_side_by_side(checkpoint: Path, tmp_path: Path) -> None:
+    for format in ("int4", "int8"):
+        kt_moe.Experts.from_checkpoint(checkpoint, 0, format=format, cache_dir=tmp_path / "cache")
+    assert len(packed_files(tmp_path / "cache")) == 2
+
+
+def test_a_changed_checkpoint_is_packed_again(checkpoint: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    kt_moe.Experts.from_checkpoint(checkpoint, 0, cache_dir=cache)
+    os.utime(checkpoint / "model.safetensors", (1, 1))
+    with pytest.warns(UserWarning, match="the checkpoint has changed since"):
+        experts = kt_moe.Experts.from_checkpoint(checkpoint, 0, cache_dir=cache)
+    assert same(experts.dequantize(), weights())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kt_moe.Experts.from_checkpoint(checkpoint, 0, cache_dir=cache)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "longer", "empty", "version", "header", "other file"])
+def test_a_damaged_packed_layer_is_made_again(checkpoint: Path, tmp_path: Path, damage: str) -> None:
+    cache = tmp_path / "cache"
+    kt_moe.Experts.from_checkpoint(checkpoint, 0, cache_dir=cache)
+    (path,) = packed_files(cache)
+    good = path.read_bytes()
+    bad = {
+        "truncated": good[:-1],
+        "longer": good + b"x",
+        "empty": b"",
+        "version": good[:8] + b"\x07" + good[9:],
+        "header": good[:40] + bytes([good[40] ^ 1]) + good[41:],
+        "other file": b"something else" * 1000,
+    }
+    path.unlink()  # its inode may be mapped still
+    path.write_bytes(bad[damage])
+    with pytest.warns(UserWarning, match="made again"):
+        experts = kt_moe.Experts.from_checkpoint(checkpoint, 0, cache_dir=cache)
+    assert same(experts.dequantize(), weights())
+    assert path.read_bytes() == good
+
+
+def test_an_unusable_cache_directory(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(OSError, match="file"):
+        kt_moe.Experts.from_checkpoint(checkpoint, 0, cache_dir=tmp_path / "file")
+
+
+def test_a_broken_off_load_leaves_nothing_behind(checkpoint: Path, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(_: int) -> None:
+        raise Stop
+
+    cache = tmp_path / "cache"
+    for _ in range(2):
+        with pytest.raises(Stop):
+            kt_moe.Experts.from_checkpoint(checkpoint, 0, cache_dir=cache, progress=stop)
+        assert packed_files(cache) == []
+    kt_moe.Experts.from_checkpoint(checkpoint, 0, cache_dir=cache)
+    assert len(packed_files(cache)) == 1
+
+
+def test_processes_that_pack_the_same_layer_at_once(checkpoint: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, kt_moe\n"
+        "e = kt_moe.Experts.from_checkpoint(sys.argv[1], 0, format='int8', cache_dir=sys.argv[2])\n"
+        "print(sum(t.double().sum().item() for t in e.dequantize()))"
+    )
+    command = [sys.executable, "-W", "error", "-c", code, str(checkpoint), str(tmp_path / "cache")]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    sums = {process.communicate(timeout=120)[0] for process in running}
+    assert [process.returncode for process in running] == [0, 0, 0]
+    assert len(sums) == 1
+    assert len(packed_files(tmp_path / "cache")) == 1
+
+
+def test_paged_experts_lie_in_the_checkpoint(checkpoint: Path) -> None:
+    paged = kt_moe.Experts.from_checkpoint(checkpoint, 0, paged=True)
+    assert paged.mapped
+    assert same(paged.dequantize(), weights())
+    problem = make_problem(T=9, H=H, inner=I, E=E, K=2, ranks={"gate": 4, "down": 4})
+    problem.weights = weights()
+    runtime = paged.runtime
+    mapped, plain = run_ours(problem, runtime, experts=paged), run_ours(problem, runtime)
+    assert all(torch.equal(mapped[name], plain[name]) for name in plain)
+
+
+def test_what_paged_cannot_have(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='format is "int8", paged needs the one in the files: "bf16"'):
+        kt_moe.Experts.from_checkpoint(checkpoint, 0, format="int8", paged=True)
+    with pytest.raises(ValueError, match="wanted one of them"):
+        kt_moe.Experts.from_checkpoint(checkpoint, 0, cache_dir=tmp_path, paged=True)
+
+
+def test_a_file_changed_between_index_and_load(checkpoint: Path) -> None:
+    index = kt_moe.Checkpoint(checkpoint)
+    path = checkpoint / "model.safetensors"
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        kt_moe.Experts.from_checkpoint(index, 0)
