@@ -1,10 +1,11 @@
 // Fuzzes the expert index over names and shapes: each line of the input is a tensor, "name dtype shape" such
-// as "model.layers.0.mlp.experts.gate_up_proj BF16 2,6,4". They become a file of zeros with a valid header,
-// which goes through the real reader; then every layer is asked for, and experts of it are looked at.
+// as "model.layers.0.mlp.experts.gate_up_proj BF16 2,6,4". They become a file with a valid header, which goes
+// through the real reader; then every layer is opened, and experts of it are read and looked at in place.
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <charconv>
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -13,13 +14,16 @@
 #include <string_view>
 #include <vector>
 
+#include "base/arena.h"
 #include "base/error.h"
+#include "kernels/registry.h"
 #include "weights/checkpoint.h"
 #include "weights/expert_index.h"
 #include "weights/text.h"
 
 namespace {
 
+constexpr char fill = 0x3f;                   // every byte of data: a scale of any type that is sound
 constexpr std::uint64_t most_data = 1 << 16;  // bytes; a layer of single elements has few enough experts
 
 // "a,b" gives "a" and leaves "b".
@@ -75,9 +79,8 @@ class MemoryFile {
     const std::uint64_t length = header.json.size();
     std::string bytes(reinterpret_cast<const char*>(&length), sizeof length);
     bytes += header.json;
-    const auto size = static_cast<off_t>(bytes.size() + header.data);
-    if (descriptor_ < 0 || ::pwrite(descriptor_, bytes.data(), bytes.size(), 0) != std::ssize(bytes) ||
-        ::ftruncate(descriptor_, size) != 0)
+    bytes.append(header.data, fill);
+    if (descriptor_ < 0 || ::pwrite(descriptor_, bytes.data(), bytes.size(), 0) != std::ssize(bytes))
       std::abort();
   }
   ~MemoryFile() { ::close(descriptor_); }
@@ -90,15 +93,30 @@ class MemoryFile {
   int descriptor_;
 };
 
-// All of what an expert's view promises can be read, and is zero.
-void look_at(const kt::ExpertIndex& index, int layer, int expert) {
+void want_filled(const std::byte* data, kt::index_t size) {
+  const std::string_view bytes(reinterpret_cast<const char*>(data), static_cast<std::size_t>(size));
+  if (bytes.find_first_not_of(fill) != bytes.npos) std::abort();
+}
+
+// Memory of exactly the promised size can be filled, and all of what is mapped can be read.
+void look_at(const kt::LayerSource& source, int expert) {
+  const auto kernels = kt::kernel_set("scalar", 0).decode;
+  kt::Arena scratch;
   for (const kt::Projection p : kt::projections) {
-    const kt::MatView m = index.expert(layer, expert, p);
-    const auto row_bytes = static_cast<std::size_t>(m.cols) * kt::size_of(m.dtype);
-    for (kt::index_t row = 0; row < m.rows; ++row) {
-      const std::string_view bytes(static_cast<const char*>(m.at(row, 0)), row_bytes);
-      if (bytes.find_first_not_of('\0') != bytes.npos) std::abort();
+    auto m = source.info().matrix(p);
+    std::vector<std::byte> codes(m.codes_bytes()), scales(m.scales_bytes()), zeros(m.zeros_bytes());
+    m.codes = codes.data(), m.scales = scales.data(), m.zeros = zeros.data();
+    source.read(expert, p, m, scratch, kernels);
+    if (source.info().biases) {
+      std::vector<kt::bf16_t> bias(static_cast<std::size_t>(m.rows));
+      source.read_bias(expert, p, bias.data(), scratch, kernels);
     }
+    if (!source.info().mappable) continue;
+    const kt::Weight mapped = source.map(expert, p);
+    want_filled(mapped.codes, mapped.codes_bytes());
+    want_filled(mapped.scales, mapped.scales_bytes());
+    want_filled(m.codes, m.codes_bytes());
+    want_filled(m.scales, m.scales_bytes());
   }
 }
 
@@ -114,9 +132,9 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   }
   for (const int layer : index->layers()) {
     try {
-      const int experts = index->layer(layer).num_experts;
-      look_at(*index, layer, 0);
-      look_at(*index, layer, experts - 1);
+      const auto source = index->open(layer);
+      look_at(*source, 0);
+      look_at(*source, source->info().num_experts - 1);
     } catch (const kt::ValueError&) {
     }
   }

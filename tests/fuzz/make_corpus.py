@@ -74,6 +74,15 @@ def per_expert(names: tuple[str, str, str], prefix: str, dtype: str = "BF16") ->
     ]
 
 
+def quantised(*tensors: str) -> list[str]:
+    return [
+        f"model.layers.3.mlp.experts.{expert}.{name}.{tensor}"
+        for expert in range(2)
+        for name in PROJECTIONS
+        for tensor in tensors
+    ]
+
+
 def experts() -> dict[str, bytes]:
     root = "model.layers.3.mlp"
     fused = [f"{root}.experts.gate_up_proj BF16 2,6,4", f"{root}.experts.down_proj BF16 2,4,3"]
@@ -100,14 +109,20 @@ def experts() -> dict[str, bytes]:
         ],
         "mxfp4": [
             f"{root}.experts.{name}_{part}"
-            for name in ("gate_up_proj", "down_proj")
-            for part in ("blocks U8 2,64,1,16", "scales U8 2,64,1", "bias BF16 2,64")
+            for name, rows in (("gate_up_proj", 64), ("down_proj", 32))
+            for part in (f"blocks U8 2,{rows},1,16", f"scales U8 2,{rows},1", f"bias BF16 2,{rows}")
         ],
-        "int4": [
-            f"{root}.experts.{e}.{name}.{part}"
-            for e in range(2)
-            for name in PROJECTIONS
-            for part in ("weight_packed I32 32,4", "weight_scale BF16 32,1", "weight_shape I64 2")
+        "int4": quantised("weight_packed I32 32,4", "weight_scale BF16 32,1", "weight_zero_point I32 4,1"),
+        "gptq": quantised("qweight I32 4,32", "qzeros I32 1,4", "scales F16 1,32"),
+        "awq": quantised("qweight I32 32,4", "qzeros I32 1,4", "scales F16 1,32"),
+        "gpt-oss": [
+            f"{root}.experts.{tensor}"
+            for tensor in (
+                "gate_up_proj F16 2,4,6",
+                "gate_up_proj_bias F16 2,6",
+                "down_proj F16 2,3,4",
+                "down_proj_bias F16 2,4",
+            )
         ],
         "kt": [
             f"blk.3.ffn_{name}_exps.{e}.numa.0.{part}"

@@ -159,6 +159,8 @@ def test_experts_that_disagree_are_named(tmp_path: Path) -> None:
         ({"0.gate_proj.weight_scale_inv": torch.ones(1)}, 'up_proj.weight_scale_inv" is missing'),
         ({"gate_up_proj_blocks": torch.ones(1)}, "stored in two layouts; .*gate_up_proj_blocks"),
         ({"gate_up_proj_bias": torch.ones(1)}, "stored in two layouts; .*gate_up_proj_bias"),
+        ({"0.gate_proj.weight_scale_2": torch.ones(1)}, "NVFP4: not supported"),
+        ({"0.fc1.weight": torch.ones(1)}, "an unknown expert layout"),
     ],
 )
 def test_mixed_formats_are_listed_but_not_read(tmp_path: Path, extra: dict[str, Tensor], says: str) -> None:
