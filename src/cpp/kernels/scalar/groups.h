@@ -25,18 +25,24 @@ static inline float from_e8m0(uint32_t exponent) {
   return from_bits(exponent << 23 | (exponent == 0 || exponent == 255) << 22);
 }
 
+template <class T>
+static inline T element(const void* array, ptrdiff_t i) {  // at any address
+  T value;
+  memcpy(&value, static_cast<const char*>(array) + i * static_cast<ptrdiff_t>(sizeof value), sizeof value);
+  return value;
+}
+
 // n scales from `place` on.
 static inline void load_scales(const CodedRows& src, ptrdiff_t place, int n, float* scales) {
   switch (src.scale_kind) {
     case kScaleF32:
-      for (int i = 0; i < n; ++i) scales[i] = quiet(static_cast<const uint32_t*>(src.scales)[place + i]);
+      for (int i = 0; i < n; ++i) scales[i] = quiet(element<uint32_t>(src.scales, place + i));
       break;
     case kScaleBF16:
-      for (int i = 0; i < n; ++i)
-        scales[i] = quiet(uint32_t{static_cast<const uint16_t*>(src.scales)[place + i]} << 16);
+      for (int i = 0; i < n; ++i) scales[i] = quiet(uint32_t{element<uint16_t>(src.scales, place + i)} << 16);
       break;
     case kScaleE8M0:
-      for (int i = 0; i < n; ++i) scales[i] = from_e8m0(static_cast<const uint8_t*>(src.scales)[place + i]);
+      for (int i = 0; i < n; ++i) scales[i] = from_e8m0(element<uint8_t>(src.scales, place + i));
       break;
   }
 }
