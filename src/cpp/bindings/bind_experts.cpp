@@ -125,7 +125,7 @@ void bind_experts(py::module_& m) {
                              [](const Experts& e) { return kt::name_of(e.weights().activation); })
       .def_property_readonly("format",
                              [](const Experts& e) { return kt::name_of(e.plan().types.front().format); })
-      .def_property_readonly("nbytes", [](const Experts& e) { return e.plan().bytes(); })
+      .def_property_readonly("nbytes", [](const Experts& e) { return e.plan().weight_bytes(); })
       .def_property_readonly("mapped", [](const Experts& e) { return e.placed().mapped; })
       .def_property_readonly("quantization_error", &kt::quantization_error)
       .def_property_readonly("shards", [](const Experts& e) { return e.runtime().shards(); })

@@ -32,8 +32,13 @@ struct LayerPlan {
     if (w.zeros_bytes() > 0) w.zeros = next + padded(w.scales_bytes());
     return w;
   }
-  // Of all experts.
+  // Of all experts: what they take where they lie, and what of it are weights and scales.
   index_t bytes() const { return num_experts * expert_bytes(); }
+  index_t weight_bytes() const {
+    index_t bytes = 0;
+    for (const Projection p : projections) bytes += num_experts * shape(p).bytes();
+    return bytes;
+  }
 
   bool operator==(const LayerPlan&) const = default;
 
