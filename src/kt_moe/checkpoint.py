@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -37,6 +37,14 @@ class LayerInfo:
     """"per-expert" (three tensors an expert) or "fused" (gate_up_proj and down_proj of all experts)."""
     nbytes: int
     """Bytes of all experts in the files."""
+    format: str = "bf16"
+    scale_type: str = "none"
+    scale_rows: int = 1
+    scale_cols: int = 0
+    zero_points: bool = False
+    biases: bool = False
+    mappable: bool = False
+    memory_bytes: dict[str, int] = field(default_factory=dict, compare=False)
 
 
 class Checkpoint:
@@ -96,7 +104,9 @@ class Checkpoint:
             ValueError: no experts in that layer, an expert's tensor that is missing, tensors whose shapes or
                 dtypes disagree, or a format that is not supported. The message names the tensor.
         """
-        return LayerInfo(**self._core.layer(layer))
+        found = self._core.layer(layer)
+        size = 2 * found["num_experts"] * found["hidden_size"] * found["intermediate_size"]
+        return LayerInfo(**found, memory_bytes=dict.fromkeys(("gate", "up", "down"), size))
 
     def __repr__(self) -> str:
         parts = [

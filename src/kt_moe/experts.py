@@ -119,6 +119,11 @@ class Experts:
         """Slices of the intermediate dimension."""
         return self._core.shards
 
+    @property
+    def quantization_error(self) -> dict[str, float] | None:
+        """Relative L2 error."""
+        return None
+
     def dequantize(self) -> tuple[Tensor, Tensor, Tensor]:
         """gate, up [E, I, H] and down [E, H, I] in bf16: exactly what the kernels multiply by."""
         e, h, i = self.num_experts, self.hidden_size, self.intermediate_size
