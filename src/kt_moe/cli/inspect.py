@@ -165,7 +165,7 @@ def describe(found: Findings) -> str:
 def _paragraph(info: LayerInfo, layers: list[int]) -> list[str]:
     kind = WeightType(info.format, info.scale_type, info.scale_rows, info.scale_cols, info.zero_points)
     memory = ", ".join(f"{name} {size_text(size)}" for name, size in info.memory_bytes.items())
-    total = sum(info.memory_bytes.values())
+    total, count = sum(info.memory_bytes.values()), len(layers)
     used = "used where it lies in the file" if info.mappable else "copied into memory"
     return [
         f"{_heading(layers)}: {count_text(info.num_experts, 'expert')}, hidden {info.hidden_size}, "
@@ -173,7 +173,7 @@ def _paragraph(info: LayerInfo, layers: list[int]) -> list[str]:
         f"  stored as  {info.dtype}, {info.layout}, {'with' if info.biases else 'no'} biases",
         f"  kept as    {kind}; {used}",
         f"  a layer    {memory}; {size_text(total)} ({size_text(info.nbytes)} in the files)",
-        f"  together   {size_text(len(layers) * total)} ({size_text(len(layers) * info.nbytes)} in the files)",
+        f"  together   {size_text(count * total)} ({size_text(count * info.nbytes)} in the files)",
     ]
 
 

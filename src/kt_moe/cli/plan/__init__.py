@@ -1,9 +1,10 @@
-"""`kt-moe plan`: what memory a training run will take, whether this machine has it, and how fast it can be."""
+"""`kt-moe plan`: the memory a training run will take, whether this machine has it, and its speed at most."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,14 +43,14 @@ def _plan(args: argparse.Namespace, wanted: Run) -> int:
 
     from kt_moe import Runtime
     from kt_moe.cli.plan import memory, report
-    from kt_moe.cli.plan.measure import measure
+    from kt_moe.cli.plan.measure import measure, process_bytes
     from kt_moe.cli.plan.outline import outline, read_config
 
     try:
         runtime = Runtime(args.threads)
     except ValueError as error:  # KT_MOE_ISA and its kin
         raise UserError(str(error)) from error
-    process = memory.Part("process", resident(), "measured", "Python, PyTorch and other libraries")
+    process = memory.Part("process", process_bytes(), "measured", "Python, PyTorch and other libraries")
     available = free_memory() + resident("RssAnon")  # the run will not be beside this process
     config = read_config(args.model)
     model = outline(config, wanted)
@@ -63,7 +64,10 @@ def _plan(args: argparse.Namespace, wanted: Run) -> int:
     else:
         scratch = memory.Part("scratch of a layer call", speed.scratch, "measured", "scaled to all tokens")
     gpu = torch.cuda.is_available()
-    plan = memory.make_plan(model, wanted, weights=weights, process=process, scratch=scratch, gpu=gpu)
+    threshold = int(os.environ.get("MALLOC_MMAP_THRESHOLD_", memory.MMAP_THRESHOLD))
+    plan = memory.make_plan(
+        model, wanted, weights=weights, process=process, scratch=scratch, gpu=gpu, mmap_threshold=threshold
+    )
     gpu_available = torch.cuda.mem_get_info()[0] if gpu else None
     answer = report.Answer(model, wanted, plan, available, gpu_available, speed)
     print(json.dumps(report.to_dict(answer), indent=2) if args.json else report.describe(answer))

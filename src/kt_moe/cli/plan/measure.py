@@ -11,10 +11,12 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn import functional
 
 from kt_moe import Experts, Runtime, moe
 from kt_moe.cli.bench.data import make_inputs, make_weights
 from kt_moe.cli.bench.layer import SCALING, Case, Shape
+from kt_moe.cli.host_memory import resident
 from kt_moe.cli.plan.memory import scratch_bytes
 from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.shapes import ExpertLayer
@@ -46,6 +48,16 @@ class Speed:
     def tokens_per_second(self, layers: int, tokens: int, checkpointing: bool) -> float:
         """Of all layers one after the other; checkpointing computes forward twice."""
         return tokens / (layers * (self.forward * (2 if checkpointing else 1) + self.backward))
+
+
+def process_bytes() -> int:
+    """Resident bytes of this process once PyTorch has loaded what a training step uses of it."""
+    x = torch.randn(64, 64, dtype=torch.bfloat16, requires_grad=True)
+    heads = functional.silu(x @ x).view(1, 64, 4, 16).transpose(1, 2)
+    out = functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+    functional.cross_entropy(out.float().reshape(-1, 16), torch.zeros(256, dtype=torch.long)).backward()  # type: ignore[no-untyped-call]
+    torch.optim.AdamW([x]).step()
+    return resident()
 
 
 def sample(layer: ExpertLayer, tokens: int, free: int) -> tuple[int, int] | None:
@@ -103,5 +115,5 @@ def _step(experts: Experts, shape: Shape, run: Run, tokens: int) -> tuple[float,
     with torch.enable_grad():
         out = moe(hidden_states, inputs.topk_ids[0], inputs.topk_weights[0], experts, lora, scaling=SCALING)
     middle = time.perf_counter()
-    out.backward(inputs.grad_out)
+    out.backward(inputs.grad_out)  # type: ignore[no-untyped-call]
     return middle - began, time.perf_counter() - middle

@@ -11,7 +11,6 @@ from kt_moe.cli.formats import QUANTISED
 from kt_moe.cli.options import integer
 from kt_moe.functional import PROJECTIONS
 
-# Bytes of optimizer state for a parameter, in units of the parameter's own size, and besides.
 OPTIMIZERS = ("adamw", "adamw-8bit", "sgd")
 LORA_BYTES = {"fp32": 4, "bf16": 2}
 

@@ -1,4 +1,4 @@
-"""A model without its weights: made by transformers on the meta device, so that its own code says what it has.
+"""A model without its weights, made by transformers on the meta device: its own code says what it has.
 
 Its experts are taken out as `KtMoeConfig` takes them out, LoRA is put on by PEFT, and a forward pass without
 data counts what autograd would keep.
@@ -7,7 +7,7 @@ data counts what autograd would keep.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def _take_out_experts(model: nn.Module, architecture: Architecture) -> list[Expe
         theirs, number = model.get_submodule(path), architecture.layer_of(path)
         assert number is not None
         experts, hidden = int(theirs.num_experts), int(config.hidden_size)  # type: ignore[arg-type]
-        intermediate = theirs.down_proj.numel() // (experts * hidden)  # type: ignore[operator, union-attr]
+        intermediate = theirs.down_proj.numel() // (experts * hidden)  # type: ignore[operator]
         layers.append(ExpertLayer(number, experts, hidden, intermediate, int(config.num_experts_per_tok)))
         ours = KtExperts(architecture, number, experts, hidden, intermediate)
         model.set_submodule(path, ours)
@@ -128,7 +128,7 @@ def _stand_in(model: nn.Module) -> list[nn.Module]:
     return [layer for layers in lists.values() for layer in layers.children()]
 
 
-def _experts_forward(lora: list[Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _experts_forward(lora: Sequence[Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def forward(hidden_states: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out: Tensor = _Kept.apply(hidden_states.shape, hidden_states, ids, weights, *lora)  # type: ignore[no-untyped-call]
         return out

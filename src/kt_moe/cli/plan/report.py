@@ -123,7 +123,7 @@ def _speed_lines(answer: Answer) -> list[str]:
 def _memory_dict(parts: Sequence[Part], available: int | None, spare: int | None) -> dict[str, Any]:
     return {
         "parts": [asdict(part) for part in parts],
-        "bytes": total(parts),
-        "available_bytes": available,
-        "spare_bytes": spare,
+        "nbytes": total(parts),
+        "available": available,
+        "spare": spare,
     }
