@@ -27,7 +27,7 @@ pytestmark = PEFT_WARNINGS
 RUN = Run(2, 12, 4, ("gate", "up", "down"), (), None, "adamw", 4, False)
 LAYER = ExpertLayer(0, experts=8, hidden=32, intermediate=24, topk=2)
 
-# What glibc keeps of freed memory is a heuristic and not ours: in the plan and in the run every tensor of 1 MiB
+# What glibc keeps of freed memory is its own heuristic: in the plan and in the run every tensor of 1 MiB
 # is mapped by itself.
 EXACT_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "OMP_WAIT_POLICY": "passive"}
 MEDIUM = {
