@@ -64,7 +64,8 @@ def _plan(args: argparse.Namespace, wanted: Run) -> int:
     else:
         scratch = memory.Part("scratch of a layer call", speed.scratch, "measured", "scaled to all tokens")
     gpu = torch.cuda.is_available()
-    threshold = int(os.environ.get("MALLOC_MMAP_THRESHOLD_", memory.MMAP_THRESHOLD))
+    set_by_user = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
+    threshold = int(set_by_user) if set_by_user.isdecimal() else memory.MMAP_THRESHOLD
     plan = memory.make_plan(
         model, wanted, weights=weights, process=process, scratch=scratch, gpu=gpu, mmap_threshold=threshold
     )
