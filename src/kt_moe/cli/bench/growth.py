@@ -11,10 +11,11 @@ from kt_moe.cli.bench import ceilings
 from kt_moe.cli.bench.ceilings import Ceilings
 from kt_moe.cli.bench.contestants import KtMoe, time_steps
 from kt_moe.cli.bench.data import Weights, make_inputs
-from kt_moe.cli.bench.layer import GIB, PASSES, Case, free_memory, variants_of
+from kt_moe.cli.bench.layer import GIB, PASSES, Case, variants_of
 from kt_moe.cli.bench.options import Settings
 from kt_moe.cli.bench.report import OURS, Result, mebibytes, milliseconds, percent
 from kt_moe.cli.bench.trial import Notes, Trials
+from kt_moe.cli.host_memory import free_memory
 
 _SECONDS, _QUICK_SECONDS = 1.0, 0.2  # of steps a point
 _LEAST_STEPS = 2

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from kt_moe.cli.errors import UserError
 
@@ -137,26 +135,3 @@ def fit_experts(shape: Shape, copies: int, free: int) -> Shape:
             f"{need / GIB:.1f} GiB of free memory, there are {free / GIB:.1f} GiB"
         )
     return replace(shape, experts=min(shape.experts, most))
-
-
-def free_memory() -> int:
-    """Bytes this process may still take: what the machine has available, or its cgroup's limit if less."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in _read("/proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        most, now = _read(limit).strip(), _read(used).strip()
-        if most.isdecimal() and now.isdecimal():
-            free = min(free, max(0, int(most) - int(now)))
-    return free
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""

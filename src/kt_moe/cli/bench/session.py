@@ -19,13 +19,14 @@ from kt_moe.cli.bench import ceilings, growth, options, report, summary
 from kt_moe.cli.bench.contestants import KtMoe
 from kt_moe.cli.bench.data import Weights, make_inputs, make_weights
 from kt_moe.cli.bench.growth_plot import plot_growth
-from kt_moe.cli.bench.layer import GIB, Case, fit_experts, free_memory, variants_of
+from kt_moe.cli.bench.layer import GIB, Case, fit_experts, variants_of
 from kt_moe.cli.bench.peer_process import PeerError, PeerProcess
 from kt_moe.cli.bench.peers import PEERS, Job
 from kt_moe.cli.bench.report import Result
 from kt_moe.cli.bench.roofline import plot_roofline
 from kt_moe.cli.bench.trial import Notes, Trials
 from kt_moe.cli.errors import UserError
+from kt_moe.cli.host_memory import free_memory
 from kt_moe.cli.output import write_json
 
 SCHEMA = 2  # of the JSON; grows when a key changes its meaning or goes

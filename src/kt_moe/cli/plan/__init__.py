@@ -1,0 +1,106 @@
+"""`kt-moe plan`: the memory a training run will take, whether this machine has it, and its speed at most."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kt_moe.cli.errors import UserError
+from kt_moe.cli.host_memory import free_memory, resident
+from kt_moe.cli.plan.options import Run, add_arguments
+
+if TYPE_CHECKING:
+    from kt_moe.cli.plan.memory import Part
+    from kt_moe.cli.plan.shapes import Outline
+
+__all__ = ["add_arguments", "run"]
+
+# The formats that models come in, by the quant_method of their configs.
+_STORED = {"fp8": "fp8", "mxfp4": "mxfp4", "compressed-tensors": "int4"}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan; 0 if the run fits this machine, 1 if not.
+
+    Raises:
+        UserError: no such model, an architecture that the core cannot compute, or wrong options.
+    """
+    wanted = Run.from_args(args)
+    try:
+        from kt_moe.cli import trainer  # noqa: F401  (all that a run imports, for its memory)
+        from kt_moe.cli.quiet import quiet
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is missing: pip install 'kt_moe[train]'") from error
+    with quiet():
+        return _plan(args, wanted)
+
+
+def _plan(args: argparse.Namespace, wanted: Run) -> int:
+    import torch
+
+    from kt_moe import Runtime
+    from kt_moe.cli.plan import memory, report
+    from kt_moe.cli.plan.measure import measure, process_bytes
+    from kt_moe.cli.plan.outline import outline, read_config
+
+    try:
+        runtime = Runtime(args.threads)
+    except ValueError as error:  # KT_MOE_ISA and its kin
+        raise UserError(str(error)) from error
+    process = memory.Part("process", process_bytes(), "measured", "Python, PyTorch and other libraries")
+    available = free_memory() + resident("RssAnon")  # the run will not be beside this process
+    config = read_config(args.model)
+    model = outline(config, wanted)
+    weights, format = weights_part(args.model, config, model, wanted.format)
+    layer = model.layers[0]
+    speed = None if args.no_measure else measure(layer, wanted, format, runtime, free_memory())
+    if speed is None:
+        note = "about 10 I bytes a route, and a block of tokens a thread"
+        size = memory.scratch_bytes(layer, wanted, runtime.threads)
+        scratch = memory.Part("scratch of a layer call", size, "estimated", note)
+    else:
+        scratch = memory.Part("scratch of a layer call", speed.scratch, "measured", "scaled to all tokens")
+    gpu = torch.cuda.is_available()
+    set_by_user = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
+    threshold = int(set_by_user) if set_by_user.isdecimal() else memory.MMAP_THRESHOLD
+    plan = memory.make_plan(
+        model, wanted, weights=weights, process=process, scratch=scratch, gpu=gpu, mmap_threshold=threshold
+    )
+    gpu_available = torch.cuda.mem_get_info()[0] if gpu else None
+    answer = report.Answer(model, wanted, plan, available, gpu_available, speed)
+    print(json.dumps(report.to_dict(answer), indent=2) if args.json else report.describe(answer))
+    return 0 if answer.fits else 1
+
+
+def weights_part(path: Path, config: Any, model: Outline, format: str | None) -> tuple[Part, str]:
+    """The experts' line of the plan, and the format of most layers.
+
+    format: None means as the directory's files have them; where there are none, as the config says.
+
+    Raises:
+        UserError: files that cannot be read, or that lack a layer.
+    """
+    from kt_moe import Checkpoint
+    from kt_moe.cli.plan import memory
+
+    try:
+        checkpoint = Checkpoint(path) if path.is_dir() and any(path.glob("*.safetensors")) else None
+        stored = {} if checkpoint is None else {x.number: checkpoint.layer(x.number) for x in model.layers}
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+    if not stored:
+        quantised = getattr(config, "quantization_config", None) or {}
+        chosen = format or _STORED.get(quantised.get("quant_method", ""), "bf16")
+        note = f"{chosen}, of the config's shapes: there are no weights here"
+        size = memory.weights_bytes(model.layers, chosen)
+        return memory.Part("expert weights", size, "computed", note), chosen
+    size = 0
+    for layer in model.layers:
+        info = stored[layer.number]
+        as_stored = format in (None, info.format)
+        size += sum(info.memory_bytes.values()) if as_stored else memory.weights_bytes([layer], format or "")
+    chosen = format or stored[model.layers[0].number].format
+    return memory.Part("expert weights", size, "computed", chosen), chosen

@@ -1,0 +1,119 @@
+"""Forward and backward of one layer of a model's shapes on this machine, in seconds and bytes.
+
+Of a large layer only some experts are made, and get the tokens they would have among all: the work of an
+expert is the same, and the layer's time is that of its experts together.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn import functional
+
+from kt_moe import Experts, Runtime, moe
+from kt_moe.cli.bench.data import make_inputs, make_weights
+from kt_moe.cli.bench.layer import SCALING, Case, Shape
+from kt_moe.cli.host_memory import resident
+from kt_moe.cli.plan.memory import scratch_bytes
+from kt_moe.cli.plan.options import Run
+from kt_moe.cli.plan.shapes import ExpertLayer
+
+_SECONDS = 6.0  # of timed steps, about
+_WEIGHTS = 1 << 29  # bytes of bf16 weights, about
+_STEPS = 5
+_PILOT = 64  # tokens of the step that tells how many are affordable
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a short run of one layer took.
+
+    Attributes:
+        forward, backward: seconds of the whole layer with all its tokens.
+        experts, tokens: that were really there.
+        scratch: bytes of the runtime's scratch memory with all tokens.
+    """
+
+    forward: float
+    backward: float
+    experts: int
+    tokens: int
+    scratch: int
+    isa: str
+    threads: int
+
+    def tokens_per_second(self, layers: int, tokens: int, checkpointing: bool) -> float:
+        """Of all layers one after the other; checkpointing computes forward twice."""
+        return tokens / (layers * (self.forward * (2 if checkpointing else 1) + self.backward))
+
+
+def process_bytes() -> int:
+    """Resident bytes of this process once PyTorch has loaded what a training step uses of it."""
+    x = torch.randn(64, 64, dtype=torch.bfloat16, requires_grad=True)
+    heads = functional.silu(x @ x).view(1, 64, 4, 16).transpose(1, 2)
+    out = functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+    functional.cross_entropy(out.float().reshape(-1, 16), torch.zeros(256, dtype=torch.long)).backward()  # type: ignore[no-untyped-call]
+    torch.optim.AdamW([x]).step()
+    return resident()
+
+
+def sample(layer: ExpertLayer, tokens: int, free: int) -> tuple[int, int] | None:
+    """How many experts to make, and how many tokens give them the rows they have in the whole layer.
+
+    None if a quarter of the free memory does not hold the experts of one token twice.
+    """
+    expert = 3 * layer.hidden * layer.intermediate * 2
+    if 2 * layer.topk * expert > free // 4:
+        return None
+    experts = min(layer.experts, max(layer.topk, min(_WEIGHTS, free // 8) // expert))
+    return experts, max(1, round(tokens * experts / layer.experts))
+
+
+def measure(layer: ExpertLayer, run: Run, format: str, runtime: Runtime, free: int) -> Speed | None:
+    """Time the layer with random weights and routes; None if there is no memory for it."""
+    found = sample(layer, run.tokens, free)
+    if found is None:
+        return None
+    experts, tokens = found
+    shape = Shape("planned", layer.hidden, layer.intermediate, experts, layer.topk)
+    weights = make_weights(shape, seed=0)
+    kept = Experts(*weights, format=format, runtime=runtime)
+    del weights
+    pilot = min(tokens, _PILOT)
+    _step(kept, shape, run, pilot)  # touches memory and wakes the threads
+    seconds = sum(_step(kept, shape, run, pilot))
+    affordable = max(pilot, int(pilot * _SECONDS / (3 * seconds)))
+    tokens = min(tokens, affordable)
+    steps: list[tuple[float, float]] = []
+    end = time.perf_counter() + _SECONDS
+    while len(steps) < _STEPS and (not steps or time.perf_counter() < end):
+        steps.append(_step(kept, shape, run, tokens))
+    forward, backward = (statistics.median(times) for times in zip(*steps, strict=True))
+    more = run.tokens / tokens
+    here = replace(run, batch=1, sequence=tokens)
+    rest = scratch_bytes(layer, run, runtime.threads) - scratch_bytes(layer, here, runtime.threads)
+    return Speed(
+        forward * more, backward * more, experts, tokens,
+        runtime.scratch_bytes + rest, runtime.isa, runtime.threads,
+    )  # fmt: skip
+
+
+def _step(experts: Experts, shape: Shape, run: Run, tokens: int) -> tuple[float, float]:
+    """Seconds of forward and of backward."""
+    dtype = "fp32" if run.lora_bytes == 4 else "bf16"
+    inputs = make_inputs(Case(shape, tokens, run.rank, lora_dtype=dtype), seed=tokens)
+    hidden_states = inputs.hidden_states.requires_grad_()
+    lora = {
+        name: tensor.requires_grad_()
+        for name, tensor in inputs.lora.items()
+        if name.split("_")[0] in run.projections
+    }
+    began = time.perf_counter()
+    with torch.enable_grad():
+        out = moe(hidden_states, inputs.topk_ids[0], inputs.topk_weights[0], experts, lora, scaling=SCALING)
+    middle = time.perf_counter()
+    out.backward(inputs.grad_out)  # type: ignore[no-untyped-call]
+    return middle - began, time.perf_counter() - middle

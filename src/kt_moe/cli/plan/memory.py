@@ -1,0 +1,183 @@
+"""Bytes of a training run by part. Pure arithmetic on an `Outline` and a `Run`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kt_moe.cli.formats import QUANTISED, projection_bytes
+from kt_moe.cli.plan.options import Run
+from kt_moe.cli.plan.shapes import Activations, ExpertLayer, Outline
+
+_ADAM_8BIT = 2 * (1 + 4 / 256)  # two moments of a byte, and an fp32 scale for 256 of them
+_BLOCK_ROWS = 512  # most routes that share a packing: kBlockRows of src/cpp/moe/pass.h
+_HALF_OF_L2 = 512 << 10  # most that packed weights take of a thread's cache
+MMAP_THRESHOLD = 32 << 20  # the most glibc raises its threshold to by itself
+
+
+@dataclass(frozen=True)
+class Part:
+    """One line of the plan.
+
+    source: "computed" from shapes, "measured" on this machine, or "estimated" under the assumption in `note`.
+    """
+
+    name: str
+    nbytes: int
+    source: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All parts, by the memory they lie in. Without a GPU everything is in host memory."""
+
+    host: tuple[Part, ...]
+    gpu: tuple[Part, ...] | None
+
+    @property
+    def host_bytes(self) -> int:
+        """Sum of the host's parts."""
+        return total(self.host)
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Sum of the GPU's parts."""
+        return total(self.gpu or ())
+
+
+def total(parts: Iterable[Part]) -> int:
+    """Sum of the parts."""
+    return sum(part.nbytes for part in parts)
+
+
+def weights_bytes(layers: Iterable[ExpertLayer], format: str) -> int:
+    """Of all experts, quantised to a format on loading."""
+    kind = QUANTISED[format]
+    return sum(sum(projection_bytes(kind, x.experts, x.hidden, x.intermediate).values()) for x in layers)
+
+
+def lora_numbers(layer: ExpertLayer, run: Run) -> int:
+    """LoRA parameters of a layer's experts."""
+    return len(run.projections) * layer.experts * run.rank * (layer.hidden + layer.intermediate)
+
+
+def optimizer_bytes(numbers: int, width: int, optimizer: str) -> int:
+    """State of the optimizer: torch's AdamW keeps two moments in the parameter's dtype, SGD none."""
+    return int(numbers * {"adamw": 2.0 * width, "adamw-8bit": _ADAM_8BIT, "sgd": 0.0}[optimizer])
+
+
+def saved_bytes(layer: ExpertLayer, run: Run) -> int:
+    """G, U and the P of each LoRA pair, bf16, of every route of a layer."""
+    ranks = len(run.projections) * run.rank
+    return run.tokens * layer.topk * (2 * layer.intermediate + ranks) * 2
+
+
+def scratch_bytes(layer: ExpertLayer, run: Run, threads: int) -> int:
+    """Of a backward call: h, dG, dU, packed dG, dU; low-rank products; a block of tokens a thread."""
+    ranks = len(run.projections) * run.rank
+    routes = run.tokens * layer.topk
+    blocks = threads * (_BLOCK_ROWS * layer.hidden * 2 + _HALF_OF_L2)
+    return routes * (10 * layer.intermediate + 4 * ranks) + blocks
+
+
+def result_bytes(layer: ExpertLayer, run: Run) -> int:
+    """Of a call: output and gradient of the hidden states, and both as the layer's inputs, bf16."""
+    return 4 * run.tokens * layer.hidden * 2
+
+
+def backward_bytes(saved: list[int], gradients: list[int], checkpointing: bool) -> int:
+    """Most of what forward saved and of gradients that is alive at a time, in the order of the layers.
+
+    Backward goes through the layers from the last: a layer's gradients appear while its saved tensors are
+    still there, and take the place of those before. With checkpointing a layer's are saved only then.
+    """
+    alive = 0 if checkpointing else sum(saved)
+    most, made = alive, 0
+    for one, gradient in zip(reversed(saved), reversed(gradients), strict=True):
+        made += gradient
+        most = max(most, made + (one if checkpointing else alive))
+        alive -= 0 if checkpointing else one
+    return most
+
+
+def activation_bytes(a: Activations, checkpointing: bool) -> int:
+    """Of the rest of the model at their peak, where forward ends and backward begins.
+
+    Beside what is kept: the logits, their gradient in the model's dtype and the loss's in fp32 (twice that).
+    """
+    layers = sum(a.layers)
+    if checkpointing:
+        layers = len(a.layers) * a.boundary + max(a.layers, default=0)
+    return layers + a.outside + 4 * a.logits
+
+
+def make_plan(
+    model: Outline,
+    run: Run,
+    *,
+    weights: Part,
+    process: Part,
+    scratch: Part,
+    gpu: bool,
+    mmap_threshold: int = MMAP_THRESHOLD,
+) -> Plan:
+    """Put the parts together.
+
+    gpu: the rest of the model is on a GPU. The experts' LoRA is there too: Trainer moves every parameter.
+    mmap_threshold: from so many bytes on malloc maps a block by itself.
+    """
+    numbers = [lora_numbers(layer, run) for layer in model.layers]
+    experts_lora = sum(numbers) * run.lora_bytes
+    optimizer = optimizer_bytes(sum(numbers), run.lora_bytes, run.optimizer)
+    saved = [saved_bytes(layer, run) for layer in model.layers]
+    gradients = [n * run.lora_bytes for n in numbers]
+    together = backward_bytes(saved, gradients, run.checkpointing)
+    widest = max(result_bytes(layer, run) for layer in model.layers)
+
+    trained = (
+        Part("LoRA of the experts", experts_lora, "computed", f"{sum(numbers):,} parameters"),
+        Part("its optimizer state", optimizer, "computed", run.optimizer),
+    )
+    rest = _rest(model, run)
+    shared = "G, U, P of a route" + (", one layer at a time" if run.checkpointing else "")
+    core = (
+        process,
+        weights,
+        Part("saved for backward, LoRA gradients", together, "computed", f"{shared}; they share memory"),
+        scratch,
+        Part("results of a layer call", widest, "computed"),
+    )
+    if not gpu:
+        slack = heap_slack(model.activations, run.checkpointing, mmap_threshold)
+        note = "holes that malloc keeps; MALLOC_MMAP_THRESHOLD_=1048576 avoids them"
+        heap = (Part("slack of the heap", slack, "estimated", note),) if slack else ()
+        return Plan((*core[:2], *trained, *core[2:], *rest, *heap), None)
+    # A layer's LoRA is copied to the host for its call, and its gradients from there.
+    copies = Part("a layer's LoRA and gradients", 2 * max(gradients), "computed", "copies of the GPU's")
+    saved_alone = backward_bytes(saved, [0] * len(saved), run.checkpointing)
+    kept = Part("saved for backward", saved_alone, "computed", shared)
+    on_gpu = (Part("gradients of it", sum(gradients), "computed"),)
+    return Plan((process, weights, kept, *core[3:], copies), (*trained, *on_gpu, *rest))
+
+
+def _rest(model: Outline, run: Run) -> tuple[Part, ...]:
+    parts = [Part("the rest of the model", model.rest_bytes, "computed", "bf16: attention, router, ...")]
+    if model.rest_lora:
+        size = 2 * 4 * model.rest_lora + optimizer_bytes(model.rest_lora, 4, run.optimizer)
+        note = f"{model.rest_lora:,} parameters, fp32"
+        parts.append(Part("its LoRA, gradients, optimizer state", size, "computed", note))
+    peak = activation_bytes(model.activations, run.checkpointing)
+    note = "what autograd keeps, attention fused; 4 x logits"
+    parts.append(Part("its activations", peak, "estimated", note))
+    return tuple(parts)
+
+
+def heap_slack(a: Activations, checkpointing: bool, threshold: int) -> int:
+    """What glibc keeps of freed tensors on the host: holes between the tensors that are alive.
+
+    threshold: blocks of so many bytes and more are always given back. Below it the holes came to about
+    as much as the activations themselves, in runs of 1,000 to 4,000 tokens.
+    """
+    kept = activation_bytes(a, checkpointing) - 4 * a.logits
+    return kept if a.boundary < threshold else 0

@@ -1,0 +1,160 @@
+"""A model without its weights, made by transformers on the meta device: its own code says what it has.
+
+Its experts are taken out as `KtMoeConfig` takes them out, LoRA is put on by PEFT, and a forward pass without
+data counts what autograd would keep.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+from kt_moe.architectures import Architecture, architecture_of
+from kt_moe.cli.errors import UserError
+from kt_moe.cli.model import add_lora
+from kt_moe.cli.plan.options import Run
+from kt_moe.cli.plan.shapes import Activations, ExpertLayer, Outline
+from kt_moe.hf import KtExperts, KtLoraExperts
+
+_ATTENTION = "kt_moe_plan"
+DTYPE = torch.bfloat16  # of the rest of the model, as `kt-moe finetune` loads it
+
+
+def read_config(path: Path) -> Any:
+    """The config of a model directory, or of a file.
+
+    Raises:
+        UserError: no such file, or not one that transformers knows.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        advice = " (a model on the hub: hf download NAME config.json)"
+        raise UserError(f"there is no {file}{'' if path.exists() else advice}")
+    try:
+        config = AutoConfig.from_pretrained(file)
+        architecture_of(config)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: {error}") from error
+    return config
+
+
+def outline(config: Any, run: Run) -> Outline:
+    """Build the model of a config without memory and look at it.
+
+    Raises:
+        UserError: no layer with routed experts, or a target that the model lacks.
+    """
+    architecture = architecture_of(config)
+    AttentionInterface.register(_ATTENTION, _attention)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPE, attn_implementation=_ATTENTION)
+        layers = _take_out_experts(model, architecture)
+        if not layers:
+            raise UserError(f"a {architecture.model_type} of this config has no layer with routed experts")
+        rest = sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+        targets = [*run.modules, *(["experts"] if run.projections else [])]
+        model = add_lora(model, rank=run.rank, alpha=run.rank, dropout=0.0, targets=targets, seed=0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    of_experts = 0
+    for module in model.modules():
+        if isinstance(module, KtLoraExperts):
+            of_experts += sum(p.numel() for p in module.parameters())
+    return Outline(
+        architecture.model_type, tuple(layers), rest, trained - of_experts, _activations(model, run)
+    )
+
+
+def _take_out_experts(model: nn.Module, architecture: Architecture) -> list[ExpertLayer]:
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    layers = []
+    for path in [name for name, _ in model.named_modules() if architecture.layer_of(name) is not None]:
+        theirs, number = model.get_submodule(path), architecture.layer_of(path)
+        assert number is not None
+        experts, hidden = int(theirs.num_experts), int(config.hidden_size)  # type: ignore[arg-type]
+        intermediate = theirs.down_proj.numel() // (experts * hidden)  # type: ignore[operator]
+        layers.append(ExpertLayer(number, experts, hidden, intermediate, int(config.num_experts_per_tok)))
+        ours = KtExperts(architecture, number, experts, hidden, intermediate)
+        model.set_submodule(path, ours)
+    return layers
+
+
+def _activations(model: Any, run: Run) -> Activations:
+    """Run a forward pass on the meta device and count what it saves; parameters are not counted."""
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if storage not in own:
+            kept[storage] = tensor  # alive, so that no other storage takes its address
+        return tensor
+
+    def total() -> int:
+        return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+    decoder_layers = _stand_in(model)
+    bounds: list[int] = []
+    hooks = [layer.register_forward_pre_hook(lambda *_: bounds.append(total())) for layer in decoder_layers]
+    hooks += [layer.register_forward_hook(lambda *_: bounds.append(total())) for layer in decoder_layers]
+    ids = torch.zeros(run.batch, run.sequence, dtype=torch.long, device="meta")
+    model.train()
+    with saved_tensors_hooks(keep, lambda tensor: tensor), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = model(input_ids=ids, labels=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    layers = tuple(after - before for before, after in zip(bounds[::2], bounds[1::2], strict=True))
+    hidden = model.config.get_text_config().hidden_size
+    boundary = run.tokens * hidden * DTYPE.itemsize
+    return Activations(layers, total() - sum(layers), out.logits.nbytes, boundary)
+
+
+def _stand_in(model: nn.Module) -> list[nn.Module]:
+    """Put tensors without data where the core would compute; the decoder layers."""
+    lists: dict[str, nn.Module] = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (KtExperts, KtLoraExperts)) and not name.endswith(".base_layer"):
+            trained = [p for p in module.parameters() if p.requires_grad]
+            module.forward = _experts_forward(trained[:1])  # type: ignore[method-assign, assignment]
+            above = name[: name.rindex(".layers.") + len(".layers")]
+            lists[above] = model.get_submodule(above)
+    return [layer for layers in lists.values() for layer in layers.children()]
+
+
+def _experts_forward(lora: Sequence[Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def forward(hidden_states: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out: Tensor = _Kept.apply(hidden_states.shape, hidden_states, ids, weights, *lora)  # type: ignore[no-untyped-call]
+        return out
+
+    return forward
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+) -> tuple[Tensor, None]:
+    """What a fused attention keeps: its inputs and its result, no matrix of all pairs of tokens."""
+    batch, heads, tokens, _ = query.shape
+    shape = (batch, tokens, heads, value.shape[-1])
+    out: Tensor = _Kept.apply(shape, query, key, value)  # type: ignore[no-untyped-call]
+    return out, None
+
+
+class _Kept(torch.autograd.Function):
+    """A result of a given shape that keeps all inputs, and itself, for a backward that never comes."""
+
+    @staticmethod
+    def forward(ctx: Any, shape: tuple[int, ...], first: Tensor, *others: Tensor) -> Tensor:
+        out = first.new_empty(shape)
+        ctx.save_for_backward(first, *others, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError

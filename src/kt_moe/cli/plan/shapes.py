@@ -1,0 +1,49 @@
+"""What a plan needs to know of a model: shapes of the experts, bytes of the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """The routed experts of layer `number`: E, H, I, and the experts of a token, K."""
+
+    number: int
+    experts: int
+    hidden: int
+    intermediate: int
+    topk: int
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of the rest of the model's tensors that a forward pass leaves behind.
+
+    Attributes:
+        layers: kept for backward by each decoder layer; not what the experts keep themselves.
+        outside: kept for backward by embedding, last norm, head and loss.
+        logits: the logits themselves, in the model's dtype.
+        boundary: the hidden states between two layers.
+    """
+
+    layers: tuple[int, ...]
+    outside: int
+    logits: int
+    boundary: int
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What memory and speed follow from.
+
+    Attributes:
+        rest_bytes: parameters and buffers beside the routed experts.
+        rest_lora: numbers of LoRA parameters beside the experts'.
+    """
+
+    model_type: str
+    layers: tuple[ExpertLayer, ...]
+    rest_bytes: int
+    rest_lora: int
+    activations: Activations

@@ -1,0 +1,176 @@
+"""`kt-moe inspect`: what it says of whole, gappy, odd and broken checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_models import save_tiny_checkpoint
+from torch import Tensor
+
+from kt_moe import Experts
+from kt_moe.cli import main
+from kt_moe.cli.formats import QUANTISED, WeightType, projection_bytes
+from kt_moe.cli.inspect import odd_tensors
+from kt_moe.cli.text import count_text, ranges_text, size_text, table
+
+E, H, I = 4, 64, 32  # noqa: E741
+
+
+def layer(number: int, **extra: Tensor) -> dict[str, Tensor]:
+    root = f"model.layers.{number}.mlp.experts"
+    shapes = {"gate_proj": (I, H), "up_proj": (I, H), "down_proj": (H, I)}
+    tensors = {
+        f"{root}.{e}.{name}.weight": torch.zeros(shape, dtype=torch.bfloat16)
+        for e in range(E)
+        for name, shape in shapes.items()
+    }
+    return tensors | {f"{root}.{name}": tensor for name, tensor in extra.items()}
+
+
+def save(path: Path, *layers: dict[str, Tensor]) -> Path:
+    path.mkdir()
+    save_file({name: t for tensors in layers for name, t in tensors.items()}, path / "model.safetensors")
+    return path
+
+
+def inspect(path: Path, *more: str) -> int:
+    return main(["inspect", str(path), *more])
+
+
+def test_equal_layers_are_one_paragraph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save(tmp_path / "m", *(layer(n) for n in (*range(3, 40), *range(42, 61))))
+    assert inspect(path) == 0
+    text = capsys.readouterr().out
+    assert "layers 3-39, 42-60 (56): 4 experts, hidden 64, intermediate 32" in text
+    assert "BF16, per-expert, no biases" in text
+    assert "layers 40-41 (2): no experts" in text
+    assert ["bf16", *size_text(56 * E * 3 * H * I * 2).split()] in [x.split() for x in text.splitlines()]
+    assert len(text.splitlines()) < 24
+
+
+def test_json_has_a_record_for_each_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save_tiny_checkpoint(tmp_path / "m", "deepseek_v3", dtype=torch.bfloat16)
+    assert inspect(path, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["layers"]) == ["1"]  # layer 0 is dense
+    assert found["layers"]["1"]["num_experts"] == 8
+    assert found["memory"]["as stored"] == found["memory"]["bf16"] == 8 * 3 * 32 * 24 * 2
+    assert found["unreadable"] == {}
+
+
+def test_what_cannot_be_read_is_a_line_and_the_rest_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = layer(1)
+    del broken["model.layers.1.mlp.experts.2.up_proj.weight"]
+    odd = layer(2, odd_one=torch.zeros(1))
+    path = save(tmp_path / "m", layer(0), broken, odd, layer(3), layer(4))
+    assert inspect(path) == 1
+    text = capsys.readouterr().out
+    assert "layers 0, 3-4 (3): 4 experts" in text
+    (line,) = [x for x in text.splitlines() if x.startswith("layer 1: cannot be read")]
+    assert 'experts.2.up_proj.weight" is missing' in line
+    assert "layer 2: cannot be read: " in text
+    assert "layer 2: tensors that most layers lack: mlp.experts.odd_one (1 tensor)" in text
+    assert inspect(path, "--layer", "3") == 0
+    assert "layer 1" not in capsys.readouterr().out
+
+
+def test_quantisation_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors: dict[int, Any] = {0: {"gate": 0.1, "up": 0.2, "down": 0.3}, 1: None}
+
+    class Loaded:
+        def __init__(self, layer: int) -> None:
+            self.quantization_error = errors[layer]
+
+    def load(checkpoint: Any, layer: int, *, format: str) -> Loaded:
+        assert format == "int4"
+        if layer == 2:
+            raise ValueError("a weight is\nnot finite")
+        return Loaded(layer)
+
+    monkeypatch.setattr(Experts, "from_checkpoint", load)
+    path = save(tmp_path / "m", layer(0), layer(1), layer(2))
+    assert inspect(path, "--quant", "int4") == 1
+    text = capsys.readouterr().out
+    assert ["0", "1.00e-01", "2.00e-01", "3.00e-01"] in [x.split() for x in text.splitlines()]
+    assert "layer 1: kept as stored, nothing was quantised" in text
+    assert "layer 2: cannot be read: a weight is not finite" in text
+
+
+def test_a_checkpoint_without_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect(save(tmp_path / "m", {"lm_head.weight": torch.zeros(2)})) == 0
+    assert "no layer has experts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/nowhere"], "/nowhere"),
+        ([__file__], "header"),
+        (["--quant", "int3", "."], "argument --quant: invalid choice: 'int3'"),
+        (["--layer", "-1", "."], "argument --layer: '-1', wanted an integer of at least 0"),
+    ],
+)
+def test_user_errors_are_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    try:
+        status: Any = main(["inspect", *arguments])
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.startswith("kt-moe inspect: error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_a_layer_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect(save(tmp_path / "m", layer(0), layer(1)), "--layer", "7") == 2
+    assert "no experts in that layer; layers with experts: 0-1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "cols", "nbytes"),
+    [
+        (WeightType("bf16"), 3, 5, 30),
+        (WeightType("int8", "f32"), 3, 5, 15 + 12),
+        (WeightType("int4", "bf16", 1, 32), 3, 33, 3 * 17 + 3 * 2 * 2),
+        (WeightType("int4", "bf16", 1, 32, zero_points=True), 2, 64, 64 + 4 * 3),
+        (WeightType("fp8", "f32", 128, 128), 129, 257, 129 * 257 + 2 * 3 * 4),
+        (WeightType("mxfp4", "e8m0", 1, 32), 2, 16, 16 + 2),  # a group is no wider than the row
+    ],
+)
+def test_bytes_of_a_matrix(kind: WeightType, rows: int, cols: int, nbytes: int) -> None:
+    assert kind.nbytes(rows, cols) == nbytes
+
+
+def test_bytes_of_a_layer_are_those_of_its_three_projections() -> None:
+    found = projection_bytes(QUANTISED["int8"], E, H, I)
+    assert found == {"gate": E * (H * I + 4 * I), "up": E * (H * I + 4 * I), "down": E * (H * I + 4 * H)}
+
+
+def test_odd_tensors_are_those_few_layers_have() -> None:
+    names = [f"model.layers.{n}.mlp.experts.{e}.up_proj.weight" for n in range(3) for e in range(2)]
+    names += ["model.layers.1.mlp.experts.0.up_proj.extra", "model.layers.1.mlp.shared_experts.up_proj.odd"]
+    assert odd_tensors(names) == {1: {"mlp.experts.*.up_proj.extra": 1}}
+
+
+def test_text() -> None:
+    assert [size_text(n) for n in (0, 1023, 1024, 3 << 29)] == [
+        "0 bytes",
+        "1023 bytes",
+        "1.00 KiB",
+        "1.50 GiB",
+    ]
+    assert [count_text(1, "file"), count_text(1200, "file")] == ["1 file", "1,200 files"]
+    assert [ranges_text(n) for n in ([], [4], [0, 3, 4, 5])] == ["", "4", "0, 3-5"]
+    assert table([["a", "1"], ["bcd", "10"]], right=[1]) == "a     1\nbcd  10"

@@ -1,0 +1,299 @@
+"""`kt-moe plan`: its arithmetic, what it reads out of configs, its bytes against those of a real run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_models import CONFIGS, PEFT_WARNINGS, save_tiny_checkpoint, tiny_config, tiny_model
+
+from kt_moe.cli import host_memory, main
+from kt_moe.cli.plan import memory
+from kt_moe.cli.plan.measure import Speed, sample
+from kt_moe.cli.plan.options import Run
+from kt_moe.cli.plan.outline import outline
+from kt_moe.cli.plan.shapes import Activations, ExpertLayer
+
+pytestmark = PEFT_WARNINGS
+
+RUN = Run(2, 12, 4, ("gate", "up", "down"), (), None, "adamw", 4, False)
+LAYER = ExpertLayer(0, experts=8, hidden=32, intermediate=24, topk=2)
+
+# What glibc keeps of freed memory is its own heuristic: in the plan and in the run every tensor of 1 MiB
+# is mapped by itself.
+EXACT_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "OMP_WAIT_POLICY": "passive"}
+MEDIUM = {
+    "vocab_size": 512, "hidden_size": 512, "moe_intermediate_size": 256, "intermediate_size": 512,
+    "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 6, "num_attention_heads": 4,
+    "head_dim": 32, "max_position_embeddings": 512,
+}  # fmt: skip
+
+# Loads the model, puts LoRA on its experts and trains three steps; the most it ever took beyond its imports.
+REAL = """
+import sys, torch, transformers, peft
+from kt_moe.cli import trainer
+from kt_moe.cli.host_memory import resident
+from kt_moe.cli.plan.measure import process_bytes
+from kt_moe.hf import KtMoeConfig
+
+before = process_bytes()
+model = transformers.AutoModelForCausalLM.from_pretrained(
+    sys.argv[1], quantization_config=KtMoeConfig(), dtype=torch.bfloat16
+)
+model = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules=["experts"])).train()
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+ids = torch.randint(3, 500, (4, 128))
+most = 0
+for _ in range(3):
+    loss = model(input_ids=ids, labels=ids).loss
+    most = max(most, resident())
+    loss.backward()
+    most = max(most, resident())
+    optimizer.step()
+    most = max(most, resident())
+    optimizer.zero_grad()
+print(most - before)
+"""
+
+
+def plan(path: Path, *more: str) -> int:
+    return main(["plan", str(path), "--no-measure", *more])
+
+
+def write_config(path: Path, config: Any) -> Path:
+    path.write_text(config.to_json_string())
+    return path
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_the_outline_is_the_model(model_type: str) -> None:
+    found = outline(tiny_config(model_type), RUN)
+    model = tiny_model(model_type, dtype=torch.bfloat16)
+    experts = {n: m for n, m in model.named_modules() if n.endswith(".mlp.experts")}
+    everything = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    # Buffers such as the router's bias are fp32 here and bf16 there, or the other way: a few numbers.
+    rest = everything - sum(p.nbytes for m in experts.values() for p in m.parameters())
+    assert abs(found.rest_bytes - rest) <= 64
+    assert [layer.number for layer in found.layers] == [int(name.split(".")[2]) for name in experts]
+    assert {replace(layer, number=0) for layer in found.layers} == {LAYER}
+    assert len(found.activations.layers) == 2
+    assert found.activations.logits == RUN.tokens * 64 * 2
+
+
+def test_lora_beside_the_experts_is_counted() -> None:
+    found = outline(tiny_config(), replace(RUN, modules=("q_proj",)))
+    assert found.rest_lora == 2 * RUN.rank * (32 + 32)
+    assert outline(tiny_config(), RUN).rest_lora == 0
+    alone = outline(tiny_config(), replace(RUN, projections=(), modules=("q_proj",)))
+    assert alone.rest_lora == found.rest_lora
+
+
+def test_activations_are_what_autograd_keeps() -> None:
+    """Against the same count on a model with data; that one's experts keep G, U and P besides."""
+    model = tiny_model(dtype=torch.bfloat16, num_hidden_layers=3).train()
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    for module in [m for n, m in model.named_modules() if n.endswith(".experts")]:
+        module.forward = lambda x, ids, weights: x * 1.0  # type: ignore[method-assign]
+    model.requires_grad_(False)
+    model.model.embed_tokens.weight.requires_grad_(True)  # so that gradients pass through every layer
+    ids = torch.zeros(4, 64, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model(input_ids=ids, labels=ids, use_cache=False)
+    run = replace(RUN, batch=4, sequence=64, projections=("gate",))
+    counted = outline(tiny_config(num_hidden_layers=3), run).activations
+    ours = sum(counted.layers[1:]) * 3 / 2 + counted.outside  # the first layer has nothing to train before it
+    assert ours == pytest.approx(sum(kept.values()), rel=0.15)
+
+
+def test_bytes_of_lora_and_of_its_optimizer() -> None:
+    numbers = memory.lora_numbers(LAYER, RUN)
+    assert numbers == 3 * 8 * 4 * (32 + 24)
+    assert memory.lora_numbers(LAYER, replace(RUN, projections=("up",))) == numbers // 3
+    assert memory.optimizer_bytes(numbers, 4, "adamw") == 8 * numbers
+    assert memory.optimizer_bytes(numbers, 2, "adamw") == 4 * numbers
+    assert memory.optimizer_bytes(256, 4, "adamw-8bit") == 2 * 256 + 2 * 4
+    assert memory.optimizer_bytes(numbers, 4, "sgd") == 0
+
+
+def test_bytes_of_a_layer_call() -> None:
+    routes = RUN.tokens * LAYER.topk
+    assert memory.saved_bytes(LAYER, RUN) == routes * (2 * 24 + 3 * 4) * 2
+    more = memory.scratch_bytes(LAYER, replace(RUN, batch=4), 2) - memory.scratch_bytes(LAYER, RUN, 2)
+    assert more == routes * (10 * 24 + 4 * 3 * 4)
+    assert memory.weights_bytes([LAYER, LAYER], "bf16") == 2 * 8 * 3 * 32 * 24 * 2
+
+
+@pytest.mark.parametrize(
+    ("saved", "gradients", "checkpointing", "most"),
+    [
+        ([10, 10, 10], [1, 1, 1], False, 31),  # the last layer's gradients appear before anything goes
+        ([10, 10, 10], [20, 20, 20], False, 70),  # at the first layer: its own saved, all gradients
+        ([10, 10, 10], [1, 1, 1], True, 13),
+        ([10, 30], [0, 0], True, 30),
+    ],
+)
+def test_gradients_take_the_place_of_what_forward_saved(
+    saved: list[int], gradients: list[int], checkpointing: bool, most: int
+) -> None:
+    assert memory.backward_bytes(saved, gradients, checkpointing) == most
+
+
+def test_activations_with_and_without_checkpointing() -> None:
+    a = Activations((100, 120), outside=50, logits=10, boundary=7)
+    assert memory.activation_bytes(a, checkpointing=False) == 220 + 50 + 40
+    assert memory.activation_bytes(a, checkpointing=True) == 2 * 7 + 120 + 50 + 40
+    assert memory.heap_slack(a, False, threshold=8) == 270
+    assert memory.heap_slack(a, False, threshold=7) == 0
+
+
+def test_parts_on_a_gpu_and_without() -> None:
+    model = outline(tiny_config(), replace(RUN, modules=("q_proj",)))
+    part = memory.Part("x", 1000, "measured")
+    parts = {"weights": part, "process": part, "scratch": part}
+    host = memory.make_plan(model, RUN, gpu=False, **parts)
+    both = memory.make_plan(model, RUN, gpu=True, **parts)
+    assert host.gpu is None
+    assert host.gpu_bytes == 0
+    names = [p.name for p in both.gpu or ()]
+    assert "the rest of the model" in names
+    assert "LoRA of the experts" in names
+    assert not {"the rest of the model", "its activations"} & {p.name for p in both.host}
+    assert both.host_bytes < host.host_bytes
+
+
+def test_a_sample_has_the_rows_an_expert_has_in_the_whole_layer() -> None:
+    large = ExpertLayer(3, experts=256, hidden=7168, intermediate=2048, topk=8)
+    found = sample(large, 4096, free=100 << 30)
+    assert found is not None
+    experts, tokens = found
+    assert large.topk <= experts < 256
+    assert tokens / experts == pytest.approx(4096 / 256, rel=0.1)
+    assert sample(large, 4096, free=1 << 30) is None
+    assert sample(LAYER, 100, free=1 << 30) == (8, 100)
+
+
+def test_speed_is_that_of_the_layers_one_after_the_other() -> None:
+    speed = Speed(1.0, 2.0, experts=8, tokens=10, scratch=0, isa="scalar", threads=1)
+    assert speed.tokens_per_second(layers=2, tokens=600, checkpointing=False) == 100
+    assert speed.tokens_per_second(layers=2, tokens=600, checkpointing=True) == 75
+
+
+def test_a_config_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_config(tmp_path / "some.json", tiny_config("deepseek_v3", num_hidden_layers=4))
+    assert plan(file, "--format", "int8", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [layer["number"] for layer in found["model"]["layers"]] == [1, 2, 3]
+    (weights,) = [p for p in found["host"]["parts"] if p["name"] == "expert weights"]
+    assert weights["nbytes"] == 3 * 8 * (3 * 32 * 24 + 4 * (24 + 24 + 32))
+    assert found["host"]["nbytes"] == sum(p["nbytes"] for p in found["host"]["parts"])
+    assert found["fits"] is True
+    assert found["speed"] is None
+
+
+def test_it_says_when_it_does_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kt_moe.cli.plan.free_memory", lambda: 0)
+    assert plan(write_config(tmp_path / "config.json", tiny_config(num_experts=4096))) == 1
+    text = capsys.readouterr().out
+    assert "IT DOES NOT FIT, by" in text
+    assert plan(tmp_path, "--json") == 1  # a directory with nothing but the config
+    assert json.loads(capsys.readouterr().out)["host"]["spare"] < 0
+
+
+def test_a_measured_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save_tiny_checkpoint(tmp_path / "m", dtype=torch.bfloat16)
+    options = ["--batch", "2", "--sequence", "16", "--threads", "1", "--targets", "gate,down,attention"]
+    assert main(["plan", str(path), *options]) == 0
+    text = capsys.readouterr().out
+    assert "qwen3_moe: layers 0-1 with 8 experts each, hidden 32, intermediate 24, 2 experts a token" in text
+    assert "tokens/s: the experts' share of a step alone" in text
+    assert "1 thread), scaled from 32 tokens through 8 of 8 experts" in text
+    assert "it fits, with" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (None, [], "there is no "),
+        (transformers.LlamaConfig(), [], "model type 'llama' is not supported by kt_moe"),
+        (tiny_config("deepseek_v3", first_k_dense_replace=2), [], "has no layer with routed experts"),
+        (tiny_config(), ["--targets", "gate,nothing"], "the model has no 'nothing'"),
+        (tiny_config(), ["--targets", ","], "--targets is empty"),
+        (tiny_config(), ["--rank", "0"], "argument --rank: '0', wanted an integer of at least 1"),
+    ],
+)
+def test_user_errors_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], config: Any, options: list[str], message: str
+) -> None:
+    file = tmp_path / "config.json"
+    if config is not None:
+        write_config(file, config)
+    try:
+        status: Any = plan(file, *options)
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.startswith("kt-moe plan: error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_weights_that_lack_a_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save_tiny_checkpoint(tmp_path / "m", dtype=torch.bfloat16)
+    write_config(path / "config.json", tiny_config(num_hidden_layers=3))
+    assert plan(path) == 2
+    assert "no experts in layer 2" in capsys.readouterr().err
+
+
+def test_the_plan_is_what_a_run_takes(tmp_path: Path) -> None:
+    """Weights, LoRA, optimizer and saved tensors are most of this run, and known to the byte.
+
+    15 %: the arenas of malloc and of the core are larger than what is in use, scratch depends on the threads,
+    and PyTorch loads more code while it trains; together some tens of MiB here, and no more in a large run.
+    """
+    path = save_tiny_checkpoint(tmp_path / "m", dtype=torch.bfloat16, **MEDIUM)
+    environment = {**os.environ, **EXACT_HEAP}
+    python = [sys.executable, "-W", "ignore"]
+    command = [*python, "-m", "kt_moe.cli", "plan", str(path), "--batch", "4", "--sequence", "128", "--json"]
+    planned = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    parts = {p["name"]: p["nbytes"] for p in json.loads(planned.stdout)["host"]["parts"]}
+    process = parts.pop("process")
+    assert process > 50 << 20
+    done = subprocess.run([*python, "-c", REAL, str(path)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert sum(parts.values()) == pytest.approx(int(done.stdout), rel=0.15), parts
+
+
+def test_the_tightest_cgroup_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    8000000 kB\n",
+        "/proc/self/cgroup": "0::/outer/inner\n",
+        "/sys/fs/cgroup/outer/memory.max": "5000000\n",
+        "/sys/fs/cgroup/outer/memory.current": "4000000\n",
+        "/sys/fs/cgroup/outer/memory.stat": "anon 1\ninactive_file 500000\n",
+        "/sys/fs/cgroup/outer/inner/memory.max": "max\n",
+        "/sys/fs/cgroup/outer/inner/memory.current": "3000000\n",
+    }
+    monkeypatch.setattr(host_memory, "_read", lambda path: files.get(str(path), ""))
+    assert host_memory.free_memory() == 1_500_000
+    files["/sys/fs/cgroup/outer/memory.max"] = "max\n"
+    assert host_memory.free_memory() == 8_000_000 * 1024
+    assert host_memory.resident() == 0
