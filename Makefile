@@ -3,13 +3,14 @@ VENV ?= .venv
 BASE_PYTHON ?= python3
 JOBS ?= $(shell nproc)
 TORCH ?= torch==2.13.0
+FUZZ_SECONDS ?= 60
 
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip --disable-pip-version-check
 BUILD_TOOLS := pip cmake ninja scikit-build-core pybind11 nlohmann-json
 SOURCES := CMakeLists.txt pyproject.toml README.md \
   $(shell find src third_party -type f -not -path '*/__pycache__/*' -not -name '*.so')
-CPP_SOURCES = $(shell find src/cpp tests/cpp -name '*.h' -o -name '*.cpp')
+CPP_SOURCES = $(shell find src/cpp tests/cpp tests/fuzz -name '*.h' -o -name '*.cpp')
 
 export BASE_PYTHON
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
@@ -18,7 +19,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 # C++ tests before Python tests, also under make -j: the closing line is pytest's.
 .NOTPARALLEL:
-.PHONY: help .venv build demo demo-check test test-cpp test-py lint format asan tsan wheel clean
+.PHONY: help .venv build demo demo-check test test-cpp test-py lint format asan tsan fuzz wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([^:]+):.*## /\1\t/' | expand -t 14
@@ -84,6 +85,17 @@ tsan: $(VENV)/.deps  ## C++ tests under the thread sanitizer
 	cmake --preset tsan
 	cmake --build --preset tsan
 	setarch -R ctest --preset tsan
+
+# New inputs go to build/fuzz/corpus, one that fails to build/fuzz.
+fuzz: $(VENV)/.deps  ## fuzz targets, each for FUZZ_SECONDS (60)
+	.ci/require.sh clang
+	cmake --preset fuzz
+	cmake --build --preset fuzz --target fuzz_headers fuzz_experts
+	for target in headers experts; do \
+	  mkdir -p build/fuzz/corpus/$$target && \
+	  build/fuzz/tests/fuzz/fuzz_$$target -max_total_time=$(FUZZ_SECONDS) -timeout=10 -print_final_stats=1 \
+	    -artifact_prefix=build/fuzz/$$target- build/fuzz/corpus/$$target tests/fuzz/corpus/$$target || exit 1; \
+	done
 
 wheel: $(VENV)/.deps  ## a wheel for this Python in dist/
 	.ci/require.sh compiler headers

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Sees to what pip cannot install: require.sh NAME..., each of compiler, python, headers, doctest.
+# Sees to what pip cannot install: require.sh NAME..., each of compiler, python, headers, doctest, clang.
 # Where something is missing it runs apt-get if it may, and otherwise says what to install and stops.
 # CXX (default g++) and BASE_PYTHON (default python3) name the programs to look at.
 set -eu
@@ -12,6 +12,7 @@ has_headers() {
   "$BASE_PYTHON" -c 'import os, sysconfig as s; os.stat(os.path.join(s.get_path("include"), "Python.h"))'
 }
 has_doctest() { echo '#include <doctest/doctest.h>' | "$CXX" -E -x c++ -; }
+has_clang() { echo 'int main() {}' | clang++ -fsanitize=address,undefined -x c++ - -o /dev/null; }
 
 apt_install() {
   command -v apt-get || return 1
@@ -41,6 +42,7 @@ for name in "$@"; do
     python) require python "Python 3.11 or newer with venv ($BASE_PYTHON)" python3 python3-venv ;;
     headers) require headers "Python.h of $BASE_PYTHON" python3-dev ;;
     doctest) require doctest "doctest, which the C++ tests use," doctest-dev ;;
+    clang) require clang "clang++ with its sanitizers, which the fuzz targets use," clang llvm-dev ;;
     *) echo "error: $0 knows no $name" >&2; exit 2 ;;
   esac
 done

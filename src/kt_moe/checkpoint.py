@@ -59,8 +59,12 @@ class LayerInfo:
 class Checkpoint:
     """Index of a safetensors model: tensors, and layers of experts.
 
-    Headers are read and checked when it is made; the tensors' data is mapped, and read when it is used.
-    The files must not be shortened in place while it lives. Safe to use from several threads.
+    Headers are read and checked when it is made, the tensors' data when it is used; a file that was changed,
+    replaced or shortened in between is a ValueError then. Safe to use from several threads.
+
+    What a directory's headers of 1 MiB and more together say is kept in $XDG_CACHE_HOME/kt_moe, or
+    ~/.cache/kt_moe, and holds as long as the files' names, sizes, modification times and inodes do.
+    KT_MOE_INDEX_CACHE=0 turns it off.
 
     Args:
         path: a .safetensors file, or a directory. Of a directory it reads what model.safetensors.index.json
@@ -72,7 +76,7 @@ class Checkpoint:
         ValueError: a header or an index that breaks the format, a tensor that the index names and the file
             lacks, a path in the index that leaves the directory, or two files without an index that hold a
             tensor of the same name. The message names the file and the tensor.
-        OSError: the operating system refused to list, open or map a file.
+        OSError: the operating system refused to list, open or read a file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -141,6 +141,18 @@ TEST_CASE("any number of columns, groups and strides; nothing is touched behind 
       }
 }
 
+TEST_CASE("many rows that share the scales of several groups") {
+  constexpr int kRows = 70;
+  const auto codes = random_integers<std::uint8_t>(kRows * 300, 6);
+  const auto scales = random_integers<bf16_t>(10, 7);
+  const auto zeros = random_integers<std::uint8_t>(10, 8);
+  for (const NamedSlot& format : kSlots)
+    for (const int cols : {33, 128, 129, 256, 295})
+      for (const int group : {32, 64, 128, 512})
+        check_same(format, {kRows, cols, codes.data(), 297, kScaleBF16, scales.data(), 0,
+                            format.slot == kInt4.slot ? zeros.data() : nullptr, group});
+}
+
 TEST_CASE("scales and zero points end with their page") {
   constexpr int kRows = 2, kCols = 96, kGroup = 32, kPlaces = 6;
   const auto codes = random_integers<std::uint8_t>(kRows * kCols, 5);

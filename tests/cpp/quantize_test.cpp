@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "base/error.h"
@@ -107,6 +108,31 @@ TEST_CASE("weights that a format holds are kept") {
       fp8.push_back(-x);
     }
   kept({Format::fp8, ScaleType::f32, 1, 0, false}, fp8);
+}
+
+TEST_CASE("weights between two numbers take the nearest, and of equally near ones the even code") {
+  // The first weight fixes the scale at 1.
+  Quantized fp8({Format::fp8, ScaleType::f32, 1, 0, false}, 1, 9);
+  quantize(scalar_set(), matrix({448, 17, -19, 17.01f, 0.125f, 0x1p-10f, 0x3p-10f, -0x1.01p-10f, 464e-9f}, 1),
+           fp8.weight);
+  CHECK(fp8.scale(0) == 1);
+  const int wanted[] = {0x7e, 0x58, 0xda, 0x59, 0x20, 0, 2, 0x81, 0};
+  for (int j = 0; j < 9; ++j) CHECK(fp8.code(j) == wanted[j]);
+
+  std::vector<float> weights = {6, 0.25f, 0.75f, -1.25f, 1.75f, 2.5f, 3.5f, -5};
+  weights.resize(32, 0.5f);
+  Quantized mxfp4(default_type(Format::mxfp4), 1, 32);
+  quantize(scalar_set(), matrix(weights, 1), mxfp4.weight);
+  CHECK(static_cast<int>(mxfp4.weight.scales[0]) == 127);
+  for (const auto& [place, codes] : {std::pair{0, 0x07}, {1, 0xa2}, {2, 0x44}, {3, 0xe6}, {4, 0x11}})
+    CHECK(mxfp4.code(place) == codes);
+
+  weights = {-8, 0.5f, 1.5f, 2.5f, -0.5f, -1.5f, 7, -7};
+  weights.resize(32, 6.0f);
+  Quantized int4(default_type(Format::int4), 1, 32);
+  quantize(scalar_set(), matrix(weights, 1), int4.weight);
+  for (const auto& [place, codes] : {std::pair{0, 0x80}, {1, 0xaa}, {2, 0x68}, {3, 0x1f}, {4, 0xee}})
+    CHECK(int4.code(place) == codes);
 }
 
 TEST_CASE("whatever the source's type and the kernel set, the same codes and errors") {

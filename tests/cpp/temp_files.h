@@ -57,12 +57,18 @@ class Writer {
   Writer& add(std::string_view name, std::string_view dtype, const std::vector<index_t>& shape, int size) {
     std::size_t bytes = static_cast<std::size_t>(size);
     for (const index_t n : shape) bytes *= static_cast<std::size_t>(n);
-    header_ +=
-        message("{}{}:{\"dtype\":\"{}\",\"shape\":{},\"data_offsets\":[{},{}]}", header_.empty() ? "{" : ",",
-                quote(name), dtype, shape_text(shape), data_.size(), data_.size() + bytes);
-    for (std::size_t i = 0; i < bytes; ++i) data_.push_back(static_cast<char>(data_.size() % 251));
-    return *this;
+    std::string data(bytes, '\0');
+    for (std::size_t i = 0; i < bytes; ++i) data[i] = static_cast<char>((data_.size() + i) % 251);
+    return add_bytes(name, dtype, shape, data);
   }
+  // Data of one's own, as many elements as `shape` says or, to be wrong, not.
+  template <class T>
+  Writer& add(std::string_view name, std::string_view dtype, const std::vector<index_t>& shape,
+              const std::vector<T>& elements) {
+    return add_bytes(name, dtype, shape,
+                     {reinterpret_cast<const char*>(elements.data()), elements.size() * sizeof(T)});
+  }
+
   std::filesystem::path write_to(const std::filesystem::path& path) const {
     auto header = (header_.empty() ? "{" : header_) + "}";
     header.resize((header.size() + 7) / 8 * 8, ' ');
@@ -70,6 +76,15 @@ class Writer {
   }
 
  private:
+  Writer& add_bytes(std::string_view name, std::string_view dtype, const std::vector<index_t>& shape,
+                    std::string_view data) {
+    header_ +=
+        message("{}{}:{\"dtype\":\"{}\",\"shape\":{},\"data_offsets\":[{},{}]}", header_.empty() ? "{" : ",",
+                quote(name), dtype, shape_text(shape), data_.size(), data_.size() + data.size());
+    data_ += data;
+    return *this;
+  }
+
   std::string header_, data_;
 };
 

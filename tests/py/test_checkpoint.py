@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kt_moe import Checkpoint
+from kt_moe import Checkpoint, Experts
 from kt_moe.checkpoint import LayerInfo, TensorInfo
 
 E, H, I = 4, 16, 8  # noqa: E741
@@ -155,12 +156,14 @@ def test_experts_that_disagree_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "says"),
     [
-        ({"0.gate_proj.weight_scale_inv": torch.ones(1)}, "FP8 with block scales: not supported yet"),
-        ({"gate_up_proj_blocks": torch.ones(1)}, "MXFP4: not supported yet"),
-        ({"gate_up_proj_bias": torch.ones(1)}, "biases: not supported yet"),
+        ({"0.gate_proj.weight_scale_inv": torch.ones(1)}, 'up_proj.weight_scale_inv" is missing'),
+        ({"gate_up_proj_blocks": torch.ones(1)}, "stored in two layouts; .*gate_up_proj_blocks"),
+        ({"gate_up_proj_bias": torch.ones(1)}, "stored in two layouts; .*gate_up_proj_bias"),
+        ({"0.gate_proj.weight_scale_2": torch.ones(1)}, "NVFP4: not supported"),
+        ({"0.fc1.weight": torch.ones(1)}, "an unknown expert layout"),
     ],
 )
-def test_other_formats_are_listed_but_not_read(tmp_path: Path, extra: dict[str, Tensor], says: str) -> None:
+def test_mixed_formats_are_listed_but_not_read(tmp_path: Path, extra: dict[str, Tensor], says: str) -> None:
     root = "model.layers.0.mlp.experts."
     save_file(qwen() | {root + name: t for name, t in extra.items()}, tmp_path / "m.safetensors")
     checkpoint = Checkpoint(tmp_path)
@@ -218,6 +221,105 @@ def test_a_truncated_download_is_refused(tmp_path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(ValueError, match=r"m\.safetensors"):
         Checkpoint(path)
+
+
+@pytest.mark.parametrize("where", ["directory", "index"])
+@pytest.mark.parametrize(
+    ("kind", "error", "says"),
+    [
+        ("directory", ValueError, "not a regular file"),
+        ("fifo", ValueError, "not a regular file"),
+        ("device", ValueError, "not a regular file"),
+        ("loop", OSError, "symbolic links"),
+        ("dangling", FileNotFoundError, "cannot open"),
+        ("growing", ValueError, "end at byte 4 of 8"),
+    ],
+)
+def test_what_is_no_safetensors_file_by_name_of_one(
+    tmp_path: Path, where: str, kind: str, error: type[Exception], says: str
+) -> None:
+    path = tmp_path / "m.safetensors"
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "growing":
+        write_raw(path, {"a": tensor(0, 4)}, bytes(8))
+    else:
+        path.symlink_to({"device": "/dev/zero", "loop": path, "dangling": "gone"}[kind])
+    if where == "index":
+        index = {"weight_map": {"a": path.name}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(error, match=rf"m\.safetensors.*{says}"):
+        Checkpoint(tmp_path)
+
+
+def test_a_download_cache_of_links_is_a_model(tmp_path: Path) -> None:
+    """The layout of huggingface_hub: snapshots of links to blobs beside them."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    save_sharded(blobs, {"m.safetensors": qwen()})
+    for number, name in enumerate(["m.safetensors", "model.safetensors.index.json"]):
+        (blobs / name).rename(blobs / str(number))
+        (snapshot / name).symlink_to(f"../../blobs/{number}")
+    assert Checkpoint(snapshot).layers == [0]
+
+
+@pytest.mark.parametrize("change", ["shortened", "grown", "replaced", "touched", "removed"])
+def test_a_file_that_changes_after_it_was_indexed_is_refused(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file(qwen(), path)
+    checkpoint = Checkpoint(path)
+    says, error = "m.safetensors.*experts.*the file has changed since its header was read: its ", ValueError
+    if change == "shortened":
+        os.truncate(path, path.stat().st_size - 1)
+        says += "size is"
+    elif change == "grown":
+        with path.open("ab") as file:
+            file.write(b"x")
+        says += "size is"
+    elif change == "replaced":
+        shutil.copy2(path, tmp_path / "copy")
+        os.replace(tmp_path / "copy", path)
+        says += "inode is"
+    elif change == "touched":
+        os.utime(path, ns=(0, 0))
+        says += "time of modification in nanoseconds is 0, wanted"
+    else:
+        path.unlink()
+        says, error = "m.safetensors", FileNotFoundError
+    with pytest.raises(error, match=says):
+        Experts.from_checkpoint(checkpoint, 0)
+
+
+def test_the_index_of_a_large_model_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cache = tmp_path / "model", tmp_path / "cache"
+    model.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    save_file(qwen(), model / "m.safetensors")
+    small = Checkpoint(model)
+    tensors, layer = small.tensors, small.layer(0)
+    assert not cache.exists()
+
+    save_file(qwen(), model / "m.safetensors", metadata={"padding": " " * 2**20})
+    monkeypatch.setenv("KT_MOE_INDEX_CACHE", "0")
+    assert Checkpoint(model).tensors == tensors
+    assert not cache.exists()
+
+    monkeypatch.delenv("KT_MOE_INDEX_CACHE")
+    fresh, cached = Checkpoint(model), Checkpoint(model)
+    assert fresh.tensors == cached.tensors == tensors
+    assert fresh.layer(0) == cached.layer(0) == layer
+    [file] = (cache / "kt_moe").iterdir()
+    good = file.read_bytes()
+    for damaged in (b"", good[:-1], good[:100], b"x" + good, good.replace(b"gate", b"Gate")):
+        file.write_bytes(damaged)
+        assert Checkpoint(model).tensors == tensors
+        assert file.read_bytes() == good
+
+    save_file(fused(3), model / "m.safetensors")
+    assert Checkpoint(model).layers == [3]
 
 
 @pytest.mark.parametrize("escape", ["../m.safetensors", "/etc/hostname", "x/../../m.safetensors", ""])

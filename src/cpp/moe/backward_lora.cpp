@@ -107,7 +107,9 @@ void Backward::lora(const LoraJob& job, Arena& scratch) const {
   const bf16_t* low_rank = job.of_b ? output_low_rank(job.projection) : grad_low_rank_[p].transposed;
   auto* grad = scratch.take<float>(rank * stride);
   bool accumulate = false;
-  for (const Block& block : std::ranges::equal_range(blocks_, job.expert, {}, &Block::expert)) {
+  const auto begin = std::ranges::lower_bound(blocks_, job.expert, {}, &Block::expert);
+  for (auto at = begin; at != blocks_.end() && at->expert == job.expert; ++at) {
+    const Block& block = *at;
     tasks_.wait(gradients_done_[block.index]);
     const Arena::Frame frame(scratch);
     const Rows rows = job.of_b ? grad_output(job.projection, block, job.slice)

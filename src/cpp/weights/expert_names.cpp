@@ -2,9 +2,7 @@
 
 #include <algorithm>
 #include <array>
-#include <charconv>
 #include <span>
-#include <system_error>
 
 #include "base/error.h"
 
@@ -65,10 +63,11 @@ constexpr std::string_view skipped_segment = "mtp";
 
 // "a.b.c" gives "c" and leaves "a.b".
 std::string_view take_last(std::string_view& dotted) {
-  std::size_t at = dotted.size();
-  while (at > 0 && dotted[at - 1] != '.') --at;
-  const auto last = dotted.substr(at);
-  dotted = dotted.substr(0, at == 0 ? 0 : at - 1);
+  const char* const begin = dotted.data();
+  const char* at = begin + dotted.size();
+  while (at != begin && at[-1] != '.') --at;
+  const std::string_view last(at, static_cast<std::size_t>(begin + dotted.size() - at));
+  dotted = {begin, static_cast<std::size_t>(at == begin ? 0 : at - 1 - begin)};
   return last;
 }
 
@@ -76,8 +75,10 @@ std::string_view take_last(std::string_view& dotted) {
 std::optional<int> number(std::string_view text) {
   if (text.empty() || text.size() > 9 || (text.size() > 1 && text.front() == '0')) return std::nullopt;
   int n = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), n);
-  if (error != std::errc{} || end != text.data() + text.size() || n < 0) return std::nullopt;
+  for (const char c : text) {
+    if (c < '0' || c > '9') return std::nullopt;
+    n = 10 * n + (c - '0');
+  }
   return n;
 }
 
@@ -133,23 +134,16 @@ bool parse_kt(std::string_view name, ExpertName& found) {
   return found.tail != nullptr;
 }
 
-// The number after the last "layers" or "blk" of a root.
+// The number after the last "layers" or "blk" of a root that is part of the model.
 std::optional<int> layer_of(std::string_view root) {
+  std::optional<int> layer, after;
   while (!root.empty()) {
-    const auto n = number(take_last(root));
-    if (!n) continue;
-    auto before = root;
-    const auto word = take_last(before);
-    if (word == "layers" || word == "blk") return n;
+    const auto segment = take_last(root);
+    if (segment == skipped_segment) return std::nullopt;
+    if (!layer && after && (segment == "layers" || segment == "blk")) layer = after;
+    if (!layer) after = number(segment);
   }
-  return std::nullopt;
-}
-
-bool has_segment(std::string_view dotted, std::string_view wanted) {
-  while (!dotted.empty()) {
-    if (take_last(dotted) == wanted) return true;
-  }
-  return false;
+  return layer;
 }
 
 // "model.layers.3.mlp" of "model.layers.3.mlp.experts.anything"; empty when no segment means experts.
@@ -164,14 +158,14 @@ std::string_view root_of(std::string_view name) {
 }  // namespace
 
 std::optional<ExpertName> parse_expert_name(std::string_view name) {
-  if (name.find("exp") == name.npos) return std::nullopt;  // most tensors that are not experts leave here
   ExpertName found{};
   if (!parse_per_expert(name, found) && !parse_fused(name, found) && !parse_kt(name, found)) {
+    if (name.find("exp") == name.npos) return std::nullopt;  // most tensors that are not experts leave here
     found = {};
     found.root = root_of(name);
   }
   const auto layer = layer_of(found.root);
-  if (!layer || has_segment(found.root, skipped_segment)) return std::nullopt;
+  if (!layer) return std::nullopt;
   found.layer = *layer;
   return found;
 }

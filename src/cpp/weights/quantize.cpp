@@ -9,68 +9,11 @@
 #include <vector>
 
 #include "base/error.h"
+#include "weights/grids.h"
 
 namespace kt {
 
 namespace {
-
-// To a whole number, ties to even. Where |x| is 2^22 or more the result is only as large as that.
-float round_even(float x) {
-  constexpr float kWhole = 0x1.8p23f;
-  return (x + kWhole) - kWhole;
-}
-
-// What codes stand for before they are scaled. nearest(x): the closest number there is, ties to even;
-// code(x): the code of it. unit(peak): the scale that brings the largest weight to the end of the numbers;
-// factors: how much of that scale is tried, because a finer grid may be worth a few weights out of range.
-
-template <int N>
-struct Integers {  // -N to N - 1; the longer side is for the peak, whatever its sign
-  static float nearest(float x) { return std::min(std::max(round_even(x), -float{N}), float{N - 1}); }
-  static float unit(float peak) { return peak / -float{N}; }
-};
-
-struct Int8 : Integers<128> {
-  static constexpr auto decode = &DecodeKernels::from_int8;
-  static constexpr std::array factors = {1.0f, 0.97f, 0.94f, 0.91f};
-  static std::uint8_t code(float x) { return static_cast<std::uint8_t>(static_cast<int>(nearest(x))); }
-};
-
-struct Int4 : Integers<8> {
-  static constexpr auto decode = &DecodeKernels::from_int4;
-  static constexpr std::array factors = {0.98f, 0.94f, 1.02f,
-                                         1.12f, 0.92f, 0.96f};  // best six for normal weights
-  static std::uint8_t code(float x) { return static_cast<std::uint8_t>(static_cast<int>(nearest(x)) + 8); }
-};
-
-struct E2M1 {  // 0, 0.5, 1, 1.5, 2, 3, 4, 6 and a sign
-  static constexpr auto decode = &DecodeKernels::from_mxfp4;
-  static constexpr std::array factors = {1.0f, 2.0f};
-  static float unit(float peak) { return std::ldexp(1.0f, std::ilogb(peak) - 2); }
-  static float nearest(float x) {
-    const float magnitude = std::min(std::fabs(x), 6.0f);
-    const float per_step = magnitude < 2 ? 2.0f : magnitude < 4 ? 1.0f : 0.5f;
-    return std::copysign(round_even(magnitude * per_step) / per_step, x);
-  }
-  static std::uint8_t code(float x) {
-    const float number = std::fabs(nearest(x));
-    const float place = number < 2 ? 2 * number : number < 4 ? number + 2 : number / 2 + 4;
-    return static_cast<std::uint8_t>(static_cast<int>(place) | (std::bit_cast<std::int32_t>(x) < 0 ? 8 : 0));
-  }
-};
-
-struct E4M3 {
-  static constexpr auto decode = &DecodeKernels::from_fp8;
-  static constexpr float kLargest = 448, kLeastNormal = 0x1p-6f, kPerStep = 0x1p9f;  // steps of denormals
-  static std::uint8_t code(float x) {
-    const float magnitude = std::min(std::fabs(x), kLargest);
-    const auto bits = std::bit_cast<std::int32_t>(magnitude);
-    const std::int32_t normal = ((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3);
-    const auto denormal = static_cast<std::int32_t>(round_even(std::min(magnitude, kLeastNormal) * kPerStep));
-    return static_cast<std::uint8_t>((magnitude < kLeastNormal ? denormal : normal) |
-                                     (std::bit_cast<std::int32_t>(x) < 0 ? 0x80 : 0));
-  }
-};
 
 // The rows of the source, each widened when it is asked for.
 class Rows {
@@ -79,16 +22,18 @@ class Rows {
 
   const float* operator()(index_t row) {
     const auto n = row_.size();
-    if (source_.dtype == DType::f32)
-      std::memcpy(row_.data(), source_.at(row, 0), n * sizeof(float));
-    else
-      for (std::size_t i = 0; i < n; ++i)
-        row_[i] = to_float(static_cast<const bf16_t*>(source_.at(row, 0))[i]);
-    std::int32_t infinite = 0;
+    float* to = row_.data();
+    if (source_.dtype == DType::f32) {
+      std::memcpy(to, source_.at(row, 0), n * sizeof *to);
+    } else {
+      const auto* from = static_cast<const bf16_t*>(source_.at(row, 0));
+      for (std::size_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
+    }
+    std::int32_t largest = 0;
     for (std::size_t i = 0; i < n; ++i)
-      infinite |= (std::bit_cast<std::int32_t>(row_[i]) & 0x7f800000) == 0x7f800000;
-    if (infinite) complain(row);
-    return row_.data();
+      largest = std::max(largest, std::bit_cast<std::int32_t>(to[i]) & 0x7fffffff);
+    if (largest >= 0x7f800000) complain(row);
+    return to;
   }
 
  private:
@@ -159,12 +104,15 @@ float best_scale(const float* weights, index_t n, ScaleType type, std::vector<fl
   const float peak = peak_of(weights, n);
   float best = 1, least = std::numeric_limits<float>::infinity();
   if (peak == 0) return best;
-  relative.assign(static_cast<std::size_t>(round_up(n, kLanes)), 0.0f);
-  for (index_t i = 0; i < n; ++i) relative[static_cast<std::size_t>(i)] = weights[i] / std::fabs(peak);
+  const float unit = std::fabs(peak);
+  relative.resize(static_cast<std::size_t>(round_up(n, kLanes)));
+  float* x = relative.data();
+  for (index_t i = 0; i < n; ++i) x[i] = weights[i] / unit;
+  std::fill(relative.begin() + n, relative.end(), 0.0f);
   for (const float factor : Grid::factors) {
     const float scale = as_stored(type, Grid::unit(peak) * factor);
     if (scale == 0 || !std::isfinite(to_float(to_bf16(Grid::nearest(peak / scale) * scale)))) continue;
-    const float error = squared_error<Grid>(relative.data(), std::ssize(relative), scale / std::fabs(peak));
+    const float error = squared_error<Grid>(x, std::ssize(relative), scale / unit);
     if (error < least) least = error, best = scale;
   }
   return best;
@@ -189,14 +137,14 @@ class Scales {
     for (index_t i = row; i < end; ++i) look_at(rows_(i));
     for (index_t g = 0; g < std::ssize(scales_); ++g) {
       float& scale = scales_[static_cast<std::size_t>(g)];
-      if constexpr (kByPeak) scale /= E4M3::kLargest;
+      if constexpr (kByPeak) scale /= grids::E4M3::kLargest;
       if (scale == 0) scale = 1;
       store_scale(into_, place(row, g), scale);
     }
   }
 
  private:
-  static constexpr bool kByPeak = std::is_same_v<Grid, E4M3>;  // its numbers are as fine at any scale
+  static constexpr bool kByPeak = std::is_same_v<Grid, grids::E4M3>;  // its numbers are as fine at any scale
 
   void look_at(const float* weights) {
     for (index_t begin = 0, g = 0; begin < into_.cols; begin += into_.group(), ++g) {
@@ -214,23 +162,28 @@ class Scales {
   std::vector<float> scales_, relative_;
 };
 
+template <class Grid>
+void encode(const float* weights, index_t n, float scale, std::uint8_t* codes) {
+  for (index_t i = 0; i < n; ++i) codes[i] = Grid::code(weights[i] / scale);
+}
+
 // Two codes a byte, the lower bits first; codes has a zero behind an odd number of them.
-void pack_pairs(const std::vector<std::uint8_t>& codes, index_t bytes, std::byte* to) {
-  for (index_t i = 0; i < bytes; ++i) {
-    const auto j = static_cast<std::size_t>(2 * i);
-    to[i] = static_cast<std::byte>(codes[j] | codes[j + 1] << 4);
-  }
+void pack_pairs(const std::uint8_t* codes, index_t bytes, std::byte* to) {
+  for (index_t i = 0; i < bytes; ++i) to[i] = static_cast<std::byte>(codes[2 * i] | codes[2 * i + 1] << 4);
 }
 
 // In kLanes parts, added in order.
-QuantError error_of(const float* weights, const std::vector<bf16_t>& decoded, index_t n) {
+QuantError error_of(const float* weights, const bf16_t* decoded, index_t n) {
   std::array<double, kLanes> error{}, norm{};
-  for (index_t i = 0; i < n; ++i) {
-    const auto lane = static_cast<std::size_t>(i % kLanes);
-    const double weight = weights[i], off = weight - to_float(decoded[static_cast<std::size_t>(i)]);
+  const auto add = [&](index_t i, std::size_t lane) {
+    const double weight = weights[i], off = weight - to_float(decoded[i]);
     error[lane] += off * off;
     norm[lane] += weight * weight;
-  }
+  };
+  index_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (std::size_t lane = 0; lane < kLanes; ++lane) add(i + static_cast<index_t>(lane), lane);
+  for (; i < n; ++i) add(i, 0);
   QuantError sum;
   for (std::size_t lane = 0; lane < kLanes; ++lane) sum.error += error[lane], sum.norm += norm[lane];
   return sum;
@@ -242,7 +195,7 @@ constexpr ScaleKind kind_of(ScaleType type) {
 
 template <class Grid>
 QuantError quantize_as(const KernelSet& kernels, const MatView& source, const MutableWeight& into) {
-  constexpr bool kPairs = std::is_same_v<Grid, Int4> || std::is_same_v<Grid, E2M1>;
+  constexpr bool kPairs = std::is_same_v<Grid, grids::Int4> || std::is_same_v<Grid, grids::E2M1>;
   const index_t cols = into.cols, group = into.group(), row_bytes = into.code_bytes(cols);
   Rows rows(source);
   Scales<Grid> scales(into, rows);
@@ -252,15 +205,11 @@ QuantError quantize_as(const KernelSet& kernels, const MatView& source, const Mu
   for (index_t row = 0; row < into.rows; ++row) {
     if (row % into.type.scale_rows == 0) scales.choose(row);
     const float* weights = rows(row);
-    for (index_t begin = 0, g = 0; begin < cols; begin += group, ++g) {
-      const float scale = scales.of_group(g);
-      const index_t end = std::min(begin + group, cols);
-      for (index_t j = begin; j < end; ++j)
-        codes[static_cast<std::size_t>(j)] = Grid::code(weights[j] / scale);
-    }
+    for (index_t begin = 0, g = 0; begin < cols; begin += group, ++g)
+      encode<Grid>(weights + begin, std::min(group, cols - begin), scales.of_group(g), codes.data() + begin);
     std::byte* to = into.codes + row * row_bytes;
     if constexpr (kPairs)
-      pack_pairs(codes, row_bytes, to);
+      pack_pairs(codes.data(), row_bytes, to);
     else
       std::memcpy(to, codes.data(), static_cast<std::size_t>(row_bytes));
 
@@ -268,7 +217,7 @@ QuantError quantize_as(const KernelSet& kernels, const MatView& source, const Mu
         {1, static_cast<int>(cols), reinterpret_cast<const std::uint8_t*>(to), 0, kind_of(into.type.scale),
          into.scales + scales.place(row, 0) * size_of(into.type.scale), 0, nullptr, static_cast<int>(group)},
         decoded.data(), cols);
-    const QuantError of_row = error_of(weights, decoded, cols);
+    const QuantError of_row = error_of(weights, decoded.data(), cols);
     total.error += of_row.error;
     total.norm += of_row.norm;
   }
@@ -312,10 +261,10 @@ QuantError quantize(const KernelSet& kernels, const MatView& source, const Mutab
            into.type.scale_rows, into.type.scale_cols);
   switch (into.type.format) {
     case Format::bf16: break;
-    case Format::int8: return quantize_as<Int8>(kernels, source, into);
-    case Format::int4: return quantize_as<Int4>(kernels, source, into);
-    case Format::fp8: return quantize_as<E4M3>(kernels, source, into);
-    case Format::mxfp4: return quantize_as<E2M1>(kernels, source, into);
+    case Format::int8: return quantize_as<grids::Int8>(kernels, source, into);
+    case Format::int4: return quantize_as<grids::Int4>(kernels, source, into);
+    case Format::fp8: return quantize_as<grids::E4M3>(kernels, source, into);
+    case Format::mxfp4: return quantize_as<grids::E2M1>(kernels, source, into);
   }
   return {};
 }

@@ -47,17 +47,24 @@ class WordsSource final : public LayerSource {
   bool awq_;
 };
 
+bool all_zeros_are(const LayerTensors& tensors, int expert, Projection p, std::uint32_t word,
+                   Arena& scratch) {
+  const Arena::Frame frame(scratch);
+  const Entry& entry = tensors.at(expert, p, Role::zeros);
+  const auto count = static_cast<index_t>(entry.tensor.nbytes / sizeof word);
+  auto* words = scratch.take<std::uint32_t>(count);
+  tensors.checkpoint().read(entry, 0, {reinterpret_cast<std::byte*>(words), entry.tensor.nbytes});
+  return std::all_of(words, words + count, [&](std::uint32_t w) { return w == word; });
+}
+
 // Whether a zero point of the projection is not 8: symmetric files spell out 8 everywhere.
 bool has_zero_points(const LayerTensors& tensors, Projection p, bool awq, Arena& scratch) {
+  if (!awq && all_zeros_are(tensors, 0, p, awq_eights, scratch))
+    tensors.fail(tensors.first(p, Role::zeros),
+                 "holds nothing but 8: the zero points of a symmetric gptq_v2 file, wanted GPTQ's first "
+                 "format, which subtracts 1 from each");
   for (int expert = 0; expert < tensors.experts(); ++expert) {
-    const Arena::Frame frame(scratch);
-    const Entry& entry = tensors.at(expert, p, Role::zeros);
-    const auto count = static_cast<index_t>(entry.tensor.nbytes / sizeof(std::uint32_t));
-    auto* words = scratch.take<std::uint32_t>(count);
-    tensors.checkpoint().read(entry, 0, {reinterpret_cast<std::byte*>(words), entry.tensor.nbytes});
-    const auto eights = awq ? awq_eights : gptq_eights;
-    if (std::find_if(words, words + count, [&](std::uint32_t w) { return w != eights; }) != words + count)
-      return true;
+    if (!all_zeros_are(tensors, expert, p, awq ? awq_eights : gptq_eights, scratch)) return true;
   }
   return false;
 }

@@ -68,8 +68,7 @@ TensorTable read_indexed_tensors(const fs::path& index) {
   std::vector<std::string_view> names;
   for (const auto& [tensor, file] : map) names.push_back(file);
   std::ranges::sort(names);
-  const auto again = std::ranges::unique(names);
-  names.erase(again.begin(), again.end());
+  names.erase(std::unique(names.begin(), names.end()), names.end());
   std::vector<fs::path> paths;
   for (const auto name : names) paths.push_back(index.parent_path() / name);
 

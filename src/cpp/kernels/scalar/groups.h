@@ -25,18 +25,24 @@ static inline float from_e8m0(uint32_t exponent) {
   return from_bits(exponent << 23 | (exponent == 0 || exponent == 255) << 22);
 }
 
+template <class T>
+static inline T element(const void* array, ptrdiff_t i) {  // at any address
+  T value;
+  memcpy(&value, static_cast<const char*>(array) + i * static_cast<ptrdiff_t>(sizeof value), sizeof value);
+  return value;
+}
+
 // n scales from `place` on.
 static inline void load_scales(const CodedRows& src, ptrdiff_t place, int n, float* scales) {
   switch (src.scale_kind) {
     case kScaleF32:
-      for (int i = 0; i < n; ++i) scales[i] = quiet(static_cast<const uint32_t*>(src.scales)[place + i]);
+      for (int i = 0; i < n; ++i) scales[i] = quiet(element<uint32_t>(src.scales, place + i));
       break;
     case kScaleBF16:
-      for (int i = 0; i < n; ++i)
-        scales[i] = quiet(uint32_t{static_cast<const uint16_t*>(src.scales)[place + i]} << 16);
+      for (int i = 0; i < n; ++i) scales[i] = quiet(uint32_t{element<uint16_t>(src.scales, place + i)} << 16);
       break;
     case kScaleE8M0:
-      for (int i = 0; i < n; ++i) scales[i] = from_e8m0(static_cast<const uint8_t*>(src.scales)[place + i]);
+      for (int i = 0; i < n; ++i) scales[i] = from_e8m0(element<uint8_t>(src.scales, place + i));
       break;
   }
 }
@@ -53,12 +59,21 @@ static inline float zero_at(const CodedRows& src, ptrdiff_t place) {
 
 // Whether no product of an int8 or fp8 code other than 0 is denormal or overflows.
 static inline bool products_are_normal(const CodedRows& src) {
-  for (int i = 0; i < (src.scale_stride == 0 ? 1 : src.rows); ++i)
-    for (int j = 0; j < (src.cols - 1) / src.group + 1; ++j) {
-      const float magnitude = __builtin_fabsf(scale_at(src, i * src.scale_stride + j));
-      if (!(magnitude >= 0x1p-100f && magnitude <= 0x1p100f)) return false;
+  const int groups = (src.cols - 1) / src.group + 1;
+  const bool dense = src.scale_stride == groups;
+  const int runs = dense || src.scale_stride == 0 ? 1 : src.rows, run = dense ? src.rows * groups : groups;
+  int outside = 0;
+  for (int i = 0; i < runs; ++i)
+    for (int first = 0; first < run; first += kScalesTogether) {
+      const int n = run - first < kScalesTogether ? run - first : kScalesTogether;
+      float scales[kScalesTogether];
+      load_scales(src, i * src.scale_stride + first, n, scales);
+      for (int k = 0; k < n; ++k) {
+        const float magnitude = __builtin_fabsf(scales[k]);
+        outside |= !(magnitude >= 0x1p-100f) | !(magnitude <= 0x1p100f);
+      }
     }
-  return true;
+  return outside == 0;
 }
 
 // Codes are decoded by so many columns.
@@ -92,13 +107,37 @@ static void decode_edges(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stri
   }
 }
 
-// `Group` steps share a scale, 0: `group` of them.
-template <int StepBytes, int Group, class StepOf>
-static inline void decode_steps(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride, int group,
-                                const StepOf& step_of) {
-  const int steps = src.cols / kStepCols;
-  const ptrdiff_t ahead = prefetch_distance(src.stride, code_bytes<StepBytes>(src.cols));
-  const int groups = (steps + group - 1) / group;
+template <int StepBytes, class Step>
+__attribute__((always_inline)) static inline void decode_steps(const Step& step, int steps, ptrdiff_t ahead,
+                                                               const uint8_t*& codes, uint16_t*& dst) {
+  for (; steps > 0; --steps, codes += StepBytes, dst += kStepCols) {
+    __builtin_prefetch(codes + ahead);
+    step(codes, dst);
+  }
+}
+
+// The columns of one group, from `begin` on, in all rows: where rows share scales, a step serves them all.
+template <int StepBytes, class StepOf>
+static inline void decode_group(const CodedRows& src, int begin, ptrdiff_t ahead, uint16_t* dst,
+                                ptrdiff_t dst_stride, const StepOf& step_of) {
+  const int cols = src.cols - begin < src.group ? src.cols - begin : src.group;
+  const ptrdiff_t first = begin / src.group;
+  auto step = step_of(scale_at(src, first), zero_at(src, first));
+  for (int i = 0; i < src.rows; ++i) {
+    const ptrdiff_t place = i * src.scale_stride + first;
+    if (place != first) step = step_of(scale_at(src, place), zero_at(src, place));
+    const uint8_t* codes = src.codes + i * src.stride + code_bytes<StepBytes>(begin);
+    uint16_t* to = dst + i * dst_stride + begin;
+    decode_steps<StepBytes>(step, cols / kStepCols, ahead, codes, to);
+  }
+}
+
+// Row by row. Groups of GroupSteps steps share a scale; 0: of as many as src.group says.
+template <int StepBytes, int GroupSteps, class StepOf>
+static inline void decode_groups(const CodedRows& src, ptrdiff_t ahead, uint16_t* dst, ptrdiff_t dst_stride,
+                                 const StepOf& step_of) {
+  const int group = GroupSteps == 0 ? src.group / kStepCols : GroupSteps;
+  const int steps = src.cols / kStepCols, groups = (steps + group - 1) / group;
   for (int i = 0; i < src.rows; ++i) {
     const uint8_t* codes = src.codes + i * src.stride;
     uint16_t* to = dst + i * dst_stride;
@@ -108,22 +147,9 @@ static inline void decode_steps(const CodedRows& src, uint16_t* dst, ptrdiff_t d
       const ptrdiff_t place = i * src.scale_stride + first;
       float scales[kScalesTogether];
       load_scales(src, place, n, scales);
-      for (int k = 0; k < n; ++k) {
-        const auto decode = step_of(scales[k], zero_at(src, place + k));
-        if (Group == 1) {
-          __builtin_prefetch(codes + ahead);
-          decode(codes, to);
-          codes += StepBytes;
-          to += kStepCols;
-        } else {
-          for (int step = left < group ? left : group; step > 0;
-               --step, codes += StepBytes, to += kStepCols) {
-            __builtin_prefetch(codes + ahead);
-            decode(codes, to);
-          }
-          left -= group;
-        }
-      }
+      for (int k = 0; k < n; ++k, left -= group)
+        decode_steps<StepBytes>(step_of(scales[k], zero_at(src, place + k)),
+                                GroupSteps == 1 || left > group ? group : left, ahead, codes, to);
     }
   }
 }
@@ -133,11 +159,15 @@ static inline void decode_steps(const CodedRows& src, uint16_t* dst, ptrdiff_t d
 template <int StepBytes, class StepOf>
 static inline void decode_rows(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride,
                                const StepOf& step_of) {
-  const int group = src.group < src.cols ? src.group / kStepCols : (src.cols + kStepCols - 1) / kStepCols;
-  if (group == 1)
-    decode_steps<StepBytes, 1>(src, dst, dst_stride, 1, step_of);
+  constexpr int kManyRows = 32;  // fewer are read as they lie in memory, which hides more of its latency
+  const ptrdiff_t ahead = prefetch_distance(src.stride, code_bytes<StepBytes>(src.cols));
+  if (src.group >= src.cols || (src.scale_stride == 0 && src.rows >= kManyRows))
+    for (int begin = 0; begin < src.cols; begin += src.group)
+      decode_group<StepBytes>(src, begin, ahead, dst, dst_stride, step_of);
+  else if (src.group == kStepCols)
+    decode_groups<StepBytes, 1>(src, ahead, dst, dst_stride, step_of);
   else
-    decode_steps<StepBytes, 0>(src, dst, dst_stride, group, step_of);
+    decode_groups<StepBytes, 0>(src, ahead, dst, dst_stride, step_of);
   if (src.cols % kStepCols != 0) decode_edges<StepBytes>(src, dst, dst_stride, step_of);
 }
 

@@ -1,0 +1,92 @@
+// The numbers that codes stand for before they are scaled, and which of them is nearest.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "kernels/kernel_set.h"
+
+namespace kt::grids {
+
+// To a whole number, ties to even. Where |x| is 2^22 or more the result is only as large as that.
+inline float round_even(float x) {
+  constexpr float kWhole = 0x1.8p23f;
+  return (x + kWhole) - kWhole;
+}
+
+// nearest(x): the closest number, ties to even. code(x): its code. unit(peak): the scale that brings the
+// largest weight to the end of the numbers; factors: how much of that scale is tried, because a finer grid
+// may be worth a few weights out of range. decode: the way back.
+
+template <int N>
+struct Integers {  // -N to N - 1; the longer side is for the peak, whatever its sign
+  static float nearest(float x) { return std::min(std::max(round_even(x), -float{N}), float{N - 1}); }
+  static float unit(float peak) { return peak / -float{N}; }
+};
+
+struct Int8 : Integers<128> {
+  static constexpr auto decode = &DecodeKernels::from_int8;
+  static constexpr std::array factors = {1.0f, 0.97f, 0.94f, 0.91f};
+  static std::uint8_t code(float x) { return static_cast<std::uint8_t>(static_cast<int>(nearest(x))); }
+};
+
+struct Int4 : Integers<8> {
+  static constexpr auto decode = &DecodeKernels::from_int4;
+  static constexpr std::array factors = {1.0f,  0.94f, 1.1f,
+                                         0.98f, 1.02f, 0.92f};  // normal weights want these
+  static std::uint8_t code(float x) { return static_cast<std::uint8_t>(static_cast<int>(nearest(x)) + 8); }
+};
+
+// Sign, exponent and mantissa. In integers, whose comparisons are vectors.
+template <int MantissaBits, int LeastExponent>
+struct SmallFloat {
+  static constexpr int kShift = 23 - MantissaBits, kSign = std::numeric_limits<std::int32_t>::min();
+  static constexpr std::int32_t kLeastNormal = (127 + LeastExponent) << 23;
+  static constexpr std::int32_t kBeforeNormal = kLeastNormal - (1 << 23);
+
+  // Of the float with these bits, which is not negative; as bits again.
+  static std::int32_t nearest_bits(std::int32_t bits) {
+    constexpr float kStep = std::bit_cast<float>(kLeastNormal) / (1 << MantissaBits);  // of denormals
+    const float denormal = round_even(std::bit_cast<float>(bits) / kStep) * kStep;
+    const std::int32_t normal = (bits + (1 << (kShift - 1)) - 1 + (bits >> kShift & 1)) & -(1 << kShift);
+    return bits < kLeastNormal ? std::bit_cast<std::int32_t>(denormal) : normal;
+  }
+  static float nearest(float x, float largest) {
+    const auto bits = std::bit_cast<std::int32_t>(x);
+    const std::int32_t magnitude = std::min(bits & ~kSign, std::bit_cast<std::int32_t>(largest));
+    return std::bit_cast<float>(nearest_bits(magnitude) | (bits & kSign));
+  }
+  // Of a number that there is; its sign aside.
+  static std::int32_t code_of(float number) {
+    constexpr float kSteps = (1 << MantissaBits) / std::bit_cast<float>(kLeastNormal);
+    const std::int32_t bits = std::bit_cast<std::int32_t>(number) & ~kSign;
+    const auto denormal =
+        static_cast<std::int32_t>(std::bit_cast<float>(std::min(bits, kLeastNormal)) * kSteps);
+    return bits < kLeastNormal ? denormal : (bits - kBeforeNormal) >> kShift;
+  }
+};
+
+struct E2M1 : SmallFloat<1, 0> {
+  static constexpr auto decode = &DecodeKernels::from_mxfp4;
+  static constexpr std::array factors = {1.0f, 2.0f};
+  static float unit(float peak) { return std::ldexp(1.0f, std::ilogb(peak) - 2); }
+  static float nearest(float x) { return SmallFloat::nearest(x, 6); }
+  static std::uint8_t code(float x) {
+    return static_cast<std::uint8_t>(code_of(nearest(x)) | (std::bit_cast<std::int32_t>(x) >> 28 & 8));
+  }
+};
+
+struct E4M3 : SmallFloat<3, -6> {
+  static constexpr auto decode = &DecodeKernels::from_fp8;
+  static constexpr float kLargest = 448;
+  static std::uint8_t code(float x) {
+    return static_cast<std::uint8_t>(code_of(nearest(x, kLargest)) |
+                                     (std::bit_cast<std::int32_t>(x) >> 24 & 0x80));
+  }
+};
+
+}  // namespace kt::grids

@@ -1,0 +1,317 @@
+"""Every way to store experts against a reference written from the format's description, bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stored_formats as stored
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kt_moe import Checkpoint, Experts
+
+E, H, I = 3, 256, 192  # noqa: E741
+LAYER = 5
+ROOT = f"model.layers.{LAYER}.mlp.experts"
+DATA = Path(__file__).parents[1] / "data"
+
+Values = list[Tensor]  # gate, up [E, I, H], down [E, H, I]
+Make = Callable[[int, int, int], stored.Matrix]
+
+
+def per_expert(make: Make, hidden: int = H, intermediate: int = I) -> tuple[dict[str, Tensor], Values]:
+    """A layer in which every expert has its own tensors."""
+    tensors: dict[str, Tensor] = {}
+    values = []
+    for p, name in enumerate(("gate_proj", "up_proj", "down_proj")):
+        shape = (hidden, intermediate) if name == "down_proj" else (intermediate, hidden)
+        made = [make(*shape, 100 * p + e) for e in range(E)]
+        for e, (matrix, _) in enumerate(made):
+            tensors |= {f"{ROOT}.{e}.{name}.{tail}": tensor for tail, tensor in matrix.items()}
+        values.append(torch.stack([value for _, value in made]))
+    return tensors, values
+
+
+def floats(dtype: torch.dtype, seed: int = 0) -> Values:
+    shapes = ((E, I, H), (E, I, H), (E, H, I))
+    return [torch.randn(s, generator=stored.rng(seed + n)).to(dtype) for n, s in enumerate(shapes)]
+
+
+def alternate(gate: Tensor, up: Tensor, dim: int) -> Tensor:
+    return torch.stack((gate, up), dim + 1).flatten(dim, dim + 1)
+
+
+def save(tensors: dict[str, Tensor], folder: Path) -> Path:
+    path = folder / "model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+def check(path: Path, values: Values, layout: str, dtype: str) -> None:
+    info = Checkpoint(path).layer(LAYER)
+    found = (info.num_experts, info.hidden_size, info.intermediate_size, info.layout, info.dtype)
+    assert found == (*values[2].shape, layout, dtype)
+    decoded = Experts.from_checkpoint(path, LAYER).dequantize()
+    for name, got, want in zip(("gate", "up", "down"), decoded, values, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert torch.equal(got.view(torch.int16), want.bfloat16().view(torch.int16)), name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.bfloat16, "BF16"), (torch.float16, "F16"), (torch.float32, "F32")]
+)
+@pytest.mark.parametrize("words", [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")])
+def test_floats_of_each_expert(
+    tmp_path: Path, dtype: torch.dtype, name: str, words: tuple[str, str, str]
+) -> None:
+    values = floats(dtype)
+    tensors = {
+        f"{ROOT}.{e}.{word}.weight": value[e]
+        for word, value in zip(words, values, strict=True)
+        for e in range(E)
+    }
+    check(save(tensors, tmp_path), values, "per-expert", name)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.bfloat16, "BF16"), (torch.float16, "F16"), (torch.float32, "F32")]
+)
+@pytest.mark.parametrize("layout", ["fused", "fused, transposed", "fused, transposed, interleaved"])
+def test_floats_of_all_experts(tmp_path: Path, dtype: torch.dtype, name: str, layout: str) -> None:
+    gate, up, down = floats(dtype)
+    if layout == "fused":  # transformers 5
+        tensors = {f"{ROOT}.gate_up_proj": torch.cat((gate, up), 1), f"{ROOT}.down_proj": down}
+    elif layout == "fused, transposed":  # Llama 4
+        gate_up = torch.cat((gate, up), 1).transpose(1, 2)
+        tensors = {f"{ROOT}.gate_up_proj": gate_up, f"{ROOT}.down_proj": down.transpose(1, 2)}
+    else:  # gpt-oss
+        tensors = {
+            f"{ROOT}.gate_up_proj": alternate(gate, up, 1).transpose(1, 2),
+            f"{ROOT}.gate_up_proj_bias": torch.randn(E, 2 * I).to(dtype),
+            f"{ROOT}.down_proj": down.transpose(1, 2),
+            f"{ROOT}.down_proj_bias": torch.randn(E, H).to(dtype),
+        }
+    check(save(tensors, tmp_path), [gate, up, down], layout, name)
+
+
+def test_square_experts_are_not_ambiguous(tmp_path: Path) -> None:
+    """H = 2I: gate_up_proj is square, down_proj tells."""
+    gate, up = torch.randn(2, E, 16, 32).bfloat16()
+    down = torch.randn(E, 32, 16).bfloat16()
+    both = torch.cat((gate, up), 1)
+    natural = {f"{ROOT}.gate_up_proj": both, f"{ROOT}.down_proj": down}
+    check(save(natural, tmp_path), [gate, up, down], "fused", "BF16")
+    turned = {name: tensor.transpose(1, 2) for name, tensor in natural.items()}
+    check(save(turned, tmp_path), [gate, up, down], "fused, transposed", "BF16")
+
+
+FP8: dict[str, dict[str, Any]] = {
+    "blocks": {},
+    "bf16 scales": {"scale_dtype": torch.bfloat16},
+    "e8m0 scales": {"scale_dtype": torch.float8_e8m0fnu},
+    "f16 scales": {"scale_dtype": torch.float16},
+}
+
+
+@pytest.mark.parametrize("kind", FP8)
+@pytest.mark.parametrize(("hidden", "intermediate"), [(256, 128), (200, 130), (48, 64)])
+def test_fp8_blocks(tmp_path: Path, kind: str, hidden: int, intermediate: int) -> None:
+    tensors, values = per_expert(lambda o, i, s: stored.fp8(o, i, s, **FP8[kind]), hidden, intermediate)
+    check(save(tensors, tmp_path), values, "per-expert", "F8_E4M3")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fp8_rows(tmp_path: Path, ranks: int) -> None:
+    def make(out: int, inp: int, seed: int) -> stored.Matrix:
+        shape = (out, 1)[:ranks]
+        return stored.fp8(out, inp, seed, block=(1, inp), scale_shape=shape, tail="weight_scale")
+
+    tensors, values = per_expert(make)
+    check(save(tensors, tmp_path), values, "per-expert", "F8_E4M3")
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_fp8_matrices(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    def make(out: int, inp: int, seed: int) -> stored.Matrix:
+        tensors, value = stored.fp8(out, inp, seed, block=(out, inp), tail="weight_scale")
+        # Scales of activations stand beside them; they are no business of the weights.
+        tensors["weight_scale"] = tensors["weight_scale"].reshape(shape)
+        return tensors | {"input_scale": torch.ones(())}, value
+
+    tensors, values = per_expert(make)
+    check(save(tensors, tmp_path), values, "per-expert", "F8_E4M3")
+
+
+def test_fp8_of_all_experts(tmp_path: Path) -> None:
+    hidden, intermediate = 200, 256
+    made, values = per_expert(stored.fp8, hidden, intermediate)
+
+    def stack(word: str, tail: str) -> Tensor:
+        return torch.stack([made[f"{ROOT}.{e}.{word}.{tail}"] for e in range(E)])
+
+    tensors = {}
+    for tail, called in (("weight", ""), ("weight_scale_inv", "_scale_inv")):
+        gate_up = torch.cat((stack("gate_proj", tail), stack("up_proj", tail)), 1)
+        tensors |= {
+            f"{ROOT}.gate_up_proj{called}": gate_up,
+            f"{ROOT}.down_proj{called}": stack("down_proj", tail),
+        }
+    check(save(tensors, tmp_path), values, "fused", "F8_E4M3")
+
+
+def test_int8_rows(tmp_path: Path) -> None:
+    tensors, values = per_expert(stored.int8_rows)
+    check(save(tensors, tmp_path), values, "per-expert", "I8")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("group", [32, 64, None])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_compressed_tensors(tmp_path: Path, dtype: torch.dtype, group: int | None, asymmetric: bool) -> None:
+    tensors, values = per_expert(
+        lambda o, i, s: stored.compressed_tensors(
+            o, i, s, group=group or i, dtype=dtype, asymmetric=asymmetric
+        )
+    )
+    check(save(tensors, tmp_path), values, "compressed-tensors", "I32")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group", [32, 64, None])
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("g_idx", [False, True])
+def test_gptq(tmp_path: Path, dtype: torch.dtype, group: int | None, asymmetric: bool, g_idx: bool) -> None:
+    tensors, values = per_expert(
+        lambda o, i, s: stored.gptq(
+            o, i, s, group=group or i, dtype=dtype, asymmetric=asymmetric, g_idx=g_idx
+        )
+    )
+    check(save(tensors, tmp_path), values, "gptq", "I32")
+
+
+@pytest.mark.parametrize("group", [32, 64, None])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_awq(tmp_path: Path, group: int | None, asymmetric: bool) -> None:
+    tensors, values = per_expert(lambda o, i, s: stored.awq(o, i, s, group=group or i, asymmetric=asymmetric))
+    check(save(tensors, tmp_path), values, "awq", "I32")
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_mxfp4(tmp_path: Path, biases: bool) -> None:
+    blocks, scales, both = stored.mxfp4(E, 2 * I, H, 0)
+    down_blocks, down_scales, down = stored.mxfp4(E, H, I, 1)
+    tensors = {
+        f"{ROOT}.gate_up_proj_blocks": blocks,
+        f"{ROOT}.gate_up_proj_scales": scales,
+        f"{ROOT}.down_proj_blocks": down_blocks,
+        f"{ROOT}.down_proj_scales": down_scales,
+    }
+    if biases:
+        tensors[f"{ROOT}.gate_up_proj_bias"] = torch.randn(E, 2 * I).bfloat16()
+        tensors[f"{ROOT}.down_proj_bias"] = torch.randn(E, H).bfloat16()
+    check(save(tensors, tmp_path), [both[:, 0::2], both[:, 1::2], down], "mxfp4", "U8")
+
+
+@pytest.mark.parametrize(
+    ("bits", "parts", "hidden", "intermediate"),
+    [
+        (8, 1, 64, 64),
+        (8, 2, 192, 256),
+        (8, 3, 3712, 192),
+        (4, 1, 128, 128),
+        (4, 2, 384, 256),
+        (4, 2, 3712, 512),
+    ],
+)
+def test_kt(tmp_path: Path, bits: int, parts: int, hidden: int, intermediate: int) -> None:
+    tensors: dict[str, Tensor] = {}
+    values = []
+    for p, name in enumerate(("gate", "up", "down")):
+        down = name == "down"
+        shape = (hidden, intermediate) if down else (intermediate, hidden)
+        made = [stored.kt_matrix(*shape, 100 * p + e, bits=bits, parts=parts, down=down) for e in range(E)]
+        for e, (matrix, _) in enumerate(made):
+            for part, (part_tensors, _) in enumerate(matrix):
+                key = f"blk.{LAYER}.ffn_{name}_exps.{e}.numa.{part}"
+                tensors |= {f"{key}.{tail}": tensor for tail, tensor in part_tensors.items()}
+        values.append(torch.stack([value for _, value in made]))
+    check(save(tensors, tmp_path), values, "kt", "I8")
+
+
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.008), (4, 0.13)])
+def test_kt_files_stand_for_what_they_were_made_from(bits: int, most: float) -> None:
+    source = load_file(DATA / f"kt_int{bits}" / "source-bf16.safetensors")
+    path = DATA / f"kt_int{bits}" / f"kt-int{bits}.safetensors"
+    decoded = Experts.from_checkpoint(path, LAYER).dequantize()
+    for name, got in zip(("gate", "up", "down"), decoded, strict=True):
+        want = source[f"{name}_proj"].float()
+        assert (got.float() - want).norm() / want.norm() < most
+
+
+def damaged(kind: str) -> dict[str, Tensor]:
+    """A layer of some format, whole."""
+    return {
+        "fp8": lambda: per_expert(stored.fp8)[0],
+        "packed": lambda: per_expert(lambda o, i, s: stored.compressed_tensors(o, i, s, group=32))[0],
+        "gptq": lambda: per_expert(lambda o, i, s: stored.gptq(o, i, s, group=32))[0],
+    }[kind]()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 0.0, -0.0])
+@pytest.mark.parametrize(
+    ("kind", "tail", "place", "says"),
+    [
+        ("fp8", "weight_scale_inv", (1, 0), r"\[1, 0\]"),
+        ("packed", "weight_scale", (7, 3), r"\[7, 3\]"),
+        ("gptq", "scales", (2, 9), r"\[9, 2\]"),
+    ],
+)
+def test_scales_that_scale_nothing(
+    tmp_path: Path, value: float, kind: str, tail: str, place: tuple[int, int], says: str
+) -> None:
+    tensors = damaged(kind)
+    tensors[f"{ROOT}.1.up_proj.{tail}"][place] = value
+    with pytest.raises(
+        ValueError, match=rf"1\.up_proj\.{tail}\" has a scale that .* block {says} of expert 1"
+    ):
+        Experts.from_checkpoint(save(tensors, tmp_path), LAYER)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "change", "says"),
+    [
+        ("fp8", "2.up_proj.weight_scale_inv", None, r"2\.up_proj\.weight_scale_inv\" is missing"),
+        ("fp8", "1.down_proj.weight", lambda t: t.view(torch.int8), "is I8, the layer's first is F8_E4M3"),
+        ("fp8", "0.gate_proj.weight", lambda t: t[:, :-1], r"has shape \[192, 256\], wanted \[192, 255\]"),
+        ("packed", "1.up_proj.weight_scale", lambda t: t.float(), "is F32, the layer's first is BF16"),
+        ("packed", "1.up_proj.weight_shape", lambda t: t.flip(0), r"says \[256, 192\], but .* \[192, 256\]"),
+        ("packed", "0.up_proj.weight_packed", lambda t: t[:, ::2], "wanted"),
+        (
+            "gptq",
+            "0.up_proj.g_idx",
+            lambda t: t.flip(0),
+            "puts column 0 into group 7, wanted 0: .*act-order",
+        ),
+        (
+            "gptq",
+            "2.up_proj.g_idx",
+            lambda t: t.flip(0),
+            "puts column 0 into group 7, wanted 0: .*act-order",
+        ),
+        ("gptq", "0.up_proj.qzeros", lambda t: t[:4], "has shape"),
+        ("gptq", "0.up_proj.qzeros", lambda t: torch.full_like(t, 0x88888888 - (1 << 32)), "gptq_v2"),
+    ],
+)
+def test_layers_that_do_not_fit_together(
+    tmp_path: Path, kind: str, name: str, change: Callable[[Tensor], Tensor] | None, says: str
+) -> None:
+    tensors = damaged(kind)
+    broken = tensors.pop(f"{ROOT}.{name}")
+    if change is not None:
+        tensors[f"{ROOT}.{name}"] = change(broken)
+    with pytest.raises(ValueError, match=says):
+        Experts.from_checkpoint(save(tensors, tmp_path), LAYER)
