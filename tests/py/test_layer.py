@@ -63,7 +63,7 @@ def test_error_is_no_larger_than_bf16_eager(runtime, T, H, inner, E, K, ranks, r
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("T", [3, 100, 700])
+@pytest.mark.parametrize("T", [100, 700])
 def test_a_layer_like_those_of_gpt_oss(runtime, T, recompute):
     problem = make_problem(T, 96, 80, 4, 2, ALL, biased=reference.PROJECTIONS, activation="gpt_oss")
     ours = run_ours(problem, runtime, recompute=recompute)

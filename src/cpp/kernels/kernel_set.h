@@ -104,8 +104,9 @@ using ActivationBackward = float(int n, const float* dh, float weight, const uin
                                  uint16_t* dg, uint16_t* du, uint16_t* h);
 
 // gpt-oss: h = (clamp(U, -limit, limit) + 1) * g * sigmoid(alpha * g), g = min(G, limit). What lies beyond a
-// limit gets no gradient, what lies on it does.
-constexpr float kGptOssAlpha = 1.702f, kGptOssLimit = 7.0f;
+// limit gets no gradient, what lies on it does; so a G or U beyond is saved times kGptOssBeyond, or rounding
+// might put it on the limit. Its own value matters no more.
+constexpr float kGptOssAlpha = 1.702f, kGptOssLimit = 7.0f, kGptOssBeyond = 1.00390625f;
 
 struct ActivationKernels {
   ActivationForward* forward;

@@ -73,6 +73,14 @@ Pair within(Pair x, Pair limited, Pair y) {
           _mm256_and_ps(_mm256_cmp_ps(x.high, limited.high, _CMP_EQ_UQ), y.high)};
 }
 
+// x, but away from 0 where a limit has changed it.
+__m256 beyond(__m256 x, __m256 limited) {
+  const __m256 changed = _mm256_cmp_ps(x, limited, _CMP_NEQ_OQ);
+  return _mm256_blendv_ps(x, _mm256_mul_ps(x, _mm256_set1_ps(kGptOssBeyond)), changed);
+}
+
+Pair beyond(Pair x, Pair limited) { return {beyond(x.low, limited.low), beyond(x.high, limited.high)}; }
+
 Pair nearest_integers(Pair x) {
   return {_mm256_round_ps(x.low, _MM_FROUND_TO_NEAREST_INT),
           _mm256_round_ps(x.high, _MM_FROUND_TO_NEAREST_INT)};
@@ -99,15 +107,20 @@ Pair one_plus_exp_minus(Pair x) {
 
 Pair sigmoid(Pair x) { return div(both(1.0f), one_plus_exp_minus(x)); }
 
-// h and its derivatives.
+// What forward stores: G and U to be saved, and h.
 struct Activated {
+  Pair gate, up, hidden;
+};
+
+// h and its derivatives.
+struct Derived {
   Pair hidden, by_gate, by_up;
 };
 
 // silu(g) = g * sigmoid(g) and its derivative sigmoid(g) * (1 + g * (1 - sigmoid(g))).
 struct Silu {
-  static Pair hidden(Pair g, Pair u) { return mul(div(g, one_plus_exp_minus(g)), u); }
-  static Activated with_derivatives(Pair g, Pair u) {
+  static Activated forward(Pair g, Pair u) { return {g, u, mul(div(g, one_plus_exp_minus(g)), u)}; }
+  static Derived backward(Pair g, Pair u) {
     const Pair s = sigmoid(g), act = mul(g, s), slope = mul_add(act, sub(both(1.0f), s), s);
     return {mul(act, u), mul(u, slope), act};
   }
@@ -117,11 +130,12 @@ struct Silu {
 struct GptOss {
   static Pair limited_gate(Pair g) { return at_most(g, kGptOssLimit); }
   static Pair limited_up(Pair u) { return clamp(u, -kGptOssLimit, kGptOssLimit); }
-  static Pair hidden(Pair g, Pair u) {
-    const Pair gate = limited_gate(g), act = div(gate, one_plus_exp_minus(mul(both(kGptOssAlpha), gate)));
-    return mul(act, add(limited_up(u), both(1.0f)));
+  static Activated forward(Pair g, Pair u) {
+    const Pair gate = limited_gate(g), up = limited_up(u);
+    const Pair act = div(gate, one_plus_exp_minus(mul(both(kGptOssAlpha), gate)));
+    return {beyond(g, gate), beyond(u, up), mul(act, add(up, both(1.0f)))};
   }
-  static Activated with_derivatives(Pair g, Pair u) {
+  static Derived backward(Pair g, Pair u) {
     const Pair alpha = both(kGptOssAlpha), one = both(1.0f);
     const Pair gate = limited_gate(g), up = limited_up(u), up_and_one = add(up, one);
     const Pair s = sigmoid(mul(alpha, gate)), act = mul(gate, s);
@@ -132,10 +146,10 @@ struct GptOss {
 
 template <class Activation>
 void forward16(const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved, uint16_t* h) {
-  const Pair gate = load16(g), up = load16(u);
+  const auto [gate, up, hidden] = Activation::forward(load16(g), load16(u));
   store16(g_saved, gate);
   store16(u_saved, up);
-  store16(h, Activation::hidden(gate, up));
+  store16(h, hidden);
 }
 
 // n is a multiple of 16.
@@ -146,7 +160,7 @@ float backward_whole(int n, const float* dh, float weight, const uint16_t* g, co
   Pair dot = both(0.0f);
   for (int i = 0; i < n; i += 16) {
     const Pair d = load16(dh + i), weighted = mul(w, d);
-    const auto [hidden, by_gate, by_up] = Activation::with_derivatives(load16(g + i), load16(u + i));
+    const auto [hidden, by_gate, by_up] = Activation::backward(load16(g + i), load16(u + i));
     dot = mul_add(d, hidden, dot);
     store16(dg + i, mul(weighted, by_gate));
     store16(du + i, mul(weighted, by_up));

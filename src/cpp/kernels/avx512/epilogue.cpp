@@ -79,6 +79,13 @@ Pair within(Pair x, Pair limited, Pair y) {
           _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.high, limited.high, _CMP_EQ_UQ), y.high)};
 }
 
+// x, but away from 0 where a limit has changed it.
+Pair beyond(Pair x, Pair limited) {
+  const __m512 factor = _mm512_set1_ps(kGptOssBeyond);
+  return {_mm512_mask_mul_ps(x.low, _mm512_cmp_ps_mask(x.low, limited.low, _CMP_NEQ_OQ), x.low, factor),
+          _mm512_mask_mul_ps(x.high, _mm512_cmp_ps_mask(x.high, limited.high, _CMP_NEQ_OQ), x.high, factor)};
+}
+
 Pair nearest_integers(Pair x) {
   return {_mm512_roundscale_ps(x.low, _MM_FROUND_TO_NEAREST_INT),
           _mm512_roundscale_ps(x.high, _MM_FROUND_TO_NEAREST_INT)};
@@ -100,15 +107,20 @@ Pair one_plus_exp_minus(Pair x) {
 
 Pair sigmoid(Pair x) { return reciprocal(one_plus_exp_minus(x)); }
 
-// h and its derivatives.
+// What forward stores: G and U to be saved, and h.
 struct Activated {
+  Pair gate, up, hidden;
+};
+
+// h and its derivatives.
+struct Derived {
   Pair hidden, by_gate, by_up;
 };
 
 // silu(g) = g * sigmoid(g) and its derivative sigmoid(g) * (1 + g * (1 - sigmoid(g))).
 struct Silu {
-  static Pair hidden(Pair g, Pair u) { return mul(mul(g, sigmoid(g)), u); }
-  static Activated with_derivatives(Pair g, Pair u) {
+  static Activated forward(Pair g, Pair u) { return {g, u, mul(mul(g, sigmoid(g)), u)}; }
+  static Derived backward(Pair g, Pair u) {
     const Pair s = sigmoid(g), act = mul(g, s), slope = mul_add(act, sub(both(1.0f), s), s);
     return {mul(act, u), mul(u, slope), act};
   }
@@ -118,11 +130,12 @@ struct Silu {
 struct GptOss {
   static Pair limited_gate(Pair g) { return at_most(g, kGptOssLimit); }
   static Pair limited_up(Pair u) { return at_least(at_most(u, kGptOssLimit), -kGptOssLimit); }
-  static Pair hidden(Pair g, Pair u) {
-    const Pair gate = limited_gate(g), act = mul(gate, sigmoid(mul(both(kGptOssAlpha), gate)));
-    return mul(act, add(limited_up(u), both(1.0f)));
+  static Activated forward(Pair g, Pair u) {
+    const Pair gate = limited_gate(g), up = limited_up(u);
+    const Pair act = mul(gate, sigmoid(mul(both(kGptOssAlpha), gate)));
+    return {beyond(g, gate), beyond(u, up), mul(act, add(up, both(1.0f)))};
   }
-  static Activated with_derivatives(Pair g, Pair u) {
+  static Derived backward(Pair g, Pair u) {
     const Pair alpha = both(kGptOssAlpha), one = both(1.0f);
     const Pair gate = limited_gate(g), up = limited_up(u), up_and_one = add(up, one);
     const Pair s = sigmoid(mul(alpha, gate)), act = mul(gate, s);
@@ -135,10 +148,10 @@ template <class Activation>
 void forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved, uint16_t* h) {
   for (int i = 0; i < n; i += 32) {
     const __mmask32 m = first32(n - i);
-    const Pair gate = load(m, g + i), up = load(m, u + i);
+    const auto [gate, up, hidden] = Activation::forward(load(m, g + i), load(m, u + i));
     stream(m, g_saved + i, gate);
     stream(m, u_saved + i, up);
-    store(m, h + i, Activation::hidden(gate, up));
+    store(m, h + i, hidden);
   }
 }
 
@@ -150,7 +163,7 @@ float backward(int n, const float* dh, float weight, const uint16_t* g, const ui
   for (int i = 0; i < n; i += 32) {
     const __mmask32 m = first32(n - i);
     const Pair d = load(m, dh + i), weighted = mul(w, d);
-    const auto [hidden, by_gate, by_up] = Activation::with_derivatives(load(m, g + i), load(m, u + i));
+    const auto [hidden, by_gate, by_up] = Activation::backward(load(m, g + i), load(m, u + i));
     dot = mul_add(d, hidden, dot);
     store(m, dg + i, mul(weighted, by_gate));
     store(m, du + i, mul(weighted, by_up));

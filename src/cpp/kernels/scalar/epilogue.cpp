@@ -59,8 +59,8 @@ void gpt_oss_forward(int n, const float* g, const float* u, uint16_t* g_saved, u
                      uint16_t* h) {
   for (int i = 0; i < n; ++i) {
     const float gate = at_most(g[i], kGptOssLimit), up = clamp(u[i], kGptOssLimit) + 1.0f;
-    g_saved[i] = round(g[i]);
-    u_saved[i] = round(u[i]);
+    g_saved[i] = round(g[i] > kGptOssLimit ? g[i] * kGptOssBeyond : g[i]);
+    u_saved[i] = round(fabsf(u[i]) > kGptOssLimit ? u[i] * kGptOssBeyond : u[i]);
     h[i] = round(gate * sigmoid(kGptOssAlpha * gate) * up);
   }
 }
