@@ -143,6 +143,12 @@ TEST_CASE("duplicate names and keys are refused") {
                  R"(duplicate key "dtype")"));
   CHECK(contains(header_refusal(R"({"__metadata__":{"x":"","x":""}})"), R"(duplicate key "x")"));
   CHECK(contains(header_refusal(R"({"__metadata__":{},"__metadata__":{}})"), "duplicate key"));
+  std::string many = R"("a":"")";
+  for (int i = 0; i < 20; ++i) many += message(",\"{}\":\"\"", i);
+  for (const std::string again : {"a", "3", "19"}) {
+    const auto text = message(R"({"__metadata__":{{},"{}":""}})", many, again);
+    CHECK(contains(header_refusal(text), message("duplicate key \"{}\"", again)));
+  }
 }
 
 TEST_CASE("offsets outside the data, reversed, or of the wrong size are refused") {

@@ -3,6 +3,7 @@
 // reader's business.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <nlohmann/json.hpp>
@@ -63,9 +64,25 @@ class JsonEvents : private nlohmann::json_sax<nlohmann::json> {
   const std::vector<std::string>& path() const { return path_; }
 
  private:
+  // The keys of an object. A header has an object of three for each tensor: a set for these would take most
+  // of its time.
+  class Keys {
+   public:
+    bool insert(const std::string& key) {  // false if it was there
+      if (std::ranges::find(first_, key) != first_.end()) return false;
+      if (first_.size() == few) return others_.insert(key).second;
+      first_.push_back(key);
+      return true;
+    }
+
+   private:
+    static constexpr std::size_t few = 4;
+    std::vector<std::string> first_;
+    std::unordered_set<std::string> others_;
+  };
   struct Level {
     Container kind;
-    std::unordered_set<std::string> keys;
+    Keys keys;
   };
   static constexpr std::size_t max_depth = 32;
 
@@ -100,7 +117,7 @@ class JsonEvents : private nlohmann::json_sax<nlohmann::json> {
   bool start_array(std::size_t) override { return enter(Container::array); }
   bool end_array() override { return leave(); }
   bool key(string_t& name) override {
-    KT_CHECK(levels_.back().keys.insert(name).second, "{}: duplicate key {}", where_, quote(name));
+    KT_CHECK(levels_.back().keys.insert(name), "{}: duplicate key {}", where_, quote(name));
     path_.back() = std::move(name);
     return true;
   }
