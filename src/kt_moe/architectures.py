@@ -1,8 +1,9 @@
 """Which models have experts we can compute, one row a family.
 
 A row says how the family's experts are called in the module tree and in its checkpoints. Every family listed
-routes with its own code and has experts of one kind: `down(silu(gate(x)) * up(x))`, no biases, no clamps,
-held by transformers as `gate_up_proj` [E, 2I, H] (gate first) and `down_proj` [E, H, I].
+routes with its own code. All but gpt-oss have experts of one kind: `down(silu(gate(x)) * up(x))`, no biases,
+no clamps, held by transformers as `gate_up_proj` [E, 2I, H] (gate first) and `down_proj` [E, H, I]. gpt-oss
+has biases and an activation of its own, and is held as [E, H, 2I] (gate and up alternating) and [E, I, H].
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class Architecture:
         on_disk: the same path in checkpoints and in portable adapters.
         projections: names of gate, up and down of one expert on disk.
         activation: name of the activation, as `kt_moe.Experts` takes it.
+        fixed: options of the config, and the only values with which it is that activation.
     """
 
     model_type: str
@@ -29,6 +31,7 @@ class Architecture:
     on_disk: str = "mlp.experts"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     activation: str = "silu"
+    fixed: tuple[tuple[str, Any], ...] = (("hidden_act", "silu"),)
 
     def disk_path(self, module_path: str) -> str:
         """`...layers.0.mlp.experts` of the module tree, as checkpoints call it."""
@@ -51,6 +54,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("glm4_moe"),
         Architecture("dots1"),
         Architecture("mixtral", on_disk="block_sparse_moe.experts", projections=("w1", "w3", "w2")),
+        Architecture(
+            "gpt_oss",
+            activation="gpt_oss",
+            fixed=(("hidden_act", "silu"), ("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)),
+        ),
     )
 }
 
@@ -59,7 +67,7 @@ def architecture_of(config: Any) -> Architecture:
     """The row of a transformers config.
 
     Raises:
-        ValueError: no row for this model type; the message names it and those there are.
+        ValueError: no row for this model type, or another activation; the message names what was found.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     model_type = getattr(text, "model_type", None)
@@ -68,7 +76,8 @@ def architecture_of(config: Any) -> Architecture:
         raise ValueError(
             f"model type {model_type!r} is not supported by kt_moe, only {sorted(ARCHITECTURES)}"
         )
-    activation = getattr(text, "hidden_act", row.activation)
-    if activation != row.activation:
-        raise ValueError(f"hidden_act is {activation!r}, kt_moe computes {row.activation!r} for {model_type}")
+    for option, wanted in row.fixed:
+        found = getattr(text, option, wanted)
+        if found != wanted:
+            raise ValueError(f"{option} is {found!r}, kt_moe computes {wanted!r} for {model_type}")
     return row

@@ -50,6 +50,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek_v3": _DEEPSEEK,
     "glm4_moe": _SHARED,
     "dots1": _SHARED,
+    "gpt_oss": {"num_local_experts": 8, "intermediate_size": 24, "head_dim": 8},
 }  # fmt: skip
 
 

@@ -139,22 +139,50 @@ def experts_of(module: nn.Module) -> Experts:
             "the experts' parameters are parametrized (PEFT target_parameters), which kt_moe cannot compute: "
             'put LoRA on them with LoraConfig(target_modules=["experts"])'
         )
-    gate_up, down = module.gate_up_proj, module.down_proj
-    assert isinstance(gate_up, Tensor)
-    assert isinstance(down, Tensor)
-    if torch.is_grad_enabled() and (gate_up.requires_grad or down.requires_grad):
+    names = ("gate_up_proj", "down_proj")
+    if module.has_bias:
+        names += ("gate_up_proj_bias", "down_proj_bias")
+    parameters: list[Tensor] = [getattr(module, name) for name in names]
+    if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
         raise ValueError(
-            "gate_up_proj or down_proj requires a gradient, kt_moe computes frozen experts only: call "
+            f"one of {', '.join(names)} requires a gradient, kt_moe computes frozen experts only: call "
             'requires_grad_(False) on the experts, or use PEFT with target_modules=["experts"]'
         )
-    tensors = (gate_up.detach(), down.detach())
+    tensors = tuple(p.detach() for p in parameters)
     packed = _packed.get(module)
     if packed is None or not packed.made_from(tensors):
-        architecture = architecture_of(module.config)
-        gate, up = tensors[0].chunk(2, dim=1)
-        experts = Experts(gate, up, tensors[1], activation=architecture.activation)
+        experts = _pack(module, *tensors)
         packed = _packed[module] = _Packed(tensors, tuple(t._version for t in tensors), experts)
     return packed.experts
+
+
+def _pack(module: nn.Module, gate_up: Tensor, down: Tensor, *biases: Tensor) -> Experts:
+    """From weights [E, out, in] or [E, in, out], gate first or alternating with up."""
+    activation = architecture_of(module.config).activation
+    if module.is_transposed:
+        gate_up, down = gate_up.mT, down.mT
+    gate, up = _split(module, gate_up)
+    if not biases:
+        return Experts(gate, up, down, activation=activation)
+    gate_bias, up_bias = _split(module, biases[0])
+    return Experts(
+        gate, up, down, gate_bias=gate_bias, up_bias=up_bias, down_bias=biases[1], activation=activation
+    )
+
+
+def _split(module: nn.Module, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """[E, 2I, ...] to gate and up."""
+    if module.is_concatenated:
+        gate, up = gate_up.chunk(2, dim=1)
+        return gate, up
+    return gate_up[:, ::2], gate_up[:, 1::2]
+
+
+def dims_of(module: Any) -> tuple[int, int, int]:
+    """E, H and I of a module that `is_kt_experts`, or of transformers' that is to become one."""
+    if hasattr(module, "hidden_dim"):
+        return module.num_experts, module.hidden_dim, module.intermediate_dim
+    return module.num_experts, module.hidden_size, module.intermediate_size
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kt_moe.architectures import Architecture, architecture_of
 from kt_moe.functional import PROJECTIONS, Lora, MoEFunction
-from kt_moe.hf.experts import experts_of, is_kt_experts
+from kt_moe.hf.experts import dims_of, experts_of, is_kt_experts
 from kt_moe.hf.portable import fused_to_stacked, split_by_expert
 
 _FUSED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # what PEFT rewrites target_modules to
@@ -55,7 +55,8 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         self.update_layer(adapter_name, r, lora_alpha, config)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        return module.hidden_dim, module.hidden_dim  # type: ignore[return-value]
+        _, hidden, _ = dims_of(module)
+        return hidden, hidden
 
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any
@@ -75,11 +76,11 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         )
         a, b = nn.ParameterDict(), nn.ParameterDict()
         for projection in config._kt_moe_projections:
-            into, out = base.hidden_dim, base.intermediate_dim
+            num_experts, into, out = dims_of(base)
             if projection == "down":
                 into, out = out, into
-            a[projection] = nn.Parameter(torch.empty(base.num_experts, r, into, dtype=torch.float32))
-            b[projection] = nn.Parameter(torch.empty(base.num_experts, out, r, dtype=torch.float32))
+            a[projection] = nn.Parameter(torch.empty(num_experts, r, into, dtype=torch.float32))
+            b[projection] = nn.Parameter(torch.empty(num_experts, out, r, dtype=torch.float32))
         self.lora_A[adapter_name], self.lora_B[adapter_name] = a, b
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

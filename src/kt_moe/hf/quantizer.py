@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from kt_moe.architectures import architecture_of
 from kt_moe.checkpoint import Checkpoint
 from kt_moe.experts import CHECKPOINT_FORMATS, Experts
-from kt_moe.hf.experts import NAME, KtExperts
+from kt_moe.hf.experts import NAME, KtExperts, dims_of
 from kt_moe.runtime import Runtime, default_runtime
 
 
@@ -86,8 +86,7 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
         for path in paths:
             theirs, layer = model.get_submodule(path), architecture.layer_of(path)
             assert layer is not None
-            shape = (theirs.num_experts, theirs.hidden_dim, theirs.intermediate_dim)
-            model.set_submodule(path, KtExperts(architecture, layer, *shape))
+            model.set_submodule(path, KtExperts(architecture, layer, *dims_of(theirs)))
         # The checkpoint's expert tensors have no place in the model now, which is no reason to warn.
         ignored = {rf"\.{re.escape(path)}\." for path in (architecture.module, architecture.on_disk)}
         model._keys_to_ignore_on_load_unexpected = ignored | set(
