@@ -117,9 +117,7 @@ class Checkpoint:
             ValueError: no experts in that layer, an expert's tensor that is missing, tensors whose shapes or
                 dtypes disagree, or a format that is not supported. The message names the tensor.
         """
-        found = self._core.layer(layer)
-        size = 2 * found["num_experts"] * found["hidden_size"] * found["intermediate_size"]
-        return LayerInfo(**found, memory_bytes=dict.fromkeys(("gate", "up", "down"), size))
+        return LayerInfo(**self._core.layer(layer))
 
     def __repr__(self) -> str:
         parts = [

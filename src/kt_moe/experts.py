@@ -28,7 +28,7 @@ class Experts:
         gate_bias, up_bias, down_bias: [E, I], [E, I] and [E, H], like the weights; None where there is none.
         activation: "silu", h = silu(G) * U; or "gpt_oss", h = (clamp(U, -7, 7) + 1) * g * sigmoid(1.702 * g)
             with g = min(G, 7).
-        format: how the weights are kept in memory: "bf16", or quantised to "int8" (a scale a row), "int4"
+        format: how the weights are kept in memory: "bf16", or quantised to "int8" (groups of 128), "int4"
             (groups of 32), "fp8" (blocks of 128 x 128) or "mxfp4"; docs/formats.md has bytes and errors.
         runtime: None means `default_runtime()`.
 

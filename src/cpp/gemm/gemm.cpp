@@ -211,7 +211,7 @@ void for_decoded(const KernelSet& kernels, const WeightBlock& w, index_t each, A
 
 void multiply_few_transposed(const KernelSet& kernels, Rows x, const WeightBlock& w, float* c, index_t stride,
                              bool accumulate, Arena& scratch) {
-  constexpr index_t kDecodedBytes = 64 << 10;  // stay in the second cache level
+  constexpr index_t kDecodedBytes = 32 << 10;  // much of the first cache level
   const index_t each = std::max(index_t{1}, kDecodedBytes / (2 * w.cols.size()));
   for_decoded(kernels, w, each, scratch, [&](Range rows, Rows decoded) {
     multiply_few_transposed(kernels, x, decoded, c + rows.begin, stride, accumulate, scratch);
@@ -220,7 +220,7 @@ void multiply_few_transposed(const KernelSet& kernels, Rows x, const WeightBlock
 
 void multiply_few(const KernelSet& kernels, Rows x, const WeightBlock& w, float* c, index_t stride,
                   bool accumulate, Arena& scratch) {
-  constexpr index_t kDecodedRows = 64;  // a number of its own: the order of additions hangs on it
+  constexpr index_t kDecodedRows = 32;  // a number of its own: the order of additions hangs on it
   for_decoded(kernels, w, kDecodedRows, scratch, [&](Range rows, Rows decoded) {
     Rows part = x;
     part.matrix.data = x.matrix.at(0, rows.begin);

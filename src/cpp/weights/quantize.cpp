@@ -244,7 +244,7 @@ bool known(const WeightType& type) {
 WeightType default_type(Format format) {
   switch (format) {
     case Format::bf16: break;
-    case Format::int8: return {format, ScaleType::f32, 1, 0, false};
+    case Format::int8: return {format, ScaleType::f32, 1, 128, false};
     case Format::int4: return {format, ScaleType::bf16, 1, 32, false};
     case Format::fp8: return {format, ScaleType::f32, 128, 128, false};
     case Format::mxfp4: return {format, ScaleType::e8m0, 1, 32, false};

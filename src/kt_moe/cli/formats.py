@@ -49,7 +49,7 @@ QUANTISED = {
     kind.format: kind
     for kind in (
         WeightType("bf16"),
-        WeightType("int8", "f32"),
+        WeightType("int8", "f32", 1, 128),
         WeightType("int4", "bf16", 1, 32),
         WeightType("fp8", "f32", 128, 128),
         WeightType("mxfp4", "e8m0", 1, 32),
