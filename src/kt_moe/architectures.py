@@ -23,6 +23,7 @@ class Architecture:
         on_disk: the same path in checkpoints and in portable adapters.
         projections: names of gate, up and down of one expert on disk.
         activation: name of the activation, as `kt_moe.Experts` takes it.
+        fused_on_disk: its checkpoints have no key an expert, so that PEFT does not know one either.
         fixed: options of the config, and the only values with which it is that activation.
     """
 
@@ -31,6 +32,7 @@ class Architecture:
     on_disk: str = "mlp.experts"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     activation: str = "silu"
+    fused_on_disk: bool = False
     fixed: tuple[tuple[str, Any], ...] = (("hidden_act", "silu"),)
 
     def disk_path(self, module_path: str) -> str:
@@ -57,6 +59,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture(
             "gpt_oss",
             activation="gpt_oss",
+            fused_on_disk=True,
             fixed=(("hidden_act", "silu"), ("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)),
         ),
     )

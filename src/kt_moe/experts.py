@@ -55,15 +55,17 @@ class Experts:
     ) -> None:
         _check_format(format, FORMATS)
         runtime = runtime or default_runtime()
-        biases = {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
-        tensors = {"gate": gate, "up": up, "down": down} | {
-            name: bias for name, bias in biases.items() if bias is not None
-        }
-        for name, tensor in tensors.items():
+        for name, tensor in (("gate", gate), ("up", up), ("down", down)):
             check_tensor(name, tensor)
-        given = biases | {name: on_cpu(tensor) for name, tensor in tensors.items()}
+        for name, bias in (("gate_bias", gate_bias), ("up_bias", up_bias), ("down_bias", down_bias)):
+            if bias is not None:
+                check_tensor(name, bias)
+        gate, up, down = (on_cpu(t) for t in (gate, up, down))
+        gate_bias, up_bias, down_bias = (
+            None if b is None else on_cpu(b) for b in (gate_bias, up_bias, down_bias)
+        )
         core = _core.Experts.from_tensors(
-            **given, activation=activation, format=format, runtime=runtime._core
+            gate, up, down, gate_bias, up_bias, down_bias, activation, format, runtime._core
         )
         self._adopt(core, runtime)
 

@@ -139,9 +139,9 @@ def experts_of(module: nn.Module) -> Experts:
             "the experts' parameters are parametrized (PEFT target_parameters), which kt_moe cannot compute: "
             'put LoRA on them with LoraConfig(target_modules=["experts"])'
         )
-    names = ("gate_up_proj", "down_proj")
+    names = ["gate_up_proj", "down_proj"]
     if module.has_bias:
-        names += ("gate_up_proj_bias", "down_proj_bias")
+        names += ["gate_up_proj_bias", "down_proj_bias"]
     parameters: list[Tensor] = [getattr(module, name) for name in names]
     if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
         raise ValueError(

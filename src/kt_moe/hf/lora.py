@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kt_moe.architectures import Architecture, architecture_of
 from kt_moe.functional import PROJECTIONS, Lora, MoEFunction
 from kt_moe.hf.experts import dims_of, experts_of, is_kt_experts
-from kt_moe.hf.portable import fused_to_stacked, split_by_expert
+from kt_moe.hf.portable import fused_to_stacked, per_expert_to_stacked, split_by_expert
 
 _FUSED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # what PEFT rewrites target_modules to
 
@@ -168,7 +168,7 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
     def _prepare_adapter_config(self, peft_config: LoraConfig, model_config: dict[str, Any]) -> LoraConfig:
         config = super()._prepare_adapter_config(peft_config, model_config)
         if self._kt_architecture is not None:
-            _target_experts(config)
+            _target_experts(config, self._kt_architecture)
         return config
 
     @staticmethod
@@ -204,12 +204,16 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        architecture = _architecture(model)
         layers = {name: module for name, module in model.named_modules() if isinstance(module, KtLoraExperts)}
         stacked: dict[str, Tensor] = {}
         for name, layer in layers.items():
             if adapter_name in layer.r:
+                experts, _, inner = dims_of(layer.base_layer)
                 rank = layer.r[adapter_name]
-                stacked |= fused_to_stacked(state_dict, name, layer.base_layer, rank, adapter_name)
+                stacked |= fused_to_stacked(state_dict, name, experts, inner, rank, adapter_name)
+                if architecture is not None and architecture.fused_on_disk:
+                    stacked |= per_expert_to_stacked(state_dict, name, architecture, experts, adapter_name)
         rest = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return {**rest, **stacked}
 
@@ -236,13 +240,17 @@ def _refuse_fused(config: LoraConfig) -> None:
         )
 
 
-def _target_experts(config: LoraConfig) -> None:
+def _target_experts(config: LoraConfig, architecture: Architecture) -> None:
     """Aim a config at the experts modules, after PEFT has rewritten gate_proj and so on to fused names."""
     config._kt_moe_projections = ()
     if isinstance(config.target_modules, str):
         return  # a pattern that PEFT could not resolve to names; it will say that nothing matches
     modules, parameters = set(config.target_modules or ()), set(config.target_parameters or ())
-    named = PROJECTIONS if any(_is_experts(t) for t in modules) else ()
+    named: tuple[str, ...] = PROJECTIONS if any(_is_experts(t) for t in modules) else ()
+    if architecture.fused_on_disk and not named:  # names that PEFT does not rewrite
+        names = dict(zip(architecture.projections, PROJECTIONS, strict=True))
+        named = tuple(names[t] for t in names if t in modules)
+        modules = modules - set(names) | ({"experts"} if named else set())
     fused = [p for name, parts in _FUSED.items() if name in parameters for p in parts]
     projections = tuple(p for p in PROJECTIONS if p in named or p in fused)
     config._kt_moe_projections = projections

@@ -1,6 +1,7 @@
 """Adapter tensors of experts between their two forms: stacked in memory, one key an expert on disk.
 
-Plain PEFT fuses per-expert keys on loading before our tuner sees them; the fused form is undone here. It
+Plain PEFT fuses per-expert keys on loading before our tuner sees them; the fused form is undone here. For
+gpt-oss, whose checkpoints have no key an expert, it does not, and cannot read such an adapter. The fused form
 stores gate_up's A [E, 2r, H] as `lora_A` [E * 2r, H], expert-major, and its block-diagonal B [E, 2I, 2r] as
 `lora_B` [2I, 2r * E], expert fastest.
 """
@@ -8,8 +9,8 @@ stores gate_up's A [E, 2r, H] as `lora_A` [E * 2r, H], expert-major, and its blo
 from __future__ import annotations
 
 import re
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from kt_moe.architectures import Architecture
@@ -37,14 +38,19 @@ def split_by_expert(
 
 
 def fused_to_stacked(
-    state_dict: dict[str, Tensor], path: str, experts: Any, rank: int, adapter_name: str
+    state_dict: dict[str, Tensor],
+    path: str,
+    num_experts: int,
+    intermediate: int,
+    rank: int,
+    adapter_name: str,
 ) -> dict[str, Tensor]:
     """Take the fused tensors of the experts at `path` out of `state_dict`.
 
     Args:
         state_dict: as PEFT converted it; the tensors found are removed.
         path: of the tuner layer in the model.
-        experts: has num_experts and intermediate_dim.
+        num_experts, intermediate: E and I.
         rank: r of the adapter.
 
     Returns:
@@ -53,7 +59,7 @@ def fused_to_stacked(
     Raises:
         ValueError: an adapter of another rank or number of experts, or one trained fused that does not split.
     """
-    e, i, r = experts.num_experts, experts.intermediate_dim, rank
+    e, i, r = num_experts, intermediate, rank
     stacked: dict[tuple[str, str], Tensor] = {}
     for prefix in (path, _PREFIX + path):
         gate_up = _pop_pair(state_dict, f"{prefix}.base_layer", e * 2 * r)
@@ -69,6 +75,33 @@ def fused_to_stacked(
         if down is not None:
             stacked["A", "down"], stacked["B", "down"] = _unflatten(*down, e)
     return {f"{path}.lora_{m}.{adapter_name}.{p}": t.contiguous() for (m, p), t in stacked.items()}
+
+
+def per_expert_to_stacked(
+    state_dict: dict[str, Tensor], path: str, architecture: Architecture, num_experts: int, adapter_name: str
+) -> dict[str, Tensor]:
+    """Take the per-expert tensors of the experts at `path`, left as they are by PEFT, out of `state_dict`.
+
+    Returns:
+        the same tensors under the model's keys, `{path}.lora_A.{adapter}.gate` and so on.
+
+    Raises:
+        ValueError: an adapter that lacks some of the experts.
+    """
+    stacked = {}
+    for prefix in (path, _PREFIX + path):
+        for projection, name in zip(PROJECTIONS, architecture.projections, strict=True):
+            for matrix in ("lora_A", "lora_B"):
+                keys = [f"{prefix}.{e}.{name}.{matrix}.weight" for e in range(num_experts)]
+                found = [state_dict.pop(key) for key in keys if key in state_dict]
+                if found and len(found) != num_experts:
+                    raise ValueError(
+                        f"the adapter of {path} has {name}.{matrix} of {len(found)} experts, "
+                        f"wanted {num_experts}"
+                    )
+                if found:
+                    stacked[f"{path}.{matrix}.{adapter_name}.{projection}"] = torch.stack(found)
+    return stacked
 
 
 def _pop_pair(state_dict: dict[str, Tensor], path: str, total_rank: int) -> tuple[Tensor, Tensor] | None:

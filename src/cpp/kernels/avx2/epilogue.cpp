@@ -94,7 +94,8 @@ __m256 power_of_two(__m256 n) {
 // 1 + exp(-x), relative error below 3e-7. exp(-x) is 2^n 2^f with n + f = -x / ln 2 and |f| <= 1/2, the
 // factor 1 / ln 2 in two parts; 2^f is the minimax polynomial of degree 5 with its constant set to 1. The
 // clamp leaves -127 <= n <= 128, where 2^n is made to be 0 and infinity.
-Pair one_plus_exp_minus(Pair x) {
+// Inlined into every activation: a call would pass Pairs through memory.
+__attribute__((always_inline)) inline Pair one_plus_exp_minus(Pair x) {
   x = clamp(x, -89.0f, 88.0f);
   const Pair scale = both(-1.44269502f), scale_rest = both(-1.92596303e-8f);
   const Pair n = nearest_integers(mul(x, scale));
@@ -105,7 +106,7 @@ Pair one_plus_exp_minus(Pair x) {
   return mul_add(y, {power_of_two(n.low), power_of_two(n.high)}, both(1.0f));
 }
 
-Pair sigmoid(Pair x) { return div(both(1.0f), one_plus_exp_minus(x)); }
+__attribute__((always_inline)) inline Pair sigmoid(Pair x) { return div(both(1.0f), one_plus_exp_minus(x)); }
 
 // What forward stores: G and U to be saved, and h.
 struct Activated {
@@ -159,8 +160,8 @@ float backward_whole(int n, const float* dh, float weight, const uint16_t* g, co
   const Pair w = both(weight);
   Pair dot = both(0.0f);
   for (int i = 0; i < n; i += 16) {
-    const Pair d = load16(dh + i), weighted = mul(w, d);
     const auto [hidden, by_gate, by_up] = Activation::backward(load16(g + i), load16(u + i));
+    const Pair d = load16(dh + i), weighted = mul(w, d);
     dot = mul_add(d, hidden, dot);
     store16(dg + i, mul(weighted, by_gate));
     store16(du + i, mul(weighted, by_up));

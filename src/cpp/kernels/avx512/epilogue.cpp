@@ -94,7 +94,8 @@ Pair nearest_integers(Pair x) {
 // 1 + exp(-x), relative error below 3e-7. exp(-x) is 2^n 2^f with n + f = -x / ln 2 and |f| <= 1/2, the
 // factor 1 / ln 2 in two parts; 2^f is the minimax polynomial of degree 5 with its constant set to 1. The
 // clamp keeps infinities out of f; exp(128) is one.
-Pair one_plus_exp_minus(Pair x) {
+// Inlined into every activation: a call would pass Pairs through memory.
+__attribute__((always_inline)) inline Pair one_plus_exp_minus(Pair x) {
   x = clamp(x, 128.0f);
   const Pair scale = both(-1.44269502f), scale_rest = both(-1.92596303e-8f);
   const Pair n = nearest_integers(mul(x, scale));
@@ -105,7 +106,7 @@ Pair one_plus_exp_minus(Pair x) {
   return add({_mm512_scalef_ps(y.low, n.low), _mm512_scalef_ps(y.high, n.high)}, both(1.0f));
 }
 
-Pair sigmoid(Pair x) { return reciprocal(one_plus_exp_minus(x)); }
+__attribute__((always_inline)) inline Pair sigmoid(Pair x) { return reciprocal(one_plus_exp_minus(x)); }
 
 // What forward stores: G and U to be saved, and h.
 struct Activated {
