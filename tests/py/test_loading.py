@@ -20,7 +20,8 @@ from kt_moe.experts import FORMATS
 QUANTISED = [f for f in FORMATS if f != "bf16"]
 # On normal weights. For 4-bit codes in groups of 32 no choice of scales gets below 0.081.
 MOST_ERROR = {"int8": 0.0075, "int4": 0.083, "fp8": 0.027, "mxfp4": 0.125}
-BYTES_A_WEIGHT = {"bf16": 2, "int8": 1, "int4": 0.5625, "fp8": 1, "mxfp4": 0.53125}
+# Bits of a code, bytes of a scale and the columns that share it (fp8: and as many rows).
+KEPT = {"int8": (8, 4, 128), "int4": (4, 2, 32), "fp8": (8, 4, 128), "mxfp4": (4, 1, 32)}
 
 E, H, I = 3, 256, 192  # noqa: E741
 
@@ -61,8 +62,12 @@ def test_quantised_when_made(format: str) -> None:
         error = float((w.double() - q.double()).norm() / w.double().norm())
         assert error <= MOST_ERROR[format]
         assert error == pytest.approx(experts.quantization_error[name], rel=1e-6)
-    scales_and_padding = E * 3 * (4 * max(H, I) + 128)
-    assert abs(experts.nbytes - BYTES_A_WEIGHT[format] * 3 * E * H * I) <= scales_and_padding
+    bits, scale, group = KEPT[format]
+    scales = sum(
+        -(-rows // (group if format == "fp8" else 1)) * -(-cols // group) * scale
+        for rows, cols in ((I, H), (I, H), (H, I))
+    )
+    assert experts.nbytes == E * (3 * H * I * bits // 8 + scales)
 
 
 def test_bf16_is_not_quantised() -> None:
@@ -173,15 +178,15 @@ def test_an_unusable_cache_directory(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_a_broken_off_load_leaves_nothing_behind(checkpoint: Path, tmp_path: Path) -> None:
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def stop(_: int) -> None:
-        raise Stop
+        raise StopError
 
     cache = tmp_path / "cache"
     for _ in range(2):
-        with pytest.raises(Stop):
+        with pytest.raises(StopError):
             kt_moe.Experts.from_checkpoint(checkpoint, 0, cache_dir=cache, progress=stop)
         assert packed_files(cache) == []
     kt_moe.Experts.from_checkpoint(checkpoint, 0, cache_dir=cache)

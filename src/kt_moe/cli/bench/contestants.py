@@ -83,8 +83,10 @@ class Autograd:
 class KtMoe(Autograd):
     """This library, called as a user calls it."""
 
-    def __init__(self, weights: Weights, runtime: kt_moe.Runtime, recompute: bool) -> None:
-        self.experts = kt_moe.Experts(*weights, runtime=runtime)
+    def __init__(
+        self, weights: Weights, runtime: kt_moe.Runtime, recompute: bool = False, format: str = "bf16"
+    ) -> None:
+        self.experts = kt_moe.Experts(*weights, format=format, runtime=runtime)
         self.experts.recompute = recompute
 
     def compute(self, x: Tensor, ids: Tensor, weights: Tensor, lora: dict[str, Tensor]) -> Tensor:

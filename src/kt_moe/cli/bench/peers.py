@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 
-from kt_moe.cli.bench.contestants import Contestant, GroupedMm, TorchLoop
+from kt_moe.cli.bench.contestants import Contestant, GroupedMm, KtMoe, TorchLoop
 from kt_moe.cli.bench.data import Weights
 from kt_moe.cli.bench.layer import Shape
 from kt_moe.cli.bench.native_peers import KtKernel, VllmCpu, package_folder
+from kt_moe.experts import FORMATS
+from kt_moe.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,15 @@ class Peer:
             raise ValueError(f"not installed; try: {self.install}") from None
 
 
+def _quantised(format: str) -> Peer:
+    """This library with its weights in another format."""
+
+    def make(weights: Weights, job: Job) -> Contestant:
+        return KtMoe(weights, Runtime(threads=job.threads, isa=job.isa), format=format)
+
+    return Peer("kt_moe", "kt_moe", "pip install kt_moe", 2, make)
+
+
 PEERS = {
     "torch": Peer(None, "torch", "pip install torch", 1, lambda w, job: TorchLoop(w)),
     "grouped_mm": Peer(None, "torch", "pip install torch", 1, lambda w, job: GroupedMm(w)),
@@ -73,4 +84,5 @@ PEERS = {
         3,
         lambda w, job: VllmCpu(w, job.isa),
     ),
+    **{format: _quantised(format) for format in FORMATS if format != "bf16"},
 }
