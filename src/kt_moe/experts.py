@@ -82,7 +82,7 @@ class Experts:
         paged: bool = False,
         progress: Callable[[int], object] | None = None,
     ) -> Experts:
-        """Load one layer's experts straight from safetensors files. Ctrl-C stops it and leaves nothing behind.
+        """Load one layer's experts straight from safetensors files; Ctrl-C leaves nothing behind.
 
         Args:
             path: a .safetensors file, a directory of them, or an open `Checkpoint`.
@@ -98,7 +98,7 @@ class Experts:
 
         Raises:
             FileNotFoundError: no such file, or one that the index names is missing.
-            ValueError: a malformed file, no such layer, an expert that is missing, a scale that is zero or not
+            ValueError: a malformed file, no such layer, a missing expert, a scale that is zero or not
                 finite; names file and tensor. `paged` with another format, layout or with `cache_dir`.
             OSError: a file cannot be read, or a packed layer not be written.
         """
@@ -150,6 +150,10 @@ class Experts:
     def mapped(self) -> bool:
         """Whether they lie in a mapped file, paged in by access, and not in memory of their own."""
         return self._core.mapped
+
+    def verify(self) -> bool:
+        """Read all of a packed layer: whether its weights are those that were written. True if not packed."""
+        return self._core.verify()
 
     @property
     def quantization_error(self) -> dict[str, float] | None:

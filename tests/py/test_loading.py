@@ -15,6 +15,7 @@ from strategies import make_problem, run_ours
 from torch import Tensor
 
 import kt_moe
+from kt_moe import cli
 from kt_moe.experts import FORMATS
 
 QUANTISED = [f for f in FORMATS if f != "bf16"]
@@ -232,3 +233,47 @@ def test_a_file_changed_between_index_and_load(checkpoint: Path) -> None:
         file.truncate(path.stat().st_size // 2)
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         kt_moe.Experts.from_checkpoint(index, 0)
+
+
+def pack(*arguments: object) -> int:
+    return cli.main(["pack", *map(str, arguments)])
+
+
+def test_pack_and_verify(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = tmp_path / "cache"
+    assert pack(checkpoint, "--cache-dir", cache, "--format", "int4") == 0
+    (path,) = packed_files(cache)
+    before = path.stat()
+    assert pack(checkpoint, "--cache-dir", cache, "--format", "int4", "--verify") == 0
+    assert "all checksums agree" in capsys.readouterr().out
+    assert path.stat() == before
+    with path.open("r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-1000, os.SEEK_END)
+        file.write(bytes([byte ^ 1]))
+    assert pack(checkpoint, "--cache-dir", cache, "--format", "int4", "--verify") == 1
+    assert "damaged, delete them to have them packed again: layers 0" in capsys.readouterr().out
+
+
+def test_pack_refuses(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = tmp_path / "cache"
+    assert pack(checkpoint, "--cache-dir", cache, "--layer", 7) == 2
+    assert "no experts in it; layers with experts: 0" in capsys.readouterr().err
+    assert pack(tmp_path / "nothing", "--cache-dir", cache) == 2
+    assert not cache.exists()
+
+
+def test_ctrl_c_ends_a_load(checkpoint: Path, tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys, kt_moe\n"
+        "kill = lambda _: os.kill(os.getpid(), signal.SIGINT)\n"
+        "try:\n"
+        "    kt_moe.Experts.from_checkpoint(sys.argv[1], 0, cache_dir=sys.argv[2], progress=kill)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted')\n"
+    )
+    command = [sys.executable, "-c", code, str(checkpoint), str(tmp_path / "cache")]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    assert out.stdout == "interrupted\n"
+    assert packed_files(tmp_path / "cache") == []

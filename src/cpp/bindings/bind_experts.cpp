@@ -127,6 +127,9 @@ void bind_experts(py::module_& m) {
                              [](const Experts& e) { return kt::name_of(e.plan().types.front().format); })
       .def_property_readonly("nbytes", [](const Experts& e) { return e.plan().weight_bytes(); })
       .def_property_readonly("mapped", [](const Experts& e) { return e.placed().mapped; })
+      .def(
+          "verify", [](const Experts& e) { return !e.placed().verify || e.placed().verify(e.runtime()); },
+          py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("quantization_error", &kt::quantization_error)
       .def_property_readonly("shards", [](const Experts& e) { return e.runtime().shards(); })
       .def("dequantize", &kt::dequantize, py::arg("gate"), py::arg("up"), py::arg("down"));

@@ -13,12 +13,13 @@ namespace kt {
 // The weights of a layer, and what keeps them there.
 struct Placed {
   std::shared_ptr<const void> memory;
-  std::array<std::vector<Weight>, 3> weights;  // gate, up, down; one an expert
-  std::array<std::vector<bf16_t>, 3> biases;   // of gate, up, down; empty: none
-  std::function<void(int expert)> fetch;       // see ExpertWeights
-  bool mapped = false;                         // paged in from a file by access
-  bool quantized = false;                      // when they were loaded, with these errors
-  std::array<QuantError, 3> errors{};          // of gate, up, down
+  std::array<std::vector<Weight>, 3> weights;    // gate, up, down; one an expert
+  std::array<std::vector<bf16_t>, 3> biases;     // of gate, up, down; empty: none
+  std::function<void(int expert)> fetch;         // see ExpertWeights
+  std::function<bool(Runtime& runtime)> verify;  // of a packed file: reads all of it
+  bool mapped = false;                           // paged in from a file by access
+  bool quantized = false;                        // when they were loaded, with these errors
+  std::array<QuantError, 3> errors{};            // of gate, up, down
 };
 
 class Experts {

@@ -220,6 +220,7 @@ class CheckpointLayer {
     Placed placed = place(plan_, const_cast<std::byte*>(file->weights()), file);
     placed.quantized = file->layer().quantized;
     placed.errors = file->layer().errors;
+    placed.verify = [file](Runtime& runtime) { return file->verify(runtime); };
     page_in(placed);
     return placed;
   }

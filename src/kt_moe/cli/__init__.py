@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from kt_moe import __version__
-from kt_moe.cli import bench, finetune, info, inspect, options, plan
+from kt_moe.cli import bench, finetune, info, inspect, options, pack, plan
 from kt_moe.cli.errors import UserError
 
 __all__ = ["main"]
@@ -54,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("inspect", help="show what a checkpoint holds of experts")
     inspect.add_arguments(command)
     command.set_defaults(run=inspect.run, parser=command)
+    command = commands.add_parser("pack", help="write experts to a directory from which they are mapped")
+    pack.add_arguments(command)
+    command.set_defaults(run=pack.run, parser=command)
     command = commands.add_parser("plan", help="tell the memory and speed of a run before it is started")
     plan.add_arguments(command)
     command.set_defaults(run=plan.run, parser=command)

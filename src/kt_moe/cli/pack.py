@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kt_moe.cli.errors import UserError
+from kt_moe.cli.formats import QUANTISED
 from kt_moe.cli.options import integer
 from kt_moe.cli.text import count_text, ranges_text, size_text
 
@@ -16,18 +17,22 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from kt_moe.experts import CHECKPOINT_FORMATS
-
     parser.add_argument(
         "checkpoint", type=Path, metavar="DIR", help="model directory, or a .safetensors file"
     )
-    parser.add_argument("--cache-dir", type=Path, required=True, metavar="CACHE", help="where packed layers are kept")
     parser.add_argument(
-        "--format", choices=CHECKPOINT_FORMATS, default="as-stored", help="of the weights (as-stored)"
+        "--cache-dir", type=Path, required=True, metavar="CACHE", help="where packed layers are kept"
+    )
+    parser.add_argument(
+        "--format", choices=["as-stored", *QUANTISED], default="as-stored", help="of the weights (as-stored)"
     )
     parser.add_argument("--layer", type=integer(0), metavar="N", help="this layer alone")
-    parser.add_argument("--verify", action="store_true", help="read what is packed, and compare its checksums")
-    parser.epilog = "Layers that are packed already are left as they are. Exit status: 0, or 1 if one is damaged."
+    parser.add_argument(
+        "--verify", action="store_true", help="read what is packed, and compare its checksums"
+    )
+    parser.epilog = (
+        "Layers that are packed already are left as they are. Exit status: 0, or 1 if one is damaged."
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,5 +73,7 @@ def _layers(checkpoint: Checkpoint, layer: int | None) -> list[int]:
     if not checkpoint.layers:
         raise UserError(f"{checkpoint.path}: no experts in it")
     if layer is not None and layer not in checkpoint.layers:
-        raise UserError(f"--layer {layer}: no experts in it; layers with experts: {ranges_text(checkpoint.layers)}")
+        raise UserError(
+            f"--layer {layer}: no experts in it; layers with experts: {ranges_text(checkpoint.layers)}"
+        )
     return checkpoint.layers if layer is None else [layer]
