@@ -96,7 +96,7 @@ TEST_CASE("weights that a format holds are kept") {
   };
   std::vector<float> int8, fp8, mxfp4;
   for (int i = -128; i <= 127; ++i) int8.push_back(0.25f * static_cast<float>(i));
-  kept(default_type(Format::int8), int8);
+  kept({Format::int8, ScaleType::f32, 1, 0, false}, int8);
   for (const float x : {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f})
     for (const float scaled : {x * 0x1p-20f, -x * 0x1p-20f}) mxfp4.push_back(scaled);
   kept(default_type(Format::mxfp4), mxfp4);

@@ -322,3 +322,33 @@ def test_unlisted_architecture_is_refused() -> None:
     model.set_experts_implementation("kt_moe")
     with pytest.raises(ValueError, match="'granitemoe' is not supported by kt_moe"):
         model(tokens())
+
+
+@pytest.mark.parametrize("options", [{"cache_dir": "packed"}, {"paged": True}, {"lazy": True}, {}], ids=str)
+@torch.no_grad()
+def test_every_way_to_hold_experts_gives_the_same_bits(tmp_path: Path, options: dict[str, Any]) -> None:
+    tiny_model().bfloat16().save_pretrained(tmp_path / "bf16")  # stored as memory holds it
+    checkpoint = tmp_path / "bf16"
+    if "cache_dir" in options:
+        options = {"cache_dir": tmp_path / options["cache_dir"]}
+    expected = load(checkpoint)(tokens()).logits
+    for _ in range(2):
+        model = load(checkpoint, quantization_config=KtMoeConfig(**options))
+        assert torch.equal(model(tokens()).logits, expected)
+    experts = [m.experts for m in model.modules() if isinstance(m, KtExperts)]
+    assert all(e.mapped == ("cache_dir" in options or "paged" in options) for e in experts)
+
+
+def test_lazy_experts_are_loaded_when_they_are_used(checkpoint: Path) -> None:
+    model = load(checkpoint, quantization_config=KtMoeConfig(lazy=True, format="int4"))
+    modules = [m for m in model.modules() if isinstance(m, KtExperts)]
+    assert all("None" in repr(m) for m in modules)
+    assert all("None" in repr(m) for m in copy.deepcopy(modules))
+    with torch.no_grad():
+        model(tokens())
+    assert all("format='int4'" in repr(m) for m in modules)
+
+
+def test_paged_and_cache_dir_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="paged and cache_dir, wanted one of them"):
+        KtMoeConfig(paged=True, cache_dir=tmp_path)

@@ -9,6 +9,7 @@ stores gate_up's A [E, 2r, H] as `lora_A` [E * 2r, H], expert-major, and its blo
 from __future__ import annotations
 
 import re
+import warnings
 
 import torch
 from torch import Tensor
@@ -26,6 +27,12 @@ def split_by_expert(
     stacked = re.compile(rf"(.+)\.(lora_[AB])\.{re.escape(adapter_name)}\.({'|'.join(PROJECTIONS)})$")
     names = dict(zip(PROJECTIONS, architecture.projections, strict=True))
     result = {}
+    if architecture.fused_on_disk:
+        warnings.warn(
+            f"adapters of {architecture.model_type} experts are written with a key an expert, which kt_moe "
+            "reads again; plain PEFT and vLLM know none for this family, and would leave the experts' part out",
+            stacklevel=2,
+        )
     for key, tensor in state_dict.items():
         found = stacked.match(key)
         if found is None:
