@@ -30,7 +30,7 @@ def split_by_expert(
     if architecture.fused_on_disk:
         warnings.warn(
             f"adapters of {architecture.model_type} experts are written with a key an expert, which kt_moe "
-            "reads again; plain PEFT and vLLM know none for this family, and would leave the experts' part out",
+            "reads again; plain PEFT and vLLM know none for this family, and would leave the experts out",
             stacklevel=2,
         )
     for key, tensor in state_dict.items():
