@@ -96,6 +96,10 @@ void Checkpoint::read(const Entry& entry, std::uint64_t begin, std::span<std::by
   open_files_.open(*entry.file, entry.name)->read(entry.tensor.offset + begin, to, entry.name);
 }
 
+void Checkpoint::read_ahead(const Entry& entry, std::uint64_t begin, std::uint64_t bytes) const {
+  open_files_.open(*entry.file, entry.name)->read_ahead(entry.tensor.offset + begin, bytes);
+}
+
 std::span<const std::byte> Checkpoint::map(const Entry& entry) const {
   return entry.file->map(entry.name).subspan(entry.tensor.offset, entry.tensor.nbytes);
 }

@@ -40,6 +40,9 @@ class Checkpoint {
   // time of modification), or that has become too short; NotFoundError, IoError.
   void read(const Entry& entry, std::uint64_t begin, std::span<std::byte> to) const;
 
+  // Has bytes of the tensor read from the disk meanwhile; throws as `read` does for the file.
+  void read_ahead(const Entry& entry, std::uint64_t begin, std::uint64_t bytes) const;
+
   // The tensor in a read-only mapping of its file, made at first use and kept as long as the checkpoint
   // lives. Throws as `read` does; whoever touches the bytes of a file that was shortened in place since gets
   // SIGBUS.

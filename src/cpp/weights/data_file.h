@@ -43,6 +43,8 @@ class OpenFile {
   // Fills `to` from `offset`. Throws ValueError where the file ends too early, IoError. Several threads may
   // read at once.
   void read(std::uint64_t offset, std::span<std::byte> to, std::string_view tensor = {}) const;
+  // Has the operating system read these bytes from the disk meanwhile, if they are not in memory.
+  void read_ahead(std::uint64_t offset, std::uint64_t bytes) const noexcept;
 
  private:
   std::filesystem::path path_;

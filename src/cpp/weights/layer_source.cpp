@@ -57,6 +57,13 @@ Weight LayerSource::map(int expert, Projection p) const {
 
 Weight LayerSource::map_matrix(int, Projection) const { return {}; }
 
+LayerSource::Stretch LayerSource::stretch(int expert, Projection p) const {
+  const Entry& entry = tensors_.at(expert, p, Role::weight);
+  const auto parts = static_cast<std::uint64_t>(tensors_.fused() ? info_.num_experts : 1);
+  const std::uint64_t bytes = entry.tensor.nbytes / parts;
+  return {&entry, tensors_.fused() ? bytes * static_cast<std::uint64_t>(expert) : 0, bytes};
+}
+
 LayerSource::Plane LayerSource::plane(Projection p, index_t rows) const {
   if (!tensors_.fused()) return {rows};
   if (p == Projection::down) return {rows, 0, 1, rows};

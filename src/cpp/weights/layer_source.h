@@ -48,6 +48,16 @@ class LayerSource {
   // on the way, at most about an expert. Throws ValueError, IoError.
   void read(int expert, Projection p, const MutableWeight& into, Arena& scratch,
             const DecodeKernels& decode) const;
+  // Where the codes of a matrix are stored.
+  struct Stretch {
+    const Entry* entry;
+    std::uint64_t begin, bytes;  // of the tensor
+  };
+  Stretch stretch(int expert, Projection p) const;
+  // Has it read from the disk meanwhile.
+  void read_ahead(const Stretch& stretch) const {
+    tensors_.checkpoint().read_ahead(*stretch.entry, stretch.begin, stretch.bytes);
+  }
   // The matrix where it lies in the mapped file, valid as long as the checkpoint is; its scales are not
   // checked. ValueError if the layout is not the one in memory.
   Weight map(int expert, Projection p) const;

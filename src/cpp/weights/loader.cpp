@@ -3,10 +3,12 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <thread>
+#include <tuple>
 #include <utility>
 
 #include "base/error.h"
@@ -27,10 +29,23 @@ std::size_t task_of(int expert, Projection p) {
   return static_cast<std::size_t>(expert) * projections.size() + index_of(p);
 }
 
-// `nbytes` is what is reported in the end.
-void fill_all(Runtime& runtime, const LayerPlan& plan, std::byte* memory, std::size_t nbytes,
-              const Fill& fill, const Report& report) {
-  const auto tasks = static_cast<std::size_t>(plan.num_experts) * projections.size();
+struct Matrix {
+  int expert;
+  Projection projection;
+};
+
+// Expert by expert.
+std::vector<Matrix> matrices_of(const LayerPlan& plan) {
+  std::vector<Matrix> all;
+  for (int e = 0; e < plan.num_experts; ++e)
+    for (const Projection p : projections) all.push_back({e, p});
+  return all;
+}
+
+// In the given order. `nbytes` is what is reported in the end.
+void fill_all(Runtime& runtime, const LayerPlan& plan, std::byte* memory, const std::vector<Matrix>& order,
+              std::size_t nbytes, const Fill& fill, const Report& report) {
+  const std::size_t tasks = order.size();
   std::atomic<std::size_t> done{0};
   std::size_t reported = 0;  // the caller's alone
   const auto tell = [&] {
@@ -40,8 +55,7 @@ void fill_all(Runtime& runtime, const LayerPlan& plan, std::byte* memory, std::s
   const auto caller = std::this_thread::get_id();
   Runtime::Lease lease(runtime);
   lease.parallel_for(static_cast<index_t>(tasks), [&](index_t task, Arena& scratch) {
-    const int expert = static_cast<int>(task / std::ssize(projections));
-    const Projection p = projections[static_cast<std::size_t>(task % std::ssize(projections))];
+    const auto [expert, p] = order[static_cast<std::size_t>(task)];
     fill(expert, p, plan.at(memory, expert, p), lease.kernels(), scratch);
     ++done;
     if (report && std::this_thread::get_id() == caller) tell();
@@ -131,6 +145,31 @@ std::array<QuantError, 3> sum_errors(const std::vector<QuantError>& each) {
   }
   return sums;
 }
+
+// Keeps the disk busy with the matrices behind those that are being read: a single read waits for its own.
+class ReadAhead {
+ public:
+  ReadAhead(const LayerSource& source, const std::vector<Matrix>& order) : source_(source), order_(order) {
+    constexpr std::uint64_t kBytesAhead = 64 << 20;
+    for (std::uint64_t bytes = 0; asked_ < order.size() && bytes < kBytesAhead;) bytes += ask(asked_++);
+  }
+
+  // A matrix is begun, and another one comes within reach.
+  void advance() {
+    if (const std::size_t next = asked_++; next < order_.size()) ask(next);
+  }
+
+ private:
+  std::uint64_t ask(std::size_t i) const {
+    const LayerSource::Stretch stretch = source_.stretch(order_[i].expert, order_[i].projection);
+    source_.read_ahead(stretch);
+    return stretch.bytes;
+  }
+
+  const LayerSource& source_;
+  const std::vector<Matrix>& order_;
+  std::atomic<std::size_t> asked_{0};
+};
 
 class CheckpointLayer {
  public:
@@ -236,9 +275,12 @@ class CheckpointLayer {
 
   std::array<QuantError, 3> fill(std::byte* memory) {
     std::vector<QuantError> errors(static_cast<std::size_t>(plan_.num_experts) * projections.size());
+    const std::vector<Matrix> order = as_stored();
+    ReadAhead ahead(*source_, order);
     fill_all(
-        *runtime_, plan_, memory, info_.nbytes,
+        *runtime_, plan_, memory, order, info_.nbytes,
         [&](int expert, Projection p, const MutableWeight& into, const KernelSet& kernels, Arena& scratch) {
+          ahead.advance();
           MutableWeight stored = into;
           stored.type = info_.types[index_of(p)];
           if (stored.type == into.type) return source_->read(expert, p, into, scratch, kernels.decode);
@@ -250,6 +292,16 @@ class CheckpointLayer {
         },
         report_);
     return sum_errors(errors);
+  }
+
+  // All matrices in the order in which the files have them.
+  std::vector<Matrix> as_stored() const {
+    std::vector<Matrix> order = matrices_of(plan_);
+    std::ranges::stable_sort(order, {}, [&](const Matrix& m) {
+      const auto [entry, begin, bytes] = source_->stretch(m.expert, m.projection);
+      return std::tuple(entry->file, entry->tensor.offset + begin);
+    });
+    return order;
   }
 
   std::shared_ptr<Runtime> runtime_;
@@ -272,7 +324,7 @@ std::shared_ptr<Experts> experts_from_matrices(std::shared_ptr<Runtime> runtime,
   auto* bytes = static_cast<std::byte*>(memory->data());
   std::vector<QuantError> errors(static_cast<std::size_t>(plan.num_experts) * projections.size());
   fill_all(
-      *runtime, plan, bytes, 0,
+      *runtime, plan, bytes, matrices_of(plan), 0,
       [&](int expert, Projection p, const MutableWeight& into, const KernelSet& kernels, Arena& scratch) {
         try {
           errors[task_of(expert, p)] = convert(kernels, matrices(expert, p), into, scratch);
