@@ -59,7 +59,7 @@ from kt_moe.cli.quiet import quiet
 s = json.loads(sys.argv[1])
 lora = {name: s[name] for name in ("rank", "alpha", "dropout", "targets", "seed")}
 with quiet():
-    save_adapter(add_lora(load_base_model(Path(s["model"]), None), **lora), sys.argv[2])
+    save_adapter(add_lora(load_base_model(Path(s["model"])), **lora), sys.argv[2])
 """
 
 

@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from stored_formats import mxfp4
 from tiny_models import ALL_EXPERTS, CONFIGS, error, load, save_tiny_checkpoint, tiny_model, tokens
 from torch import Tensor
 
@@ -352,3 +353,26 @@ def test_lazy_experts_are_loaded_when_they_are_used(checkpoint: Path) -> None:
 def test_paged_and_cache_dir_exclude_each_other(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="paged and cache_dir, wanted one of them"):
         KtMoeConfig(paged=True, cache_dir=tmp_path)
+
+
+def test_quantised_experts_beside_ordinary_weights(tmp_path: Path) -> None:
+    # As gpt-oss is published: the config says mxfp4, which the experts alone are.
+    save_tiny_checkpoint(tmp_path, "gpt_oss", intermediate_size=32)
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    for key in [key for key in tensors if key.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, into, out = tensors.pop(key).shape
+        blocks, scales, _ = mxfp4(experts, out, into, seed=1)
+        tensors |= {f"{key}_blocks": blocks, f"{key}_scales": scales % 3 + 119}
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}})
+    )
+    with pytest.raises(ValueError, match="KtMoeConfig"):
+        load(tmp_path)
+    ours = transformers.AutoConfig.from_pretrained(tmp_path)
+    del ours.quantization_config
+    model = load(tmp_path, config=ours)
+    assert model(tokens()).logits.isfinite().all()
+    assert {m.experts.format for m in model.modules() if isinstance(m, KtExperts)} == {"mxfp4"}

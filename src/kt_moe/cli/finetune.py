@@ -92,7 +92,7 @@ class _Job:
         s, threads = self.settings, self.args.threads
         if threads is not None:
             torch.set_num_threads(threads)
-        base = load_base_model(Path(s.model), threads)
+        base = load_base_model(Path(s.model), threads=threads, format=s.format, cache_dir=self.args.cache_dir)
         return add_lora(base, rank=s.rank, alpha=s.alpha, dropout=s.dropout, targets=s.targets, seed=s.seed)
 
     def _train(self, model: Any, tokenizer: Any, rows: Rows, checkpoint: Path | None) -> int:

@@ -32,10 +32,10 @@ def load_tokenizer(path: Path) -> Any:
         raise UserError(f"--model {path}: no tokenizer that loads: {error}") from error
 
 
-def load_base_model(path: Path, threads: int | None) -> Any:
+def load_base_model(path: Path, **how: Any) -> Any:
     """The model in bf16, its experts computed by our core, the rest on CUDA where there is a GPU.
 
-    threads: for the experts; None means `kt_moe.default_runtime()`.
+    how: arguments of `KtMoeConfig`.
 
     Raises:
         UserError: files missing or malformed, or an architecture whose experts the core cannot compute.
@@ -44,7 +44,7 @@ def load_base_model(path: Path, threads: int | None) -> Any:
 
     from kt_moe.hf import KtMoeConfig
 
-    config, device = KtMoeConfig(threads=threads), "cuda" if torch.cuda.is_available() else "cpu"
+    config, device = KtMoeConfig(**how), "cuda" if torch.cuda.is_available() else "cpu"
     try:
         config.runtime()
     except ValueError as error:  # KT_MOE_ISA and its kin

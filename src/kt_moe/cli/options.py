@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kt_moe.cli.errors import UserError
+from kt_moe.cli.formats import QUANTISED
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Settings:
     """
 
     model: str
+    format: str
     rank: int
     alpha: float
     dropout: float
@@ -56,6 +58,7 @@ class Settings:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     _add_files(parser.add_argument_group("files").add_argument)
+    _add_experts(parser.add_argument_group("experts").add_argument)
     _add_lora(parser.add_argument_group("LoRA").add_argument)
     _add_training(parser.add_argument_group("training").add_argument)
     _add_watching(parser.add_argument_group("watching").add_argument)
@@ -71,6 +74,18 @@ def _add_files(add: Callable[..., Any]) -> None:
     add("--output", type=Path, required=True, metavar="DIR", help="gets adapter, loss curve, checkpoints")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
     add("--overwrite", action="store_true", help="start anew where an adapter or a run already is")
+
+
+def _add_experts(add: Callable[..., Any]) -> None:
+    formats = ["as-stored", *QUANTISED]
+    add(
+        "--format",
+        choices=formats,
+        default="as-stored",
+        help="of their weights in memory; default: as-stored",
+    )
+    cache = "keep packed layers there: the next run maps them, and starts at once"
+    add("--cache-dir", type=Path, metavar="DIR", help=cache)
 
 
 def _add_lora(add: Callable[..., Any]) -> None:
