@@ -94,7 +94,8 @@ class Experts:
                 from other files (a warning says so), is made first, of the layer's size in that format.
             paged: True leaves the weights in the checkpoint's files and pages them in by access. For layouts
                 that are the one in memory (`LayerInfo.mappable`); the files must not change meanwhile.
-            progress: called now and then with the number of bytes loaded since the last call.
+            progress: called now and then with the number of bytes loaded since the last call. It must not use
+                the runtime, which is at work (RuntimeError).
 
         Raises:
             FileNotFoundError: no such file, or one that the index names is missing.
@@ -143,7 +144,7 @@ class Experts:
 
     @property
     def nbytes(self) -> int:
-        """Bytes the weights take, scales included."""
+        """Bytes the weights take, scales included, biases not."""
         return self._core.nbytes
 
     @property

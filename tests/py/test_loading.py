@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -277,3 +278,48 @@ def test_ctrl_c_ends_a_load(checkpoint: Path, tmp_path: Path) -> None:
     out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
     assert out.stdout == "interrupted\n"
     assert packed_files(tmp_path / "cache") == []
+
+
+def test_progress_must_not_use_the_runtime(checkpoint: Path) -> None:
+    experts = kt_moe.Experts(*weights())
+    with pytest.raises(RuntimeError, match="busy with this thread's own call"):
+        kt_moe.Experts.from_checkpoint(checkpoint, 0, progress=lambda _: experts.dequantize())
+    assert same(experts.dequantize(), weights())
+
+
+@pytest.mark.parametrize("how", [{}, {"paged": True}], ids=["read", "paged"])
+@pytest.mark.parametrize("what", ["scale", "shape", "order"])
+def test_the_same_is_refused_however_it_is_held(tmp_path: Path, what: str, how: dict[str, bool]) -> None:
+    tensors = {}
+    for name, rows, cols in (("gate_proj", 32, 64), ("up_proj", 32, 64), ("down_proj", 64, 32)):
+        codes = {
+            "weight_packed": torch.zeros(rows, cols // 8, dtype=torch.int32),
+            "weight_scale": torch.ones(rows, cols // 32, dtype=torch.bfloat16),
+            "weight_shape": torch.tensor([rows, cols]),
+            "weight_g_idx": torch.arange(cols, dtype=torch.int32) // 32,
+        }
+        if name == "up_proj":
+            codes["weight_scale"][3, 1] = float("nan") if what == "scale" else 1
+            codes["weight_shape"][0] += int(what == "shape")
+            codes["weight_g_idx"][40] -= int(what == "order")
+        tensors |= {f"model.layers.0.mlp.experts.0.{name}.{tail}": t for tail, t in codes.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"up_proj.weight_{'g_idx' if what == 'order' else what}"):
+        kt_moe.Experts.from_checkpoint(tmp_path, 0, **how)
+
+
+def test_a_killed_writer_leaves_no_trace(checkpoint: Path, tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys, kt_moe\n"
+        "kill = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "kt_moe.Experts.from_checkpoint(sys.argv[1], 0, cache_dir=sys.argv[2], progress=kill)\n"
+    )
+    command = [sys.executable, "-c", code, str(checkpoint), str(tmp_path / "cache")]
+    assert subprocess.run(command, timeout=120).returncode == -signal.SIGKILL
+    (left,) = packed_files(tmp_path / "cache")
+    assert left.suffix == ".part"
+    experts = kt_moe.Experts.from_checkpoint(checkpoint, 0, cache_dir=tmp_path / "cache")
+    assert same(experts.dequantize(), weights())
+    (path,) = packed_files(tmp_path / "cache")
+    assert path.suffix == ".ktmoe"
+    assert experts.verify()

@@ -82,4 +82,6 @@ struct WeightAt {
 using Weight = WeightAt<const std::byte>;
 using MutableWeight = WeightAt<std::byte>;
 
+inline Weight frozen(const MutableWeight& w) { return {w.type, w.rows, w.cols, w.codes, w.scales, w.zeros}; }
+
 }  // namespace kt

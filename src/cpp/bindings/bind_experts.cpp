@@ -33,6 +33,8 @@ std::shared_ptr<Experts> from_tensors(py::handle gate, py::handle up, py::handle
   const index_t e = tensors[0].dim(0), i = tensors[0].dim(1), h = tensors[0].dim(2);
   KT_CHECK(e > 0 && i > 0 && h > 0, "gate has shape {}, wanted [E, I, H] with no dimension 0",
            shape_text(tensors[0].shape));
+  constexpr index_t kMostExperts = 1'000'000;
+  KT_CHECK(e <= kMostExperts, "gate has {} experts, wanted at most {}", e, kMostExperts);
   check_shape(tensors[1], "up", {e, i, h}, "[E, I, H] of gate");
   check_shape(tensors[2], "down", {e, h, i}, "[E, H, I] of gate's [E, I, H]");
   Biases biases;
@@ -57,6 +59,12 @@ std::shared_ptr<Experts> from_tensors(py::handle gate, py::handle up, py::handle
   return experts_from_matrices(std::move(runtime), plan, act, matrices, biases);
 }
 
+// A Report of no bytes: lets Ctrl-C end the work.
+void check_signals(std::size_t) {
+  const py::gil_scoped_acquire acquire;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
 std::shared_ptr<Experts> from_checkpoint(std::shared_ptr<const ExpertIndex> index, int layer,
                                          const std::string& activation, const std::string& format,
                                          std::shared_ptr<Runtime> runtime,
@@ -72,9 +80,9 @@ std::shared_ptr<Experts> from_checkpoint(std::shared_ptr<const ExpertIndex> inde
     if (PyErr_WarnEx(PyExc_UserWarning, text.c_str(), 1) != 0) throw py::error_already_set();
   };
   const Report report = [&](std::size_t bytes) {
+    check_signals(0);
     const py::gil_scoped_acquire acquire;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-    if (!progress.is_none()) progress(bytes);
+    if (bytes > 0 && !progress.is_none()) progress(bytes);
   };
   const py::gil_scoped_release release;
   return experts_from_checkpoint(std::move(runtime), std::move(index), layer, options, report);
@@ -92,6 +100,13 @@ void dequantize(const Experts& experts, py::handle gate, py::handle up, py::hand
   }
   const py::gil_scoped_release release;
   for (const Projection p : projections) experts.dequantize(p, memory[index_of(p)]);
+}
+
+// Whether the weights of a packed layer are those that were written.
+bool verify(const Experts& experts) {
+  const py::gil_scoped_release release;
+  const auto& check = experts.placed().verify;
+  return !check || check(experts.runtime(), &check_signals);
 }
 
 // Relative L2 error of gate, up and down, or None.
@@ -127,9 +142,7 @@ void bind_experts(py::module_& m) {
                              [](const Experts& e) { return kt::name_of(e.plan().types.front().format); })
       .def_property_readonly("nbytes", [](const Experts& e) { return e.plan().weight_bytes(); })
       .def_property_readonly("mapped", [](const Experts& e) { return e.placed().mapped; })
-      .def(
-          "verify", [](const Experts& e) { return !e.placed().verify || e.placed().verify(e.runtime()); },
-          py::call_guard<py::gil_scoped_release>())
+      .def("verify", &kt::verify)
       .def_property_readonly("quantization_error", &kt::quantization_error)
       .def_property_readonly("shards", [](const Experts& e) { return e.runtime().shards(); })
       .def("dequantize", &kt::dequantize, py::arg("gate"), py::arg("up"), py::arg("down"));

@@ -7,6 +7,7 @@
 #include <cassert>
 #include <exception>
 #include <memory>
+#include <stdexcept>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -21,6 +22,7 @@ namespace {
 constexpr int kSpins = 2000;
 
 [[maybe_unused]] thread_local bool inside_task = false;
+thread_local const void* mine = nullptr;  // what this thread has claimed last
 
 // Spin briefly, then sleep on a futex, until `word` is no longer `old`.
 void wait_while(const std::atomic<unsigned>& word, unsigned old) {
@@ -123,7 +125,17 @@ WorkerPool::Team& WorkerPool::team() {
   return team_.compare_exchange_strong(team, fresh.get()) ? *fresh.release() : *team;
 }
 
-std::unique_lock<std::mutex> WorkerPool::claim() { return std::unique_lock(team().claimed); }
+WorkerPool::Claim::Claim(std::mutex& claimed) : outer_(mine) {
+  if (mine == &claimed)
+    throw std::runtime_error(
+        "the runtime is busy with this thread's own call, as in a progress callback or a signal handler");
+  lock_ = std::unique_lock(claimed);
+  mine = &claimed;
+}
+
+WorkerPool::Claim::~Claim() { mine = outer_; }
+
+WorkerPool::Claim WorkerPool::claim() { return Claim(team().claimed); }
 
 void WorkerPool::parallel_for(int tasks, const std::function<void(int, int)>& body) {
   assert(!inside_task);

@@ -18,9 +18,21 @@ class WorkerPool {
 
   int threads() const { return threads_; }
 
-  // The pool for one caller at a time, for as long as the lock lives. In a forked child, where the threads of
-  // the parent do not exist, they are started anew.
-  [[nodiscard]] std::unique_lock<std::mutex> claim();
+  // The pool for one caller at a time. Of the thread that made it.
+  class Claim {
+   public:
+    explicit Claim(std::mutex& claimed);
+    ~Claim();
+    Claim(const Claim&) = delete;
+    Claim& operator=(const Claim&) = delete;
+
+   private:
+    const void* outer_;  // another pool's that the thread holds
+    std::unique_lock<std::mutex> lock_;
+  };
+  // In a forked child, where the threads of the parent do not exist, they are started anew.
+  // std::runtime_error if this thread holds the pool already: it would wait for itself.
+  [[nodiscard]] Claim claim();
 
   // Runs body(task, worker) for every task in [0, tasks), worker in [0, threads()), each worker one task at a
   // time; returns when all are done. Tasks start in order, so put the longest first. The first exception of a

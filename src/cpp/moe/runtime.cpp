@@ -75,7 +75,7 @@ Runtime::Runtime(std::optional<int> threads, std::optional<int> shards, std::opt
 }
 
 std::size_t Runtime::scratch_bytes() {
-  const std::unique_lock<std::mutex> claim = pool_.claim();
+  const WorkerPool::Claim claim = pool_.claim();
   std::size_t total = memory_.peak();
   for (const Arena& arena : scratch_) total += arena.peak();
   return total;

@@ -43,7 +43,7 @@ class Runtime {
 
    private:
     Runtime& runtime_;
-    std::unique_lock<std::mutex> claim_;
+    WorkerPool::Claim claim_;
   };
 
  private:

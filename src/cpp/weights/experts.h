@@ -1,26 +1,13 @@
 // The frozen experts of one layer, wherever they lie: memory of their own, or a mapped file. Immutable.
 #pragma once
 
-#include <array>
 #include <memory>
 
 #include "moe/layer.h"
 #include "weights/layer_plan.h"
-#include "weights/quantize.h"
+#include "weights/placed.h"
 
 namespace kt {
-
-// The weights of a layer, and what keeps them there.
-struct Placed {
-  std::shared_ptr<const void> memory;
-  std::array<std::vector<Weight>, 3> weights;    // gate, up, down; one an expert
-  std::array<std::vector<bf16_t>, 3> biases;     // of gate, up, down; empty: none
-  std::function<void(int expert)> fetch;         // see ExpertWeights
-  std::function<bool(Runtime& runtime)> verify;  // of a packed file: reads all of it
-  bool mapped = false;                           // paged in from a file by access
-  bool quantized = false;                        // when they were loaded, with these errors
-  std::array<QuantError, 3> errors{};            // of gate, up, down
-};
 
 class Experts {
  public:

@@ -114,7 +114,7 @@ std::span<const float> LayerSource::read_floats(const Entry& entry, Arena& scrat
   return {floats, halves.size()};
 }
 
-void LayerSource::check_scales(const Entry& entry, int expert, const MutableWeight& matrix) const {
+void LayerSource::check_scales(const Entry& entry, int expert, const Weight& matrix) const {
   const auto bad = bad_scale(matrix.type.scale, matrix.scales, matrix.scale_count());
   if (!bad) return;
   const index_t across = ceil_div(matrix.cols, matrix.group());

@@ -58,8 +58,8 @@ class LayerSource {
   void read_ahead(const Stretch& stretch) const {
     tensors_.checkpoint().read_ahead(*stretch.entry, stretch.begin, stretch.bytes);
   }
-  // The matrix where it lies in the mapped file, valid as long as the checkpoint is; its scales are not
-  // checked. ValueError if the layout is not the one in memory.
+  // The matrix where it lies in the mapped file, valid as long as the checkpoint is. ValueError if the layout
+  // is not the one in memory, and for what `read` refuses.
   Weight map(int expert, Projection p) const;
   // [rows] of the matrix. Only if info().biases.
   void read_bias(int expert, Projection p, bf16_t* into, Arena& scratch, const DecodeKernels& decode) const;
@@ -96,7 +96,7 @@ class LayerSource {
   }
   // BF16, F16 or F32 to fp32.
   std::span<const float> read_floats(const Entry& entry, Arena& scratch) const;
-  void check_scales(const Entry& entry, int expert, const MutableWeight& matrix) const;
+  void check_scales(const Entry& entry, int expert, const Weight& matrix) const;
   // Columns of a quantised matrix in another order than their groups' are refused.
   void check_order(int expert, Projection p, Arena& scratch) const;
 

@@ -1,121 +1,21 @@
 #include "weights/loader.h"
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstring>
-#include <thread>
 #include <tuple>
 #include <utility>
 
 #include "base/error.h"
 #include "gemm/decode.h"
 #include "weights/checksum.h"
+#include "weights/fill.h"
 #include "weights/packed_file.h"
 #include "weights/text.h"
 
 namespace kt {
 namespace fs = std::filesystem;
 namespace {
-
-// Writes one matrix; called by several threads at once, each with scratch that is empty at first.
-using Fill = std::function<void(int expert, Projection p, const MutableWeight& into, const KernelSet& kernels,
-                                Arena& scratch)>;
-
-std::size_t task_of(int expert, Projection p) {
-  return static_cast<std::size_t>(expert) * projections.size() + index_of(p);
-}
-
-struct Matrix {
-  int expert;
-  Projection projection;
-};
-
-// Expert by expert.
-std::vector<Matrix> matrices_of(const LayerPlan& plan) {
-  std::vector<Matrix> all;
-  for (int e = 0; e < plan.num_experts; ++e)
-    for (const Projection p : projections) all.push_back({e, p});
-  return all;
-}
-
-// In the given order. `nbytes` is what is reported in the end.
-void fill_all(Runtime& runtime, const LayerPlan& plan, std::byte* memory, const std::vector<Matrix>& order,
-              std::size_t nbytes, const Fill& fill, const Report& report) {
-  const std::size_t tasks = order.size();
-  std::atomic<std::size_t> done{0};
-  std::size_t reported = 0;  // the caller's alone
-  const auto tell = [&] {
-    const std::size_t now = nbytes / tasks * done + (done == tasks ? nbytes % tasks : 0);
-    report(now - std::exchange(reported, now));
-  };
-  const auto caller = std::this_thread::get_id();
-  Runtime::Lease lease(runtime);
-  lease.parallel_for(static_cast<index_t>(tasks), [&](index_t task, Arena& scratch) {
-    const auto [expert, p] = order[static_cast<std::size_t>(task)];
-    fill(expert, p, plan.at(memory, expert, p), lease.kernels(), scratch);
-    ++done;
-    if (report && std::this_thread::get_id() == caller) tell();
-  });
-  if (report) tell();
-}
-
-Weight frozen(const MutableWeight& w) { return {w.type, w.rows, w.cols, w.codes, w.scales, w.zeros}; }
-
-Placed place(const LayerPlan& plan, std::byte* memory, std::shared_ptr<const void> owner) {
-  Placed placed;
-  placed.memory = std::move(owner);
-  for (int e = 0; e < plan.num_experts; ++e)
-    for (const Projection p : projections)
-      placed.weights[index_of(p)].push_back(frozen(plan.at(memory, e, p)));
-  return placed;
-}
-
-// Tells the kernel that these bytes of a mapping are wanted soon.
-void read_ahead(const std::byte* bytes, index_t count) {
-  static const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
-  const auto begin = reinterpret_cast<std::uintptr_t>(bytes), first = begin / page * page;
-  ::madvise(reinterpret_cast<void*>(first), begin + static_cast<std::uintptr_t>(count) - first,
-            MADV_WILLNEED);
-}
-
-void page_in(Placed& placed) {
-  placed.mapped = true;
-  placed.fetch = [weights = placed.weights](int expert) {
-    for (const auto& stack : weights) {
-      const Weight& w = stack[static_cast<std::size_t>(expert)];
-      read_ahead(w.codes, w.codes_bytes());
-      if (w.scales_bytes() > 0) read_ahead(w.scales, w.scales_bytes());
-    }
-  };
-}
-
-template <class T>
-T* scratch_for(index_t bytes, Arena& scratch) {
-  return bytes == 0 ? nullptr : scratch.take<T>(bytes);
-}
-
-// A matrix without memory gets some.
-MutableWeight in_scratch(MutableWeight w, Arena& scratch) {
-  w.codes = scratch.take<std::byte>(w.codes_bytes());
-  w.scales = scratch_for<std::byte>(w.scales_bytes(), scratch);
-  w.zeros = scratch_for<std::byte>(w.zeros_bytes(), scratch);
-  return w;
-}
-
-// A bf16, fp16 or fp32 matrix in the type of `into`.
-QuantError convert(const KernelSet& kernels, const MatView& from, const MutableWeight& into, Arena& scratch) {
-  const bool keep = into.type.format == Format::bf16;
-  if (!keep && from.dtype != DType::f16) return quantize(kernels, from, into);
-  auto* rows = keep ? reinterpret_cast<bf16_t*>(into.codes) : scratch.take<bf16_t>(from.rows * from.cols);
-  for (index_t i = 0; i < from.rows; ++i)
-    round_row(kernels.decode, from.dtype, from.cols, static_cast<const std::byte*>(from.at(i, 0)),
-              rows + i * from.cols);
-  return keep ? QuantError{} : quantize(kernels, view(rows, DType::bf16, from.rows, from.cols), into);
-}
 
 // A dense matrix in bf16, row by row; nothing of one without data.
 std::vector<bf16_t> rounded(Runtime& runtime, const MatView& from) {
@@ -128,22 +28,12 @@ std::vector<bf16_t> rounded(Runtime& runtime, const MatView& from) {
   return rows;
 }
 
-// Another number when a file of the checkpoint has changed; a faithful copy of the directory has the same.
+// Another number when a file of the checkpoint has changed.
 std::uint64_t fingerprint(const Checkpoint& checkpoint) {
   std::string text;
   for (const DataFile& file : checkpoint.files())
     text += message("{} {} {}\n", file.path().filename().native(), file.stamp().size, file.stamp().mtime_ns);
   return checksum(std::as_bytes(std::span(text)));
-}
-
-// Errors of all experts, added in order.
-std::array<QuantError, 3> sum_errors(const std::vector<QuantError>& each) {
-  std::array<QuantError, 3> sums{};
-  for (std::size_t i = 0; i < each.size(); ++i) {
-    sums[i % sums.size()].error += each[i].error;
-    sums[i % sums.size()].norm += each[i].norm;
-  }
-  return sums;
 }
 
 // Keeps the disk busy with the matrices behind those that are being read: a single read waits for its own.
@@ -193,8 +83,7 @@ class CheckpointLayer {
   std::shared_ptr<Experts> load() {
     KT_CHECK(!options_.paged || !options_.cache_dir,
              "paged leaves the weights in the checkpoint's files, cache_dir puts them into packed ones: "
-             "wanted one "
-             "of them");
+             "wanted one of them");
     Placed placed = options_.paged ? mapped() : options_.cache_dir ? packed() : in_memory();
     if (info_.biases) placed.biases = biases();
     return std::make_shared<Experts>(runtime_, plan_, options_.activation, std::move(placed));
@@ -226,42 +115,54 @@ class CheckpointLayer {
     return placed;
   }
 
+  // Checked as if it were read: the pages of its scales are.
   Placed mapped() {
     KT_CHECK(!convert_, "format is \"{}\", paged needs the one in the files: \"{}\"",
              name_of(*options_.format), name_of(info_.types.front().format));
     Placed placed;
     placed.memory = index_;
-    for (int e = 0; e < plan_.num_experts; ++e)
-      for (const Projection p : projections) placed.weights[index_of(p)].push_back(source_->map(e, p));
+    for (auto& stack : placed.weights) stack.resize(static_cast<std::size_t>(info_.num_experts));
+    {
+      Runtime::Lease lease(*runtime_);
+      lease.parallel_for(info_.num_experts, [&](index_t expert, Arena&) {
+        for (const Projection p : projections)
+          placed.weights[index_of(p)][static_cast<std::size_t>(expert)] =
+              source_->map(static_cast<int>(expert), p);
+      });
+    }
+    if (report_) report_(info_.nbytes);
     page_in(placed);
     return placed;
   }
 
   Placed packed() {
-    PackedLayer wanted{plan_, fingerprint(index_->checkpoint()), quantizes(), {}};
     const fs::path path = packed_path();
+    PackedLayer wanted{plan_, fingerprint(index_->checkpoint()), quantizes(), {}};
     std::string why;
     auto file = PackedFile::open(path, wanted, why);
     if (!why.empty() && options_.warn)
       options_.warn(message("{}: ignored and made again: {}", quote(path.native()), why));
-    if (file != nullptr && report_) report_(info_.nbytes);
-    if (file == nullptr) {
-      PackedWriter writer(path, plan_);
-      file = PackedFile::open(path, wanted, why);  // another process may have made it meanwhile
-      if (file == nullptr) {
-        wanted.errors = fill(writer.weights());
-        writer.commit(wanted, *runtime_);
-        file = PackedFile::open(path, wanted, why);
-      }
-      if (file == nullptr)
-        throw IoError(message("{}: cannot be read after it was written: {}", quote(path.native()), why));
-    }
-    Placed placed = place(plan_, const_cast<std::byte*>(file->weights()), file);
+    if (file == nullptr) file = pack(path, wanted);
+    if (report_) report_(info_.nbytes - packed_);
+    Placed placed = place(plan_, file->weights(), file);
     placed.quantized = file->layer().quantized;
     placed.errors = file->layer().errors;
-    placed.verify = [file](Runtime& runtime) { return file->verify(runtime); };
+    placed.verify = [file](Runtime& runtime, const Report& report) { return file->verify(runtime, report); };
     page_in(placed);
     return placed;
+  }
+
+  std::shared_ptr<const PackedFile> pack(const fs::path& path, PackedLayer layer) {
+    std::string why;
+    PackedWriter writer(path, plan_, report_);
+    if (auto file = PackedFile::open(path, layer, why)) return file;  // another process made it meanwhile
+    layer.errors = fill(writer.reserve());
+    packed_ = info_.nbytes;
+    writer.commit(layer, *runtime_, report_);
+    auto file = PackedFile::open(path, layer, why);
+    if (file == nullptr)
+      throw IoError(message("{}: cannot be read after it was written: {}", quote(path.native()), why));
+    return file;
   }
 
   // One folder a checkpoint, told apart by where it is.
@@ -274,24 +175,22 @@ class CheckpointLayer {
   }
 
   std::array<QuantError, 3> fill(std::byte* memory) {
-    std::vector<QuantError> errors(static_cast<std::size_t>(plan_.num_experts) * projections.size());
     const std::vector<Matrix> order = as_stored();
     ReadAhead ahead(*source_, order);
-    fill_all(
+    return fill_all(
         *runtime_, plan_, memory, order, info_.nbytes,
-        [&](int expert, Projection p, const MutableWeight& into, const KernelSet& kernels, Arena& scratch) {
+        [&](const Matrix& m, const MutableWeight& into, const KernelSet& kernels, Arena& scratch) {
           ahead.advance();
           MutableWeight stored = into;
-          stored.type = info_.types[index_of(p)];
-          if (stored.type == into.type) return source_->read(expert, p, into, scratch, kernels.decode);
-          stored = in_scratch(stored, scratch);
-          source_->read(expert, p, stored, scratch, kernels.decode);
+          stored.type = info_.types[index_of(m.projection)];
+          const bool convert_it = stored.type != into.type;
+          if (convert_it) stored = in_scratch(stored, scratch);
+          source_->read(m.expert, m.projection, stored, scratch, kernels.decode);
+          if (!convert_it) return QuantError{};
           const Weight w = frozen(stored);
-          const MatView decoded = in_bf16(kernels, whole(w), scratch);
-          errors[task_of(expert, p)] = convert(kernels, decoded, into, scratch);
+          return convert(kernels, in_bf16(kernels, whole(w), scratch), into, scratch);
         },
         report_);
-    return sum_errors(errors);
   }
 
   // All matrices in the order in which the files have them.
@@ -313,6 +212,7 @@ class CheckpointLayer {
   const LayerInfo& info_;
   LayerPlan plan_;
   bool convert_ = false;
+  std::size_t packed_ = 0;  // bytes already reported as read
 };
 
 }  // namespace
@@ -322,20 +222,19 @@ std::shared_ptr<Experts> experts_from_matrices(std::shared_ptr<Runtime> runtime,
                                                const Biases& biases) {
   const auto memory = std::make_shared<Buffer>(static_cast<std::size_t>(plan.bytes()));
   auto* bytes = static_cast<std::byte*>(memory->data());
-  std::vector<QuantError> errors(static_cast<std::size_t>(plan.num_experts) * projections.size());
-  fill_all(
+  const auto errors = fill_all(
       *runtime, plan, bytes, matrices_of(plan), 0,
-      [&](int expert, Projection p, const MutableWeight& into, const KernelSet& kernels, Arena& scratch) {
+      [&](const Matrix& m, const MutableWeight& into, const KernelSet& kernels, Arena& scratch) {
         try {
-          errors[task_of(expert, p)] = convert(kernels, matrices(expert, p), into, scratch);
+          return convert(kernels, matrices(m.expert, m.projection), into, scratch);
         } catch (const ValueError& error) {
-          throw ValueError(message("{}: expert {}: {}", name_of(p), expert, error.what()));
+          throw ValueError(message("{}: expert {}: {}", name_of(m.projection), m.expert, error.what()));
         }
       },
       {});
   Placed placed = place(plan, bytes, memory);
   placed.quantized = plan.types.front().format != Format::bf16;
-  placed.errors = sum_errors(errors);
+  placed.errors = errors;
   for (const Projection p : projections) placed.biases[index_of(p)] = rounded(*runtime, biases[index_of(p)]);
   return std::make_shared<Experts>(std::move(runtime), plan, activation, std::move(placed));
 }

@@ -9,12 +9,9 @@
 
 #include "weights/expert_index.h"
 #include "weights/experts.h"
+#include "weights/fill.h"
 
 namespace kt {
-
-// Called on the caller's thread while weights are loaded, with the bytes read since the last call. What it
-// throws ends the work and leaves nothing behind.
-using Report = std::function<void(std::size_t bytes)>;
 
 // One [rows, cols] matrix, bf16, fp16 or fp32, an expert and projection; read by several threads at once.
 using Matrices = std::function<MatView(int expert, Projection p)>;

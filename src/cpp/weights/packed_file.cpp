@@ -6,11 +6,14 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <span>
 #include <string_view>
 #include <system_error>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -73,13 +76,16 @@ bool same_layer(const Header& a, const Header& b) {
 }
 
 // Expert by expert, so that threads share the work.
-std::uint64_t weights_checksum(Runtime& runtime, const LayerPlan& plan, const std::byte* weights) {
+std::uint64_t weights_checksum(Runtime& runtime, const LayerPlan& plan, const std::byte* weights,
+                               const Report& report) {
   const auto each = static_cast<std::size_t>(plan.bytes() / plan.num_experts);
+  const auto caller = std::this_thread::get_id();
   std::vector<std::uint64_t> sums(static_cast<std::size_t>(plan.num_experts));
   Runtime::Lease lease(runtime);
   lease.parallel_for(plan.num_experts, [&](index_t expert, Arena&) {
     const auto e = static_cast<std::size_t>(expert);
     sums[e] = checksum({weights + e * each, each});
+    if (report && std::this_thread::get_id() == caller) report(0);
   });
   return checksum(std::as_bytes(std::span(sums)));
 }
@@ -152,11 +158,11 @@ PackedFile::~PackedFile() { ::munmap(const_cast<std::byte*>(map_), bytes_); }
 
 const std::byte* PackedFile::weights() const { return map_ + kHeaderBytes; }
 
-bool PackedFile::verify(Runtime& runtime) const {
-  return weights_checksum(runtime, layer_.plan, weights()) == checksum_;
+bool PackedFile::verify(Runtime& runtime, const Report& report) const {
+  return weights_checksum(runtime, layer_.plan, weights(), report) == checksum_;
 }
 
-PackedWriter::PackedWriter(fs::path path, const LayerPlan& plan)
+PackedWriter::PackedWriter(fs::path path, const LayerPlan& plan, const Report& report)
     : path_(std::move(path)),
       temporary_(path_),
       bytes_(kHeaderBytes + static_cast<std::size_t>(plan.bytes())) {
@@ -169,22 +175,35 @@ PackedWriter::PackedWriter(fs::path path, const LayerPlan& plan)
   for (;;) {
     fd_ = ::open(temporary_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
     if (fd_ < 0) throw_errno(temporary_, "cannot write", errno);
-    while (::flock(fd_, LOCK_EX) != 0 && errno == EINTR) continue;  // some file systems have no locks
+    try {
+      lock(report);
+    } catch (...) {
+      ::close(fd_);
+      throw;
+    }
     struct stat mine{}, named{};
     if (::fstat(fd_, &mine) == 0 && ::stat(temporary_.c_str(), &named) == 0 && mine.st_ino == named.st_ino)
       break;
     ::close(fd_);
   }
+}
+
+// Some file systems have no locks: two writers then write the same bytes.
+void PackedWriter::lock(const Report& report) const {
+  while (::flock(fd_, LOCK_EX | LOCK_NB) != 0 && (errno == EWOULDBLOCK || errno == EINTR)) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    if (report) report(0);
+  }
+}
+
+std::byte* PackedWriter::reserve() {
   // Space for all of it now: a full disk would be a signal when the mapping is written.
   const int full = ::posix_fallocate(fd_, 0, static_cast<off_t>(bytes_));
-  void* map = full != 0 ? MAP_FAILED : ::mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, fd_, 0);
-  if (map == MAP_FAILED) {
-    const int why = full != 0 ? full : errno;
-    ::unlink(temporary_.c_str());
-    ::close(fd_);
-    throw_errno(temporary_, message("cannot make a file of {} bytes", bytes_), why);
-  }
+  if (full != 0) throw_errno(temporary_, message("cannot make a file of {} bytes", bytes_), full);
+  void* map = ::mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, fd_, 0);
+  if (map == MAP_FAILED) throw_errno(temporary_, "cannot map", errno);
   map_ = static_cast<std::byte*>(map);
+  return map_ + kHeaderBytes;
 }
 
 PackedWriter::~PackedWriter() {
@@ -194,15 +213,19 @@ PackedWriter::~PackedWriter() {
   ::close(fd_);
 }
 
-std::byte* PackedWriter::weights() const { return map_ + kHeaderBytes; }
-
-void PackedWriter::commit(const PackedLayer& layer, Runtime& runtime) {
+void PackedWriter::commit(const PackedLayer& layer, Runtime& runtime, const Report& report) {
   Header header = header_of(layer);
-  header.weights_checksum = weights_checksum(runtime, layer.plan, weights());
+  header.weights_checksum = weights_checksum(runtime, layer.plan, map_ + kHeaderBytes, report);
   header.checksum = own_checksum(header);
   std::memcpy(map_, &header, sizeof header);
-  if (::msync(map_, bytes_, MS_SYNC) != 0 || ::ftruncate(fd_, static_cast<off_t>(bytes_)) != 0 ||
-      ::fsync(fd_) != 0 || ::rename(temporary_.c_str(), path_.c_str()) != 0)
+  constexpr std::size_t kChunk = std::size_t{64} << 20;
+  for (std::size_t done = 0; done < bytes_; done += kChunk) {
+    if (::msync(map_ + done, std::min(kChunk, bytes_ - done), MS_SYNC) != 0)
+      throw_errno(temporary_, "cannot write", errno);
+    if (report) report(0);
+  }
+  if (::ftruncate(fd_, static_cast<off_t>(bytes_)) != 0 || ::fsync(fd_) != 0 ||
+      ::rename(temporary_.c_str(), path_.c_str()) != 0)
     throw_errno(path_, "cannot write", errno);
   ::close(std::exchange(fd_, -1));
   sync_directory(path_.parent_path());

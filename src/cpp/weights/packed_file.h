@@ -10,6 +10,7 @@
 #include <string>
 
 #include "moe/runtime.h"
+#include "weights/fill.h"
 #include "weights/layer_plan.h"
 #include "weights/quantize.h"
 
@@ -36,7 +37,7 @@ class PackedFile {
   const PackedLayer& layer() const { return layer_; }
   const std::byte* weights() const;
   // Reads all of it: whether the weights are those that were written.
-  bool verify(Runtime& runtime) const;
+  bool verify(Runtime& runtime, const Report& report) const;
 
  private:
   PackedFile(const std::byte* map, std::size_t bytes) : map_(map), bytes_(bytes) {}
@@ -51,17 +52,21 @@ class PackedFile {
 // processes: the next one waits.
 class PackedWriter {
  public:
-  // IoError if the directory cannot be made or written, or the disk is full.
-  PackedWriter(std::filesystem::path path, const LayerPlan& plan);
+  // Waits for another writer, reporting 0 bytes meanwhile. IoError if the directory cannot be made or
+  // written.
+  PackedWriter(std::filesystem::path path, const LayerPlan& plan, const Report& report);
   ~PackedWriter();
   PackedWriter(const PackedWriter&) = delete;
   PackedWriter& operator=(const PackedWriter&) = delete;
 
-  std::byte* weights() const;
-  // Waits until all of it is on the disk. Afterwards `path` is this file.
-  void commit(const PackedLayer& layer, Runtime& runtime);
+  // Memory for the weights. IoError if the disk is full.
+  std::byte* reserve();
+  // Waits until all of it is on the disk, reporting 0 bytes meanwhile. Afterwards `path` is this file.
+  void commit(const PackedLayer& layer, Runtime& runtime, const Report& report);
 
  private:
+  void lock(const Report& report) const;
+
   std::filesystem::path path_, temporary_;
   int fd_ = -1;
   std::byte* map_ = nullptr;

@@ -36,7 +36,7 @@ class WordsSource final : public LayerSource {
     const auto scales = read_floats(scale_entry, scratch);
     transpose(reinterpret_cast<const std::uint32_t*>(scales.data()), out, groups, out,
               reinterpret_cast<std::uint32_t*>(into.scales), groups);
-    check_scales(scale_entry, expert, into);
+    check_scales(scale_entry, expert, frozen(into));
     if (into.type.zero_points) {
       const auto words = read_tensor<std::uint32_t>(tensors().at(expert, p, Role::zeros), scratch);
       unpack_zeros(words.data(), 1, out / codes_in_word, out, groups, awq_ ? awq_order : gptq_order,

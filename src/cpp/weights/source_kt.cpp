@@ -30,7 +30,7 @@ class TilesSource final : public LayerSource {
       for (index_t i = 0; i < rows; ++i)
         to[i * step] = part_scales[static_cast<std::size_t>(i)] * (int4 ? 16.0f : 1.0f);
     }
-    check_scales(tensors().at(expert, p, Role::scale), expert, into);
+    check_scales(tensors().at(expert, p, Role::scale), expert, frozen(into));
   }
 };
 

@@ -77,7 +77,7 @@ class RowsSource final : public LayerSource {
     } else {
       read_rows(entry, expert, rows, scale_row_bytes(into), 0, rows.rows, into.scales, scratch);
     }
-    check_scales(entry, expert, into);
+    check_scales(entry, expert, frozen(into));
   }
 
   // compressed-tensors writes the matrix's shape beside its words.
@@ -114,6 +114,9 @@ class RowsSource final : public LayerSource {
   }
 
   Weight map_matrix(int expert, Projection p) const override {
+    Arena scratch;
+    check_shape(expert, p, scratch);
+    check_order(expert, p, scratch);
     const auto place = [&](const Entry& entry, const Plane& rows, index_t row_bytes) {
       return tensors().checkpoint().map(entry).data() + (expert * rows.per_expert + rows.first) * row_bytes;
     };
@@ -121,8 +124,10 @@ class RowsSource final : public LayerSource {
     Weight mapped;
     mapped.type = m.type, mapped.rows = m.rows, mapped.cols = m.cols;
     mapped.codes = place(weight(expert, p), plane(p, m.rows), m.code_bytes(m.cols));
-    if (m.type.scale != ScaleType::none)
+    if (m.type.scale != ScaleType::none) {
       mapped.scales = place(scale(expert, p), scale_plane(p, m), scale_row_bytes(m));
+      check_scales(scale(expert, p), expert, mapped);
+    }
     return mapped;
   }
 };
