@@ -34,8 +34,8 @@ class LayerInfo:
     dtype: str
     """Of the weights, as the file names it: "BF16", "F8_E4M3", "I32", ..."""
     layout: str
-    """"per-expert" (tensors of its own for each), "fused" (of all experts), "fused, transposed",
-    "fused, interleaved", "compressed-tensors", "gptq", "awq", "mxfp4" or "kt"; see docs/formats.md."""
+    """"per-expert" (tensors of its own for each), "fused" (of all experts), "fused, transposed", "fused,
+    transposed, interleaved", "compressed-tensors", "gptq", "awq", "mxfp4" or "kt"; see docs/formats.md."""
     nbytes: int
     """Bytes of all experts in the files."""
     format: str
@@ -80,12 +80,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        name = os.fspath(path)
-        if not isinstance(name, str):
-            raise TypeError(f"path is a {type(name).__name__}, wanted a str or a path")
-        if "\0" in name:
-            raise ValueError(f"path is {name!r}, wanted no NUL character in it")
-        self._core = _core.Checkpoint(name)
+        self._core = _core.Checkpoint(check_path("path", path))
 
     @property
     def path(self) -> Path:
@@ -117,6 +112,7 @@ class Checkpoint:
             ValueError: no experts in that layer, an expert's tensor that is missing, tensors whose shapes or
                 dtypes disagree, or a format that is not supported. The message names the tensor.
         """
+        check_layer(layer)
         return LayerInfo(**self._core.layer(layer))
 
     def __repr__(self) -> str:
@@ -127,6 +123,35 @@ class Checkpoint:
             f"experts in {_count(len(self.layers), 'layer')}",
         ]
         return f"Checkpoint({str(self.path)!r}: {', '.join(parts)})"
+
+
+def check_path(name: str, path: str | os.PathLike[str]) -> str:
+    """A path as text.
+
+    Raises:
+        TypeError: not a str and not a path.
+        ValueError: empty, or with a NUL character or half a surrogate pair in it.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{name} is a {type(path).__name__}, wanted a str or a path")
+    text = os.fspath(path)
+    if not isinstance(text, str):
+        raise TypeError(f"{name} is a {type(text).__name__}, wanted a str or a path")
+    if not text or "\0" in text:
+        raise ValueError(f"{name} is {text!r}, wanted at least a character, and no NUL among them")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} is {text!r}, which no file system can hold") from None
+    return text
+
+
+def check_layer(layer: int) -> None:
+    """TypeError unless it is a whole number; ValueError for one that no layer has."""
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise TypeError(f"layer is {layer!r}, wanted an int")
+    if not 0 <= layer < 2**31:
+        raise ValueError(f"layer is {layer}, wanted a number from 0 to {2**31 - 1}")
 
 
 def _count(n: int, noun: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kt_moe import _core
-from kt_moe.checkpoint import Checkpoint
+from kt_moe.checkpoint import Checkpoint, check_layer, check_path
 from kt_moe.runtime import Runtime, default_runtime
 from kt_moe.tensors import check_tensor, on_cpu
 
@@ -104,7 +104,12 @@ class Experts:
             OSError: a file cannot be read, or a packed layer not be written.
         """
         _check_format(format, CHECKPOINT_FORMATS)
-        directory = None if cache_dir is None else os.fspath(cache_dir)
+        check_layer(layer)
+        if not isinstance(paged, bool):
+            raise TypeError(f"paged is {paged!r}, wanted True or False")
+        if progress is not None and not callable(progress):
+            raise TypeError(f"progress is {progress!r}, wanted a function of a number of bytes")
+        directory = None if cache_dir is None else check_path("cache_dir", cache_dir)
         checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(path)
         runtime = runtime or default_runtime()
         self = cls.__new__(cls)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -323,3 +325,87 @@ def test_a_killed_writer_leaves_no_trace(checkpoint: Path, tmp_path: Path) -> No
     (path,) = packed_files(tmp_path / "cache")
     assert path.suffix == ".ktmoe"
     assert experts.verify()
+
+
+def test_another_index_is_another_checkpoint(tmp_path: Path) -> None:
+    def tensors(seed: int) -> dict[str, Tensor]:
+        return {
+            f"model.layers.0.mlp.experts.{e}.{name}_proj.weight": stack[e].contiguous()
+            for name, stack in zip(("gate", "up", "down"), weights(seed), strict=True)
+            for e in range(E)
+        }
+
+    for seed in (0, 1):
+        save_file(tensors(seed), tmp_path / f"model-{seed}.safetensors")
+    index, cache = tmp_path / "model.safetensors.index.json", tmp_path / "cache"
+    for first in (0, 1):  # the same files, and who holds expert 0 changes
+        files = {
+            name: f"model-{first if '.0.' in name[20:] else 1 - first}.safetensors" for name in tensors(0)
+        }
+        index.write_text(json.dumps({"weight_map": files}))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            packed = kt_moe.Experts.from_checkpoint(tmp_path, 0, cache_dir=cache)
+        assert same(packed.dequantize(), kt_moe.Experts.from_checkpoint(tmp_path, 0).dequantize())
+
+
+@pytest.mark.parametrize("how", ["memory", "packed", "paged"])
+def test_a_file_changed_in_place(checkpoint: Path, tmp_path: Path, how: str) -> None:
+    options = {"memory": {}, "packed": {"cache_dir": tmp_path / "cache"}, "paged": {"paged": True}}[how]
+    index = kt_moe.Checkpoint(checkpoint)
+    kt_moe.Experts.from_checkpoint(index, 0, **options)
+    os.utime(checkpoint / "model.safetensors", (1, 1))
+    with pytest.raises(ValueError, match=r"model\.safetensors.*has changed"):
+        kt_moe.Experts.from_checkpoint(index, 0, **options)
+
+
+def test_a_file_changed_during_a_load(checkpoint: Path, tmp_path: Path) -> None:
+    def change(_: int) -> None:
+        os.utime(checkpoint / "model.safetensors", (1, 1))
+
+    with pytest.raises(ValueError, match="has changed"):
+        kt_moe.Experts.from_checkpoint(checkpoint, 0, cache_dir=tmp_path / "cache", progress=change)
+    assert packed_files(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_no_other_file_is_overwritten(checkpoint: Path, tmp_path: Path, link: Any) -> None:
+    cache, victim = tmp_path / "cache", tmp_path / "victim"
+    kt_moe.Experts.from_checkpoint(checkpoint, 0, cache_dir=cache)
+    (path,) = packed_files(cache)
+    path.unlink()
+    victim.write_text("precious")
+    link(victim, f"{path}.part")
+    with pytest.raises(OSError, match=r"layer-0\.bf16\.ktmoe\.part"):
+        kt_moe.Experts.from_checkpoint(checkpoint, 0, cache_dir=cache)
+    assert victim.read_text() == "precious"
+
+
+def test_weights_that_cannot_be_quantised_are_named(tmp_path: Path) -> None:
+    gate, up, down = weights()
+    up[1, 2, 3] = float("nan")
+    tensors = {
+        f"model.layers.0.mlp.experts.{e}.{name}_proj.weight": stack[e].contiguous()
+        for name, stack in (("gate", gate), ("up", up), ("down", down))
+        for e in range(E)
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"layer 0: up of expert 1: the weight in row 2, column 3 is nan"):
+        kt_moe.Experts.from_checkpoint(tmp_path, 0, format="int8")
+
+
+def test_arguments_of_the_wrong_type(checkpoint: Path) -> None:
+    for wrong in (True, "0", None, 0.0):
+        with pytest.raises(TypeError, match=r"layer is .*, wanted an int"):
+            kt_moe.Experts.from_checkpoint(checkpoint, wrong)
+    for number in (-1, 2**40):
+        with pytest.raises(ValueError, match=r"layer is .*, wanted a number"):
+            kt_moe.Experts.from_checkpoint(checkpoint, number)
+    with pytest.raises(TypeError, match="paged is 'yes'"):
+        kt_moe.Experts.from_checkpoint(checkpoint, 0, paged="yes")
+    with pytest.raises(TypeError, match="progress is 5"):
+        kt_moe.Experts.from_checkpoint(checkpoint, 0, progress=5)
+    with pytest.raises(TypeError, match="cache_dir is a int"):
+        kt_moe.Experts.from_checkpoint(checkpoint, 0, cache_dir=5)
+    with pytest.raises(ValueError, match="cache_dir is ''"):
+        kt_moe.Experts.from_checkpoint(checkpoint, 0, cache_dir="")

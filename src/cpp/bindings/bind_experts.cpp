@@ -77,7 +77,7 @@ std::shared_ptr<Experts> from_checkpoint(std::shared_ptr<const ExpertIndex> inde
   options.paged = paged;
   options.warn = [](const std::string& text) {
     const py::gil_scoped_acquire acquire;
-    if (PyErr_WarnEx(PyExc_UserWarning, text.c_str(), 1) != 0) throw py::error_already_set();
+    if (PyErr_WarnEx(PyExc_UserWarning, text.c_str(), /*stack_level=*/2) != 0) throw py::error_already_set();
   };
   const Report report = [&](std::size_t bytes) {
     check_signals(0);

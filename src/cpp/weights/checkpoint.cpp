@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "weights/checksum.h"
 #include "weights/index_cache.h"
 #include "weights/text.h"
 
@@ -98,6 +99,26 @@ void Checkpoint::read(const Entry& entry, std::uint64_t begin, std::span<std::by
 
 void Checkpoint::read_ahead(const Entry& entry, std::uint64_t begin, std::uint64_t bytes) const {
   open_files_.open(*entry.file, entry.name)->read_ahead(entry.tensor.offset + begin, bytes);
+}
+
+void Checkpoint::check_unchanged() const {
+  for (const DataFile& file : files()) file.check_unchanged();
+}
+
+std::uint64_t Checkpoint::fingerprint() const {
+  const auto of_text = [](std::string_view text) { return checksum(std::as_bytes(std::span(text))); };
+  std::vector<std::uint64_t> numbers;
+  for (const DataFile& file : files()) {
+    numbers.push_back(of_text(file.path().filename().native()));
+    numbers.push_back(file.stamp().size);
+    numbers.push_back(static_cast<std::uint64_t>(file.stamp().mtime_ns));
+  }
+  for (const Entry& entry : tensors()) {
+    numbers.push_back(of_text(entry.name));
+    numbers.push_back(of_text(entry.file->path().filename().native()));
+    numbers.push_back(entry.tensor.offset);
+  }
+  return checksum(std::as_bytes(std::span(numbers)));
 }
 
 std::span<const std::byte> Checkpoint::map(const Entry& entry) const {

@@ -43,6 +43,11 @@ class Checkpoint {
   // Has bytes of the tensor read from the disk meanwhile; throws as `read` does for the file.
   void read_ahead(const Entry& entry, std::uint64_t begin, std::uint64_t bytes) const;
 
+  // Throws ValueError, naming it, if one of the files is no longer as it was when its header was read.
+  void check_unchanged() const;
+  // Of what is stored where: another number when a file has changed, or a tensor is another file's.
+  std::uint64_t fingerprint() const;
+
   // The tensor in a read-only mapping of its file, made at first use and kept as long as the checkpoint
   // lives. Throws as `read` does; whoever touches the bytes of a file that was shortened in place since gets
   // SIGBUS.

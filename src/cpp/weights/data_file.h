@@ -66,6 +66,9 @@ class DataFile {
   // Throws as OpenFile does, and ValueError if it is another file now.
   std::shared_ptr<const OpenFile> open(std::string_view tensor) const;
 
+  // Throws as `open` does, for the file that has this name now.
+  void check_unchanged() const { open({}); }
+
   // The whole file, mapped read-only by the first call. As with any mapping, a file that is shortened in
   // place afterwards raises SIGBUS at the next touch.
   std::span<const std::byte> map(std::string_view tensor) const;

@@ -28,14 +28,6 @@ std::vector<bf16_t> rounded(Runtime& runtime, const MatView& from) {
   return rows;
 }
 
-// Another number when a file of the checkpoint has changed.
-std::uint64_t fingerprint(const Checkpoint& checkpoint) {
-  std::string text;
-  for (const DataFile& file : checkpoint.files())
-    text += message("{} {} {}\n", file.path().filename().native(), file.stamp().size, file.stamp().mtime_ns);
-  return checksum(std::as_bytes(std::span(text)));
-}
-
 // Keeps the disk busy with the matrices behind those that are being read: a single read waits for its own.
 class ReadAhead {
  public:
@@ -84,6 +76,7 @@ class CheckpointLayer {
     KT_CHECK(!options_.paged || !options_.cache_dir,
              "paged leaves the weights in the checkpoint's files, cache_dir puts them into packed ones: "
              "wanted one of them");
+    index_->checkpoint().check_unchanged();
     Placed placed = options_.paged ? mapped() : options_.cache_dir ? packed() : in_memory();
     if (info_.biases) placed.biases = biases();
     return std::make_shared<Experts>(runtime_, plan_, options_.activation, std::move(placed));
@@ -137,7 +130,7 @@ class CheckpointLayer {
 
   Placed packed() {
     const fs::path path = packed_path();
-    PackedLayer wanted{plan_, fingerprint(index_->checkpoint()), quantizes(), {}};
+    PackedLayer wanted{plan_, index_->checkpoint().fingerprint(), quantizes(), {}};
     std::string why;
     auto file = PackedFile::open(path, wanted, why);
     if (!why.empty() && options_.warn)
@@ -169,15 +162,17 @@ class CheckpointLayer {
   fs::path packed_path() const {
     const fs::path from = fs::weakly_canonical(index_->checkpoint().path());
     const std::string& text = from.native();
+    constexpr std::size_t kMostName = 200;  // of the 255 bytes a name may have
     return *options_.cache_dir /
-           message("{}-{}", from.filename().native(), checksum(std::as_bytes(std::span(text)))) /
+           message("{}-{}", from.filename().native().substr(0, kMostName),
+                   checksum(std::as_bytes(std::span(text)))) /
            message("layer-{}.{}.ktmoe", layer_, name_of(plan_.types.front().format));
   }
 
   std::array<QuantError, 3> fill(std::byte* memory) {
     const std::vector<Matrix> order = as_stored();
     ReadAhead ahead(*source_, order);
-    return fill_all(
+    const auto errors = fill_all(
         *runtime_, plan_, memory, order, info_.nbytes,
         [&](const Matrix& m, const MutableWeight& into, const KernelSet& kernels, Arena& scratch) {
           ahead.advance();
@@ -188,9 +183,17 @@ class CheckpointLayer {
           source_->read(m.expert, m.projection, stored, scratch, kernels.decode);
           if (!convert_it) return QuantError{};
           const Weight w = frozen(stored);
-          return convert(kernels, in_bf16(kernels, whole(w), scratch), into, scratch);
+          try {
+            return convert(kernels, in_bf16(kernels, whole(w), scratch), into, scratch);
+          } catch (const ValueError& error) {
+            throw ValueError(message("{}: layer {}: {} of expert {}: {}",
+                                     quote(index_->checkpoint().path().native()), layer_,
+                                     name_of(m.projection), m.expert, error.what()));
+          }
         },
         report_);
+    index_->checkpoint().check_unchanged();  // what was read belongs together
+    return errors;
   }
 
   // All matrices in the order in which the files have them.

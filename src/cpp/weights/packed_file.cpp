@@ -170,10 +170,11 @@ PackedWriter::PackedWriter(fs::path path, const LayerPlan& plan, const Report& r
   std::error_code error;
   fs::create_directories(path_.parent_path(), error);
   if (error) throw IoError(message("{}: {}", quote(path_.parent_path().native()), error.message()));
+  if (fs::is_directory(path_, error)) throw_errno(path_, "cannot write", EISDIR);
   // What a killed writer left is locked by nobody, and taken over. A name whose file went away meanwhile was
   // its writer's: commit renames it.
   for (;;) {
-    fd_ = ::open(temporary_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+    fd_ = ::open(temporary_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0644);
     if (fd_ < 0) throw_errno(temporary_, "cannot write", errno);
     try {
       lock(report);
@@ -182,9 +183,12 @@ PackedWriter::PackedWriter(fs::path path, const LayerPlan& plan, const Report& r
       throw;
     }
     struct stat mine{}, named{};
-    if (::fstat(fd_, &mine) == 0 && ::stat(temporary_.c_str(), &named) == 0 && mine.st_ino == named.st_ino)
-      break;
+    const bool found = ::fstat(fd_, &mine) == 0 && ::lstat(temporary_.c_str(), &named) == 0;
+    if (found && mine.st_ino == named.st_ino && S_ISREG(mine.st_mode) && mine.st_nlink == 1) return;
     ::close(fd_);
+    // Another file's second name: to write it would be to write that file.
+    if (found && mine.st_ino == named.st_ino)
+      throw IoError(message("{}: not a file of its own", quote(temporary_.native())));
   }
 }
 

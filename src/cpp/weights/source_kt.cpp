@@ -22,7 +22,11 @@ class TilesSource final : public LayerSource {
     for (int part = 0; part < parts; ++part) {
       const Arena::Frame frame(scratch);
       const auto tiles = read_tensor<std::byte>(tensors().at(expert, p, Role::weight, part), scratch);
-      const auto part_scales = read_tensor<float>(tensors().at(expert, p, Role::scale, part), scratch);
+      const Entry& scale = tensors().at(expert, p, Role::scale, part);
+      const auto part_scales = read_tensor<float>(scale, scratch);
+      const WeightType by_row{into.type.format, ScaleType::f32};
+      check_scales(scale, expert,
+                   {by_row, rows, cols, nullptr, reinterpret_cast<const std::byte*>(part_scales.data())});
       std::byte* codes = into.codes + part * (down ? into.code_bytes(cols) : rows * stride);
       (int4 ? kt_int4_codes : kt_int8_codes)(tiles.data(), rows, cols, codes, stride);
       float* to = scales + part * (down ? 1 : rows);
@@ -30,7 +34,6 @@ class TilesSource final : public LayerSource {
       for (index_t i = 0; i < rows; ++i)
         to[i * step] = part_scales[static_cast<std::size_t>(i)] * (int4 ? 16.0f : 1.0f);
     }
-    check_scales(tensors().at(expert, p, Role::scale), expert, frozen(into));
   }
 };
 
