@@ -1,4 +1,4 @@
-"""Checkpoint: what a safetensors model holds, read from its headers alone."""
+"""Checkpoint: what a safetensors model holds, read from its headers."""
 
 from __future__ import annotations
 
@@ -109,6 +109,9 @@ class Checkpoint:
 
     def layer(self, layer: int) -> LayerInfo:
         """Check all experts of a layer and describe them.
+
+        The headers say all of it, but for GPTQ and AWQ: whether their zero points are all the same is in the
+        data, which is read for it.
 
         Args:
             layer: the layer's number in the tensor names; one of `layers`.
