@@ -8,7 +8,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -210,7 +209,8 @@ def _error_lines(found: Findings) -> list[str]:
 def _equal(by_layer: dict[int, Any]) -> list[tuple[Any, list[int]]]:
     """Layers with equal values together, in the order of their first."""
     groups: list[tuple[Any, list[int]]] = []
-    for layer, value in sorted(by_layer.items(), key=itemgetter(0)):
+    for layer in sorted(by_layer):
+        value = by_layer[layer]
         for other, layers in groups:
             if other == value:
                 layers.append(layer)

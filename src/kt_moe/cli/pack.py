@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     from kt_moe import Checkpoint, Experts
 
-    damaged: list[Path] = []
+    damaged: list[str] = []
     packed = 0
     try:
         checkpoint = Checkpoint(args.checkpoint)
@@ -59,13 +59,13 @@ def run(args: argparse.Namespace) -> int:
                 )
                 packed += experts.nbytes
                 if args.verify and not experts.verify():
-                    name = f"layer-{layer}.{experts.format}.ktmoe"
-                    damaged += _packed_files(args.cache_dir, checkpoint, name)
+                    damaged.append(f"layer-{layer}.{experts.format}.ktmoe")
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
     print(f"{count_text(len(layers), 'layer')}, {size_text(packed)} in {args.cache_dir}")
     if damaged:
-        print("\n".join(["damaged, delete to have it packed again:", *map(str, damaged)]))
+        files = [file for name in damaged for file in _packed_files(args.cache_dir, checkpoint, name)]
+        print("\n".join(["damaged, delete to have it packed again:", *map(str, files)]))
     elif args.verify:
         print("all checksums agree")
     return int(bool(damaged))

@@ -50,7 +50,9 @@ class KtExperts(nn.Module):
         self._load = load
 
     def load(self, progress: Callable[[int], object] | None = None) -> None:
-        """Load the weights now. RuntimeError before from_pretrained has said where they are."""
+        """Load the weights if they are not. RuntimeError before from_pretrained has said where they are."""
+        if self._experts is not None:
+            return
         if self._load is None:
             raise RuntimeError(
                 f"the experts of layer {self.layer} are not loaded: from_pretrained did not finish"
@@ -77,10 +79,8 @@ class KtExperts(nn.Module):
         copy = KtExperts(
             self.architecture, self.layer, self.num_experts, self.hidden_dim, self.intermediate_dim
         )
-        copy._load, copy._experts = (
-            self._load,
-            self._experts,
-        )  # in this order: one is set before the other goes
+        copy._load = self._load  # first: a thread that loads sets the experts before it drops this
+        copy._experts = self._experts
         copy.training = self.training
         return copy
 
