@@ -110,8 +110,8 @@ class Checkpoint:
     def layer(self, layer: int) -> LayerInfo:
         """Check all experts of a layer and describe them.
 
-        The headers say all of it, but for GPTQ and AWQ: whether their zero points are all the same is in the
-        data, which is read for it.
+        The headers say all of it, except of GPTQ and AWQ: whether all zero points are 8, and the columns in
+        order, is in the data, of which `qzeros` and the first expert's `g_idx` are read.
 
         Args:
             layer: the layer's number in the tensor names; one of `layers`.

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine(checkpoint: Checkpoint, layers: list[int]) -> Findings:
-    """Read the descriptions of these layers. No weights, but for zero points that have to be looked at."""
+    """Read the descriptions of these layers, and no more of their data than `Checkpoint.layer` has to."""
     tensors = checkpoint.tensors
     found = Findings(
         str(checkpoint.path), len(checkpoint.files), len(tensors), sum(t.nbytes for t in tensors.values())
