@@ -1,4 +1,4 @@
-"""Checkpoint: what a safetensors model holds, read from its headers alone."""
+"""Checkpoint: what a safetensors model holds, read from its headers."""
 
 from __future__ import annotations
 
@@ -104,6 +104,9 @@ class Checkpoint:
 
     def layer(self, layer: int) -> LayerInfo:
         """Check all experts of a layer and describe them.
+
+        The headers say all of it, except of GPTQ and AWQ: whether all zero points are 8, and the columns in
+        order, is in the data, of which `qzeros` and the first expert's `g_idx` are read.
 
         Args:
             layer: the layer's number in the tensor names; one of `layers`.

@@ -118,3 +118,9 @@ def test_lora_trains_and_is_read_again(targets: list[str], kt: bool, tmp_path: P
     assert torch.equal(again(tokens()).logits, out.logits)
     with pytest.raises(ValueError, match=r"the checkpoint lacks .* that the adapter changes"):
         kt_moe.merge_adapter(tmp_path, tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_an_adapter_beside_the_experts_is_like_any_other(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path, "gpt_oss")
+    ours = with_lora(tmp_path, ["q_proj"])
+    ours.save_pretrained(tmp_path / "adapter")  # a warning would be an error

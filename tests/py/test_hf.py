@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor
 
 import kt_moe
 from kt_moe.architectures import ARCHITECTURES
-from kt_moe.hf import KtExperts, KtMoeConfig
+from kt_moe.hf import KtExperts, KtMoeConfig, quantizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning:transformers")
 
@@ -254,7 +256,8 @@ def test_config_and_checkpoint_disagree(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "moe_intermediate_size": 16}))
     with pytest.raises(ValueError, match=r"layer 0 have .*\(8, 32, 24\), the config says \(8, 32, 16\)"):
-        load(tmp_path)
+        load(tmp_path, quantization_config=KtMoeConfig(cache_dir=tmp_path / "packed"))
+    assert not (tmp_path / "packed").exists()  # nothing was loaded
 
 
 # experts_implementation="kt_moe"
@@ -348,6 +351,29 @@ def test_lazy_experts_are_loaded_when_they_are_used(checkpoint: Path) -> None:
     with torch.no_grad():
         model(tokens())
     assert all("format='int4'" in repr(m) for m in modules)
+
+
+def test_a_checkpoint_is_let_go_once_all_is_loaded(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[weakref.ref[kt_moe.Checkpoint]] = []
+
+    def remember(path: str) -> kt_moe.Checkpoint:
+        made = kt_moe.Checkpoint(path)
+        opened.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(quantizer, "Checkpoint", remember)
+    model = load(checkpoint)
+    gc.collect()
+    assert opened[0]() is None
+    lazy = load(checkpoint, quantization_config=KtMoeConfig(lazy=True))
+    twin = copy.deepcopy(lazy)
+    expected = model(tokens()).logits
+    assert torch.equal(lazy(tokens()).logits, expected)
+    assert opened[1]() is not None  # the copy has yet to load
+    lazy.model.layers[0].mlp.experts.load()  # nothing to do
+    assert torch.equal(twin(tokens()).logits, expected)
+    gc.collect()
+    assert opened[1]() is None
 
 
 def test_paged_and_cache_dir_exclude_each_other(tmp_path: Path) -> None:

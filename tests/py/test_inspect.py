@@ -103,6 +103,45 @@ def test_quantisation_errors(
     assert ["0", "1.00e-01", "2.00e-01", "3.00e-01"] in [x.split() for x in text.splitlines()]
     assert "layer 1: kept as stored, nothing was quantised" in text
     assert "layer 2: cannot be read: a weight is not finite" in text
+    assert "layers 0-1 (2): 4 experts" in text  # and layer 2 is not among those that can be read
+    assert "these experts in memory (2 layers)" in text
+    assert inspect(path, "--quant", "int4", "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["layers"]) == list(found["errors"]) == ["0", "1"]
+    assert found["unreadable"] == {"2": "a weight is not finite"}
+    assert found["memory"]["bf16"] == found["memory"]["as stored"] == 2 * E * 3 * H * I * 2
+
+
+def test_a_weight_that_cannot_be_quantised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = layer(1)
+    bad["model.layers.1.mlp.experts.2.up_proj.weight"][3, 4] = float("nan")
+    path = save(tmp_path / "m", layer(0), bad)
+    assert inspect(path, "--quant", "int8") == 1
+    text = capsys.readouterr().out
+    (line,) = [x for x in text.splitlines() if x.startswith("layer 1")]
+    assert line.startswith("layer 1: cannot be read: ")
+    assert "row 3, column 4 is nan" in line
+    assert str(path) not in line
+
+
+def test_the_same_fault_in_several_layers_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers = [layer(n) for n in range(4)]
+    for n in (1, 3):
+        del layers[n][f"model.layers.{n}.mlp.experts.{n}.up_proj.weight"]
+    assert inspect(save(tmp_path / "m", *layers)) == 1
+    text = capsys.readouterr().out
+    (line,) = [x for x in text.splitlines() if "cannot be read" in x]
+    assert line.startswith('layers 1, 3 (2): cannot be read; layer 1: tensor "model.layers.1.')
+
+
+def test_biases_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect(save_tiny_checkpoint(tmp_path / "m", "gpt_oss", dtype=torch.bfloat16), "--json") == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    assert memory["as stored"] == memory["bf16"] == 2 * 2 * 8 * (3 * 32 * 24 + 24 + 24 + 32)
+    assert inspect(tmp_path / "m") == 0
+    assert f"biases {size_text(2 * 8 * (24 + 24 + 32))}" in capsys.readouterr().out
 
 
 def test_a_checkpoint_without_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

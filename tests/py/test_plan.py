@@ -15,6 +15,7 @@ import torch
 import transformers
 from tiny_models import CONFIGS, PEFT_WARNINGS, save_tiny_checkpoint, tiny_config, tiny_model
 
+from kt_moe import Experts
 from kt_moe.cli import host_memory, main
 from kt_moe.cli.plan import memory
 from kt_moe.cli.plan.measure import Speed, sample
@@ -83,7 +84,8 @@ def test_the_outline_is_the_model(model_type: str) -> None:
     rest = everything - sum(p.nbytes for m in experts.values() for p in m.parameters())
     assert abs(found.rest_bytes - rest) <= 64
     assert [layer.number for layer in found.layers] == [int(name.split(".")[2]) for name in experts]
-    assert {replace(layer, number=0) for layer in found.layers} == {LAYER}
+    of_family = {"activation": "gpt_oss", "biases": True} if model_type == "gpt_oss" else {}
+    assert {replace(layer, number=0) for layer in found.layers} == {replace(LAYER, **of_family)}
     assert len(found.activations.layers) == 2
     assert found.activations.logits == RUN.tokens * 64 * 2
 
@@ -137,6 +139,8 @@ def test_bytes_of_a_layer_call() -> None:
     more = memory.scratch_bytes(LAYER, replace(RUN, batch=4), 2) - memory.scratch_bytes(LAYER, RUN, 2)
     assert more == routes * (10 * 24 + 4 * 3 * 4)
     assert memory.weights_bytes([LAYER, LAYER], "bf16") == 2 * 8 * 3 * 32 * 24 * 2
+    biased = replace(LAYER, biases=True)
+    assert memory.weights_bytes([biased], "bf16") == 8 * 2 * (3 * 32 * 24 + 24 + 24 + 32)
 
 
 @pytest.mark.parametrize(
@@ -217,6 +221,77 @@ def test_it_says_when_it_does_not_fit(
     assert json.loads(capsys.readouterr().out)["host"]["spare"] < 0
 
 
+def groups(*weights: tuple[str, int]) -> dict[str, Any]:
+    """What compressed-tensors says of weights of these types and bits."""
+    return {"config_groups": {
+        f"group_{n}": {"weights": {"type": kind, "num_bits": bits, "group_size": 32}, "targets": ["Linear"]}
+        for n, (kind, bits) in enumerate(weights)
+    }}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "format", "assumed"),
+    [
+        ("fp8", {}, "fp8", False),
+        ("mxfp4", {}, "mxfp4", False),
+        ("gptq", {"bits": 4}, "int4", False),
+        ("gptq", {"bits": 8}, "int8", False),
+        ("gptq", {}, "int4", True),
+        ("awq", {"bits": 4}, "int4", False),
+        ("awq", {"w_bit": 4}, "int4", False),
+        ("compressed-tensors", groups(("int", 4)), "int4", False),
+        ("compressed-tensors", groups(("int", 8)), "int8", False),
+        ("compressed-tensors", groups(("float", 8), ("float", 8)), "fp8", False),
+        ("compressed-tensors", groups(("float", 8), ("int", 4)), "int4", True),
+        ("compressed-tensors", {}, "int4", True),
+        ("torchao", {}, "bf16", True),
+    ],
+)
+def test_the_format_of_a_config_alone(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    method: str,
+    options: dict[str, Any],
+    format: str,
+    assumed: bool,
+) -> None:
+    config = tiny_config(quantization_config={"quant_method": method, **options})
+    assert plan(write_config(tmp_path / "config.json", config), "--json") == 0
+    parts = json.loads(capsys.readouterr().out)["host"]["parts"]
+    (weights,) = [p for p in parts if p["name"] == "expert weights"]
+    assert weights["nbytes"] == memory.weights_bytes([LAYER, LAYER], format)
+    assert weights["note"].startswith(f"{format} (assumed" if assumed else f"{format}, of the config's")
+
+
+def test_biases_of_a_checkpoint_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny_checkpoint(tmp_path, "gpt_oss", dtype=torch.bfloat16)
+    assert plan(tmp_path, "--json") == 0
+    parts = json.loads(capsys.readouterr().out)["host"]["parts"]
+    (weights,) = [p for p in parts if p["name"] == "expert weights"]
+    assert weights["nbytes"] == 2 * 2 * 8 * (3 * 32 * 24 + 24 + 24 + 32)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_what_is_measured_is_the_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    made: list[Any] = []
+
+    def make(*weights: Any, **options: Any) -> Any:
+        made.append(options)
+        return Experts(*weights, **options)
+
+    monkeypatch.setattr("kt_moe.cli.plan.measure.Experts", make)
+    file = write_config(tmp_path / "config.json", tiny_config(model_type))
+    options = ["--batch", "1", "--sequence", "16", "--threads", "1", "--format", "int4", "--json"]
+    assert main(["plan", str(file), *options]) == 0
+    assert json.loads(capsys.readouterr().out)["speed"]["forward"] > 0
+    (options_made,) = made
+    assert options_made["format"] == "int4"
+    assert options_made["activation"] == ("gpt_oss" if model_type == "gpt_oss" else "silu")
+    assert ("down_bias" in options_made) == (model_type == "gpt_oss")
+
+
 def test_a_measured_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = save_tiny_checkpoint(tmp_path / "m", dtype=torch.bfloat16)
     options = ["--batch", "2", "--sequence", "16", "--threads", "1", "--targets", "gate,down,attention"]
@@ -267,7 +342,7 @@ def test_the_plan_is_what_a_run_takes(tmp_path: Path) -> None:
     """Weights, LoRA, optimizer and saved tensors are most of this run, and known to the byte.
 
     15 %: the arenas of malloc and of the core are larger than what is in use, scratch depends on the threads,
-    and PyTorch loads more code while it trains; together some tens of MiB here, and no more in a large run.
+    and PyTorch loads more code while it trains; together some tens of MiB here.
     """
     path = save_tiny_checkpoint(tmp_path / "m", dtype=torch.bfloat16, **MEDIUM)
     environment = {**os.environ, **EXACT_HEAP}

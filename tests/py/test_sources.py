@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import stored_formats as stored
 import torch
+from reference import PROJECTIONS, relative_error, run
 from safetensors.torch import load_file, save_file
+from strategies import make_problem
 from torch import Tensor
 
-from kt_moe import Checkpoint, Experts
+from kt_moe import Checkpoint, Experts, moe
 
 E, H, I = 3, 256, 192  # noqa: E741
 LAYER = 5
@@ -214,6 +216,26 @@ def test_mxfp4(tmp_path: Path, biases: bool) -> None:
         tensors[f"{ROOT}.gate_up_proj_bias"] = torch.randn(E, 2 * I).bfloat16()
         tensors[f"{ROOT}.down_proj_bias"] = torch.randn(E, H).bfloat16()
     check(save(tensors, tmp_path), [both[:, 0::2], both[:, 1::2], down], "mxfp4", "U8")
+
+
+def test_biases_beside_mxfp4(tmp_path: Path) -> None:
+    """As gpt-oss has them, those of gate and up alternating: what a layer computes with them."""
+    problem = make_problem(9, H, I, E, 2, {}, biased=PROJECTIONS, activation="gpt_oss")
+    gate_bias, up_bias, down_bias = problem.biases
+    assert gate_bias is not None
+    assert up_bias is not None
+    tensors = {
+        f"{ROOT}.gate_up_proj_bias": alternate(gate_bias, up_bias, 1),
+        f"{ROOT}.down_proj_bias": down_bias,
+    }
+    for seed, (name, out, into) in enumerate((("gate_up_proj", 2 * I, H), ("down_proj", H, I))):
+        blocks, scales, _ = stored.mxfp4(E, out, into, seed)
+        small = scales % 3 + 119  # so that biases are seen beside the weights
+        tensors |= {f"{ROOT}.{name}_blocks": blocks, f"{ROOT}.{name}_scales": small}
+    experts = Experts.from_checkpoint(save(tensors, tmp_path), LAYER, activation="gpt_oss")
+    problem.weights = experts.dequantize()
+    ours = moe(problem.hidden_states, problem.topk_ids, problem.topk_weights, experts)
+    assert relative_error(ours, run(problem, torch.float64)["out"]) < 0.005
 
 
 @pytest.mark.parametrize(

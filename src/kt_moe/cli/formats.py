@@ -63,5 +63,10 @@ def projection_bytes(kind: WeightType, experts: int, hidden: int, intermediate: 
     return {"gate": experts * wide, "up": experts * wide, "down": experts * tall}
 
 
+def bias_bytes(experts: int, hidden: int, intermediate: int) -> int:
+    """Of all experts of a layer with biases, which are bf16 beside weights of any format."""
+    return 2 * experts * (2 * intermediate + hidden)
+
+
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)

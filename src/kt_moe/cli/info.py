@@ -9,7 +9,7 @@ from typing import Any
 
 from kt_moe.cli.errors import UserError
 
-_OVERRIDES = ("KT_MOE_ISA", "KT_MOE_THREADS", "KT_MOE_SHARDS")
+_OVERRIDES = ("KT_MOE_ISA", "KT_MOE_THREADS", "KT_MOE_SHARDS", "KT_MOE_INDEX_CACHE")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

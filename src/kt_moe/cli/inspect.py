@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kt_moe.cli.errors import UserError
-from kt_moe.cli.formats import QUANTISED, WeightType, projection_bytes
+from kt_moe.cli.formats import QUANTISED, WeightType, bias_bytes, projection_bytes
 from kt_moe.cli.options import integer
 from kt_moe.cli.text import count_text, ranges_text, size_text, table
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d+)\.(.+)")  # the second as GGUF and KT call it
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_QUOTED = re.compile(r'"[^"]*"')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +47,8 @@ class Findings:
         gaps: numbers without experts between layers that have some.
         odd: tensors among the experts such as few layers have: how many of each name, by layer; numbers in
             the name are "*".
-        memory: bytes of all experts by format, "as stored" among them; of the layers that can be read.
+        memory: bytes of all experts by format, "as stored" among them, with biases; of the layers that can be
+            read.
         errors: relative L2 by projection and layer; None where quantising changed nothing.
     """
 
@@ -81,12 +83,13 @@ def run(args: argparse.Namespace) -> int:
     findings = examine(checkpoint, checkpoint.layers if args.layer is None else [args.layer])
     if args.quant is not None:
         quantise(findings, checkpoint, args.quant)
+    findings.memory = memory_by_format(findings.layers.values())
     print(json.dumps(asdict(findings), indent=2) if args.json else describe(findings))
     return 1 if findings.unreadable else 0
 
 
 def examine(checkpoint: Checkpoint, layers: list[int]) -> Findings:
-    """Read the descriptions of these layers; of their weights, nothing."""
+    """Read the descriptions of these layers, and no more of their data than `Checkpoint.layer` has to."""
     tensors = checkpoint.tensors
     found = Findings(
         str(checkpoint.path), len(checkpoint.files), len(tensors), sum(t.nbytes for t in tensors.values())
@@ -95,17 +98,10 @@ def examine(checkpoint: Checkpoint, layers: list[int]) -> Findings:
         try:
             found.layers[layer] = checkpoint.layer(layer)
         except ValueError as error:
-            found.unreadable[layer] = " ".join(str(error).removeprefix(f'"{checkpoint.path}": ').split())
+            found.unreadable[layer] = _reason(checkpoint, layer, error)
     if layers:
         found.gaps = sorted(set(range(layers[0], layers[-1])) - set(layers))
     found.odd = {n: names for n, names in odd_tensors(tensors).items() if n in layers}
-    infos = found.layers.values()
-    found.memory["as stored"] = sum(sum(info.memory_bytes.values()) for info in infos)
-    for name, kind in QUANTISED.items():
-        found.memory[name] = sum(
-            sum(projection_bytes(kind, i.num_experts, i.hidden_size, i.intermediate_size).values())
-            for i in infos
-        )
     return found
 
 
@@ -118,9 +114,22 @@ def quantise(findings: Findings, checkpoint: Checkpoint, format: str) -> None:
         try:
             experts = Experts.from_checkpoint(checkpoint, layer, format=format)
         except ValueError as error:
-            findings.unreadable[layer] = " ".join(str(error).split())
+            del findings.layers[layer]
+            findings.unreadable[layer] = _reason(checkpoint, layer, error)
             continue
         findings.errors[layer] = experts.quantization_error
+
+
+def memory_by_format(layers: Iterable[LayerInfo]) -> dict[str, int]:
+    """Bytes of all these layers' experts together, as stored and in each format."""
+    memory = dict.fromkeys(("as stored", *QUANTISED), 0)
+    for info in layers:
+        shape = info.num_experts, info.hidden_size, info.intermediate_size
+        biases = bias_bytes(*shape) if info.biases else 0
+        memory["as stored"] += sum(info.memory_bytes.values()) + biases
+        for name, kind in QUANTISED.items():
+            memory[name] += sum(projection_bytes(kind, *shape).values()) + biases
+    return memory
 
 
 def odd_tensors(names: Iterable[str]) -> dict[int, dict[str, int]]:
@@ -144,8 +153,10 @@ def describe(found: Findings) -> str:
     ]
     for info, layers in _equal(found.layers):
         lines += _paragraph(info, layers)
-    for why, layers in _equal({n: _without_number(n, why) for n, why in found.unreadable.items()}):
-        lines.append(f"{_heading(layers)}: cannot be read: {why}")
+    # The same fault in several layers is one line: all that differs is the tensors that it names.
+    for _, layers in _equal({n: _QUOTED.sub("", why) for n, why in found.unreadable.items()}):
+        example = f"; layer {layers[0]}" if len(layers) > 1 else ""
+        lines.append(f"{_heading(layers)}: cannot be read{example}: {found.unreadable[layers[0]]}")
     for names, layers in _equal({n: sorted(kinds.items()) for n, kinds in found.odd.items()}):
         odd = ", ".join(f"{name} ({count_text(count, 'tensor')})" for name, count in names)
         lines.append(f"{_heading(layers)}: tensors that most layers lack: {odd}")
@@ -164,8 +175,11 @@ def describe(found: Findings) -> str:
 
 def _paragraph(info: LayerInfo, layers: list[int]) -> list[str]:
     kind = WeightType(info.format, info.scale_type, info.scale_rows, info.scale_cols, info.zero_points)
-    memory = ", ".join(f"{name} {size_text(size)}" for name, size in info.memory_bytes.items())
-    total, count = sum(info.memory_bytes.values()), len(layers)
+    sizes = dict(info.memory_bytes)
+    if info.biases:
+        sizes["biases"] = bias_bytes(info.num_experts, info.hidden_size, info.intermediate_size)
+    memory = ", ".join(f"{name} {size_text(size)}" for name, size in sizes.items())
+    total, count = sum(sizes.values()), len(layers)
     used = "used where it lies in the file" if info.mappable else "copied into memory"
     return [
         f"{_heading(layers)}: {count_text(info.num_experts, 'expert')}, hidden {info.hidden_size}, "
@@ -195,7 +209,8 @@ def _error_lines(found: Findings) -> list[str]:
 def _equal(by_layer: dict[int, Any]) -> list[tuple[Any, list[int]]]:
     """Layers with equal values together, in the order of their first."""
     groups: list[tuple[Any, list[int]]] = []
-    for layer, value in by_layer.items():
+    for layer in sorted(by_layer):
+        value = by_layer[layer]
         for other, layers in groups:
             if other == value:
                 layers.append(layer)
@@ -205,9 +220,10 @@ def _equal(by_layer: dict[int, Any]) -> list[tuple[Any, list[int]]]:
     return groups
 
 
-def _without_number(layer: int, why: str) -> str:
-    """So that layers with the same fault are one line: the message's own numbers of the layer left out."""
-    return re.sub(rf"(\blayers?[. ]){layer}\b", r"\1*", why)
+def _reason(checkpoint: Checkpoint, layer: int, error: ValueError) -> str:
+    """One line, without the checkpoint and the layer at its start: those are said beside it."""
+    text = " ".join(str(error).split())
+    return text.removeprefix(f'"{checkpoint.path}": ').removeprefix(f"layer {layer}: ")
 
 
 def _heading(layers: list[int]) -> str:

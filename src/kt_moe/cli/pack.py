@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     from kt_moe import Checkpoint, Experts
 
-    damaged: list[int] = []
+    damaged: list[str] = []
     packed = 0
     try:
         checkpoint = Checkpoint(args.checkpoint)
@@ -58,15 +59,24 @@ def run(args: argparse.Namespace) -> int:
                 )
                 packed += experts.nbytes
                 if args.verify and not experts.verify():
-                    damaged.append(layer)
+                    damaged.append(f"layer-{layer}.{experts.format}.ktmoe")
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
     print(f"{count_text(len(layers), 'layer')}, {size_text(packed)} in {args.cache_dir}")
     if damaged:
-        print(f"damaged, delete them to have them packed again: layers {ranges_text(damaged)}")
+        files = [file for name in damaged for file in _packed_files(args.cache_dir, checkpoint, name)]
+        print("\n".join(["damaged, delete to have it packed again:", *map(str, files)]))
     elif args.verify:
         print("all checksums agree")
     return int(bool(damaged))
+
+
+def _packed_files(cache: Path, checkpoint: Checkpoint, name: str) -> list[Path]:
+    """Where a layer is packed: folders are named after the checkpoint and a hash of its path.
+
+    Checkpoints of one name in one cache cannot be told apart here; their files are all in the list.
+    """
+    return sorted(cache.glob(f"{escape(checkpoint.path.resolve().name)}-*/{name}"))
 
 
 def _layers(checkpoint: Checkpoint, layer: int | None) -> list[int]:

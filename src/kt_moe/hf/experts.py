@@ -26,7 +26,7 @@ class KtExperts(nn.Module):
     """Routed experts of one layer, held by `kt_moe.Experts` and not by torch.
 
     It has no parameters and no state: `state_dict`, `parameters()`, `.to()` and `get_memory_footprint()` pass
-    it by. A deep copy shares the weights, which are frozen.
+    it by. A deep copy shares the weights, which are frozen; made before they are loaded, it loads its own.
 
     Args:
         architecture: of the model.
@@ -50,28 +50,23 @@ class KtExperts(nn.Module):
         self._load = load
 
     def load(self, progress: Callable[[int], object] | None = None) -> None:
-        """Load the weights now. ValueError where they are not what the model's config says."""
-        assert self._load is not None
-        experts = self._load(self, progress)
-        found = (experts.num_experts, experts.hidden_size, experts.intermediate_size)
-        wanted = (self.num_experts, self.hidden_dim, self.intermediate_dim)
-        if found != wanted:
-            raise ValueError(
-                f"the checkpoint's experts of layer {self.layer} have (experts, hidden, intermediate) "
-                f"{found}, the config says {wanted}"
-            )
-        self._experts = experts
-
-    @property
-    def experts(self) -> Experts:
-        """The weights. RuntimeError before from_pretrained has said where they are."""
-        if self._experts is None and self._load is None:
+        """Load the weights if they are not. RuntimeError before from_pretrained has said where they are."""
+        if self._experts is not None:
+            return
+        if self._load is None:
             raise RuntimeError(
                 f"the experts of layer {self.layer} are not loaded: from_pretrained did not finish"
             )
-        with _loading:  # of several threads that come first, one loads
-            if self._experts is None:
-                self.load()
+        self._experts = self._load(self, progress)
+        self._load = None  # and with it the checkpoint
+
+    @property
+    def experts(self) -> Experts:
+        """The weights; loads them if they are not. RuntimeError as in `load`."""
+        if self._experts is None:
+            with _loading:  # of several threads that come first, one loads
+                if self._experts is None:
+                    self.load()
         assert self._experts is not None
         return self._experts
 
@@ -84,7 +79,8 @@ class KtExperts(nn.Module):
         copy = KtExperts(
             self.architecture, self.layer, self.num_experts, self.hidden_dim, self.intermediate_dim
         )
-        copy._experts, copy._load = self._experts, self._load
+        copy._load = self._load  # first: a thread that loads sets the experts before it drops this
+        copy._experts = self._experts
         copy.training = self.training
         return copy
 

@@ -27,7 +27,7 @@ def split_by_expert(
     stacked = re.compile(rf"(.+)\.(lora_[AB])\.{re.escape(adapter_name)}\.({'|'.join(PROJECTIONS)})$")
     names = dict(zip(PROJECTIONS, architecture.projections, strict=True))
     result = {}
-    if architecture.fused_on_disk:
+    if architecture.fused_on_disk and any(map(stacked.match, state_dict)):
         warnings.warn(
             f"adapters of {architecture.model_type} experts are written with a key an expert, which kt_moe "
             "reads again; plain PEFT and vLLM know none for this family, and would leave the experts out",

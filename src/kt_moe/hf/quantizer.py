@@ -126,13 +126,23 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class _Loader:
-    """Loads the experts of any layer of a checkpoint as a config says."""
+    """Loads the experts of any layer of a checkpoint as a config says.
+
+    ValueError, before anything is loaded, where their shapes are not those of the model's config.
+    """
 
     checkpoint: Checkpoint
     runtime: Runtime
     config: KtMoeConfig
 
     def __call__(self, module: KtExperts, progress: Callable[[int], object] | None = None) -> Experts:
+        info = self.checkpoint.layer(module.layer)
+        found = (info.num_experts, info.hidden_size, info.intermediate_size)
+        if found != (wanted := dims_of(module)):
+            raise ValueError(
+                f"the checkpoint's experts of layer {module.layer} have (experts, hidden, intermediate) "
+                f"{found}, the config says {wanted}"
+            )
         experts = Experts.from_checkpoint(
             self.checkpoint,
             module.layer,

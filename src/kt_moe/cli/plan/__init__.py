@@ -5,21 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from kt_moe.cli.errors import UserError
 from kt_moe.cli.host_memory import free_memory, resident
 from kt_moe.cli.plan.options import Run, add_arguments
 
-if TYPE_CHECKING:
-    from kt_moe.cli.plan.memory import Part
-    from kt_moe.cli.plan.shapes import Outline
-
 __all__ = ["add_arguments", "run"]
-
-# The formats that models come in, by the quant_method of their configs.
-_STORED = {"fp8": "fp8", "mxfp4": "mxfp4", "compressed-tensors": "int4"}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,6 +36,7 @@ def _plan(args: argparse.Namespace, wanted: Run) -> int:
     from kt_moe.cli.plan import memory, report
     from kt_moe.cli.plan.measure import measure, process_bytes
     from kt_moe.cli.plan.outline import outline, read_config
+    from kt_moe.cli.plan.weights import weights_part
 
     try:
         runtime = Runtime(args.threads)
@@ -73,34 +65,3 @@ def _plan(args: argparse.Namespace, wanted: Run) -> int:
     answer = report.Answer(model, wanted, plan, available, gpu_available, speed)
     print(json.dumps(report.to_dict(answer), indent=2) if args.json else report.describe(answer))
     return 0 if answer.fits else 1
-
-
-def weights_part(path: Path, config: Any, model: Outline, format: str | None) -> tuple[Part, str]:
-    """The experts' line of the plan, and the format of most layers.
-
-    format: None means as the directory's files have them; where there are none, as the config says.
-
-    Raises:
-        UserError: files that cannot be read, or that lack a layer.
-    """
-    from kt_moe import Checkpoint
-    from kt_moe.cli.plan import memory
-
-    try:
-        checkpoint = Checkpoint(path) if path.is_dir() and any(path.glob("*.safetensors")) else None
-        stored = {} if checkpoint is None else {x.number: checkpoint.layer(x.number) for x in model.layers}
-    except (OSError, ValueError) as error:
-        raise UserError(str(error)) from error
-    if not stored:
-        quantised = getattr(config, "quantization_config", None) or {}
-        chosen = format or _STORED.get(quantised.get("quant_method", ""), "bf16")
-        note = f"{chosen}, of the config's shapes: there are no weights here"
-        size = memory.weights_bytes(model.layers, chosen)
-        return memory.Part("expert weights", size, "computed", note), chosen
-    size = 0
-    for layer in model.layers:
-        info = stored[layer.number]
-        as_stored = format in (None, info.format)
-        size += sum(info.memory_bytes.values()) if as_stored else memory.weights_bytes([layer], format or "")
-    chosen = format or stored[model.layers[0].number].format
-    return memory.Part("expert weights", size, "computed", chosen), chosen

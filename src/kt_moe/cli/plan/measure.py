@@ -79,9 +79,7 @@ def measure(layer: ExpertLayer, run: Run, format: str, runtime: Runtime, free: i
         return None
     experts, tokens = found
     shape = Shape("planned", layer.hidden, layer.intermediate, experts, layer.topk)
-    weights = make_weights(shape, seed=0)
-    kept = Experts(*weights, format=format, runtime=runtime)
-    del weights
+    kept = _make_experts(shape, layer, format, runtime)
     pilot = min(tokens, _PILOT)
     _step(kept, shape, run, pilot)  # touches memory and wakes the threads
     seconds = sum(_step(kept, shape, run, pilot))
@@ -99,6 +97,16 @@ def measure(layer: ExpertLayer, run: Run, format: str, runtime: Runtime, free: i
         forward * more, backward * more, experts, tokens,
         runtime.scratch_bytes + rest, runtime.isa, runtime.threads,
     )  # fmt: skip
+
+
+def _make_experts(shape: Shape, layer: ExpertLayer, format: str, runtime: Runtime) -> Experts:
+    """Random ones like the layer's; the values of biases cost nothing, so theirs are zero."""
+    gate, up, down = make_weights(shape, seed=0)
+    biases = {}
+    if layer.biases:
+        weights = {"gate_bias": gate, "up_bias": up, "down_bias": down}
+        biases = {name: torch.zeros(w.shape[:2], dtype=w.dtype) for name, w in weights.items()}
+    return Experts(gate, up, down, **biases, activation=layer.activation, format=format, runtime=runtime)
 
 
 def _step(experts: Experts, shape: Shape, run: Run, tokens: int) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kt_moe.cli.formats import QUANTISED, projection_bytes
+from kt_moe.cli.formats import QUANTISED, bias_bytes, projection_bytes
 from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.shapes import Activations, ExpertLayer, Outline
 
@@ -52,9 +52,17 @@ def total(parts: Iterable[Part]) -> int:
 
 
 def weights_bytes(layers: Iterable[ExpertLayer], format: str) -> int:
-    """Of all experts, quantised to a format on loading."""
+    """Of all experts, quantised to a format on loading, and their biases."""
     kind = QUANTISED[format]
-    return sum(sum(projection_bytes(kind, x.experts, x.hidden, x.intermediate).values()) for x in layers)
+    return sum(
+        sum(projection_bytes(kind, x.experts, x.hidden, x.intermediate).values()) + biases_bytes(x)
+        for x in layers
+    )
+
+
+def biases_bytes(layer: ExpertLayer) -> int:
+    """Of all experts; 0 where they have none."""
+    return bias_bytes(layer.experts, layer.hidden, layer.intermediate) if layer.biases else 0
 
 
 def lora_numbers(layer: ExpertLayer, run: Run) -> int:

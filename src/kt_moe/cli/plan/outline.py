@@ -79,7 +79,10 @@ def _take_out_experts(model: nn.Module, architecture: Architecture) -> list[Expe
         assert number is not None
         experts, hidden = int(theirs.num_experts), int(config.hidden_size)  # type: ignore[arg-type]
         intermediate = theirs.down_proj.numel() // (experts * hidden)  # type: ignore[operator]
-        layers.append(ExpertLayer(number, experts, hidden, intermediate, int(config.num_experts_per_tok)))
+        topk, biases = int(config.num_experts_per_tok), hasattr(theirs, "down_proj_bias")
+        layers.append(
+            ExpertLayer(number, experts, hidden, intermediate, topk, architecture.activation, biases)
+        )
         ours = KtExperts(architecture, number, experts, hidden, intermediate)
         model.set_submodule(path, ours)
     return layers

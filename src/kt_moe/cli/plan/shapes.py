@@ -7,13 +7,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """The routed experts of layer `number`: E, H, I, and the experts of a token, K."""
+    """The routed experts of layer `number`: E, H, I, and the experts of a token, K.
+
+    Attributes:
+        activation: its name, as `kt_moe.Experts` takes it.
+        biases: whether the projections have some.
+    """
 
     number: int
     experts: int
     hidden: int
     intermediate: int
     topk: int
+    activation: str = "silu"
+    biases: bool = False
 
 
 @dataclass(frozen=True)
