@@ -8,13 +8,13 @@
 #include <cerrno>
 #include <charconv>
 #include <cstdio>
-#include <cstdlib>
 #include <exception>
 #include <span>
 #include <string>
 #include <string_view>
 #include <system_error>
 
+#include "base/environment.h"
 #include "weights/table_codec.h"
 
 namespace kt {
@@ -25,15 +25,14 @@ constexpr std::uint64_t least_headers = 1 << 20;  // bytes; reading less takes n
 constexpr std::uint64_t most = 256 << 20;         // bytes of a cache file
 
 std::optional<fs::path> absolute_path(const char* variable) {
-  const char* value = std::getenv(variable);
-  if (value == nullptr || *value != '/') return std::nullopt;  // relative ones are to be ignored
-  return value;
+  const auto value = environment(variable);
+  if (!value || value->front() != '/') return std::nullopt;  // relative ones are to be ignored
+  return *value;
 }
 
 // https://specifications.freedesktop.org/basedir-spec/latest/
 std::optional<fs::path> cache_directory() {
-  const char* wanted = std::getenv("KT_MOE_INDEX_CACHE");
-  if (wanted != nullptr && std::string_view(wanted) == "0") return std::nullopt;
+  if (environment("KT_MOE_INDEX_CACHE") == "0") return std::nullopt;
   if (const auto cache = absolute_path("XDG_CACHE_HOME")) return *cache / "kt_moe";
   if (const auto home = absolute_path("HOME")) return *home / ".cache" / "kt_moe";
   return std::nullopt;
