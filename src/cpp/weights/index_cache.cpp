@@ -15,6 +15,7 @@
 #include <system_error>
 
 #include "base/environment.h"
+#include "weights/checksum.h"
 #include "weights/table_codec.h"
 
 namespace kt {
@@ -49,7 +50,8 @@ std::optional<Place> place_of(const ModelFiles& model) {
   const auto canonical = fs::canonical(model.directory, error);
   if (!directory || error) return std::nullopt;
   std::array<char, 16> name{};
-  const auto end = std::to_chars(name.begin(), name.end(), hash_of(canonical.native()), 16).ptr;
+  const auto end =
+      std::to_chars(name.begin(), name.end(), checksum(std::as_bytes(std::span(canonical.native()))), 16).ptr;
   const std::string_view digits(name.begin(), end);
   return Place{*directory / (std::string(digits) + ".index"),
                canonical.native() + '\0' + model.index.filename().native()};

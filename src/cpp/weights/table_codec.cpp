@@ -4,8 +4,10 @@
 #include <concepts>
 #include <cstring>
 #include <numeric>
+#include <span>
 #include <utility>
 
+#include "weights/checksum.h"
 #include "weights/weight_map.h"
 
 namespace kt {
@@ -17,7 +19,7 @@ namespace {
 //   u64 tensors; for each: Record, rank x i64 shape; the names one after the other
 // where a text is its length as u64 and its bytes.
 constexpr std::string_view magic = "kt_moe\r\n";
-constexpr std::uint64_t version = 1;
+constexpr std::uint64_t version = 2;
 
 struct Record {
   std::uint64_t offset;
@@ -129,26 +131,11 @@ TensorTable get_table(Reader& reader, const fs::path& directory) {
 
 }  // namespace
 
-std::uint64_t hash_of(std::string_view bytes) {
-  std::uint64_t hash = bytes.size();
-  const auto mix = [&](std::uint64_t word) {
-    hash = (hash ^ word) * 0x9e3779b97f4a7c15;
-    hash ^= hash >> 32;
-  };
-  for (; !bytes.empty(); bytes.remove_prefix(std::min(bytes.size(), sizeof(std::uint64_t)))) {
-    std::uint64_t word = 0;
-    std::memcpy(&word, bytes.data(), std::min(bytes.size(), sizeof word));
-    mix(word);
-  }
-  mix(0);
-  return hash;
-}
-
 std::string table_preamble(std::string_view body) {
   Writer writer;
   writer.append(magic);
   writer.put(version);
-  writer.put(hash_of(body));
+  writer.put(checksum(std::as_bytes(std::span(body))));
   return writer.take();
 }
 
