@@ -107,8 +107,8 @@ void LayerSource::read_rows(const Entry& entry, int expert, const Plane& plane, 
 
 std::span<const float> LayerSource::read_floats(const Entry& entry, Arena& scratch) const {
   const auto type = entry.tensor.type->dtype;
-  if (type == DType::f32) return read_tensor<float>(entry, scratch);
-  const auto halves = read_tensor<std::uint16_t>(entry, scratch);
+  if (type == DType::f32) return tensors_.read<float>(entry, scratch);
+  const auto halves = tensors_.read<std::uint16_t>(entry, scratch);
   auto* floats = scratch.take<float>(std::ssize(halves));
   type == DType::f16 ? f16_to_f32(halves, floats) : bf16_to_f32(halves, floats);
   return {floats, halves.size()};
@@ -125,7 +125,7 @@ void LayerSource::check_scales(const Entry& entry, int expert, const MutableWeig
 void LayerSource::check_order(int expert, Projection p, Arena& scratch) const {
   if (!tensors_.has(Role::order)) return;
   const Entry& entry = tensors_.at(expert, p, Role::order);
-  const auto groups = read_tensor<std::int32_t>(entry, scratch);
+  const auto groups = tensors_.read<std::int32_t>(entry, scratch);
   const index_t group = info_.matrix(p).group();
   for (index_t begin = 0, number = 0; begin < std::ssize(groups); begin += group, ++number) {
     for (index_t i = begin; i < std::min(begin + group, std::ssize(groups)); ++i) {

@@ -87,13 +87,6 @@ class LayerSource {
   // Rows [begin, begin + count) of the plane, side by side.
   void read_rows(const Entry& entry, int expert, const Plane& plane, index_t row_bytes, index_t begin,
                  index_t count, std::byte* to, Arena& scratch) const;
-  // All of a tensor.
-  template <class T>
-  std::span<const T> read_tensor(const Entry& entry, Arena& scratch) const {
-    T* data = scratch.take<T>(static_cast<index_t>(entry.tensor.nbytes / sizeof(T)));
-    tensors_.checkpoint().read(entry, 0, {reinterpret_cast<std::byte*>(data), entry.tensor.nbytes});
-    return {data, entry.tensor.nbytes / sizeof(T)};
-  }
   // BF16, F16 or F32 to fp32.
   std::span<const float> read_floats(const Entry& entry, Arena& scratch) const;
   void check_scales(const Entry& entry, int expert, const MutableWeight& matrix) const;

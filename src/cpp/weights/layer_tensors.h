@@ -10,6 +10,7 @@
 #include <string_view>
 #include <vector>
 
+#include "base/arena.h"
 #include "base/error.h"
 #include "base/projection.h"
 #include "weights/checkpoint.h"
@@ -45,6 +46,14 @@ class LayerTensors {
   }
   // The layer's first; all have its type, those of the same projection also its shape.
   const Entry& first(Projection p, Role role) const { return at(0, p, role); }
+
+  // All of a tensor.
+  template <class T>
+  std::span<const T> read(const Entry& entry, Arena& scratch) const {
+    T* data = scratch.take<T>(static_cast<index_t>(entry.tensor.nbytes / sizeof(T)));
+    checkpoint_->read(entry, 0, {reinterpret_cast<std::byte*>(data), entry.tensor.nbytes});
+    return {data, entry.tensor.nbytes / sizeof(T)};
+  }
 
   // The checks of those who know the encoding. The message opens with path, layer and tensor.
   void want_role(Role role, std::string_view called) const;

@@ -21,8 +21,8 @@ class TilesSource final : public LayerSource {
     auto* scales = reinterpret_cast<float*>(into.scales);
     for (int part = 0; part < parts; ++part) {
       const Arena::Frame frame(scratch);
-      const auto tiles = read_tensor<std::byte>(tensors().at(expert, p, Role::weight, part), scratch);
-      const auto part_scales = read_tensor<float>(tensors().at(expert, p, Role::scale, part), scratch);
+      const auto tiles = tensors().read<std::byte>(tensors().at(expert, p, Role::weight, part), scratch);
+      const auto part_scales = tensors().read<float>(tensors().at(expert, p, Role::scale, part), scratch);
       std::byte* codes = into.codes + part * (down ? into.code_bytes(cols) : rows * stride);
       (int4 ? kt_int4_codes : kt_int8_codes)(tiles.data(), rows, cols, codes, stride);
       float* to = scales + part * (down ? 1 : rows);

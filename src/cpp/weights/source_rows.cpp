@@ -41,7 +41,7 @@ class RowsSource final : public LayerSource {
     if (into.type.scale != ScaleType::none) read_scales(expert, p, into, scratch);
     if (into.type.zero_points) {
       const index_t groups = ceil_div(into.cols, into.group());
-      const auto words = read_tensor<std::uint32_t>(tensors().at(expert, p, Role::zeros), scratch);
+      const auto words = tensors().read<std::uint32_t>(tensors().at(expert, p, Role::zeros), scratch);
       unpack_zeros(words.data(), groups, 1, into.rows, groups, in_order, into.zeros);
     }
   }
@@ -86,9 +86,9 @@ class RowsSource final : public LayerSource {
     const Entry& entry = tensors().at(expert, p, Role::shape);
     index_t found[2];
     if (entry.tensor.type->dtype == DType::i64) {
-      std::ranges::copy(read_tensor<std::int64_t>(entry, scratch), found);
+      std::ranges::copy(tensors().read<std::int64_t>(entry, scratch), found);
     } else {
-      std::ranges::copy(read_tensor<std::int32_t>(entry, scratch), found);
+      std::ranges::copy(tensors().read<std::int32_t>(entry, scratch), found);
     }
     if (found[0] != info().rows(p) || found[1] != info().cols(p))
       tensors().fail(entry, "of expert {} says {}, but the matrix is [{}, {}]", expert, shape_text(found),
