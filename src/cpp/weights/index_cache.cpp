@@ -22,8 +22,8 @@ namespace kt {
 namespace fs = std::filesystem;
 namespace {
 
-constexpr std::uint64_t least_headers = 1 << 20;  // bytes; reading less takes no noticeable time
-constexpr std::uint64_t most = 256 << 20;         // bytes of a cache file
+constexpr std::uint64_t kLeastHeaders = 1 << 20;  // bytes; reading less takes no noticeable time
+constexpr std::uint64_t kMostBytes = 256 << 20;   // bytes of a cache file
 
 std::optional<fs::path> absolute_path(const char* variable) {
   const auto value = environment(variable);
@@ -59,7 +59,7 @@ std::optional<Place> place_of(const ModelFiles& model) {
 
 std::optional<std::string> read_whole(const fs::path& path) try {
   const OpenFile file(path);
-  if (file.stamp().size > most) return std::nullopt;
+  if (file.stamp().size > kMostBytes) return std::nullopt;
   std::string bytes(file.stamp().size, '\0');
   file.read(0, std::as_writable_bytes(std::span(bytes)));
   return bytes;
@@ -110,11 +110,11 @@ std::optional<TensorTable> load_table(const ModelFiles& model) {
 }
 
 void store_table(const ModelFiles& model, const TensorTable& table) {
-  if (table.header_bytes < least_headers) return;
+  if (table.header_bytes < kLeastHeaders) return;
   const auto place = place_of(model);
   if (!place) return;
   const auto bytes = encode_table(table, model.directory, place->key);
-  if (bytes.size() > most) return;
+  if (bytes.size() > kMostBytes) return;
   std::error_code error;
   fs::create_directories(place->path.parent_path(), error);
   if (!error) write_atomically(place->path, bytes);

@@ -86,7 +86,6 @@ void LayerSource::read_bias(int expert, Projection p, bf16_t* into, Arena& scrat
 
 void LayerSource::read_rows(const Entry& entry, int expert, const Plane& plane, index_t row_bytes,
                             index_t begin, index_t count, std::byte* to, Arena& scratch) const {
-  constexpr index_t chunk_bytes = 256 * 1024;  // read and picked from in the L2 cache
   const auto read = [&](index_t row, std::byte* at, index_t bytes) {
     tensors_.checkpoint().read(entry, static_cast<std::uint64_t>(row * row_bytes),
                                {at, static_cast<std::size_t>(bytes)});
@@ -95,7 +94,7 @@ void LayerSource::read_rows(const Entry& entry, int expert, const Plane& plane, 
   if (plane.step == 1) return read(first + begin, to, count * row_bytes);
   const Arena::Frame frame(scratch);
   const index_t stride = plane.step * row_bytes;
-  const index_t chunk = std::clamp(chunk_bytes / stride, index_t{1}, count);
+  const index_t chunk = std::clamp(kChunkBytes / stride, index_t{1}, count);
   auto* chunk_data = scratch.take<std::byte>(chunk * stride);
   for (index_t done = 0; done < count; done += chunk) {
     const index_t n = std::min(chunk, count - done);

@@ -65,6 +65,9 @@ class LayerSource {
   void read_bias(int expert, Projection p, bf16_t* into, Arena& scratch, const DecodeKernels& decode) const;
 
  protected:
+  // Read at a time where more is done with what was read, which so stays in the L2 cache.
+  static constexpr index_t kChunkBytes = 256 * 1024;
+
   // Rows of a stored tensor at equal distances.
   struct Plane {
     index_t rows = 0;

@@ -66,7 +66,7 @@ class LayerTensors {
  private:
   std::size_t place(int expert, Projection p, Role role, int part) const {
     const auto matrix = static_cast<std::size_t>(expert) * projections.size() + index_of(p);
-    return (matrix * static_cast<std::size_t>(parts_) + static_cast<std::size_t>(part)) * role_count +
+    return (matrix * static_cast<std::size_t>(parts_) + static_cast<std::size_t>(part)) * kRoleCount +
            static_cast<std::size_t>(role);
   }
   std::string where(std::string_view tensor) const;
@@ -82,7 +82,7 @@ class LayerTensors {
   int experts_ = 1, parts_ = 1;
   std::size_t nbytes_ = 0;
   std::vector<const Entry*> grid_;
-  std::array<std::optional<ExpertName>, role_count> likes_;  // a name of each role that there is
+  std::array<std::optional<ExpertName>, kRoleCount> likes_;  // a name of each role that there is
 };
 
 }  // namespace kt

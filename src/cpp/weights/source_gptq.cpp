@@ -8,7 +8,7 @@
 namespace kt {
 namespace {
 
-constexpr std::uint32_t gptq_eights = 0x77777777u, awq_eights = 0x88888888u;  // zero points of 8 in a word
+constexpr std::uint32_t kGptqEights = 0x77777777u, kAwqEights = 0x88888888u;  // zero points of 8 in a word
 
 // GPTQ: qweight [in / 8, out]; AWQ: [in, out / 8]. Both: scales [groups, out], qzeros [groups, out / 8].
 class WordsSource final : public LayerSource {
@@ -38,7 +38,7 @@ class WordsSource final : public LayerSource {
     check_scales(scale_entry, expert, into);
     if (into.type.zero_points) {
       const auto words = tensors().read<std::uint32_t>(tensors().at(expert, p, Role::zeros), scratch);
-      unpack_zeros(words.data(), 1, out / kCodesInWord, out, groups, awq_ ? awq_order : gptq_order,
+      unpack_zeros(words.data(), 1, out / kCodesInWord, out, groups, awq_ ? kAwqOrder : kGptqOrder,
                    into.zeros);
     }
   }
@@ -55,12 +55,12 @@ bool all_zeros_are(const LayerTensors& tensors, int expert, Projection p, std::u
 
 // Whether a zero point of the projection is not 8: symmetric files spell out 8 everywhere.
 bool has_zero_points(const LayerTensors& tensors, Projection p, bool awq, Arena& scratch) {
-  if (!awq && all_zeros_are(tensors, 0, p, awq_eights, scratch))
+  if (!awq && all_zeros_are(tensors, 0, p, kAwqEights, scratch))
     tensors.fail(tensors.first(p, Role::zeros),
                  "holds nothing but 8: the zero points of a symmetric gptq_v2 file, wanted GPTQ's first "
                  "format, which subtracts 1 from each");
   for (int expert = 0; expert < tensors.experts(); ++expert) {
-    if (!all_zeros_are(tensors, expert, p, awq ? awq_eights : gptq_eights, scratch)) return true;
+    if (!all_zeros_are(tensors, expert, p, awq ? kAwqEights : kGptqEights, scratch)) return true;
   }
   return false;
 }

@@ -5,7 +5,7 @@
 namespace kt {
 namespace {
 
-constexpr index_t fp8_block = 128;  // rows and columns that share a scale, DeepSeek's
+constexpr index_t kFp8Block = 128;  // rows and columns that share a scale, DeepSeek's
 
 bool is_float(const StoredType& type) {
   return type.dtype == DType::bf16 || type.dtype == DType::f16 || type.dtype == DType::f32;
@@ -90,9 +90,9 @@ WeightType coded_type(const LayerTensors& tensors, const LayerInfo& info, Projec
   const auto is = [&](index_t height, index_t width) {
     return shape == std::vector{matrices * height, width};
   };
-  const bool cut = matrices > 1 && rows % fp8_block != 0;  // a block may hold rows of gate and of up
-  if (is(ceil_div(rows, fp8_block), ceil_div(cols, fp8_block)) && !cut) {
-    type.scale_rows = type.scale_cols = fp8_block;
+  const bool cut = matrices > 1 && rows % kFp8Block != 0;  // a block may hold rows of gate and of up
+  if (is(ceil_div(rows, kFp8Block), ceil_div(cols, kFp8Block)) && !cut) {
+    type.scale_rows = type.scale_cols = kFp8Block;
   } else if (is(rows, 1)) {
     type.scale_rows = 1;
   } else if (is(1, 1)) {
@@ -101,8 +101,8 @@ WeightType coded_type(const LayerTensors& tensors, const LayerInfo& info, Projec
     tensors.fail(entry, "has shape {} for {} matrices of [{}, {}], wanted {}one a row or one a matrix",
                  shape_text(entry.tensor.shape), matrices, rows, cols,
                  cut ? "the matrices' rows to be a multiple of 128, "
-                     : message("[{}, {}] for blocks of 128 x 128, ", matrices * ceil_div(rows, fp8_block),
-                               ceil_div(cols, fp8_block)));
+                     : message("[{}, {}] for blocks of 128 x 128, ", matrices * ceil_div(rows, kFp8Block),
+                               ceil_div(cols, kFp8Block)));
   }
   return type;
 }

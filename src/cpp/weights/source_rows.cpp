@@ -42,7 +42,7 @@ class RowsSource final : public LayerSource {
     if (into.type.zero_points) {
       const index_t groups = ceil_div(into.cols, into.group());
       const auto words = tensors().read<std::uint32_t>(tensors().at(expert, p, Role::zeros), scratch);
-      unpack_zeros(words.data(), groups, 1, into.rows, groups, in_order, into.zeros);
+      unpack_zeros(words.data(), groups, 1, into.rows, groups, kInOrder, into.zeros);
     }
   }
 
@@ -53,9 +53,8 @@ class RowsSource final : public LayerSource {
     if (!is_rounded(*entry.tensor.type)) {
       return read_rows(entry, expert, rows, into.code_bytes(into.cols), 0, into.rows, into.codes, scratch);
     }
-    constexpr index_t chunk_bytes = 256 * 1024;  // rounded from the L2 cache
     const index_t row_bytes = into.cols * entry.tensor.type->bits / 8;
-    const index_t chunk = std::clamp(chunk_bytes / row_bytes, index_t{1}, into.rows);
+    const index_t chunk = std::clamp(kChunkBytes / row_bytes, index_t{1}, into.rows);
     auto* stored = scratch.take<std::byte>(chunk * row_bytes);
     auto* to = reinterpret_cast<bf16_t*>(into.codes);
     for (index_t row = 0; row < into.rows; row += chunk) {
