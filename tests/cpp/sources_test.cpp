@@ -91,7 +91,7 @@ std::vector<bf16_t> decoded(const MutableWeight& m) {
   return out;
 }
 
-std::unique_ptr<const LayerSource> open(const Writer& writer, const TempDir& dir) {
+std::shared_ptr<const LayerSource> open(const Writer& writer, const TempDir& dir) {
   return ExpertIndex(std::make_shared<const Checkpoint>(writer.write_to(dir / "m.safetensors"))).open(0);
 }
 
