@@ -121,6 +121,19 @@ TEST_CASE("per-expert tensors of every naming are found") {
   }
 }
 
+TEST_CASE("a layer is opened once, a refused one is refused again") {
+  const TempDir dir;
+  auto writer = per_expert(qwen, proj);
+  writer.add("model.layers.4.mlp.experts.0.gate_proj.weight", "BF16", {I, H}, 2);
+  const auto index = index_of_path(writer.write_to(dir / "m.safetensors"));
+  const auto source = index.open(3);
+  CHECK(index.layer(3).num_experts == E);
+  CHECK(index.open(3) == source);
+  const auto why = refusal(index, 4);
+  CHECK(contains(why, "is missing"));
+  CHECK(refusal(index, 4) == why);
+}
+
 TEST_CASE("fused tensors are cut into experts and halves") {
   const TempDir dir;
   const auto index = index_of_path(Writer()

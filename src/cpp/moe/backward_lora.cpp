@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <span>
 
 #include "moe/backward.h"
 
@@ -107,9 +108,10 @@ void Backward::lora(const LoraJob& job, Arena& scratch) const {
   const bf16_t* low_rank = job.of_b ? output_low_rank(job.projection) : grad_low_rank_[p].transposed;
   auto* grad = scratch.take<float>(rank * stride);
   bool accumulate = false;
+  // Two bounds, because clang 14 does not compile libstdc++'s std::ranges::subrange.
   const auto begin = std::ranges::lower_bound(blocks_, job.expert, {}, &Block::expert);
-  for (auto at = begin; at != blocks_.end() && at->expert == job.expert; ++at) {
-    const Block& block = *at;
+  const auto end = std::ranges::upper_bound(blocks_, job.expert, {}, &Block::expert);
+  for (const Block& block : std::span(begin, end)) {
     tasks_.wait(gradients_done_[block.index]);
     const Arena::Frame frame(scratch);
     const Rows rows = job.of_b ? grad_output(job.projection, block, job.slice)

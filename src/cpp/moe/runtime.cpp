@@ -3,10 +3,10 @@
 #include <xmmintrin.h>
 
 #include <charconv>
-#include <cstdlib>
 #include <limits>
 #include <string_view>
 
+#include "base/environment.h"
 #include "base/error.h"
 #include "cpu/features.h"
 #include "kernels/registry.h"
@@ -17,11 +17,6 @@ namespace {
 
 constexpr std::size_t kUsualL2 = std::size_t{1} << 20;
 constexpr int kMostThreads = 4096;
-
-std::optional<std::string> environment(const char* name) {
-  const char* value = std::getenv(name);
-  return value == nullptr || *value == '\0' ? std::nullopt : std::optional<std::string>(value);
-}
 
 // The argument, else the environment variable, else the fallback.
 int number(const char* what, std::optional<int> argument, const char* variable, int fallback, int most) {

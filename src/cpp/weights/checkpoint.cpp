@@ -14,9 +14,9 @@ namespace kt {
 namespace fs = std::filesystem;
 namespace {
 
-constexpr std::string_view data_suffix = ".safetensors";
-constexpr std::string_view index_suffix = ".safetensors.index.json";
-constexpr std::string_view preferred_index = "model.safetensors.index.json";
+constexpr std::string_view kDataSuffix = ".safetensors";
+constexpr std::string_view kIndexSuffix = ".safetensors.index.json";
+constexpr std::string_view kPreferredIndex = "model.safetensors.index.json";
 [[noreturn]] void throw_system(const fs::path& path, std::string_view what, const std::error_code& error) {
   throw IoError(message("{}: {}: {}", quote(path.native()), what, error.message()));
 }
@@ -52,14 +52,14 @@ bool names_directory(const fs::path& path) {
 // With an index, or else all safetensors files.
 ModelFiles files_of(const fs::path& directory) {
   const auto paths = list(directory);
-  const auto indexes = with_suffix(paths, index_suffix);
-  const auto preferred = std::ranges::find(indexes, directory / preferred_index);
+  const auto indexes = with_suffix(paths, kIndexSuffix);
+  const auto preferred = std::ranges::find(indexes, directory / kPreferredIndex);
   if (preferred != indexes.end()) return {directory, *preferred, {}};
   KT_CHECK(indexes.size() <= 1, "{}: several indexes, such as {} and {}, and none is {}",
            quote(directory.native()), quote(indexes[0].filename().native()),
-           quote(indexes[1].filename().native()), preferred_index);
+           quote(indexes[1].filename().native()), kPreferredIndex);
   if (!indexes.empty()) return {directory, indexes.front(), {}};
-  auto files = with_suffix(paths, data_suffix);
+  auto files = with_suffix(paths, kDataSuffix);
   if (files.empty())
     throw NotFoundError(message("{}: no .safetensors file in it", quote(directory.native())));
   return {directory, {}, std::move(files)};
@@ -75,7 +75,7 @@ TensorTable read_directory(const fs::path& directory) {
 
 TensorTable read_path(const fs::path& path) {
   if (names_directory(path)) return read_directory(path);
-  KT_CHECK(!path.native().ends_with(index_suffix), "{}: an index, wanted a .safetensors file or a directory",
+  KT_CHECK(!path.native().ends_with(kIndexSuffix), "{}: an index, wanted a .safetensors file or a directory",
            quote(path.native()));
   return read_tensors({path});
 }

@@ -29,9 +29,9 @@ struct ZeroOrder {
   int shift[8];  // of the i-th
   int less;      // what was subtracted from each
 };
-inline constexpr ZeroOrder in_order{{0, 4, 8, 12, 16, 20, 24, 28}, 0};
-inline constexpr ZeroOrder gptq_order{{0, 4, 8, 12, 16, 20, 24, 28}, 1};
-inline constexpr ZeroOrder awq_order{{0, 16, 4, 20, 8, 24, 12, 28}, 0};
+inline constexpr ZeroOrder kInOrder{{0, 4, 8, 12, 16, 20, 24, 28}, 0};
+inline constexpr ZeroOrder kGptqOrder{{0, 4, 8, 12, 16, 20, 24, 28}, 1};
+inline constexpr ZeroOrder kAwqOrder{{0, 16, 4, 20, 8, 24, 12, 28}, 0};
 
 // Zero points of `out` outputs and `groups` groups, the word of outputs 8 q.. and group g at
 // words[q * q_stride + g * g_stride], to a byte each, [out, groups].

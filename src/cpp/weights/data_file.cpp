@@ -122,7 +122,7 @@ std::shared_ptr<const OpenFile> OpenFiles::open(const DataFile& file, std::strin
   auto use = std::ranges::find(uses_, &file, &Use::file);
   if (use == uses_.end()) {
     auto opened = file.open(tensor);
-    if (uses_.size() == most) uses_.pop_back();
+    if (uses_.size() == kMostOpen) uses_.pop_back();
     uses_.push_back({&file, std::move(opened)});
     use = uses_.end() - 1;
   }

@@ -88,7 +88,7 @@ class OpenFiles {
   std::shared_ptr<const OpenFile> open(const DataFile& file, std::string_view tensor);
 
  private:
-  static constexpr std::size_t most = 16;  // a layer's tensors lie in a few files
+  static constexpr std::size_t kMostOpen = 16;  // a layer's tensors lie in a few files
 
   struct Use {
     const DataFile* file;

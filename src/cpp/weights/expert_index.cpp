@@ -30,7 +30,7 @@ ExpertIndex::ExpertIndex(std::shared_ptr<const Checkpoint> checkpoint) : checkpo
   for (const auto& entry : checkpoint_->tensors()) {
     const auto parsed = parse_expert_name(entry.name);
     if (!parsed) continue;
-    if (home == nullptr || root != parsed->root) home = &layers_[parsed->layer][root = parsed->root];
+    if (home == nullptr || root != parsed->root) home = &layers_[parsed->layer].homes[root = parsed->root];
     if (parsed->tail == nullptr) {
       if (home->foreign.empty()) home->foreign = entry.name;
     } else {
@@ -47,11 +47,8 @@ std::vector<int> ExpertIndex::layers() const {
   return numbers;
 }
 
-const ExpertIndex::Home& ExpertIndex::home(int layer) const {
-  const auto at = layers_.find(layer);
-  KT_CHECK(at != layers_.end(), "{}: no experts in layer {}; layers with experts: {}", where(), layer,
-           ranges_text(layers()));
-  const Layer& homes = at->second;
+const ExpertIndex::Home& ExpertIndex::home(int layer, const Layer& of) const {
+  const auto& homes = of.homes;
   KT_CHECK(homes.size() == 1, "{}: layer {} is ambiguous: experts under both {} and {}", where(), layer,
            quote(homes.begin()->first), quote(std::next(homes.begin())->first));
   const Home& home = homes.begin()->second;
@@ -60,8 +57,14 @@ const ExpertIndex::Home& ExpertIndex::home(int layer) const {
   return home;
 }
 
-std::unique_ptr<const LayerSource> ExpertIndex::open(int layer) const {
-  return open_source(LayerTensors(checkpoint_, layer, home(layer).members));
+std::shared_ptr<const LayerSource> ExpertIndex::open(int layer) const {
+  const auto at = layers_.find(layer);
+  KT_CHECK(at != layers_.end(), "{}: no experts in layer {}; layers with experts: {}", where(), layer,
+           ranges_text(layers()));
+  const Layer& found = at->second;
+  const std::lock_guard lock(found.opening);
+  if (!found.source) found.source = open_source(LayerTensors(checkpoint_, layer, home(layer, found).members));
+  return found.source;
 }
 
 }  // namespace kt

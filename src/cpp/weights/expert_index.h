@@ -3,6 +3,7 @@
 
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -24,7 +25,8 @@ class ExpertIndex {
 
   // Checks every tensor of the layer. Throws ValueError: no such layer, an expert that is missing, shapes or
   // types that disagree, a format that is not supported.
-  std::unique_ptr<const LayerSource> open(int layer) const;
+  // Thread-safe; opens a layer once.
+  std::shared_ptr<const LayerSource> open(int layer) const;
   LayerInfo layer(int layer) const { return open(layer)->info(); }
 
  private:
@@ -33,10 +35,14 @@ class ExpertIndex {
     std::vector<LayerTensors::Member> members;
     std::string_view foreign;  // a tensor among the experts that nobody knows
   };
-  using Layer = std::map<std::string_view, Home>;  // by root
+  struct Layer {
+    std::map<std::string_view, Home> homes;  // by root
+    mutable std::mutex opening;
+    mutable std::shared_ptr<const LayerSource> source;  // once it was opened
+  };
 
   std::string where() const;  // opens every message
-  const Home& home(int layer) const;
+  const Home& home(int layer, const Layer& of) const;
 
   std::shared_ptr<const Checkpoint> checkpoint_;
   std::map<int, Layer> layers_;

@@ -12,15 +12,15 @@ namespace {
 using Words = std::array<std::string_view, projections.size()>;  // gate, up, down
 
 // Qwen, DeepSeek, GLM, Kimi and most others on the hub; Mixtral, MiniMax, LFM2.
-constexpr Words gate_up_down{"gate_proj", "up_proj", "down_proj"};
-constexpr Words w1_w3_w2{"w1", "w3", "w2"};
+constexpr Words kGateUpDown{"gate_proj", "up_proj", "down_proj"};
+constexpr Words kW1W3W2{"w1", "w3", "w2"};
 // transformers 5, gpt-oss, Llama 4.
-constexpr Words fused{"gate_up_proj", "gate_up_proj", "down_proj"};
+constexpr Words kFused{"gate_up_proj", "gate_up_proj", "down_proj"};
 // Files that kt-kernel writes.
-constexpr Words kt_words{"ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"};
+constexpr Words kKtWords{"ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"};
 
 // experts.{expert}.{word}.{tail}
-constexpr std::array expert_tails{
+constexpr std::array kExpertTails{
     Tail{"weight", Encoding::plain, Role::weight},
     Tail{"weight_scale_inv", Encoding::plain, Role::scale},
     Tail{"weight_scale", Encoding::any, Role::scale},
@@ -37,13 +37,13 @@ constexpr std::array expert_tails{
     Tail{"activation_scale", Encoding::any, Role::unused},
 };
 // experts.{word}{tail}
-constexpr std::array fused_tails{
+constexpr std::array kFusedTails{
     Tail{"", Encoding::plain, Role::weight},        Tail{"_scale_inv", Encoding::plain, Role::scale},
     Tail{"_blocks", Encoding::mxfp4, Role::weight}, Tail{"_scales", Encoding::mxfp4, Role::scale},
     Tail{"_bias", Encoding::any, Role::bias},       Tail{"_activation_scale", Encoding::any, Role::unused},
 };
 // blk.{layer}.{word}.{expert}.numa.{part}.{tail}
-constexpr std::array kt_tails{
+constexpr std::array kKtTails{
     Tail{"weight", Encoding::kt, Role::weight},
     Tail{"scale", Encoding::kt, Role::scale},
 };
@@ -52,14 +52,14 @@ constexpr std::array kt_tails{
 struct Sign {
   std::string_view part, format;
 };
-constexpr std::array signs{
+constexpr std::array kSigns{
     Sign{"weight_scale_2", "NVFP4"},
     Sign{"weight_global_scale", "NVFP4"},
     Sign{"lora_", "an adapter, not a model"},
 };
 
 // A multi-token-prediction head numbers its layers from 0 again; it is no part of the model that is tuned.
-constexpr std::string_view skipped_segment = "mtp";
+constexpr std::string_view kSkippedSegment = "mtp";
 
 // "a.b.c" gives "c" and leaves "a.b".
 std::string_view take_last(std::string_view& dotted) {
@@ -99,10 +99,10 @@ bool parse_per_expert(std::string_view name, ExpertName& found) {
   const auto tail = take_last(name), word = take_last(name);
   const auto expert = number(take_last(name));
   if (!expert || take_last(name) != "experts") return false;
-  if (!find_word(gate_up_down, Naming::gate_up_down, word, found) &&
-      !find_word(w1_w3_w2, Naming::w1_w3_w2, word, found))
+  if (!find_word(kGateUpDown, Naming::gate_up_down, word, found) &&
+      !find_word(kW1W3W2, Naming::w1_w3_w2, word, found))
     return false;
-  found.tail = find_tail(expert_tails, tail);
+  found.tail = find_tail(kExpertTails, tail);
   found.expert = *expert;
   found.root = name;
   return found.tail != nullptr;
@@ -111,9 +111,9 @@ bool parse_per_expert(std::string_view name, ExpertName& found) {
 bool parse_fused(std::string_view name, ExpertName& found) {
   const auto last = take_last(name);
   if (take_last(name) != "experts") return false;
-  const bool down = last.starts_with(fused.back());
-  if (!down && !last.starts_with(fused.front())) return false;
-  found.tail = find_tail(fused_tails, last.substr((down ? fused.back() : fused.front()).size()));
+  const bool down = last.starts_with(kFused.back());
+  if (!down && !last.starts_with(kFused.front())) return false;
+  found.tail = find_tail(kFusedTails, last.substr((down ? kFused.back() : kFused.front()).size()));
   found.naming = Naming::fused;
   found.first = down ? Projection::down : Projection::gate;
   found.last = down ? Projection::down : Projection::up;
@@ -126,8 +126,8 @@ bool parse_kt(std::string_view name, ExpertName& found) {
   const auto part = number(take_last(name));
   if (!part || take_last(name) != "numa") return false;
   const auto expert = number(take_last(name));
-  if (!expert || !find_word(kt_words, Naming::kt, take_last(name), found)) return false;
-  found.tail = find_tail(kt_tails, tail);
+  if (!expert || !find_word(kKtWords, Naming::kt, take_last(name), found)) return false;
+  found.tail = find_tail(kKtTails, tail);
   found.expert = *expert;
   found.part = *part;
   found.root = name;
@@ -139,7 +139,7 @@ std::optional<int> layer_of(std::string_view root) {
   std::optional<int> layer, after;
   while (!root.empty()) {
     const auto segment = take_last(root);
-    if (segment == skipped_segment) return std::nullopt;
+    if (segment == kSkippedSegment) return std::nullopt;
     if (!layer && after && (segment == "layers" || segment == "blk")) layer = after;
     if (!layer) after = number(segment);
   }
@@ -150,7 +150,7 @@ std::optional<int> layer_of(std::string_view root) {
 std::string_view root_of(std::string_view name) {
   while (!name.empty()) {
     const auto segment = take_last(name);
-    if (segment == "experts" || std::ranges::find(kt_words, segment) != kt_words.end()) return name;
+    if (segment == "experts" || std::ranges::find(kKtWords, segment) != kKtWords.end()) return name;
   }
   return {};
 }
@@ -175,18 +175,18 @@ std::string tensor_name(const ExpertName& like, Projection p, int expert, int pa
   const auto at = index_of(p);
   switch (like.naming) {
     case Naming::gate_up_down:
-      return message("{}.experts.{}.{}.{}", like.root, expert, gate_up_down[at], tail);
-    case Naming::w1_w3_w2: return message("{}.experts.{}.{}.{}", like.root, expert, w1_w3_w2[at], tail);
-    case Naming::fused: return message("{}.experts.{}{}", like.root, fused[at], tail);
-    case Naming::kt: return message("{}.{}.{}.numa.{}.{}", like.root, kt_words[at], expert, part, tail);
+      return message("{}.experts.{}.{}.{}", like.root, expert, kGateUpDown[at], tail);
+    case Naming::w1_w3_w2: return message("{}.experts.{}.{}.{}", like.root, expert, kW1W3W2[at], tail);
+    case Naming::fused: return message("{}.experts.{}{}", like.root, kFused[at], tail);
+    case Naming::kt: return message("{}.{}.{}.numa.{}.{}", like.root, kKtWords[at], expert, part, tail);
   }
   return {};
 }
 
 std::string unsupported_format(std::string_view name) {
   const auto sign =
-      std::ranges::find_if(signs, [&](const Sign& s) { return name.find(s.part) != name.npos; });
-  return sign == signs.end() ? "an unknown expert layout" : message("{}: not supported", sign->format);
+      std::ranges::find_if(kSigns, [&](const Sign& s) { return name.find(s.part) != name.npos; });
+  return sign == kSigns.end() ? "an unknown expert layout" : message("{}: not supported", sign->format);
 }
 
 }  // namespace kt

@@ -8,32 +8,32 @@
 #include <cerrno>
 #include <charconv>
 #include <cstdio>
-#include <cstdlib>
 #include <exception>
 #include <span>
 #include <string>
 #include <string_view>
 #include <system_error>
 
+#include "base/environment.h"
+#include "weights/checksum.h"
 #include "weights/table_codec.h"
 
 namespace kt {
 namespace fs = std::filesystem;
 namespace {
 
-constexpr std::uint64_t least_headers = 1 << 20;  // bytes; reading less takes no noticeable time
-constexpr std::uint64_t most = 256 << 20;         // bytes of a cache file
+constexpr std::uint64_t kLeastHeaders = 1 << 20;  // bytes; reading less takes no noticeable time
+constexpr std::uint64_t kMostBytes = 256 << 20;   // bytes of a cache file
 
 std::optional<fs::path> absolute_path(const char* variable) {
-  const char* value = std::getenv(variable);
-  if (value == nullptr || *value != '/') return std::nullopt;  // relative ones are to be ignored
-  return value;
+  const auto value = environment(variable);
+  if (!value || value->front() != '/') return std::nullopt;  // relative ones are to be ignored
+  return *value;
 }
 
 // https://specifications.freedesktop.org/basedir-spec/latest/
 std::optional<fs::path> cache_directory() {
-  const char* wanted = std::getenv("KT_MOE_INDEX_CACHE");
-  if (wanted != nullptr && std::string_view(wanted) == "0") return std::nullopt;
+  if (environment("KT_MOE_INDEX_CACHE") == "0") return std::nullopt;
   if (const auto cache = absolute_path("XDG_CACHE_HOME")) return *cache / "kt_moe";
   if (const auto home = absolute_path("HOME")) return *home / ".cache" / "kt_moe";
   return std::nullopt;
@@ -50,7 +50,8 @@ std::optional<Place> place_of(const ModelFiles& model) {
   const auto canonical = fs::canonical(model.directory, error);
   if (!directory || error) return std::nullopt;
   std::array<char, 16> name{};
-  const auto end = std::to_chars(name.begin(), name.end(), hash_of(canonical.native()), 16).ptr;
+  const auto end =
+      std::to_chars(name.begin(), name.end(), checksum(std::as_bytes(std::span(canonical.native()))), 16).ptr;
   const std::string_view digits(name.begin(), end);
   return Place{*directory / (std::string(digits) + ".index"),
                canonical.native() + '\0' + model.index.filename().native()};
@@ -58,7 +59,7 @@ std::optional<Place> place_of(const ModelFiles& model) {
 
 std::optional<std::string> read_whole(const fs::path& path) try {
   const OpenFile file(path);
-  if (file.stamp().size > most) return std::nullopt;
+  if (file.stamp().size > kMostBytes) return std::nullopt;
   std::string bytes(file.stamp().size, '\0');
   file.read(0, std::as_writable_bytes(std::span(bytes)));
   return bytes;
@@ -109,11 +110,11 @@ std::optional<TensorTable> load_table(const ModelFiles& model) {
 }
 
 void store_table(const ModelFiles& model, const TensorTable& table) {
-  if (table.header_bytes < least_headers) return;
+  if (table.header_bytes < kLeastHeaders) return;
   const auto place = place_of(model);
   if (!place) return;
   const auto bytes = encode_table(table, model.directory, place->key);
-  if (bytes.size() > most) return;
+  if (bytes.size() > kMostBytes) return;
   std::error_code error;
   fs::create_directories(place->path.parent_path(), error);
   if (!error) write_atomically(place->path, bytes);

@@ -70,13 +70,13 @@ class JsonEvents : private nlohmann::json_sax<nlohmann::json> {
    public:
     bool insert(const std::string& key) {  // false if it was there
       if (std::ranges::find(first_, key) != first_.end()) return false;
-      if (first_.size() == few) return others_.insert(key).second;
+      if (first_.size() == kFew) return others_.insert(key).second;
       first_.push_back(key);
       return true;
     }
 
    private:
-    static constexpr std::size_t few = 4;
+    static constexpr std::size_t kFew = 4;
     std::vector<std::string> first_;
     std::unordered_set<std::string> others_;
   };
@@ -84,10 +84,10 @@ class JsonEvents : private nlohmann::json_sax<nlohmann::json> {
     Container kind;
     Keys keys;
   };
-  static constexpr std::size_t max_depth = 32;
+  static constexpr std::size_t kMaxDepth = 32;
 
   bool enter(Container kind) {
-    KT_CHECK(levels_.size() < max_depth, "{}: JSON nested deeper than {} levels", where_, max_depth);
+    KT_CHECK(levels_.size() < kMaxDepth, "{}: JSON nested deeper than {} levels", where_, kMaxDepth);
     open(kind);
     levels_.push_back({kind, {}});
     path_.emplace_back();

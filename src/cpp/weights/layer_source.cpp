@@ -86,7 +86,6 @@ void LayerSource::read_bias(int expert, Projection p, bf16_t* into, Arena& scrat
 
 void LayerSource::read_rows(const Entry& entry, int expert, const Plane& plane, index_t row_bytes,
                             index_t begin, index_t count, std::byte* to, Arena& scratch) const {
-  constexpr index_t chunk_bytes = 256 * 1024;  // read and picked from in the L2 cache
   const auto read = [&](index_t row, std::byte* at, index_t bytes) {
     tensors_.checkpoint().read(entry, static_cast<std::uint64_t>(row * row_bytes),
                                {at, static_cast<std::size_t>(bytes)});
@@ -95,7 +94,7 @@ void LayerSource::read_rows(const Entry& entry, int expert, const Plane& plane, 
   if (plane.step == 1) return read(first + begin, to, count * row_bytes);
   const Arena::Frame frame(scratch);
   const index_t stride = plane.step * row_bytes;
-  const index_t chunk = std::clamp(chunk_bytes / stride, index_t{1}, count);
+  const index_t chunk = std::clamp(kChunkBytes / stride, index_t{1}, count);
   auto* chunk_data = scratch.take<std::byte>(chunk * stride);
   for (index_t done = 0; done < count; done += chunk) {
     const index_t n = std::min(chunk, count - done);
@@ -107,8 +106,8 @@ void LayerSource::read_rows(const Entry& entry, int expert, const Plane& plane, 
 
 std::span<const float> LayerSource::read_floats(const Entry& entry, Arena& scratch) const {
   const auto type = entry.tensor.type->dtype;
-  if (type == DType::f32) return read_tensor<float>(entry, scratch);
-  const auto halves = read_tensor<std::uint16_t>(entry, scratch);
+  if (type == DType::f32) return tensors_.read<float>(entry, scratch);
+  const auto halves = tensors_.read<std::uint16_t>(entry, scratch);
   auto* floats = scratch.take<float>(std::ssize(halves));
   type == DType::f16 ? f16_to_f32(halves, floats) : bf16_to_f32(halves, floats);
   return {floats, halves.size()};
@@ -125,7 +124,7 @@ void LayerSource::check_scales(const Entry& entry, int expert, const Weight& mat
 void LayerSource::check_order(int expert, Projection p, Arena& scratch) const {
   if (!tensors_.has(Role::order)) return;
   const Entry& entry = tensors_.at(expert, p, Role::order);
-  const auto groups = read_tensor<std::int32_t>(entry, scratch);
+  const auto groups = tensors_.read<std::int32_t>(entry, scratch);
   const index_t group = info_.matrix(p).group();
   for (index_t begin = 0, number = 0; begin < std::ssize(groups); begin += group, ++number) {
     for (index_t i = begin; i < std::min(begin + group, std::ssize(groups)); ++i) {

@@ -65,6 +65,9 @@ class LayerSource {
   void read_bias(int expert, Projection p, bf16_t* into, Arena& scratch, const DecodeKernels& decode) const;
 
  protected:
+  // Read at a time where more is done with what was read, which so stays in the L2 cache.
+  static constexpr index_t kChunkBytes = 256 * 1024;
+
   // Rows of a stored tensor at equal distances.
   struct Plane {
     index_t rows = 0;
@@ -87,13 +90,6 @@ class LayerSource {
   // Rows [begin, begin + count) of the plane, side by side.
   void read_rows(const Entry& entry, int expert, const Plane& plane, index_t row_bytes, index_t begin,
                  index_t count, std::byte* to, Arena& scratch) const;
-  // All of a tensor.
-  template <class T>
-  std::span<const T> read_tensor(const Entry& entry, Arena& scratch) const {
-    T* data = scratch.take<T>(static_cast<index_t>(entry.tensor.nbytes / sizeof(T)));
-    tensors_.checkpoint().read(entry, 0, {reinterpret_cast<std::byte*>(data), entry.tensor.nbytes});
-    return {data, entry.tensor.nbytes / sizeof(T)};
-  }
   // BF16, F16 or F32 to fp32.
   std::span<const float> read_floats(const Entry& entry, Arena& scratch) const;
   void check_scales(const Entry& entry, int expert, const Weight& matrix) const;

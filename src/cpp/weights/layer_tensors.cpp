@@ -42,7 +42,7 @@ void LayerTensors::fill(std::span<const Member> members) {
   KT_CHECK(parts_ == 1 || cells <= members.size(),
            "{}: layer {} has {} experts in {} parts but {} tensors; some are missing",
            quote(checkpoint_->path().native()), layer_, experts_, parts_, members.size());
-  grid_.resize(cells * projections.size() * role_count);
+  grid_.resize(cells * projections.size() * kRoleCount);
   for (const auto& [entry, name] : members) {
     nbytes_ += entry->tensor.nbytes;
     const Role role = name.tail->role;
@@ -62,7 +62,7 @@ void LayerTensors::check_complete() const {
   for (int expert = 0; expert < experts_; ++expert) {
     for (const Projection p : projections) {
       for (int part = 0; part < parts_; ++part) {
-        for (std::size_t role = 0; role < role_count; ++role) {
+        for (std::size_t role = 0; role < kRoleCount; ++role) {
           if (!likes_[role] || grid_[place(expert, p, static_cast<Role>(role), part)] != nullptr) continue;
           throw ValueError(message("{} is missing", where(tensor_name(*likes_[role], p, expert, part))));
         }
@@ -74,8 +74,8 @@ void LayerTensors::check_complete() const {
 void LayerTensors::check_alike() const {
   for (std::size_t at = 0; at < grid_.size(); ++at) {
     if (grid_[at] == nullptr) continue;
-    const Role role = static_cast<Role>(at % role_count);
-    const Projection p = projections[at / role_count / static_cast<std::size_t>(parts_) % projections.size()];
+    const Role role = static_cast<Role>(at % kRoleCount);
+    const Projection p = projections[at / kRoleCount / static_cast<std::size_t>(parts_) % projections.size()];
     const StoredTensor &tensor = grid_[at]->tensor, &wanted = first(p, role).tensor;
     const auto* type = first(Projection::gate, role).tensor.type;
     if (tensor.type != type)

@@ -10,6 +10,7 @@
 #include <string_view>
 #include <vector>
 
+#include "base/arena.h"
 #include "base/error.h"
 #include "base/projection.h"
 #include "weights/checkpoint.h"
@@ -46,6 +47,14 @@ class LayerTensors {
   // The layer's first; all have its type, those of the same projection also its shape.
   const Entry& first(Projection p, Role role) const { return at(0, p, role); }
 
+  // All of a tensor.
+  template <class T>
+  std::span<const T> read(const Entry& entry, Arena& scratch) const {
+    T* data = scratch.take<T>(static_cast<index_t>(entry.tensor.nbytes / sizeof(T)));
+    checkpoint_->read(entry, 0, {reinterpret_cast<std::byte*>(data), entry.tensor.nbytes});
+    return {data, entry.tensor.nbytes / sizeof(T)};
+  }
+
   // The checks of those who know the encoding. The message opens with path, layer and tensor.
   void want_role(Role role, std::string_view called) const;
   void want_shape(Projection p, Role role, const std::vector<index_t>& wanted) const;
@@ -57,7 +66,7 @@ class LayerTensors {
  private:
   std::size_t place(int expert, Projection p, Role role, int part) const {
     const auto matrix = static_cast<std::size_t>(expert) * projections.size() + index_of(p);
-    return (matrix * static_cast<std::size_t>(parts_) + static_cast<std::size_t>(part)) * role_count +
+    return (matrix * static_cast<std::size_t>(parts_) + static_cast<std::size_t>(part)) * kRoleCount +
            static_cast<std::size_t>(role);
   }
   std::string where(std::string_view tensor) const;
@@ -73,7 +82,7 @@ class LayerTensors {
   int experts_ = 1, parts_ = 1;
   std::size_t nbytes_ = 0;
   std::vector<const Entry*> grid_;
-  std::array<std::optional<ExpertName>, role_count> likes_;  // a name of each role that there is
+  std::array<std::optional<ExpertName>, kRoleCount> likes_;  // a name of each role that there is
 };
 
 }  // namespace kt

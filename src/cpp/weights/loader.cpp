@@ -211,7 +211,7 @@ class CheckpointLayer {
   int layer_;
   const LoadOptions& options_;
   const Report& report_;
-  std::unique_ptr<const LayerSource> source_;
+  std::shared_ptr<const LayerSource> source_;
   const LayerInfo& info_;
   LayerPlan plan_;
   bool convert_ = false;

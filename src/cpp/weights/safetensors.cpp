@@ -16,11 +16,11 @@ namespace {
 
 static_assert(std::endian::native == std::endian::little, "the format's numbers are read in place");
 
-constexpr std::size_t length_bytes = 8;            // the header's length, before the header
-constexpr std::uint64_t max_header = 100'000'000;  // the reference implementation's limit
-constexpr std::string_view metadata_key = "__metadata__";
+constexpr std::size_t kLengthBytes = 8;            // the header's length, before the header
+constexpr std::uint64_t kMaxHeader = 100'000'000;  // the reference implementation's limit
+constexpr std::string_view kMetadataKey = "__metadata__";
 
-constexpr std::array<StoredType, 22> types{{
+constexpr std::array<StoredType, 22> kTypes{{
     {"BOOL", 8, {}},         {"F4", 4, {}},           {"F6_E2M3", 6, {}},        {"F6_E3M2", 6, {}},
     {"U8", 8, {}},           {"I8", 8, {}},           {"F8_E5M2", 8, {}},        {"F8_E4M3", 8, {}},
     {"F8_E8M0", 8, {}},      {"F8_E4M3FNUZ", 8, {}},  {"F8_E5M2FNUZ", 8, {}},    {"I16", 16, {}},
@@ -52,7 +52,7 @@ class HeaderReader final : JsonEvents {
     std::optional<std::vector<std::uint64_t>> shape, data_offsets;
   };
 
-  bool in_metadata() const { return path().front() == metadata_key; }
+  bool in_metadata() const { return path().front() == kMetadataKey; }
   std::string tensor() const { return message("{}: tensor {}", where(), quote(path().front())); }
 
   std::vector<std::uint64_t>& list() {
@@ -70,7 +70,7 @@ class HeaderReader final : JsonEvents {
         fields_ = {};
         return;
       case 2:
-        KT_CHECK(!in_metadata(), "{}: {} maps {} to {}, wanted a string", where(), metadata_key,
+        KT_CHECK(!in_metadata(), "{}: {} maps {} to {}, wanted a string", where(), kMetadataKey,
                  quote(path()[1]), found);
         KT_CHECK(path()[1] == "shape" || path()[1] == "data_offsets", "{} has {} as its {}", tensor(), found,
                  quote(path()[1]));
@@ -86,7 +86,7 @@ class HeaderReader final : JsonEvents {
       throw ValueError(message("{} is {}, wanted an object", tensor(), scalar.name()));
     }
     if (in_metadata()) {
-      KT_CHECK(scalar.is_string(), "{}: {} maps {} to {}, wanted a string", where(), metadata_key,
+      KT_CHECK(scalar.is_string(), "{}: {} maps {} to {}, wanted a string", where(), kMetadataKey,
                quote(path()[1]), scalar.name());
     } else if (path().size() == 2) {
       KT_CHECK(path()[1] == "dtype", "{} has {} as its {}, wanted dtype, shape and data_offsets", tensor(),
@@ -96,7 +96,7 @@ class HeaderReader final : JsonEvents {
     } else {
       KT_CHECK(scalar.is_natural(), "{}: {} holds {}, wanted non-negative integers", tensor(), path()[1],
                scalar.name());
-      KT_CHECK(list().size() < max_rank, "{}: {} holds more than {} numbers", tensor(), path()[1], max_rank);
+      KT_CHECK(list().size() < kMaxRank, "{}: {} holds more than {} numbers", tensor(), path()[1], kMaxRank);
       list().push_back(scalar.natural);
     }
   }
@@ -127,8 +127,8 @@ class HeaderReader final : JsonEvents {
   }
 
   const StoredType& checked_type(std::string_view name) const {
-    const auto row = std::ranges::find(types, name, &StoredType::name);
-    KT_CHECK(row != types.end(), "{}: dtype {} is unknown", tensor(), quote(name));
+    const auto row = std::ranges::find(kTypes, name, &StoredType::name);
+    KT_CHECK(row != kTypes.end(), "{}: dtype {} is unknown", tensor(), quote(name));
     return *row;
   }
 
@@ -169,7 +169,7 @@ class HeaderReader final : JsonEvents {
 
 }  // namespace
 
-std::span<const StoredType> stored_types() { return types; }
+std::span<const StoredType> stored_types() { return kTypes; }
 
 std::optional<std::uint64_t> size_in_bits(const StoredType& type, std::span<const index_t> shape) {
   auto bits = static_cast<std::uint64_t>(type.bits);
@@ -181,22 +181,22 @@ std::optional<std::uint64_t> size_in_bits(const StoredType& type, std::span<cons
 
 SafetensorsHeader parse_safetensors_header(std::string_view json, std::uint64_t data_size,
                                            const std::string& where) {
-  const std::uint64_t data_offset = length_bytes + json.size();
+  const std::uint64_t data_offset = kLengthBytes + json.size();
   return {HeaderReader(where, data_offset, data_size).read(json), data_offset};
 }
 
 SafetensorsHeader read_safetensors_header(const OpenFile& file) {
   const auto where = quote(file.path().native());
   const std::uint64_t size = file.stamp().size;
-  KT_CHECK(size >= length_bytes, "{}: {} bytes long, too short for a safetensors file", where, size);
+  KT_CHECK(size >= kLengthBytes, "{}: {} bytes long, too short for a safetensors file", where, size);
   std::uint64_t length = 0;
   file.read(0, std::as_writable_bytes(std::span(&length, 1)));
-  KT_CHECK(length <= max_header, "{}: header length is {}, wanted at most {}", where, length, max_header);
-  KT_CHECK(length <= size - length_bytes, "{}: header length is {}, but only {} bytes follow", where, length,
-           size - length_bytes);
+  KT_CHECK(length <= kMaxHeader, "{}: header length is {}, wanted at most {}", where, length, kMaxHeader);
+  KT_CHECK(length <= size - kLengthBytes, "{}: header length is {}, but only {} bytes follow", where, length,
+           size - kLengthBytes);
   std::string json(static_cast<std::size_t>(length), '\0');
-  file.read(length_bytes, std::as_writable_bytes(std::span(json)));
-  return parse_safetensors_header(json, size - length_bytes - length, where);
+  file.read(kLengthBytes, std::as_writable_bytes(std::span(json)));
+  return parse_safetensors_header(json, size - kLengthBytes - length, where);
 }
 
 }  // namespace kt

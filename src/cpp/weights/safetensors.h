@@ -29,7 +29,7 @@ std::span<const StoredType> stored_types();
 // nullopt when the elements' size in bits does not fit 64 bits.
 std::optional<std::uint64_t> size_in_bits(const StoredType& type, std::span<const index_t> shape);
 
-constexpr std::size_t max_rank = 64;  // the format has none; NumPy's is 64
+constexpr std::size_t kMaxRank = 64;  // the format has none; NumPy's is 64
 
 struct StoredTensor {
   const StoredType* type;

@@ -8,8 +8,7 @@
 namespace kt {
 namespace {
 
-constexpr index_t codes_in_word = 8;
-constexpr std::uint32_t gptq_eights = 0x77777777u, awq_eights = 0x88888888u;  // zero points of 8 in a word
+constexpr std::uint32_t kGptqEights = 0x77777777u, kAwqEights = 0x88888888u;  // zero points of 8 in a word
 
 // GPTQ: qweight [in / 8, out]; AWQ: [in, out / 8]. Both: scales [groups, out], qzeros [groups, out / 8].
 class WordsSource final : public LayerSource {
@@ -25,12 +24,12 @@ class WordsSource final : public LayerSource {
                    const DecodeKernels&) const override {
     check_order(expert, p, scratch);
     const index_t out = into.rows, in = into.cols, groups = ceil_div(in, into.group());
-    const auto codes = read_tensor<std::uint32_t>(tensors().at(expert, p, Role::weight), scratch);
+    const auto codes = tensors().read<std::uint32_t>(tensors().at(expert, p, Role::weight), scratch);
     if (awq_) {
       awq_codes(codes.data(), in, out, into.codes);
     } else {  // a word is 8 columns of a row as int4 has them
-      transpose(codes.data(), out, in / codes_in_word, out, reinterpret_cast<std::uint32_t*>(into.codes),
-                in / codes_in_word);
+      transpose(codes.data(), out, in / kCodesInWord, out, reinterpret_cast<std::uint32_t*>(into.codes),
+                in / kCodesInWord);
     }
     const Entry& scale_entry = tensors().at(expert, p, Role::scale);
     const auto scales = read_floats(scale_entry, scratch);
@@ -38,8 +37,8 @@ class WordsSource final : public LayerSource {
               reinterpret_cast<std::uint32_t*>(into.scales), groups);
     check_scales(scale_entry, expert, frozen(into));
     if (into.type.zero_points) {
-      const auto words = read_tensor<std::uint32_t>(tensors().at(expert, p, Role::zeros), scratch);
-      unpack_zeros(words.data(), 1, out / codes_in_word, out, groups, awq_ ? awq_order : gptq_order,
+      const auto words = tensors().read<std::uint32_t>(tensors().at(expert, p, Role::zeros), scratch);
+      unpack_zeros(words.data(), 1, out / kCodesInWord, out, groups, awq_ ? kAwqOrder : kGptqOrder,
                    into.zeros);
     }
   }
@@ -50,21 +49,18 @@ class WordsSource final : public LayerSource {
 bool all_zeros_are(const LayerTensors& tensors, int expert, Projection p, std::uint32_t word,
                    Arena& scratch) {
   const Arena::Frame frame(scratch);
-  const Entry& entry = tensors.at(expert, p, Role::zeros);
-  const auto count = static_cast<index_t>(entry.tensor.nbytes / sizeof word);
-  auto* words = scratch.take<std::uint32_t>(count);
-  tensors.checkpoint().read(entry, 0, {reinterpret_cast<std::byte*>(words), entry.tensor.nbytes});
-  return std::all_of(words, words + count, [&](std::uint32_t w) { return w == word; });
+  const auto words = tensors.read<std::uint32_t>(tensors.at(expert, p, Role::zeros), scratch);
+  return std::ranges::all_of(words, [&](std::uint32_t w) { return w == word; });
 }
 
 // Whether a zero point of the projection is not 8: symmetric files spell out 8 everywhere.
 bool has_zero_points(const LayerTensors& tensors, Projection p, bool awq, Arena& scratch) {
-  if (!awq && all_zeros_are(tensors, 0, p, awq_eights, scratch))
+  if (!awq && all_zeros_are(tensors, 0, p, kAwqEights, scratch))
     tensors.fail(tensors.first(p, Role::zeros),
                  "holds nothing but 8: the zero points of a symmetric gptq_v2 file, wanted GPTQ's first "
                  "format, which subtracts 1 from each");
   for (int expert = 0; expert < tensors.experts(); ++expert) {
-    if (!all_zeros_are(tensors, expert, p, awq ? awq_eights : gptq_eights, scratch)) return true;
+    if (!all_zeros_are(tensors, expert, p, awq ? kAwqEights : kGptqEights, scratch)) return true;
   }
   return false;
 }
@@ -78,12 +74,12 @@ Shape shape_of_words(const LayerTensors& tensors, Projection p) {
   const auto& scales = shape_of(tensors, p, Role::scale, 2);
   const index_t groups = scales[0], out = scales[1];
   const bool gptq = words[1] == out;
-  if ((!gptq && words[1] * codes_in_word != out) || out % codes_in_word != 0)
+  if ((!gptq && words[1] * kCodesInWord != out) || out % kCodesInWord != 0)
     tensors.fail(
         tensors.first(p, Role::weight),
         "has shape {} beside scales {}, wanted [in / 8, out] (GPTQ) or [in, out / 8] (AWQ) for [groups, out]",
         shape_text(words), shape_text(scales));
-  return {gptq ? words[0] * codes_in_word : words[0], out, groups};
+  return {gptq ? words[0] * kCodesInWord : words[0], out, groups};
 }
 
 }  // namespace
@@ -105,13 +101,13 @@ SourcePointer open_gptq(LayerTensors tensors) {
   Arena scratch;
   for (const Projection p : projections) {
     const index_t rows = info.rows(p), cols = info.cols(p);
-    const index_t words = cols / codes_in_word, groups = shape_of_words(tensors, p).groups;
-    if (cols % codes_in_word != 0)
+    const index_t words = cols / kCodesInWord, groups = shape_of_words(tensors, p).groups;
+    if (cols % kCodesInWord != 0)
       tensors.fail(tensors.first(p, Role::weight), "has {} columns, wanted a multiple of 8", cols);
     tensors.want_shape(p, Role::weight,
-                       awq ? std::vector{cols, rows / codes_in_word} : std::vector{words, rows});
+                       awq ? std::vector{cols, rows / kCodesInWord} : std::vector{words, rows});
     tensors.want_shape(p, Role::scale, {groups, rows});
-    tensors.want_shape(p, Role::zeros, {groups, rows / codes_in_word});
+    tensors.want_shape(p, Role::zeros, {groups, rows / kCodesInWord});
     if (tensors.has(Role::order)) tensors.want_shape(p, Role::order, {cols});
     info.types[index_of(p)] = {Format::int4, ScaleType::f32, 1,
                                group_of(tensors, tensors.first(p, Role::scale), cols, groups),

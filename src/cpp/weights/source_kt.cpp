@@ -21,9 +21,9 @@ class TilesSource final : public LayerSource {
     auto* scales = reinterpret_cast<float*>(into.scales);
     for (int part = 0; part < parts; ++part) {
       const Arena::Frame frame(scratch);
-      const auto tiles = read_tensor<std::byte>(tensors().at(expert, p, Role::weight, part), scratch);
+      const auto tiles = tensors().read<std::byte>(tensors().at(expert, p, Role::weight, part), scratch);
       const Entry& scale = tensors().at(expert, p, Role::scale, part);
-      const auto part_scales = read_tensor<float>(scale, scratch);
+      const auto part_scales = tensors().read<float>(scale, scratch);
       const WeightType by_row{into.type.format, ScaleType::f32};
       check_scales(scale, expert,
                    {by_row, rows, cols, nullptr, reinterpret_cast<const std::byte*>(part_scales.data())});

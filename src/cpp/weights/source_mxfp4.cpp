@@ -6,7 +6,7 @@ namespace kt {
 
 namespace {
 
-constexpr index_t group = 32, group_bytes = 16;
+constexpr index_t kGroup = 32, kGroupBytes = 16;
 
 }  // namespace
 
@@ -21,16 +21,16 @@ SourcePointer open_mxfp4(LayerTensors tensors) {
   info.hidden_size = down[1], info.intermediate_size = both[1] / 2;
   info.layout = "mxfp4";
   const index_t hidden = info.hidden_size, intermediate = info.intermediate_size;
-  if (both[1] % 2 != 0 || hidden % group != 0 || intermediate % group != 0)
+  if (both[1] % 2 != 0 || hidden % kGroup != 0 || intermediate % kGroup != 0)
     tensors.fail(tensors.first(Projection::gate, Role::weight),
                  "has shape {} and that of down {}, wanted [E, 2I, H / 32, 16] and [E, H, I / 32, 16]",
                  shape_text(both), shape_text(down));
   const index_t experts = info.num_experts;
-  tensors.want_shape(Projection::gate, Role::weight, {experts, both[1], hidden / group, group_bytes});
-  tensors.want_shape(Projection::gate, Role::scale, {experts, both[1], hidden / group});
-  tensors.want_shape(Projection::down, Role::weight, {experts, hidden, intermediate / group, group_bytes});
-  tensors.want_shape(Projection::down, Role::scale, {experts, hidden, intermediate / group});
-  info.types.fill({Format::mxfp4, ScaleType::e8m0, 1, group});
+  tensors.want_shape(Projection::gate, Role::weight, {experts, both[1], hidden / kGroup, kGroupBytes});
+  tensors.want_shape(Projection::gate, Role::scale, {experts, both[1], hidden / kGroup});
+  tensors.want_shape(Projection::down, Role::weight, {experts, hidden, intermediate / kGroup, kGroupBytes});
+  tensors.want_shape(Projection::down, Role::scale, {experts, hidden, intermediate / kGroup});
+  info.types.fill({Format::mxfp4, ScaleType::e8m0, 1, kGroup});
   return rows_source(std::move(tensors), info, true);  // gpt-oss lets gate and up alternate
 }
 

@@ -5,8 +5,6 @@
 namespace kt {
 namespace {
 
-constexpr index_t codes_in_word = 8;
-
 void check_groups(const LayerTensors& tensors, LayerInfo& info, Projection p, ScaleType scale) {
   const auto& shape = shape_of(tensors, p, Role::scale, 2);
   const Entry& entry = tensors.first(p, Role::scale);
@@ -14,7 +12,7 @@ void check_groups(const LayerTensors& tensors, LayerInfo& info, Projection p, Sc
   info.types[index_of(p)] = {Format::int4, scale, 1, group_of(tensors, entry, cols, groups),
                              tensors.has(Role::zeros)};
   tensors.want_shape(p, Role::scale, {rows, groups});
-  if (tensors.has(Role::zeros)) tensors.want_shape(p, Role::zeros, {ceil_div(rows, codes_in_word), groups});
+  if (tensors.has(Role::zeros)) tensors.want_shape(p, Role::zeros, {ceil_div(rows, kCodesInWord), groups});
   if (tensors.has(Role::shape)) tensors.want_shape(p, Role::shape, {2});
   if (tensors.has(Role::order)) tensors.want_shape(p, Role::order, {cols});
 }
@@ -35,7 +33,7 @@ SourcePointer open_packed(LayerTensors tensors) {
   info.num_experts = tensors.experts();
   info.intermediate_size = gate[0], info.hidden_size = down[0];
   info.layout = "compressed-tensors";
-  if (gate[1] * codes_in_word != info.hidden_size || down[1] * codes_in_word != info.intermediate_size)
+  if (gate[1] * kCodesInWord != info.hidden_size || down[1] * kCodesInWord != info.intermediate_size)
     tensors.fail(
         tensors.first(Projection::gate, Role::weight),
         "has shape {} and that of down {}, wanted [I, H / 8] and [H, I / 8], 8 codes of 4 bits a word",

@@ -5,7 +5,7 @@
 namespace kt {
 namespace {
 
-constexpr index_t fp8_block = 128;  // rows and columns that share a scale, DeepSeek's
+constexpr index_t kFp8Block = 128;  // rows and columns that share a scale, DeepSeek's
 
 bool is_float(const StoredType& type) {
   return type.dtype == DType::bf16 || type.dtype == DType::f16 || type.dtype == DType::f32;
@@ -69,40 +69,53 @@ ScaleType kept_scale(const LayerTensors& tensors) {
   return type->dtype ? ScaleType::f32 : ScaleType::e8m0;
 }
 
+// A tensor of scales as [matrices * height, width].
+struct ScaleShape {
+  index_t matrices;  // whose scales stand one below the other: gate and up where fused
+  std::vector<index_t> rows_and_cols;
+
+  bool is(index_t height, index_t width) const {
+    return rows_and_cols == std::vector{matrices * height, width};
+  }
+};
+
+ScaleShape scale_shape(const LayerTensors& tensors, int experts, Projection p) {
+  const Entry& entry = tensors.first(p, Role::scale);
+  const auto& shape = entry.tensor.shape;
+  if (tensors.fused()) {
+    if (shape.size() != 3 || shape[0] != experts)
+      tensors.fail(entry, "has shape {}, wanted [{}, ., .]", shape_text(shape), experts);
+    return {p == Projection::down ? 1 : 2, {shape[1], shape[2]}};
+  }
+  if (shape.empty()) return {1, {1, 1}};
+  if (shape.size() == 1) return {1, {shape[0], 1}};
+  return {1, shape};
+}
+
+[[noreturn]] void fail_scale_shape(const LayerTensors& tensors, Projection p, index_t matrices, index_t rows,
+                                   index_t cols, bool cut) {
+  const Entry& entry = tensors.first(p, Role::scale);
+  const auto blocks = cut ? std::string("the matrices' rows to be a multiple of 128, ")
+                          : message("[{}, {}] for blocks of 128 x 128, ",
+                                    matrices * ceil_div(rows, kFp8Block), ceil_div(cols, kFp8Block));
+  tensors.fail(entry, "has shape {} for {} matrices of [{}, {}], wanted {}one a row or one a matrix",
+               shape_text(entry.tensor.shape), matrices, rows, cols, blocks);
+}
+
 // What the shape of the scales says: one a block of 128 x 128, one a row, or one for all.
 WeightType coded_type(const LayerTensors& tensors, const LayerInfo& info, Projection p, Format format) {
-  const Entry& entry = tensors.first(p, Role::scale);
   const index_t rows = info.rows(p), cols = info.cols(p);
   WeightType type{format, kept_scale(tensors)};
-  auto shape = entry.tensor.shape;
-  index_t matrices = 1;  // that the tensor has rows for
-  if (tensors.fused()) {
-    matrices = p == Projection::down ? 1 : 2;
-    if (shape.size() != 3 || shape[0] != info.num_experts)
-      tensors.fail(entry, "has shape {}, wanted [{}, ., .]", shape_text(entry.tensor.shape),
-                   info.num_experts);
-    shape.erase(shape.begin());
-  } else if (shape.empty() || shape == std::vector<index_t>{1}) {
-    shape = {1, 1};
-  } else if (shape.size() == 1) {
-    shape.push_back(1);
-  }
-  const auto is = [&](index_t height, index_t width) {
-    return shape == std::vector{matrices * height, width};
-  };
-  const bool cut = matrices > 1 && rows % fp8_block != 0;  // a block may hold rows of gate and of up
-  if (is(ceil_div(rows, fp8_block), ceil_div(cols, fp8_block)) && !cut) {
-    type.scale_rows = type.scale_cols = fp8_block;
-  } else if (is(rows, 1)) {
+  const ScaleShape shape = scale_shape(tensors, info.num_experts, p);
+  const bool cut = shape.matrices > 1 && rows % kFp8Block != 0;  // a block may hold rows of gate and of up
+  if (shape.is(ceil_div(rows, kFp8Block), ceil_div(cols, kFp8Block)) && !cut) {
+    type.scale_rows = type.scale_cols = kFp8Block;
+  } else if (shape.is(rows, 1)) {
     type.scale_rows = 1;
-  } else if (is(1, 1)) {
+  } else if (shape.is(1, 1)) {
     type.scale_rows = rows;
   } else {
-    tensors.fail(entry, "has shape {} for {} matrices of [{}, {}], wanted {}one a row or one a matrix",
-                 shape_text(entry.tensor.shape), matrices, rows, cols,
-                 cut ? "the matrices' rows to be a multiple of 128, "
-                     : message("[{}, {}] for blocks of 128 x 128, ", matrices * ceil_div(rows, fp8_block),
-                               ceil_div(cols, fp8_block)));
+    fail_scale_shape(tensors, p, shape.matrices, rows, cols, cut);
   }
   return type;
 }

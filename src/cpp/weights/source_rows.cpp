@@ -41,8 +41,8 @@ class RowsSource final : public LayerSource {
     if (into.type.scale != ScaleType::none) read_scales(expert, p, into, scratch);
     if (into.type.zero_points) {
       const index_t groups = ceil_div(into.cols, into.group());
-      const auto words = read_tensor<std::uint32_t>(tensors().at(expert, p, Role::zeros), scratch);
-      unpack_zeros(words.data(), groups, 1, into.rows, groups, in_order, into.zeros);
+      const auto words = tensors().read<std::uint32_t>(tensors().at(expert, p, Role::zeros), scratch);
+      unpack_zeros(words.data(), groups, 1, into.rows, groups, kInOrder, into.zeros);
     }
   }
 
@@ -53,9 +53,8 @@ class RowsSource final : public LayerSource {
     if (!is_rounded(*entry.tensor.type)) {
       return read_rows(entry, expert, rows, into.code_bytes(into.cols), 0, into.rows, into.codes, scratch);
     }
-    constexpr index_t chunk_bytes = 256 * 1024;  // rounded from the L2 cache
     const index_t row_bytes = into.cols * entry.tensor.type->bits / 8;
-    const index_t chunk = std::clamp(chunk_bytes / row_bytes, index_t{1}, into.rows);
+    const index_t chunk = std::clamp(kChunkBytes / row_bytes, index_t{1}, into.rows);
     auto* stored = scratch.take<std::byte>(chunk * row_bytes);
     auto* to = reinterpret_cast<bf16_t*>(into.codes);
     for (index_t row = 0; row < into.rows; row += chunk) {
@@ -86,9 +85,9 @@ class RowsSource final : public LayerSource {
     const Entry& entry = tensors().at(expert, p, Role::shape);
     index_t found[2];
     if (entry.tensor.type->dtype == DType::i64) {
-      std::ranges::copy(read_tensor<std::int64_t>(entry, scratch), found);
+      std::ranges::copy(tensors().read<std::int64_t>(entry, scratch), found);
     } else {
-      std::ranges::copy(read_tensor<std::int32_t>(entry, scratch), found);
+      std::ranges::copy(tensors().read<std::int32_t>(entry, scratch), found);
     }
     if (found[0] != info().rows(p) || found[1] != info().cols(p))
       tensors().fail(entry, "of expert {} says {}, but the matrix is [{}, {}]", expert, shape_text(found),

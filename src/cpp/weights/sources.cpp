@@ -15,10 +15,10 @@ const std::vector<index_t>& shape_of(const LayerTensors& tensors, Projection p, 
 }
 
 int experts_in(const LayerTensors& tensors, index_t experts) {
-  constexpr index_t most = 1'000'000;  // far above any model, so that an int counts them
-  if (experts > most)
-    tensors.fail(tensors.first(Projection::gate, Role::weight), "has {} experts, wanted at most {}", experts,
-                 most);
+  constexpr index_t kMostExperts = 1'000'000;  // far above any model, so that an int counts them
+  if (experts > kMostExperts)
+    tensors.fail(tensors.first(Projection::gate, Role::weight), "has {} experts, wanted at kMostExperts {}",
+                 experts, kMostExperts);
   return static_cast<int>(experts);
 }
 

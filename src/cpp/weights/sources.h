@@ -10,6 +10,8 @@ namespace kt {
 
 using SourcePointer = std::unique_ptr<const LayerSource>;
 
+inline constexpr index_t kCodesInWord = 8;  // int4 in words of 32 bits
+
 // .weight of each expert, or gate_up_proj and down_proj of all: BF16, F16, F32; F8_E4M3 and I8 with scales.
 SourcePointer open_plain(LayerTensors tensors);
 // Floats whose rows run along the outputs.

@@ -4,8 +4,10 @@
 #include <concepts>
 #include <cstring>
 #include <numeric>
+#include <span>
 #include <utility>
 
+#include "weights/checksum.h"
 #include "weights/weight_map.h"
 
 namespace kt {
@@ -16,8 +18,8 @@ namespace {
 //   text key; FileStamp of the index; u64 files; for each: text name, FileStamp
 //   u64 tensors; for each: Record, rank x i64 shape; the names one after the other
 // where a text is its length as u64 and its bytes.
-constexpr std::string_view magic = "kt_moe\r\n";
-constexpr std::uint64_t version = 1;
+constexpr std::string_view kMagic = "kt_moe\r\n";
+constexpr std::uint64_t kVersion = 2;
 
 struct Record {
   std::uint64_t offset;
@@ -80,7 +82,7 @@ class Reader {
 };
 
 StoredTensor get_tensor(Reader& reader, const Record& record, const DataFile& file) {
-  want(record.type < stored_types().size() && record.rank <= max_rank);
+  want(record.type < stored_types().size() && record.rank <= kMaxRank);
   StoredTensor tensor{&stored_types()[record.type], std::vector<index_t>(record.rank), record.offset, 0};
   for (auto& n : tensor.shape) {
     n = reader.get<index_t>();
@@ -129,26 +131,11 @@ TensorTable get_table(Reader& reader, const fs::path& directory) {
 
 }  // namespace
 
-std::uint64_t hash_of(std::string_view bytes) {
-  std::uint64_t hash = bytes.size();
-  const auto mix = [&](std::uint64_t word) {
-    hash = (hash ^ word) * 0x9e3779b97f4a7c15;
-    hash ^= hash >> 32;
-  };
-  for (; !bytes.empty(); bytes.remove_prefix(std::min(bytes.size(), sizeof(std::uint64_t)))) {
-    std::uint64_t word = 0;
-    std::memcpy(&word, bytes.data(), std::min(bytes.size(), sizeof word));
-    mix(word);
-  }
-  mix(0);
-  return hash;
-}
-
 std::string table_preamble(std::string_view body) {
   Writer writer;
-  writer.append(magic);
-  writer.put(version);
-  writer.put(hash_of(body));
+  writer.append(kMagic);
+  writer.put(kVersion);
+  writer.put(checksum(std::as_bytes(std::span(body))));
   return writer.take();
 }
 
@@ -179,9 +166,9 @@ std::string encode_table(const TensorTable& table, const fs::path& directory, st
 
 std::optional<TensorTable> decode_table(std::string_view bytes, const fs::path& directory,
                                         std::string_view key) try {
-  constexpr std::size_t preamble = magic.size() + sizeof version + sizeof(std::uint64_t);
-  want(bytes.size() >= preamble);
-  const auto body = bytes.substr(preamble);
+  constexpr std::size_t kPreamble = kMagic.size() + sizeof kVersion + sizeof(std::uint64_t);
+  want(bytes.size() >= kPreamble);
+  const auto body = bytes.substr(kPreamble);
   want(bytes.starts_with(table_preamble(body)));
   Reader reader(body);
   want(reader.get_text() == key);

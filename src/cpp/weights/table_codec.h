@@ -22,7 +22,4 @@ std::optional<TensorTable> decode_table(std::string_view bytes, const std::files
 // What goes before a body: magic, version, checksum. Tests put it before bodies that are wrong otherwise.
 std::string table_preamble(std::string_view body);
 
-// Not cryptographic: against accidents.
-std::uint64_t hash_of(std::string_view bytes);
-
 }  // namespace kt

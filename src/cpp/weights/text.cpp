@@ -5,9 +5,9 @@
 namespace kt {
 
 std::string quote(std::string_view text) {
-  constexpr std::size_t longest = 300;
-  const bool clipped = text.size() > longest;
-  const nlohmann::json value(std::string(text.substr(0, longest)) + (clipped ? "..." : ""));
+  constexpr std::size_t kLongest = 300;
+  const bool clipped = text.size() > kLongest;
+  const nlohmann::json value(std::string(text.substr(0, kLongest)) + (clipped ? "..." : ""));
   return value.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 

@@ -12,7 +12,7 @@
 namespace kt {
 namespace {
 
-constexpr std::uint64_t max_index = 100'000'000;  // bytes, as for a header: 91,000 tensors take 10 MB
+constexpr std::uint64_t kMaxIndex = 100'000'000;  // bytes, as for a header: 91,000 tensors take 10 MB
 
 // Takes weight_map from an index and skips the rest.
 class IndexReader final : JsonEvents {
@@ -69,7 +69,7 @@ WeightMap parse_weight_map(std::string_view json, const std::string& where) {
 WeightMap read_weight_map(const OpenFile& file) {
   const auto where = quote(file.path().native());
   const std::uint64_t size = file.stamp().size;
-  KT_CHECK(size <= max_index, "{}: {} bytes long, wanted at most {}", where, size, max_index);
+  KT_CHECK(size <= kMaxIndex, "{}: {} bytes long, wanted at most {}", where, size, kMaxIndex);
   std::string json(static_cast<std::size_t>(size), '\0');
   file.read(0, std::as_writable_bytes(std::span(json)));
   return parse_weight_map(json, where);

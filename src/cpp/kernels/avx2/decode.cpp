@@ -16,10 +16,6 @@ void store(__m256 x, uint16_t* dst, int n) {
   memcpy(dst, rounded, n * sizeof *dst);
 }
 
-alignas(32) constexpr float kCounts[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-alignas(32) constexpr float kE2M1[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
-                                         -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
-
 // The steps of decode_rows.
 
 struct Int8 {

@@ -1,6 +1,7 @@
 #include <string.h>
 
 #include "kernels/avx2/set.h"
+#include "kernels/scalar/activations.h"
 
 namespace kt::avx2 {
 
@@ -31,9 +32,10 @@ float sum(__m256 x) {
 // overlap two whole chains of dependent steps.
 struct Pair {
   __m256 low, high;
+
+  static Pair both(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 };
 
-Pair both(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 Pair mul(Pair a, Pair b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
 Pair add(Pair a, Pair b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
 Pair div(Pair a, Pair b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
@@ -65,8 +67,6 @@ Pair at_least(Pair x, float least) {
   return {_mm256_max_ps(bound, x.low), _mm256_max_ps(bound, x.high)};
 }
 
-Pair clamp(Pair x, float least, float most) { return at_most(at_least(x, least), most); }
-
 // y, but 0 where a limit has changed x.
 Pair within(Pair x, Pair limited, Pair y) {
   return {_mm256_and_ps(_mm256_cmp_ps(x.low, limited.low, _CMP_EQ_UQ), y.low),
@@ -91,59 +91,19 @@ __m256 power_of_two(__m256 n) {
       _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 
-// 1 + exp(-x), relative error below 3e-7. exp(-x) is 2^n 2^f with n + f = -x / ln 2 and |f| <= 1/2, the
-// factor 1 / ln 2 in two parts; 2^f is the minimax polynomial of degree 5 with its constant set to 1. The
-// clamp leaves -127 <= n <= 128, where 2^n is made to be 0 and infinity.
-// Inlined into every activation: a call would pass Pairs through memory.
+// 1 + exp(-x). The limits leave exponents from -127 to 128, of which power_of_two makes 0 and infinity.
 __attribute__((always_inline)) inline Pair one_plus_exp_minus(Pair x) {
-  x = clamp(x, -89.0f, 88.0f);
-  const Pair scale = both(-1.44269502f), scale_rest = both(-1.92596303e-8f);
-  const Pair n = nearest_integers(mul(x, scale));
-  const Pair f = mul_add(x, scale_rest, mul_sub(x, scale, n));
-  constexpr float kCoefficients[] = {9.67554096e-3f, 5.55071309e-2f, 0.240221202f, 0.693146944f, 1.0f};
-  Pair y = both(1.32764725e-3f);
-  for (float c : kCoefficients) y = mul_add(y, f, both(c));
-  return mul_add(y, {power_of_two(n.low), power_of_two(n.high)}, both(1.0f));
+  const auto [n, y] = exp_minus(at_most(at_least(x, -89.0f), 88.0f));
+  return mul_add(y, {power_of_two(n.low), power_of_two(n.high)}, Pair::both(1.0f));
 }
 
-__attribute__((always_inline)) inline Pair sigmoid(Pair x) { return div(both(1.0f), one_plus_exp_minus(x)); }
+__attribute__((always_inline)) inline Pair sigmoid(Pair x) {
+  return div(Pair::both(1.0f), one_plus_exp_minus(x));
+}
 
-// What forward stores: G and U to be saved, and h.
-struct Activated {
-  Pair gate, up, hidden;
-};
-
-// h and its derivatives.
-struct Derived {
-  Pair hidden, by_gate, by_up;
-};
-
-// silu(g) = g * sigmoid(g) and its derivative sigmoid(g) * (1 + g * (1 - sigmoid(g))).
-struct Silu {
-  static Activated forward(Pair g, Pair u) { return {g, u, mul(div(g, one_plus_exp_minus(g)), u)}; }
-  static Derived backward(Pair g, Pair u) {
-    const Pair s = sigmoid(g), act = mul(g, s), slope = mul_add(act, sub(both(1.0f), s), s);
-    return {mul(act, u), mul(u, slope), act};
-  }
-};
-
-// The derivative of g * sigmoid(alpha * g) is s + alpha * g * s * (1 - s), s = sigmoid(alpha * g).
-struct GptOss {
-  static Pair limited_gate(Pair g) { return at_most(g, kGptOssLimit); }
-  static Pair limited_up(Pair u) { return clamp(u, -kGptOssLimit, kGptOssLimit); }
-  static Activated forward(Pair g, Pair u) {
-    const Pair gate = limited_gate(g), up = limited_up(u);
-    const Pair act = div(gate, one_plus_exp_minus(mul(both(kGptOssAlpha), gate)));
-    return {beyond(g, gate), beyond(u, up), mul(act, add(up, both(1.0f)))};
-  }
-  static Derived backward(Pair g, Pair u) {
-    const Pair alpha = both(kGptOssAlpha), one = both(1.0f);
-    const Pair gate = limited_gate(g), up = limited_up(u), up_and_one = add(up, one);
-    const Pair s = sigmoid(mul(alpha, gate)), act = mul(gate, s);
-    const Pair slope = mul_add(mul(alpha, act), sub(one, s), s);
-    return {mul(act, up_and_one), within(g, gate, mul(up_and_one, slope)), within(u, up, act)};
-  }
-};
+__attribute__((always_inline)) inline Pair times_sigmoid(Pair a, Pair x) {
+  return div(a, one_plus_exp_minus(x));
+}
 
 template <class Activation>
 void forward16(const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved, uint16_t* h) {
@@ -157,8 +117,8 @@ void forward16(const float* g, const float* u, uint16_t* g_saved, uint16_t* u_sa
 template <class Activation>
 float backward_whole(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u, uint16_t* dg,
                      uint16_t* du, uint16_t* h) {
-  const Pair w = both(weight);
-  Pair dot = both(0.0f);
+  const Pair w = Pair::both(weight);
+  Pair dot = Pair::both(0.0f);
   for (int i = 0; i < n; i += 16) {
     const auto [hidden, by_gate, by_up] = Activation::backward(load16(g + i), load16(u + i));
     const Pair d = load16(dh + i), weighted = mul(w, d);
@@ -255,32 +215,32 @@ void round_scaled(int n, float scale, const float* x, uint16_t* y) {
   if (n < 16) {
     const Edge<float> x_edge(x, n);
     Edge<uint16_t> y_edge;
-    store16(y_edge.data, mul(both(scale), load16(x_edge.data)));
+    store16(y_edge.data, mul(Pair::both(scale), load16(x_edge.data)));
     return y_edge.copy_to(y, n);
   }
   for (int next = 0; next < n; next += 16) {
     const int i = next + 16 <= n ? next : n - 16;
-    store16(y + i, mul(both(scale), load16(x + i)));
+    store16(y + i, mul(Pair::both(scale), load16(x + i)));
   }
 }
 
 void silu_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved, uint16_t* h) {
-  forward<Silu>(n, g, u, g_saved, u_saved, h);
+  forward<Silu<Pair>>(n, g, u, g_saved, u_saved, h);
 }
 
 float silu_backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u, uint16_t* dg,
                     uint16_t* du, uint16_t* h) {
-  return backward<Silu>(n, dh, weight, g, u, dg, du, h);
+  return backward<Silu<Pair>>(n, dh, weight, g, u, dg, du, h);
 }
 
 void gpt_oss_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
                      uint16_t* h) {
-  forward<GptOss>(n, g, u, g_saved, u_saved, h);
+  forward<GptOss<Pair>>(n, g, u, g_saved, u_saved, h);
 }
 
 float gpt_oss_backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u,
                        uint16_t* dg, uint16_t* du, uint16_t* h) {
-  return backward<GptOss>(n, dh, weight, g, u, dg, du, h);
+  return backward<GptOss<Pair>>(n, dh, weight, g, u, dg, du, h);
 }
 
 }  // namespace kt::avx2

@@ -1,6 +1,7 @@
 #include <math.h>
 
 #include "kernels/avx512/set.h"
+#include "kernels/scalar/activations.h"
 
 namespace kt::avx512 {
 
@@ -10,9 +11,10 @@ namespace {
 // overlap two whole chains of dependent steps.
 struct Pair {
   __m512 low, high;
+
+  static Pair both(float x) { return {_mm512_set1_ps(x), _mm512_set1_ps(x)}; }
 };
 
-Pair both(float x) { return {_mm512_set1_ps(x), _mm512_set1_ps(x)}; }
 Pair mul(Pair a, Pair b) { return {_mm512_mul_ps(a.low, b.low), _mm512_mul_ps(a.high, b.high)}; }
 Pair sub(Pair a, Pair b) { return {_mm512_sub_ps(a.low, b.low), _mm512_sub_ps(a.high, b.high)}; }
 Pair add(Pair a, Pair b) { return {_mm512_add_ps(a.low, b.low), _mm512_add_ps(a.high, b.high)}; }
@@ -91,59 +93,14 @@ Pair nearest_integers(Pair x) {
           _mm512_roundscale_ps(x.high, _MM_FROUND_TO_NEAREST_INT)};
 }
 
-// 1 + exp(-x), relative error below 3e-7. exp(-x) is 2^n 2^f with n + f = -x / ln 2 and |f| <= 1/2, the
-// factor 1 / ln 2 in two parts; 2^f is the minimax polynomial of degree 5 with its constant set to 1. The
-// clamp keeps infinities out of f; exp(128) is one.
-// Inlined into every activation: a call would pass Pairs through memory.
-__attribute__((always_inline)) inline Pair one_plus_exp_minus(Pair x) {
-  x = clamp(x, 128.0f);
-  const Pair scale = both(-1.44269502f), scale_rest = both(-1.92596303e-8f);
-  const Pair n = nearest_integers(mul(x, scale));
-  const Pair f = mul_add(x, scale_rest, mul_sub(x, scale, n));
-  constexpr float kCoefficients[] = {9.67554096e-3f, 5.55071309e-2f, 0.240221202f, 0.693146944f, 1.0f};
-  Pair y = both(1.32764725e-3f);
-  for (float c : kCoefficients) y = mul_add(y, f, both(c));
-  return add({_mm512_scalef_ps(y.low, n.low), _mm512_scalef_ps(y.high, n.high)}, both(1.0f));
+// 1 / (1 + exp(-x)). The clamp keeps infinities out of exp_minus; exp(128) is one.
+__attribute__((always_inline)) inline Pair sigmoid(Pair x) {
+  const auto [n, y] = exp_minus(clamp(x, 128.0f));
+  return reciprocal(
+      add({_mm512_scalef_ps(y.low, n.low), _mm512_scalef_ps(y.high, n.high)}, Pair::both(1.0f)));
 }
 
-__attribute__((always_inline)) inline Pair sigmoid(Pair x) { return reciprocal(one_plus_exp_minus(x)); }
-
-// What forward stores: G and U to be saved, and h.
-struct Activated {
-  Pair gate, up, hidden;
-};
-
-// h and its derivatives.
-struct Derived {
-  Pair hidden, by_gate, by_up;
-};
-
-// silu(g) = g * sigmoid(g) and its derivative sigmoid(g) * (1 + g * (1 - sigmoid(g))).
-struct Silu {
-  static Activated forward(Pair g, Pair u) { return {g, u, mul(mul(g, sigmoid(g)), u)}; }
-  static Derived backward(Pair g, Pair u) {
-    const Pair s = sigmoid(g), act = mul(g, s), slope = mul_add(act, sub(both(1.0f), s), s);
-    return {mul(act, u), mul(u, slope), act};
-  }
-};
-
-// The derivative of g * sigmoid(alpha * g) is s + alpha * g * s * (1 - s), s = sigmoid(alpha * g).
-struct GptOss {
-  static Pair limited_gate(Pair g) { return at_most(g, kGptOssLimit); }
-  static Pair limited_up(Pair u) { return at_least(at_most(u, kGptOssLimit), -kGptOssLimit); }
-  static Activated forward(Pair g, Pair u) {
-    const Pair gate = limited_gate(g), up = limited_up(u);
-    const Pair act = mul(gate, sigmoid(mul(both(kGptOssAlpha), gate)));
-    return {beyond(g, gate), beyond(u, up), mul(act, add(up, both(1.0f)))};
-  }
-  static Derived backward(Pair g, Pair u) {
-    const Pair alpha = both(kGptOssAlpha), one = both(1.0f);
-    const Pair gate = limited_gate(g), up = limited_up(u), up_and_one = add(up, one);
-    const Pair s = sigmoid(mul(alpha, gate)), act = mul(gate, s);
-    const Pair slope = mul_add(mul(alpha, act), sub(one, s), s);
-    return {mul(act, up_and_one), within(g, gate, mul(up_and_one, slope)), within(u, up, act)};
-  }
-};
+__attribute__((always_inline)) inline Pair times_sigmoid(Pair a, Pair x) { return mul(a, sigmoid(x)); }
 
 template <class Activation>
 void forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved, uint16_t* h) {
@@ -159,8 +116,8 @@ void forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t*
 template <class Activation>
 float backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u, uint16_t* dg,
                uint16_t* du, uint16_t* h) {
-  const Pair w = both(weight);
-  Pair dot = both(0.0f);
+  const Pair w = Pair::both(weight);
+  Pair dot = Pair::both(0.0f);
   for (int i = 0; i < n; i += 32) {
     const __mmask32 m = first32(n - i);
     const Pair d = load(m, dh + i), weighted = mul(w, d);
@@ -213,27 +170,27 @@ void sum_scaled(int n, int count, const float* const* x, const float* scale, flo
 void round_scaled(int n, float scale, const float* x, uint16_t* y) {
   for (int i = 0; i < n; i += 32) {
     const __mmask32 m = first32(n - i);
-    store(m, y + i, mul(both(scale), load(m, x + i)));
+    store(m, y + i, mul(Pair::both(scale), load(m, x + i)));
   }
 }
 
 void silu_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved, uint16_t* h) {
-  forward<Silu>(n, g, u, g_saved, u_saved, h);
+  forward<Silu<Pair>>(n, g, u, g_saved, u_saved, h);
 }
 
 float silu_backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u, uint16_t* dg,
                     uint16_t* du, uint16_t* h) {
-  return backward<Silu>(n, dh, weight, g, u, dg, du, h);
+  return backward<Silu<Pair>>(n, dh, weight, g, u, dg, du, h);
 }
 
 void gpt_oss_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
                      uint16_t* h) {
-  forward<GptOss>(n, g, u, g_saved, u_saved, h);
+  forward<GptOss<Pair>>(n, g, u, g_saved, u_saved, h);
 }
 
 float gpt_oss_backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u,
                        uint16_t* dg, uint16_t* du, uint16_t* h) {
-  return backward<GptOss>(n, dh, weight, g, u, dg, du, h);
+  return backward<GptOss<Pair>>(n, dh, weight, g, u, dg, du, h);
 }
 
 }  // namespace kt::avx512

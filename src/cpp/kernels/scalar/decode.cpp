@@ -73,9 +73,7 @@ void from_fp8(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
 }
 
 void from_mxfp4(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
-  static const float kValues[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
-                                    -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
-  decode(src, dst, dst_stride, [](const uint8_t* row, int j, ptrdiff_t) { return kValues[nibble(row, j)]; });
+  decode(src, dst, dst_stride, [](const uint8_t* row, int j, ptrdiff_t) { return kE2M1[nibble(row, j)]; });
 }
 
 }  // namespace kt::scalar

@@ -10,6 +10,11 @@ namespace kt {
 
 constexpr int kScalesTogether = 16;
 
+// What the nibbles of int4, before the zero point, and of mxfp4 stand for.
+alignas(64) constexpr float kCounts[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+alignas(64) constexpr float kE2M1[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
+                                         -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+
 static inline float from_bits(uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof value);
