@@ -1,7 +1,6 @@
 // The formats of codes as products of few rows read them, 32 columns at a time and in registers. Every format
 // has `lines` for columns of one row that share a scale, and `pair` for those of an even and an odd row, whose
-// line is interleaved for VDPBF16PS. Scales are such that no product is denormal, infinite or NaN. Internal
-// linkage.
+// line is interleaved for VDPBF16PS. Scales are ordinary. Internal linkage.
 #pragma once
 
 #include "kernels/avx512_bf16/few_step.h"
@@ -11,6 +10,42 @@
 namespace kt::avx512_bf16 {
 
 namespace {
+
+// Whether any of n <= 64 / size elements is not between 2^-100 and 2^100 in magnitude.
+inline bool any_extreme(ScaleKind kind, const void* scales, ptrdiff_t place, int n) {
+  switch (kind) {
+    case kScaleF32: {
+      const __m512i bits = _mm512_maskz_loadu_epi32(first16(n), (const uint32_t*)scales + place);
+      const __m512i above = _mm512_sub_epi32(_mm512_slli_epi32(bits, 1), _mm512_set1_epi32(27 << 24));
+      return _mm512_mask_cmpgt_epu32_mask(first16(n), above, _mm512_set1_epi32(200 << 24)) != 0;
+    }
+    case kScaleBF16: {
+      const __m512i bits = _mm512_maskz_loadu_epi16(first32(n), (const uint16_t*)scales + place);
+      const __m512i above = _mm512_sub_epi16(_mm512_slli_epi16(bits, 1), _mm512_set1_epi16(27 << 8));
+      return _mm512_mask_cmpgt_epu16_mask(first32(n), above, _mm512_set1_epi16(static_cast<short>(200 << 8))) != 0;
+    }
+    case kScaleE8M0: {
+      const __mmask64 mask = n >= 64 ? ~0ull : (1ull << n) - 1;
+      const __m512i bits = _mm512_maskz_loadu_epi8(mask, (const uint8_t*)scales + place);
+      const __m512i above = _mm512_sub_epi8(bits, _mm512_set1_epi8(27));
+      return _mm512_mask_cmpgt_epu8_mask(mask, above, _mm512_set1_epi8(static_cast<char>(200))) != 0;
+    }
+  }
+  return true;
+}
+
+// With ordinary scales no product of a code other than zero is denormal or overflows.
+inline bool scales_are_ordinary(const CodedRows& w) {
+  const int groups = (w.cols - 1) / w.group + 1;
+  const bool dense = w.scale_stride == groups;
+  const int runs = dense || w.scale_stride == 0 ? 1 : w.rows, run = dense ? w.rows * groups : groups;
+  const int together = w.scale_kind == kScaleF32 ? 16 : w.scale_kind == kScaleBF16 ? 32 : 64;
+  bool extreme = false;
+  for (int i = 0; i < runs; ++i)
+    for (int first = 0; first < run; first += together)
+      extreme |= any_extreme(w.scale_kind, w.scales, i * w.scale_stride + first, smaller(together, run - first));
+  return !extreme;
+}
 
 template <ScaleKind Kind>
 __attribute__((always_inline)) inline __m512 scale_of(const CodedRows& w, ptrdiff_t place) {

@@ -8,6 +8,7 @@ namespace kt::avx512_bf16 {
 namespace {
 
 constexpr int kCacheLine = 64;
+constexpr int kAhead = 4096;  // bytes of W from where it is read to where it is asked for, going along k
 
 // The next Count lines of R rows, times the same lines of M rows of X. `lines` are made anew for every line
 // where Each, whose groups are of one line.
@@ -75,7 +76,8 @@ void coded_dot_tile(const char* x, const CodedRows& w, int p, int count, int j, 
 template <class Codes, int M>
 void coded_times_transposed(RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
   constexpr int R = M <= 2 ? 4 : 2;  // as many sums at once as hide the latency of an addition
-  const ptrdiff_t ahead = prefetch_distance(w.stride, w.cols / kLine * Codes::kBytes);
+  const int row_bytes = w.cols / kLine * Codes::kBytes, together = R * row_bytes;
+  const ptrdiff_t ahead = row_bytes >= kAhead ? kAhead : (kAhead + together - 1) / together * R * w.stride;
   for_dot_tiles<Step, M, R>(w.rows, w.cols, x, [&](const char* lines, int p, int count, int j, int) {
     coded_dot_tile<Codes, M, R>(lines, w, p, count, j, ahead, c + j, ldc, accumulate || p > 0);
   });
@@ -165,7 +167,7 @@ struct TimesTransposed {
       coded_times_transposed<Codes, 4>, coded_times_transposed<Codes, 5>, coded_times_transposed<Codes, 6>,
       coded_times_transposed<Codes, 7>, coded_times_transposed<Codes, 8>,
   };
-  static bool takes(const CodedRows& w) { return w.cols % kLine == 0 && products_are_normal(w); }
+  static bool takes(const CodedRows& w) { return w.cols % kLine == 0 && scales_are_ordinary(w); }
 };
 
 struct Times {
@@ -175,7 +177,7 @@ struct Times {
       coded_times<Codes, 5>, coded_times<Codes, 6>, coded_times<Codes, 7>, coded_times<Codes, 8>,
   };
   static bool takes(const CodedRows& w) {
-    return w.cols % kLine == 0 && w.rows % Step::kRows == 0 && products_are_normal(w);
+    return w.cols % kLine == 0 && w.rows % Step::kRows == 0 && scales_are_ordinary(w);
   }
 };
 
