@@ -229,8 +229,8 @@ bool multiply_coded(const FewCodedKernels& products, const Rows& x, const Weight
          product(static_cast<int>(x.matrix.rows), from_row(x, 0), coded(w), c, stride, accumulate) != 0;
 }
 
-// Calls body(rows) for the block's rows, kCodedRows at a time; cut where scales change, if that is a multiple of
-// `align`.
+// Calls body(rows) for the block's rows, kCodedRows at a time; cut where scales change, if that is a multiple
+// of `align`.
 template <class Body>
 void for_strips(const WeightBlock& w, index_t align, const Body& body) {
   const index_t shared = w.weight->type.scale_rows;

@@ -27,7 +27,8 @@ void from_f16(int n, const uint16_t* src, uint16_t* dst) {
 }
 
 void from_int8(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
-  decode_rows<32>(src, dst, dst_stride, [](float scale, float) { return Stored<Int8>{{_mm512_set1_ps(scale)}}; });
+  decode_rows<32>(src, dst, dst_stride,
+                  [](float scale, float) { return Stored<Int8>{{_mm512_set1_ps(scale)}}; });
 }
 
 void from_int4(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {

@@ -99,8 +99,8 @@ static void dot_tile(const char* x, int k, const uint16_t* w, ptrdiff_t stride, 
 }
 
 // X goes through the stack as [k / 32][M] lines: rows a power of two apart would share their cache sets.
-// tile(X's lines, p, count, j, panel): the product of elements p to p + count of X and of W's rows j to j + R,
-// of the panel that begins with that row; the elements before p have been added.
+// tile(X's lines, p, count, j, panel): the product of elements p to p + count of X and of W's rows j to j +
+// R, of the panel that begins with that row; the elements before p have been added.
 template <class Step, int M, int R, class Tile>
 static inline void for_dot_tiles(int n, int k, RowSource x, const Tile& tile) {
   constexpr int kWhole = kStackBytes / (M * Step::kLineBytes) * kLine;

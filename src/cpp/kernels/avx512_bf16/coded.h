@@ -1,6 +1,6 @@
 // The formats of codes as products of few rows read them, 32 columns at a time and in registers. Every format
-// has `lines` for columns of one row that share a scale, and `pair` for those of an even and an odd row, whose
-// line is interleaved for VDPBF16PS. Scales are ordinary. Internal linkage.
+// has `lines` for columns of one row that share a scale, and `pair` for those of an even and an odd row,
+// whose line is interleaved for VDPBF16PS. Scales are ordinary. Internal linkage.
 #pragma once
 
 #include "kernels/avx512_bf16/few_step.h"
@@ -22,7 +22,8 @@ inline bool any_extreme(ScaleKind kind, const void* scales, ptrdiff_t place, int
     case kScaleBF16: {
       const __m512i bits = _mm512_maskz_loadu_epi16(first32(n), (const uint16_t*)scales + place);
       const __m512i above = _mm512_sub_epi16(_mm512_slli_epi16(bits, 1), _mm512_set1_epi16(27 << 8));
-      return _mm512_mask_cmpgt_epu16_mask(first32(n), above, _mm512_set1_epi16(static_cast<short>(200 << 8))) != 0;
+      return _mm512_mask_cmpgt_epu16_mask(first32(n), above,
+                                          _mm512_set1_epi16(static_cast<short>(200 << 8))) != 0;
     }
     case kScaleE8M0: {
       const __mmask64 mask = n >= 64 ? ~0ull : (1ull << n) - 1;
@@ -43,7 +44,8 @@ inline bool scales_are_ordinary(const CodedRows& w) {
   bool extreme = false;
   for (int i = 0; i < runs; ++i)
     for (int first = 0; first < run; first += together)
-      extreme |= any_extreme(w.scale_kind, w.scales, i * w.scale_stride + first, smaller(together, run - first));
+      extreme |=
+          any_extreme(w.scale_kind, w.scales, i * w.scale_stride + first, smaller(together, run - first));
   return !extreme;
 }
 

@@ -58,8 +58,7 @@ void coded_dot_tile(const char* x, const CodedRows& w, int p, int count, int j, 
   if (w.group == kLine) {
     for (; count >= kTogether * kLine; count -= kTogether * kLine)
       dot_lines<Codes, M, R, kTogether, true>(acc, w, x, codes, place, lines, ahead);
-    for (; count > 0; count -= kLine)
-      dot_lines<Codes, M, R, 1, true>(acc, w, x, codes, place, lines, ahead);
+    for (; count > 0; count -= kLine) dot_lines<Codes, M, R, 1, true>(acc, w, x, codes, place, lines, ahead);
   }
   for (int left = w.group - p % w.group; count > 0; left = w.group) {
     int n = smaller(left, count);
@@ -206,7 +205,8 @@ int multiply(CodedProduct* const* products, int rows, RowSource x, const CodedRo
 
 template <class Direction>
 CodedProduct* const* int4_products(const CodedRows& w) {
-  return w.zeros ? products<Direction, ZerosInt4>(w.scale_kind) : products<Direction, PlainInt4>(w.scale_kind);
+  return w.zeros ? products<Direction, ZerosInt4>(w.scale_kind)
+                 : products<Direction, PlainInt4>(w.scale_kind);
 }
 
 template <class Direction>
@@ -216,19 +216,25 @@ CodedProduct* const* mxfp4_products(const CodedRows& w) {
 
 }  // namespace
 
-int few_times_transposed_int8(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
-  return multiply<TimesTransposed>(products<TimesTransposed, Int8Codes>(w.scale_kind), rows, x, w, c, ldc, accumulate);
+int few_times_transposed_int8(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc,
+                              int accumulate) {
+  return multiply<TimesTransposed>(products<TimesTransposed, Int8Codes>(w.scale_kind), rows, x, w, c, ldc,
+                                   accumulate);
 }
 
-int few_times_transposed_int4(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
+int few_times_transposed_int4(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc,
+                              int accumulate) {
   return multiply<TimesTransposed>(int4_products<TimesTransposed>(w), rows, x, w, c, ldc, accumulate);
 }
 
-int few_times_transposed_fp8(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
-  return multiply<TimesTransposed>(products<TimesTransposed, Fp8Codes>(w.scale_kind), rows, x, w, c, ldc, accumulate);
+int few_times_transposed_fp8(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc,
+                             int accumulate) {
+  return multiply<TimesTransposed>(products<TimesTransposed, Fp8Codes>(w.scale_kind), rows, x, w, c, ldc,
+                                   accumulate);
 }
 
-int few_times_transposed_mxfp4(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
+int few_times_transposed_mxfp4(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc,
+                               int accumulate) {
   return multiply<TimesTransposed>(mxfp4_products<TimesTransposed>(w), rows, x, w, c, ldc, accumulate);
 }
 
