@@ -35,6 +35,13 @@ inline bool any_extreme(ScaleKind kind, const void* scales, ptrdiff_t place, int
   return true;
 }
 
+// Asks for the scale at `place` of the rows behind w: callers pass a matrix strip by strip, and the scales of
+// a strip are looked at before anything else is done with it.
+__attribute__((always_inline)) inline void request_next_scale(const CodedRows& w, ptrdiff_t place) {
+  const int size = w.scale_kind == kScaleF32 ? 4 : w.scale_kind == kScaleBF16 ? 2 : 1;
+  request((const char*)w.scales + (place + w.rows * w.scale_stride) * size);
+}
+
 // With ordinary scales no product of a code other than zero is denormal or overflows.
 inline bool scales_are_ordinary(const CodedRows& w) {
   const int groups = (w.cols - 1) / w.group + 1;

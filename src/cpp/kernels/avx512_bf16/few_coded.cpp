@@ -17,7 +17,10 @@ __attribute__((always_inline)) inline void dot_lines(__m512 (&acc)[R * M], const
                                                      const uint8_t* (&codes)[R], ptrdiff_t (&place)[R],
                                                      typename Codes::Lines (&lines)[R], ptrdiff_t ahead) {
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) request(codes[r] + ahead);
+  for (int r = 0; r < R; ++r) {
+    request(codes[r] + ahead);
+    if constexpr (Each) request_next_scale(w, place[r]);
+  }
 #pragma GCC unroll 4
   for (int q = 0; q < Count; ++q) {
 #pragma GCC unroll 4
@@ -107,6 +110,8 @@ void coded_cross_tile(const uint32_t* x, int rows, const CodedRows& w, int first
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       if constexpr (!Shared) {
+        if (v == 0) request_next_scale(w, place[0]);
+        if (v == 0) request_next_scale(w, place[0] + w.scale_stride);
         pair[v] = Codes::pair(w, place[v], place[v] + w.scale_stride);
         place[v] += 2 * w.scale_stride;
       }
