@@ -36,8 +36,9 @@ LoraPair read_pair(const ExpertWeights& w, Projection p, py::handle a, py::handl
   if (a.is_none()) return {};
   const bool down = p == Projection::down;
   const index_t rows = w.rows(p), cols = w.cols(p);
-  LoraPair pair{
-      read_stack(a, name + "a", w.num_experts, -1, cols, down ? "[E, r, I]" : "[E, r, H]"), {}, scaling};
+  LoraPair pair{read_stack(a, name + "a", w.num_experts, -1, cols, down ? "[E, r, I]" : "[E, r, H]"),
+                {},
+                scaling};
   KT_CHECK(pair.rank() > 0, "{}a has rank 0, wanted at least 1 (or None)", name);
   pair.b = read_stack(b, name + "b", w.num_experts, rows, pair.rank(),
                       down ? "[E, H, r] with the rank of down_lora_a" : "[E, I, r] with the rank of its A");

@@ -196,6 +196,7 @@ namespace {
 
 constexpr index_t kDecodedRows = 32;  // for `times`: the order of additions hangs on it
 constexpr index_t kCodedRows = 128;   // that a kernel gets at a time: it looks at all their scales first
+static_assert(kCodedRows % kDecodedRows == 0);
 
 // Calls body(rows, the block's rows in bf16), `each` rows decoded at a time.
 template <class Body>
@@ -295,7 +296,7 @@ void multiply_few(const KernelSet& kernels, Rows x, const WeightBlock& w, float*
                   bool accumulate, Arena& scratch) {
   if (w.is_bf16()) return decode_and_multiply(kernels, x, w, c, stride, accumulate, scratch);
   for_lines(w, [&](Range cols) {
-    for_strips(w.cols_of(cols), kDecodedRows, [&](Range rows) {
+    for_strips(w, kDecodedRows, [&](Range rows) {
       const WeightBlock strip = w.cols_of(cols).rows_of(rows);
       const Rows part = cols_of(x, rows);
       const bool add = accumulate || rows.begin > 0;

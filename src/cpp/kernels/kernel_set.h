@@ -100,9 +100,10 @@ struct CodedRows {
   const uint8_t* zeros;    // int4: zero points, where the scales lie; null: 8
   int group;               // columns that share a scale: at least `cols`, or a multiple of 32
 };
-// The same where W is codes, decoded as DecodeCodes does and multiplied without a detour through memory: bit
-// for bit the product with what was decoded, where `times` takes W 32 rows at a time (k = 32, and from the
-// second on added to C). 0: nothing was done, for a set need not take every shape nor every scale.
+
+// The same where W is codes, decoded in registers: bit for bit the product with what DecodeCodes makes of
+// them, where `times` adds up 32 rows of W at a time, and each such sum to C. 0: nothing was done, for a
+// kernel need not take every shape nor every scale.
 using FewCoded = int(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate);
 
 struct FewCodedKernels {

@@ -11,7 +11,8 @@ namespace kt::avx512_bf16 {
 
 namespace {
 
-// Whether any of n <= 64 / size elements is not between 2^-100 and 2^100 in magnitude.
+// Whether any of n scales, at most a register full, is not between 2^-100 and 2^100 in magnitude. Exponents
+// lie in the upper byte when the sign is shifted out.
 inline bool any_extreme(ScaleKind kind, const void* scales, ptrdiff_t place, int n) {
   switch (kind) {
     case kScaleF32: {

@@ -1,5 +1,6 @@
-// Products of few rows with codes. What memory gives of them takes as long to decode as to load, so lines are
-// decoded in registers and multiplied at once.
+// Products of few rows with codes. To decode what memory gives takes as long as to load it, so there is no
+// time for a detour through the cache: lines are decoded in registers and multiplied at once. Columns come in
+// whole lines, in `times` rows in pairs, and scales are ordinary; everything else is refused.
 #include "kernels/avx512_bf16/coded.h"
 #include "kernels/avx512_bf16/set.h"
 
@@ -86,7 +87,7 @@ void coded_times_transposed(RowSource x, const CodedRows& w, float* c, ptrdiff_t
 }
 
 // C[M x 32 V] (+)= X * W for `rows` rows of W and its columns from `col` on; x holds its terms as
-// [rows / 2][M]. Shared: all rows have the same scales.
+// [rows / 2][M]. `far` bytes on lie the codes to ask for. Shared: all rows have the same scales.
 template <class Codes, int M, int V, bool Shared>
 void coded_cross_tile(const uint32_t* x, int rows, const CodedRows& w, int first, int col, ptrdiff_t far,
                       float* c, ptrdiff_t ldc, int accumulate) {
@@ -107,11 +108,13 @@ void coded_cross_tile(const uint32_t* x, int rows, const CodedRows& w, int first
   for (int p = 0; p < rows; p += 2, codes += 2 * w.stride, x += M) {
     request(codes + far);
     request(codes + w.stride + far);
+    if constexpr (!Shared) {
+      request_next_scale(w, place[0]);
+      request_next_scale(w, place[0] + w.scale_stride);
+    }
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       if constexpr (!Shared) {
-        if (v == 0) request_next_scale(w, place[0]);
-        if (v == 0) request_next_scale(w, place[0] + w.scale_stride);
         pair[v] = Codes::pair(w, place[v], place[v] + w.scale_stride);
         place[v] += 2 * w.scale_stride;
       }
@@ -139,7 +142,7 @@ void coded_cross_tile(const uint32_t* x, int rows, const CodedRows& w, int first
     }
 }
 
-// A block of rows of W after the other, each from left to right.
+// A block of rows of W after the other, each from left to right: its sum is added to C.
 template <class Codes, int M, bool Shared>
 void cross_blocks(RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
   constexpr int V = smaller(M <= 2 ? 4 : M <= 4 ? 2 : 1, kCacheLine / Codes::kBytes);
