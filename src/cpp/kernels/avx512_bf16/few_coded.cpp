@@ -9,7 +9,9 @@ namespace kt::avx512_bf16 {
 namespace {
 
 constexpr int kCacheLine = 64;
-constexpr int kAhead = 4096;  // bytes of W from where it is read to where it is asked for, going along k
+// Bytes of W from where it is read to where it is asked for: along k, and across for the second time, when
+// the first was a block before.
+constexpr int kAhead = 4096, kNear = 2 * kCacheLine;
 
 // The next Count lines of R rows, times the same lines of M rows of X. `lines` are made anew for every line
 // where Each, whose groups are of one line.
@@ -87,10 +89,10 @@ void coded_times_transposed(RowSource x, const CodedRows& w, float* c, ptrdiff_t
 }
 
 // C[M x 32 V] (+)= X * W for `rows` rows of W and its columns from `col` on; x holds its terms as
-// [rows / 2][M]. `far` bytes on lie the codes to ask for. Shared: all rows have the same scales.
+// [rows / 2][M]. `far` and `near` bytes on lie the codes to ask for. Shared: all rows have the same scales.
 template <class Codes, int M, int V, bool Shared>
 void coded_cross_tile(const uint32_t* x, int rows, const CodedRows& w, int first, int col, ptrdiff_t far,
-                      float* c, ptrdiff_t ldc, int accumulate) {
+                      ptrdiff_t near, float* c, ptrdiff_t ldc, int accumulate) {
   using Pair = typename Codes::Pair;
   const uint8_t* codes = w.codes + first * w.stride + col / kLine * Codes::kBytes;
   ptrdiff_t place[V];
@@ -108,6 +110,8 @@ void coded_cross_tile(const uint32_t* x, int rows, const CodedRows& w, int first
   for (int p = 0; p < rows; p += 2, codes += 2 * w.stride, x += M) {
     request(codes + far);
     request(codes + w.stride + far);
+    request(codes + near);
+    request(codes + w.stride + near);
     if constexpr (!Shared) {
       request_next_scale(w, place[0]);
       request_next_scale(w, place[0] + w.scale_stride);
@@ -147,15 +151,21 @@ template <class Codes, int M, bool Shared>
 void cross_blocks(RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
   constexpr int V = smaller(M <= 2 ? 4 : M <= 4 ? 2 : 1, kCacheLine / Codes::kBytes);
   uint32_t terms[kBlockRows / Step::kRows * M];
-  const ptrdiff_t far = kBlockRows * w.stride;
+  const ptrdiff_t far = kBlockRows * w.stride, row_bytes = w.cols / kLine * Codes::kBytes;
+  const auto near = [&](int j) {  // behind the last line of a row comes the next block
+    const ptrdiff_t bytes = smaller(kNear, static_cast<int>(row_bytes));
+    return bytes + (j / kLine * Codes::kBytes + bytes < row_bytes ? 0 : far - row_bytes);
+  };
   for (int p = 0; p < w.rows; p += kBlockRows) {
     const int rows = smaller(kBlockRows, w.rows - p);
     for (int i = 0; i < M; ++i) Step::keep_terms(source_row(x, i) + p, rows, terms + i, M);
     int j = 0;
     for (; j + V * kLine <= w.cols; j += V * kLine)
-      coded_cross_tile<Codes, M, V, Shared>(terms, rows, w, p, j, far, c + j, ldc, accumulate || p > 0);
+      coded_cross_tile<Codes, M, V, Shared>(terms, rows, w, p, j, far, near(j), c + j, ldc,
+                                            accumulate || p > 0);
     for (; j < w.cols; j += kLine)
-      coded_cross_tile<Codes, M, 1, Shared>(terms, rows, w, p, j, far, c + j, ldc, accumulate || p > 0);
+      coded_cross_tile<Codes, M, 1, Shared>(terms, rows, w, p, j, far, near(j), c + j, ldc,
+                                            accumulate || p > 0);
   }
 }
 
