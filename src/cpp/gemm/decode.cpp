@@ -1,5 +1,6 @@
 #include "gemm/decode.h"
 
+#include <cassert>
 #include <cstring>
 
 namespace kt {
@@ -22,24 +23,6 @@ ScaleKind kind_of(ScaleType type) {
   return type == ScaleType::bf16 ? kScaleBF16 : kScaleF32;
 }
 
-// Rows that a kernel can take at once: their scales are the same, or a row's length apart; and the first
-// column begins a group, or no column behind it does.
-void decode_run(DecodeCodes* kernel, const Weight& w, Range rows, Range cols, bf16_t* to, index_t stride) {
-  const index_t group = w.group(), groups = ceil_div(w.cols, group), row_bytes = w.code_bytes(w.cols);
-  const index_t scale = rows.begin / w.type.scale_rows * groups + cols.begin / group;
-  const CodedRows source{
-      static_cast<int>(rows.size()),
-      static_cast<int>(cols.size()),
-      reinterpret_cast<const std::uint8_t*>(w.codes) + rows.begin * row_bytes + w.code_bytes(cols.begin),
-      row_bytes,
-      kind_of(w.type.scale),
-      w.scales + scale * size_of(w.type.scale),
-      w.type.scale_rows == 1 ? groups : 0,
-      w.zeros == nullptr ? nullptr : reinterpret_cast<const std::uint8_t*>(w.zeros) + scale,
-      static_cast<int>(group)};
-  kernel(source, to, stride);
-}
-
 }  // namespace
 
 MatView codes_of(const WeightBlock& block) {
@@ -47,6 +30,30 @@ MatView codes_of(const WeightBlock& block) {
   const index_t row_bytes = w->code_bytes(w->cols), first = w->code_bytes(cols.begin);
   return {w->codes + rows.begin * row_bytes + first, DType::u8, rows.size(), w->code_bytes(cols.end) - first,
           row_bytes};
+}
+
+bool is_run(const WeightBlock& block) {
+  const auto& [w, rows, cols] = block;
+  const index_t group = w->group(), shared = w->type.scale_rows;
+  return (shared == 1 || rows.begin / shared == (rows.end - 1) / shared) &&
+         (cols.begin % group == 0 || cols.begin / group == (cols.end - 1) / group);
+}
+
+CodedRows coded(const WeightBlock& run) {
+  assert(is_run(run));
+  const Weight& w = *run.weight;
+  const MatView codes = codes_of(run);
+  const index_t group = w.group(), groups = ceil_div(w.cols, group);
+  const index_t scale = run.rows.begin / w.type.scale_rows * groups + run.cols.begin / group;
+  return {static_cast<int>(run.rows.size()),
+          static_cast<int>(run.cols.size()),
+          static_cast<const std::uint8_t*>(codes.data),
+          codes.stride,
+          kind_of(w.type.scale),
+          w.scales + scale * size_of(w.type.scale),
+          w.type.scale_rows == 1 ? groups : 0,
+          w.zeros == nullptr ? nullptr : reinterpret_cast<const std::uint8_t*>(w.zeros) + scale,
+          static_cast<int>(group)};
 }
 
 void decode(const KernelSet& kernels, const WeightBlock& block, bf16_t* to, index_t stride) {
@@ -64,8 +71,8 @@ void decode(const KernelSet& kernels, const WeightBlock& block, bf16_t* to, inde
     below = shared == 1 ? rows.end : std::min(rows.end, (row / shared + 1) * shared);
     for (index_t col = cols.begin, next; col < cols.end; col = next) {
       next = col % group == 0 ? cols.end : std::min(cols.end, round_up(col, group));
-      decode_run(kernel, w, {row, below}, {col, next}, to + (row - rows.begin) * stride + col - cols.begin,
-                 stride);
+      kernel(coded({weight, {row, below}, {col, next}}), to + (row - rows.begin) * stride + col - cols.begin,
+             stride);
     }
   }
 }

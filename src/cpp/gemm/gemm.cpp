@@ -194,6 +194,10 @@ void multiply_few(const KernelSet& kernels, Rows x, Rows w, float* c, index_t st
 
 namespace {
 
+constexpr index_t kDecodedRows = 32;  // for `times`: the order of additions hangs on it
+constexpr index_t kCodedRows = 128;   // that a kernel gets at a time: it looks at all their scales first
+static_assert(kCodedRows % kDecodedRows == 0);
+
 // Calls body(rows, the block's rows in bf16), `each` rows decoded at a time.
 template <class Body>
 void for_decoded(const KernelSet& kernels, const WeightBlock& w, index_t each, Arena& scratch,
@@ -207,25 +211,98 @@ void for_decoded(const KernelSet& kernels, const WeightBlock& w, index_t each, A
   }
 }
 
+FewCoded* coded_product(const FewCodedKernels& products, Format format) {
+  switch (format) {
+    case Format::int8: return products.int8;
+    case Format::int4: return products.int4;
+    case Format::fp8: return products.fp8;
+    case Format::mxfp4: return products.mxfp4;
+    case Format::bf16: break;
+  }
+  return nullptr;
+}
+
+// The product with the codes as they are, if the kernels have it.
+bool multiply_coded(const FewCodedKernels& products, const Rows& x, const WeightBlock& w, float* c,
+                    index_t stride, bool accumulate) {
+  FewCoded* product = coded_product(products, w.weight->type.format);
+  return product != nullptr && is_run(w) &&
+         product(static_cast<int>(x.matrix.rows), from_row(x, 0), coded(w), c, stride, accumulate) != 0;
+}
+
+// Calls body(rows) for the block's rows, kCodedRows at a time; cut where scales change, if that is a multiple
+// of `align`.
+template <class Body>
+void for_strips(const WeightBlock& w, index_t align, const Body& body) {
+  const index_t shared = w.weight->type.scale_rows;
+  for (index_t i = 0, end; i < w.rows.size(); i = end) {
+    end = std::min(w.rows.size(), i + kCodedRows);
+    const index_t change = round_up(w.rows.begin + i + 1, shared) - w.rows.begin;
+    if (shared > 1 && change % align == 0) end = std::min(end, change);
+    body(Range{i, end});
+  }
+}
+
+// Calls body(columns) for the block's columns, cut such that whole lines of a run are together.
+template <class Body>
+void for_lines(const WeightBlock& w, const Body& body) {
+  constexpr index_t kLineCols = 32;
+  const index_t n = w.cols.size(), group = w.weight->group();
+  for (index_t j = 0, end; j < n; j = end) {
+    const index_t col = w.cols.begin + j;
+    end = col % group == 0 ? n : std::min(n, round_up(col, group) - w.cols.begin);
+    if (const index_t lines = (end - j) / kLineCols; lines > 0) end = j + lines * kLineCols;
+    body(Range{j, end});
+  }
+}
+
+// Columns `cols` of x, which are as many as rows of a weight.
+Rows cols_of(Rows x, Range cols) {
+  x.matrix.data = x.matrix.at(0, cols.begin);
+  x.matrix.cols = cols.size();
+  return x;
+}
+
+void decode_and_multiply_transposed(const KernelSet& kernels, const Rows& x, const WeightBlock& w, float* c,
+                                    index_t stride, bool accumulate, Arena& scratch) {
+  constexpr index_t kDecodedBytes = 32 << 10;  // much of the first cache level
+  const index_t each = std::max(index_t{1}, kDecodedBytes / (2 * w.cols.size()));
+  for_decoded(kernels, w, each, scratch, [&](Range rows, const Rows& decoded) {
+    multiply_few_transposed(kernels, x, decoded, c + rows.begin, stride, accumulate, scratch);
+  });
+}
+
+void decode_and_multiply(const KernelSet& kernels, const Rows& x, const WeightBlock& w, float* c,
+                         index_t stride, bool accumulate, Arena& scratch) {
+  for_decoded(kernels, w, kDecodedRows, scratch, [&](Range rows, const Rows& decoded) {
+    multiply_few(kernels, cols_of(x, rows), decoded, c, stride, accumulate || rows.begin > 0, scratch);
+  });
+}
+
 }  // namespace
 
 void multiply_few_transposed(const KernelSet& kernels, Rows x, const WeightBlock& w, float* c, index_t stride,
                              bool accumulate, Arena& scratch) {
-  constexpr index_t kDecodedBytes = 32 << 10;  // much of the first cache level
-  const index_t each = std::max(index_t{1}, kDecodedBytes / (2 * w.cols.size()));
-  for_decoded(kernels, w, each, scratch, [&](Range rows, Rows decoded) {
-    multiply_few_transposed(kernels, x, decoded, c + rows.begin, stride, accumulate, scratch);
+  if (w.is_bf16()) return decode_and_multiply_transposed(kernels, x, w, c, stride, accumulate, scratch);
+  for_strips(w, 1, [&](Range rows) {
+    const WeightBlock strip = w.rows_of(rows);
+    float* to = c + rows.begin;
+    if (!multiply_coded(kernels.few.times_transposed_coded, x, strip, to, stride, accumulate))
+      decode_and_multiply_transposed(kernels, x, strip, to, stride, accumulate, scratch);
   });
 }
 
 void multiply_few(const KernelSet& kernels, Rows x, const WeightBlock& w, float* c, index_t stride,
                   bool accumulate, Arena& scratch) {
-  constexpr index_t kDecodedRows = 32;  // a number of its own: the order of additions hangs on it
-  for_decoded(kernels, w, kDecodedRows, scratch, [&](Range rows, Rows decoded) {
-    Rows part = x;
-    part.matrix.data = x.matrix.at(0, rows.begin);
-    part.matrix.cols = rows.size();
-    multiply_few(kernels, part, decoded, c, stride, accumulate || rows.begin > 0, scratch);
+  if (w.is_bf16()) return decode_and_multiply(kernels, x, w, c, stride, accumulate, scratch);
+  for_lines(w, [&](Range cols) {
+    for_strips(w, kDecodedRows, [&](Range rows) {
+      const WeightBlock strip = w.cols_of(cols).rows_of(rows);
+      const Rows part = cols_of(x, rows);
+      const bool add = accumulate || rows.begin > 0;
+      if (!multiply_coded(kernels.few.times_coded, part, strip, c + cols.begin, stride, add))
+        decode_and_multiply(kernels, part, strip, c + cols.begin, stride, add, scratch);
+    });
   });
 }
 

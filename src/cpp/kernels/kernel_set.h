@@ -87,11 +87,35 @@ struct GemmKernels {
 using FewRows = void(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
                      ptrdiff_t ldc, int accumulate);
 
+enum ScaleKind { kScaleF32, kScaleBF16, kScaleE8M0 };
+
+// A block of rows of quantised weights (base/weight.h has the formats).
+struct CodedRows {
+  int rows, cols;
+  const uint8_t* codes;
+  ptrdiff_t stride;  // bytes from one row to the next
+  ScaleKind scale_kind;
+  const void* scales;      // of the first column's group
+  ptrdiff_t scale_stride;  // in scales, from one row's to the next one's; 0: all rows have the same
+  const uint8_t* zeros;    // int4: zero points, where the scales lie; null: 8
+  int group;               // columns that share a scale: at least `cols`, or a multiple of 32
+};
+
+// The same where W is codes, decoded in registers: bit for bit the product with what DecodeCodes makes of
+// them, where `times` adds up 32 rows of W at a time, and each such sum to C. 0: nothing was done, for a
+// kernel need not take every shape nor every scale.
+using FewCoded = int(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate);
+
+struct FewCodedKernels {
+  FewCoded *int8 = nullptr, *int4 = nullptr, *fp8 = nullptr, *mxfp4 = nullptr;
+};
+
 struct FewRowsKernels {
   int max_rows;
   int max_tail;               // rows behind whole tiles that are cheaper here than as a tile
   FewRows* times_transposed;  // C[rows x n] (+)= X[rows x k] * W', W [n x k]: a weight going forward
   FewRows* times;             // C[rows x n] (+)= X[rows x k] * W, W [k x n]: the same weight going backward
+  FewCodedKernels times_transposed_coded = {}, times_coded = {};  // null: decode, then multiply
 };
 
 // One row of G and U of an expert, and what the step makes of it. Forward: h = act(G, U); G, U and h rounded
@@ -132,19 +156,6 @@ struct EpilogueKernels {
 using DecodeF32 = void(int n, const float* src, uint16_t* dst);
 using DecodeF16 = void(int n, const uint16_t* src, uint16_t* dst);
 
-enum ScaleKind { kScaleF32, kScaleBF16, kScaleE8M0 };
-
-// A block of rows of quantised weights (base/weight.h has the formats).
-struct CodedRows {
-  int rows, cols;
-  const uint8_t* codes;
-  ptrdiff_t stride;  // bytes from one row to the next
-  ScaleKind scale_kind;
-  const void* scales;      // of the first column's group
-  ptrdiff_t scale_stride;  // in scales, from one row's to the next one's; 0: all rows have the same
-  const uint8_t* zeros;    // int4: zero points, where the scales lie; null: 8
-  int group;               // columns that share a scale: at least `cols`, or a multiple of 32
-};
 // dst[i * dst_stride + j] = bf16(value of the code * scale): one product in fp32, rounded to nearest even.
 // E8M0 is 2^(e - 127), and NaN for 255. Every kernel set gives the same bits, NaNs' payloads aside.
 using DecodeCodes = void(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride);

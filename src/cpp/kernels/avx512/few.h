@@ -19,10 +19,10 @@ constexpr int kPanelRows = 16;  // rows of W' whose parts follow each other, and
 constexpr int kNearRows = 4;    // the near one's
 constexpr int kBlockRows = 32;  // rows of W between two visits to C, and the far request's distance
 
-static inline int smaller(int a, int b) { return a < b ? a : b; }
+static constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
 // Always inlined: gcc takes a function that only prefetches for one without effect, and drops calls of it.
-__attribute__((always_inline)) static inline void request(const uint16_t* line) {
+__attribute__((always_inline)) static inline void request(const void* line) {
   _mm_prefetch((const char*)line, _MM_HINT_T1);
 }
 
@@ -59,6 +59,20 @@ static inline void interleave(__m512 (&half)[2], __m512i low) {
   half[0] = first;
 }
 
+// C[M x rows] (+)= the accumulators, rows <= R.
+template <int M, int R>
+__attribute__((always_inline)) static inline void add_dots(const __m512 (&acc)[R * M], int rows, float* c,
+                                                           ptrdiff_t ldc, int accumulate) {
+  float sum[(R * M + 3) / 4 * 4];
+#pragma GCC unroll 4
+  for (int q = 0; q < R * M; q += 4) {
+    const auto part = [&](int i) { return q + i < R * M ? acc[q + i] : _mm512_setzero_ps(); };
+    _mm_storeu_ps(sum + q, sum_lanes(part(0), part(1), part(2), part(3)));
+  }
+  for (int i = 0; i < M; ++i)
+    for (int r = 0; r < rows; ++r) c[i * ldc + r] = (accumulate ? c[i * ldc + r] : 0.0f) + sum[i * R + r];
+}
+
 // C[M x rows], rows <= R, from k elements of X in the order of use and as many of each row of W.
 template <class Step, int M, int R>
 static void dot_tile(const char* x, int k, const uint16_t* w, ptrdiff_t stride, int rows, ptrdiff_t far,
@@ -81,40 +95,40 @@ static void dot_tile(const char* x, int k, const uint16_t* w, ptrdiff_t stride, 
   }
   if (p < k) dot_line<Step, M, R>(acc, x, row, p, first32(k - p));
 
-  float sum[(R * M + 3) / 4 * 4];
-#pragma GCC unroll 4
-  for (int q = 0; q < R * M; q += 4) {
-    const auto part = [&](int i) { return q + i < R * M ? acc[q + i] : _mm512_setzero_ps(); };
-    _mm_storeu_ps(sum + q, sum_lanes(part(0), part(1), part(2), part(3)));
-  }
-  for (int i = 0; i < M; ++i)
-    for (int r = 0; r < rows; ++r) c[i * ldc + r] = (accumulate ? c[i * ldc + r] : 0.0f) + sum[i * R + r];
+  add_dots<M, R>(acc, rows, c, ldc, accumulate);
 }
 
 // X goes through the stack as [k / 32][M] lines: rows a power of two apart would share their cache sets.
-template <class Step, int M>
-static void few_times_transposed(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t stride, float* c,
-                                 ptrdiff_t ldc, int accumulate) {
-  constexpr int R = M <= 4 ? 1 : 2;
+// tile(X's lines, p, count, j, panel): the product of elements p to p + count of X and of W's rows j to j +
+// R, of the panel that begins with that row; the elements before p have been added.
+template <class Step, int M, int R, class Tile>
+static inline void for_dot_tiles(int n, int k, RowSource x, const Tile& tile) {
   constexpr int kWhole = kStackBytes / (M * Step::kLineBytes) * kLine;
   constexpr int kPart = kL1Bytes / (M * Step::kLineBytes) * kLine;
   alignas(64) char lines[kStackBytes];
-  for (int begin = 0; begin < k; begin += kWhole, w += kWhole) {
+  for (int begin = 0; begin < k; begin += kWhole) {
     const int whole = smaller(kWhole, k - begin);
     for (int i = 0; i < M; ++i)
       for (int p = 0; p < whole; p += kLine)
         Step::keep(source_row(x, i) + begin + p, first32(whole - p),
                    lines + (p / kLine * M + i) * Step::kLineBytes);
-    for (int panel = 0; panel < n; panel += kPanelRows) {
-      const ptrdiff_t far = panel + 2 * kPanelRows <= n ? kPanelRows * stride : 0;
+    for (int panel = 0; panel < n; panel += kPanelRows)
       for (int p = 0; p < whole; p += kPart)
         for (int j = panel; j < smaller(panel + kPanelRows, n); j += R)
-          dot_tile<Step, M, R>(lines + p / kLine * M * Step::kLineBytes, smaller(kPart, whole - p),
-                               w + j * stride + p, stride, smaller(R, n - j), far,
-                               j + kNearRows + R <= n ? kNearRows * stride : 0, c + j, ldc,
-                               accumulate || begin + p > 0);
-    }
+          tile(lines + p / kLine * M * Step::kLineBytes, begin + p, smaller(kPart, whole - p), j, panel);
   }
+}
+
+template <class Step, int M>
+static void few_times_transposed(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t stride, float* c,
+                                 ptrdiff_t ldc, int accumulate) {
+  constexpr int R = M <= 4 ? 1 : 2;
+  for_dot_tiles<Step, M, R>(n, k, x, [&](const char* lines, int p, int count, int j, int panel) {
+    const ptrdiff_t far = panel + 2 * kPanelRows <= n ? kPanelRows * stride : 0;
+    const ptrdiff_t near = j + kNearRows + R <= n ? kNearRows * stride : 0;
+    dot_tile<Step, M, R>(lines, count, w + j * stride + p, stride, smaller(R, n - j), far, near, c + j, ldc,
+                         accumulate || p > 0);
+  });
 }
 
 // Asks for a block of W line by line in the order of memory, whatever the order of use.

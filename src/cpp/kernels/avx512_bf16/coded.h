@@ -1,0 +1,190 @@
+// The formats of codes as products of few rows read them, 32 columns at a time and in registers. Every format
+// has `lines` for columns of one row that share a scale, and `pair` for those of an even and an odd row,
+// whose line is interleaved for VDPBF16PS. Scales are ordinary. Internal linkage.
+#pragma once
+
+#include "kernels/avx512_bf16/few_step.h"
+#include "kernels/avx512_bf16/lines.h"
+#include "kernels/scalar/groups.h"
+
+namespace kt::avx512_bf16 {
+
+namespace {
+
+// Whether any of n scales, at most a register full, is not between 2^-100 and 2^100 in magnitude. Exponents
+// lie in the upper byte when the sign is shifted out.
+inline bool any_extreme(ScaleKind kind, const void* scales, ptrdiff_t place, int n) {
+  switch (kind) {
+    case kScaleF32: {
+      const __m512i bits = _mm512_maskz_loadu_epi32(first16(n), (const uint32_t*)scales + place);
+      const __m512i above = _mm512_sub_epi32(_mm512_slli_epi32(bits, 1), _mm512_set1_epi32(27 << 24));
+      return _mm512_mask_cmpgt_epu32_mask(first16(n), above, _mm512_set1_epi32(200 << 24)) != 0;
+    }
+    case kScaleBF16: {
+      const __m512i bits = _mm512_maskz_loadu_epi16(first32(n), (const uint16_t*)scales + place);
+      const __m512i above = _mm512_sub_epi16(_mm512_slli_epi16(bits, 1), _mm512_set1_epi16(27 << 8));
+      return _mm512_mask_cmpgt_epu16_mask(first32(n), above,
+                                          _mm512_set1_epi16(static_cast<short>(200 << 8))) != 0;
+    }
+    case kScaleE8M0: {
+      const __mmask64 mask = n >= 64 ? ~0ull : (1ull << n) - 1;
+      const __m512i bits = _mm512_maskz_loadu_epi8(mask, (const uint8_t*)scales + place);
+      const __m512i above = _mm512_sub_epi8(bits, _mm512_set1_epi8(27));
+      return _mm512_mask_cmpgt_epu8_mask(mask, above, _mm512_set1_epi8(static_cast<char>(200))) != 0;
+    }
+  }
+  return true;
+}
+
+// Asks for the scale at `place` of the rows behind w: callers pass a matrix strip by strip, and the scales of
+// a strip are looked at before anything else is done with it.
+__attribute__((always_inline)) inline void request_next_scale(const CodedRows& w, ptrdiff_t place) {
+  const int size = w.scale_kind == kScaleF32 ? 4 : w.scale_kind == kScaleBF16 ? 2 : 1;
+  request((const char*)w.scales + (place + w.rows * w.scale_stride) * size);
+}
+
+// With ordinary scales no product of a code other than zero is denormal or overflows.
+inline bool scales_are_ordinary(const CodedRows& w) {
+  const int groups = (w.cols - 1) / w.group + 1;
+  const bool dense = w.scale_stride == groups;
+  const int runs = dense || w.scale_stride == 0 ? 1 : w.rows, run = dense ? w.rows * groups : groups;
+  const int together = w.scale_kind == kScaleF32 ? 16 : w.scale_kind == kScaleBF16 ? 32 : 64;
+  bool extreme = false;
+  for (int i = 0; i < runs; ++i)
+    for (int first = 0; first < run; first += together)
+      extreme |=
+          any_extreme(w.scale_kind, w.scales, i * w.scale_stride + first, smaller(together, run - first));
+  return !extreme;
+}
+
+template <ScaleKind Kind>
+__attribute__((always_inline)) inline __m512 scale_of(const CodedRows& w, ptrdiff_t place) {
+  if constexpr (Kind == kScaleBF16)
+    return _mm512_castsi512_ps(_mm512_set1_epi32(element<uint16_t>(w.scales, place) << 16));
+  return _mm512_set1_ps(element<float>(w.scales, place));
+}
+
+// Two rows, each decoded by itself.
+template <class Lines>
+struct LinesPair {
+  Lines even, odd;
+
+  __attribute__((always_inline)) void across(const uint8_t* e, const uint8_t* o, __m512i (&b)[2]) const {
+    const __m512i even_line = even.line(e), odd_line = odd.line(o);
+    b[0] = _mm512_unpacklo_epi16(even_line, odd_line);
+    b[1] = _mm512_unpackhi_epi16(even_line, odd_line);
+  }
+  static void in_order(__m512 (&half)[2]) { Step::in_order(half); }
+};
+
+// A table of one row, twice.
+struct NibbleLines {
+  __m512i table;
+
+  // The lower four bits of each word choose, the next one either half of the table.
+  __attribute__((always_inline)) __m512i line(const uint8_t* codes) const {
+    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(twofold(codes), _mm512_set1_epi32(4 << 16)), table);
+  }
+};
+
+// The table of the even row, then that of the odd one. The first half of a line has its even columns.
+struct NibblePair {
+  __m512i table;
+
+  __attribute__((always_inline)) void across(const uint8_t* e, const uint8_t* o, __m512i (&b)[2]) const {
+    const __m512i in_turn = _mm512_setr_epi32(  // byte i to lane i, where no mask keeps it away
+        0x00008000, 0x00018001, 0x00028002, 0x00038003, 0x00048004, 0x00058005, 0x00068006, 0x00078007,
+        0x00088008, 0x00098009, 0x000a800a, 0x000b800b, 0x000c800c, 0x000d800d, 0x000e800e, 0x000f800f);
+    const __m512i even = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)e));
+    const __m512i odd = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)o));
+    __m512i codes = _mm512_set1_epi32(0x01000000);  // where the shift makes it the odd row's half
+    codes = _mm512_mask_shuffle_epi8(codes, 0x3333333333333333, even, in_turn);
+    codes = _mm512_mask_shuffle_epi8(codes, 0x4444444444444444, odd, in_turn);
+    constexpr int kAndOr = 0xea;
+    const __m512i lower = _mm512_ternarylogic_epi32(codes, _mm512_set1_epi32(0x000f000f),
+                                                    _mm512_set1_epi32(0x00100000), kAndOr);
+    b[0] = _mm512_permutexvar_epi16(lower, table);
+    b[1] = _mm512_permutexvar_epi16(_mm512_srli_epi32(codes, 4), table);
+  }
+  static void in_order(__m512 (&half)[2]) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    interleave(half, low);
+  }
+};
+
+template <ScaleKind Kind>
+struct Int8Codes {
+  static constexpr int kBytes = 32;
+  using Lines = Int8;
+  using Pair = LinesPair<Lines>;
+
+  __attribute__((always_inline)) static Lines lines(const CodedRows& w, ptrdiff_t place) {
+    return {scale_of<Kind>(w, place)};
+  }
+  __attribute__((always_inline)) static Pair pair(const CodedRows& w, ptrdiff_t even, ptrdiff_t odd) {
+    return {lines(w, even), lines(w, odd)};
+  }
+};
+
+template <ScaleKind Kind>
+struct Fp8Codes {
+  static constexpr int kBytes = 32;
+  using Lines = Fp8;
+  using Pair = LinesPair<Lines>;
+
+  __attribute__((always_inline)) static Lines lines(const CodedRows& w, ptrdiff_t place) {
+    return Fp8(_mm512_cvtss_f32(scale_of<Kind>(w, place)));
+  }
+  __attribute__((always_inline)) static Pair pair(const CodedRows& w, ptrdiff_t even, ptrdiff_t odd) {
+    return {lines(w, even), lines(w, odd)};
+  }
+};
+
+template <ScaleKind Kind, bool Zeros>
+struct Int4Codes {
+  static constexpr int kBytes = 16;
+  using Lines = NibbleLines;
+  using Pair = NibblePair;
+
+  __attribute__((always_inline)) static __m512 products(const CodedRows& w, ptrdiff_t place) {
+    const float zero = Zeros ? static_cast<float>(w.zeros[place]) : 8.0f;
+    return _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(kCounts), _mm512_set1_ps(zero)),
+                         scale_of<Kind>(w, place));
+  }
+  __attribute__((always_inline)) static Lines lines(const CodedRows& w, ptrdiff_t place) {
+    const __m512 all = products(w, place);
+    return {(__m512i)_mm512_cvtne2ps_pbh(all, all)};
+  }
+  __attribute__((always_inline)) static Pair pair(const CodedRows& w, ptrdiff_t even, ptrdiff_t odd) {
+    return {(__m512i)_mm512_cvtne2ps_pbh(products(w, odd), products(w, even))};
+  }
+};
+
+// E2M1 for a scale of 2^-127: to scale is to add to the exponent. Zeros, the first and the ninth, stay.
+struct Mxfp4Codes {
+  static constexpr int kBytes = 16;
+  using Lines = NibbleLines;
+  using Pair = NibblePair;
+
+  __attribute__((always_inline)) static int exponent(const CodedRows& w, ptrdiff_t place) {
+    return element<uint8_t>(w.scales, place) << 7;
+  }
+  __attribute__((always_inline)) static __m512i scaled(__m512i exponents) {
+    const __m512i unscaled = _mm512_broadcast_i64x4(_mm256_setr_epi16(
+        0, static_cast<short>(0xff80), 0, 0x40, 0x80, 0xc0, 0x100, 0x140, static_cast<short>(0x8000), 0x7f80,
+        static_cast<short>(0x8000), static_cast<short>(0x8040), static_cast<short>(0x8080),
+        static_cast<short>(0x80c0), static_cast<short>(0x8100), static_cast<short>(0x8140)));
+    return _mm512_mask_add_epi16(unscaled, 0xfefefefe, unscaled, exponents);
+  }
+  __attribute__((always_inline)) static Lines lines(const CodedRows& w, ptrdiff_t place) {
+    return {scaled(_mm512_set1_epi16(static_cast<short>(exponent(w, place))))};
+  }
+  __attribute__((always_inline)) static Pair pair(const CodedRows& w, ptrdiff_t even, ptrdiff_t odd) {
+    const __m512i first = _mm512_set1_epi16(static_cast<short>(exponent(w, even)));
+    return {scaled(_mm512_mask_set1_epi16(first, 0xffff0000, static_cast<short>(exponent(w, odd))))};
+  }
+};
+
+}  // namespace
+
+}  // namespace kt::avx512_bf16

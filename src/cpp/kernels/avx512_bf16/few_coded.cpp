@@ -1,0 +1,275 @@
+// Products of few rows with codes. To decode what memory gives takes as long as to load it, so there is no
+// time for a detour through the cache: lines are decoded in registers and multiplied at once. Columns come in
+// whole lines, in `times` rows in pairs, and scales are ordinary; everything else is refused.
+#include "kernels/avx512_bf16/coded.h"
+#include "kernels/avx512_bf16/set.h"
+
+namespace kt::avx512_bf16 {
+
+namespace {
+
+constexpr int kCacheLine = 64;
+// Bytes of W from where it is read to where it is asked for: along k, and across for the second time, when
+// the first was a block before.
+constexpr int kAhead = 4096, kNear = 2 * kCacheLine;
+
+// The next Count lines of R rows, times the same lines of M rows of X. `lines` are made anew for every line
+// where Each, whose groups are of one line.
+template <class Codes, int M, int R, int Count, bool Each>
+__attribute__((always_inline)) inline void dot_lines(__m512 (&acc)[R * M], const CodedRows& w, const char*& x,
+                                                     const uint8_t* (&codes)[R], ptrdiff_t (&place)[R],
+                                                     typename Codes::Lines (&lines)[R], ptrdiff_t ahead) {
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    request(codes[r] + ahead);
+    if constexpr (Each) request_next_scale(w, place[r]);
+  }
+#pragma GCC unroll 4
+  for (int q = 0; q < Count; ++q) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      if constexpr (Each) lines[r] = Codes::lines(w, place[r] + q);
+      const auto line = (Step::Line)lines[r].line(codes[r] + q * Codes::kBytes);
+#pragma GCC unroll 8
+      for (int i = 0; i < M; ++i)
+        acc[i * R + r] = Step::dot(line, x + (q * M + i) * Step::kLineBytes, acc[i * R + r]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    codes[r] += Count * Codes::kBytes;
+    if (Each) place[r] += Count;
+  }
+  x += Count * M * Step::kLineBytes;
+}
+
+// C[M x rows], rows <= R, from columns p to p + count of W's rows j to j + R; groups may begin before p.
+template <class Codes, int M, int R>
+void coded_dot_tile(const char* x, const CodedRows& w, int p, int count, int j, ptrdiff_t ahead, float* c,
+                    ptrdiff_t ldc, int accumulate) {
+  constexpr int kTogether = kCacheLine / Codes::kBytes;
+  const uint8_t* codes[R];
+  ptrdiff_t place[R];
+  typename Codes::Lines lines[R];
+  const int rows = smaller(R, w.rows - j);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    const ptrdiff_t row = j + smaller(r, rows - 1);
+    codes[r] = w.codes + row * w.stride + p / kLine * Codes::kBytes;
+    place[r] = row * w.scale_stride + p / w.group;
+  }
+  __m512 acc[R * M];
+#pragma GCC unroll 16
+  for (int q = 0; q < R * M; ++q) acc[q] = _mm512_setzero_ps();
+  if (w.group == kLine) {
+    for (; count >= kTogether * kLine; count -= kTogether * kLine)
+      dot_lines<Codes, M, R, kTogether, true>(acc, w, x, codes, place, lines, ahead);
+    for (; count > 0; count -= kLine) dot_lines<Codes, M, R, 1, true>(acc, w, x, codes, place, lines, ahead);
+  }
+  for (int left = w.group - p % w.group; count > 0; left = w.group) {
+    int n = smaller(left, count);
+    count -= n;
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) lines[r] = Codes::lines(w, place[r]++);
+    for (; n >= kTogether * kLine; n -= kTogether * kLine)
+      dot_lines<Codes, M, R, kTogether, false>(acc, w, x, codes, place, lines, ahead);
+    for (; n > 0; n -= kLine) dot_lines<Codes, M, R, 1, false>(acc, w, x, codes, place, lines, ahead);
+  }
+  add_dots<M, R>(acc, rows, c, ldc, accumulate);
+}
+
+template <class Codes, int M>
+void coded_times_transposed(RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
+  constexpr int R = M <= 2 ? 4 : 2;  // as many sums at once as hide the latency of an addition
+  const int row_bytes = w.cols / kLine * Codes::kBytes, together = R * row_bytes;
+  const ptrdiff_t ahead = row_bytes >= kAhead ? kAhead : (kAhead + together - 1) / together * R * w.stride;
+  for_dot_tiles<Step, M, R>(w.rows, w.cols, x, [&](const char* lines, int p, int count, int j, int) {
+    coded_dot_tile<Codes, M, R>(lines, w, p, count, j, ahead, c + j, ldc, accumulate || p > 0);
+  });
+}
+
+// C[M x 32 V] (+)= X * W for `rows` rows of W and its columns from `col` on; x holds its terms as
+// [rows / 2][M]. `far` and `near` bytes on lie the codes to ask for. Shared: all rows have the same scales.
+template <class Codes, int M, int V, bool Shared>
+void coded_cross_tile(const uint32_t* x, int rows, const CodedRows& w, int first, int col, ptrdiff_t far,
+                      ptrdiff_t near, float* c, ptrdiff_t ldc, int accumulate) {
+  using Pair = typename Codes::Pair;
+  const uint8_t* codes = w.codes + first * w.stride + col / kLine * Codes::kBytes;
+  ptrdiff_t place[V];
+  Pair pair[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    place[v] = first * w.scale_stride + (col + v * kLine) / w.group;
+    if constexpr (Shared) pair[v] = Codes::pair(w, place[v], place[v]);
+  }
+  __m512 acc[M][V][2];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) acc[i][v][0] = acc[i][v][1] = _mm512_setzero_ps();
+  for (int p = 0; p < rows; p += 2, codes += 2 * w.stride, x += M) {
+    request(codes + far);
+    request(codes + w.stride + far);
+    request(codes + near);
+    request(codes + w.stride + near);
+    if constexpr (!Shared) {
+      request_next_scale(w, place[0]);
+      request_next_scale(w, place[0] + w.scale_stride);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      if constexpr (!Shared) {
+        pair[v] = Codes::pair(w, place[v], place[v] + w.scale_stride);
+        place[v] += 2 * w.scale_stride;
+      }
+      __m512i b[2];
+      pair[v].across(codes + v * Codes::kBytes, codes + w.stride + v * Codes::kBytes, b);
+#pragma GCC unroll 8
+      for (int i = 0; i < M; ++i) {
+        const __m512i term = _mm512_set1_epi32(static_cast<int>(x[i]));
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h) acc[i][v][h] = Step::multiply_add(term, b[h], acc[i][v][h]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      Pair::in_order(acc[i][v]);
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        float* to = c + i * ldc + v * kLine + h * 16;
+        const __m512 sum = acc[i][v][h];
+        _mm512_storeu_ps(to, accumulate ? _mm512_add_ps(sum, _mm512_loadu_ps(to)) : sum);
+      }
+    }
+}
+
+// A block of rows of W after the other, each from left to right: its sum is added to C.
+template <class Codes, int M, bool Shared>
+void cross_blocks(RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
+  constexpr int V = smaller(M <= 2 ? 4 : M <= 4 ? 2 : 1, kCacheLine / Codes::kBytes);
+  uint32_t terms[kBlockRows / Step::kRows * M];
+  const ptrdiff_t far = kBlockRows * w.stride, row_bytes = w.cols / kLine * Codes::kBytes;
+  const auto near = [&](int j) {  // behind the last line of a row comes the next block
+    const ptrdiff_t bytes = smaller(kNear, static_cast<int>(row_bytes));
+    return bytes + (j / kLine * Codes::kBytes + bytes < row_bytes ? 0 : far - row_bytes);
+  };
+  for (int p = 0; p < w.rows; p += kBlockRows) {
+    const int rows = smaller(kBlockRows, w.rows - p);
+    for (int i = 0; i < M; ++i) Step::keep_terms(source_row(x, i) + p, rows, terms + i, M);
+    int j = 0;
+    for (; j + V * kLine <= w.cols; j += V * kLine)
+      coded_cross_tile<Codes, M, V, Shared>(terms, rows, w, p, j, far, near(j), c + j, ldc,
+                                            accumulate || p > 0);
+    for (; j < w.cols; j += kLine)
+      coded_cross_tile<Codes, M, 1, Shared>(terms, rows, w, p, j, far, near(j), c + j, ldc,
+                                            accumulate || p > 0);
+  }
+}
+
+template <class Codes, int M>
+void coded_times(RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
+  const auto product = w.scale_stride == 0 ? cross_blocks<Codes, M, true> : cross_blocks<Codes, M, false>;
+  product(x, w, c, ldc, accumulate);
+}
+
+using CodedProduct = void(RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate);
+
+struct TimesTransposed {
+  template <class Codes>
+  static constexpr CodedProduct* kProducts[kFewRows] = {
+      coded_times_transposed<Codes, 1>, coded_times_transposed<Codes, 2>, coded_times_transposed<Codes, 3>,
+      coded_times_transposed<Codes, 4>, coded_times_transposed<Codes, 5>, coded_times_transposed<Codes, 6>,
+      coded_times_transposed<Codes, 7>, coded_times_transposed<Codes, 8>,
+  };
+  static bool takes(const CodedRows& w) { return w.cols % kLine == 0 && scales_are_ordinary(w); }
+};
+
+struct Times {
+  template <class Codes>
+  static constexpr CodedProduct* kProducts[kFewRows] = {
+      coded_times<Codes, 1>, coded_times<Codes, 2>, coded_times<Codes, 3>, coded_times<Codes, 4>,
+      coded_times<Codes, 5>, coded_times<Codes, 6>, coded_times<Codes, 7>, coded_times<Codes, 8>,
+  };
+  static bool takes(const CodedRows& w) {
+    return w.cols % kLine == 0 && w.rows % Step::kRows == 0 && scales_are_ordinary(w);
+  }
+};
+
+template <class Direction, template <ScaleKind> class Codes>
+CodedProduct* const* products(ScaleKind kind) {
+  switch (kind) {
+    case kScaleF32: return Direction::template kProducts<Codes<kScaleF32>>;
+    case kScaleBF16: return Direction::template kProducts<Codes<kScaleBF16>>;
+    case kScaleE8M0: break;
+  }
+  return nullptr;
+}
+
+template <ScaleKind Kind>
+using PlainInt4 = Int4Codes<Kind, false>;
+template <ScaleKind Kind>
+using ZerosInt4 = Int4Codes<Kind, true>;
+
+template <class Direction>
+int multiply(CodedProduct* const* products, int rows, RowSource x, const CodedRows& w, float* c,
+             ptrdiff_t ldc, int accumulate) {
+  if (products == nullptr || !Direction::takes(w)) return 0;
+  products[rows - 1](x, w, c, ldc, accumulate);
+  return 1;
+}
+
+template <class Direction>
+CodedProduct* const* int4_products(const CodedRows& w) {
+  return w.zeros ? products<Direction, ZerosInt4>(w.scale_kind)
+                 : products<Direction, PlainInt4>(w.scale_kind);
+}
+
+template <class Direction>
+CodedProduct* const* mxfp4_products(const CodedRows& w) {
+  return w.scale_kind == kScaleE8M0 ? Direction::template kProducts<Mxfp4Codes> : nullptr;
+}
+
+}  // namespace
+
+int few_times_transposed_int8(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc,
+                              int accumulate) {
+  return multiply<TimesTransposed>(products<TimesTransposed, Int8Codes>(w.scale_kind), rows, x, w, c, ldc,
+                                   accumulate);
+}
+
+int few_times_transposed_int4(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc,
+                              int accumulate) {
+  return multiply<TimesTransposed>(int4_products<TimesTransposed>(w), rows, x, w, c, ldc, accumulate);
+}
+
+int few_times_transposed_fp8(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc,
+                             int accumulate) {
+  return multiply<TimesTransposed>(products<TimesTransposed, Fp8Codes>(w.scale_kind), rows, x, w, c, ldc,
+                                   accumulate);
+}
+
+int few_times_transposed_mxfp4(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc,
+                               int accumulate) {
+  return multiply<TimesTransposed>(mxfp4_products<TimesTransposed>(w), rows, x, w, c, ldc, accumulate);
+}
+
+int few_times_int8(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
+  return multiply<Times>(products<Times, Int8Codes>(w.scale_kind), rows, x, w, c, ldc, accumulate);
+}
+
+int few_times_int4(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
+  return multiply<Times>(int4_products<Times>(w), rows, x, w, c, ldc, accumulate);
+}
+
+int few_times_fp8(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
+  return multiply<Times>(products<Times, Fp8Codes>(w.scale_kind), rows, x, w, c, ldc, accumulate);
+}
+
+int few_times_mxfp4(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
+  return multiply<Times>(mxfp4_products<Times>(w), rows, x, w, c, ldc, accumulate);
+}
+
+}  // namespace kt::avx512_bf16
