@@ -3,14 +3,11 @@
 #pragma once
 
 #include "kernels/avx512/registers.h"
+#include "kernels/scalar/groups.h"
 
 namespace kt {
 
 namespace {
-
-alignas(64) static constexpr float kCounts[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-alignas(64) static constexpr float kE2M1[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
-                                                -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
 
 // What columns with one scale share; line(codes) decodes 32 of them, to the bits of DecodeCodes.
 
