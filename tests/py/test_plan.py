@@ -372,3 +372,22 @@ def test_the_tightest_cgroup_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     files["/sys/fs/cgroup/outer/memory.max"] = "max\n"
     assert host_memory.free_memory() == 8_000_000 * 1024
     assert host_memory.resident() == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", None), ("hidden_size", 0), ("hidden_size", -1), ("num_attention_heads", 0),
+        ("vocab_size", 0), ("head_dim", None), ("rope_parameters", {"rope_type": "nosuch"}),
+        ("dtype", "float99"), ("quantization_config", 5),
+        ("num_experts_per_tok", 99),
+    ],
+)  # fmt: skip
+def test_a_config_that_makes_no_model(
+    tmp_path: Path, field: str, value: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model().config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {field: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert plan(tmp_path / "config.json", "--no-measure") == 2
+    assert str(tmp_path) in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         checkpoint = Checkpoint(args.checkpoint)
         layers = _layers(checkpoint, args.layer)
         total = sum(checkpoint.layer(layer).nbytes for layer in layers)
-        with tqdm(total=total, desc="Packing", unit="B", unit_scale=True) as bar:
+        with tqdm(total=total, desc="Packing", unit="B", unit_scale=True, disable=sys.stderr is None) as bar:
             for layer in layers:
                 experts = Experts.from_checkpoint(
                     checkpoint, layer, format=args.format, cache_dir=args.cache_dir, progress=bar.update

@@ -35,7 +35,7 @@ def _plan(args: argparse.Namespace, wanted: Run) -> int:
     from kt_moe import Runtime
     from kt_moe.cli.plan import memory, report
     from kt_moe.cli.plan.measure import measure, process_bytes
-    from kt_moe.cli.plan.outline import outline, read_config
+    from kt_moe.cli.plan.outline import blamed_on, outline, read_config
     from kt_moe.cli.plan.weights import weights_part
 
     try:
@@ -45,8 +45,9 @@ def _plan(args: argparse.Namespace, wanted: Run) -> int:
     process = memory.Part("process", process_bytes(), "measured", "Python, PyTorch and other libraries")
     available = free_memory() + resident("RssAnon")  # the run will not be beside this process
     config = read_config(args.model)
-    model = outline(config, wanted)
-    weights, format = weights_part(args.model, config, model, wanted.format)
+    with blamed_on(args.model):
+        model = outline(config, wanted)
+        weights, format = weights_part(args.model, config, model, wanted.format)
     layer = model.layers[0]
     speed = None if args.no_measure else measure(layer, wanted, format, runtime, free_memory())
     if speed is None:

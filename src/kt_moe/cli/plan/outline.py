@@ -7,7 +7,8 @@ data counts what autograd would keep.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,22 @@ def read_config(path: Path) -> Any:
     if not file.is_file():
         advice = " (a model on the hub: hf download NAME config.json)"
         raise UserError(f"there is no {file}{'' if path.exists() else advice}")
-    try:
+    with blamed_on(file):
         config = AutoConfig.from_pretrained(file)
         architecture_of(config)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: {error}") from error
     return config
+
+
+@contextmanager
+def blamed_on(file: Path) -> Iterator[None]:
+    """What transformers raises for a config it cannot build a model of, of whatever type, as a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split()) or "no reason given"
+        raise UserError(f"{file}: no config of a model: {type(error).__name__}: {text[:500]}") from error
 
 
 def outline(config: Any, run: Run) -> Outline:
