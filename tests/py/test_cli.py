@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -316,3 +318,30 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"kt-moe {kt_moe.__version__}\n"
+
+
+def test_a_note_that_the_experts_are_quantised(model: Path, tmp_path: Path, cli: Any) -> None:
+    noted = tmp_path / "noted"
+    shutil.copytree(model, noted)
+    config = json.loads((noted / "config.json").read_text())
+    (noted / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}})
+    )
+    assert cli(tmp_path / "out", "--model", str(noted), "--max-steps", "1") == 0
+
+
+def test_more_than_the_experts_quantised(
+    model: Path, tmp_path: Path, cli: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noted = tmp_path / "noted"
+    shutil.copytree(model, noted)
+    file = noted / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((noted / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (noted / "config.json").write_text(json.dumps(config))
+    assert cli(tmp_path / "out", "--model", str(noted), "--max-steps", "1") == 2
+    assert f"not in its experts alone: {name} is F8_E4M3" in capsys.readouterr().err

@@ -51,10 +51,39 @@ def load_base_model(path: Path, **how: Any) -> Any:
         raise UserError(str(error)) from error
     try:
         return AutoModelForCausalLM.from_pretrained(
-            path, quantization_config=config, dtype=torch.bfloat16, device_map={"": device}
+            path,
+            config=_config_without_note(path),
+            quantization_config=config,
+            dtype=torch.bfloat16,
+            device_map={"": device},
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"--model {path}: {error}") from error
+
+
+def _config_without_note(path: Path) -> Any:
+    """The model's config. That it is quantised is left out where only its experts are: those are ours.
+
+    Raises:
+        UserError: more than its experts is quantised.
+    """
+    from transformers import AutoConfig
+
+    from kt_moe import Checkpoint
+
+    config = AutoConfig.from_pretrained(path)
+    note = getattr(config, "quantization_config", None)
+    if note is None:
+        return config
+    for name, tensor in Checkpoint(path).tensors.items():
+        if ".experts." not in name and tensor.dtype not in ("BF16", "F16", "F32"):
+            method = note.get("quant_method") if isinstance(note, dict) else note.quant_method
+            raise UserError(
+                f"--model {path} is quantised ({method}), and not in its experts alone: "
+                f"{name} is {tensor.dtype}"
+            )
+    del config.quantization_config
+    return config
 
 
 def add_lora(model: Any, *, rank: int, alpha: float, dropout: float, targets: list[str], seed: int) -> Any:

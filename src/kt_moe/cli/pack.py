@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layer", type=integer(0), metavar="N", help="this layer alone")
     parser.add_argument(
-        "--verify", action="store_true", help="read what is packed, and compare its checksums"
+        "--verify", action="store_true", help="afterwards read all of it, and compare checksums"
     )
     parser.epilog = (
         "Layers that are packed already are left as they are. Exit status: 0, or 1 if one is damaged."
