@@ -17,8 +17,8 @@ const std::vector<index_t>& shape_of(const LayerTensors& tensors, Projection p, 
 int experts_in(const LayerTensors& tensors, index_t experts) {
   constexpr index_t kMostExperts = 1'000'000;  // far above any model, so that an int counts them
   if (experts > kMostExperts)
-    tensors.fail(tensors.first(Projection::gate, Role::weight), "has {} experts, wanted at kMostExperts {}",
-                 experts, kMostExperts);
+    tensors.fail(tensors.first(Projection::gate, Role::weight), "has {} experts, wanted at most {}", experts,
+                 kMostExperts);
   return static_cast<int>(experts);
 }
 
