@@ -1,6 +1,7 @@
 #include "weights/checkpoint.h"
 
 #include <algorithm>
+#include <map>
 #include <system_error>
 #include <utility>
 #include <vector>
@@ -80,6 +81,23 @@ TensorTable read_path(const fs::path& path) {
   return read_tensors({path});
 }
 
+std::uint64_t fingerprint_of(const TensorTable& table) {
+  const auto of_text = [](std::string_view text) { return checksum(std::as_bytes(std::span(text))); };
+  std::vector<std::uint64_t> numbers;
+  std::map<const DataFile*, std::uint64_t> names;
+  for (const DataFile& file : table.files) {
+    numbers.push_back(names[&file] = of_text(file.path().filename().native()));
+    numbers.push_back(file.stamp().size);
+    numbers.push_back(static_cast<std::uint64_t>(file.stamp().mtime_ns));
+  }
+  for (const TensorEntry& entry : table.entries) {
+    numbers.push_back(of_text(entry.name));
+    numbers.push_back(names.at(entry.file));
+    numbers.push_back(entry.tensor.offset);
+  }
+  return checksum(std::as_bytes(std::span(numbers)));
+}
+
 }  // namespace
 
 Checkpoint::Checkpoint(fs::path path) : path_(std::move(path)), table_(read_path(path_)) {}
@@ -106,19 +124,8 @@ void Checkpoint::check_unchanged() const {
 }
 
 std::uint64_t Checkpoint::fingerprint() const {
-  const auto of_text = [](std::string_view text) { return checksum(std::as_bytes(std::span(text))); };
-  std::vector<std::uint64_t> numbers;
-  for (const DataFile& file : files()) {
-    numbers.push_back(of_text(file.path().filename().native()));
-    numbers.push_back(file.stamp().size);
-    numbers.push_back(static_cast<std::uint64_t>(file.stamp().mtime_ns));
-  }
-  for (const Entry& entry : tensors()) {
-    numbers.push_back(of_text(entry.name));
-    numbers.push_back(of_text(entry.file->path().filename().native()));
-    numbers.push_back(entry.tensor.offset);
-  }
-  return checksum(std::as_bytes(std::span(numbers)));
+  std::call_once(fingerprinted_, [this] { fingerprint_ = fingerprint_of(table_); });
+  return fingerprint_;
 }
 
 std::span<const std::byte> Checkpoint::map(const Entry& entry) const {

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <deque>
 #include <filesystem>
+#include <mutex>
 #include <span>
 #include <string_view>
 
@@ -57,6 +58,8 @@ class Checkpoint {
   std::filesystem::path path_;
   TensorTable table_;
   mutable OpenFiles open_files_;
+  mutable std::once_flag fingerprinted_;  // asked for by every layer
+  mutable std::uint64_t fingerprint_ = 0;
 };
 
 }  // namespace kt

@@ -58,9 +58,7 @@ QuantError convert(const KernelSet& kernels, const MatView& from, const MutableW
   const bool keep = into.type.format == Format::bf16;
   if (!keep && from.dtype != DType::f16) return quantize(kernels, from, into);
   auto* rows = keep ? reinterpret_cast<bf16_t*>(into.codes) : scratch.take<bf16_t>(from.rows * from.cols);
-  for (index_t i = 0; i < from.rows; ++i)
-    round_row(kernels.decode, from.dtype, from.cols, static_cast<const std::byte*>(from.at(i, 0)),
-              rows + i * from.cols);
+  round_rows(kernels.decode, from, rows);
   return keep ? QuantError{} : quantize(kernels, view(rows, DType::bf16, from.rows, from.cols), into);
 }
 

@@ -147,6 +147,12 @@ void round_row(const DecodeKernels& decode, DType type, index_t n, const std::by
   }
 }
 
+void round_rows(const DecodeKernels& decode, const MatView& from, bf16_t* to) {
+  for (index_t i = 0; i < from.rows; ++i)
+    round_row(decode, from.dtype, from.cols, static_cast<const std::byte*>(from.at(i, 0)),
+              to + i * from.cols);
+}
+
 std::unique_ptr<const LayerSource> open_source(LayerTensors tensors) {
   switch (tensors.encoding()) {
     case Encoding::any:  // the weights' own tail has an encoding

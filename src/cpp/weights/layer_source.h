@@ -108,7 +108,8 @@ class LayerSource {
 // Finds out how the layer is stored. Throws ValueError for what does not fit together.
 std::unique_ptr<const LayerSource> open_source(LayerTensors tensors);
 
-// fp32, bf16 and fp16 elements of one row to bf16.
+// fp32, bf16 and fp16 elements to bf16: of one row, and of a matrix, its rows side by side.
+void round_rows(const DecodeKernels& decode, const MatView& from, bf16_t* to);
 void round_row(const DecodeKernels& decode, DType type, index_t n, const std::byte* src, bf16_t* dst);
 
 }  // namespace kt

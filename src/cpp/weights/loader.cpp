@@ -22,10 +22,20 @@ std::vector<bf16_t> rounded(Runtime& runtime, const MatView& from) {
   if (from.data == nullptr) return {};
   std::vector<bf16_t> rows(static_cast<std::size_t>(from.rows * from.cols));
   const Runtime::Lease lease(runtime);
-  for (index_t i = 0; i < from.rows; ++i)
-    round_row(lease.kernels().decode, from.dtype, from.cols, static_cast<const std::byte*>(from.at(i, 0)),
-              rows.data() + i * from.cols);
+  round_rows(lease.kernels().decode, from, rows.data());
   return rows;
+}
+
+// Memory of its own for a layer, with what `fill` writes there; it returns the errors of quantising.
+template <class FillMemory>
+Placed in_memory(const LayerPlan& plan, bool quantized, const FillMemory& fill) {
+  const auto memory = std::make_shared<Buffer>(static_cast<std::size_t>(plan.bytes()));
+  auto* bytes = static_cast<std::byte*>(memory->data());
+  const std::array<QuantError, 3> errors = fill(bytes);
+  Placed placed = place(plan, bytes, memory);
+  placed.quantized = quantized;
+  placed.errors = errors;
+  return placed;
 }
 
 // Keeps the disk busy with the matrices behind those that are being read: a single read waits for its own.
@@ -77,7 +87,7 @@ class CheckpointLayer {
              "paged leaves the weights in the checkpoint's files, cache_dir puts them into packed ones: "
              "wanted one of them");
     index_->checkpoint().check_unchanged();
-    Placed placed = options_.paged ? mapped() : options_.cache_dir ? packed() : in_memory();
+    Placed placed = options_.paged ? mapped() : options_.cache_dir ? packed() : loaded();
     if (info_.biases) placed.biases = biases();
     return std::make_shared<Experts>(runtime_, plan_, options_.activation, std::move(placed));
   }
@@ -98,14 +108,8 @@ class CheckpointLayer {
     return result;
   }
 
-  Placed in_memory() {
-    const auto memory = std::make_shared<Buffer>(static_cast<std::size_t>(plan_.bytes()));
-    auto* bytes = static_cast<std::byte*>(memory->data());
-    const std::array<QuantError, 3> errors = fill(bytes);
-    Placed placed = place(plan_, bytes, memory);
-    placed.quantized = quantizes();
-    placed.errors = errors;
-    return placed;
+  Placed loaded() {
+    return in_memory(plan_, quantizes(), [this](std::byte* memory) { return fill(memory); });
   }
 
   // Checked as if it were read: the pages of its scales are.
@@ -223,21 +227,18 @@ class CheckpointLayer {
 std::shared_ptr<Experts> experts_from_matrices(std::shared_ptr<Runtime> runtime, const LayerPlan& plan,
                                                Activation activation, const Matrices& matrices,
                                                const Biases& biases) {
-  const auto memory = std::make_shared<Buffer>(static_cast<std::size_t>(plan.bytes()));
-  auto* bytes = static_cast<std::byte*>(memory->data());
-  const auto errors = fill_all(
-      *runtime, plan, bytes, matrices_of(plan), 0,
-      [&](const Matrix& m, const MutableWeight& into, const KernelSet& kernels, Arena& scratch) {
-        try {
-          return convert(kernels, matrices(m.expert, m.projection), into, scratch);
-        } catch (const ValueError& error) {
-          throw ValueError(message("{}: expert {}: {}", name_of(m.projection), m.expert, error.what()));
-        }
-      },
-      {});
-  Placed placed = place(plan, bytes, memory);
-  placed.quantized = plan.types.front().format != Format::bf16;
-  placed.errors = errors;
+  const Fill fill = [&](const Matrix& m, const MutableWeight& into, const KernelSet& kernels,
+                        Arena& scratch) {
+    try {
+      return convert(kernels, matrices(m.expert, m.projection), into, scratch);
+    } catch (const ValueError& error) {
+      throw ValueError(message("{}: expert {}: {}", name_of(m.projection), m.expert, error.what()));
+    }
+  };
+  const bool quantized = plan.types.front().format != Format::bf16;
+  Placed placed = in_memory(plan, quantized, [&](std::byte* memory) {
+    return fill_all(*runtime, plan, memory, matrices_of(plan), 0, fill, {});
+  });
   for (const Projection p : projections) placed.biases[index_of(p)] = rounded(*runtime, biases[index_of(p)]);
   return std::make_shared<Experts>(std::move(runtime), plan, activation, std::move(placed));
 }

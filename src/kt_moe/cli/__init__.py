@@ -45,22 +45,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="kt-moe", description="LoRA fine-tuning of MoE models, experts on the CPU")
     parser.add_argument("--version", action="version", version=f"kt-moe {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    command = commands.add_parser("finetune", help="fine-tune a model with LoRA")
-    options.add_arguments(command)
-    command.set_defaults(run=finetune.run, parser=command)
-    command = commands.add_parser("info", help="show what this machine offers and what will run on it")
-    info.add_arguments(command)
-    command.set_defaults(run=info.run, parser=command)
-    command = commands.add_parser("inspect", help="show what a checkpoint holds of experts")
-    inspect.add_arguments(command)
-    command.set_defaults(run=inspect.run, parser=command)
-    command = commands.add_parser("pack", help="write experts to a directory from which they are mapped")
-    pack.add_arguments(command)
-    command.set_defaults(run=pack.run, parser=command)
-    command = commands.add_parser("plan", help="tell the memory and speed of a run before it is started")
-    plan.add_arguments(command)
-    command.set_defaults(run=plan.run, parser=command)
-    command = commands.add_parser("bench", help="time a layer against this machine's ceilings and its rivals")
-    bench.add_arguments(command)
-    command.set_defaults(run=bench.run, parser=command)
+    for name, declare, module, what in (
+        ("finetune", options.add_arguments, finetune, "fine-tune a model with LoRA"),
+        ("info", info.add_arguments, info, "show what this machine offers and what will run on it"),
+        ("inspect", inspect.add_arguments, inspect, "show what a checkpoint holds of experts"),
+        ("pack", pack.add_arguments, pack, "write experts to a directory from which they are mapped"),
+        ("plan", plan.add_arguments, plan, "tell the memory and speed of a run before it is started"),
+        ("bench", bench.add_arguments, bench, "time a layer against this machine's ceilings and its rivals"),
+    ):
+        command = commands.add_parser(name, help=what)
+        declare(command)
+        command.set_defaults(run=module.run, parser=command)
     return parser
