@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <span>
+#include <vector>
 
 #include "base/view.h"
 
@@ -23,6 +25,21 @@ constexpr Range split(index_t n, index_t parts, index_t part, index_t align = 1)
   const index_t first = part * each + std::min(part, extra);
   const index_t last = first + each + (part < extra ? 1 : 0);
   return {std::min(n, first * align), std::min(n, last * align)};
+}
+
+// [0, n) cut into a part for each weight, as large as its share of all weights, every cut on a multiple of
+// `align`. With too few blocks some parts are empty. The weights are not negative, and their sum is not 0.
+inline std::vector<Range> split_by(index_t n, std::span<const index_t> weights, index_t align) {
+  const index_t blocks = ceil_div(n, align);
+  index_t all = 0, before = 0;
+  for (const index_t w : weights) all += w;
+  std::vector<Range> parts;
+  for (const index_t w : weights) {
+    const auto cut = [&](index_t upto) { return std::min(n, (blocks * upto + all / 2) / all * align); };
+    parts.push_back({cut(before), cut(before + w)});
+    before += w;
+  }
+  return parts;
 }
 
 }  // namespace kt

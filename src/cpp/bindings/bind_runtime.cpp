@@ -25,7 +25,7 @@ py::dict cpu_info() {
   info["model"] = topology.model;
   info["isa_features"] = kt::feature_names(features);
   info["cores"] = topology.cpus;
-  info["numa_nodes"] = topology.numa_nodes;
+  info["numa_nodes"] = topology.nodes.size();
   info["caches"] = caches;
   info["kernel_sets"] = sets;
   info["selected"] = kt::Runtime(1, std::nullopt, std::nullopt).isa();

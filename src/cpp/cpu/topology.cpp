@@ -4,9 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <filesystem>
 #include <fstream>
-#include <vector>
 
 namespace kt {
 
@@ -72,17 +70,6 @@ void read_caches(Topology& t) {
   }
 }
 
-int count_numa_nodes() {
-  std::error_code error;
-  int nodes = 0;
-  for (const auto& entry : std::filesystem::directory_iterator("/sys/devices/system/node", error)) {
-    const std::string name = entry.path().filename();
-    nodes +=
-        name.size() > 4 && name.rfind("node", 0) == 0 && name.find_first_not_of("0123456789", 4) == name.npos;
-  }
-  return std::max(1, nodes);
-}
-
 }  // namespace
 
 Topology read_topology() {
@@ -91,7 +78,7 @@ Topology read_topology() {
   t.cpus = cpus_in_affinity_mask();
   if (const double limit = cgroup_cpu_limit(); limit > 0)
     t.cpus = std::clamp(static_cast<int>(std::ceil(limit)), 1, t.cpus);
-  t.numa_nodes = count_numa_nodes();
+  t.cores = t.cpus;
   read_caches(t);
   return t;
 }

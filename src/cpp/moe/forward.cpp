@@ -18,6 +18,8 @@ class Forward : Pass {
     add_hidden();
     add_down(out);
     tasks_.run(lease_);
+    for (int e = 0; experts_.routed != nullptr && e < experts_.num_experts; ++e)
+      experts_.routed[e] += routing_.count(e);
   }
 
  private:

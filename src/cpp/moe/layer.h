@@ -10,8 +10,10 @@
 #include <vector>
 
 #include "base/projection.h"
+#include "base/split.h"
 #include "base/view.h"
 #include "base/weight.h"
+#include "gemm/decode.h"
 #include "kernels/kernel_set.h"
 #include "moe/dropout.h"
 #include "moe/runtime.h"
@@ -24,6 +26,10 @@ enum class Activation : std::uint8_t { silu, gpt_oss };
 Activation activation_from(std::string_view name);
 std::string_view name_of(Activation activation);
 const ActivationKernels& kernels_of(const KernelSet& kernels, Activation activation);
+
+// How experts are spread over shards: a slice of each to every shard; each whole to one shard, its home,
+// where it is computed; or whole, and computed at home or by all shards, whichever a call will do sooner.
+enum class Placement : std::uint8_t { tensor, expert, automatic };
 
 // E matrices of one shape, one behind the other.
 struct Stack {
@@ -41,11 +47,28 @@ struct ExpertWeights {
   int num_experts = 0;
   index_t hidden = 0, intermediate = 0;
   Activation activation = Activation::silu;
-  std::array<std::vector<Weight>, 3> weights;  // gate, up [I, H]; down [H, I]; one an expert
+  // gate, up [I, H]; down [H, I]: one an expert; or if they are `split`, a shard's part of each, [shard * E +
+  // expert].
+  std::array<std::vector<Weight>, 3> weights;
   // Asks for an expert's weights ahead of their use, where they may not be in memory; else empty.
   std::function<void(int expert)> fetch;
   std::array<const bf16_t*, 3> biases{};  // [E, rows of the projection], or null: it has none
+  std::vector<Range> shards = {};  // of the intermediate dimension; some may be empty. None: one, all of it
+  bool split = false;
+  Placement placement = Placement::tensor;
+  std::vector<int> homes = {};     // a shard for each expert, unless the placement is `tensor`
+  std::int64_t* routed = nullptr;  // [E], null or what every forward adds its routes to
 
+  // A projection of an expert, a shard's part of it.
+  WeightBlock of(Projection p, int expert, std::size_t shard) const {
+    const auto& all = weights[index_of(p)];
+    const auto e = static_cast<std::size_t>(expert);
+    if (split) return whole(all[shard * static_cast<std::size_t>(num_experts) + e]);
+    const Weight& w = all[e];
+    return p == Projection::down ? WeightBlock{&w, {0, w.rows}, shards[shard]}
+                                 : WeightBlock{&w, shards[shard], {0, w.cols}};
+  }
+  // All of it. Not if they are split.
   const Weight& of(Projection p, int expert) const {
     return weights[index_of(p)][static_cast<std::size_t>(expert)];
   }

@@ -61,6 +61,7 @@ Runtime::Runtime(std::optional<int> threads, std::optional<int> shards, std::opt
   // One shard until experts can be split over NUMA nodes.
   const int wanted = number("shards", shards, "KT_MOE_SHARDS", 1, std::numeric_limits<int>::max());
   KT_CHECK(wanted == 1, "shards is {}, this version computes in 1 shard", wanted);
+  layout_ = plan_layout(topology_, pool_.threads(), wanted);
   // The first cache level has a way for each 4 KiB of its size, and lines that lie a multiple of 4 KiB apart
   // share a set. With fewer ways than a tile has rows, these would drive each other out where they lie.
   constexpr std::size_t kWay = 4096;
@@ -74,6 +75,12 @@ std::size_t Runtime::scratch_bytes() {
   std::size_t total = memory_.peak();
   for (const Arena& arena : scratch_) total += arena.peak();
   return total;
+}
+
+std::vector<Range> Runtime::split(index_t n, index_t align) const {
+  std::vector<index_t> weights;
+  for (const Shard& shard : layout_.shards) weights.push_back(shard.weight);
+  return split_by(n, weights, align);
 }
 
 Runtime::Lease::Lease(Runtime& runtime) : runtime_(runtime), claim_(runtime.pool_.claim()) {

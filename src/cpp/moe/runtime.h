@@ -10,6 +10,7 @@
 
 #include "base/arena.h"
 #include "base/buffer_pool.h"
+#include "cpu/layout.h"
 #include "cpu/topology.h"
 #include "cpu/worker_pool.h"
 #include "kernels/kernel_set.h"
@@ -22,7 +23,12 @@ class Runtime {
   Runtime(std::optional<int> threads, std::optional<int> shards, std::optional<std::string> isa);
 
   int threads() const { return pool_.threads(); }
-  int shards() const { return 1; }
+  int shards() const { return static_cast<int>(layout_.shards.size()); }
+  // [0, n) cut among the shards, on multiples of `align`, as large as the cores behind them; for the layer
+  // and for what brings its weights to the shards' memory.
+  std::vector<Range> split(index_t n, index_t align) const;
+  // NUMA nodes of a shard's memory; none: there is but one.
+  const std::vector<int>& memory_of(std::size_t shard) const { return layout_.shards[shard].memory; }
   const std::string& isa() const { return isa_; }
   // Most scratch memory that the last lease held at once, in all arenas together. Waits while there is one.
   std::size_t scratch_bytes();
@@ -50,6 +56,7 @@ class Runtime {
   std::string isa_;
   KernelSet kernels_;
   Topology topology_;
+  Layout layout_;
   std::size_t l2_bytes_;
   WorkerPool pool_;
   Arena memory_;

@@ -1,0 +1,39 @@
+#include "base/numa.h"
+
+#include <linux/mempolicy.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+
+namespace kt {
+
+namespace {
+
+constexpr std::size_t kBits = 8 * sizeof(unsigned long);
+
+}  // namespace
+
+bool place_memory(void* memory, std::size_t bytes, std::span<const int> nodes, bool move) noexcept {
+  if (nodes.empty() || bytes == 0) return true;
+  unsigned long mask[1024 / kBits] = {};
+  for (const int node : nodes) {
+    if (node < 0 || static_cast<std::size_t>(node) >= 1024) return false;
+    mask[static_cast<std::size_t>(node) / kBits] |= 1UL << static_cast<std::size_t>(node) % kBits;
+  }
+  const int policy = nodes.size() == 1 ? MPOL_PREFERRED : MPOL_INTERLEAVE;
+  // One bit more than there are: the kernel takes the number for exclusive.
+  return ::syscall(SYS_mbind, memory, bytes, policy, mask, 1024UL + 1, move ? MPOL_MF_MOVE : 0) == 0;
+}
+
+std::vector<int> nodes_of(std::span<const void* const> addresses) {
+  std::vector<void*> pages;
+  for (const void* address : addresses) pages.push_back(const_cast<void*>(address));
+  std::vector<int> nodes(pages.size(), -1);
+  if (::syscall(SYS_move_pages, 0, pages.size(), pages.data(), nullptr, nodes.data(), 0) != 0)
+    std::ranges::fill(nodes, -1);
+  for (int& node : nodes) node = std::max(node, -1);  // other errors of a page
+  return nodes;
+}
+
+}  // namespace kt

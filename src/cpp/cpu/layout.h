@@ -1,0 +1,33 @@
+// Which threads compute which shards, and the NUMA nodes that both live on. Pure.
+#pragma once
+
+#include <vector>
+
+#include "base/split.h"
+#include "cpu/topology.h"
+
+namespace kt {
+
+// A slice of the work and of the weights.
+struct Shard {
+  index_t weight = 1;            // its share of all work: by the cores behind it
+  std::vector<int> memory = {};  // nodes its memory comes from; none: the machine has but one
+};
+
+// Threads that serve the same shards, whichever is next.
+struct Team {
+  int threads = 1;
+  Range shards;
+  std::vector<int> cpus = {};  // that its threads may run on; none: any
+};
+
+struct Layout {
+  std::vector<Shard> shards;
+  std::vector<Team> teams;
+};
+
+// Every shard has nodes of its own, or where there are fewer nodes, shares one; teams are as many as there
+// are nodes, shards and threads for. `threads`, `shards` >= 1.
+Layout plan_layout(const Topology& topology, int threads, int shards);
+
+}  // namespace kt
