@@ -401,7 +401,7 @@ TEST_CASE("biases and gpt-oss's activation: the bits of any number of threads, c
     }
 }
 
-TEST_CASE("shards: the bits of any number of threads and nodes, close to one shard's") {
+TEST_CASE("shards on nodes: the bits of any number of threads, close to one shard's") {
   alarm(600);
   for (const KernelEntry& entry : kernel_registry()) {
     if (availability(entry, cpu_features()) != "available") continue;
@@ -417,20 +417,20 @@ TEST_CASE("shards: the bits of any number of threads and nodes, close to one sha
           CAPTURE(options.save);
           const Layer one(shape, options);
           const auto whole = one.run(runtime_of(entry.name, 1));
-          Layer layer(shape, options);
-          layer.cut(runtime_of(entry.name, 1, shards));
-          const auto expected = layer.run(runtime_of(entry.name, 1, shards));
-          for (const auto& [name, bytes] : expected) {
-            CAPTURE(name);
-            CHECK(difference(floats(bytes, layer.type_of(name)),
-                             floats(whole.at(name), layer.type_of(name))) <= kClose);
-          }
-          for (const auto& [threads, nodes] : {std::pair{5, 1}, {1, 4}, {2, 3}, {7, 4}}) {
-            CAPTURE(threads);
+          for (const int nodes : {1, 3, 4}) {
             CAPTURE(nodes);
-            Layer same(shape, options);
-            same.cut(runtime_of(entry.name, 1, shards));
-            CHECK(same.run(runtime_of(entry.name, threads, shards, nodes)) == expected);
+            Layer layer(shape, options);
+            layer.cut(runtime_of(entry.name, 1, shards, nodes));
+            const auto expected = layer.run(runtime_of(entry.name, 1, shards, nodes));
+            for (const auto& [name, bytes] : expected) {
+              CAPTURE(name);
+              const DType type = layer.type_of(name);
+              CHECK(difference(floats(bytes, type), floats(whole.at(name), type)) <= kClose);
+            }
+            for (const int threads : {2, 7}) {
+              CAPTURE(threads);
+              CHECK(layer.run(runtime_of(entry.name, threads, shards, nodes)) == expected);
+            }
           }
         }
   }

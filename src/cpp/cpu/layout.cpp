@@ -1,6 +1,9 @@
 #include "cpu/layout.h"
 
 #include <algorithm>
+#include <utility>
+
+#include "base/error.h"
 
 namespace kt {
 
@@ -42,12 +45,31 @@ struct Group {
 
 }  // namespace
 
+Topology choose_nodes(Topology topology, std::span<const int> nodes) {
+  KT_CHECK(!nodes.empty(), "nodes is empty, wanted some of the NUMA nodes of this machine");
+  std::vector<NumaNode> all = std::move(topology.nodes);
+  topology.nodes.clear();
+  topology.chosen = true;
+  int cores = 0;
+  for (const int id : nodes) {
+    const auto found = std::ranges::find(all, id, &NumaNode::id);
+    KT_CHECK(found != all.end() && !found->cpus.empty(),
+             "nodes names node {}, which {}: see kt-moe doctor for those there are", id,
+             found == all.end() ? "is not there" : "has no CPU that this process may use");
+    if (std::ranges::find(topology.nodes, id, &NumaNode::id) == topology.nodes.end())
+      cores += static_cast<int>(found->cores.size());
+    topology.nodes.push_back(*found);
+  }
+  topology.cores = std::clamp(cores, 1, topology.cores);
+  return topology;
+}
+
 Layout plan_layout(const Topology& topology, int threads, int shards) {
   std::vector<const NumaNode*> usable;
   for (const NumaNode& node : topology.nodes)
     if (!node.cpus.empty()) usable.push_back(&node);
   if (usable.empty()) usable.push_back(&topology.nodes.front());
-  const bool several = topology.nodes.size() > 1;
+  const bool bound = topology.nodes.size() > 1 || topology.chosen;
 
   std::vector<Group> groups;
   const index_t count = std::min<index_t>(shards, std::ssize(usable));
@@ -63,8 +85,8 @@ Layout plan_layout(const Topology& topology, int threads, int shards) {
   const std::vector<Range> shards_of = share_out(shards, weights);
   for (std::size_t g = 0; g < groups.size(); ++g) {
     groups[g].shards = shards_of[g];
-    Shard shard{groups[g].cores * kShares / shards_of[g].size()};
-    for (index_t i = groups[g].nodes.begin; several && i < groups[g].nodes.end; ++i)
+    Shard shard{groups[g].cores * kShares / shards_of[g].size(), g};
+    for (index_t i = groups[g].nodes.begin; bound && i < groups[g].nodes.end; ++i)
       shard.memory.push_back(memory_of(topology, *usable[static_cast<std::size_t>(i)]));
     layout.shards.insert(layout.shards.end(), static_cast<std::size_t>(shards_of[g].size()), shard);
   }
@@ -81,7 +103,7 @@ Layout plan_layout(const Topology& topology, int threads, int shards) {
     for (; first < last; ++first) {
       const NumaNode& node = *usable[static_cast<std::size_t>(first)];
       cores += cores_of(node);
-      if (teams > 1) team.cpus.insert(team.cpus.end(), node.cpus.begin(), node.cpus.end());
+      if (teams > 1 || topology.chosen) team.cpus.insert(team.cpus.end(), node.cpus.begin(), node.cpus.end());
     }
     weights.push_back(cores);
     layout.teams.push_back(team);

@@ -1,6 +1,7 @@
 // Which threads compute which shards, and the NUMA nodes that both live on. Pure.
 #pragma once
 
+#include <span>
 #include <vector>
 
 #include "base/split.h"
@@ -11,6 +12,7 @@ namespace kt {
 // A slice of the work and of the weights.
 struct Shard {
   index_t weight = 1;            // its share of all work: by the cores behind it
+  std::size_t place = 0;         // shards of one place have the same nodes
   std::vector<int> memory = {};  // nodes its memory comes from; none: the machine has but one
 };
 
@@ -25,6 +27,10 @@ struct Layout {
   std::vector<Shard> shards;
   std::vector<Team> teams;
 };
+
+// The topology of some of its nodes, each as often as it is named. ValueError for one that is not there, or
+// that has no CPU this process may use.
+Topology choose_nodes(Topology topology, std::span<const int> nodes);
 
 // Every shard has nodes of its own, or where there are fewer nodes, shares one; teams are as many as there
 // are nodes, shards and threads for. `threads`, `shards` >= 1.

@@ -21,6 +21,7 @@ struct Topology {
   int cpus = 1;   // in the affinity mask, no more than the cgroup's CPU limit (rounded up)
   int cores = 1;  // with a CPU among those, no more than `cpus`
   std::vector<NumaNode> nodes{{0, {}, {}, {10}}};
+  bool chosen = false;                  // some of the nodes, to be bound to even if it is one
   std::size_t l1d = 0, l2 = 0, l3 = 0;  // bytes, as one core sees them
 };
 

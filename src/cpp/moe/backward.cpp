@@ -108,7 +108,8 @@ void Backward::down(Block block, Range slice, Range next, float* dots, index_t d
                     Arena& scratch) const {
   const index_t n = inner(block);
   const bf16_t *const gate = saved_gate_[block.shard], *const up = saved_up_[block.shard];
-  const BackwardWeights weights = backward_weights(kDown, block, slice, next, scratch);
+  BackwardWeights weights;
+  add_weights(kDown, block, slice, next, weights, scratch);
   const index_t stride = result_stride(kernels(), slice.size());
   auto* grad = scratch.take<float>(rows_per_part() * stride);
   for_parts(block, rows_per_part(), [&](Block part) {
@@ -179,19 +180,16 @@ void Backward::add_gate_up_gradients() {
 
 void Backward::add_hidden_states() {
   const GemmKernels& gemm = kernels().gemm;
-  add_sum(gradients_.hidden_states, /*weighted=*/false, gemm.nr, 2 * gemm.element_bytes, gradients_done_,
-          [this](Block block, Range strip, Range next, float* rows, index_t stride, Arena& scratch) {
-            hidden_states(block, strip, next, rows, stride, scratch);
-          });
-}
-
-void Backward::hidden_states(Block block, Range strip, Range next, float* rows, index_t stride,
-                             Arena& scratch) const {
-  const BackwardWeights weights = backward_weights(kGateUp, block, strip, next, scratch);
-  for_parts(block, rows_per_part(), [&](Block part) {
-    const Arena::Frame frame(scratch);
-    input_gradient(weights, part, strip, rows + within(part).begin * stride, stride, scratch);
-  });
+  add_sum(
+      gradients_.hidden_states, /*weighted=*/false, gemm.nr, 2 * gemm.element_bytes, gradients_done_,
+      [this](const Siblings& blocks, Range strip, Range next, float* rows, index_t stride, Arena& scratch) {
+        BackwardWeights weights;
+        for (const Block block : blocks) add_weights(kGateUp, block, strip, next, weights, scratch);
+        for_parts(blocks.front(), rows_per_part(), [&](Block part) {
+          const Arena::Frame frame(scratch);
+          input_gradient(weights, part, strip, rows + within(part).begin * stride, stride, scratch);
+        });
+      });
 }
 
 Rows Backward::grad_output(Projection p, Block block, Range cols) const {
@@ -217,38 +215,39 @@ void Backward::pack_grad_low_rank(Projection p, Block block, char* into) {
       pack_a_into(into, kernels(), by_route(grad_low_rank_[index_of(p)].rows, rank, block, {0, rank}));
 }
 
-Backward::BackwardWeights Backward::backward_weights(std::span<const Projection> targets, Block block,
-                                                     Range slice, Range next, Arena& scratch) const {
-  BackwardWeights result;
+void Backward::add_weights(std::span<const Projection> targets, Block block, Range slice, Range next,
+                           BackwardWeights& weights, Arena& scratch) const {
   const auto packed = [&](const auto& source) {
     return few(block) ? PackedB{} : pack_b_rows(kernels(), source, scratch);
   };
   for (const Projection p : targets) {
-    const WeightBlock all = weights_of(p, block), weights = all.cols_of(slice);
-    result.push_back({p, false, weights, {}, packed(weights), codes_of(all.cols_of(next))});
+    const WeightBlock all = weights_of(p, block), w = all.cols_of(slice);
+    weights.push_back({block, p, false, w, {}, packed(w), codes_of(all.cols_of(next))});
   }
   for (const Projection p : targets)
     if (const LoraPair& lora = inputs_.of(p); lora && (p == Projection::down || at_home(block))) {
-      const Rows rows{lora_a(p, block).block(0, slice.begin, lora.rank(), slice.size())};
-      result.push_back({p, true, {}, rows, packed(rows), {} /* it is small */});
+      const Rows a{lora_a(p, block).block(0, slice.begin, lora.rank(), slice.size())};
+      weights.push_back({block, p, true, {}, a, packed(a), {} /* it is small */});
     }
-  return result;
 }
 
 void Backward::input_gradient(const BackwardWeights& weights, Block part, Range slice, float* result,
                               index_t stride, Arena& scratch) const {
   if (!inputs_.dropout.active()) return multiply_backward(weights, part, result, stride, scratch);
 
-  const auto first_lora = std::ranges::find(weights, true, &BackwardTerm::lora);
-  const std::span<const BackwardTerm> frozen(weights.begin(), first_lora), loras(first_lora, weights.end());
+  BackwardWeights frozen = weights, loras;
+  const auto behind =
+      std::ranges::stable_partition(frozen, [](const BackwardTerm& term) { return !term.lora; });
+  loras.assign(behind.begin(), behind.end());
+  frozen.erase(behind.begin(), behind.end());
   multiply_backward(frozen, part, result, stride, scratch);
   auto* product = scratch.take<float>(part.count * stride);
-  for (std::size_t i = 0; i < loras.size(); ++i) {  // what was dropped gets no gradient
-    multiply_backward(loras.subspan(i, 1), part, product, stride, scratch);
+  for (const BackwardTerm& term : loras) {  // what was dropped gets no gradient
+    multiply_backward({&term, 1}, part, product, stride, scratch);
     for (index_t row = 0; row < part.count; ++row) {
       const std::int32_t slot = routing_.slot[static_cast<std::size_t>(part.first + row)];
-      const Projection p = loras[i].projection;
-      drop(inputs_.dropout, p, slot, first_col(p, part) + slice.begin, slice.size(), product + row * stride);
+      drop(inputs_.dropout, term.projection, slot, first_col(term.projection, part) + slice.begin,
+           slice.size(), product + row * stride);
       const std::array<const float*, 2> terms{result + row * stride, product + row * stride};
       constexpr std::array kOnce{1.0f, 1.0f};
       kernels().epilogue.sum_scaled(static_cast<int>(slice.size()), 2, terms.data(), kOnce.data(),
@@ -259,26 +258,28 @@ void Backward::input_gradient(const BackwardWeights& weights, Block part, Range 
 
 void Backward::multiply_backward(std::span<const BackwardTerm> weights, Block part, float* result,
                                  index_t stride, Arena& scratch) const {
-  std::array<Term, kMostTerms> terms;
+  const Arena::Frame frame(scratch);
+  auto* terms = scratch.take<Term>(std::ssize(weights));
   for (std::size_t i = 0; i < weights.size(); ++i) {
-    const auto& [p, lora, frozen, lora_a, packed, next] = weights[i];
+    const auto& [block, p, lora, frozen, lora_a, packed, next] = weights[i];
     if (few(part)) {
+      const Block mine = of_sibling(block, part);
       const index_t rank = inputs_.of(p).rank();
-      const Rows gradient = lora ? by_route(grad_low_rank_[index_of(p)].rows, rank, part, {0, rank})
-                                 : grad_output(p, part, {0, rows(p, part)});
+      const Rows gradient = lora ? by_route(grad_low_rank_[index_of(p)].rows, rank, mine, {0, rank})
+                                 : grad_output(p, mine, {0, rows(p, mine)});
       if (lora)
         multiply_few(kernels(), gradient, lora_a, result, stride, /*accumulate=*/i > 0, scratch);
       else
         multiply_few(kernels(), gradient, frozen, result, stride, /*accumulate=*/i > 0, scratch);
     } else {
       // What gate and up read lies by shard, what down reads by team.
-      const std::size_t packs = p == Projection::down ? part.input : part.index;
+      const std::size_t packs = p == Projection::down ? block.input : block.index;
       const GradInput& gradient = grad_inputs_[index_of(p)][packs];
       terms[i] = {rows_of(kernels(), lora ? gradient.low_rank : gradient.rows, within(part)), packed,
                   share(next, within(part), blocks_[part.index].count)};
     }
   }
-  if (!few(part)) multiply(kernels(), {terms.data(), weights.size()}, result, stride);
+  if (!few(part)) multiply(kernels(), {terms, weights.size()}, result, stride);
 }
 
 void backward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, const Saved& saved,

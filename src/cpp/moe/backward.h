@@ -28,6 +28,7 @@ class Backward : Pass {
 
   // W or LoRA A of a projection, some columns: as right operand, unless the block has few rows.
   struct BackwardTerm {
+    Block block;
     Projection projection;
     bool lora;
     WeightBlock weights;  // W
@@ -35,7 +36,7 @@ class Backward : Pass {
     PackedB packed;
     MatView next;  // weights that this task needs next
   };
-  using BackwardWeights = std::vector<BackwardTerm>;  // W of some projections, then their LoRA A
+  using BackwardWeights = std::vector<BackwardTerm>;  // of every block, W of some projections, then LoRA A
 
   // A gradient of LoRA A or B of one expert, some of its columns (A) or rows (B). One that is cut among
   // shards is computed from a shard's own blocks, the others from those at home.
@@ -61,7 +62,6 @@ class Backward : Pass {
   void add_gate_up_gradients();
   // dX[token] += dG Wg + dU Wu + Qg Ag + Qu Au.
   void add_hidden_states();
-  void hidden_states(Block block, Range strip, Range next, float* rows, index_t stride, Arena& scratch) const;
 
   // The gradient of a projection's output, rows of a block.
   Rows grad_output(Projection p, Block block, Range cols) const;
@@ -70,8 +70,8 @@ class Backward : Pass {
   void pack_grad_low_rank(Projection p, Block block, char* into);
   index_t grad_input_bytes(Projection p, Block block) const;
 
-  BackwardWeights backward_weights(std::span<const Projection> targets, Block block, Range slice, Range next,
-                                   Arena& scratch) const;
+  void add_weights(std::span<const Projection> targets, Block block, Range slice, Range next,
+                   BackwardWeights& weights, Arena& scratch) const;
   // The gradient of the projections' common input, columns `slice`: dOutput W and Q A of each, one fp32 sum.
   void input_gradient(const BackwardWeights& weights, Block part, Range slice, float* result, index_t stride,
                       Arena& scratch) const;

@@ -50,14 +50,18 @@ class Forward : Pass {
   // out[token] += weight * (h W' + P B').
   void add_down(const Result& out) {
     const GemmKernels& gemm = kernels().gemm;
-    add_sum(out, /*weighted=*/true, gemm.mr, gemm.element_bytes, packed_done_,
-            [this](Block block, Range strip, Range next, float* rows, index_t stride, Arena& scratch) {
-              const ForwardWeights weights = forward_weights(Projection::down, block, strip, next, scratch);
-              for_tiles(block, [&](Block part) {
-                multiply_forward(Projection::down, weights, packed_[block.index], part,
-                                 rows + within(part).begin * stride, stride, scratch);
-              });
-            });
+    add_sum(
+        out, /*weighted=*/true, gemm.mr, gemm.element_bytes, packed_done_,
+        [this](const Siblings& blocks, Range strip, Range next, float* rows, index_t stride, Arena& scratch) {
+          std::vector<ForwardWeights> weights;
+          for (const Block block : blocks)
+            weights.push_back(
+                forward_weights(Projection::down, block, packed_[block.index], strip, next, scratch));
+          for_tiles(blocks.front(), [&](Block part) {
+            multiply_forward(Projection::down, weights, part, rows + within(part).begin * stride, stride,
+                             scratch);
+          });
+        });
   }
 
   std::vector<ForwardInput> packed_;  // a block each

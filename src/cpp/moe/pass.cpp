@@ -37,8 +37,9 @@ Pass::Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& in
 
 void Pass::add_blocks(bool whole) {
   for (std::size_t s = 0; s < experts_.shards.size() && !whole; ++s)
-    if (experts_.shards[s].size() > 0) shards_.push_back({experts_.shards[s], s, lease_.team_of(s)});
-  if (shards_.empty()) shards_.push_back({{0, experts_.intermediate}, 0, 0});
+    if (experts_.shards[s].size() > 0)
+      shards_.push_back({experts_.shards[s], s, lease_.team_of(s), lease_.place_of(s)});
+  if (shards_.empty()) shards_.push_back({{0, experts_.intermediate}, 0, 0, 0});
   for (const int e : routing_.experts) {
     const index_t count = routing_.count(e), cuts = ceil_div(count, kBlockRows);
     const index_t each = round_up(ceil_div(count, cuts), kernels().gemm.nr);
@@ -190,14 +191,14 @@ void Pass::gate_up(Block block, Range slice, Range next, const ForwardInput& in,
   std::array<ForwardWeights, 2> weights;
   std::array<float*, 2> result;
   for (const Projection p : kGateUp) {
-    weights[index_of(p)] = forward_weights(p, block, slice, next, scratch);
+    weights[index_of(p)] = forward_weights(p, block, in, slice, next, scratch);
     result[index_of(p)] = scratch.take<float>(part_rows * width);
   }
   auto* unsaved =
       scratch.take<bf16_t>(width + 1) + 1;  // off a line, for what fills lines may go past the caches
   for_tiles(block, [&](Block part) {
     for (const Projection p : kGateUp)
-      multiply_forward(p, weights[index_of(p)], in, part, result[index_of(p)], width, scratch);
+      multiply_forward(p, {&weights[index_of(p)], 1}, part, result[index_of(p)], width, scratch);
     for (index_t i = 0; i < part.count; ++i) {
       const index_t place = (part.first + i) * n + slice.begin;
       activation_.forward(to_int(width), result[0] + i * width, result[1] + i * width,
@@ -207,11 +208,13 @@ void Pass::gate_up(Block block, Range slice, Range next, const ForwardInput& in,
   });
 }
 
-Pass::ForwardWeights Pass::forward_weights(Projection p, Block block, Range slice, Range next,
-                                           Arena& scratch) const {
+Pass::ForwardWeights Pass::forward_weights(Projection p, Block block, const ForwardInput& in, Range slice,
+                                           Range next, Arena& scratch) const {
   const WeightBlock all = weights_of(p, block);
   const bool shared = p == Projection::down;
   ForwardWeights w{};
+  w.block = block;
+  w.input = &in;
   w.weights = all.rows_of(slice);
   w.next = codes_of(all.rows_of(next));
   w.lora = inputs_.of(p) && (!shared || at_home(block));
@@ -224,32 +227,48 @@ Pass::ForwardWeights Pass::forward_weights(Projection p, Block block, Range slic
   return w;
 }
 
-void Pass::multiply_forward(Projection p, const ForwardWeights& w, const ForwardInput& in, Block part,
-                            float* result, index_t stride, Arena& scratch) const {
+void Pass::multiply_forward(Projection p, std::span<const ForwardWeights> weights, Block part, float* result,
+                            index_t stride, Arena& scratch) const {
   const Arena::Frame frame(scratch);
-  const bool bias = w.bias != nullptr;  // which the sum starts from
-  const index_t width = w.weights.rows.size(), part_rows = kernels().gemm.nr;
+  const index_t width = weights.front().weights.rows.size(), part_rows = kernels().gemm.nr;
   if (few(part) || part.count <= kernels().few.max_tail) {
-    const Rows rows = input(p, part, {0, cols(p, part)});
-    for (index_t i = 0; bias && i < part.count; ++i)
-      std::transform(w.bias, w.bias + width, result + i * stride, to_float);
-    multiply_few_transposed(kernels(), rows, w.weights, result, stride, /*accumulate=*/bias, scratch);
-    if (w.lora)
-      multiply_few_transposed(kernels(), low_rank_rows(p, part, scratch), w.lora_b, result, stride,
-                              /*accumulate=*/true, scratch);
+    for (const ForwardWeights& w : weights)
+      multiply_few_forward(p, w, part, result, stride, /*accumulate=*/&w != weights.data(), scratch);
     return;
   }
-  const index_t whole = blocks_[part.index].count;
+  const index_t all = blocks_[part.index].count;
   Range fetching = within(part);  // and for a tail of few rows behind it
-  if (whole - fetching.end <= kernels().few.max_tail) fetching.end = whole;
-  std::array<Term, 2> terms;
-  terms[0] = {w.packed_weights, cols_of(kernels(), in.rows, within(part)), share(w.next, fetching, whole)};
-  if (w.lora) terms[1] = {w.packed_lora_b, cols_of(kernels(), in.low_rank[index_of(p)], within(part))};
+  if (all - fetching.end <= kernels().few.max_tail) fetching.end = all;
+  const bf16_t* bias = nullptr;  // which the sum starts from
+  std::size_t count = 0;
+  auto* terms = scratch.take<Term>(2 * std::ssize(weights));
+  for (const ForwardWeights& w : weights) {
+    const auto add = [&](PackedA a, PackedB b, MatView next) {
+      terms[count++] = {a, cols_of(kernels(), b, within(part)), next};
+    };
+    add(w.packed_weights, w.input->rows, share(w.next, fetching, all));
+    if (w.lora) add(w.packed_lora_b, w.input->low_rank[index_of(p)], {});
+    if (w.bias != nullptr) bias = w.bias;
+  }
   auto* transposed = scratch.take<float>(width * part_rows);
-  for (index_t i = 0; bias && i < width; ++i)
-    std::fill_n(transposed + i * part_rows, part.count, to_float(w.bias[i]));
-  multiply(kernels(), {terms.data(), w.lora ? 2u : 1u}, transposed, part_rows, /*accumulate=*/bias);
+  for (index_t i = 0; bias != nullptr && i < width; ++i)
+    std::fill_n(transposed + i * part_rows, part.count, to_float(bias[i]));
+  multiply(kernels(), {terms, count}, transposed, part_rows, /*accumulate=*/bias != nullptr);
   kernels().epilogue.transpose(transposed, part_rows, to_int(width), to_int(part.count), result, stride);
+}
+
+void Pass::multiply_few_forward(Projection p, const ForwardWeights& w, Block part, float* result,
+                                index_t stride, bool accumulate, Arena& scratch) const {
+  const Block mine = of_sibling(w.block, part);
+  const index_t width = w.weights.rows.size();
+  for (index_t i = 0; w.bias != nullptr && i < part.count; ++i)
+    for (index_t j = 0; j < width; ++j)
+      result[i * stride + j] = to_float(w.bias[j]) + (accumulate ? result[i * stride + j] : 0.0f);
+  multiply_few_transposed(kernels(), input(p, mine, {0, cols(p, mine)}), w.weights, result, stride,
+                          accumulate || w.bias != nullptr, scratch);
+  if (w.lora)
+    multiply_few_transposed(kernels(), low_rank_rows(p, mine, scratch), w.lora_b, result, stride,
+                            /*accumulate=*/true, scratch);
 }
 
 Rows Pass::low_rank_rows(Projection p, Block block, Arena& scratch) const {

@@ -37,7 +37,7 @@ struct Block {
 // What a shard has of the intermediate dimension.
 struct Portion {
   Range inner;
-  std::size_t number, team;
+  std::size_t number, team, place;
 };
 
 // The cut of n columns (or rows of a weight) into `count` slices, cuts on multiples of `tile`. Slices at the
@@ -112,9 +112,11 @@ class Pass {
     return std::ranges::all_of(blocks_, [this](Block block) { return few(block); });
   }
 
-  // W, LoRA B and the bias of a projection, rows `slice`: as left operands, unless the block has few rows.
-  // LoRA B and bias of down at home alone.
+  // W, LoRA B and the bias of a projection, rows `slice`: as left operands, unless the block has few rows;
+  // and the input they are for. LoRA B and bias of down at home alone.
   struct ForwardWeights {
+    Block block;
+    const ForwardInput* input;
     WeightBlock weights;
     Rows lora_b;
     const bf16_t* bias;  // null: none
@@ -122,22 +124,26 @@ class Pass {
     MatView next;  // weights that this task needs next
     bool lora;
   };
-  ForwardWeights forward_weights(Projection p, Block block, Range slice, Range next, Arena& scratch) const;
+  ForwardWeights forward_weights(Projection p, Block block, const ForwardInput& input, Range slice,
+                                 Range next, Arena& scratch) const;
   // A shard's part of a projection: of W, and of the LoRA A and B that are cut with it.
   WeightBlock weights_of(Projection p, Block block) const;
   MatView lora_a(Projection p, Block block) const;
   MatView lora_b(Projection p, Block block) const;
-  // result [part.count, slice] = input W' + P B' + b, rows `stride` floats apart; a part is at most nr
-  // routes.
-  void multiply_forward(Projection p, const ForwardWeights& weights, const ForwardInput& in, Block part,
-                        float* result, index_t stride, Arena& scratch) const;
+  // result [part.count, slice] = input W' + P B' + b, summed over siblings, rows `stride` floats apart; a
+  // part is at most nr routes.
+  void multiply_forward(Projection p, std::span<const ForwardWeights> weights, Block part, float* result,
+                        index_t stride, Arena& scratch) const;
+  void multiply_few_forward(Projection p, const ForwardWeights& weights, Block part, float* result,
+                            index_t stride, bool accumulate, Arena& scratch) const;
 
   // Adds the tasks that compute a [T, H] result: the sum over a token's routes, experts in order, of what
   // product(block, strip, next strip, rows, stride, scratch) writes to `rows`, times the routing weight if
   // `weighted`; of several shards each adds up its own, and then these sums are, shards in order. The product
   // X
-  using Product =
-      std::function<void(Block block, Range strip, Range next, float* rows, index_t stride, Arena& scratch)>;
+  using Siblings = std::vector<Block>;  // of one place, shards in order
+  using Product = std::function<void(const Siblings& blocks, Range strip, Range next, float* rows,
+                                     index_t stride, Arena& scratch)>;
   void add_sum(const Result& result, bool weighted, index_t tile, index_t inner_bytes,
                const std::vector<const Group*>& ready, Product product);
 
@@ -162,6 +168,8 @@ class Pass {
     block.first += first, block.count = count;
     return block;
   }
+  // The same routes of a sibling.
+  Block of_sibling(Block sibling, Block part) const { return some(sibling, within(part).begin, part.count); }
   // Where a part lies in its block.
   Range within(Block part) const {
     const index_t begin = part.first - blocks_[part.index].first;
@@ -252,12 +260,12 @@ class Pass {
   std::vector<const Group*> gate_up_done_;  // a block each
 
  private:
-  // Blocks that a team computes one after the other, and what their rows of a [T, H] result become.
+  // Products of a [T, H] result that a team computes one after the other.
   struct Lane {
     std::size_t team;
-    std::vector<std::size_t> blocks = {};
+    std::vector<Siblings> products = {};
   };
-  // A lane for each shard, or if there is but one, for each team.
+  // A lane for each place; or if every block is computed at one, for each team.
   std::vector<Lane> lanes() const;
   // Adds for every team tasks body(tokens, scratch), for its share of all tokens; appends their groups.
   using TokenBody = std::function<void(Range tokens, Arena& scratch)>;

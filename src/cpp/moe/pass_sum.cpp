@@ -20,12 +20,21 @@ constexpr std::size_t kSlicesKept = 3;  // that are computed or wait for their s
 
 std::vector<Pass::Lane> Pass::lanes() const {
   std::vector<Lane> lanes;
-  if (shards_.size() > 1) {
-    for (const Portion& shard : shards_) lanes.push_back({shard.team});
-    for (const Block& block : blocks_) lanes[block.shard].blocks.push_back(block.index);
-  } else {
+  const std::size_t siblings = shards_.size();
+  if (siblings == 1) {
     for (std::size_t team = 0; team < lease_.teams(); ++team) lanes.push_back({team});
-    for (const Block& block : blocks_) lanes[block.team].blocks.push_back(block.index);
+    for (const Block& block : blocks_) lanes[block.team].products.push_back({block});
+    return lanes;
+  }
+  for (std::size_t s = 0, end; s < siblings; s = end) {
+    for (end = s; end < siblings && shards_[end].place == shards_[s].place;) ++end;
+    Lane lane{shards_[s].team};
+    for (std::size_t home = 0; home < blocks_.size(); home += siblings) {
+      Siblings& blocks = lane.products.emplace_back();
+      for (std::size_t i = s; i < end; ++i)  // add_siblings began with another shard
+        blocks.push_back(blocks_[home + (i + siblings - home / siblings % siblings) % siblings]);
+    }
+    lanes.push_back(std::move(lane));
   }
   return lanes;
 }
@@ -48,16 +57,17 @@ void Pass::add_sum(const Result& result, bool weighted, index_t tile, index_t in
                    const std::vector<const Group*>& ready, Product product) {
   const index_t h = experts_.hidden, tokens = inputs_.hidden_states.rows;
   const std::vector<Lane> lanes = this->lanes();
-  const bool several = shards_.size() > 1;
-  const index_t bytes = inner_bytes * ceil_div(experts_.intermediate, std::ssize(shards_));
-  const index_t most = several ? std::max(kLeastSumCols, kSumCols / std::ssize(shards_)) : kSumCols;
+  const bool several = shards_.size() > 1 && lanes.size() > 1;
+  const index_t places = several ? std::ssize(lanes) : 1;
+  const index_t bytes = inner_bytes * ceil_div(experts_.intermediate, places);
+  const index_t most = std::max(kLeastSumCols, kSumCols / places);
   const Slices slices = this->slices(h, tile, std::max(bytes / kSliceStrips, cache_part() / most));
   const index_t width = slices[0].size(), stride = result_stride(kernels(), width);
 
   // What lies in memory of a slice, until a later one takes its place.
   struct Kept {
-    std::vector<float*> rows, sums;  // of a lane: the products of its routes; with several shards, their sums
-    std::vector<const Group*> read;  // the tasks that read the rows, and with several shards, the sums
+    std::vector<float*> rows, sums;  // of a lane: the products of its routes; of several places, their sums
+    std::vector<const Group*> read;  // that read the rows
     std::vector<const Group*> merged;
   };
   std::vector<Kept> kept(std::min(static_cast<std::size_t>(slices.count), kSlicesKept));
@@ -75,15 +85,16 @@ void Pass::add_sum(const Result& result, bool weighted, index_t tile, index_t in
     const Range slice = slices[static_cast<index_t>(s)];
     std::vector<const Group*>& groups = products.emplace_back();
     for (std::size_t l = 0; l < lanes.size(); ++l) {
-      // With several shards a lane's rows are read by its own sums alone.
+      // With several places a lane's rows are read by its own sums alone.
       std::vector<const Group*> emptied = mine.read;
       if (several && !emptied.empty()) emptied = {mine.read[l]};
       groups.push_back(tasks_.add(
-          lanes[l].team, std::ssize(lanes[l].blocks),
-          [=, this, blocks = lanes[l].blocks, rows = mine.rows[l]](index_t task, Arena& scratch) {
+          lanes[l].team, std::ssize(lanes[l].products),
+          [=, this, all = lanes[l].products, rows = mine.rows[l]](index_t task, Arena& scratch) {
             for (const Group* sums : emptied) tasks_.wait(sums);
-            const Block block = blocks_[blocks[static_cast<std::size_t>(task)]];
-            tasks_.wait(ready[block.index]);
+            const Siblings& blocks = all[static_cast<std::size_t>(task)];
+            for (const Block& block : blocks) tasks_.wait(ready[block.index]);
+            const Block block = blocks.front();
             // Strips begin on multiples of a tile, so what a product writes behind its columns stays in the
             // row and before the next strip. Few rows, which fill no cache, take the slice as it is.
             const index_t fit = std::clamp(cache_part() / bytes, tile, kStripTiles * tile);
@@ -91,7 +102,7 @@ void Pass::add_sum(const Result& result, bool weighted, index_t tile, index_t in
             for_slices(strips, 0, strips.count, [&](index_t, Range strip, Range next) {
               const Arena::Frame frame(scratch);
               const auto cols = [&](Range r) { return Range{slice.begin + r.begin, slice.begin + r.end}; };
-              product(block, cols(strip), cols(next), rows + block.first * stride + strip.begin, stride,
+              product(blocks, cols(strip), cols(next), rows + block.first * stride + strip.begin, stride,
                       scratch);
             });
           }));
@@ -143,7 +154,7 @@ void Pass::add_sum(const Result& result, bool weighted, index_t tile, index_t in
         },
         mine.merged);
   };
-  // The sum of a slice comes behind the next one's products, and what shards' sums become behind the sums of
+  // The sum of a slice comes behind the next one's products, and what places' sums become behind the sums of
   // the next one, so that they seldom wait for their own.
   const auto count = static_cast<std::size_t>(slices.count);
   for (std::size_t s = 0; s < count + 2; ++s) {

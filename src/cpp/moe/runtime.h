@@ -48,6 +48,7 @@ class Runtime {
     std::size_t teams() const { return runtime_.pool_.teams().size(); }
     int threads(std::size_t team) const { return runtime_.pool_.teams()[team].threads; }
     std::size_t team_of(std::size_t shard) const { return runtime_.team_of_[shard]; }
+    std::size_t place_of(std::size_t shard) const { return runtime_.layout_.shards[shard].place; }
     // Of a team, on its nodes.
     Arena& memory(std::size_t team) { return runtime_.memory_[team]; }
 
