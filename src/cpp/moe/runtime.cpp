@@ -3,7 +3,6 @@
 #include <xmmintrin.h>
 
 #include <charconv>
-#include <limits>
 #include <string_view>
 
 #include "base/environment.h"
@@ -17,6 +16,7 @@ namespace {
 
 constexpr std::size_t kUsualL2 = std::size_t{1} << 20;
 constexpr int kMostThreads = 4096;
+constexpr int kMostShards = 64;
 
 // The argument, else the environment variable, else the fallback.
 int number(const char* what, std::optional<int> argument, const char* variable, int fallback, int most) {
@@ -58,10 +58,8 @@ Runtime::Runtime(std::optional<int> threads, std::optional<int> shards, std::opt
       kernels_(kernel_set(isa_, cpu_features())),
       topology_(read_topology()),
       pool_(number("threads", threads, "KT_MOE_THREADS", topology_.cpus, kMostThreads)) {
-  // One shard until experts can be split over NUMA nodes.
-  const int wanted = number("shards", shards, "KT_MOE_SHARDS", 1, std::numeric_limits<int>::max());
-  KT_CHECK(wanted == 1, "shards is {}, this version computes in 1 shard", wanted);
-  layout_ = plan_layout(topology_, pool_.threads(), wanted);
+  layout_ =
+      plan_layout(topology_, pool_.threads(), number("shards", shards, "KT_MOE_SHARDS", 1, kMostShards));
   // The first cache level has a way for each 4 KiB of its size, and lines that lie a multiple of 4 KiB apart
   // share a set. With fewer ways than a tile has rows, these would drive each other out where they lie.
   constexpr std::size_t kWay = 4096;
