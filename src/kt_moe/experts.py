@@ -289,7 +289,7 @@ def _numbers(popularity: Iterable[float] | Tensor | None) -> list[float] | None:
         if isinstance(popularity, (str, bytes)):
             raise TypeError
         return [float(number) for number in popularity]
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(f"popularity is {popularity!r}, wanted a tensor or sequence of E numbers") from None
 
 
