@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from strategies import make_problem
+from tiny_models import error, load, save_tiny_checkpoint, tokens
 from torch import Tensor
 
 import kt_moe
@@ -246,6 +247,20 @@ def test_options_that_make_no_sense(checkpoint: Path) -> None:
         kt_moe.Experts(*weights(), popularity=[1, 2, 3])
     with pytest.raises(ValueError, match='popularity is given, but placement is "tensor"'):
         kt_moe.Experts.from_checkpoint(checkpoint, 0, popularity=[1, 2, 3])
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning:transformers")
+@pytest.mark.parametrize("placement", WHOLE)
+@torch.no_grad()
+def test_a_model_with_whole_experts_on_shards(tmp_path: Path, placement: str) -> None:
+    save_tiny_checkpoint(tmp_path, num_hidden_layers=1)
+    config = kt_moe.KtMoeConfig(threads=2, shards=3, placement=placement)
+    model = load(tmp_path, quantization_config=config)
+    experts = model.model.layers[0].mlp.experts.experts
+    assert (experts.placement, experts.shards, experts.homes) == (placement, 3, [0, 0, 0, 1, 1, 2, 2, 2])
+    logits = model(tokens()).logits
+    assert experts.routed.sum() == 2 * tokens().numel()
+    assert error(logits, load(tmp_path)(tokens()).logits) < 5e-3
 
 
 def test_homes_are_not_to_be_changed_during_a_call(checkpoint: Path) -> None:
