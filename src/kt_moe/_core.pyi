@@ -62,6 +62,8 @@ class Experts:
         activation: str,
         format: str,
         runtime: Runtime,
+        placement: str,
+        popularity: list[float] | None,
     ) -> Experts: ...
     @staticmethod
     def from_checkpoint(
@@ -73,6 +75,8 @@ class Experts:
         cache_dir: str | None,
         paged: bool,
         progress: Callable[[int], object] | None,
+        placement: str,
+        popularity: list[float] | None,
     ) -> Experts: ...
     @property
     def num_experts(self) -> int: ...
@@ -93,6 +97,20 @@ class Experts:
     def quantization_error(self) -> dict[str, float] | None: ...
     @property
     def shards(self) -> int: ...
+    @property
+    def placement(self) -> str: ...
+    @property
+    def refused(self) -> bool:
+        """Whether the kernel refused to place the weights on the NUMA nodes of their shards."""
+    def homes(self) -> list[int]:
+        """A shard for each expert; empty if they are split."""
+    def rebalance(self, popularity: list[float] | None) -> bool:
+        """False where the kernel refused to move memory."""
+    def routed(self, into: Tensor) -> None:
+        """Write the routes of all forwards so far into an int64 tensor [E]."""
+    def reset_routed(self) -> None: ...
+    def page_nodes(self) -> list[list[int]]:
+        """A row a shard: pages on the wanted nodes, elsewhere, unknown"""
     def dequantize(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
         """Write the bf16 weights the kernels multiply by into three bf16 tensors."""
 

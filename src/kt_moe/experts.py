@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from kt_moe.tensors import check_tensor, on_cpu
 
 FORMATS = ("bf16", "int8", "int4", "fp8", "mxfp4")  # of weights in memory
 CHECKPOINT_FORMATS = ("as-stored", *FORMATS)
+PLACEMENTS = ("tensor", "expert", "auto")  # of experts on shards
 
 
 class Experts:
@@ -31,10 +33,16 @@ class Experts:
         format: how the weights are kept in memory: "bf16", or quantised to "int8" (groups of 128), "int4"
             (groups of 32), "fp8" (blocks of 128 x 128) or "mxfp4"; docs/formats.md has bytes and errors.
         runtime: None means `default_runtime()`.
+        placement: how experts are spread over the runtime's shards. "tensor": each has a slice of every
+            expert. "expert": each has whole experts, computed there. "auto": whole experts, computed there or
+            by all shards, whichever a call will do sooner.
+        popularity: [E], how often each expert is routed to, in any unit, for "expert" and "auto" to share out
+            the work; None, or nothing but zeros: neighbours lie together.
 
     Raises:
-        ValueError: shapes that do not agree, a dtype that is not a float, an unknown activation or format, or
-            a weight to be quantised that is not finite.
+        ValueError: shapes that do not agree, a dtype that is not a float, an unknown activation, format or
+            placement, a weight to be quantised that is not finite, popularity that is not E finite numbers of
+            0 or more, or any with "tensor".
     """
 
     recompute: bool
@@ -52,8 +60,11 @@ class Experts:
         activation: str = "silu",
         format: str = "bf16",
         runtime: Runtime | None = None,
+        placement: str = "tensor",
+        popularity: Iterable[float] | Tensor | None = None,
     ) -> None:
-        _check_format(format, FORMATS)
+        _check_known("format", format, FORMATS)
+        _check_known("placement", placement, PLACEMENTS)
         runtime = runtime or default_runtime()
         for name, tensor in (("gate", gate), ("up", up), ("down", down)):
             check_tensor(name, tensor)
@@ -65,7 +76,17 @@ class Experts:
             None if b is None else on_cpu(b) for b in (gate_bias, up_bias, down_bias)
         )
         core = _core.Experts.from_tensors(
-            gate, up, down, gate_bias, up_bias, down_bias, activation, format, runtime._core
+            gate,
+            up,
+            down,
+            gate_bias,
+            up_bias,
+            down_bias,
+            activation,
+            format,
+            runtime._core,
+            placement,
+            _numbers(popularity),
         )
         self._adopt(core, runtime)
 
@@ -81,6 +102,8 @@ class Experts:
         cache_dir: str | os.PathLike[str] | None = None,
         paged: bool = False,
         progress: Callable[[int], object] | None = None,
+        placement: str = "tensor",
+        popularity: Iterable[float] | Tensor | None = None,
     ) -> Experts:
         """Load one layer's experts straight from safetensors files; Ctrl-C leaves nothing behind.
 
@@ -96,14 +119,18 @@ class Experts:
                 that are the one in memory (`LayerInfo.mappable`); the files must not change meanwhile.
             progress: called now and then with the number of bytes loaded since the last call. It must not use
                 the runtime, which is at work (RuntimeError).
+            placement, popularity: as for `Experts`. Weights that stay in files lie where the page cache has
+                them: the shards share the work, not the memory.
 
         Raises:
             FileNotFoundError: no such file, or one that the index names is missing.
             ValueError: a malformed file, no such layer, a missing expert, a scale that is zero or not
-                finite; names file and tensor. `paged` with another format, layout or with `cache_dir`.
+                finite; names file and tensor. `paged` with another format, layout or with `cache_dir`. A
+                placement or popularity as for `Experts`.
             OSError: a file cannot be read, or a packed layer not be written.
         """
-        _check_format(format, CHECKPOINT_FORMATS)
+        _check_known("format", format, CHECKPOINT_FORMATS)
+        _check_known("placement", placement, PLACEMENTS)
         check_layer(layer)
         if not isinstance(paged, bool):
             raise TypeError(f"paged is {paged!r}, wanted True or False")
@@ -114,13 +141,24 @@ class Experts:
         runtime = runtime or default_runtime()
         self = cls.__new__(cls)
         core = _core.Experts.from_checkpoint(
-            checkpoint._core, layer, activation, format, runtime._core, directory, paged, progress
+            checkpoint._core,
+            layer,
+            activation,
+            format,
+            runtime._core,
+            directory,
+            paged,
+            progress,
+            placement,
+            _numbers(popularity),
         )
         self._adopt(core, runtime)
         return self
 
     def _adopt(self, core: _core.Experts, runtime: Runtime) -> None:
         self._core, self.runtime, self.recompute = core, runtime, False
+        if core.refused:
+            _warn_refused()
 
     @property
     def num_experts(self) -> int:
@@ -168,8 +206,53 @@ class Experts:
 
     @property
     def shards(self) -> int:
-        """Slices of the intermediate dimension."""
+        """Parts the work is cut into, one a NUMA node or a few; see `Runtime`."""
         return self._core.shards
+
+    @property
+    def placement(self) -> str:
+        """How experts are spread over the shards."""
+        return self._core.placement
+
+    @property
+    def homes(self) -> list[int] | None:
+        """The shard each expert lives in, [E]; None for placement "tensor". Waits for a call in progress."""
+        return None if self.placement == "tensor" else self._core.homes()
+
+    def rebalance(self, popularity: Iterable[float] | Tensor | None = None) -> None:
+        """Give experts new homes, and move their memory there if it is the layer's own.
+
+        Waits for a call in progress; others wait for this one.
+
+        Args:
+            popularity: as for `Experts`; None: the routes so far (`routed`).
+
+        Raises:
+            ValueError: placement "tensor", or popularity that is not E finite numbers of 0 or more.
+        """
+        if not self._core.rebalance(_numbers(popularity)):
+            _warn_refused()
+
+    @property
+    def routed(self) -> Tensor:
+        """[E] int64: the routes that every forward so far had for each expert. Waits for one in progress."""
+        counts = torch.empty(self.num_experts, dtype=torch.int64, device="cpu")
+        self._core.routed(counts)
+        return counts
+
+    def reset_routed(self) -> None:
+        """Count routes from zero again."""
+        self._core.reset_routed()
+
+    def page_nodes(self) -> list[dict[str, int]]:
+        """Where the weights of each shard lie, by a sample of at most a few thousand pages.
+
+        Returns:
+            For each shard how many pages lie on the NUMA nodes it "wanted" (any, where there is but one),
+            "elsewhere", or "unknown": not in memory, or the kernel does not tell.
+        """
+        names = ("wanted", "elsewhere", "unknown")
+        return [dict(zip(names, counts, strict=True)) for counts in self._core.page_nodes()]
 
     def dequantize(self) -> tuple[Tensor, Tensor, Tensor]:
         """gate, up [E, I, H] and down [E, H, I] in bf16: exactly what the kernels multiply by."""
@@ -190,6 +273,36 @@ class Experts:
         )
 
 
-def _check_format(format: str, known: tuple[str, ...]) -> None:
-    if format not in known:
-        raise ValueError(f"format is {format!r}, wanted one of {list(known)}")
+def _check_known(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}, wanted one of {list(known)}")
+
+
+def _numbers(popularity: Iterable[float] | Tensor | None) -> list[float] | None:
+    if popularity is None:
+        return None
+    if isinstance(popularity, Tensor):
+        if popularity.dim() != 1:
+            raise ValueError(f"popularity has shape {list(popularity.shape)}, wanted [E]")
+        popularity = popularity.tolist()
+    try:
+        if isinstance(popularity, (str, bytes)):
+            raise TypeError
+        return [float(number) for number in popularity]
+    except (TypeError, ValueError):
+        raise TypeError(f"popularity is {popularity!r}, wanted a tensor or sequence of E numbers") from None
+
+
+_refused_before = False
+
+
+def _warn_refused() -> None:
+    """Once a process: every layer of a model would say the same."""
+    global _refused_before
+    if not _refused_before:
+        _refused_before = True
+        warnings.warn(
+            "the kernel refused to place expert weights on NUMA nodes (mbind is forbidden here, or a node is "
+            "not this process's to use): they lie on the nodes of the threads that touched them first",
+            stacklevel=4,
+        )

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from strategies import make_problem
 from torch import Tensor
 
-from kt_moe import Checkpoint, Experts, moe
+from kt_moe import Checkpoint, Experts, Runtime, moe
 
 E, H, I = 3, 256, 192  # noqa: E741
 LAYER = 5
 ROOT = f"model.layers.{LAYER}.mlp.experts"
 DATA = Path(__file__).parents[1] / "data"
+RUNTIMES = [Runtime(threads=2, shards=shards) for shards in (1, 2, 3, 16)]
 
 Values = list[Tensor]  # gate, up [E, I, H], down [E, H, I]
 Make = Callable[[int, int, int], stored.Matrix]
@@ -57,10 +58,11 @@ def check(path: Path, values: Values, layout: str, dtype: str) -> None:
     info = Checkpoint(path).layer(LAYER)
     found = (info.num_experts, info.hidden_size, info.intermediate_size, info.layout, info.dtype)
     assert found == (*values[2].shape, layout, dtype)
-    decoded = Experts.from_checkpoint(path, LAYER).dequantize()
-    for name, got, want in zip(("gate", "up", "down"), decoded, values, strict=True):
-        assert got.dtype == torch.bfloat16
-        assert torch.equal(got.view(torch.int16), want.bfloat16().view(torch.int16)), name
+    for runtime in RUNTIMES:
+        decoded = Experts.from_checkpoint(path, LAYER, runtime=runtime).dequantize()
+        for name, got, want in zip(("gate", "up", "down"), decoded, values, strict=True):
+            assert got.dtype == torch.bfloat16
+            assert torch.equal(got.view(torch.int16), want.bfloat16().view(torch.int16)), name
 
 
 @pytest.mark.parametrize(

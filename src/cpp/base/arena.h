@@ -2,27 +2,31 @@
 #pragma once
 
 #include <cstddef>
+#include <span>
 #include <vector>
 
 #include "base/view.h"
 
 namespace kt {
 
-// Anonymous memory, 64-byte aligned, on huge pages where the kernel grants them. Zero at first.
+// Anonymous memory, 64-byte aligned, on huge pages where the kernel grants them. Zero at first. Of the given
+// NUMA nodes, if there are any and the kernel allows it.
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(std::size_t bytes);
+  explicit Buffer(std::size_t bytes, std::span<const int> nodes = {});
   ~Buffer();
   Buffer(Buffer&& other) noexcept;
   Buffer& operator=(Buffer&& other) noexcept;
 
   void* data() const { return data_; }
   std::size_t size() const noexcept { return size_; }
+  bool refused() const noexcept { return refused_; }  // the nodes: it comes from any
 
  private:
   void* data_ = nullptr;
   std::size_t size_ = 0, mapped_ = 0;
+  bool refused_ = false;
 };
 
 // Bump allocator. What `take` returned stays valid until the frame it was taken in ends, or `reset`; it holds

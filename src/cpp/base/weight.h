@@ -57,8 +57,10 @@ struct WeightAt {
   index_t rows = 0, cols = 0;
   Byte *codes = nullptr, *scales = nullptr, *zeros = nullptr;
 
-  // The columns that share a scale.
-  index_t group() const { return type.scale_cols == 0 ? cols : std::min(type.scale_cols, cols); }
+  // The columns that share a scale; 1 where there are none.
+  index_t group() const {
+    return std::max(index_t{1}, type.scale_cols == 0 ? cols : std::min(type.scale_cols, cols));
+  }
   index_t scale_count() const {
     return type.scale == ScaleType::none ? 0 : ceil_div(rows, type.scale_rows) * ceil_div(cols, group());
   }

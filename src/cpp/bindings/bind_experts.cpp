@@ -2,13 +2,21 @@
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstdint>
 #include <filesystem>
 #include <memory>
 #include <optional>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "base/error.h"
 #include "bindings/tensor.h"
+#include "weights/homes.h"
 #include "weights/loader.h"
 
 namespace py = pybind11;
@@ -25,9 +33,17 @@ std::array<WeightType, 3> types_of(Format format) {
   return {type, type, type};
 }
 
+using Popularity = std::optional<std::vector<double>>;
+
+SpreadOptions spread_options(const std::string& placement, Popularity popularity) {
+  KT_CHECK(!popularity || !popularity->empty(), "popularity has no numbers, wanted one an expert");
+  return {placement_from(placement), std::move(popularity).value_or(std::vector<double>{})};
+}
+
 std::shared_ptr<Experts> from_tensors(py::handle gate, py::handle up, py::handle down, py::handle gate_bias,
                                       py::handle up_bias, py::handle down_bias, const std::string& activation,
-                                      const std::string& format, std::shared_ptr<Runtime> runtime) {
+                                      const std::string& format, std::shared_ptr<Runtime> runtime,
+                                      const std::string& placement, Popularity popularity) {
   const std::array tensors{read_tensor(gate, "gate", kFloats, 3), read_tensor(up, "up", kFloats, 3),
                            read_tensor(down, "down", kFloats, 3)};
   const index_t e = tensors[0].dim(0), i = tensors[0].dim(1), h = tensors[0].dim(2);
@@ -50,13 +66,14 @@ std::shared_ptr<Experts> from_tensors(py::handle gate, py::handle up, py::handle
   read_bias(Projection::down, down_bias, h, "[E, H] of gate's [E, I, H]");
   const Activation act = activation_from(activation);
   const LayerPlan plan{static_cast<int>(e), h, i, types_of(format_from(format))};
+  const SpreadOptions spread = spread_options(placement, std::move(popularity));
 
   const py::gil_scoped_release release;
   const auto matrices = [&](int expert, Projection p) {
     const Tensor& t = tensors[index_of(p)];
     return Stack{t.data, t.dtype, t.dim(1), t.dim(2)}[expert];
   };
-  return experts_from_matrices(std::move(runtime), plan, act, matrices, biases);
+  return experts_from_matrices(std::move(runtime), plan, act, matrices, biases, spread);
 }
 
 // A Report of no bytes: lets Ctrl-C end the work.
@@ -69,12 +86,14 @@ std::shared_ptr<Experts> from_checkpoint(std::shared_ptr<const ExpertIndex> inde
                                          const std::string& activation, const std::string& format,
                                          std::shared_ptr<Runtime> runtime,
                                          const std::optional<std::filesystem::path>& cache_dir, bool paged,
-                                         const py::object& progress) {
+                                         const py::object& progress, const std::string& placement,
+                                         Popularity popularity) {
   LoadOptions options;
   options.activation = activation_from(activation);
   if (format != "as-stored") options.format = format_from(format);
   options.cache_dir = cache_dir;
   options.paged = paged;
+  options.spread = spread_options(placement, std::move(popularity));
   options.warn = [](const std::string& text) {
     const py::gil_scoped_acquire acquire;
     if (PyErr_WarnEx(PyExc_UserWarning, text.c_str(), /*stack_level=*/2) != 0) throw py::error_already_set();
@@ -109,6 +128,27 @@ bool verify(const Experts& experts) {
   return !check || check(experts.runtime(), &check_signals);
 }
 
+bool rebalance(Experts& experts, const Popularity& popularity) {
+  KT_CHECK(!popularity || !popularity->empty(), "popularity has no numbers, wanted one an expert");
+  const py::gil_scoped_release release;
+  return experts.rebalance(popularity ? std::span<const double>(*popularity) : std::span<const double>{});
+}
+
+void routed(const Experts& experts, py::handle into) {
+  const Tensor target = read_tensor(into, "into", {DType::i64}, 1);
+  check_shape(target, "into", {experts.weights().num_experts}, "[E]");
+  const py::gil_scoped_release release;
+  std::ranges::copy(experts.routed(), static_cast<std::int64_t*>(target.data));
+}
+
+// (wanted, elsewhere, unknown) of each shard.
+std::vector<std::array<index_t, 3>> page_nodes(const Experts& experts) {
+  const py::gil_scoped_release release;
+  std::vector<std::array<index_t, 3>> shards;
+  for (const PageNodes& n : experts.page_nodes()) shards.push_back({n.wanted, n.elsewhere, n.unknown});
+  return shards;
+}
+
 // Relative L2 error of gate, up and down, or None.
 py::object quantization_error(const Experts& experts) {
   if (!experts.placed().quantized) return py::none();
@@ -129,10 +169,10 @@ void bind_experts(py::module_& m) {
   py::class_<Experts, std::shared_ptr<Experts>>(m, "Experts")
       .def_static("from_tensors", &kt::from_tensors, py::arg("gate"), py::arg("up"), py::arg("down"),
                   py::arg("gate_bias"), py::arg("up_bias"), py::arg("down_bias"), py::arg("activation"),
-                  py::arg("format"), py::arg("runtime"))
+                  py::arg("format"), py::arg("runtime"), py::arg("placement"), py::arg("popularity"))
       .def_static("from_checkpoint", &kt::from_checkpoint, py::arg("checkpoint"), py::arg("layer"),
                   py::arg("activation"), py::arg("format"), py::arg("runtime"), py::arg("cache_dir"),
-                  py::arg("paged"), py::arg("progress"))
+                  py::arg("paged"), py::arg("progress"), py::arg("placement"), py::arg("popularity"))
       .def_property_readonly("num_experts", [](const Experts& e) { return e.weights().num_experts; })
       .def_property_readonly("hidden_size", [](const Experts& e) { return e.weights().hidden; })
       .def_property_readonly("intermediate_size", [](const Experts& e) { return e.weights().intermediate; })
@@ -145,5 +185,12 @@ void bind_experts(py::module_& m) {
       .def("verify", &kt::verify)
       .def_property_readonly("quantization_error", &kt::quantization_error)
       .def_property_readonly("shards", [](const Experts& e) { return e.runtime().shards(); })
+      .def_property_readonly("placement", [](const Experts& e) { return kt::name_of(e.weights().placement); })
+      .def_property_readonly("refused", [](const Experts& e) { return e.placed().refused; })
+      .def("homes", &Experts::homes, py::call_guard<py::gil_scoped_release>())
+      .def("rebalance", &kt::rebalance, py::arg("popularity"))
+      .def("routed", &kt::routed, py::arg("into"))
+      .def("reset_routed", &Experts::reset_routed, py::call_guard<py::gil_scoped_release>())
+      .def("page_nodes", &kt::page_nodes)
       .def("dequantize", &kt::dequantize, py::arg("gate"), py::arg("up"), py::arg("down"));
 }

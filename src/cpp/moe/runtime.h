@@ -32,6 +32,8 @@ class Runtime {
   std::vector<Range> split(index_t n, index_t align) const;
   // NUMA nodes of a shard's memory; none: there is but one.
   const std::vector<int>& memory_of(std::size_t shard) const { return layout_.shards[shard].memory; }
+  // Its share of all work, in the same unit for all shards.
+  index_t weight_of(std::size_t shard) const { return layout_.shards[shard].weight; }
   const std::string& isa() const { return isa_; }
   // Most scratch memory that the last lease held at once, in all arenas together. Waits while there is one.
   std::size_t scratch_bytes();

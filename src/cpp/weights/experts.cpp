@@ -2,7 +2,9 @@
 
 #include <algorithm>
 
+#include "base/error.h"
 #include "gemm/decode.h"
+#include "weights/homes.h"
 
 namespace kt {
 
@@ -22,20 +24,61 @@ Experts::Experts(std::shared_ptr<Runtime> runtime, const LayerPlan& plan, Activa
     : runtime_(std::move(runtime)),
       plan_(plan),
       placed_(std::move(placed)),
-      weights_{plan.num_experts, plan.hidden,   plan.intermediate, activation,
-               placed_.weights,  placed_.fetch, biases_of(placed_)} {
-  // Cuts on multiples of what shares a scale, and of a tile.
-  index_t align = 32;
-  for (const WeightType& type : plan.types) align = std::max({align, type.scale_rows, type.scale_cols});
-  weights_.shards = runtime_->split(plan.intermediate, align);
-}
+      routed_(static_cast<std::size_t>(plan.num_experts)),
+      weights_{plan.num_experts,     plan.hidden,
+               plan.intermediate,    activation,
+               placed_.weights,      placed_.fetch,
+               biases_of(placed_),   placed_.spread.shards,
+               placed_.spread.split, placed_.spread.placement,
+               placed_.spread.homes, routed_.data()} {}
 
 void Experts::dequantize(Projection p, bf16_t* into) const {
   Runtime::Lease lease(*runtime_);
+  const index_t rows = weights_.rows(p), cols = weights_.cols(p);
   lease.parallel_for(plan_.num_experts, [&](index_t expert, Arena&) {
-    const Weight& w = weights_.of(p, static_cast<int>(expert));
-    decode(lease.kernels(), whole(w), into + expert * w.rows * w.cols, w.cols);
+    for (std::size_t s = 0; s < weights_.shards.size(); ++s) {
+      const Range slice = weights_.shards[s];
+      if (slice.size() == 0) continue;
+      const index_t first = p == Projection::down ? slice.begin : slice.begin * cols;
+      decode(lease.kernels(), weights_.of(p, static_cast<int>(expert), s),
+             into + expert * rows * cols + first, cols);
+    }
   });
+}
+
+std::vector<int> Experts::homes() const {
+  const Runtime::Lease lease(*runtime_);
+  return weights_.homes;
+}
+
+bool Experts::rebalance(std::span<const double> popularity) {
+  KT_CHECK(weights_.placement != Placement::tensor,
+           "placement is \"tensor\": every expert lies in all shards, there is nothing to rebalance");
+  const Runtime::Lease lease(*runtime_);
+  const std::vector<double> so_far(routed_.begin(), routed_.end());
+  std::vector<int> homes =
+      assign_homes(plan_.num_experts, weights_of(*runtime_), popularity.empty() ? so_far : popularity);
+  const bool moved = !placed_.move || placed_.move(homes);
+  weights_.homes = std::move(homes);
+  return moved;
+}
+
+std::vector<std::int64_t> Experts::routed() const {
+  const Runtime::Lease lease(*runtime_);
+  return routed_;
+}
+
+void Experts::reset_routed() {
+  const Runtime::Lease lease(*runtime_);
+  std::ranges::fill(routed_, 0);
+}
+
+std::vector<PageNodes> Experts::page_nodes() const {
+  const Runtime::Lease lease(*runtime_);
+  std::vector<PageNodes> nodes;
+  for (std::size_t s = 0; s < weights_.shards.size(); ++s)
+    nodes.push_back(sample_pages(weights_, s, runtime_->memory_of(s)));
+  return nodes;
 }
 
 }  // namespace kt

@@ -4,9 +4,24 @@
 #include <thread>
 #include <utility>
 
+#include "weights/cut.h"
 #include "weights/layer_source.h"
 
 namespace kt {
+
+namespace {
+
+QuantError fill_one(const Matrix& m, const LayerPlan& plan, std::span<const Piece> pieces, const Fill& fill,
+                    const KernelSet& kernels, Arena& scratch) {
+  const auto place = [&](const Piece& piece) { return piece.plan.at(piece.memory, m.expert, m.projection); };
+  if (pieces.size() == 1) return fill(m, place(pieces.front()), kernels, scratch);
+  const MutableWeight all = in_scratch(plan.shape(m.projection), scratch);
+  const QuantError error = fill(m, all, kernels, scratch);
+  for (const Piece& piece : pieces) copy_part(frozen(all), m.projection, piece.slice, place(piece));
+  return error;
+}
+
+}  // namespace
 
 std::vector<Matrix> matrices_of(const LayerPlan& plan) {
   std::vector<Matrix> all;
@@ -15,7 +30,7 @@ std::vector<Matrix> matrices_of(const LayerPlan& plan) {
   return all;
 }
 
-std::array<QuantError, 3> fill_all(Runtime& runtime, const LayerPlan& plan, std::byte* memory,
+std::array<QuantError, 3> fill_all(Runtime& runtime, const LayerPlan& plan, std::span<const Piece> pieces,
                                    const std::vector<Matrix>& order, std::size_t nbytes, const Fill& fill,
                                    const Report& report) {
   const std::size_t tasks = order.size();
@@ -32,7 +47,7 @@ std::array<QuantError, 3> fill_all(Runtime& runtime, const LayerPlan& plan, std:
     lease.parallel_for(static_cast<index_t>(tasks), [&](index_t task, Arena& scratch) {
       const Matrix& m = order[static_cast<std::size_t>(task)];
       const auto place = static_cast<std::size_t>(m.expert) * projections.size() + index_of(m.projection);
-      errors[place] = fill(m, plan.at(memory, m.expert, m.projection), lease.kernels(), scratch);
+      errors[place] = fill_one(m, plan, pieces, fill, lease.kernels(), scratch);
       ++done;
       if (report && std::this_thread::get_id() == caller) tell();
     });

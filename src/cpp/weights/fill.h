@@ -4,6 +4,7 @@
 #include <array>
 #include <cstddef>
 #include <functional>
+#include <span>
 #include <vector>
 
 #include "base/arena.h"
@@ -22,7 +23,14 @@ struct Matrix {
 // Expert by expert.
 std::vector<Matrix> matrices_of(const LayerPlan& plan);
 
-// Writes one matrix; called by several threads at once, each with scratch that is empty at first. Returns the
+// A slice of the intermediate dimension of every matrix of a layer, and where it lies as planned.
+struct Piece {
+  Range slice;
+  LayerPlan plan;
+  std::byte* memory = nullptr;
+};
+
+// Writes one matrix; called by several threads at once, each with scratch of its own. Returns the
 // error of quantising it, if it was.
 using Fill = std::function<QuantError(const Matrix& matrix, const MutableWeight& into,
                                       const KernelSet& kernels, Arena& scratch)>;
@@ -31,9 +39,10 @@ using Fill = std::function<QuantError(const Matrix& matrix, const MutableWeight&
 // the work. The runtime is taken meanwhile: it must not be used from there.
 using Report = std::function<void(std::size_t bytes)>;
 
-// Fills `memory` in the given order; in the end `nbytes` have been reported. Returns the errors of gate, up
-// and down, added expert by expert.
-std::array<QuantError, 3> fill_all(Runtime& runtime, const LayerPlan& plan, std::byte* memory,
+// Fills the pieces that make up a layer in the given order; in the end `nbytes` have been reported. A matrix
+// is written where it lies, or if there are several pieces, to scratch, and each takes its part: the bits are
+// the same however it is cut. Returns the errors of gate, up and down, added expert by expert.
+std::array<QuantError, 3> fill_all(Runtime& runtime, const LayerPlan& plan, std::span<const Piece> pieces,
                                    const std::vector<Matrix>& order, std::size_t nbytes, const Fill& fill,
                                    const Report& report);
 

@@ -14,6 +14,7 @@ struct LayerPlan {
   int num_experts = 0;
   index_t hidden = 0, intermediate = 0;
   std::array<WeightType, 3> types;
+  bool on_pages = false;  // every expert begins on a page, so that it can be placed without its neighbours
 
   // A matrix without memory.
   MutableWeight shape(Projection p) const {
@@ -40,17 +41,19 @@ struct LayerPlan {
     return bytes;
   }
 
+  // From one expert to the next.
+  index_t expert_bytes() const {
+    index_t bytes = 0;
+    for (const Projection p : projections) bytes += padded_bytes(shape(p));
+    return on_pages ? round_up(bytes, 4096) : bytes;
+  }
+
   bool operator==(const LayerPlan&) const = default;
 
  private:
   static index_t padded(index_t bytes) { return round_up(bytes, 64); }
   static index_t padded_bytes(const MutableWeight& w) {
     return padded(w.codes_bytes()) + padded(w.scales_bytes()) + padded(w.zeros_bytes());
-  }
-  index_t expert_bytes() const {
-    index_t bytes = 0;
-    for (const Projection p : projections) bytes += padded_bytes(shape(p));
-    return bytes;
   }
 };
 

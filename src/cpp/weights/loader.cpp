@@ -3,13 +3,17 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <span>
 #include <tuple>
 #include <utility>
 
 #include "base/error.h"
 #include "gemm/decode.h"
 #include "weights/checksum.h"
+#include "weights/cut.h"
 #include "weights/fill.h"
+#include "weights/homes.h"
+#include "weights/layer_memory.h"
 #include "weights/packed_file.h"
 #include "weights/text.h"
 
@@ -26,13 +30,29 @@ std::vector<bf16_t> rounded(Runtime& runtime, const MatView& from) {
   return rows;
 }
 
+// Whole, as mapped layers are.
+Spread spread_over(const Runtime& runtime, const LayerPlan& plan, const SpreadOptions& options) {
+  const bool split = options.placement == Placement::tensor;
+  KT_CHECK(!split || options.popularity.empty(),
+           "popularity is given, but placement is \"tensor\": every expert lies in all shards");
+  const index_t align = cut_align(plan.types, plan.intermediate);
+  Spread spread{runtime.split(plan.intermediate, align), /*split=*/false, options.placement};
+  if (!split) spread.homes = assign_homes(plan.num_experts, weights_of(runtime), options.popularity);
+  return spread;
+}
+
 // Memory of its own for a layer, with what `fill` writes there; it returns the errors of quantising.
 template <class FillMemory>
-Placed in_memory(const LayerPlan& plan, bool quantized, const FillMemory& fill) {
-  const auto memory = std::make_shared<Buffer>(static_cast<std::size_t>(plan.bytes()));
-  auto* bytes = static_cast<std::byte*>(memory->data());
-  const std::array<QuantError, 3> errors = fill(bytes);
-  Placed placed = place(plan, bytes, memory);
+Placed in_memory(const Runtime& runtime, const LayerPlan& plan, Spread spread, bool quantized,
+                 const FillMemory& fill) {
+  spread.split = spread.placement == Placement::tensor && spread.shards.size() > 1;
+  const auto memory = std::make_shared<LayerMemory>(runtime, plan, spread);
+  const std::array<QuantError, 3> errors = fill(memory->pieces());
+  Placed placed = place(memory->pieces(), memory);
+  if (spread.placement != Placement::tensor)
+    placed.move = [memory](std::span<const int> homes) { return memory->move(homes); };
+  placed.refused = memory->refused();
+  placed.spread = std::move(spread);
   placed.quantized = quantized;
   placed.errors = errors;
   return placed;
@@ -80,6 +100,7 @@ class CheckpointLayer {
         type = default_type(*options.format);
         convert_ = true;
       }
+    spread_ = spread_over(*runtime_, plan_, options_.spread);
   }
 
   std::shared_ptr<Experts> load() {
@@ -109,7 +130,8 @@ class CheckpointLayer {
   }
 
   Placed loaded() {
-    return in_memory(plan_, quantizes(), [this](std::byte* memory) { return fill(memory); });
+    return in_memory(*runtime_, plan_, spread_, quantizes(),
+                     [this](std::span<const Piece> pieces) { return fill(pieces); });
   }
 
   // Checked as if it were read: the pages of its scales are.
@@ -118,6 +140,7 @@ class CheckpointLayer {
              name_of(*options_.format), name_of(info_.types.front().format));
     Placed placed;
     placed.memory = index_;
+    placed.spread = spread_;
     for (auto& stack : placed.weights) stack.resize(static_cast<std::size_t>(info_.num_experts));
     {
       Runtime::Lease lease(*runtime_);
@@ -141,7 +164,10 @@ class CheckpointLayer {
       options_.warn(message("{}: ignored and made again: {}", quote(path.native()), why));
     if (file == nullptr) file = pack(path, wanted);
     if (report_) report_(info_.nbytes - packed_);
-    Placed placed = place(plan_, file->weights(), file);
+    // Of a mapping for reading: nobody writes there.
+    const std::array pieces{whole_at(const_cast<std::byte*>(file->weights()))};
+    Placed placed = place(pieces, file);
+    placed.spread = spread_;
     placed.quantized = file->layer().quantized;
     placed.errors = file->layer().errors;
     placed.verify = [file](Runtime& runtime, const Report& report) { return file->verify(runtime, report); };
@@ -153,7 +179,7 @@ class CheckpointLayer {
     std::string why;
     PackedWriter writer(path, plan_, report_);
     if (auto file = PackedFile::open(path, layer, why)) return file;  // another process made it meanwhile
-    layer.errors = fill(writer.reserve());
+    layer.errors = fill(std::array{whole_at(writer.reserve())});
     packed_ = info_.nbytes;
     writer.commit(layer, *runtime_, report_);
     auto file = PackedFile::open(path, layer, why);
@@ -161,6 +187,8 @@ class CheckpointLayer {
       throw IoError(message("{}: cannot be read after it was written: {}", quote(path.native()), why));
     return file;
   }
+
+  Piece whole_at(std::byte* memory) const { return {{0, plan_.intermediate}, plan_, memory}; }
 
   // One folder a checkpoint, told apart by where it is.
   fs::path packed_path() const {
@@ -173,11 +201,11 @@ class CheckpointLayer {
            message("layer-{}.{}.ktmoe", layer_, name_of(plan_.types.front().format));
   }
 
-  std::array<QuantError, 3> fill(std::byte* memory) {
+  std::array<QuantError, 3> fill(std::span<const Piece> pieces) {
     const std::vector<Matrix> order = as_stored();
     ReadAhead ahead(*source_, order);
     const auto errors = fill_all(
-        *runtime_, plan_, memory, order, info_.nbytes,
+        *runtime_, plan_, pieces, order, info_.nbytes,
         [&](const Matrix& m, const MutableWeight& into, const KernelSet& kernels, Arena& scratch) {
           ahead.advance();
           MutableWeight stored = into;
@@ -218,6 +246,7 @@ class CheckpointLayer {
   std::shared_ptr<const LayerSource> source_;
   const LayerInfo& info_;
   LayerPlan plan_;
+  Spread spread_;
   bool convert_ = false;
   std::size_t packed_ = 0;  // bytes already reported as read
 };
@@ -226,7 +255,7 @@ class CheckpointLayer {
 
 std::shared_ptr<Experts> experts_from_matrices(std::shared_ptr<Runtime> runtime, const LayerPlan& plan,
                                                Activation activation, const Matrices& matrices,
-                                               const Biases& biases) {
+                                               const Biases& biases, const SpreadOptions& options) {
   const Fill fill = [&](const Matrix& m, const MutableWeight& into, const KernelSet& kernels,
                         Arena& scratch) {
     try {
@@ -236,8 +265,9 @@ std::shared_ptr<Experts> experts_from_matrices(std::shared_ptr<Runtime> runtime,
     }
   };
   const bool quantized = plan.types.front().format != Format::bf16;
-  Placed placed = in_memory(plan, quantized, [&](std::byte* memory) {
-    return fill_all(*runtime, plan, memory, matrices_of(plan), 0, fill, {});
+  Spread spread = spread_over(*runtime, plan, options);
+  Placed placed = in_memory(*runtime, plan, std::move(spread), quantized, [&](std::span<const Piece> pieces) {
+    return fill_all(*runtime, plan, pieces, matrices_of(plan), 0, fill, {});
   });
   for (const Projection p : projections) placed.biases[index_of(p)] = rounded(*runtime, biases[index_of(p)]);
   return std::make_shared<Experts>(std::move(runtime), plan, activation, std::move(placed));

@@ -20,14 +20,12 @@ void read_ahead(const std::byte* bytes, index_t count) {
 
 }  // namespace
 
-Placed place(const LayerPlan& plan, const std::byte* memory, std::shared_ptr<const void> owner) {
+Placed place(std::span<const Piece> pieces, std::shared_ptr<const void> owner) {
   Placed placed;
   placed.memory = std::move(owner);
-  for (int e = 0; e < plan.num_experts; ++e)
-    for (const Projection p : projections) {
-      const MutableWeight w = plan.at(const_cast<std::byte*>(memory), e, p);
-      placed.weights[index_of(p)].push_back(frozen(w));
-    }
+  for (const Piece& piece : pieces)
+    for (const auto& [expert, projection] : matrices_of(piece.plan))
+      placed.weights[index_of(projection)].push_back(frozen(piece.plan.at(piece.memory, expert, projection)));
   return placed;
 }
 

@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kt_moe.architectures import architecture_of
 from kt_moe.checkpoint import Checkpoint
-from kt_moe.experts import CHECKPOINT_FORMATS, Experts
+from kt_moe.experts import CHECKPOINT_FORMATS, PLACEMENTS, Experts
 from kt_moe.hf.experts import NAME, KtExperts, dims_of
 from kt_moe.runtime import Runtime, default_runtime
 
@@ -29,9 +29,10 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
             are converted while they are loaded.
         cache_dir, paged: see `kt_moe.Experts.from_checkpoint`.
         lazy: False loads all experts in from_pretrained, True those of a layer when they are first used.
+        placement: how experts are spread over shards: "tensor", "expert" or "auto" (see `kt_moe.Experts`).
 
     Raises:
-        ValueError: an unknown option or format, or `paged` with `cache_dir`.
+        ValueError: an unknown option, format or placement, or `paged` with `cache_dir`.
     """
 
     def __init__(
@@ -44,18 +45,21 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         cache_dir: str | os.PathLike[str] | None = None,
         paged: bool = False,
         lazy: bool = False,
+        placement: str = "tensor",
         **unknown: Any,
     ) -> None:
         self.quant_method = unknown.pop("quant_method", NAME)  # part of every serialised quantization config
         self.threads, self.shards, self.isa = threads, shards, isa
         self.recompute, self.format = recompute, format
         self.cache_dir = None if cache_dir is None else os.fspath(cache_dir)  # to_dict wants what JSON knows
-        self.paged, self.lazy = paged, lazy
+        self.paged, self.lazy, self.placement = paged, lazy, placement
         if unknown:
             options = [name for name in self.to_dict() if name != "quant_method"]
             raise ValueError(f"KtMoeConfig has no option {sorted(unknown)}, only {options}")
         if format not in CHECKPOINT_FORMATS:
             raise ValueError(f"KtMoeConfig: format is {format!r}, wanted one of {list(CHECKPOINT_FORMATS)}")
+        if placement not in PLACEMENTS:
+            raise ValueError(f"KtMoeConfig: placement is {placement!r}, wanted one of {list(PLACEMENTS)}")
         if paged and cache_dir is not None:
             raise ValueError("KtMoeConfig has paged and cache_dir, wanted one of them")
 
@@ -152,6 +156,7 @@ class _Loader:
             cache_dir=self.config.cache_dir,
             paged=self.config.paged,
             progress=progress,
+            placement=self.config.placement,
         )
         experts.recompute = self.config.recompute
         return experts

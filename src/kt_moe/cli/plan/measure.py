@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -102,7 +103,7 @@ def measure(layer: ExpertLayer, run: Run, format: str, runtime: Runtime, free: i
 def _make_experts(shape: Shape, layer: ExpertLayer, format: str, runtime: Runtime) -> Experts:
     """Random ones like the layer's; the values of biases cost nothing, so theirs are zero."""
     gate, up, down = make_weights(shape, seed=0)
-    biases = {}
+    biases: dict[str, Any] = {}
     if layer.biases:
         weights = {"gate_bias": gate, "up_bias": up, "down_bias": down}
         biases = {name: torch.zeros(w.shape[:2], dtype=w.dtype) for name, w in weights.items()}

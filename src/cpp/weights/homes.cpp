@@ -1,0 +1,85 @@
+#include "weights/homes.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <functional>
+#include <numeric>
+
+#include "base/error.h"
+#include "base/split.h"
+
+namespace kt {
+
+namespace {
+
+constexpr std::array placements{Placement::tensor, Placement::expert, Placement::automatic};
+
+void check(int experts, std::span<const double> popularity) {
+  KT_CHECK(std::ssize(popularity) == experts, "popularity has {} numbers, wanted {}: one an expert",
+           popularity.size(), experts);
+  for (std::size_t e = 0; e < popularity.size(); ++e)
+    KT_CHECK(std::isfinite(popularity[e]) && popularity[e] >= 0,
+             "popularity of expert {} is {}, wanted a finite number that is not negative", e, popularity[e]);
+}
+
+}  // namespace
+
+Placement placement_from(std::string_view name) {
+  for (const Placement placement : placements)
+    if (name == name_of(placement)) return placement;
+  throw ValueError(message("placement is \"{}\", wanted \"tensor\", \"expert\" or \"auto\"", name));
+}
+
+std::string_view name_of(Placement placement) {
+  switch (placement) {
+    case Placement::tensor: return "tensor";
+    case Placement::expert: return "expert";
+    case Placement::automatic: return "auto";
+  }
+  return "unknown";
+}
+
+std::vector<index_t> weights_of(const Runtime& runtime) {
+  std::vector<index_t> weights;
+  for (std::size_t s = 0; s < static_cast<std::size_t>(runtime.shards()); ++s)
+    weights.push_back(runtime.weight_of(s));
+  return weights;
+}
+
+std::vector<int> assign_homes(int experts, std::span<const index_t> weights,
+                              std::span<const double> popularity) {
+  if (!popularity.empty()) check(experts, popularity);
+  std::vector<int> homes(static_cast<std::size_t>(experts));
+  if (std::ranges::all_of(popularity, [](double p) { return p == 0; })) {
+    const std::vector<Range> runs = split_by(experts, weights, 1);
+    for (std::size_t s = 0; s < runs.size(); ++s)
+      std::fill(homes.begin() + runs[s].begin, homes.begin() + runs[s].end, static_cast<int>(s));
+    return homes;
+  }
+
+  const index_t all = std::reduce(weights.begin(), weights.end());
+  std::vector<index_t> room;
+  for (const index_t weight : weights) room.push_back(ceil_div(experts * weight, all));
+  std::vector<std::size_t> order(homes.size());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::ranges::stable_sort(order, std::greater{}, [&](std::size_t e) { return popularity[e]; });
+  const double most = popularity[order.front()];  // in its units no sum leaves the range of numbers
+  std::vector<double> load(weights.size(), 0.0);
+  for (const std::size_t e : order) {
+    const double share = popularity[e] / most;
+    std::size_t best = weights.size();
+    double least = 0;
+    for (std::size_t s = 0; s < weights.size(); ++s) {
+      if (room[s] == 0) continue;
+      const double after = (load[s] + share) / static_cast<double>(weights[s]);
+      if (best == weights.size() || after < least) best = s, least = after;
+    }
+    homes[e] = static_cast<int>(best);
+    load[best] += share;
+    --room[best];
+  }
+  return homes;
+}
+
+}  // namespace kt
