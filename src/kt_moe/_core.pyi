@@ -138,7 +138,7 @@ def layer_time(
     call: LayerCall,
     cores: list[int],
     homes: list[int],
-    nodes: list[tuple[float, float, float]],  # local and remote bytes/s, FLOP/s
+    nodes: list[tuple[float, float, float, float]],  # local and remote bytes/s, FLOP/s, bytes of cache
     mode: str,
     align: int = 1,
 ) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def choose_mode(
     call: LayerCall,
     cores: list[int],
     homes: list[int],
-    nodes: list[tuple[float, float, float]],
+    nodes: list[tuple[float, float, float, float]],
     align: int = 1,
 ) -> str:
     """The mode done sooner with whole experts at their homes."""

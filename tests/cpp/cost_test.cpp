@@ -153,6 +153,7 @@ TEST_CASE("cost: time follows the slowest node and what limits it") {
     before = now;
   }
   CHECK(time({8, 2e11, 3e10, 1e12}).seconds <= time({8, 1e11, 3e10, 1e12}).seconds);
+  CHECK(time({8, 1e9, 1e15, 1e15, 1e9}).seconds < time({8, 1e9, 1e15, 1e15, 1e6}).seconds);
   LayerCall more = call;
   more.routes[0] += 512;
   CHECK(predict(more, even(1024, 1), Mode::tensor, {{8, 1e11, 1, 1e12}}).seconds >

@@ -67,14 +67,14 @@ py::dict traffic(const LayerCall& call, const std::vector<index_t>& cores, const
   return by_name;
 }
 
-using Node = std::array<double, 3>;  // local and remote bytes/s, FLOP/s
+using Node = std::array<double, 4>;  // local and remote bytes/s, FLOP/s, bytes of cache
 
 std::vector<NodeRates> rates(const std::vector<index_t>& cores, const std::vector<Node>& nodes) {
   KT_CHECK(cores.size() == nodes.size(), "there are rates of {} nodes, wanted one for each of {} shards",
            nodes.size(), cores.size());
   std::vector<NodeRates> all;
   for (std::size_t i = 0; i < cores.size(); ++i)
-    all.push_back({static_cast<double>(cores[i]), nodes[i][0], nodes[i][1], nodes[i][2]});
+    all.push_back({static_cast<double>(cores[i]), nodes[i][0], nodes[i][1], nodes[i][2], nodes[i][3]});
   return all;
 }
 

@@ -137,11 +137,12 @@ class Account {
     own(Stage::rows, s, kFp32 * share.routes * hidden());
     if (tensor_ && share.width > 0) {
       own(Stage::rows, s, kFp32 * share.routes * hidden());
-      if (summed_) own(Stage::rows, s, kFp32 * result);
+      if (summed_) own(Stage::merge, s, kFp32 * result);
     }
     for (std::size_t t = 0; t < shares_.size(); ++t) {
       const Share& other = shares_[t];
-      if (!tensor_) at(Stage::merge, s, t, kFp32 * other.routes * hidden() * share.part);
+      if (!tensor_)
+        at(s == t ? Stage::rows : Stage::merge, s, t, kFp32 * other.routes * hidden() * share.part);
       if (summed_ && other.width > 0) at(Stage::merge, s, t, kFp32 * result * share.part);
     }
     caller(Stage::merge, s, kBf16 * result * share.part);
@@ -315,6 +316,7 @@ StageTraffic layer_traffic(const LayerCall& call, const Spread& spread, Mode mod
 
 namespace {
 
+constexpr double kRowBytes = 3 << 10;     // of a route that lie in memory at a time: pass_sum.cpp
 constexpr double kTaskBytes = 512 << 10;  // of bf16 weights that a task multiplies by: Pass::cache_part
 constexpr double kTaskSeconds = 1e-6;     // to take a task
 constexpr double kWaitSeconds = 2e-6;     // until threads of one node see that a step is done
@@ -326,6 +328,14 @@ double tasks(const LayerCall& call) {
   for (const index_t count : call.routes) blocks += static_cast<double>(ceil_div(count, kBlockRows));
   const double weights = 3 * kBf16 * static_cast<double>(call.hidden * call.intermediate);
   return blocks * (3 + std::ceil(weights / kTaskBytes)) * (call.backward && !call.saved ? 2 : 1);
+}
+
+// Bytes that a shard's rows take at a time.
+double rows_kept(const LayerCall& call, const Spread& spread, Mode mode, std::size_t shard) {
+  index_t routes = 0;
+  for (std::size_t e = 0; e < call.routes.size(); ++e)
+    if (mode == Mode::tensor || spread.homes[e] == static_cast<int>(shard)) routes += call.routes[e];
+  return kRowBytes * static_cast<double>(routes);
 }
 
 double overhead(const LayerCall& call, const Spread& spread, Mode mode, const std::vector<NodeRates>& nodes) {
@@ -351,13 +361,16 @@ Prediction predict(const LayerCall& call, const Spread& spread, Mode mode,
              node.cores, node.local, node.remote, node.flops);
   Prediction result;
   result.traffic.resize(nodes.size());
-  for (const std::vector<Traffic>& stage : layer_traffic(call, spread, mode))
+  const StageTraffic stages = layer_traffic(call, spread, mode);
+  for (const std::vector<Traffic>& stage : stages)
     for (std::size_t s = 0; s < nodes.size(); ++s) result.traffic[s] += stage[s];
   result.overhead = overhead(call, spread, mode, nodes);
   double slowest = 0;
   for (std::size_t s = 0; s < nodes.size(); ++s) {
     const Traffic& t = result.traffic[s];
-    const std::array times{t.flops / nodes[s].flops, (t.local + t.served) / nodes[s].local,
+    const bool cached = rows_kept(call, spread, mode, s) <= nodes[s].cache;
+    const double rows = cached ? stages[static_cast<std::size_t>(Stage::rows)][s].local : 0;
+    const std::array times{t.flops / nodes[s].flops, (t.local - rows + t.served) / nodes[s].local,
                            t.remote / nodes[s].remote};
     const auto longest = std::ranges::max_element(times);
     result.node_time.push_back(*longest);

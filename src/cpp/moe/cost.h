@@ -35,8 +35,8 @@ struct Spread {
 
 // Steps that share data. gather: rows of X or dY, packed. low_rank: P and Q, with what their merging takes.
 // pack: h, or dG and dU, as input of the next product. gate_up, down: the products with weights and what they
-// read and write. rows: the fp32 results of routes, and their sum over a shard's routes. merge: the sum over
-// shards, and the result. lora: the gradients of A and B.
+// read and write. rows: the fp32 results of routes, written, and read where they lie. merge: those of other
+// shards, or the sums of all shards, and the result. lora: the gradients of A and B.
 enum class Stage : std::uint8_t { gather, low_rank, gate_up, pack, down, rows, merge, lora };
 
 inline constexpr std::array<std::string_view, 8> stage_names{"gather", "low_rank", "gate_up", "pack",
@@ -57,9 +57,10 @@ using StageTraffic = std::array<std::vector<Traffic>, stage_names.size()>;  // [
 // `homes` must not be empty in expert mode.
 StageTraffic layer_traffic(const LayerCall& call, const Spread& spread, Mode mode);
 
-// A shard's node: bytes/s of its memory and of its links to others, and FLOP/s of all its cores.
+// A shard's node: bytes/s of its memory and of its links to others, FLOP/s of all its cores, and bytes of its
+// last cache: where the rows kept at a time fit in there, they cost its memory nothing.
 struct NodeRates {
-  double cores = 1, local = 0, remote = 0, flops = 0;
+  double cores = 1, local = 0, remote = 0, flops = 0, cache = 0;
 };
 
 enum class Limit : std::uint8_t { compute, memory, remote, overhead };
