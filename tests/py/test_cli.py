@@ -177,6 +177,8 @@ def test_interrupted_run_resumes_with_the_same_losses(
     assert metrics(output)["held_out"] == metrics(finished)["held_out"]
     ours, theirs = adapter(output), adapter(finished)
     assert all((ours[name] == theirs[name]).all() for name in theirs)
+    routes = [RoutingHistory.load(run / "routing.safetensors").counts for run in (output, finished)]
+    assert all(torch.equal(routes[0][name], counts) for name, counts in routes[1].items())
 
 
 def test_finished_run_is_not_touched_unasked(
