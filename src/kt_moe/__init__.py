@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the lazy names below, for type checkers
     from kt_moe import hf
     from kt_moe.adapters import load_adapter, merge_adapter, save_adapter
     from kt_moe.hf import KtMoeConfig
+    from kt_moe.routing_stats import RoutingHistory, plot_routing, routing_counts
 
 __all__ = [
     "Checkpoint",
@@ -22,6 +23,7 @@ __all__ = [
     "Lora",
     "MoEFunction",
     "MoELayer",
+    "RoutingHistory",
     "Runtime",
     "__version__",
     "cpu_info",
@@ -30,6 +32,8 @@ __all__ = [
     "load_adapter",
     "merge_adapter",
     "moe",
+    "plot_routing",
+    "routing_counts",
     "save_adapter",
 ]
 
@@ -40,6 +44,9 @@ _LAZY = {
     "save_adapter": "kt_moe.adapters",
     "load_adapter": "kt_moe.adapters",
     "merge_adapter": "kt_moe.adapters",
+    "RoutingHistory": "kt_moe.routing_stats",
+    "plot_routing": "kt_moe.routing_stats",
+    "routing_counts": "kt_moe.routing_stats",
 }
 
 

@@ -125,6 +125,52 @@ def measure_ceilings(runtime: Runtime, seconds: float, read_bytes: int) -> dict[
     read from `read_bytes` of memory.
     """
 
+@final
+class LayerCall:
+    """A call of a layer for the scaling model; docs/numa.md."""
+
+    def __init__(
+        self,
+        *,
+        tokens: int,
+        hidden: int,
+        intermediate: int,
+        routes: list[int],  # of each expert
+        ranks: tuple[int, int, int],  # LoRA of gate, up, down
+        weight_bytes: tuple[float, float, float],  # of one expert's gate, up, down
+        lora_bytes: int,  # of a LoRA parameter
+        backward: bool,
+        saved: bool,
+    ) -> None: ...
+
+def layer_traffic(
+    call: LayerCall,
+    cores: list[int],  # of each shard's node
+    homes: list[int],  # of each expert whole in a shard's memory; []: each has its own slice
+    mode: str,  # tensor | expert
+    align: int = 1,  # of the cuts of the intermediate dimension
+) -> dict[str, list[dict[str, float]]]:
+    """By stage, for each shard: "local", "remote" and "served" bytes, "flops"."""
+
+def layer_time(
+    call: LayerCall,
+    cores: list[int],
+    homes: list[int],
+    nodes: list[tuple[float, float, float, float]],  # local and remote bytes/s, FLOP/s, bytes of cache
+    mode: str,
+    align: int = 1,
+) -> dict[str, Any]:
+    """seconds, limit ("compute" | "memory" | "remote" | "overhead"), overhead, node_seconds, traffic."""
+
+def choose_mode(
+    call: LayerCall,
+    cores: list[int],
+    homes: list[int],
+    nodes: list[tuple[float, float, float, float]],
+    align: int = 1,
+) -> str:
+    """The mode done sooner with whole experts at their homes."""
+
 def forward(
     experts: Experts,
     hidden_states: Tensor,  # [T, H] bf16

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import kt_moe
+from kt_moe import RoutingHistory
 from kt_moe.cli import main, progress
 from kt_moe.cli.info import describe
 from kt_moe.cli.output import RunDirectory
@@ -110,6 +111,23 @@ def test_run_leaves_adapter_curve_and_numbers(finished: Path) -> None:
     assert not list(finished.glob(".*"))  # no scratch left
 
 
+def test_run_leaves_its_routing(finished: Path) -> None:
+    history = RoutingHistory.load(finished / "routing.safetensors")
+    assert history.steps == list(range(1, STEPS + 1))
+    total = history.total()
+    assert list(total) == [f"model.layers.{n}.mlp.experts" for n in range(2)]
+    first, second = total.values()
+    assert int(first.sum()) == int(second.sum()) > 0  # a token has as many routes in every layer
+    # Two rows of up to 32 tokens a step, two experts a token: no evaluation is in it.
+    assert int(history.counts["model.layers.0.mlp.experts"].sum(1).max()) <= 2 * 32 * 2
+    with Image.open(finished / "routing.png") as image:
+        image.verify()
+        assert image.format == "PNG"
+    balance = metrics(finished)["routing"]["model.layers.1.mlp.experts"]
+    assert balance["imbalance"] == pytest.approx(int(second.max()) / second.double().mean().item())
+    assert "routing        busiest expert" in (finished.parent / "stdout").read_text()
+
+
 def test_run_says_what_matters_and_no_more(finished: Path) -> None:
     stdout, stderr = ((finished.parent / name).read_text() for name in ("stdout", "stderr"))
     losses = [loss for _, loss in metrics(finished)["held_out"]]
@@ -159,6 +177,8 @@ def test_interrupted_run_resumes_with_the_same_losses(
     assert metrics(output)["held_out"] == metrics(finished)["held_out"]
     ours, theirs = adapter(output), adapter(finished)
     assert all((ours[name] == theirs[name]).all() for name in theirs)
+    routes = [RoutingHistory.load(run / "routing.safetensors").counts for run in (output, finished)]
+    assert all(torch.equal(routes[0][name], counts) for name, counts in routes[1].items())
 
 
 def test_finished_run_is_not_touched_unasked(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from kt_moe.cli.plot import History, plot_losses
 if TYPE_CHECKING:
     from kt_moe.cli.progress import Progress
     from kt_moe.cli.trainer import Rows
+    from kt_moe.routing_stats import RoutingHistory
 
 INTERRUPTED = 130  # exit status of a command ended by SIGINT
 
@@ -58,6 +60,7 @@ class _Job:
         """Load, train, write; the exit status."""
         from kt_moe.adapters import load_adapter
         from kt_moe.cli.model import load_tokenizer
+        from kt_moe.cli.routing import load_history
         from kt_moe.cli.trainer import Rows
 
         checkpoint = self.directory.resume(self.record) if self.args.resume else None
@@ -80,8 +83,9 @@ class _Job:
             _say(f"resuming  from {checkpoint}")
         if log is None:
             return self._train(model, tokenizer, rows, checkpoint)
+        assert checkpoint is not None
         load_adapter(model, str(checkpoint))  # training was complete, but not what follows it
-        self._finish(model, tokenizer, History.from_log(log), None)
+        self._finish(model, tokenizer, History.from_log(log), load_history(checkpoint), None)
         return 0
 
     def _load_model(self) -> Any:
@@ -100,14 +104,15 @@ class _Job:
         from jinja2 import TemplateError
 
         from kt_moe.cli.progress import Progress, StopOnSignal
+        from kt_moe.cli.routing import RoutingWatch
         from kt_moe.cli.trainer import build_trainer
 
-        progress, stop = Progress(), StopOnSignal()
+        progress, stop, routing = Progress(), StopOnSignal(), RoutingWatch(checkpoint)
         try:
             trainer = build_trainer(
                 model, tokenizer, rows, self.settings, self.directory.checkpoints,
                 save_every=self.args.save_every, gradient_checkpointing=self.args.gradient_checkpointing,
-                resumed=checkpoint is not None, callbacks=[progress, stop],
+                resumed=checkpoint is not None, callbacks=[progress, stop, routing],
             )  # fmt: skip
         except (ValueError, RuntimeError, TemplateError) as error:
             if not self.chat:
@@ -127,7 +132,8 @@ class _Job:
             progress.close()
         if stop.requested and trainer.state.global_step < trainer.state.max_steps:
             return self._interrupted()
-        self._finish(trainer.model, tokenizer, History.from_log(trainer.state.log_history), progress)
+        losses = History.from_log(trainer.state.log_history)
+        self._finish(trainer.model, tokenizer, losses, routing.history, progress)
         return 0
 
     def _interrupted(self) -> int:
@@ -139,18 +145,33 @@ class _Job:
         _say(f"stopped; the last checkpoint is {checkpoint}\nresume with: kt-moe {shlex.join(command)}")
         return INTERRUPTED
 
-    def _finish(self, model: Any, tokenizer: Any, history: History, progress: Progress | None) -> None:
-        """Curve and numbers first, the adapter last: where it lies, the run is complete.
+    def _finish(
+        self,
+        model: Any,
+        tokenizer: Any,
+        history: History,
+        routing: RoutingHistory | None,
+        progress: Progress | None,
+    ) -> None:
+        """Pictures and numbers first, the adapter last: where it lies, the run is complete.
 
-        progress: None where this process did not train.
+        routing: None where it got lost. progress: None where this process did not train.
         """
         from kt_moe.adapters import save_adapter
         from kt_moe.cli.progress import memory_line, peak_memory
+        from kt_moe.cli.routing import balances, routing_line
+        from kt_moe.routing_stats import plot_routing
 
         directory, speed = self.directory, None if progress is None else progress.tokens_per_second
-        plot_losses({"": history}, directory.curve, f"LoRA on {Path(self.settings.model).name}")
+        name = Path(self.settings.model).name
+        plot_losses({"": history}, directory.curve, f"LoRA on {name}")
+        balance = {} if routing is None else balances(routing)
+        if routing is not None and balance:
+            routing.save(directory.routing)
+            plot_routing(routing.total(), directory.heat_map, f"Experts of {name} in training")
         used = {"tokens_per_second": speed, "peak_memory_bytes": peak_memory()}
-        write_json(directory.metrics, {**history.to_dict(), **used, "settings": self.record})
+        even = {layer: asdict(found) for layer, found in balance.items()}
+        write_json(directory.metrics, {**history.to_dict(), **used, "routing": even, "settings": self.record})
         save_adapter(model, directory.root)
         self._show_samples(model, tokenizer)
         _say("")
@@ -159,6 +180,8 @@ class _Job:
             _say(f"held-out loss  {before:.4f} before, {after:.4f} after")
         if speed is not None:
             _say(f"speed          {speed:.0f} tokens/s, {memory_line()}")
+        if balance:
+            _say(f"routing        {routing_line(balance)}: {directory.heat_map}")
         _say(f"adapter        {directory.adapter}\nloss curve     {directory.curve}")
 
     def _show_samples(self, model: Any, tokenizer: Any) -> None:

@@ -153,3 +153,12 @@ def number(least: float, below: float = float("inf")) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+def list_of(item: Callable[[str], object]) -> Callable[[str], list[object]]:
+    """An argparse type: values separated by commas, each once."""
+
+    def parse(text: str) -> list[object]:
+        return list(dict.fromkeys(item(part.strip()) for part in text.split(",")))
+
+    return parse

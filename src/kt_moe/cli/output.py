@@ -2,6 +2,7 @@
 
 adapter_model.safetensors, adapter_config.json   written last: their presence means the run is complete
 loss.png, metrics.json                           loss curve; losses, speed and memory as numbers
+routing.png, routing.safetensors                 how often experts were chosen: all in all, and over the run
 run.json                                         the settings, so that a resumed run is the same run
 checkpoints/checkpoint-N/                        the trainer's own, for resuming
 """
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from kt_moe.cli.errors import UserError
+from kt_moe.files import replacing
 
-_OURS = ("run.json", "metrics.json", "loss.png")
+ROUTING = "routing.safetensors"  # also in a checkpoint
+_OURS = ("run.json", "metrics.json", "loss.png", "routing.png", ROUTING)
 
 
 class RunDirectory:
@@ -28,6 +31,7 @@ class RunDirectory:
         self.adapter = root / "adapter_model.safetensors"
         self.curve = root / "loss.png"
         self.metrics = root / "metrics.json"
+        self.routing, self.heat_map = root / ROUTING, root / "routing.png"
         self._run = root / "run.json"
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
@@ -103,12 +107,8 @@ def finished_log(checkpoint: Path) -> list[dict[str, Any]] | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON; the file appears whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with replacing(path) as part:
         part.write_text(json.dumps(value, indent=2) + "\n")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _is_json(path: Path) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from kt_moe.files import replacing
 
 Curve = list[tuple[int, float]]  # (step, loss)
 
@@ -75,12 +76,8 @@ def plot_losses(runs: Mapping[str, History], path: Path, title: str) -> None:
 
 def save_png(figure: Any, path: Path) -> None:
     """Write a matplotlib figure; the file appears whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with replacing(path) as part:
         figure.savefig(part, format="png")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _xy(curve: Curve) -> tuple[list[int], list[float]]:

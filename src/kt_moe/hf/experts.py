@@ -152,6 +152,14 @@ def experts_of(module: nn.Module) -> Experts:
     return packed.experts
 
 
+def loaded_experts(module: nn.Module) -> Experts | None:
+    """Those that `experts_of` gave last; None if it was never asked."""
+    if isinstance(module, KtExperts):
+        return module._experts
+    packed = _packed.get(module)
+    return None if packed is None else packed.experts
+
+
 def _pack(module: nn.Module, gate_up: Tensor, down: Tensor, *biases: Tensor) -> Experts:
     """From weights [E, out, in] or [E, in, out], gate first or alternating with up."""
     activation = architecture_of(module.config).activation

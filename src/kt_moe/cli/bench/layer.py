@@ -37,6 +37,7 @@ PRESETS = {
     shape.name: shape
     for shape in (
         Shape("qwen3-30b-a3b", 2048, 768, 128, 8),
+        Shape("qwen3-235b-a22b", 4096, 1536, 128, 8),
         Shape("deepseek-v3", 7168, 2048, 256, 8),
         Shape("mixtral-8x7b", 4096, 14336, 8, 2),
         Shape("gpt-oss-120b", 2880, 2880, 128, 4),

@@ -14,6 +14,7 @@ from kt_moe import _core
 from kt_moe.cli.bench.layer import PRESETS, Shape
 from kt_moe.cli.bench.peers import PEERS
 from kt_moe.cli.errors import UserError
+from kt_moe.cli.options import list_of
 
 _DEFAULTS: dict[str, Any] = {
     "preset": "qwen3-30b-a3b",
@@ -51,29 +52,35 @@ class Settings:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options; those that --quick changes have no default here."""
-    count, counts = _number(1), _list(_number(1))
+    count, counts = _number(1), list_of(_number(1))
     layer = parser.add_argument_group("layer")
     layer.add_argument("--preset", choices=PRESETS, help=f"shape of a model ({_DEFAULTS['preset']})")
     for name, letter in (("hidden", "H"), ("intermediate", "I"), ("experts", "E"), ("topk", "K")):
         layer.add_argument(f"--{name}", type=count, metavar=letter, help=f"{letter}, instead of the preset's")
     cases = parser.add_argument_group("cases, every combination of them")
     cases.add_argument("--tokens", type=counts, metavar="T,..", help="tokens in the batch (1,8,64,1024)")
-    cases.add_argument("--rank", type=_list(_number(0)), metavar="R,..", help="LoRA rank, 0 for none (0,16)")
+    cases.add_argument(
+        "--rank", type=list_of(_number(0)), metavar="R,..", help="LoRA rank, 0 for none (0,16)"
+    )
     cases.add_argument("--threads", type=counts, metavar="N,..", help="(the CPUs this process may use)")
-    cases.add_argument("--isa", type=_list(str), metavar="NAME,..", help="kernel set (the best there is)")
+    cases.add_argument("--isa", type=list_of(str), metavar="NAME,..", help="kernel set (the best there is)")
     how = parser.add_argument_group("how")
     how.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the LoRA tensors")
     how.add_argument("--routing", choices=["uniform", "skewed"], default="uniform", help="tokens to experts")
     how.add_argument("--recompute", action="store_true", help="backward computes G and U again")
     how.add_argument(
-        "--grow", type=_list(_one_of(_AXES)), default=[], metavar="NAME,..",
+        "--grow", type=list_of(_one_of(_AXES)), default=[], metavar="NAME,..",
         help=f"vary each of these alone around a base case: {', '.join(_AXES)}",
     )  # fmt: skip
     how.add_argument("--reps", type=count, metavar="N", help="turns each one takes at a case (7)")
     how.add_argument("--seed", type=_number(0), default=0, help="of weights, inputs and routes (0)")
     how.add_argument("--quick", action="store_true", help="32 experts, fewer turns: half a minute")
     how.add_argument(
-        "--peers", type=_list(str), default=[], metavar="NAME,..", help=f"time these too: {', '.join(PEERS)}"
+        "--peers",
+        type=list_of(str),
+        default=[],
+        metavar="NAME,..",
+        help=f"time these too: {', '.join(PEERS)}",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
     parser.add_argument(
@@ -190,12 +197,5 @@ def _one_of(names: Sequence[str]) -> Callable[[str], str]:
         if text not in names:
             raise argparse.ArgumentTypeError(f"has {text!r}, wanted some of {', '.join(names)}")
         return text
-
-    return parse
-
-
-def _list(item: Callable[[str], object]) -> Callable[[str], list[object]]:
-    def parse(text: str) -> list[object]:
-        return list(dict.fromkeys(item(part.strip()) for part in text.split(",")))
 
     return parse
