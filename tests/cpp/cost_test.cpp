@@ -16,10 +16,10 @@ LayerCall small_call(bool backward = false, bool saved = true) {
   return {400, 64, 96, {600, 0, 5}, {4, 4, 4}, {100, 100, 200}, 4, backward, saved};
 }
 
-Spread even(index_t intermediate, int shards, std::vector<int> homes = {}) {
-  Spread spread{{}, std::move(homes)};
-  for (int s = 0; s < shards; ++s) spread.shards.push_back(split(intermediate, shards, s));
-  return spread;
+Division even(index_t intermediate, int shards, std::vector<int> homes = {}) {
+  Division division{{}, std::move(homes)};
+  for (int s = 0; s < shards; ++s) division.shards.push_back(split(intermediate, shards, s));
+  return division;
 }
 
 Traffic total(const std::vector<Traffic>& shards) {
@@ -34,7 +34,9 @@ Traffic total(const StageTraffic& stages) {
   return sum;
 }
 
-Traffic of(const StageTraffic& stages, Stage stage) { return total(stages[static_cast<std::size_t>(stage)]); }
+Traffic of(const StageTraffic& stages, TrafficStage stage) {
+  return total(stages[static_cast<std::size_t>(stage)]);
+}
 
 double bytes(const Traffic& t) { return t.local + t.remote; }
 
@@ -47,13 +49,13 @@ TEST_CASE("cost: what forward takes without LoRA on one shard, by hand") {
   const LayerCall call{10, 8, 6, {20, 3}, {}, {96, 96, 96}};
   const StageTraffic t = layer_traffic(call, even(6, 1), Mode::tensor);
   const double routes = 23, packed = 20;  // three rows are multiplied where they lie
-  CHECK(of(t, Stage::gather).local == 2 * 8 * (routes + packed));
-  CHECK(of(t, Stage::gate_up).local == 2 * 2 * 96 + 2 * packed * 8 + 2 * 3 * routes * 6);  // h, G, U
-  CHECK(of(t, Stage::pack).local == 2 * 6 * (routes + packed));
-  CHECK(of(t, Stage::down).local == 2 * 96 + 2 * packed * 6);
-  CHECK(of(t, Stage::rows).local == 2 * 4 * routes * 8);
-  CHECK(of(t, Stage::merge).local == 2 * 10 * 8);
-  CHECK(bytes(of(t, Stage::low_rank)) == 0);
+  CHECK(of(t, TrafficStage::gather).local == 2 * 8 * (routes + packed));
+  CHECK(of(t, TrafficStage::gate_up).local == 2 * 2 * 96 + 2 * packed * 8 + 2 * 3 * routes * 6);  // h, G, U
+  CHECK(of(t, TrafficStage::pack).local == 2 * 6 * (routes + packed));
+  CHECK(of(t, TrafficStage::down).local == 2 * 96 + 2 * packed * 6);
+  CHECK(of(t, TrafficStage::rows).local == 2 * 4 * routes * 8);
+  CHECK(of(t, TrafficStage::merge).local == 2 * 10 * 8);
+  CHECK(bytes(of(t, TrafficStage::low_rank)) == 0);
   CHECK(total(t).remote == 0);
   CHECK(total(t).flops == 2 * routes * 3 * 8 * 6);
 }
@@ -61,14 +63,14 @@ TEST_CASE("cost: what forward takes without LoRA on one shard, by hand") {
 TEST_CASE("cost: what two shards read of each other, by hand") {
   const LayerCall call{10, 8, 6, {20}, {2, 0, 2}, {96, 96, 96}, 4, false, false};
   const StageTraffic t = layer_traffic(call, even(6, 2), Mode::tensor);
-  CHECK(of(t, Stage::gather).remote == 2 * (2 * 20 * 8) / 2.0);  // half of X for each
+  CHECK(of(t, TrafficStage::gather).remote == 2 * (2 * 20 * 8) / 2.0);  // half of X for each
   // The other shard reads P of gate; the home reads its sums of Pd. A of gate and of down are the caller's.
   const double a = (8 * 2 + 6 * 2) * 4;
-  CHECK(of(t, Stage::low_rank).remote == 2 * 20 * 2 + 4 * 20 * 2 + a / 2);
-  CHECK(of(t, Stage::gate_up).remote == 6 * 2 * 4 / 2.0);  // B of gate
-  CHECK(of(t, Stage::down).remote == 8 * 2 * 4 / 2.0);     // B of down, at home
-  CHECK(of(t, Stage::merge).remote == 4 * 10 * 8 + 2 * 10 * 8 / 2.0);
-  CHECK(of(t, Stage::rows).remote == 0);
+  CHECK(of(t, TrafficStage::low_rank).remote == 2 * 20 * 2 + 4 * 20 * 2 + a / 2);
+  CHECK(of(t, TrafficStage::gate_up).remote == 6 * 2 * 4 / 2.0);  // B of gate
+  CHECK(of(t, TrafficStage::down).remote == 8 * 2 * 4 / 2.0);     // B of down, at home
+  CHECK(of(t, TrafficStage::merge).remote == 4 * 10 * 8 + 2 * 10 * 8 / 2.0);
+  CHECK(of(t, TrafficStage::rows).remote == 0);
 }
 
 TEST_CASE("cost: every product is computed once, however it is cut") {
@@ -77,7 +79,7 @@ TEST_CASE("cost: every product is computed once, however it is cut") {
     for (const int shards : {2, 3, 5, 8, 16}) {
       CAPTURE(shards);
       CHECK(total(layer_traffic(call, even(96, shards), Mode::tensor)).flops == doctest::Approx(flops));
-      const Spread whole = even(96, shards, {0, shards / 2, shards - 1});
+      const Division whole = even(96, shards, {0, shards / 2, shards - 1});
       CHECK(total(layer_traffic(call, whole, Mode::tensor)).flops == doctest::Approx(flops));
       CHECK(total(layer_traffic(call, whole, Mode::expert)).flops == doctest::Approx(flops));
     }
@@ -91,16 +93,16 @@ TEST_CASE("cost: weights and what is cut with them are read once, however they a
     for (const int shards : {2, 7, 16}) {
       const StageTraffic one = layer_traffic(call, even(96, 1), Mode::tensor);
       const StageTraffic cut = layer_traffic(call, even(96, shards), Mode::tensor);
-      CHECK(bytes(of(cut, Stage::pack)) == doctest::Approx(bytes(of(one, Stage::pack))));
+      CHECK(bytes(of(cut, TrafficStage::pack)) == doctest::Approx(bytes(of(one, TrafficStage::pack))));
       const StageTraffic whole = layer_traffic(call, even(96, shards, {0, 1, 1}), Mode::expert);
       CHECK(bytes(total(whole)) == doctest::Approx(bytes(total(one))));
     }
   LayerCall call = small_call();
   call.ranks = {};
-  const auto weights = [&](const Spread& spread) {
+  const auto weights = [&](const Division& division) {
     LayerCall heavy = call;
     heavy.weight_bytes = {1e12, 1e12, 1e12};
-    return total(layer_traffic(heavy, spread, Mode::tensor));
+    return total(layer_traffic(heavy, division, Mode::tensor));
   };
   CHECK(bytes(weights(even(96, 4))) == doctest::Approx(9e12));  // three blocks
   CHECK(weights(even(96, 4)).remote < 1e9);
@@ -126,12 +128,12 @@ TEST_CASE("cost: what one reads remotely another serves, and one shard has nothi
 
 TEST_CASE("cost: shards too many for the intermediate dimension have little to do") {
   const LayerCall call = small_call();
-  Spread spread{{{0, 64}, {64, 96}, {96, 96}}};
-  const StageTraffic t = layer_traffic(call, spread, Mode::tensor);
-  CHECK(t[static_cast<std::size_t>(Stage::rows)][2].local == 0);
-  CHECK(t[static_cast<std::size_t>(Stage::gate_up)][2].flops == 0);
-  CHECK(t[static_cast<std::size_t>(Stage::pack)][0].local ==
-        doctest::Approx(2 * t[static_cast<std::size_t>(Stage::pack)][1].local));
+  Division division{{{0, 64}, {64, 96}, {96, 96}}};
+  const StageTraffic t = layer_traffic(call, division, Mode::tensor);
+  CHECK(t[static_cast<std::size_t>(TrafficStage::rows)][2].local == 0);
+  CHECK(t[static_cast<std::size_t>(TrafficStage::gate_up)][2].flops == 0);
+  CHECK(t[static_cast<std::size_t>(TrafficStage::pack)][0].local ==
+        doctest::Approx(2 * t[static_cast<std::size_t>(TrafficStage::pack)][1].local));
 }
 
 TEST_CASE("cost: time follows the slowest node and what limits it") {
@@ -169,12 +171,12 @@ TEST_CASE("cost: the mode that is done sooner is chosen") {
   const std::vector<NodeRates> nodes(2, NodeRates{48, 3e11, 1e11, 4e13});
   std::vector<int> homes;
   for (int e = 0; e < 16; ++e) homes.push_back(e % 2);
-  const Spread spread = even(1536, 2, homes);
+  const Division division = even(1536, 2, homes);
   for (const std::size_t e : {0, 1}) call.routes[e] = 1;  // one on each node: nothing to be gained by cutting
-  CHECK(choose(call, spread, nodes) == Mode::expert);
+  CHECK(choose(call, division, nodes) == Mode::expert);
   for (const std::size_t e : {2, 4, 6, 8}) call.routes[e] = 1000;  // all at one node
   call.tokens = 1000;
-  CHECK(choose(call, spread, nodes) == Mode::tensor);
+  CHECK(choose(call, division, nodes) == Mode::tensor);
   for (const Mode mode : {Mode::tensor, Mode::expert}) CHECK(mode_from(name_of(mode)) == mode);
 }
 

@@ -31,8 +31,8 @@ LayerCall make_call(index_t tokens, index_t hidden, index_t intermediate, std::v
   return {tokens, hidden, intermediate, std::move(routes), ranks, weight_bytes, lora_bytes, backward, saved};
 }
 
-Spread make_spread(const LayerCall& call, const std::vector<index_t>& cores, std::vector<int> homes,
-                   index_t align) {
+Division make_division(const LayerCall& call, const std::vector<index_t>& cores, std::vector<int> homes,
+                       index_t align) {
   index_t all = 0;
   for (const index_t n : cores) {
     KT_CHECK(n >= 1, "a shard has {} cores, wanted at least 1", n);
@@ -60,7 +60,7 @@ py::list to_list(const std::vector<Traffic>& shards) {
 
 py::dict traffic(const LayerCall& call, const std::vector<index_t>& cores, const std::vector<int>& homes,
                  const std::string& mode, index_t align) {
-  const StageTraffic stages = layer_traffic(call, make_spread(call, cores, homes, align), mode_from(mode));
+  const StageTraffic stages = layer_traffic(call, make_division(call, cores, homes, align), mode_from(mode));
   py::dict by_name;
   for (std::size_t i = 0; i < stages.size(); ++i)
     by_name[py::str(stage_names[i].data(), stage_names[i].size())] = to_list(stages[i]);
@@ -81,7 +81,7 @@ std::vector<NodeRates> rates(const std::vector<index_t>& cores, const std::vecto
 py::dict time_of(const LayerCall& call, const std::vector<index_t>& cores, const std::vector<int>& homes,
                  const std::vector<Node>& nodes, const std::string& mode, index_t align) {
   const Prediction prediction =
-      predict(call, make_spread(call, cores, homes, align), mode_from(mode), rates(cores, nodes));
+      predict(call, make_division(call, cores, homes, align), mode_from(mode), rates(cores, nodes));
   py::dict values;
   values["seconds"] = prediction.seconds;
   values["limit"] = std::string(name_of(prediction.limit));
@@ -93,7 +93,7 @@ py::dict time_of(const LayerCall& call, const std::vector<index_t>& cores, const
 
 std::string choose_mode(const LayerCall& call, const std::vector<index_t>& cores,
                         const std::vector<int>& homes, const std::vector<Node>& nodes, index_t align) {
-  return std::string(name_of(choose(call, make_spread(call, cores, homes, align), rates(cores, nodes))));
+  return std::string(name_of(choose(call, make_division(call, cores, homes, align), rates(cores, nodes))));
 }
 
 }  // namespace

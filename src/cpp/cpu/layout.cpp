@@ -64,7 +64,7 @@ Topology choose_nodes(Topology topology, std::span<const int> nodes) {
   return topology;
 }
 
-Layout plan_layout(const Topology& topology, int threads, int shards) {
+ShardLayout plan_layout(const Topology& topology, int threads, int shards) {
   std::vector<const NumaNode*> usable;
   for (const NumaNode& node : topology.nodes)
     if (!node.cpus.empty()) usable.push_back(&node);
@@ -81,7 +81,7 @@ Layout plan_layout(const Topology& topology, int threads, int shards) {
     weights.push_back(group.cores);
     groups.push_back(group);
   }
-  Layout layout;
+  ShardLayout layout;
   const std::vector<Range> shards_of = share_out(shards, weights);
   for (std::size_t g = 0; g < groups.size(); ++g) {
     groups[g].shards = shards_of[g];

@@ -23,7 +23,7 @@ struct Team {
   std::vector<int> cpus = {};  // that its threads may run on; none: any
 };
 
-struct Layout {
+struct ShardLayout {
   std::vector<Shard> shards;
   std::vector<Team> teams;
 };
@@ -34,6 +34,6 @@ Topology choose_nodes(Topology topology, std::span<const int> nodes);
 
 // Every shard has nodes of its own, or where there are fewer nodes, shares one; teams are as many as there
 // are nodes, shards and threads for. `threads`, `shards` >= 1.
-Layout plan_layout(const Topology& topology, int threads, int shards);
+ShardLayout plan_layout(const Topology& topology, int threads, int shards);
 
 }  // namespace kt

@@ -27,20 +27,20 @@ struct Share {
 
 class Account {
  public:
-  Account(const LayerCall& call, const Spread& spread, Mode mode)
+  Account(const LayerCall& call, const Division& division, Mode mode)
       : call_(call),
         tensor_(mode == Mode::tensor),
-        summed_(tensor_ && spread.shards.size() > 1),
-        weights_at_home_(tensor_ && !spread.homes.empty()),
-        shares_(spread.shards.size()) {
+        summed_(tensor_ && division.shards.size() > 1),
+        weights_at_home_(tensor_ && !division.homes.empty()),
+        shares_(division.shards.size()) {
     for (auto& stage : traffic_) stage.resize(shares_.size());
     for (std::size_t s = 0; s < shares_.size(); ++s) {
       Share& share = shares_[s];
-      share.part = static_cast<double>(spread.shards[s].size()) /
+      share.part = static_cast<double>(division.shards[s].size()) /
                    static_cast<double>(std::max<index_t>(1, call.intermediate));
-      share.width = static_cast<double>(tensor_ ? spread.shards[s].size() : call.intermediate);
+      share.width = static_cast<double>(tensor_ ? division.shards[s].size() : call.intermediate);
     }
-    share_out(spread.homes);
+    share_out(division.homes);
   }
 
   StageTraffic run() {
@@ -78,8 +78,8 @@ class Account {
 
   void gather(std::size_t s) {
     const Share& share = shares_[s];
-    caller(Stage::gather, s, kBf16 * share.routes * hidden());
-    own(Stage::gather, s, kBf16 * share.packed * hidden());
+    caller(TrafficStage::gather, s, kBf16 * share.routes * hidden());
+    own(TrafficStage::gather, s, kBf16 * share.packed * hidden());
   }
 
   // G, U = X W' + P B', h.
@@ -87,46 +87,47 @@ class Account {
     const Share& share = shares_[s];
     for (const Projection p : {Projection::gate, Projection::up}) {
       if (has(p)) product_of_row(p, s, 1);
-      weights(Stage::gate_up, p, s);
-      multiply(Stage::gate_up, s, share.routes, hidden(), share.width);
-      if (has(p)) second_of_slice(Stage::gate_up, p, s);
+      weights(TrafficStage::gate_up, p, s);
+      multiply(TrafficStage::gate_up, s, share.routes, hidden(), share.width);
+      if (has(p)) second_of_slice(TrafficStage::gate_up, p, s);
     }
-    own(Stage::gate_up, s, kBf16 * (share.packed * hidden() + (keep ? 3 : 1) * share.routes * share.width));
+    own(TrafficStage::gate_up, s,
+        kBf16 * (share.packed * hidden() + (keep ? 3 : 1) * share.routes * share.width));
   }
 
   // Some [routes, I] matrices, read and written.
   void pack(std::size_t s, double matrices) {
     const Share& share = shares_[s];
-    own(Stage::pack, s, kBf16 * matrices * (share.routes + share.packed) * share.width);
+    own(TrafficStage::pack, s, kBf16 * matrices * (share.routes + share.packed) * share.width);
   }
 
   // h W' + P B'.
   void down(std::size_t s) {
     const Share& share = shares_[s];
-    weights(Stage::down, Projection::down, s);
-    multiply(Stage::down, s, share.routes, share.width, hidden());
-    own(Stage::down, s, kBf16 * share.packed * share.width);
-    if (has(Projection::down)) second_of_row(Stage::down, Projection::down, s);
+    weights(TrafficStage::down, Projection::down, s);
+    multiply(TrafficStage::down, s, share.routes, share.width, hidden());
+    own(TrafficStage::down, s, kBf16 * share.packed * share.width);
+    if (has(Projection::down)) second_of_row(TrafficStage::down, Projection::down, s);
   }
 
   // dh' = dY W + Q A; dG, dU and h from it and the saved G, U.
   void down_gradient(std::size_t s) {
     const Share& share = shares_[s];
     if (has(Projection::down)) product_of_row(Projection::down, s, 2);
-    weights(Stage::down, Projection::down, s);
-    multiply(Stage::down, s, share.routes, hidden(), share.width);
-    if (has(Projection::down)) second_of_slice(Stage::down, Projection::down, s);
-    own(Stage::down, s, kBf16 * (share.packed * hidden() + 5 * share.routes * share.width));
+    weights(TrafficStage::down, Projection::down, s);
+    multiply(TrafficStage::down, s, share.routes, hidden(), share.width);
+    if (has(Projection::down)) second_of_slice(TrafficStage::down, Projection::down, s);
+    own(TrafficStage::down, s, kBf16 * (share.packed * hidden() + 5 * share.routes * share.width));
   }
 
   // dG W + dU W + Q A of both.
   void gate_up_gradient(std::size_t s) {
     const Share& share = shares_[s];
     for (const Projection p : {Projection::gate, Projection::up}) {
-      weights(Stage::gate_up, p, s);
-      multiply(Stage::gate_up, s, share.routes, share.width, hidden());
-      own(Stage::gate_up, s, kBf16 * share.packed * share.width);
-      if (has(p)) second_of_row(Stage::gate_up, p, s);
+      weights(TrafficStage::gate_up, p, s);
+      multiply(TrafficStage::gate_up, s, share.routes, share.width, hidden());
+      own(TrafficStage::gate_up, s, kBf16 * share.packed * share.width);
+      if (has(p)) second_of_row(TrafficStage::gate_up, p, s);
     }
   }
 
@@ -134,18 +135,19 @@ class Account {
   void sum(std::size_t s) {
     const Share& share = shares_[s];
     const double result = static_cast<double>(call_.tokens) * hidden();
-    own(Stage::rows, s, kFp32 * share.routes * hidden());
+    own(TrafficStage::rows, s, kFp32 * share.routes * hidden());
     if (tensor_ && share.width > 0) {
-      own(Stage::rows, s, kFp32 * share.routes * hidden());
-      if (summed_) own(Stage::merge, s, kFp32 * result);
+      own(TrafficStage::rows, s, kFp32 * share.routes * hidden());
+      if (summed_) own(TrafficStage::merge, s, kFp32 * result);
     }
     for (std::size_t t = 0; t < shares_.size(); ++t) {
       const Share& other = shares_[t];
       if (!tensor_)
-        at(s == t ? Stage::rows : Stage::merge, s, t, kFp32 * other.routes * hidden() * share.part);
-      if (summed_ && other.width > 0) at(Stage::merge, s, t, kFp32 * result * share.part);
+        at(s == t ? TrafficStage::rows : TrafficStage::merge, s, t,
+           kFp32 * other.routes * hidden() * share.part);
+      if (summed_ && other.width > 0) at(TrafficStage::merge, s, t, kFp32 * result * share.part);
     }
-    caller(Stage::merge, s, kBf16 * result * share.part);
+    caller(TrafficStage::merge, s, kBf16 * result * share.part);
   }
 
   void lora(std::size_t s) {
@@ -160,13 +162,13 @@ class Account {
   // P of gate and up, Q of down. At home, in `copies`, and read by whoever has those routes.
   void product_of_row(Projection p, std::size_t s, double copies) {
     const Share& share = shares_[s];
-    multiply(Stage::low_rank, s, share.home_routes, hidden(), rank(p));
-    caller(Stage::low_rank, s, share.home_blocks * hidden() * rank(p) * lora_bytes());
-    own(Stage::low_rank, s, copies * kBf16 * share.home_routes * rank(p));
-    read_low_rank(Stage::low_rank, p, s);
+    multiply(TrafficStage::low_rank, s, share.home_routes, hidden(), rank(p));
+    caller(TrafficStage::low_rank, s, share.home_blocks * hidden() * rank(p) * lora_bytes());
+    own(TrafficStage::low_rank, s, copies * kBf16 * share.home_routes * rank(p));
+    read_low_rank(TrafficStage::low_rank, p, s);
   }
   // The second, [routes, r] by [r, H], at home: of the other shards' sums it is no part.
-  void second_of_row(Stage stage, Projection p, std::size_t s) {
+  void second_of_row(TrafficStage stage, Projection p, std::size_t s) {
     const Share& share = shares_[s];
     multiply(stage, s, share.home_routes, rank(p), hidden());
     caller(stage, s, share.home_blocks * hidden() * rank(p) * lora_bytes());
@@ -176,40 +178,40 @@ class Account {
     const Share& share = shares_[s];
     const double routes = tensor_ ? routes_ * share.part : share.routes;
     const double experts = tensor_ ? static_cast<double>(call_.routes.size()) * share.part : share.experts;
-    multiply(Stage::lora, s, routes, hidden(), rank(p));
-    caller(Stage::lora, s, kBf16 * routes * hidden() + experts * hidden() * rank(p) * lora_bytes());
-    read_low_rank(Stage::lora, p, s, tensor_ ? share.part : 1);
+    multiply(TrafficStage::lora, s, routes, hidden(), rank(p));
+    caller(TrafficStage::lora, s, kBf16 * routes * hidden() + experts * hidden() * rank(p) * lora_bytes());
+    read_low_rank(TrafficStage::lora, p, s, tensor_ ? share.part : 1);
   }
 
   // Products with the one that has a side of I, of which each shard has a slice. The first, [routes, I] by
   // [I, r]: Pd, and Q of gate and up. Sums of fp32, which the home of their routes merges and rounds.
   void product_of_slice(Projection p, std::size_t s, double copies) {
     const Share& share = shares_[s];
-    multiply(Stage::low_rank, s, share.routes, share.width, rank(p));
-    caller(Stage::low_rank, s, share.blocks * share.width * rank(p) * lora_bytes());
+    multiply(TrafficStage::low_rank, s, share.routes, share.width, rank(p));
+    caller(TrafficStage::low_rank, s, share.blocks * share.width * rank(p) * lora_bytes());
     if (summed_) {
-      own(Stage::low_rank, s, kFp32 * share.routes * rank(p));
+      own(TrafficStage::low_rank, s, kFp32 * share.routes * rank(p));
       for (std::size_t t = 0; t < shares_.size(); ++t)
-        if (shares_[t].width > 0) at(Stage::low_rank, s, t, kFp32 * share.home_routes * rank(p));
+        if (shares_[t].width > 0) at(TrafficStage::low_rank, s, t, kFp32 * share.home_routes * rank(p));
     }
-    own(Stage::low_rank, s, (copies + 1) * kBf16 * share.home_routes * rank(p));
+    own(TrafficStage::low_rank, s, (copies + 1) * kBf16 * share.home_routes * rank(p));
   }
   // The second, [routes, r] by [r, I].
-  void second_of_slice(Stage stage, Projection p, std::size_t s) {
+  void second_of_slice(TrafficStage stage, Projection p, std::size_t s) {
     const Share& share = shares_[s];
     multiply(stage, s, share.routes, rank(p), share.width);
     caller(stage, s, share.blocks * share.width * rank(p) * lora_bytes());
   }
   void gradient_of_slice(Projection p, std::size_t s) {
     const Share& share = shares_[s];
-    multiply(Stage::lora, s, share.routes, share.width, rank(p));
-    own(Stage::lora, s, kBf16 * share.routes * share.width);
-    caller(Stage::lora, s, share.experts * share.width * rank(p) * lora_bytes());
-    if (share.width > 0) read_low_rank(Stage::lora, p, s);
+    multiply(TrafficStage::lora, s, share.routes, share.width, rank(p));
+    own(TrafficStage::lora, s, kBf16 * share.routes * share.width);
+    caller(TrafficStage::lora, s, share.experts * share.width * rank(p) * lora_bytes());
+    if (share.width > 0) read_low_rank(TrafficStage::lora, p, s);
   }
 
   // A part of P or Q of the routes that a shard computes, from their homes.
-  void read_low_rank(Stage stage, Projection p, std::size_t s, double part = 1) {
+  void read_low_rank(TrafficStage stage, Projection p, std::size_t s, double part = 1) {
     if (!tensor_) return own(stage, s, part * kBf16 * shares_[s].home_routes * rank(p));
     if (shares_[s].routes == 0) return;
     for (std::size_t t = 0; t < shares_.size(); ++t)
@@ -217,7 +219,7 @@ class Account {
   }
 
   // A shard's part of a projection, once a block.
-  void weights(Stage stage, Projection p, std::size_t s) {
+  void weights(TrafficStage stage, Projection p, std::size_t s) {
     const Share& share = shares_[s];
     const double bytes = call_.weight_bytes[index_of(p)] * share.width /
                          static_cast<double>(std::max<index_t>(1, call_.intermediate));
@@ -225,21 +227,21 @@ class Account {
     for (std::size_t t = 0; t < shares_.size(); ++t) at(stage, s, t, shares_[t].weight_blocks * bytes);
   }
 
-  void multiply(Stage stage, std::size_t s, double m, double n, double k) {
+  void multiply(TrafficStage stage, std::size_t s, double m, double n, double k) {
     of(stage, s).flops += 2 * m * n * k;
   }
-  void own(Stage stage, std::size_t s, double bytes) { of(stage, s).local += bytes; }
-  void at(Stage stage, std::size_t s, std::size_t where, double bytes) {
+  void own(TrafficStage stage, std::size_t s, double bytes) { of(stage, s).local += bytes; }
+  void at(TrafficStage stage, std::size_t s, std::size_t where, double bytes) {
     if (s == where) return own(stage, s, bytes);
     of(stage, s).remote += bytes;
     of(stage, where).served += bytes;
   }
-  void caller(Stage stage, std::size_t s, double bytes) {
+  void caller(TrafficStage stage, std::size_t s, double bytes) {
     for (std::size_t t = 0; t < shares_.size(); ++t)
       at(stage, s, t, bytes / static_cast<double>(shares_.size()));
   }
 
-  Traffic& of(Stage stage, std::size_t s) { return traffic_[static_cast<std::size_t>(stage)][s]; }
+  Traffic& of(TrafficStage stage, std::size_t s) { return traffic_[static_cast<std::size_t>(stage)][s]; }
   double hidden() const { return static_cast<double>(call_.hidden); }
   double rank(Projection p) const { return static_cast<double>(call_.ranks[index_of(p)]); }
   bool has(Projection p) const { return call_.ranks[index_of(p)] > 0; }
@@ -303,15 +305,15 @@ std::string_view name_of(Limit limit) {
   return names[static_cast<std::size_t>(limit)];
 }
 
-StageTraffic layer_traffic(const LayerCall& call, const Spread& spread, Mode mode) {
-  KT_CHECK(!spread.shards.empty(), "there are no shards, wanted one at least");
-  KT_CHECK(spread.homes.empty() ? mode == Mode::tensor : spread.homes.size() == call.routes.size(),
-           "homes has {} entries, wanted a shard for each of {} experts", spread.homes.size(),
+StageTraffic layer_traffic(const LayerCall& call, const Division& division, Mode mode) {
+  KT_CHECK(!division.shards.empty(), "there are no shards, wanted one at least");
+  KT_CHECK(division.homes.empty() ? mode == Mode::tensor : division.homes.size() == call.routes.size(),
+           "homes has {} entries, wanted a shard for each of {} experts", division.homes.size(),
            call.routes.size());
-  for (const int home : spread.homes)
-    KT_CHECK(home >= 0 && home < std::ssize(spread.shards), "a home is {}, wanted one of {} shards", home,
-             spread.shards.size());
-  return Account(call, spread, mode).run();
+  for (const int home : division.homes)
+    KT_CHECK(home >= 0 && home < std::ssize(division.shards), "a home is {}, wanted one of {} shards", home,
+             division.shards.size());
+  return Account(call, division, mode).run();
 }
 
 namespace {
@@ -331,45 +333,46 @@ double tasks(const LayerCall& call) {
 }
 
 // Bytes that a shard's rows take at a time.
-double rows_kept(const LayerCall& call, const Spread& spread, Mode mode, std::size_t shard) {
+double rows_kept(const LayerCall& call, const Division& division, Mode mode, std::size_t shard) {
   index_t routes = 0;
   for (std::size_t e = 0; e < call.routes.size(); ++e)
-    if (mode == Mode::tensor || spread.homes[e] == static_cast<int>(shard)) routes += call.routes[e];
+    if (mode == Mode::tensor || division.homes[e] == static_cast<int>(shard)) routes += call.routes[e];
   return kRowBytes * static_cast<double>(routes);
 }
 
-double overhead(const LayerCall& call, const Spread& spread, Mode mode, const std::vector<NodeRates>& nodes) {
+double overhead(const LayerCall& call, const Division& division, Mode mode,
+                const std::vector<NodeRates>& nodes) {
   double cores = 0;
   for (const NodeRates& node : nodes) cores += node.cores;
   int near = call.backward ? 5 : 4, far = 1;  // steps that wait for one before
   if (call.backward && !call.saved) near += 2;
   if (mode == Mode::tensor)
     far += call.backward ? 3 : 2;  // P or Q from home, its parts, the parts of the sum
-  if (spread.shards.size() == 1) near += 1, far = 0;
+  if (division.shards.size() == 1) near += 1, far = 0;
   return tasks(call) * kTaskSeconds / cores + near * kWaitSeconds + far * kFarWaitSeconds;
 }
 
 }  // namespace
 
-Prediction predict(const LayerCall& call, const Spread& spread, Mode mode,
+Prediction predict(const LayerCall& call, const Division& division, Mode mode,
                    const std::vector<NodeRates>& nodes) {
-  KT_CHECK(nodes.size() == spread.shards.size(), "there are {} nodes, wanted one for each of {} shards",
-           nodes.size(), spread.shards.size());
+  KT_CHECK(nodes.size() == division.shards.size(), "there are {} nodes, wanted one for each of {} shards",
+           nodes.size(), division.shards.size());
   for (const NodeRates& node : nodes)
     KT_CHECK(node.cores > 0 && node.local > 0 && node.remote > 0 && node.flops > 0,
              "a node has {} cores, {} local and {} remote bytes/s and {} FLOP/s, wanted more than 0",
              node.cores, node.local, node.remote, node.flops);
   Prediction result;
   result.traffic.resize(nodes.size());
-  const StageTraffic stages = layer_traffic(call, spread, mode);
+  const StageTraffic stages = layer_traffic(call, division, mode);
   for (const std::vector<Traffic>& stage : stages)
     for (std::size_t s = 0; s < nodes.size(); ++s) result.traffic[s] += stage[s];
-  result.overhead = overhead(call, spread, mode, nodes);
+  result.overhead = overhead(call, division, mode, nodes);
   double slowest = 0;
   for (std::size_t s = 0; s < nodes.size(); ++s) {
     const Traffic& t = result.traffic[s];
-    const bool cached = rows_kept(call, spread, mode, s) <= nodes[s].cache;
-    const double rows = cached ? stages[static_cast<std::size_t>(Stage::rows)][s].local : 0;
+    const bool cached = rows_kept(call, division, mode, s) <= nodes[s].cache;
+    const double rows = cached ? stages[static_cast<std::size_t>(TrafficStage::rows)][s].local : 0;
     const std::array times{t.flops / nodes[s].flops, (t.local - rows + t.served) / nodes[s].local,
                            t.remote / nodes[s].remote};
     const auto longest = std::ranges::max_element(times);
@@ -383,9 +386,9 @@ Prediction predict(const LayerCall& call, const Spread& spread, Mode mode,
   return result;
 }
 
-Mode choose(const LayerCall& call, const Spread& spread, const std::vector<NodeRates>& nodes) {
-  const double tensor = predict(call, spread, Mode::tensor, nodes).seconds;
-  return predict(call, spread, Mode::expert, nodes).seconds < tensor ? Mode::expert : Mode::tensor;
+Mode choose(const LayerCall& call, const Division& division, const std::vector<NodeRates>& nodes) {
+  const double tensor = predict(call, division, Mode::tensor, nodes).seconds;
+  return predict(call, division, Mode::expert, nodes).seconds < tensor ? Mode::expert : Mode::tensor;
 }
 
 }  // namespace kt

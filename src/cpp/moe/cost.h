@@ -28,7 +28,7 @@ struct LayerCall {
   bool saved = true;  // forward keeps G, U and P; backward has them, or else computes them again
 };
 
-struct Spread {
+struct Division {
   std::vector<Range> shards;    // of the intermediate dimension, each as large as the cores behind it
   std::vector<int> homes = {};  // the shard that has all of an expert; none: each shard has its own slice
 };
@@ -37,7 +37,7 @@ struct Spread {
 // pack: h, or dG and dU, as input of the next product. gate_up, down: the products with weights and what they
 // read and write. rows: the fp32 results of routes, written, and read where they lie. merge: those of other
 // shards, or the sums of all shards, and the result. lora: the gradients of A and B.
-enum class Stage : std::uint8_t { gather, low_rank, gate_up, pack, down, rows, merge, lora };
+enum class TrafficStage : std::uint8_t { gather, low_rank, gate_up, pack, down, rows, merge, lora };
 
 inline constexpr std::array<std::string_view, 8> stage_names{"gather", "low_rank", "gate_up", "pack",
                                                              "down",   "rows",     "merge",   "lora"};
@@ -55,7 +55,7 @@ struct Traffic {
 using StageTraffic = std::array<std::vector<Traffic>, stage_names.size()>;  // [stage][shard]
 
 // `homes` must not be empty in expert mode.
-StageTraffic layer_traffic(const LayerCall& call, const Spread& spread, Mode mode);
+StageTraffic layer_traffic(const LayerCall& call, const Division& division, Mode mode);
 
 // A shard's node: bytes/s of its memory and of its links to others, FLOP/s of all its cores, and bytes of its
 // last cache: where the rows kept at a time fit in there, they cost its memory nothing.
@@ -75,11 +75,11 @@ struct Prediction {
   double overhead = 0;            // seconds: handing out tasks, waiting for each other
 };
 
-Prediction predict(const LayerCall& call, const Spread& spread, Mode mode,
+Prediction predict(const LayerCall& call, const Division& division, Mode mode,
                    const std::vector<NodeRates>& nodes);
 
-// The mode that will be done sooner where experts lie whole at `spread.homes`: in tensor mode the other
+// The mode that will be done sooner where experts lie whole at `division.homes`: in tensor mode the other
 // shards then read their slices from there.
-Mode choose(const LayerCall& call, const Spread& spread, const std::vector<NodeRates>& nodes);
+Mode choose(const LayerCall& call, const Division& division, const std::vector<NodeRates>& nodes);
 
 }  // namespace kt

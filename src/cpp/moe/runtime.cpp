@@ -36,7 +36,7 @@ int number(const char* what, std::optional<int> argument, const char* variable, 
 }
 
 // As many threads as cores, and as many shards as nodes with CPUs have a thread, unless told otherwise.
-Layout choose_layout(const Topology& topology, std::optional<int> threads, std::optional<int> shards) {
+ShardLayout choose_layout(const Topology& topology, std::optional<int> threads, std::optional<int> shards) {
   const int count = number("threads", threads, "KT_MOE_THREADS", topology.cores, kMostThreads);
   const auto nodes = std::ranges::count_if(topology.nodes, [](const NumaNode& n) { return !n.cpus.empty(); });
   const int usual = std::clamp(static_cast<int>(nodes), 1, std::min(count, kMostShards));

@@ -69,7 +69,7 @@ class Runtime {
   std::string isa_;
   KernelSet kernels_;
   Topology topology_;
-  Layout layout_;
+  ShardLayout layout_;
   std::size_t l2_bytes_;
   WorkerPool pool_;
   std::vector<std::size_t> team_of_;  // of every shard

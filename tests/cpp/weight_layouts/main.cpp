@@ -63,14 +63,14 @@ Bench with(Bench bench, const Layout& layout) {
   return bench;
 }
 
-struct Team {
+struct Crew {
   WorkerPool pool;
   std::vector<Arena> scratch;
-  explicit Team(int threads) : pool(threads), scratch(static_cast<std::size_t>(threads)) {}
+  explicit Crew(int threads) : pool(threads), scratch(static_cast<std::size_t>(threads)) {}
 };
 
 // Adds the seconds of one product of every expert, a thread taking one expert after the other.
-void turn(const Case& c, const Layout& layout, bool forward, Team& team, std::vector<double>& seconds) {
+void turn(const Case& c, const Layout& layout, bool forward, Crew& team, std::vector<double>& seconds) {
   std::vector<double> each(static_cast<std::size_t>(c.experts));
   const auto claim = team.pool.claim();
   team.pool.parallel_for(static_cast<int>(c.experts), [&](int expert, int worker) {
@@ -116,7 +116,7 @@ bool check(const Case& c, const Stored& stored) {
   return all;
 }
 
-void time(const Case& c, const Stored& stored, Team& team) {
+void time(const Case& c, const Stored& stored, Crew& team) {
   const std::vector<Layout>& all = stored.layouts();
   std::vector<std::array<std::vector<double>, 2>> seconds(all.size());
   const auto begin = std::chrono::steady_clock::now();
@@ -150,7 +150,7 @@ struct Run {
 bool run(const Run& run, std::string_view isa) {
   KernelSet kernels = kernel_set(isa, cpu_features());
   kernels.gemm.in_place = false;  // to read rows where they lie is a layout of its own here
-  Team team(run.threads);
+  Crew team(run.threads);
   bool all = true;
   for (const Shape& shape : run.shapes) {
     const index_t most = *std::ranges::max_element(run.rows);
