@@ -172,6 +172,7 @@ Topology read_topology(const std::string& root, const std::optional<std::vector<
   Topology t;
   t.model = files.field("proc/cpuinfo", "model name");
   if (t.model.empty()) t.model = "unknown";
+  std::ranges::replace_if(t.model, [](char c) { return c < ' ' || c > '~'; }, '?');
   t.online = files.list("sys/devices/system/cpu/online");
   const std::vector<int> usable = usable_cpus(files,
                                               cpus          ? *cpus
