@@ -38,10 +38,10 @@ py::dict topology_dict(const kt::Topology& topology) {
   info["cores"] = topology.cores;
   info["threads_per_core"] = topology.threads_per_core;
   info["packages"] = topology.packages;
-  info["online_cpus"] = topology.online;
+  info["online_cpus"] = topology.online.size();
   info["caches"] = caches;
-  info["l2_domains"] = topology.l2_domains;
-  info["l3_domains"] = topology.l3_domains;
+  info["l2_domains"] = topology.l2_domains.size();
+  info["l3_domains"] = topology.l3_domains.size();
   info["cgroup_cpu_limit"] = limit(topology.cgroup_cpus);
   info["cgroup_memory_limit"] = limit(topology.cgroup_memory);
   info["numa_nodes"] = topology.nodes.size();
@@ -50,12 +50,17 @@ py::dict topology_dict(const kt::Topology& topology) {
 }
 
 py::dict read_topology(const std::string& root, const std::optional<std::vector<int>>& cpus) {
-  return topology_dict(kt::read_topology(root, cpus));
+  const kt::Topology topology = kt::read_topology(root, cpus);
+  py::dict info = topology_dict(topology);
+  info["online"] = topology.online;
+  info["l2_sharing"] = topology.l2_domains;
+  info["l3_sharing"] = topology.l3_domains;
+  return info;
 }
 
 py::dict cpu_info() {
   const unsigned features = kt::cpu_features();
-  py::dict sets, info = read_topology("/", std::nullopt);
+  py::dict sets, info = topology_dict(kt::read_topology());
   for (const kt::KernelEntry& entry : kt::kernel_registry())
     sets[py::str(entry.name)] = kt::availability(entry, features);
   info["isa_features"] = kt::feature_names(features);
