@@ -14,6 +14,17 @@ LoraTensors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, 
 __version__: str
 
 def cpu_info() -> dict[str, Any]: ...
+def read_topology(root: str, cpus: list[int] | None = None) -> dict[str, Any]:
+    """What `kt_moe.cpu_info` says of a machine, from /proc and /sys below `root`; as lists of CPUs besides:
+    online, l2_sharing, l3_sharing. `cpus` is in place of the affinity mask.
+    """
+
+def probe_nodes() -> list[dict[str, Any]]:
+    """For each node with memory, a few MiB placed there and touched by a thread bound to it.
+
+    node, asked (mbind went well), bound (the thread was), pages, right (on the node), unknown (move_pages
+    does not tell).
+    """
 
 @final
 class Runtime:

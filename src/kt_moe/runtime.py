@@ -69,7 +69,14 @@ def cpu_info() -> dict[str, Any]:
     """What this machine offers and what will run on it.
 
     Returns:
-        model, isa_features, cores (usable by this process), caches (bytes), numa_nodes, kernel_sets
-        (name -> "available", or why not) and selected (the kernel set a default runtime takes).
+        model: name of the CPU.
+        cpus: that this process may use: affinity mask and cgroup limit.
+        cores: behind these CPUs; threads_per_core, packages, online_cpus: of the mask, of the mask, of all.
+        caches: bytes of l1d, l2, l3; l2_domains, l3_domains: groups of CPUs that share one.
+        cgroup_cpu_limit, cgroup_memory_limit: CPUs and bytes of the tightest control group; None: no limit.
+        numa_nodes: how many there are; nodes: for each its id, cpus and cores (first CPUs) in the mask,
+            memory_bytes, free_bytes, cache_bytes (files' pages), memory_allowed and distances to all.
+        isa_features, kernel_sets (name -> "available", or why not) and selected (the kernel set a default
+            runtime takes).
     """
     return _core.cpu_info()

@@ -275,7 +275,7 @@ class Layer {
 // So many nodes alike, each with one of the CPUs there are.
 Topology machine(int nodes) {
   Topology t;
-  const std::vector<int> cpus = cpus_of(current_mask());
+  const std::vector<int> cpus = affinity();
   t.nodes.clear();
   for (int n = 0; n < nodes; ++n) {
     const int cpu = cpus[static_cast<std::size_t>(n) % cpus.size()];

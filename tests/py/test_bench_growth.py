@@ -83,7 +83,7 @@ def test_values_are_powers_of_two_up_to_what_there_is() -> None:
     assert usual.grow["tokens"] == [2**n for n in range(15)]
     assert usual.grow["experts"] == [8, 16, 32, 64, 128, 256]
     assert usual.grow["rank"] == [0, 1, 2, 4, 8, 16, 32, 64, 128, 256]
-    assert usual.grow["threads"][-1] == kt_moe.cpu_info()["cores"]
+    assert usual.grow["threads"][-1] == kt_moe.cpu_info()["cpus"]
     assert (usual.tokens, usual.ranks, usual.shape.experts) == ([1024], [16], 128)
     given = settings(*grow, "--tokens", "64,2", "--rank", "8", "--experts", "40", "--threads", "1")
     assert given.grow["tokens"] == [2, 64]

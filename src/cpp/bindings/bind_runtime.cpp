@@ -4,33 +4,11 @@
 #include <memory>
 #include <utility>
 
-#include "cpu/features.h"
-#include "cpu/topology.h"
-#include "kernels/registry.h"
 #include "moe/runtime.h"
 
 namespace py = pybind11;
 
 namespace {
-
-py::dict cpu_info() {
-  const kt::Topology topology = kt::read_topology();
-  const unsigned features = kt::cpu_features();
-  py::dict caches, sets, info;
-  caches["l1d"] = topology.l1d;
-  caches["l2"] = topology.l2;
-  caches["l3"] = topology.l3;
-  for (const kt::KernelEntry& entry : kt::kernel_registry())
-    sets[py::str(entry.name)] = kt::availability(entry, features);
-  info["model"] = topology.model;
-  info["isa_features"] = kt::feature_names(features);
-  info["cores"] = topology.cpus;
-  info["numa_nodes"] = topology.nodes.size();
-  info["caches"] = caches;
-  info["kernel_sets"] = sets;
-  info["selected"] = kt::Runtime(1, std::nullopt, std::nullopt).isa();
-  return info;
-}
 
 // Memory of one result, for torch.frombuffer; goes back when the last tensor in it is gone.
 class ResultMemory {
@@ -54,7 +32,6 @@ class ResultMemory {
 }  // namespace
 
 void bind_runtime(py::module_& m) {
-  m.def("cpu_info", &cpu_info);
   py::class_<kt::Runtime, std::shared_ptr<kt::Runtime>>(m, "Runtime")
       .def(py::init<std::optional<int>, std::optional<int>, std::optional<std::string>>(), py::arg("threads"),
            py::arg("shards"), py::arg("isa"))

@@ -6,6 +6,7 @@
 
 namespace py = pybind11;
 
+void bind_topology(py::module_& m);
 void bind_runtime(py::module_& m);
 void bind_checkpoint(py::module_& m);
 void bind_experts(py::module_& m);
@@ -28,6 +29,7 @@ PYBIND11_MODULE(_core, m) {
       PyErr_SetString(PyExc_MemoryError, "kt_moe: the memory could not be allocated");
     }
   });
+  bind_topology(m);
   bind_runtime(m);
   bind_checkpoint(m);
   bind_experts(m);

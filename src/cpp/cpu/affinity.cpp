@@ -1,49 +1,47 @@
 #include "cpu/affinity.h"
 
-#include <sys/syscall.h>
-#include <unistd.h>
+#include <sched.h>
 
 #include <algorithm>
+#include <memory>
+
+#include "cpu/sysfs.h"
 
 namespace kt {
 
 namespace {
 
-constexpr std::size_t kBits = 8 * sizeof(unsigned long);
-constexpr std::size_t kMostWords = (std::size_t{1} << 20) / kBits;
+struct FreeMask {
+  void operator()(cpu_set_t* mask) const { CPU_FREE(mask); }
+};
+using Mask = std::unique_ptr<cpu_set_t, FreeMask>;
 
 }  // namespace
 
-CpuMask mask_of(std::span<const int> cpus) {
-  CpuMask mask;
-  for (const int cpu : cpus) {
-    const auto bit = static_cast<std::size_t>(cpu);
-    mask.resize(std::max(mask.size(), bit / kBits + 1));
-    mask[bit / kBits] |= 1UL << bit % kBits;
-  }
-  return mask;
-}
-
-std::vector<int> cpus_of(const CpuMask& mask) {
-  std::vector<int> cpus;
-  for (std::size_t bit = 0; bit < mask.size() * kBits; ++bit)
-    if (mask[bit / kBits] >> bit % kBits & 1) cpus.push_back(static_cast<int>(bit));
-  return cpus;
-}
-
-// The mask grows until the kernel accepts it: machines with more than 1024 CPUs exist.
-CpuMask current_mask() {
-  for (CpuMask mask(1024 / kBits); mask.size() <= kMostWords; mask.resize(2 * mask.size())) {
-    const long bytes = ::syscall(SYS_sched_getaffinity, 0, mask.size() * sizeof(mask[0]), mask.data());
-    if (bytes < 0) continue;
-    mask.resize(static_cast<std::size_t>(bytes) / sizeof(mask[0]));
-    return mask;
+std::vector<int> affinity() {
+  // The mask grows until the kernel accepts it.
+  for (int most = CPU_SETSIZE; most <= kMostIds; most *= 2) {
+    const Mask mask(CPU_ALLOC(most));
+    const std::size_t bytes = CPU_ALLOC_SIZE(most);
+    if (!mask || sched_getaffinity(0, bytes, mask.get()) != 0) continue;
+    std::vector<int> cpus;
+    for (int cpu = 0; cpu < most; ++cpu)
+      if (CPU_ISSET_S(cpu, bytes, mask.get())) cpus.push_back(cpu);
+    return cpus;
   }
   return {};
 }
 
-bool set_mask(const CpuMask& mask) {
-  return mask.empty() || ::syscall(SYS_sched_setaffinity, 0, mask.size() * sizeof(mask[0]), mask.data()) == 0;
+bool set_affinity(std::span<const int> cpus) noexcept {
+  if (cpus.empty()) return true;
+  const auto [lowest, highest] = std::ranges::minmax(cpus);
+  if (lowest < 0 || highest >= kMostIds) return false;
+  const Mask mask(CPU_ALLOC(highest + 1));
+  if (!mask) return false;
+  const std::size_t bytes = CPU_ALLOC_SIZE(highest + 1);
+  CPU_ZERO_S(bytes, mask.get());
+  for (const int cpu : cpus) CPU_SET_S(cpu, bytes, mask.get());
+  return sched_setaffinity(0, bytes, mask.get()) == 0;
 }
 
 }  // namespace kt

@@ -1,4 +1,4 @@
-// The CPUs that the calling thread may run on.
+// The CPUs that a thread may run on, also where a machine has more than 1024.
 #pragma once
 
 #include <span>
@@ -6,15 +6,10 @@
 
 namespace kt {
 
-// Bit i % 64 of word i / 64 is CPU i, as the kernel has it. Empty: none, or not known.
-using CpuMask = std::vector<unsigned long>;
+// Of the calling thread, ascending; empty where the kernel does not tell.
+std::vector<int> affinity();
 
-CpuMask mask_of(std::span<const int> cpus);
-std::vector<int> cpus_of(const CpuMask& mask);
-
-CpuMask current_mask();
-// False where the kernel refuses: none of those CPUs is there, or may be used. Nothing is done for an empty
-// one.
-bool set_mask(const CpuMask& mask);
+// Lets the calling thread run on these alone. False where the kernel refuses; no CPUs: nothing is asked.
+bool set_affinity(std::span<const int> cpus) noexcept;
 
 }  // namespace kt

@@ -14,14 +14,14 @@ constexpr index_t kShares = 720720;
 
 index_t cores_of(const NumaNode& node) { return std::max<index_t>(1, std::ssize(node.cores)); }
 
-// The node itself, or the nearest one with memory.
+// The node itself, or the nearest one with memory for this process.
 int memory_of(const Topology& topology, const NumaNode& node) {
   const NumaNode* best = &node;
   int distance = 0;
-  for (std::size_t i = 0; node.memory_bytes == 0 && i < topology.nodes.size(); ++i) {
+  for (std::size_t i = 0; !node.has_memory() && i < topology.nodes.size(); ++i) {
     const NumaNode& other = topology.nodes[i];
     const int d = i < node.distances.size() ? node.distances[i] : 255;
-    if (other.memory_bytes > 0 && (best == &node || d < distance)) best = &other, distance = d;
+    if (other.has_memory() && (best == &node || d < distance)) best = &other, distance = d;
   }
   return best->id;
 }
@@ -86,8 +86,10 @@ ShardLayout plan_layout(const Topology& topology, int threads, int shards) {
   for (std::size_t g = 0; g < groups.size(); ++g) {
     groups[g].shards = shards_of[g];
     Shard shard{groups[g].cores * kShares / shards_of[g].size(), g};
-    for (index_t i = groups[g].nodes.begin; bound && i < groups[g].nodes.end; ++i)
-      shard.memory.push_back(memory_of(topology, *usable[static_cast<std::size_t>(i)]));
+    for (index_t i = groups[g].nodes.begin; bound && i < groups[g].nodes.end; ++i) {
+      const int node = memory_of(topology, *usable[static_cast<std::size_t>(i)]);
+      if (std::ranges::find(shard.memory, node) == shard.memory.end()) shard.memory.push_back(node);
+    }
     layout.shards.insert(layout.shards.end(), static_cast<std::size_t>(shards_of[g].size()), shard);
   }
 

@@ -38,19 +38,19 @@ void wait_while(const std::atomic<unsigned>& word, unsigned old) {
 // The calling thread on some CPUs during its life, where the operating system allows it.
 class OnCpus {
  public:
-  explicit OnCpus(const CpuMask& cpus) {
+  explicit OnCpus(std::span<const int> cpus) {
     if (cpus.empty()) return;
-    before_ = current_mask();
-    moved_ = set_mask(cpus);
+    before_ = affinity();
+    moved_ = set_affinity(cpus);
   }
   ~OnCpus() {
-    if (moved_) set_mask(before_);
+    if (moved_) set_affinity(before_);
   }
   OnCpus(const OnCpus&) = delete;
   OnCpus& operator=(const OnCpus&) = delete;
 
  private:
-  CpuMask before_;
+  std::vector<int> before_;
   bool moved_ = false;
 };
 
@@ -66,7 +66,7 @@ int sum_of_threads(std::span<const Team> teams) {
 struct WorkerPool::Crew {
   explicit Crew(std::span<const Team> teams) : queues(teams.size()), process(getpid()) {
     for (std::size_t t = 0; t < teams.size(); ++t) {
-      queues[t].cpus = mask_of(teams[t].cpus);
+      queues[t].cpus = teams[t].cpus;
       team_of.insert(team_of.end(), static_cast<std::size_t>(teams[t].threads), static_cast<int>(t));
     }
     try {
@@ -90,7 +90,7 @@ struct WorkerPool::Crew {
   }
 
   void serve(int worker) {
-    set_mask(queues[static_cast<std::size_t>(team_of[static_cast<std::size_t>(worker)])].cpus);
+    set_affinity(queues[static_cast<std::size_t>(team_of[static_cast<std::size_t>(worker)])].cpus);
     for (unsigned seen = 0;;) {
       wait_while(loop, seen);
       seen = loop.load(std::memory_order_acquire);
@@ -142,7 +142,7 @@ struct WorkerPool::Crew {
   struct alignas(64) Queue {  // on a line of its own
     std::atomic<int> next{0};
     int tasks = 0;
-    CpuMask cpus;
+    std::vector<int> cpus;
   };
   std::vector<Queue> queues;  // one a team
   std::vector<int> team_of;   // of every worker

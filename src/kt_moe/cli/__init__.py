@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from kt_moe import __version__
-from kt_moe.cli import bench, finetune, info, inspect, numa, options, pack, plan
+from kt_moe.cli import bench, doctor, finetune, info, inspect, numa, options, pack, plan
 from kt_moe.cli.errors import UserError
 
 __all__ = ["main"]
@@ -48,6 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     for name, declare, module, what in (
         ("finetune", options.add_arguments, finetune, "fine-tune a model with LoRA"),
         ("info", info.add_arguments, info, "show what this machine offers and what will run on it"),
+        (
+            "doctor",
+            doctor.add_arguments,
+            doctor,
+            "find what about this machine costs speed, and what mends it",
+        ),
         ("inspect", inspect.add_arguments, inspect, "show what a checkpoint holds of experts"),
         ("pack", pack.add_arguments, pack, "write experts to a directory from which they are mapped"),
         ("plan", plan.add_arguments, plan, "tell the memory and speed of a run before it is started"),

@@ -153,7 +153,7 @@ def _usual_growth(name: str, args: argparse.Namespace, shape: Shape) -> list[int
         return _powers(max(8, shape.topk), args.experts or (shape.experts if args.quick else 256))
     if name == "rank":
         return [0, 4, 16, 64] if args.quick else [0, *_powers(1, 256)]
-    cpus: int = _core.cpu_info()["cores"]
+    cpus: int = _core.cpu_info()["cpus"]
     return _powers(1, cpus)
 
 

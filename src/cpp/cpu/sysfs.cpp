@@ -1,0 +1,133 @@
+#include "cpu/sysfs.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <charconv>
+#include <memory>
+
+namespace kt {
+
+namespace {
+
+constexpr std::size_t kMostText = std::size_t{256} << 10;
+constexpr std::string_view kBlanks = " \t\r\n";
+
+std::string_view trimmed(std::string_view text) {
+  const std::size_t first = text.find_first_not_of(kBlanks);
+  if (first == std::string_view::npos) return {};
+  return text.substr(first, text.find_last_not_of(kBlanks) - first + 1);
+}
+
+// All of the text as one number.
+template <class Integer>
+std::optional<Integer> whole_number(std::string_view text) {
+  Integer value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size()) return std::nullopt;
+  return value;
+}
+
+std::optional<int> id_number(std::string_view text) {
+  const std::optional<int> id = whole_number<int>(text);
+  return id && *id >= 0 && *id < kMostIds ? id : std::nullopt;
+}
+
+}  // namespace
+
+std::vector<int> parse_list(std::string_view text) {
+  std::vector<bool> named;
+  // A list without repetitions names no more than all; one that repeats itself must not take for ever.
+  int left = kMostIds;
+  while (!text.empty() && left > 0) {
+    const std::size_t comma = std::min(text.find(','), text.size());
+    const std::string_view part = trimmed(text.substr(0, comma));
+    text.remove_prefix(std::min(comma + 1, text.size()));
+    const std::size_t dash = std::min(part.find('-'), part.size());
+    const std::optional<int> first = id_number(part.substr(0, dash));
+    const std::optional<int> last = dash == part.size() ? first : id_number(part.substr(dash + 1));
+    if (!first || !last || *last < *first) continue;
+    if (named.size() <= static_cast<std::size_t>(*last)) named.resize(static_cast<std::size_t>(*last) + 1);
+    std::fill(named.begin() + *first, named.begin() + *last + 1, true);
+    left -= *last - *first + 1;
+  }
+  std::vector<int> ids;
+  for (std::size_t id = 0; id < named.size(); ++id)
+    if (named[id]) ids.push_back(static_cast<int>(id));
+  return ids;
+}
+
+std::vector<std::int64_t> parse_numbers(std::string_view text) {
+  std::vector<std::int64_t> numbers;
+  for (text = trimmed(text); !text.empty(); text = trimmed(text)) {
+    const std::size_t end = std::min(text.find_first_of(kBlanks), text.size());
+    const auto value = whole_number<std::int64_t>(text.substr(0, end));
+    if (!value) break;
+    numbers.push_back(*value);
+    text.remove_prefix(end);
+  }
+  return numbers;
+}
+
+std::size_t parse_size(std::string_view text) {
+  text = trimmed(text);
+  if (text.empty()) return 0;
+  const int shift = text.back() == 'K' ? 10 : text.back() == 'M' ? 20 : 0;
+  if (shift != 0) text.remove_suffix(1);
+  const auto value = whole_number<std::uint32_t>(text);
+  return value ? std::size_t{*value} << shift : 0;
+}
+
+std::string SystemFiles::text(const std::string& path) const {
+  // Not to wait where a recorded tree has a pipe.
+  const int file = ::open((root_ + "/" + path).c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  if (file < 0) return {};
+  std::string text;
+  char buffer[4096];
+  ssize_t got = 0;
+  while (text.size() < kMostText && (got = ::read(file, buffer, sizeof buffer)) > 0)
+    text.append(buffer, static_cast<std::size_t>(got));
+  ::close(file);
+  return text;
+}
+
+std::string SystemFiles::line(const std::string& path) const {
+  const std::string all = text(path);
+  return all.substr(0, all.find('\n'));
+}
+
+std::optional<std::int64_t> SystemFiles::number(const std::string& path) const {
+  const std::string first = line(path);
+  return whole_number<std::int64_t>(trimmed(first));
+}
+
+std::string SystemFiles::field(const std::string& path, std::string_view name) const {
+  const std::string all = text(path);
+  for (std::string_view rest = all; !rest.empty();) {
+    const std::size_t end = std::min(rest.find('\n'), rest.size());
+    const std::string_view row = rest.substr(0, end);
+    rest.remove_prefix(std::min(end + 1, rest.size()));
+    const std::size_t colon = row.find(':');
+    if (colon != std::string_view::npos && trimmed(row.substr(0, colon)) == name)
+      return std::string(trimmed(row.substr(colon + 1)));
+  }
+  return {};
+}
+
+std::vector<int> SystemFiles::numbered(const std::string& folder, std::string_view prefix) const {
+  std::vector<int> found;
+  const std::unique_ptr<DIR, int (*)(DIR*)> dir(::opendir((root_ + "/" + folder).c_str()), ::closedir);
+  while (const dirent* entry = dir ? ::readdir(dir.get()) : nullptr) {
+    const std::string_view name = entry->d_name;
+    if (!name.starts_with(prefix)) continue;
+    const std::string_view digits = name.substr(prefix.size());
+    if (digits.size() > 1 && digits.front() == '0') continue;
+    if (const std::optional<int> id = id_number(digits)) found.push_back(*id);
+  }
+  std::ranges::sort(found);
+  return found;
+}
+
+}  // namespace kt

@@ -1,0 +1,93 @@
+"""A machine and its findings for people and for programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kt_moe.cli.doctor.findings import Finding
+from kt_moe.cli.doctor.machine import Machine
+from kt_moe.cli.nodes import node_lines
+from kt_moe.cli.text import cache_text, count_text
+
+
+def to_dict(machine: Machine) -> dict[str, Any]:
+    """As JSON takes it."""
+    return {
+        **machine.topology,
+        "isa_flags": sorted(machine.flags & _TOLD_FLAGS),
+        "kernel_sets": machine.kernel_sets,
+        "selected": machine.selected,
+        "threads": machine.threads,
+        "transparent_huge_pages": machine.huge_pages,
+        "governors": {governor: cpus for (_, governor), cpus in machine.governors.items()},
+        "numa_balancing": machine.numa_balancing,
+        "huge_page_pool_bytes": machine.reserved_bytes,
+        "free_in_big_blocks": machine.big_blocks,
+        "overrides": machine.overrides,
+        "probes": machine.probes,
+    }
+
+
+def describe(machine: Machine, findings: list[Finding]) -> str:
+    """The machine, a line a node, then each finding with its cost and its cure."""
+    topology = machine.topology
+    processor = ", ".join(
+        (
+            topology["model"],
+            count_text(topology["packages"], "package"),
+            count_text(topology["cores"], "core"),
+            count_text(topology["cpus"], "CPU"),
+        )
+    )
+    lines = [processor, f"caches   {_caches(topology)}", *node_lines(machine.nodes)]
+    lines.append(f"kernels  {_kernels(machine)}; {count_text(machine.threads, 'thread')}")
+    if machine.probes is not None:
+        lines.append(f"memory   {_placement(machine.probes)}")
+    lines.append("")
+    for finding in findings:
+        lines.append(f"{'SLOW' if finding.slow else 'note'}  {finding.what}")
+        lines.append(f"      cost: {finding.cost}")
+        if finding.mend:
+            lines.append(f"      mend: {finding.mend}")
+    slow = sum(finding.slow for finding in findings)
+    end = f"{count_text(slow, 'finding')} {'costs' if slow == 1 else 'cost'} speed"
+    lines.append(end if slow else "nothing found that costs speed")
+    return "\n".join(lines)
+
+
+def _caches(topology: dict[str, Any]) -> str:
+    names = {"l1d": "L1d", "l2": "L2", "l3": "L3"}
+    parts = []
+    for key, name in names.items():
+        size, count = topology["caches"][key], topology.get(f"{key}_domains", 0)
+        if size:
+            parts.append(f"{f'{count} x ' if count else ''}{name} {cache_text(size)}")
+    return ", ".join(parts) or "unknown"
+
+
+def _kernels(machine: Machine) -> str:
+    other = [f"{name}: {state}" for name, state in machine.kernel_sets.items() if state != "available"]
+    return machine.selected + (f" ({'; '.join(other)})" if other else "")
+
+
+def _placement(probes: list[dict[str, Any]]) -> str:
+    pages, right = (sum(probe[key] for probe in probes) for key in ("pages", "right"))
+    asked = all(probe["asked"] for probe in probes)
+    where = "on the node that was asked for" if asked else "on the node of the thread that touched them first"
+    return f"{right} of {pages} pages lie {where}"
+
+
+_TOLD_FLAGS = frozenset(
+    (
+        "avx2",
+        "fma",
+        "f16c",
+        "avx512f",
+        "avx512dq",
+        "avx512bw",
+        "avx512vl",
+        "avx512_bf16",
+        "amx_tile",
+        "amx_bf16",
+    )
+)
