@@ -8,6 +8,7 @@ from kt_moe.checkpoint import Checkpoint
 from kt_moe.experts import Experts
 from kt_moe.functional import Lora, MoEFunction, moe
 from kt_moe.layer import MoELayer
+from kt_moe.profiler import Profile, profile
 from kt_moe.runtime import Runtime, cpu_info, default_runtime
 
 if TYPE_CHECKING:  # the lazy names below, for type checkers
@@ -22,6 +23,7 @@ __all__ = [
     "Lora",
     "MoEFunction",
     "MoELayer",
+    "Profile",
     "Runtime",
     "__version__",
     "cpu_info",
@@ -30,6 +32,7 @@ __all__ = [
     "load_adapter",
     "merge_adapter",
     "moe",
+    "profile",
     "save_adapter",
 ]
 
