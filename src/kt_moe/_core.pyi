@@ -138,7 +138,7 @@ def forward(
     seed: int,
     saved: Tensor | None,  # [routes, 2 I + ranks] bf16, written: G, U and the P of each LoRA
     out: Tensor,  # [T, H] bf16 | fp32, written
-) -> None: ...
+) -> bool: ...  # whether every expert was computed whole, on its home shard
 def backward(
     experts: Experts,
     hidden_states: Tensor,
@@ -149,6 +149,7 @@ def backward(
     dropout: float,
     seed: int,
     saved: Tensor | None,  # what forward wrote, or None: recompute it
+    whole: bool,  # what forward returned
     grad_out: Tensor,  # [T, H] bf16
     grad_hidden: Tensor | None,  # [T, H] bf16 | fp32, written
     grad_weights: Tensor | None,  # [T, K] fp32, written

@@ -87,7 +87,9 @@ class _MoE(torch.autograd.Function):
             ranks = sum(a.shape[1] for a in pairs[::2] if a is not None and a.ndim == 3)
             saved = empty((routes, 2 * experts.intermediate_size + ranks), torch.bfloat16, runtime)
         out = empty(x.shape, _result_dtype(hidden_states), runtime)
-        _core.forward(experts._core, x, ids, weights, pairs, lora.scalings, dropout, seed, saved, out)
+        ctx.whole = _core.forward(
+            experts._core, x, ids, weights, pairs, lora.scalings, dropout, seed, saved, out
+        )
         ctx.experts, ctx.lora_options = experts, (lora.scalings, dropout, seed)
         ctx.save_for_backward(hidden_states, topk_ids, topk_weights, saved, *lora_tensors)
         return _like(out, hidden_states)
@@ -110,7 +112,7 @@ class _MoE(torch.autograd.Function):
         )
         _core.backward(
             ctx.experts._core, x, ids, weights, pairs, scalings, dropout, seed,
-            saved, on_cpu(grad_out, torch.bfloat16), grad_x, grad_weights, cast("_core.LoraTensors", grads),
+            saved, ctx.whole, on_cpu(grad_out, torch.bfloat16), grad_x, grad_weights, cast("_core.LoraTensors", grads),
         )  # fmt: skip
         return (
             None if grad_x is None else _like(grad_x, hidden_states),

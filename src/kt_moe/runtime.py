@@ -16,9 +16,10 @@ class Runtime:
     """A pool of worker threads and the kernels chosen for this CPU.
 
     Args:
-        threads: number of threads, the calling one included. None: KT_MOE_THREADS, or the CPUs this process
+        threads: number of threads, the calling one included. None: KT_MOE_THREADS, or the cores this process
             may use (affinity mask and cgroup limit).
-        shards: slices of the intermediate dimension. None: KT_MOE_SHARDS, or 1.
+        shards: slices of the intermediate dimension, at most 64, each with memory on NUMA nodes of its own
+            while there are enough. None: KT_MOE_SHARDS, or the number of nodes.
         isa: "scalar", "avx2", "avx512", "avx512_bf16" or "amx". None: KT_MOE_ISA, or the best this CPU has.
 
     Raises:

@@ -9,8 +9,10 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
+#include "cpu/affinity.h"
 #include "cpu/features.h"
 #include "kernels/registry.h"
 #include "moe/layer.h"
@@ -78,6 +80,16 @@ class Layer {
     }
   }
 
+  // The intermediate dimension cut among the shards of a runtime; or with `homes`, whole experts on them.
+  void cut(const Runtime& runtime, bool homes = false) {
+    const WeightType& type = options_.weights;
+    const auto below = [&](index_t n) { return n < shape_.intermediate ? n : index_t{1}; };
+    const index_t align = std::max({index_t{2}, below(type.scale_rows), below(type.scale_cols)});
+    experts_.shards = runtime.split(shape_.intermediate, type.format == Format::bf16 ? 1 : align);
+    experts_.placement = homes ? Placement::expert : Placement::tensor;
+    for (int e = 0; homes && e < shape_.experts; ++e) experts_.homes.push_back(e * 7 % runtime.shards());
+  }
+
   // Every result: out, and the gradients of the hidden states, the routing weights and LoRA's tensors.
   // Memory starts as NaN, so that what is not written shows.
   std::map<std::string, Bytes> run(Runtime& runtime) const {
@@ -91,8 +103,9 @@ class Layer {
     const index_t routes = count_routes(inputs_.topk_ids, e);
     std::vector<bf16_t> kept(static_cast<std::size_t>(routes * (2 * n + ranks[0] + ranks[1] + ranks[2])));
     Saved saved;
+    saved.whole = computes_whole(runtime, experts_, inputs_);
     if (options_.save && routes > 0) {
-      saved = {kept.data(), kept.data() + routes * n, {}};
+      saved.gate = kept.data(), saved.up = kept.data() + routes * n;
       bf16_t* next = saved.up + routes * n;
       for (std::size_t i = 0; i < 3; next += routes * ranks[i++]) saved.low_rank[i] = next;
     }
@@ -259,11 +272,23 @@ class Layer {
   MatView grad_out_;
 };
 
+// So many nodes alike, each with one of the CPUs there are.
+Topology machine(int nodes) {
+  Topology t;
+  const std::vector<int> cpus = cpus_of(current_mask());
+  t.nodes.clear();
+  for (int n = 0; n < nodes; ++n) {
+    const int cpu = cpus[static_cast<std::size_t>(n) % cpus.size()];
+    t.nodes.push_back({n, {cpu}, {cpu}, std::vector<int>(static_cast<std::size_t>(nodes), 10), 1, 1});
+  }
+  return t;
+}
+
 // Made once: starting threads takes longer than these layers.
-Runtime& runtime_of(std::string_view isa, int threads) {
-  static std::map<std::pair<std::string, int>, Runtime> runtimes;
-  const std::pair key(std::string(isa), threads);
-  return runtimes.try_emplace(key, threads, 1, std::string(isa)).first->second;
+Runtime& runtime_of(std::string_view isa, int threads, int shards = 1, int nodes = 1) {
+  static std::map<std::tuple<std::string, int, int, int>, Runtime> runtimes;
+  const std::tuple key(std::string(isa), threads, shards, nodes);
+  return runtimes.try_emplace(key, threads, shards, std::string(isa), machine(nodes)).first->second;
 }
 
 std::vector<float> floats(const Bytes& bytes, DType type) {
@@ -374,6 +399,55 @@ TEST_CASE("biases and gpt-oss's activation: the bits of any number of threads, c
       options = {true, 0.3, DType::bf16, DType::bf16, kMxfp4, activation, biases};
       for (const Shape& shape : kShapes) check(shape, options, {16});
     }
+}
+
+TEST_CASE("shards: the bits of any number of threads and nodes, close to one shard's") {
+  alarm(600);
+  for (const KernelEntry& entry : kernel_registry()) {
+    if (availability(entry, cpu_features()) != "available") continue;
+    CAPTURE(std::string(entry.name));
+    for (const Shape& shape : kShapes)
+      for (const int shards : {2, 3, 5, 16})
+        for (const Options& options :
+             {Options{},
+              Options{false, 0.3, DType::bf16, DType::bf16, kInt4, Activation::gpt_oss, {true, true, true}},
+              Options{.weights = kFp8, .biases = {false, true, true}}}) {
+          CAPTURE(std::string(shape.name));
+          CAPTURE(shards);
+          CAPTURE(options.save);
+          const Layer one(shape, options);
+          const auto whole = one.run(runtime_of(entry.name, 1));
+          Layer layer(shape, options);
+          layer.cut(runtime_of(entry.name, 1, shards));
+          const auto expected = layer.run(runtime_of(entry.name, 1, shards));
+          for (const auto& [name, bytes] : expected) {
+            CAPTURE(name);
+            CHECK(difference(floats(bytes, layer.type_of(name)),
+                             floats(whole.at(name), layer.type_of(name))) <= kClose);
+          }
+          for (const auto& [threads, nodes] : {std::pair{5, 1}, {1, 4}, {2, 3}, {7, 4}}) {
+            CAPTURE(threads);
+            CAPTURE(nodes);
+            Layer same(shape, options);
+            same.cut(runtime_of(entry.name, 1, shards));
+            CHECK(same.run(runtime_of(entry.name, threads, shards, nodes)) == expected);
+          }
+        }
+  }
+}
+
+TEST_CASE("whole experts on shards: bit for bit what one shard computes") {
+  for (const Shape& shape : kShapes)
+    for (const Options& options : {Options{}, Options{false, 0.3, DType::bf16, DType::bf16, kInt8}})
+      for (const auto& [threads, shards, nodes] : {std::tuple{1, 3, 1}, {5, 4, 1}, {7, 4, 4}, {3, 16, 2}}) {
+        CAPTURE(std::string(shape.name));
+        CAPTURE(shards);
+        const std::string isa(best_isa(cpu_features()));
+        const auto expected = Layer(shape, options).run(runtime_of(isa, 1));
+        Layer layer(shape, options);
+        layer.cut(runtime_of(isa, threads, shards, nodes), /*homes=*/true);
+        CHECK(layer.run(runtime_of(isa, threads, shards, nodes)) == expected);
+      }
 }
 
 TEST_CASE("a layer like gpt-oss's against its definition") {

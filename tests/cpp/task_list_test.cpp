@@ -37,7 +37,7 @@ void check_chain(Runtime& runtime, int groups) {
   std::atomic<int> wrong{0};
   for (std::size_t g = 0; g < done.size(); ++g) {
     done[g].resize(g * 7 % 5);
-    group.push_back(list.add(std::ssize(done[g]), [&, g](index_t task, Arena& scratch) {
+    group.push_back(list.add(0, std::ssize(done[g]), [&, g](index_t task, Arena& scratch) {
       scratch.take<int>(10)[9] = 1;
       for (const std::size_t before : {std::size_t{1}, std::size_t{4}}) {
         if (g < before) continue;
@@ -70,7 +70,7 @@ TEST_CASE("one thread runs tasks in the order in which they were added") {
   TaskList list;
   std::vector<int> order;
   for (int g = 0; g < 3; ++g)
-    list.add(2, [&order, g](index_t task, Arena&) { order.push_back(2 * g + static_cast<int>(task)); });
+    list.add(0, 2, [&order, g](index_t task, Arena&) { order.push_back(2 * g + static_cast<int>(task)); });
   run(list, runtime);
   CHECK(order == std::vector<int>{0, 1, 2, 3, 4, 5});
 }
@@ -81,16 +81,16 @@ TEST_CASE("lists without tasks, and groups that are empty") {
     TaskList none;
     run(none, runtime);
     TaskList empty;
-    const auto* nothing = empty.add(0, [](index_t, Arena&) { throw std::runtime_error("ran"); });
+    const auto* nothing = empty.add(0, 0, [](index_t, Arena&) { throw std::runtime_error("ran"); });
     run(empty, runtime);
     TaskList one;
-    nothing = one.add(0, [](index_t, Arena&) { throw std::runtime_error("ran"); });
+    nothing = one.add(0, 0, [](index_t, Arena&) { throw std::runtime_error("ran"); });
     int runs = 0;
-    one.add(1, [&](index_t, Arena&) {
+    one.add(0, 1, [&](index_t, Arena&) {
       one.wait(nothing);
       ++runs;
     });
-    one.add(0, [](index_t, Arena&) { throw std::runtime_error("ran"); });
+    one.add(0, 0, [](index_t, Arena&) { throw std::runtime_error("ran"); });
     run(one, runtime);
     CHECK(runs == 1);
   }
@@ -102,16 +102,16 @@ TEST_CASE("waiting longer than anyone spins") {
   for (int round = 0; round < 5; ++round) {
     TaskList list;
     int slow = 0;
-    const auto* first = list.add(1, [&](index_t, Arena&) {
+    const auto* first = list.add(0, 1, [&](index_t, Arena&) {
       sleep_ms(20);
       slow = 1;
     });
     std::atomic<int> seen{0};
-    const auto* second = list.add(15, [&](index_t, Arena&) {
+    const auto* second = list.add(0, 15, [&](index_t, Arena&) {
       list.wait(first);
       seen += slow;
     });
-    list.add(15, [&](index_t, Arena&) {
+    list.add(0, 15, [&](index_t, Arena&) {
       list.wait(second);
       if (seen != 15) seen = -1000;
     });
@@ -129,17 +129,17 @@ TEST_CASE("an exception reaches the caller, ends those that wait, and the runtim
       Runtime runtime(threads, 1, "scalar");
       TaskList list;
       std::atomic<int> after{0};
-      const auto* good = list.add(3, [](index_t, Arena&) {});
-      const auto* bad = list.add(2, [&, good](index_t task, Arena&) {
+      const auto* good = list.add(0, 3, [](index_t, Arena&) {});
+      const auto* bad = list.add(0, 2, [&, good](index_t task, Arena&) {
         list.wait(good);
         sleep_ms(patience);
         if (task == 1) throw std::runtime_error("no");
       });
-      const auto* waiting = list.add(20, [&, bad](index_t, Arena&) {
+      const auto* waiting = list.add(0, 20, [&, bad](index_t, Arena&) {
         list.wait(bad);
         ++after;
       });
-      list.add(20, [&, waiting](index_t, Arena&) {
+      list.add(0, 20, [&, waiting](index_t, Arena&) {
         list.wait(waiting);
         ++after;
       });
@@ -154,8 +154,8 @@ TEST_CASE("of several exceptions one reaches the caller") {
   Runtime runtime(5, 1, "scalar");
   for (int round = 0; round < 50; ++round) {
     TaskList list;
-    const auto* all = list.add(20, [](index_t, Arena&) { throw std::runtime_error("no"); });
-    list.add(5, [&, all](index_t, Arena&) { list.wait(all); });
+    const auto* all = list.add(0, 20, [](index_t, Arena&) { throw std::runtime_error("no"); });
+    list.add(0, 5, [&, all](index_t, Arena&) { list.wait(all); });
     CHECK_THROWS_WITH_AS(run(list, runtime), "no", std::runtime_error);
   }
 }

@@ -177,7 +177,7 @@ class TestRuntime:
         sets = kt_moe.cpu_info()["kernel_sets"]
         for kwargs, message in [
             ({"threads": 0}, "threads is 0, wanted a number from 1 to 4096"),
-            ({"shards": 2}, "shards is 2, this version computes in 1 shard"),
+            ({"shards": 65}, "shards is 65, wanted a number from 1 to 64"),
             ({"isa": "sse2"}, 'isa is "sse2", wanted one of scalar, avx2, avx512, avx512_bf16, amx'),
             *(({"isa": isa}, f'isa is "{isa}": {why}') for isa, why in sets.items() if why != "available"),
         ]:
@@ -189,7 +189,7 @@ class TestRuntime:
         [
             ("KT_MOE_ISA", "mmx", 'isa is "mmx", wanted one of scalar'),
             ("KT_MOE_THREADS", "two", 'KT_MOE_THREADS is "two", wanted a number from 1 to 4096'),
-            ("KT_MOE_SHARDS", "2", "shards is 2"),
+            ("KT_MOE_SHARDS", "0", 'KT_MOE_SHARDS is "0", wanted a number from 1 to 64'),
         ],
     )
     def test_environment(self, variable, value, message):

@@ -39,9 +39,10 @@ def assert_as_good_as_eager(ours: dict, problem: Problem) -> None:
         assert relative_error(value, truth[name]) <= relative_error(eager[name], truth[name]), name
 
 
-@given(problem=problems(), isa=st.sampled_from(ISAS), recompute=st.booleans())
-def test_formula(problem, isa, recompute):
-    assert_formula(run_ours(problem, kt_moe.Runtime(threads=2, isa=isa), recompute=recompute), problem)
+@given(problem=problems(), isa=st.sampled_from(ISAS), shards=st.integers(1, 16), recompute=st.booleans())
+def test_formula(problem, isa, shards, recompute):
+    runtime = kt_moe.Runtime(threads=2, shards=shards, isa=isa)
+    assert_formula(run_ours(problem, runtime, recompute=recompute), problem)
 
 
 @pytest.mark.parametrize("routing", ["random", "one", "repeat", "sparse"])

@@ -81,7 +81,7 @@ Layout plan_layout(const Topology& topology, int threads, int shards) {
     for (; first < last; ++first) {
       const NumaNode& node = *usable[static_cast<std::size_t>(first)];
       cores += cores_of(node);
-      team.cpus.insert(team.cpus.end(), node.cpus.begin(), node.cpus.end());
+      if (teams > 1) team.cpus.insert(team.cpus.end(), node.cpus.begin(), node.cpus.end());
     }
     weights.push_back(cores);
     layout.teams.push_back(team);

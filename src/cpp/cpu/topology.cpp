@@ -1,6 +1,6 @@
 #include "cpu/topology.h"
 
-#include <sched.h>
+#include "cpu/affinity.h"
 
 #include <algorithm>
 #include <cmath>
@@ -22,19 +22,6 @@ std::string cpu_model() {
   for (std::string line; std::getline(file, line);)
     if (line.rfind("model name", 0) == 0) return line.substr(std::min(line.size(), line.find(':') + 2));
   return "unknown";
-}
-
-// The mask grows until the kernel accepts it: machines with more than 1024 CPUs exist.
-int cpus_in_affinity_mask() {
-  for (int cpus = CPU_SETSIZE; cpus <= (1 << 20); cpus *= 2) {
-    cpu_set_t* mask = CPU_ALLOC(cpus);
-    const std::size_t bytes = CPU_ALLOC_SIZE(cpus);
-    const bool ok = sched_getaffinity(0, bytes, mask) == 0;
-    const int count = ok ? CPU_COUNT_S(bytes, mask) : 0;
-    CPU_FREE(mask);
-    if (ok) return std::max(1, count);
-  }
-  return 1;
 }
 
 // CPU time a cgroup may use, in CPUs; 0 when unlimited.
@@ -75,7 +62,7 @@ void read_caches(Topology& t) {
 Topology read_topology() {
   Topology t;
   t.model = cpu_model();
-  t.cpus = cpus_in_affinity_mask();
+  t.cpus = std::max(1, static_cast<int>(cpus_of(current_mask()).size()));
   if (const double limit = cgroup_cpu_limit(); limit > 0)
     t.cpus = std::clamp(static_cast<int>(std::ceil(limit)), 1, t.cpus);
   t.cores = t.cpus;

@@ -7,12 +7,14 @@
 #include <cassert>
 #include <exception>
 #include <memory>
+#include <numeric>
 #include <stdexcept>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #include "base/error.h"
+#include "cpu/affinity.h"
 
 namespace kt {
 
@@ -33,22 +35,52 @@ void wait_while(const std::atomic<unsigned>& word, unsigned old) {
   while (word.load(std::memory_order_acquire) == old) word.wait(old, std::memory_order_acquire);
 }
 
+// The calling thread on some CPUs during its life, where the operating system allows it.
+class OnCpus {
+ public:
+  explicit OnCpus(const CpuMask& cpus) {
+    if (cpus.empty()) return;
+    before_ = current_mask();
+    moved_ = set_mask(cpus);
+  }
+  ~OnCpus() {
+    if (moved_) set_mask(before_);
+  }
+  OnCpus(const OnCpus&) = delete;
+  OnCpus& operator=(const OnCpus&) = delete;
+
+ private:
+  CpuMask before_;
+  bool moved_ = false;
+};
+
+int sum_of_threads(std::span<const Team> teams) {
+  int threads = 0;
+  for (const Team& team : teams) threads += team.threads;
+  return threads;
+}
+
 }  // namespace
 
-struct WorkerPool::Team {
-  explicit Team(int threads) : process(getpid()) {
+// The threads of one process: after a fork there is another crew.
+struct WorkerPool::Crew {
+  explicit Crew(std::span<const Team> teams) : queues(teams.size()), process(getpid()) {
+    for (std::size_t t = 0; t < teams.size(); ++t) {
+      queues[t].cpus = mask_of(teams[t].cpus);
+      team_of.insert(team_of.end(), static_cast<std::size_t>(teams[t].threads), static_cast<int>(t));
+    }
     try {
-      for (int worker = 1; worker < threads; ++worker)
+      for (int worker = 1; worker < std::ssize(team_of); ++worker)
         members.emplace_back([this, worker] { serve(worker); });
     } catch (const std::exception& refusal) {
       const std::size_t started = members.size() + 1;
       stop();
-      throw IoError(
-          message("threads is {}, but only {} could be started: {}", threads, started, refusal.what()));
+      throw IoError(message("threads is {}, but only {} could be started: {}", team_of.size(), started,
+                            refusal.what()));
     }
   }
 
-  ~Team() { stop(); }
+  ~Crew() { stop(); }
 
   void stop() {
     stopping = true;
@@ -58,6 +90,7 @@ struct WorkerPool::Team {
   }
 
   void serve(int worker) {
+    set_mask(queues[static_cast<std::size_t>(team_of[static_cast<std::size_t>(worker)])].cpus);
     for (unsigned seen = 0;;) {
       wait_while(loop, seen);
       seen = loop.load(std::memory_order_acquire);
@@ -72,57 +105,75 @@ struct WorkerPool::Team {
 
   void work(int worker) {
     inside_task = true;
-    for (int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+    const int team = shared ? 0 : team_of[static_cast<std::size_t>(worker)];
+    Queue& queue = queues[static_cast<std::size_t>(team)];
+    for (int task; (task = queue.next.fetch_add(1, std::memory_order_relaxed)) < queue.tasks;) {
       try {
-        (*body)(task, worker);
+        (*body)(team, task, worker);
       } catch (...) {
         const std::lock_guard lock(error_mutex);
         if (!error) error = std::current_exception();
-        next.store(tasks, std::memory_order_relaxed);
+        for (Queue& other : queues) other.next.store(other.tasks, std::memory_order_relaxed);
       }
     }
     inside_task = false;
   }
 
-  void run(int n, const std::function<void(int, int)>& f) {
-    tasks = n;
+  // `share`: all threads take tasks from the first queue.
+  void run(std::span<const int> tasks, bool share, const TeamBody& f) {
+    shared = share;
     body = &f;
-    next.store(0, std::memory_order_relaxed);
+    for (std::size_t t = 0; t < tasks.size(); ++t) {
+      queues[t].tasks = tasks[t];
+      queues[t].next.store(0, std::memory_order_relaxed);
+    }
     busy.store(static_cast<int>(members.size()), std::memory_order_relaxed);
     const unsigned before = done.load(std::memory_order_relaxed);
     loop.fetch_add(1, std::memory_order_release);
     loop.notify_all();
-    work(0);
+    {
+      const OnCpus here(queues.front().cpus);
+      work(0);
+    }
     if (!members.empty()) wait_while(done, before);
     if (error) std::rethrow_exception(std::exchange(error, nullptr));
   }
+
+  struct alignas(64) Queue {  // on a line of its own
+    std::atomic<int> next{0};
+    int tasks = 0;
+    CpuMask cpus;
+  };
+  std::vector<Queue> queues;  // one a team
+  std::vector<int> team_of;   // of every worker
 
   const pid_t process;
   std::mutex claimed;
   std::atomic<unsigned> loop{0}, done{0};
   std::atomic<bool> stopping{false};
-  std::atomic<int> next{0}, busy{0};
-  int tasks = 0;
-  const std::function<void(int, int)>* body = nullptr;
+  std::atomic<int> busy{0};
+  bool shared = true;
+  const TeamBody* body = nullptr;
   std::mutex error_mutex;
   std::exception_ptr error;
   std::vector<std::thread> members;
 };
 
-WorkerPool::WorkerPool(int threads) : threads_(threads), team_(new Team(threads)) {}
+WorkerPool::WorkerPool(std::vector<Team> teams)
+    : teams_(std::move(teams)), threads_(sum_of_threads(teams_)), crew_(new Crew(teams_)) {}
 
 WorkerPool::~WorkerPool() {
   // After a fork the members' threads do not exist; joining them would wait for ever.
-  if (Team* team = team_.load(); team->process == getpid()) delete team;
+  if (Crew* crew = crew_.load(); crew->process == getpid()) delete crew;
 }
 
-// After a fork the parent's team is left where it is and a new one takes its place; of several threads of the
+// After a fork the parent's crew is left where it is and a new one takes its place; of several threads of the
 // child that come at once, one replaces it.
-WorkerPool::Team& WorkerPool::team() {
-  Team* team = team_.load();
-  if (team->process == getpid()) return *team;
-  auto fresh = std::make_unique<Team>(threads_);
-  return team_.compare_exchange_strong(team, fresh.get()) ? *fresh.release() : *team;
+WorkerPool::Crew& WorkerPool::crew() {
+  Crew* crew = crew_.load();
+  if (crew->process == getpid()) return *crew;
+  auto fresh = std::make_unique<Crew>(teams_);
+  return crew_.compare_exchange_strong(crew, fresh.get()) ? *fresh.release() : *crew;
 }
 
 WorkerPool::Claim::Claim(std::mutex& claimed) : outer_(mine) {
@@ -135,15 +186,23 @@ WorkerPool::Claim::Claim(std::mutex& claimed) : outer_(mine) {
 
 WorkerPool::Claim::~Claim() { mine = outer_; }
 
-WorkerPool::Claim WorkerPool::claim() { return Claim(team().claimed); }
+WorkerPool::Claim WorkerPool::claim() { return Claim(crew().claimed); }
 
 void WorkerPool::parallel_for(int tasks, const std::function<void(int, int)>& body) {
+  run({&tasks, 1}, /*share=*/true, [&](int, int task, int worker) { body(task, worker); });
+}
+
+void WorkerPool::parallel_for_teams(std::span<const int> tasks, const TeamBody& body) {
+  assert(tasks.size() == teams_.size());
+  run(tasks, /*share=*/false, body);
+}
+
+void WorkerPool::run(std::span<const int> tasks, bool share, const TeamBody& body) {
   assert(!inside_task);
-  if (tasks <= 1) {
-    for (int task = 0; task < tasks; ++task) body(task, 0);
-  } else {
-    team_.load()->run(tasks, body);
-  }
+  if (std::accumulate(tasks.begin(), tasks.end(), index_t{0}) > 1)
+    return crew_.load()->run(tasks, share, body);
+  for (std::size_t team = 0; team < tasks.size(); ++team)  // not worth waking anyone
+    if (tasks[team] > 0) body(static_cast<int>(team), 0, 0);
 }
 
 }  // namespace kt

@@ -5,18 +5,26 @@
 #include <atomic>
 #include <functional>
 #include <mutex>
+#include <span>
+#include <vector>
+
+#include "cpu/layout.h"
 
 namespace kt {
 
 class WorkerPool {
  public:
-  // `threads` >= 1, the calling one included. IoError when the operating system refuses to start one.
-  explicit WorkerPool(int threads);
+  // Workers are numbered team by team; the calling thread is number 0. Threads of a team that has CPUs run on
+  // those alone, the calling one during a loop, if the operating system lets them. IoError when it refuses to
+  // start one.
+  explicit WorkerPool(std::vector<Team> teams);
+  explicit WorkerPool(int threads) : WorkerPool(std::vector<Team>{{threads, {0, 1}}}) {}
   ~WorkerPool();
   WorkerPool(const WorkerPool&) = delete;
   WorkerPool& operator=(const WorkerPool&) = delete;
 
   int threads() const { return threads_; }
+  std::span<const Team> teams() const { return teams_; }
 
   // The pool for one caller at a time. Of the thread that made it.
   class Claim {
@@ -39,12 +47,19 @@ class WorkerPool {
   // task ends the loop early and is rethrown here. The caller holds the claim.
   void parallel_for(int tasks, const std::function<void(int task, int worker)>& body);
 
- private:
-  struct Team;
-  Team& team();
+  // The same with a loop for each team, over tasks[team] tasks that only its own threads run.
+  using TeamBody = std::function<void(int team, int task, int worker)>;
+  void parallel_for_teams(std::span<const int> tasks, const TeamBody& body);
 
+ private:
+  struct Crew;
+  Crew& crew();
+  // `share`: all threads take tasks of the first and only loop.
+  void run(std::span<const int> tasks, bool share, const TeamBody& body);
+
+  std::vector<Team> teams_;
   int threads_;
-  std::atomic<Team*> team_;
+  std::atomic<Crew*> crew_;
 };
 
 }  // namespace kt

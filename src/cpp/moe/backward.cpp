@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "moe/pass_tasks.h"
+
 namespace kt {
 
 namespace {
@@ -17,9 +19,8 @@ void prefetch(const bf16_t* row, index_t n) {
 }  // namespace
 
 void Backward::run(Saved saved) {
-  const index_t routes = routing_.routes(), n = experts_.intermediate;
-  hidden_ = memory().take<bf16_t>(routes * n);
-  grad_gate_up_ = {memory().take<bf16_t>(routes * n), memory().take<bf16_t>(routes * n)};
+  hidden_ = take_by_shard();
+  grad_gate_up_ = {take_by_shard(), take_by_shard()};
   for (const Projection p : projections) {
     const std::size_t i = index_of(p);
     grad_low_rank_[i] = {take_low_rank(p), take_low_rank(p)};
@@ -27,16 +28,18 @@ void Backward::run(Saved saved) {
   }
   const bool recompute = !saved;
   if (recompute) {
-    saved = {memory().take<bf16_t>(routes * n), memory().take<bf16_t>(routes * n), {}};
+    saved_gate_ = take_by_shard(), saved_up_ = take_by_shard();
     for (const Projection p : projections) saved.low_rank[index_of(p)] = take_low_rank(p);
+  } else {
+    saved_gate_ = cut(saved.gate), saved_up_ = cut(saved.up);
   }
   for (const Projection p : kGateUp) low_rank_[index_of(p)] = saved.low_rank[index_of(p)];
   weighted_low_rank_ = saved.low_rank[index_of(Projection::down)];
   if (recompute) {
-    add_gate_up(saved);
+    add_gate_up();
     add_down_low_rank();
   }
-  add_down(saved);
+  add_down();
   add_gate_up_gradients();
   if (gradients_.hidden_states) add_hidden_states();
   add_lora();
@@ -44,47 +47,67 @@ void Backward::run(Saved saved) {
 }
 
 void Backward::add_down_low_rank() {
-  for (const Block block : blocks_)
-    recomputed_.push_back(tasks_.add(1, [=, this](index_t, Arena& scratch) {
-      tasks_.wait(gate_up_done_[block.index]);
-      if (inputs_.of(Projection::down)) project_a(Projection::down, block, {}, scratch);
-    }));
+  constexpr Projection down = Projection::down;
+  add_reduced(
+      gate_up_done_, [this](Block block) { return product_floats(down, block); },
+      [this](Block block, float* product, Arena& scratch) {
+        if (inputs_.of(down)) multiply_a(down, block, {}, product, scratch);
+      },
+      [this](Block block, float* product, Arena&) { keep_low_rank(down, block, product); }, recomputed_);
 }
 
-void Backward::add_down(const Saved& saved) {
-  const index_t n = experts_.intermediate, routes = routing_.routes();
+void Backward::add_down() {
+  constexpr Projection down = Projection::down;
+  const index_t routes = routing_.routes();
   // The number of threads decides how few rows are cut, but not how their dots are: the sums would differ.
   const bool fixed = all_few();
   const index_t tile = fixed ? kDotCols : kernels().gemm.nr;
-  const Slices slices = this->slices(n, tile, experts_.hidden * kernels().gemm.element_bytes);
-  const index_t dot_cols = fixed ? kDotCols : n, count = fixed ? ceil_div(n, kDotCols) : slices.count;
-  const bool biased = experts_.biases[index_of(Projection::down)] != nullptr;
+  std::vector<Slices> slices;
+  std::vector<index_t> first_dot;  // of a shard
+  index_t count = 0;
+  for (const Portion& shard : shards_) {
+    slices.push_back(this->slices(shard.inner.size(), tile, experts_.hidden * kernels().gemm.element_bytes));
+    first_dot.push_back(count);
+    count += fixed ? ceil_div(shard.inner.size(), kDotCols) : slices.back().count;
+  }
+  const bool biased = experts_.biases[index_of(down)] != nullptr;
   const index_t rows = count + biased;
-  auto* dots = memory().take<float>(rows * routes);
+  auto* dots = lease_.memory(0).take<float>(rows * routes);
   std::fill_n(dots, rows * routes, 0.0f);
+  const index_t packed_rows = packed_a_bytes(kernels(), kBlockRows, experts_.hidden);
   add_with_input(
-      grad_input_bytes(Projection::down, kBlockRows),
-      [=, this](Block block, char* memory, Arena& scratch) {
-        pack_grad_input(Projection::down, block, memory, scratch);
-        if (biased) bias_dots(block, dots + count * routes, scratch);
+      packed_rows + packed_a_bytes(kernels(), kBlockRows, inputs_.of(down).rank()),
+      [=, this](Block block, char* memory, const Group* home, Arena& scratch) {
+        pack_grad_rows(down, block, memory);
+        if (home != nullptr) tasks_.wait(home);
+        if (home == nullptr && biased) bias_dots(block, dots + count * routes, scratch);
+        if (!inputs_.of(down)) return;
+        if (home == nullptr) {
+          const Arena::Frame frame(scratch);
+          auto* product = scratch.take<float>(grad_product_floats(down, block));
+          multiply_b(down, block, product, scratch);
+          keep_grad_low_rank(down, block, product, scratch);
+        }
+        pack_grad_low_rank(down, block, memory + packed_rows);
       },
       slices,
       [=, this](Block block, index_t i, Range slice, Range next, Arena& scratch) {
         if (!recomputed_.empty()) tasks_.wait(recomputed_[block.index]);
-        float* first = dots + (fixed ? slice.begin / kDotCols : i) * routes;
-        down(block, slice, next, saved, first, dot_cols, scratch);
+        const index_t dot = first_dot[block.shard] + (fixed ? slice.begin / kDotCols : i);
+        this->down(block, slice, next, dots + dot * routes, fixed ? kDotCols : slice.size(), scratch);
       },
       down_done_);
   if (gradients_.topk_weights != nullptr)
-    tasks_.add(1, [=, this](index_t, Arena&) {
+    tasks_.add(0, 1, [=, this](index_t, Arena&) {
       for (const Group* done : down_done_) tasks_.wait(done);
       sum_dots(dots, rows);
     });
 }
 
-void Backward::down(Block block, Range slice, Range next, const Saved& saved, float* dots, index_t dot_cols,
+void Backward::down(Block block, Range slice, Range next, float* dots, index_t dot_cols,
                     Arena& scratch) const {
-  const index_t n = experts_.intermediate;
+  const index_t n = inner(block);
+  const bf16_t *const gate = saved_gate_[block.shard], *const up = saved_up_[block.shard];
   const BackwardWeights weights = backward_weights(kDown, block, slice, next, scratch);
   const index_t stride = result_stride(kernels(), slice.size());
   auto* grad = scratch.take<float>(rows_per_part() * stride);
@@ -93,14 +116,13 @@ void Backward::down(Block block, Range slice, Range next, const Saved& saved, fl
     input_gradient(weights, part, slice, grad, stride, scratch);
     for (index_t i = 0; i < part.count; ++i) {
       if (const index_t ahead = part.first + i + kRowsAhead; ahead < block.first + block.count)
-        for (const bf16_t* rows : {saved.gate, saved.up})
-          prefetch(rows + ahead * n + slice.begin, slice.size());
+        for (const bf16_t* rows : {gate, up}) prefetch(rows + ahead * n + slice.begin, slice.size());
       for (index_t j = 0; j < slice.size(); j += dot_cols) {
         const index_t route = part.first + i, place = route * n + slice.begin + j;
-        dots[j / dot_cols * routing_.routes() + route] =
-            activation_.backward(static_cast<int>(std::min(dot_cols, slice.size() - j)),
-                                 grad + i * stride + j, weight(route), saved.gate + place, saved.up + place,
-                                 grad_gate_up_[0] + place, grad_gate_up_[1] + place, hidden_ + place);
+        dots[j / dot_cols * routing_.routes() + route] = activation_.backward(
+            static_cast<int>(std::min(dot_cols, slice.size() - j)), grad + i * stride + j, weight(route),
+            gate + place, up + place, grad_gate_up_[0][block.shard] + place,
+            grad_gate_up_[1][block.shard] + place, hidden_[block.shard] + place);
       }
     }
   });
@@ -123,21 +145,41 @@ void Backward::sum_dots(const float* dots, index_t count) const {
 }
 
 void Backward::add_gate_up_gradients() {
+  std::vector<std::array<char*, 2>> into;  // a block each
   for (const Block block : blocks_) {
-    std::array<char*, 2> into;
+    std::array<char*, 2>& pieces = into.emplace_back();
     for (const Projection p : kGateUp)
-      into[index_of(p)] = memory().take<char>(grad_input_bytes(p, block.count));
-    gradients_done_.push_back(tasks_.add(1, [=, this](index_t, Arena& scratch) {
-      tasks_.wait(down_done_[block.index]);
-      for (const Projection p : kGateUp) pack_grad_input(p, block, into[index_of(p)], scratch);
-    }));
+      pieces[index_of(p)] = memory(block).take<char>(grad_input_bytes(p, block));
   }
+  const auto floats = [this](Block block) {
+    return grad_product_floats(Projection::gate, block) + grad_product_floats(Projection::up, block);
+  };
+  add_reduced(
+      down_done_, floats,
+      [=, this](Block block, float* product, Arena& scratch) {
+        for (const Projection p : kGateUp) {
+          pack_grad_rows(p, block, into[block.index][index_of(p)]);
+          if (inputs_.of(p)) multiply_b(p, block, product, scratch);
+          product += grad_product_floats(p, block);
+        }
+      },
+      [=, this](Block block, float* product, Arena& scratch) {
+        for (const Projection p : kGateUp) {
+          if (inputs_.of(p)) {
+            keep_grad_low_rank(p, block, product, scratch);
+            pack_grad_low_rank(
+                p, block,
+                into[block.index][index_of(p)] + packed_a_bytes(kernels(), block.count, inner(block)));
+          }
+          product += grad_product_floats(p, block);
+        }
+      },
+      gradients_done_);
 }
 
 void Backward::add_hidden_states() {
   const GemmKernels& gemm = kernels().gemm;
-  add_sum(gradients_.hidden_states, /*weighted=*/false, gemm.nr,
-          2 * experts_.intermediate * gemm.element_bytes, gradients_done_,
+  add_sum(gradients_.hidden_states, /*weighted=*/false, gemm.nr, 2 * gemm.element_bytes, gradients_done_,
           [this](Block block, Range strip, Range next, float* rows, index_t stride, Arena& scratch) {
             hidden_states(block, strip, next, rows, stride, scratch);
           });
@@ -154,23 +196,25 @@ void Backward::hidden_states(Block block, Range strip, Range next, float* rows, 
 
 Rows Backward::grad_output(Projection p, Block block, Range cols) const {
   if (p == Projection::down) return by_token(grad_out_, block, cols);
-  return by_route(grad_gate_up_[index_of(p)], experts_.intermediate, block, cols);
+  return by_route(grad_gate_up_[index_of(p)][block.shard], inner(block), block, cols);
 }
 
-index_t Backward::grad_input_bytes(Projection p, index_t routes) const {
-  return packed_a_bytes(kernels(), routes, experts_.rows(p)) +
-         packed_a_bytes(kernels(), routes, inputs_.of(p).rank());
+index_t Backward::grad_input_bytes(Projection p, Block block) const {
+  return packed_a_bytes(kernels(), block.count, rows(p, block)) +
+         packed_a_bytes(kernels(), block.count, inputs_.of(p).rank());
 }
 
-void Backward::pack_grad_input(Projection p, Block block, char* into, Arena& scratch) {
-  GradInput& in = grad_inputs_[index_of(p)][block.index];
-  const index_t cols = experts_.rows(p), rank = inputs_.of(p).rank();
-  if (!few(block)) in.rows = pack_a_into(into, kernels(), grad_output(p, block, {0, cols}));
-  if (rank == 0) return;
-  project_grad_b(p, block, in.rows, scratch);
+void Backward::pack_grad_rows(Projection p, Block block, char* into) {
   if (few(block)) return;
-  in.low_rank = pack_a_into(into + packed_a_bytes(kernels(), block.count, cols), kernels(),
-                            by_route(grad_low_rank_[index_of(p)].rows, rank, block, {0, rank}));
+  grad_inputs_[index_of(p)][block.index].rows =
+      pack_a_into(into, kernels(), grad_output(p, block, {0, rows(p, block)}));
+}
+
+void Backward::pack_grad_low_rank(Projection p, Block block, char* into) {
+  if (few(block)) return;
+  const index_t rank = inputs_.of(p).rank();
+  grad_inputs_[index_of(p)][block.index].low_rank =
+      pack_a_into(into, kernels(), by_route(grad_low_rank_[index_of(p)].rows, rank, block, {0, rank}));
 }
 
 Backward::BackwardWeights Backward::backward_weights(std::span<const Projection> targets, Block block,
@@ -180,13 +224,12 @@ Backward::BackwardWeights Backward::backward_weights(std::span<const Projection>
     return few(block) ? PackedB{} : pack_b_rows(kernels(), source, scratch);
   };
   for (const Projection p : targets) {
-    const Weight& w = experts_.of(p, block.expert);
-    const WeightBlock weights{&w, {0, w.rows}, slice};
-    result.push_back({p, false, weights, {}, packed(weights), codes_of({&w, {0, w.rows}, next})});
+    const WeightBlock all = weights_of(p, block), weights = all.cols_of(slice);
+    result.push_back({p, false, weights, {}, packed(weights), codes_of(all.cols_of(next))});
   }
   for (const Projection p : targets)
-    if (const LoraPair& lora = inputs_.of(p); lora) {
-      const Rows rows{lora.a[block.expert].block(0, slice.begin, lora.rank(), slice.size())};
+    if (const LoraPair& lora = inputs_.of(p); lora && (p == Projection::down || at_home(block))) {
+      const Rows rows{lora_a(p, block).block(0, slice.begin, lora.rank(), slice.size())};
       result.push_back({p, true, {}, rows, packed(rows), {} /* it is small */});
     }
   return result;
@@ -204,7 +247,8 @@ void Backward::input_gradient(const BackwardWeights& weights, Block part, Range 
     multiply_backward(loras.subspan(i, 1), part, product, stride, scratch);
     for (index_t row = 0; row < part.count; ++row) {
       const std::int32_t slot = routing_.slot[static_cast<std::size_t>(part.first + row)];
-      drop(inputs_.dropout, loras[i].projection, slot, slice.begin, slice.size(), product + row * stride);
+      const Projection p = loras[i].projection;
+      drop(inputs_.dropout, p, slot, first_col(p, part) + slice.begin, slice.size(), product + row * stride);
       const std::array<const float*, 2> terms{result + row * stride, product + row * stride};
       constexpr std::array kOnce{1.0f, 1.0f};
       kernels().epilogue.sum_scaled(static_cast<int>(slice.size()), 2, terms.data(), kOnce.data(),
@@ -217,17 +261,19 @@ void Backward::multiply_backward(std::span<const BackwardTerm> weights, Block pa
                                  index_t stride, Arena& scratch) const {
   std::array<Term, kMostTerms> terms;
   for (std::size_t i = 0; i < weights.size(); ++i) {
-    const auto& [p, lora, frozen, rows, packed, next] = weights[i];
+    const auto& [p, lora, frozen, lora_a, packed, next] = weights[i];
     if (few(part)) {
       const index_t rank = inputs_.of(p).rank();
       const Rows gradient = lora ? by_route(grad_low_rank_[index_of(p)].rows, rank, part, {0, rank})
-                                 : grad_output(p, part, {0, experts_.rows(p)});
+                                 : grad_output(p, part, {0, rows(p, part)});
       if (lora)
-        multiply_few(kernels(), gradient, rows, result, stride, /*accumulate=*/i > 0, scratch);
+        multiply_few(kernels(), gradient, lora_a, result, stride, /*accumulate=*/i > 0, scratch);
       else
         multiply_few(kernels(), gradient, frozen, result, stride, /*accumulate=*/i > 0, scratch);
     } else {
-      const GradInput& gradient = grad_inputs_[index_of(p)][part.index];
+      // What gate and up read lies by shard, what down reads by team.
+      const std::size_t packs = p == Projection::down ? part.input : part.index;
+      const GradInput& gradient = grad_inputs_[index_of(p)][packs];
       terms[i] = {rows_of(kernels(), lora ? gradient.low_rank : gradient.rows, within(part)), packed,
                   share(next, within(part), blocks_[part.index].count)};
     }
@@ -237,7 +283,7 @@ void Backward::multiply_backward(std::span<const BackwardTerm> weights, Block pa
 
 void backward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, const Saved& saved,
               const MatView& grad_out, const LayerGradients& gradients) {
-  Backward(runtime, experts, inputs, grad_out, gradients).run(saved);
+  Backward(runtime, experts, inputs, saved.whole, grad_out, gradients).run(saved);
 }
 
 }  // namespace kt

@@ -7,9 +7,9 @@ namespace kt {
 
 class Backward : Pass {
  public:
-  Backward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, const MatView& grad_out,
-           const LayerGradients& gradients)
-      : Pass(runtime, experts, inputs), grad_out_(grad_out), gradients_(gradients) {}
+  Backward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, bool whole,
+           const MatView& grad_out, const LayerGradients& gradients)
+      : Pass(runtime, experts, inputs, whole), grad_out_(grad_out), gradients_(gradients) {}
 
   void run(Saved saved);
 
@@ -37,21 +37,22 @@ class Backward : Pass {
   };
   using BackwardWeights = std::vector<BackwardTerm>;  // W of some projections, then their LoRA A
 
-  // A gradient of LoRA A or B of one expert, some of its columns (A) or rows (B).
+  // A gradient of LoRA A or B of one expert, some of its columns (A) or rows (B). One that is cut among
+  // shards is computed from a shard's own blocks, the others from those at home.
   struct LoraJob {
     int expert;
     Projection projection;
     bool of_b;
     Range slice;
+    std::vector<std::size_t> blocks;
   };
 
   // Adds the tasks that compute P of down again, from the h that forward had.
   void add_down_low_rank();
   // dh' = dY Wd + Q Ad, then dG, dU, h and <dh', h> from it and the saved G, U.
-  void add_down(const Saved& saved);
+  void add_down();
   // dots: [ceil(slice / dot_cols), routes], one for every `dot_cols` columns of the slice.
-  void down(Block block, Range slice, Range next, const Saved& saved, float* dots, index_t dot_cols,
-            Arena& scratch) const;
+  void down(Block block, Range slice, Range next, float* dots, index_t dot_cols, Arena& scratch) const;
   // <dY, bd> of a block's routes: what the bias of down adds to the gradient of their weights.
   void bias_dots(Block block, float* dots, Arena& scratch) const;
   // The gradient of a routing weight, its `count` dots added in order; 0 where there is no route.
@@ -64,9 +65,10 @@ class Backward : Pass {
 
   // The gradient of a projection's output, rows of a block.
   Rows grad_output(Projection p, Block block, Range cols) const;
-  // Packs it, and computes and packs Q, into memory for both; `into` is grad_input_bytes long.
-  void pack_grad_input(Projection p, Block block, char* into, Arena& scratch);
-  index_t grad_input_bytes(Projection p, index_t routes) const;
+  // Packs it, and Q of it, into memory for both that is grad_input_bytes long.
+  void pack_grad_rows(Projection p, Block block, char* into);
+  void pack_grad_low_rank(Projection p, Block block, char* into);
+  index_t grad_input_bytes(Projection p, Block block) const;
 
   BackwardWeights backward_weights(std::span<const Projection> targets, Block block, Range slice, Range next,
                                    Arena& scratch) const;
@@ -77,13 +79,17 @@ class Backward : Pass {
   void multiply_backward(std::span<const BackwardTerm> weights, Block part, float* result, index_t stride,
                          Arena& scratch) const;
 
-  // Q of a block, from the packed gradient of the output (nothing where the rows are few).
-  void project_grad_b(Projection p, Block block, PackedA packed, Arena& scratch);
-  void store_low_rank(Projection p, Block part, float* product, index_t stride, float* transposed);
+  // dOutput B of a block, [count, result_stride(r)], from the packed gradient of the output.
+  void multiply_b(Projection p, Block block, float* product, Arena& scratch) const;
+  // Q of it.
+  void keep_grad_low_rank(Projection p, Block block, float* product, Arena& scratch);
+  index_t grad_product_floats(Projection p, Block block) const {
+    return block.count * result_stride(kernels(), inputs_.of(p).rank());
+  }
 
   // Adds the tasks that compute the gradients of LoRA A and B.
   void add_lora();
-  std::vector<LoraJob> lora_jobs() const;
+  void add_lora_jobs(int expert, Projection p, bool of_b);
   // dA = Q' X and dB' = P' dOutput, summed over the expert's routes in order.
   void lora(const LoraJob& job, Arena& scratch) const;
   // The gradients of an idle expert: zero.
@@ -97,7 +103,7 @@ class Backward : Pass {
 
   MatView grad_out_;
   const LayerGradients& gradients_;
-  std::array<bf16_t*, 2> grad_gate_up_{};  // dG, dU, [routes, I]
+  std::array<ByShard, 2> grad_gate_up_;  // dG, dU
   std::array<LowRankGradient, 3> grad_low_rank_{};
   std::array<std::vector<GradInput>, 3> grad_inputs_;  // a block each
   // A block each: what forward did not keep (empty if it did); dG and dU; their packed form and their Q.

@@ -25,68 +25,72 @@ void stream_zeros(char* to, std::size_t bytes) {
 
 }  // namespace
 
-void Backward::project_grad_b(Projection p, Block block, PackedA packed, Arena& scratch) {
+void Backward::multiply_b(Projection p, Block block, float* product, Arena& scratch) const {
   const Arena::Frame frame(scratch);
-  const LoraPair& lora = inputs_.of(p);
-  const index_t rank = lora.rank(), stride = result_stride(kernels(), rank), part_rows = rows_per_part();
-  const Rows lora_b{lora.b[block.expert]};
+  const Rows lora_b{this->lora_b(p, block)};
+  const index_t stride = result_stride(kernels(), inputs_.of(p).rank());
   const PackedB b = few(block) ? PackedB{} : pack_b_rows(kernels(), lora_b, scratch);
-  auto* product = scratch.take<float>(part_rows * stride);
-  auto* transposed = scratch.take<float>(rank * part_rows);
-  for_parts(block, part_rows, [&](Block part) {
+  const PackedA packed = grad_inputs_[index_of(p)][block.index].rows;
+  for_parts(block, rows_per_part(), [&](Block part) {
+    float* place = product + within(part).begin * stride;
     if (few(block)) {
-      multiply_few(kernels(), grad_output(p, part, {0, lora.b.rows}), lora_b, product, stride,
+      multiply_few(kernels(), grad_output(p, part, {0, rows(p, block)}), lora_b, place, stride,
                    /*accumulate=*/false, scratch);
     } else {
       const Term term{rows_of(kernels(), packed, within(part)), b};
-      multiply(kernels(), {&term, 1}, product, stride);
+      multiply(kernels(), {&term, 1}, place, stride);
     }
-    store_low_rank(p, part, product, stride, transposed);
   });
 }
 
-void Backward::store_low_rank(Projection p, Block part, float* product, index_t stride, float* transposed) {
+void Backward::keep_grad_low_rank(Projection p, Block block, float* product, Arena& scratch) {
+  const Arena::Frame frame(scratch);
   const EpilogueKernels& epilogue = kernels().epilogue;
   const LowRankGradient& q = grad_low_rank_[index_of(p)];
-  const int rank = static_cast<int>(inputs_.of(p).rank()), count = static_cast<int>(part.count);
-  for (index_t i = 0; i < part.count; ++i) {
+  const index_t stride = result_stride(kernels(), inputs_.of(p).rank());
+  const int rank = static_cast<int>(inputs_.of(p).rank()), count = static_cast<int>(block.count);
+  for (index_t i = 0; i < count; ++i) {
     float* row = product + i * stride;
-    epilogue.round_scaled(rank, lora_scale(p), row, q.rows + (part.first + i) * rank);
-    const float factor = p == Projection::down ? weight(part.first + i) : 1.0f;
+    epilogue.round_scaled(rank, lora_scale(p), row, q.rows + (block.first + i) * rank);
+    const float factor = p == Projection::down ? weight(block.first + i) : 1.0f;
     for (int j = 0; j < rank; ++j) row[j] *= factor;
   }
+  auto* transposed = scratch.take<float>(rank * block.count);
   epilogue.transpose(product, stride, count, rank, transposed, count);
-  const Block& whole = blocks_[part.index];
-  bf16_t* stored = q.transposed + rank * whole.first + within(part).begin;
   for (int j = 0; j < rank; ++j)
-    epilogue.round_scaled(count, lora_scale(p), transposed + j * count, stored + j * whole.count);
+    epilogue.round_scaled(count, lora_scale(p), transposed + j * count,
+                          q.transposed + rank * block.first + j * count);
 }
 
 void Backward::add_lora() {
-  std::vector<LoraJob> jobs = lora_jobs();
-  const auto count = std::ssize(jobs);
-  tasks_.add(count, [this, jobs = std::move(jobs)](index_t job, Arena& scratch) {
-    lora(jobs[static_cast<std::size_t>(job)], scratch);
-  });
-  tasks_.add(experts_.num_experts, [this](index_t expert, Arena&) {
+  for (const int e : routing_.experts)
+    for (const Projection p : projections)
+      for (const bool of_b : {false, true})
+        if ((of_b ? gradients_.lora_b : gradients_.lora_a)[index_of(p)]) add_lora_jobs(e, p, of_b);
+  tasks_.add(0, experts_.num_experts, [this](index_t expert, Arena&) {
     if (routing_.count(static_cast<int>(expert)) == 0) clear_lora(expert);
   });
 }
 
-std::vector<Backward::LoraJob> Backward::lora_jobs() const {
-  std::vector<LoraJob> jobs;
-  const auto cut = [&](int expert, Projection p, bool of_b, index_t n) {
-    const GemmKernels& gemm = kernels().gemm;
+void Backward::add_lora_jobs(int expert, Projection p, bool of_b) {
+  const GemmKernels& gemm = kernels().gemm;
+  const bool by_shard = of_b == (p != Projection::down);
+  const LoraPair& lora = inputs_.of(p);
+  // Two bounds, because clang 14 does not compile libstdc++'s std::ranges::subrange.
+  const auto begin = std::ranges::lower_bound(blocks_, expert, {}, &Block::expert);
+  const auto end = std::ranges::upper_bound(blocks_, expert, {}, &Block::expert);
+  for (std::size_t shard = 0; shard < (by_shard ? shards_.size() : 1); ++shard) {
+    LoraJob job{expert, p, of_b, {}, {}};
+    for (const Block& block : std::span(begin, end))
+      if (by_shard ? block.shard == shard : at_home(block)) job.blocks.push_back(block.index);
+    const index_t n = by_shard ? shards_[shard].inner.size() : of_b ? lora.b.rows : lora.a.cols;
     const Slices slices = this->slices(n, gemm.nr, kBlockRows * gemm.element_bytes);
-    for (index_t i = 0; i < slices.count; ++i) jobs.push_back({expert, p, of_b, slices[i]});
-  };
-  for (const int e : routing_.experts)
-    for (const Projection p : projections) {
-      const LoraPair& lora = inputs_.of(p);
-      if (gradients_.lora_a[index_of(p)]) cut(e, p, false, lora.a.cols);
-      if (gradients_.lora_b[index_of(p)]) cut(e, p, true, lora.b.rows);
-    }
-  return jobs;
+    tasks_.add(blocks_[job.blocks.front()].team, slices.count, [=, this](index_t i, Arena& scratch) {
+      LoraJob mine = job;
+      mine.slice = slices[i];
+      if (mine.slice.size() > 0) this->lora(mine, scratch);
+    });
+  }
 }
 
 void Backward::clear_lora(index_t expert) const {
@@ -102,34 +106,37 @@ void Backward::clear_lora(index_t expert) const {
 }
 
 void Backward::lora(const LoraJob& job, Arena& scratch) const {
-  const std::size_t p = index_of(job.projection);
-  const index_t rank = inputs_.of(job.projection).rank(), width = job.slice.size();
+  const Projection p = job.projection;
+  const std::size_t i = index_of(p);
+  const index_t rank = inputs_.of(p).rank(), width = job.slice.size();
   const index_t stride = result_stride(kernels(), width);
-  const bf16_t* low_rank = job.of_b ? output_low_rank(job.projection) : grad_low_rank_[p].transposed;
+  const bf16_t* low_rank = job.of_b ? output_low_rank(p) : grad_low_rank_[i].transposed;
   auto* grad = scratch.take<float>(rank * stride);
   bool accumulate = false;
-  // Two bounds, because clang 14 does not compile libstdc++'s std::ranges::subrange.
-  const auto begin = std::ranges::lower_bound(blocks_, job.expert, {}, &Block::expert);
-  const auto end = std::ranges::upper_bound(blocks_, job.expert, {}, &Block::expert);
-  for (const Block& block : std::span(begin, end)) {
-    tasks_.wait(gradients_done_[block.index]);
+  for (const std::size_t b : job.blocks) {
+    const Block block = blocks_[b];
+    tasks_.wait(gradients_done_[b]);
     const Arena::Frame frame(scratch);
-    const Rows rows = job.of_b ? grad_output(job.projection, block, job.slice)
-                               : lora_input(job.projection, block, job.slice, scratch);
+    const Rows rows = job.of_b ? grad_output(p, block, job.slice) : lora_input(p, block, job.slice, scratch);
     const Term term{pack_a(kernels(), {low_rank_of(low_rank, rank, block)}, scratch),
                     pack_b_rows(kernels(), rows, scratch)};
     multiply(kernels(), {&term, 1}, grad, stride, accumulate);
     accumulate = true;
   }
+  // A [r, in] and B [out, r], of which this is `first` and what follows.
+  const Block block = blocks_[job.blocks.front()];
+  const Stack& a = inputs_.of(p).a;
+  const Stack& b = inputs_.of(p).b;
   if (!job.of_b) {
-    const index_t in = inputs_.of(job.projection).a.cols, first = job.expert * rank * in + job.slice.begin;
-    for (index_t i = 0; i < rank; ++i) store(grad + i * stride, width, gradients_.lora_a[p], first + i * in);
+    const index_t first = job.expert * rank * a.cols + first_col(p, block) + job.slice.begin;
+    for (index_t j = 0; j < rank; ++j)
+      store(grad + j * stride, width, gradients_.lora_a[i], first + j * a.cols);
   } else {
     auto* transposed = scratch.take<float>(width * rank);
     kernels().epilogue.transpose(grad, stride, static_cast<int>(rank), static_cast<int>(width), transposed,
                                  rank);
-    const index_t out = inputs_.of(job.projection).b.rows;
-    store(transposed, width * rank, gradients_.lora_b[p], (job.expert * out + job.slice.begin) * rank);
+    const index_t first = job.expert * b.rows + first_row(p, block) + job.slice.begin;
+    store(transposed, width * rank, gradients_.lora_b[i], first * rank);
   }
 }
 

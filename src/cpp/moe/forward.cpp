@@ -1,4 +1,4 @@
-#include "moe/pass.h"
+#include "moe/pass_tasks.h"
 
 namespace kt {
 
@@ -9,12 +9,13 @@ class Forward : Pass {
   using Pass::Pass;
 
   void run(const Saved& saved, const Result& out) {
-    hidden_ = memory().take<bf16_t>(routing_.routes() * experts_.intermediate);
+    hidden_ = take_by_shard();
     for (const Projection p : kGateUp)
       low_rank_[index_of(p)] = saved ? saved.low_rank[index_of(p)] : take_low_rank(p);
     low_rank_[index_of(Projection::down)] = take_low_rank(Projection::down);
     weighted_low_rank_ = saved.low_rank[index_of(Projection::down)];
-    add_gate_up(saved);
+    saved_gate_ = cut(saved.gate), saved_up_ = cut(saved.up);
+    add_gate_up();
     add_hidden();
     add_down(out);
     tasks_.run(lease_);
@@ -25,20 +26,31 @@ class Forward : Pass {
  private:
   // Packs h, and computes Pd = s h Ad'.
   void add_hidden() {
+    constexpr Projection down = Projection::down;
     packed_.resize(blocks_.size());
-    for (const Block block : blocks_) {
-      char* memory = this->memory().take<char>(forward_input_bytes(kDown, block.count));
-      packed_done_.push_back(tasks_.add(1, [=, this](index_t, Arena& scratch) {
-        tasks_.wait(gate_up_done_[block.index]);
-        pack_forward_input(kDown, block, memory, packed_[block.index], scratch);
-      }));
-    }
+    std::vector<char*> memory;
+    for (const Block block : blocks_)
+      memory.push_back(this->memory(block).take<char>(forward_input_bytes(kDown, block.count, inner(block))));
+    add_reduced(
+        gate_up_done_, [this](Block block) { return product_floats(down, block); },
+        [=, this](Block block, float* product, Arena& scratch) {
+          ForwardInput& in = packed_[block.index];
+          pack_input(down, block, memory[block.index], in);
+          if (inputs_.of(down)) multiply_a(down, block, in.rows, product, scratch);
+        },
+        [=, this](Block block, float* product, Arena&) {
+          if (!inputs_.of(down)) return;
+          keep_low_rank(down, block, product);
+          char* behind = memory[block.index] + packed_b_bytes(kernels(), block.count, inner(block));
+          pack_low_rank(down, block, behind, packed_[block.index]);
+        },
+        packed_done_);
   }
 
   // out[token] += weight * (h W' + P B').
   void add_down(const Result& out) {
     const GemmKernels& gemm = kernels().gemm;
-    add_sum(out, /*weighted=*/true, gemm.mr, experts_.intermediate * gemm.element_bytes, packed_done_,
+    add_sum(out, /*weighted=*/true, gemm.mr, gemm.element_bytes, packed_done_,
             [this](Block block, Range strip, Range next, float* rows, index_t stride, Arena& scratch) {
               const ForwardWeights weights = forward_weights(Projection::down, block, strip, next, scratch);
               for_tiles(block, [&](Block part) {
@@ -56,7 +68,7 @@ class Forward : Pass {
 
 void forward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, const Saved& saved,
              Result out) {
-  Forward(runtime, experts, inputs).run(saved, out);
+  Forward(runtime, experts, inputs, saved.whole).run(saved, out);
 }
 
 }  // namespace kt

@@ -28,4 +28,8 @@ const ActivationKernels& kernels_of(const KernelSet& kernels, Activation activat
   std::abort();  // every Activation has its case
 }
 
+bool computes_whole(const Runtime&, const ExpertWeights& experts, const LayerInputs&) {
+  return experts.placement != Placement::tensor;
+}
+
 }  // namespace kt

@@ -100,11 +100,13 @@ struct LayerInputs {
   const LoraPair& of(Projection p) const { return lora[index_of(p)]; }
 };
 
-// What backward needs of forward, by route and rounded to bf16: G and U [routes, I], and P of each
-// projection, r numbers a route (that of down times the routing weight).
+// What backward needs of forward, by route and rounded to bf16: G and U [routes, I], a shard's columns of all
+// routes before the next one's; and P of each projection, r numbers a route (that of down times the routing
+// weight).
 struct Saved {
   bf16_t *gate = nullptr, *up = nullptr;
   std::array<bf16_t*, 3> low_rank{};
+  bool whole = false;  // how forward was computed, and so how G and U lie: see computes_whole
 
   explicit operator bool() const { return gate != nullptr; }
 };
@@ -122,6 +124,10 @@ struct LayerGradients {
   float* topk_weights = nullptr;         // [T, K], or null
   std::array<Result, 3> lora_a, lora_b;  // [E, r, in], [E, out, r]
 };
+
+// Whether a call computes each expert on its home shard, and not on all of them. For forward and backward,
+// which have to agree.
+bool computes_whole(const Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs);
 
 // out [T, H]. `saved` may be null pointers: nothing is kept.
 void forward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, const Saved& saved,

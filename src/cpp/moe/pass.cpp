@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "moe/pass_tasks.h"
+
 namespace kt {
 
 namespace {
@@ -16,107 +18,175 @@ int to_int(index_t n) { return static_cast<int>(n); }  // kernels count rows and
 
 }  // namespace
 
-Pass::Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs)
+Pass::Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, bool whole)
     : lease_(runtime),
       threads_(runtime.threads()),
       inputs_ahead_(static_cast<std::size_t>(std::max(2, runtime.threads() / 2))),
       experts_(experts),
       inputs_(inputs),
       activation_(kernels_of(kernels(), experts.activation)),
-      routing_(route(inputs.topk_ids, experts.num_experts)) {
+      routing_(route(inputs.topk_ids, experts.num_experts)),
+      tasks_(lease_.teams()) {
   if (experts.fetch)
-    tasks_.add(std::ssize(routing_.experts),
+    tasks_.add(0, std::ssize(routing_.experts),
                [this](index_t i, Arena&) { experts_.fetch(routing_.experts[static_cast<std::size_t>(i)]); });
-  for (const int e : routing_.experts) {
-    const index_t count = routing_.count(e), blocks = ceil_div(count, kBlockRows);
-    const index_t each = round_up(ceil_div(count, blocks), kernels().gemm.nr);
-    for_parts({e, 0, routing_.first(e), count}, each, [&](Block block) {
-      block.index = blocks_.size();
-      blocks_.push_back(block);
-    });
-  }
+  add_blocks(whole);
   const auto* weights = static_cast<const float*>(inputs.topk_weights.data);
   for (const std::int32_t slot : routing_.slot) weight_.push_back(weights[slot]);
 }
 
-void Pass::add_gate_up(const Saved& saved) {
-  const index_t h = experts_.hidden;
-  const Slices slices =
-      this->slices(experts_.intermediate, kernels().gemm.mr, 2 * h * kernels().gemm.element_bytes);
+void Pass::add_blocks(bool whole) {
+  for (std::size_t s = 0; s < experts_.shards.size() && !whole; ++s)
+    if (experts_.shards[s].size() > 0) shards_.push_back({experts_.shards[s], s, lease_.team_of(s)});
+  if (shards_.empty()) shards_.push_back({{0, experts_.intermediate}, 0, 0});
+  for (const int e : routing_.experts) {
+    const index_t count = routing_.count(e), cuts = ceil_div(count, kBlockRows);
+    const index_t each = round_up(ceil_div(count, cuts), kernels().gemm.nr);
+    Block block{e, 0, 0, 0, 0, routing_.first(e), count};
+    if (whole)
+      block.team = lease_.team_of(static_cast<std::size_t>(experts_.homes[static_cast<std::size_t>(e)]));
+    for_parts(block, each, [&](Block routes) { add_siblings(routes, whole); });
+  }
+}
+
+void Pass::add_siblings(Block block, bool whole) {
+  const std::size_t home = blocks_.size();
+  std::vector<std::size_t> packs(lease_.teams(), blocks_.max_size());
+  for (std::size_t i = 0; i < shards_.size(); ++i) {
+    block.index = blocks_.size();
+    block.shard = (home / shards_.size() + i) % shards_.size();  // in turn every shard is at home
+    if (!whole) block.team = shards_[block.shard].team;
+    std::size_t& first = packs[block.team];
+    block.input = first = std::min(first, block.index);
+    blocks_.push_back(block);
+  }
+}
+
+Pass::ByShard Pass::take_by_shard() {
+  ByShard memory;
+  for (const Portion& shard : shards_)
+    memory.push_back(lease_.memory(shard.team).take<bf16_t>(routing_.routes() * shard.inner.size()));
+  return memory;
+}
+
+Pass::ByShard Pass::cut(bf16_t* matrix) const {
+  ByShard parts;
+  for (const Portion& shard : shards_)
+    parts.push_back(matrix == nullptr ? nullptr : matrix + routing_.routes() * shard.inner.begin);
+  return parts;
+}
+
+WeightBlock Pass::weights_of(Projection p, Block block) const {
+  if (shards_.size() == 1 && !experts_.split) return whole(experts_.of(p, block.expert));
+  return experts_.of(p, block.expert, shards_[block.shard].number);
+}
+
+MatView Pass::lora_a(Projection p, Block block) const {
+  const LoraPair& lora = inputs_.of(p);
+  if (p != Projection::down) return lora.a[block.expert];
+  return lora.a[block.expert].block(0, shards_[block.shard].inner.begin, lora.rank(), inner(block));
+}
+
+MatView Pass::lora_b(Projection p, Block block) const {
+  const LoraPair& lora = inputs_.of(p);
+  if (p == Projection::down) return lora.b[block.expert];
+  return lora.b[block.expert].block(shards_[block.shard].inner.begin, 0, inner(block), lora.rank());
+}
+
+void Pass::add_gate_up() {
+  std::vector<Slices> slices;
+  for (const Portion& shard : shards_)
+    slices.push_back(this->slices(shard.inner.size(), kernels().gemm.mr,
+                                  2 * experts_.hidden * kernels().gemm.element_bytes));
   hidden_states_.resize(blocks_.size());
   add_with_input(
-      forward_input_bytes(kGateUp, kBlockRows),
-      [this](Block block, char* memory, Arena& scratch) {
-        pack_forward_input(kGateUp, block, memory, hidden_states_[block.index], scratch);
+      forward_input_bytes(kGateUp, kBlockRows, experts_.hidden),
+      [this](Block block, char* memory, const Group* home, Arena& scratch) {
+        pack_forward_input(kGateUp, block, memory, home, hidden_states_[block.index], scratch);
       },
       slices,
       [=, this](Block block, index_t, Range slice, Range next, Arena& scratch) {
-        gate_up(block, slice, next, hidden_states_[block.index], saved, scratch);
+        gate_up(block, slice, next, hidden_states_[block.input], scratch);
       },
       gate_up_done_);
 }
 
-index_t Pass::forward_input_bytes(std::span<const Projection> targets, index_t routes) const {
-  index_t bytes = packed_b_bytes(kernels(), routes, experts_.cols(targets.front()));
+index_t Pass::forward_input_bytes(std::span<const Projection> targets, index_t routes, index_t cols) const {
+  index_t bytes = packed_b_bytes(kernels(), routes, cols);
   for (const Projection p : targets) bytes += packed_b_bytes(kernels(), routes, inputs_.of(p).rank());
   return bytes;
 }
 
-void Pass::pack_forward_input(std::span<const Projection> targets, Block block, char* into, ForwardInput& in,
-                              Arena& scratch) {
-  const Projection first = targets.front();
-  const index_t cols = experts_.cols(first);
-  if (!few(block)) in.rows = pack_b_cols_into(into, kernels(), input(first, block, {0, cols}));
-  into += packed_b_bytes(kernels(), block.count, cols);
+void Pass::pack_forward_input(std::span<const Projection> targets, Block block, char* into, const Group* home,
+                              ForwardInput& in, Arena& scratch) {
+  into = pack_input(targets.front(), block, into, in);
+  if (home != nullptr) tasks_.wait(home);
   for (const Projection p : targets) {
-    const index_t rank = inputs_.of(p).rank();
-    if (rank == 0) continue;
-    project_a(p, block, in.rows, scratch);
-    if (few(block)) continue;
-    const std::size_t i = index_of(p);
-    in.low_rank[i] = pack_b_rows_into(into, kernels(), {low_rank_of(low_rank_[i], rank, block)});
-    into += packed_b_bytes(kernels(), block.count, rank);
+    if (!inputs_.of(p)) continue;
+    if (home == nullptr) {
+      const Arena::Frame frame(scratch);
+      auto* product = scratch.take<float>(product_floats(p, block));
+      multiply_a(p, block, in.rows, product, scratch);
+      keep_low_rank(p, block, product);
+    }
+    into = pack_low_rank(p, block, into, in);
   }
 }
 
-void Pass::project_a(Projection p, Block block, PackedB packed, Arena& scratch) {
+char* Pass::pack_input(Projection p, Block block, char* into, ForwardInput& in) const {
+  const index_t n = cols(p, block);
+  if (!few(block)) in.rows = pack_b_cols_into(into, kernels(), input(p, block, {0, n}));
+  return into + packed_b_bytes(kernels(), block.count, n);
+}
+
+char* Pass::pack_low_rank(Projection p, Block block, char* into, ForwardInput& in) const {
+  const index_t rank = inputs_.of(p).rank();
+  const MatView low_rank = low_rank_of(low_rank_[index_of(p)], rank, block);
+  if (!few(block)) in.low_rank[index_of(p)] = pack_b_rows_into(into, kernels(), {low_rank});
+  return into + packed_b_bytes(kernels(), block.count, rank);
+}
+
+void Pass::multiply_a(Projection p, Block block, PackedB packed, float* product, Arena& scratch) const {
   const Arena::Frame frame(scratch);
-  const LoraPair& lora = inputs_.of(p);
-  const index_t rank = lora.rank(), in = lora.a.cols, part_rows = kernels().gemm.nr;
-  const PackedA a = few(block) ? PackedA{} : pack_a(kernels(), {lora.a[block.expert]}, scratch);
-  auto* product = scratch.take<float>(rank * part_rows);
-  for_parts(block, part_rows, [&](Block part) {
+  const MatView lora_a = this->lora_a(p, block);
+  const index_t rank = lora_a.rows, in = lora_a.cols, stride = result_stride(kernels(), block.count);
+  const PackedA a = few(block) ? PackedA{} : pack_a(kernels(), {lora_a}, scratch);
+  for_parts(block, kernels().gemm.nr, [&](Block part) {
     const Arena::Frame part_frame(scratch);
+    float* place = product + within(part).begin;
     if (few(block)) {
       auto* by_row = scratch.take<float>(part.count * rank);
-      multiply_few_transposed(kernels(), lora_input(p, part, {0, in}, scratch), {lora.a[block.expert]},
-                              by_row, rank, /*accumulate=*/false, scratch);
-      kernels().epilogue.transpose(by_row, rank, to_int(part.count), to_int(rank), product, part_rows);
+      multiply_few_transposed(kernels(), lora_input(p, part, {0, in}, scratch), {lora_a}, by_row, rank,
+                              /*accumulate=*/false, scratch);
+      kernels().epilogue.transpose(by_row, rank, to_int(part.count), to_int(rank), place, stride);
     } else {
       const bool as_packed = packed.data != nullptr && !inputs_.dropout.active();
       const PackedB rows = as_packed ? cols_of(kernels(), packed, within(part))
                                      : pack_b_cols(kernels(), lora_input(p, part, {0, in}, scratch), scratch);
       const Term term{a, rows};
-      multiply(kernels(), {&term, 1}, product, part_rows);
-    }
-    const index_t place = rank * block.first + within(part).begin;
-    for (index_t i = 0; i < rank; ++i) {
-      float* row = product + i * part_rows;
-      const auto keep = [&](bf16_t* stored) {
-        kernels().epilogue.round_scaled(to_int(part.count), lora_scale(p), row,
-                                        stored + place + i * block.count);
-      };
-      if (low_rank_[index_of(p)] != nullptr) keep(low_rank_[index_of(p)]);
-      if (p != Projection::down || weighted_low_rank_ == nullptr) continue;
-      for (index_t j = 0; j < part.count; ++j) row[j] *= weight(part.first + j);
-      keep(weighted_low_rank_);
+      multiply(kernels(), {&term, 1}, place, stride);
     }
   });
 }
 
-void Pass::gate_up(Block block, Range slice, Range next, const ForwardInput& in, const Saved& saved,
-                   Arena& scratch) const {
-  const index_t n = experts_.intermediate, width = slice.size(), part_rows = kernels().gemm.nr;
+void Pass::keep_low_rank(Projection p, Block block, float* product) {
+  const index_t rank = inputs_.of(p).rank(), stride = result_stride(kernels(), block.count);
+  for (index_t i = 0; i < rank; ++i) {
+    float* row = product + i * stride;
+    const auto keep = [&](bf16_t* stored) {
+      kernels().epilogue.round_scaled(to_int(block.count), lora_scale(p), row,
+                                      stored + rank * block.first + i * block.count);
+    };
+    if (low_rank_[index_of(p)] != nullptr) keep(low_rank_[index_of(p)]);
+    if (p != Projection::down || weighted_low_rank_ == nullptr) continue;
+    for (index_t j = 0; j < block.count; ++j) row[j] *= weight(block.first + j);
+    keep(weighted_low_rank_);
+  }
+}
+
+void Pass::gate_up(Block block, Range slice, Range next, const ForwardInput& in, Arena& scratch) const {
+  const index_t n = inner(block), width = slice.size(), part_rows = kernels().gemm.nr;
+  bf16_t *const gate = saved_gate_[block.shard], *const up = saved_up_[block.shard];
   std::array<ForwardWeights, 2> weights;
   std::array<float*, 2> result;
   for (const Projection p : kGateUp) {
@@ -131,37 +201,40 @@ void Pass::gate_up(Block block, Range slice, Range next, const ForwardInput& in,
     for (index_t i = 0; i < part.count; ++i) {
       const index_t place = (part.first + i) * n + slice.begin;
       activation_.forward(to_int(width), result[0] + i * width, result[1] + i * width,
-                          saved.gate ? saved.gate + place : unsaved, saved.up ? saved.up + place : unsaved,
-                          hidden_ + place);
+                          gate ? gate + place : unsaved, up ? up + place : unsaved,
+                          hidden_[block.shard] + place);
     }
   });
 }
 
 Pass::ForwardWeights Pass::forward_weights(Projection p, Block block, Range slice, Range next,
                                            Arena& scratch) const {
-  const LoraPair& lora = inputs_.of(p);
+  const WeightBlock all = weights_of(p, block);
+  const bool shared = p == Projection::down;
   ForwardWeights w{};
-  w.weights = weight_rows(p, block.expert, slice);
-  w.next = codes_of(weight_rows(p, block.expert, next));
-  if (const bf16_t* bias = experts_.bias(p, block.expert); bias != nullptr) w.bias = bias + slice.begin;
-  if (lora) w.lora_b = {lora.b[block.expert].block(slice.begin, 0, slice.size(), lora.rank())};
+  w.weights = all.rows_of(slice);
+  w.next = codes_of(all.rows_of(next));
+  w.lora = inputs_.of(p) && (!shared || at_home(block));
+  if (const bf16_t* bias = experts_.bias(p, block.expert); bias != nullptr && (!shared || at_home(block)))
+    w.bias = bias + first_row(p, block) + slice.begin;
+  if (w.lora) w.lora_b = {lora_b(p, block).block(slice.begin, 0, slice.size(), inputs_.of(p).rank())};
   if (few(block)) return w;
   w.packed_weights = pack_a(kernels(), w.weights, scratch);
-  if (lora) w.packed_lora_b = pack_a(kernels(), w.lora_b, scratch);
+  if (w.lora) w.packed_lora_b = pack_a(kernels(), w.lora_b, scratch);
   return w;
 }
 
 void Pass::multiply_forward(Projection p, const ForwardWeights& w, const ForwardInput& in, Block part,
                             float* result, index_t stride, Arena& scratch) const {
   const Arena::Frame frame(scratch);
-  const bool lora = static_cast<bool>(inputs_.of(p)), bias = w.bias != nullptr;  // which the sum starts from
+  const bool bias = w.bias != nullptr;  // which the sum starts from
   const index_t width = w.weights.rows.size(), part_rows = kernels().gemm.nr;
   if (few(part) || part.count <= kernels().few.max_tail) {
-    const Rows rows = input(p, part, {0, experts_.cols(p)});
+    const Rows rows = input(p, part, {0, cols(p, part)});
     for (index_t i = 0; bias && i < part.count; ++i)
       std::transform(w.bias, w.bias + width, result + i * stride, to_float);
     multiply_few_transposed(kernels(), rows, w.weights, result, stride, /*accumulate=*/bias, scratch);
-    if (lora)
+    if (w.lora)
       multiply_few_transposed(kernels(), low_rank_rows(p, part, scratch), w.lora_b, result, stride,
                               /*accumulate=*/true, scratch);
     return;
@@ -171,11 +244,11 @@ void Pass::multiply_forward(Projection p, const ForwardWeights& w, const Forward
   if (whole - fetching.end <= kernels().few.max_tail) fetching.end = whole;
   std::array<Term, 2> terms;
   terms[0] = {w.packed_weights, cols_of(kernels(), in.rows, within(part)), share(w.next, fetching, whole)};
-  if (lora) terms[1] = {w.packed_lora_b, cols_of(kernels(), in.low_rank[index_of(p)], within(part))};
+  if (w.lora) terms[1] = {w.packed_lora_b, cols_of(kernels(), in.low_rank[index_of(p)], within(part))};
   auto* transposed = scratch.take<float>(width * part_rows);
   for (index_t i = 0; bias && i < width; ++i)
     std::fill_n(transposed + i * part_rows, part.count, to_float(w.bias[i]));
-  multiply(kernels(), {terms.data(), lora ? 2u : 1u}, transposed, part_rows, /*accumulate=*/bias);
+  multiply(kernels(), {terms.data(), w.lora ? 2u : 1u}, transposed, part_rows, /*accumulate=*/bias);
   kernels().epilogue.transpose(transposed, part_rows, to_int(width), to_int(part.count), result, stride);
 }
 
@@ -199,7 +272,7 @@ Rows Pass::by_route(const bf16_t* matrix, index_t row_length, Block block, Range
 }
 
 Rows Pass::input(Projection p, Block block, Range cols) const {
-  return p == Projection::down ? by_route(hidden_, experts_.intermediate, block, cols)
+  return p == Projection::down ? by_route(hidden_[block.shard], inner(block), block, cols)
                                : by_token(inputs_.hidden_states, block, cols);
 }
 
@@ -211,8 +284,8 @@ Rows Pass::lora_input(Projection p, Block block, Range cols, Arena& scratch) con
     bf16_t* row = copy + i * cols.size();
     const index_t source = rows.index ? rows.index[i] : i;
     std::memcpy(row, rows.matrix.at(source, 0), static_cast<std::size_t>(cols.size()) * sizeof(bf16_t));
-    drop(inputs_.dropout, p, routing_.slot[static_cast<std::size_t>(block.first + i)], cols.begin,
-         cols.size(), row);
+    drop(inputs_.dropout, p, routing_.slot[static_cast<std::size_t>(block.first + i)],
+         first_col(p, block) + cols.begin, cols.size(), row);
   }
   return {view(copy, DType::bf16, block.count, cols.size())};
 }

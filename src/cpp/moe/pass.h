@@ -23,11 +23,21 @@ inline constexpr index_t kBlockRows = 512;
 inline constexpr std::array kGateUp{Projection::gate, Projection::up};
 inline constexpr std::array kDown{Projection::down};
 
-// Consecutive routes of one expert: a block, or a part of block `index`.
+// Consecutive routes of one expert, on one shard: a block, or some of the routes of block `index`. The blocks
+// of the same routes on all shards are siblings: they follow one another, and the first is at home, where
+// what all of them share is computed.
 struct Block {
   int expert;
+  std::size_t shard, team;  // of those in the pass
   std::size_t index;
+  std::size_t input;  // the sibling that packs their common input for its team
   index_t first, count;
+};
+
+// What a shard has of the intermediate dimension.
+struct Portion {
+  Range inner;
+  std::size_t number, team;
 };
 
 // The cut of n columns (or rows of a weight) into `count` slices, cuts on multiples of `tile`. Slices at the
@@ -40,10 +50,14 @@ struct Slices {
 
 class Pass {
  public:
-  Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs);
+  // `whole`: every expert is computed by its home shard alone, as if there were one shard.
+  Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, bool whole);
 
  protected:
   using Group = TaskList::Group;
+
+  // A matrix of a shard's columns of the intermediate dimension for each shard, [routes, inner].
+  using ByShard = std::vector<bf16_t*>;
 
   // The input of a forward product, a block's rows: packed once for all slices of the weights. Nothing where
   // the rows are few.
@@ -52,18 +66,36 @@ class Pass {
     std::array<PackedB, 3> low_rank;  // P of the projections that read these rows
   };
 
-  // Adds the tasks that compute G, U = X W' + P B' + b and h = act(G, U). `saved` may be null pointers.
-  void add_gate_up(const Saved& saved);
+  // Adds the tasks that compute G, U = X W' + P B' + b and h = act(G, U).
+  void add_gate_up();
 
   // Packs the input of some projections that read the same rows, and computes and packs their P; `into` is
-  // forward_input_bytes long.
-  void pack_forward_input(std::span<const Projection> targets, Block block, char* into, ForwardInput& input,
-                          Arena& scratch);
-  index_t forward_input_bytes(std::span<const Projection> targets, index_t routes) const;
+  // forward_input_bytes long. With `home`, P is what that group of tasks computes.
+  void pack_forward_input(std::span<const Projection> targets, Block block, char* into, const Group* home,
+                          ForwardInput& input, Arena& scratch);
+  // `cols` of the input, for so many routes.
+  index_t forward_input_bytes(std::span<const Projection> targets, index_t routes, index_t cols) const;
 
-  // The first LoRA product of a block, scaled: P' = s (X A')' [r, count] from the packed rows (none: from the
-  // rows themselves), rounded to bf16; that of down also times the routing weight. To where there is memory.
-  void project_a(Projection p, Block block, PackedB packed, Arena& scratch);
+  // The two halves of it: they return what is behind them.
+  char* pack_input(Projection p, Block block, char* into, ForwardInput& input) const;
+  char* pack_low_rank(Projection p, Block block, char* into, ForwardInput& input) const;
+
+  // The first LoRA product of a block, X A' transposed, [r, result_stride(count)], from the packed rows
+  // (none: from the rows themselves).
+  void multiply_a(Projection p, Block block, PackedB packed, float* product, Arena& scratch) const;
+  // P' = s (X A')' [r, count] of it, rounded to bf16; that of down also times the routing weight. To where
+  // there is memory.
+  void keep_low_rank(Projection p, Block block, float* product);
+  index_t product_floats(Projection p, Block block) const {
+    return inputs_.of(p).rank() * result_stride(kernels(), block.count);
+  }
+
+  // Adds for every block a task that waits for its group of `ready` and calls compute(block, product,
+  // scratch) for floats(block) numbers. These are added up over siblings, shards in order, for finish(block,
+  // sum, scratch), which is called at home. done[b] becomes the group of block b's task.
+  template <class Floats, class Compute, class Finish>
+  void add_reduced(const std::vector<const Group*>& ready, Floats floats, Compute compute, Finish finish,
+                   std::vector<const Group*>& done);
 
   // The rows of a block in a [T, n] matrix, and in a [routes, n] one.
   Rows by_token(const MatView& matrix, Block block, Range cols) const;
@@ -81,17 +113,20 @@ class Pass {
   }
 
   // W, LoRA B and the bias of a projection, rows `slice`: as left operands, unless the block has few rows.
+  // LoRA B and bias of down at home alone.
   struct ForwardWeights {
     WeightBlock weights;
     Rows lora_b;
     const bf16_t* bias;  // null: none
     PackedA packed_weights, packed_lora_b;
     MatView next;  // weights that this task needs next
+    bool lora;
   };
   ForwardWeights forward_weights(Projection p, Block block, Range slice, Range next, Arena& scratch) const;
-  WeightBlock weight_rows(Projection p, int expert, Range slice) const {
-    return {&experts_.of(p, expert), slice, {0, experts_.cols(p)}};
-  }
+  // A shard's part of a projection: of W, and of the LoRA A and B that are cut with it.
+  WeightBlock weights_of(Projection p, Block block) const;
+  MatView lora_a(Projection p, Block block) const;
+  MatView lora_b(Projection p, Block block) const;
   // result [part.count, slice] = input W' + P B' + b, rows `stride` floats apart; a part is at most nr
   // routes.
   void multiply_forward(Projection p, const ForwardWeights& weights, const ForwardInput& in, Block part,
@@ -99,11 +134,11 @@ class Pass {
 
   // Adds the tasks that compute a [T, H] result: the sum over a token's routes, experts in order, of what
   // product(block, strip, next strip, rows, stride, scratch) writes to `rows`, times the routing weight if
-  // `weighted`. The product of a block waits for its group of `ready`. `tile` and `bytes` of weights a
-  // column cut the result into slices, and those into strips.
+  // `weighted`; of several shards each adds up its own, and then these sums are, shards in order. The product
+  // X
   using Product =
       std::function<void(Block block, Range strip, Range next, float* rows, index_t stride, Arena& scratch)>;
-  void add_sum(const Result& result, bool weighted, index_t tile, index_t bytes,
+  void add_sum(const Result& result, bool weighted, index_t tile, index_t inner_bytes,
                const std::vector<const Group*>& ready, Product product);
 
   // Cuts `block` into parts for forward products: whole tiles, and in the end half a tile or few rows where
@@ -114,15 +149,18 @@ class Pass {
     for (index_t i = 0, rows; i < block.count; i += rows) {
       const index_t left = block.count - i;
       rows = left <= tail || left > half + tail ? std::min(tile, left) : std::min(half, left);
-      body(Block{block.expert, block.index, block.first + i, rows});
+      body(some(block, i, rows));
     }
   }
 
   // Cuts `block` into parts of at most `rows` routes.
   template <class Body>
   static void for_parts(Block block, index_t rows, const Body& body) {
-    for (index_t i = 0; i < block.count; i += rows)
-      body(Block{block.expert, block.index, block.first + i, std::min(rows, block.count - i)});
+    for (index_t i = 0; i < block.count; i += rows) body(some(block, i, std::min(rows, block.count - i)));
+  }
+  static Block some(Block block, index_t first, index_t count) {
+    block.first += first, block.count = count;
+    return block;
   }
   // Where a part lies in its block.
   Range within(Block part) const {
@@ -130,40 +168,14 @@ class Pass {
     return {begin, begin + part.count};
   }
 
-  // Adds for every block a task pack(block, memory, scratch), and tasks that wait for it and call
-  // multiply(block, i, slices[i], the slice after it, scratch); done[b] becomes the group of the latter.
-  // Packing runs some blocks ahead, so that products seldom wait, in a ring of pieces of `bytes`, each free
-  // again when its products are done.
+  // Adds for every block that packs for its siblings a task pack(block, memory, home, scratch), `home` the
+  // group that packs at home, or null if it is this one; and for every block tasks that wait for it and call
+  // multiply(block, i, slices[i], the slice after it, scratch), with the slices of its shard; done[b] becomes
+  // the group of the latter. Packing runs some blocks ahead, so that products seldom wait, in a ring of
+  // pieces of `bytes`, each free again when its products are done.
   template <class Pack, class Multiply>
-  void add_with_input(index_t bytes, Pack pack, const Slices& slices, Multiply multiply,
-                      std::vector<const Group*>& done) {
-    const index_t run = slices_per_task(slices), count = ceil_div(slices.count, run);
-    const std::size_t blocks = blocks_.size(), kept = std::min(blocks, 2 * inputs_ahead_);
-    char* ring = memory().take<char>(static_cast<index_t>(kept) * bytes);
-    std::vector<const Group*> packed(blocks);
-    done.resize(blocks);
-    const auto add_pack = [&](std::size_t b) {
-      const Group* emptied = b >= kept ? done[b - kept] : nullptr;
-      char* piece = ring + static_cast<index_t>(b % kept) * bytes;
-      packed[b] = tasks_.add(1, [=, this](index_t, Arena& scratch) {
-        if (emptied != nullptr) tasks_.wait(emptied);
-        pack(blocks_[b], piece, scratch);
-      });
-    };
-    const auto add_products = [&](std::size_t b) {
-      done[b] = tasks_.add(count, [=, this, input = packed[b]](index_t task, Arena& scratch) {
-        tasks_.wait(input);
-        for_slices(slices, task, run, [&](index_t i, Range slice, Range next) {
-          const Arena::Frame frame(scratch);
-          multiply(blocks_[b], i, slice, next, scratch);
-        });
-      });
-    };
-    for (std::size_t b = 0; b < blocks + inputs_ahead_; ++b) {
-      if (b < blocks) add_pack(b);
-      if (b >= inputs_ahead_) add_products(b - inputs_ahead_);
-    }
-  }
+  void add_with_input(index_t bytes, Pack pack, const std::vector<Slices>& slices, Multiply multiply,
+                      std::vector<const Group*>& done);
 
   // P of a block's rows in natural order, [count, r].
   Rows low_rank_rows(Projection p, Block block, Arena& scratch) const;
@@ -187,9 +199,31 @@ class Pass {
   void store(const float* row, index_t n, const Result& result, index_t offset) const;
 
   bf16_t* take_low_rank(Projection p) {
-    return memory().take<bf16_t>(inputs_.of(p).rank() * routing_.routes());
+    return lease_.memory(0).take<bf16_t>(inputs_.of(p).rank() * routing_.routes());
   }
-  Arena& memory() { return lease_.memory(); }
+  // Memory on the shards, and the shards' places in a matrix [routes, I], or of null.
+  ByShard take_by_shard();
+  ByShard cut(bf16_t* matrix) const;
+  Arena& memory(Block block) { return lease_.memory(block.team); }
+
+  bool at_home(Block block) const { return block.index % shards_.size() == 0; }
+  std::size_t home_of(Block block) const { return block.index - block.index % shards_.size(); }
+  // Columns of the intermediate dimension on the block's shard.
+  index_t inner(Block block) const { return shards_[block.shard].inner.size(); }
+  index_t rows(Projection p, Block block) const {
+    return p == Projection::down ? experts_.hidden : inner(block);
+  }
+  index_t cols(Projection p, Block block) const {
+    return p == Projection::down ? inner(block) : experts_.hidden;
+  }
+  // Of a projection on this shard, in all of it.
+  index_t first_row(Projection p, Block block) const {
+    return p == Projection::down ? 0 : shards_[block.shard].inner.begin;
+  }
+  index_t first_col(Projection p, Block block) const {
+    return p == Projection::down ? shards_[block.shard].inner.begin : 0;
+  }
+
   const KernelSet& kernels() const { return lease_.kernels(); }
   float lora_scale(Projection p) const;
   float weight(index_t route) const { return weight_[static_cast<std::size_t>(route)]; }
@@ -202,24 +236,39 @@ class Pass {
 
   Runtime::Lease lease_;
   int threads_;
-  std::size_t inputs_ahead_;  // blocks whose input is packed ahead of their products
+  std::size_t inputs_ahead_;  // routes' blocks whose input is packed ahead of their products
   const ExpertWeights& experts_;
   const LayerInputs& inputs_;
   const ActivationKernels& activation_;
   Routing routing_;
-  std::vector<Block> blocks_;            // every route once, experts in order
+  std::vector<Portion> shards_;          // those that have some of the intermediate dimension
+  std::vector<Block> blocks_;            // every route once a shard, experts in order
   std::vector<float> weight_;            // routing weight of every route
   std::array<bf16_t*, 3> low_rank_{};    // P' of each projection with LoRA
   bf16_t* weighted_low_rank_ = nullptr;  // P' of down times the routing weights
-  bf16_t* hidden_ = nullptr;             // h, [routes, I]
+  ByShard hidden_;                       // h
+  ByShard saved_gate_, saved_up_;        // G and U; null where they are not kept
   TaskList tasks_;
   std::vector<const Group*> gate_up_done_;  // a block each
 
  private:
-  void gate_up(Block block, Range slice, Range next, const ForwardInput& in, const Saved& saved,
-               Arena& scratch) const;
-  void sum_routes(Range tokens, Range slice, const float* rows, index_t stride, const Result& result,
-                  bool weighted, Arena& scratch) const;
+  // Blocks that a team computes one after the other, and what their rows of a [T, H] result become.
+  struct Lane {
+    std::size_t team;
+    std::vector<std::size_t> blocks = {};
+  };
+  // A lane for each shard, or if there is but one, for each team.
+  std::vector<Lane> lanes() const;
+  // Adds for every team tasks body(tokens, scratch), for its share of all tokens; appends their groups.
+  using TokenBody = std::function<void(Range tokens, Arena& scratch)>;
+  void add_by_token(const TokenBody& body, std::vector<const Group*>& groups);
+
+  void add_blocks(bool whole);
+  void add_siblings(Block block, bool whole);
+  void gate_up(Block block, Range slice, Range next, const ForwardInput& in, Arena& scratch) const;
+  // The sum of a token's routes in `rows`, `width` columns of them.
+  void sum_routes(index_t token, index_t width, const float* rows, index_t stride, bool weighted, float* sum,
+                  Arena& scratch) const;
 
   std::vector<ForwardInput> hidden_states_;  // a block each
 };

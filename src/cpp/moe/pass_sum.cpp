@@ -1,4 +1,5 @@
-// The part of both passes that adds up products over experts, and stores results in the wanted type.
+// The part of both passes that adds up products over experts and shards, and stores results in the wanted
+// type.
 #include <algorithm>
 #include <cstring>
 
@@ -8,77 +9,163 @@ namespace kt {
 
 namespace {
 
-constexpr index_t kSumTokens = 64;   // a task
-constexpr index_t kSumCols = 256;    // at most, of a slice: rows of 1 KiB to write and to read again
-constexpr index_t kSliceStrips = 4;  // that fill the cache, in a slice: all but the first are fetched early
-constexpr index_t kStripTiles = 4;   // at most
+constexpr index_t kSumTokens = 64;     // a task
+constexpr index_t kSumCols = 256;      // at most, of a slice: rows of 1 KiB to write and to read again
+constexpr index_t kLeastSumCols = 64;  // where several shards divide these among them
+constexpr index_t kSliceStrips = 4;    // that fill the cache, in a slice: all but the first are fetched early
+constexpr index_t kStripTiles = 4;     // at most
 constexpr std::size_t kSlicesKept = 3;  // that are computed or wait for their sum at the same time
 
 }  // namespace
 
-void Pass::add_sum(const Result& result, bool weighted, index_t tile, index_t bytes,
-                   const std::vector<const Group*>& ready, Product product) {
-  const index_t h = experts_.hidden, tokens = inputs_.hidden_states.rows;
-  const Slices slices = this->slices(h, tile, std::max(bytes / kSliceStrips, cache_part() / kSumCols));
-  const index_t stride = result_stride(kernels(), slices[0].size());
-  std::vector<float*> kept(std::min(static_cast<std::size_t>(slices.count), kSlicesKept));
-  for (float*& rows : kept) rows = memory().take<float>(routing_.routes() * stride);
+std::vector<Pass::Lane> Pass::lanes() const {
+  std::vector<Lane> lanes;
+  if (shards_.size() > 1) {
+    for (const Portion& shard : shards_) lanes.push_back({shard.team});
+    for (const Block& block : blocks_) lanes[block.shard].blocks.push_back(block.index);
+  } else {
+    for (std::size_t team = 0; team < lease_.teams(); ++team) lanes.push_back({team});
+    for (const Block& block : blocks_) lanes[block.team].blocks.push_back(block.index);
+  }
+  return lanes;
+}
 
-  std::vector<const Group*> products, sums;
-  const auto add_products = [&](std::size_t s) {
-    const Group* emptied = s >= kSlicesKept ? sums[s - kSlicesKept] : nullptr;
-    products.push_back(tasks_.add(std::ssize(blocks_), [=, this, rows = kept[s % kSlicesKept],
-                                                        slice = slices[static_cast<index_t>(s)]](
-                                                           index_t b, Arena& scratch) {
-      if (emptied != nullptr) tasks_.wait(emptied);
-      tasks_.wait(ready[static_cast<std::size_t>(b)]);
-      const Block block = blocks_[static_cast<std::size_t>(b)];
-      // Strips begin on multiples of a tile, so what a product writes behind its columns stays in the row
-      // and before the next strip. Few rows, which fill no cache, take the slice as it is.
-      const index_t fit = std::clamp(cache_part() / bytes, tile, kStripTiles * tile);
-      const Slices strips{slice.size(), few(block) ? 1 : ceil_div(slice.size(), fit), tile};
-      for_slices(strips, 0, strips.count, [&](index_t, Range strip, Range next) {
-        const Arena::Frame frame(scratch);
-        const auto cols = [&](Range r) { return Range{slice.begin + r.begin, slice.begin + r.end}; };
-        product(block, cols(strip), cols(next), rows + block.first * stride + strip.begin, stride, scratch);
-      });
+void Pass::add_by_token(const TokenBody& body, std::vector<const Group*>& groups) {
+  const index_t tokens = inputs_.hidden_states.rows;
+  std::vector<index_t> threads;
+  for (std::size_t team = 0; team < lease_.teams(); ++team) threads.push_back(lease_.threads(team));
+  const std::vector<Range> shares = split_by(tokens, threads, kSumTokens);
+  for (std::size_t team = 0; team < shares.size(); ++team) {
+    const Range share = shares[team];
+    groups.push_back(tasks_.add(team, ceil_div(share.size(), kSumTokens), [=](index_t task, Arena& scratch) {
+      const index_t first = share.begin + task * kSumTokens;
+      body({first, std::min(share.end, first + kSumTokens)}, scratch);
     }));
-  };
-  const auto add_sums = [&](std::size_t s) {
-    sums.push_back(tasks_.add(ceil_div(tokens, kSumTokens),
-                              [=, this, made = products[s], rows = kept[s % kSlicesKept],
-                               slice = slices[static_cast<index_t>(s)]](index_t task, Arena& scratch) {
-                                tasks_.wait(made);
-                                const index_t first = task * kSumTokens;
-                                sum_routes({first, std::min(tokens, first + kSumTokens)}, slice, rows, stride,
-                                           result, weighted, scratch);
-                              }));
-  };
-  // The sum of a slice comes behind the next one's products, so that it seldom waits for its own.
-  const auto count = static_cast<std::size_t>(slices.count);
-  for (std::size_t s = 0; s <= count; ++s) {
-    if (s < count) add_products(s);
-    if (s > 0) add_sums(s - 1);
   }
 }
 
-void Pass::sum_routes(Range tokens, Range slice, const float* rows, index_t stride, const Result& result,
-                      bool weighted, Arena& scratch) const {
-  const index_t width = slice.size(), slots = inputs_.topk_weights.cols;
-  auto* sum = scratch.take<float>(width);
-  auto* scale = scratch.take<float>(slots);
-  auto* terms = scratch.take<const float*>(slots);
-  for (index_t t = tokens.begin; t < tokens.end; ++t) {
-    const std::int32_t* offset = routing_.token_offset.data() + t;
-    const int count = offset[1] - offset[0];
-    for (int i = 0; i < count; ++i) {
-      const index_t route = routing_.of_token[static_cast<std::size_t>(offset[0] + i)];
-      scale[i] = weighted ? weight(route) : 1.0f;
-      terms[i] = rows + route * stride;
+void Pass::add_sum(const Result& result, bool weighted, index_t tile, index_t inner_bytes,
+                   const std::vector<const Group*>& ready, Product product) {
+  const index_t h = experts_.hidden, tokens = inputs_.hidden_states.rows;
+  const std::vector<Lane> lanes = this->lanes();
+  const bool several = shards_.size() > 1;
+  const index_t bytes = inner_bytes * ceil_div(experts_.intermediate, std::ssize(shards_));
+  const index_t most = several ? std::max(kLeastSumCols, kSumCols / std::ssize(shards_)) : kSumCols;
+  const Slices slices = this->slices(h, tile, std::max(bytes / kSliceStrips, cache_part() / most));
+  const index_t width = slices[0].size(), stride = result_stride(kernels(), width);
+
+  // What lies in memory of a slice, until a later one takes its place.
+  struct Kept {
+    std::vector<float*> rows, sums;  // of a lane: the products of its routes; with several shards, their sums
+    std::vector<const Group*> read;  // the tasks that read the rows, and with several shards, the sums
+    std::vector<const Group*> merged;
+  };
+  std::vector<Kept> kept(std::min(static_cast<std::size_t>(slices.count), kSlicesKept));
+  for (Kept& slice : kept)
+    for (const Lane& lane : lanes) {
+      Arena& memory = lease_.memory(lane.team);
+      const bool own = several || slice.rows.empty();
+      slice.rows.push_back(own ? memory.take<float>(routing_.routes() * stride) : slice.rows.front());
+      slice.sums.push_back(several ? memory.take<float>(tokens * width) : nullptr);
     }
-    kernels().epilogue.sum_scaled(static_cast<int>(width), count, terms, scale, sum);
-    store(sum, width, result, t * experts_.hidden + slice.begin);
+
+  std::vector<std::vector<const Group*>> products;  // of a slice, one a lane
+  const auto add_products = [&](std::size_t s) {
+    Kept& mine = kept[s % kept.size()];
+    const Range slice = slices[static_cast<index_t>(s)];
+    std::vector<const Group*>& groups = products.emplace_back();
+    for (std::size_t l = 0; l < lanes.size(); ++l) {
+      // With several shards a lane's rows are read by its own sums alone.
+      std::vector<const Group*> emptied = mine.read;
+      if (several && !emptied.empty()) emptied = {mine.read[l]};
+      groups.push_back(tasks_.add(
+          lanes[l].team, std::ssize(lanes[l].blocks),
+          [=, this, blocks = lanes[l].blocks, rows = mine.rows[l]](index_t task, Arena& scratch) {
+            for (const Group* sums : emptied) tasks_.wait(sums);
+            const Block block = blocks_[blocks[static_cast<std::size_t>(task)]];
+            tasks_.wait(ready[block.index]);
+            // Strips begin on multiples of a tile, so what a product writes behind its columns stays in the
+            // row and before the next strip. Few rows, which fill no cache, take the slice as it is.
+            const index_t fit = std::clamp(cache_part() / bytes, tile, kStripTiles * tile);
+            const Slices strips{slice.size(), few(block) ? 1 : ceil_div(slice.size(), fit), tile};
+            for_slices(strips, 0, strips.count, [&](index_t, Range strip, Range next) {
+              const Arena::Frame frame(scratch);
+              const auto cols = [&](Range r) { return Range{slice.begin + r.begin, slice.begin + r.end}; };
+              product(block, cols(strip), cols(next), rows + block.first * stride + strip.begin, stride,
+                      scratch);
+            });
+          }));
+    }
+  };
+  const auto add_sums = [&](std::size_t s) {
+    Kept& mine = kept[s % kept.size()];
+    const Range slice = slices[static_cast<index_t>(s)];
+    mine.read.clear();
+    if (!several)
+      return add_by_token(
+          [=, this, made = products[s], rows = mine.rows.front()](Range some, Arena& scratch) {
+            for (const Group* group : made) tasks_.wait(group);
+            auto* sum = scratch.take<float>(slice.size());
+            for (index_t t = some.begin; t < some.end; ++t) {
+              sum_routes(t, slice.size(), rows, stride, weighted, sum, scratch);
+              store(sum, slice.size(), result, t * h + slice.begin);
+            }
+          },
+          mine.read);
+    for (std::size_t l = 0; l < lanes.size(); ++l)
+      mine.read.push_back(
+          tasks_.add(lanes[l].team, ceil_div(tokens, kSumTokens),
+                     [=, this, emptied = mine.merged, made = products[s][l], rows = mine.rows[l],
+                      sums = mine.sums[l]](index_t task, Arena& scratch) {
+                       for (const Group* merged : emptied) tasks_.wait(merged);
+                       tasks_.wait(made);
+                       const index_t first = task * kSumTokens, last = std::min(tokens, first + kSumTokens);
+                       for (index_t t = first; t < last; ++t)
+                         sum_routes(t, slice.size(), rows, stride, weighted, sums + t * width, scratch);
+                     }));
+  };
+  const auto add_merges = [&](std::size_t s) {
+    Kept& mine = kept[s % kept.size()];
+    const Range slice = slices[static_cast<index_t>(s)];
+    mine.merged.clear();
+    add_by_token(
+        [=, this, made = mine.read, sums = mine.sums](Range some, Arena& scratch) {
+          for (const Group* group : made) tasks_.wait(group);
+          auto* sum = scratch.take<float>(slice.size());
+          const std::vector<float> once(sums.size(), 1.0f);
+          std::vector<const float*> terms(sums.size());
+          for (index_t t = some.begin; t < some.end; ++t) {
+            std::ranges::transform(sums, terms.begin(), [&](const float* own) { return own + t * width; });
+            kernels().epilogue.sum_scaled(static_cast<int>(slice.size()), static_cast<int>(terms.size()),
+                                          terms.data(), once.data(), sum);
+            store(sum, slice.size(), result, t * h + slice.begin);
+          }
+        },
+        mine.merged);
+  };
+  // The sum of a slice comes behind the next one's products, and what shards' sums become behind the sums of
+  // the next one, so that they seldom wait for their own.
+  const auto count = static_cast<std::size_t>(slices.count);
+  for (std::size_t s = 0; s < count + 2; ++s) {
+    if (s < count) add_products(s);
+    if (s >= 1 && s - 1 < count) add_sums(s - 1);
+    if (several && s >= 2) add_merges(s - 2);
   }
+}
+
+void Pass::sum_routes(index_t token, index_t width, const float* rows, index_t stride, bool weighted,
+                      float* sum, Arena& scratch) const {
+  const Arena::Frame frame(scratch);
+  const std::int32_t* offset = routing_.token_offset.data() + token;
+  const int count = offset[1] - offset[0];
+  auto* scale = scratch.take<float>(count);
+  auto* terms = scratch.take<const float*>(count);
+  for (int i = 0; i < count; ++i) {
+    const index_t route = routing_.of_token[static_cast<std::size_t>(offset[0] + i)];
+    scale[i] = weighted ? weight(route) : 1.0f;
+    terms[i] = rows + route * stride;
+  }
+  kernels().epilogue.sum_scaled(static_cast<int>(width), count, terms, scale, sum);
 }
 
 void Pass::store(const float* row, index_t n, const Result& result, index_t offset) const {

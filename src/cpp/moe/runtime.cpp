@@ -2,9 +2,9 @@
 
 #include <xmmintrin.h>
 
+#include <algorithm>
 #include <charconv>
-#include <limits>
-#include <string_view>
+#include <utility>
 
 #include "base/environment.h"
 #include "base/error.h"
@@ -17,6 +17,7 @@ namespace {
 
 constexpr std::size_t kUsualL2 = std::size_t{1} << 20;
 constexpr int kMostThreads = 4096;
+constexpr int kMostShards = 64;
 
 // The argument, else the environment variable, else the fallback.
 int number(const char* what, std::optional<int> argument, const char* variable, int fallback, int most) {
@@ -32,6 +33,14 @@ int number(const char* what, std::optional<int> argument, const char* variable, 
   KT_CHECK(error == std::errc() && end == text->data() + text->size() && value >= 1 && value <= most,
            "{} is \"{}\", wanted a number from 1 to {}", variable, *text, most);
   return value;
+}
+
+// As many threads as cores, and as many shards as nodes with CPUs have a thread, unless told otherwise.
+Layout choose_layout(const Topology& topology, std::optional<int> threads, std::optional<int> shards) {
+  const int count = number("threads", threads, "KT_MOE_THREADS", topology.cores, kMostThreads);
+  const auto nodes = std::ranges::count_if(topology.nodes, [](const NumaNode& n) { return !n.cpus.empty(); });
+  const int usual = std::clamp(static_cast<int>(nodes), 1, std::min(count, kMostShards));
+  return plan_layout(topology, count, number("shards", shards, "KT_MOE_SHARDS", usual, kMostShards));
 }
 
 std::string choose_isa(const std::optional<std::string>& argument) {
@@ -53,27 +62,29 @@ class UsualFloats {
 
 }  // namespace
 
-Runtime::Runtime(std::optional<int> threads, std::optional<int> shards, std::optional<std::string> isa)
+Runtime::Runtime(std::optional<int> threads, std::optional<int> shards, std::optional<std::string> isa,
+                 Topology topology)
     : isa_(choose_isa(isa)),
       kernels_(kernel_set(isa_, cpu_features())),
-      topology_(read_topology()),
-      pool_(number("threads", threads, "KT_MOE_THREADS", topology_.cpus, kMostThreads)) {
-  // One shard until experts can be split over NUMA nodes.
-  const int wanted = number("shards", shards, "KT_MOE_SHARDS", 1, std::numeric_limits<int>::max());
-  KT_CHECK(wanted == 1, "shards is {}, this version computes in 1 shard", wanted);
-  layout_ = plan_layout(topology_, pool_.threads(), wanted);
+      topology_(std::move(topology)),
+      layout_(choose_layout(topology_, threads, shards)),
+      pool_(layout_.teams) {
   // The first cache level has a way for each 4 KiB of its size, and lines that lie a multiple of 4 KiB apart
   // share a set. With fewer ways than a tile has rows, these would drive each other out where they lie.
   constexpr std::size_t kWay = 4096;
   if (topology_.l1d < static_cast<std::size_t>(kernels_.gemm.mr) * kWay) kernels_.gemm.in_place = false;
   l2_bytes_ = topology_.l2 == 0 ? kUsualL2 : topology_.l2;
+  for (std::size_t t = 0; t < layout_.teams.size(); ++t)
+    team_of_.insert(team_of_.end(), static_cast<std::size_t>(layout_.teams[t].shards.size()), t);
+  memory_.resize(layout_.teams.size());
   scratch_.resize(static_cast<std::size_t>(pool_.threads()));
 }
 
 std::size_t Runtime::scratch_bytes() {
   const WorkerPool::Claim claim = pool_.claim();
-  std::size_t total = memory_.peak();
-  for (const Arena& arena : scratch_) total += arena.peak();
+  std::size_t total = 0;
+  for (const auto* arenas : {&memory_, &scratch_})
+    for (const Arena& arena : *arenas) total += arena.peak();
   return total;
 }
 
@@ -84,8 +95,10 @@ std::vector<Range> Runtime::split(index_t n, index_t align) const {
 }
 
 Runtime::Lease::Lease(Runtime& runtime) : runtime_(runtime), claim_(runtime.pool_.claim()) {
-  runtime_.memory_.reset();
-  runtime_.memory_.reset_peak();
+  for (Arena& arena : runtime_.memory_) {
+    arena.reset();
+    arena.reset_peak();
+  }
   for (Arena& arena : runtime_.scratch_) arena.reset_peak();
 }
 
@@ -95,6 +108,16 @@ void Runtime::Lease::parallel_for(index_t tasks, const std::function<void(index_
     scratch.reset();
     const UsualFloats floats;
     body(task, scratch);
+  });
+}
+
+void Runtime::Lease::parallel_for_teams(std::span<const index_t> tasks, const TeamBody& body) {
+  const std::vector<int> counts(tasks.begin(), tasks.end());
+  runtime_.pool_.parallel_for_teams(counts, [&](int team, int task, int worker) {
+    Arena& scratch = runtime_.scratch_[static_cast<std::size_t>(worker)];
+    scratch.reset();
+    const UsualFloats floats;
+    body(static_cast<std::size_t>(team), task, scratch);
   });
 }
 

@@ -5,6 +5,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -20,7 +21,9 @@ namespace kt {
 class Runtime {
  public:
   // Empty: KT_MOE_THREADS, KT_MOE_SHARDS, KT_MOE_ISA, or what the machine offers.
-  Runtime(std::optional<int> threads, std::optional<int> shards, std::optional<std::string> isa);
+  // `topology` is what read_topology() says, or a machine to be tested for.
+  Runtime(std::optional<int> threads, std::optional<int> shards, std::optional<std::string> isa,
+          Topology topology = read_topology());
 
   int threads() const { return pool_.threads(); }
   int shards() const { return static_cast<int>(layout_.shards.size()); }
@@ -42,10 +45,17 @@ class Runtime {
 
     const KernelSet& kernels() const { return runtime_.kernels_; }
     std::size_t l2_bytes() const { return runtime_.l2_bytes_; }
-    Arena& memory() { return runtime_.memory_; }
+    std::size_t teams() const { return runtime_.pool_.teams().size(); }
+    int threads(std::size_t team) const { return runtime_.pool_.teams()[team].threads; }
+    std::size_t team_of(std::size_t shard) const { return runtime_.team_of_[shard]; }
+    // Of a team, on its nodes.
+    Arena& memory(std::size_t team) { return runtime_.memory_[team]; }
 
     // body(task, scratch) for every task in [0, tasks); scratch is the task's alone until it returns.
     void parallel_for(index_t tasks, const std::function<void(index_t task, Arena& scratch)>& body);
+    // The same for every team, with tasks[team] tasks of its own.
+    using TeamBody = std::function<void(std::size_t team, index_t task, Arena& scratch)>;
+    void parallel_for_teams(std::span<const index_t> tasks, const TeamBody& body);
 
    private:
     Runtime& runtime_;
@@ -59,8 +69,9 @@ class Runtime {
   Layout layout_;
   std::size_t l2_bytes_;
   WorkerPool pool_;
-  Arena memory_;
-  std::vector<Arena> scratch_;  // one a worker
+  std::vector<std::size_t> team_of_;  // of every shard
+  std::vector<Arena> memory_;         // one a team
+  std::vector<Arena> scratch_;        // one a worker
   std::shared_ptr<BufferPool> results_ = std::make_shared<BufferPool>();
 };
 

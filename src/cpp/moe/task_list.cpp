@@ -17,16 +17,19 @@ struct Cancelled {};
 
 }  // namespace
 
-TaskList::Group* TaskList::add(index_t count, Body body) {
-  groups_.emplace_back(tasks_, count, std::move(body));
-  tasks_ += count;
-  return &groups_.back();
+TaskList::Group* TaskList::add(std::size_t team, index_t count, Body body) {
+  Queue& queue = queues_[team];
+  queue.groups.emplace_back(queue.tasks, count, std::move(body));
+  queue.tasks += count;
+  return &queue.groups.back();
 }
 
 void TaskList::run(Runtime::Lease& lease) {
-  lease.parallel_for(tasks_, [&](index_t task, Arena& scratch) {
+  std::vector<index_t> tasks;
+  for (const Queue& queue : queues_) tasks.push_back(queue.tasks);
+  lease.parallel_for_teams(tasks, [&](std::size_t team, index_t task, Arena& scratch) {
     if (failed_) return;
-    Group& group = *std::prev(std::ranges::upper_bound(groups_, task, {}, &Group::first_));
+    Group& group = *std::prev(std::ranges::upper_bound(queues_[team].groups, task, {}, &Group::first_));
     try {
       group.body_(task - group.first_, scratch);
     } catch (const Cancelled&) {
@@ -57,10 +60,11 @@ void TaskList::fail(std::exception_ptr error) {
   const std::lock_guard lock(error_mutex_);
   if (!error_) error_ = std::move(error);
   failed_ = true;
-  for (Group& group : groups_) {
-    group.left_ = 0;
-    group.left_.notify_all();
-  }
+  for (Queue& queue : queues_)
+    for (Group& group : queue.groups) {
+      group.left_ = 0;
+      group.left_.notify_all();
+    }
 }
 
 }  // namespace kt

@@ -1,5 +1,5 @@
 // Tasks with an order between them, run by all threads without a barrier: a task that needs what others make
-// waits for those, and only for those.
+// waits for those, and only for those. Each is run by the team of its shard.
 #pragma once
 
 #include <atomic>
@@ -7,6 +7,7 @@
 #include <exception>
 #include <functional>
 #include <mutex>
+#include <vector>
 
 #include "moe/runtime.h"
 
@@ -17,22 +18,27 @@ class TaskList {
   using Body = std::function<void(index_t task, Arena& scratch)>;
   class Group;
 
-  // `count` tasks that may run at the same time: body(task, scratch), task in [0, count). Tasks start in the
-  // order in which they were added. The group lives as long as the list.
-  Group* add(index_t count, Body body);
+  explicit TaskList(std::size_t teams = 1) : queues_(teams) {}
+
+  // `count` tasks of a team that may run at the same time: body(task, scratch), task in [0, count). Tasks of
+  // a team start in the order in which they were added. The group lives as long as the list.
+  Group* add(std::size_t team, index_t count, Body body);
 
   // Runs every task; the first exception ends the list and is rethrown here.
   void run(Runtime::Lease& lease);
 
-  // From a task: returns when all tasks of a group are done that was added before this task's own. Those have
-  // started already, so this ends.
+  // From a task: returns when all tasks of a group are done that was added before this task's own. This ends:
+  // of all tasks that are not done, the one added first waits for none, and is the next that its team starts.
   void wait(const Group* group) const;
 
  private:
   void fail(std::exception_ptr error);
 
-  std::deque<Group> groups_;
-  index_t tasks_ = 0;
+  struct Queue {
+    std::deque<Group> groups;
+    index_t tasks = 0;
+  };
+  std::vector<Queue> queues_;  // one a team
   std::atomic<bool> failed_{false};
   std::mutex error_mutex_;
   std::exception_ptr error_;

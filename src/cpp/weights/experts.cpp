@@ -1,5 +1,7 @@
 #include "weights/experts.h"
 
+#include <algorithm>
+
 #include "gemm/decode.h"
 
 namespace kt {
@@ -21,7 +23,12 @@ Experts::Experts(std::shared_ptr<Runtime> runtime, const LayerPlan& plan, Activa
       plan_(plan),
       placed_(std::move(placed)),
       weights_{plan.num_experts, plan.hidden,   plan.intermediate, activation,
-               placed_.weights,  placed_.fetch, biases_of(placed_)} {}
+               placed_.weights,  placed_.fetch, biases_of(placed_)} {
+  // Cuts on multiples of what shares a scale, and of a tile.
+  index_t align = 32;
+  for (const WeightType& type : plan.types) align = std::max({align, type.scale_rows, type.scale_cols});
+  weights_.shards = runtime_->split(plan.intermediate, align);
+}
 
 void Experts::dequantize(Projection p, bf16_t* into) const {
   Runtime::Lease lease(*runtime_);
