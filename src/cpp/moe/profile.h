@@ -42,8 +42,8 @@ enum class Stage : std::uint8_t {
 inline constexpr std::size_t kStages = static_cast<std::size_t>(Stage::idle) + 1;
 std::string_view name_of(Stage stage);
 
-// What was done in some time. Local bytes lie in the memory of the shard that reads or writes them, remote
-// ones in that of another.
+// What was done in some time. Bytes are those that a step has to read or write, caches aside: local ones lie
+// in the memory of the team that does, remote ones in that of another. The caller's tensors are team 0's.
 struct Work {
   std::int64_t flops = 0, local = 0, remote = 0;
 
@@ -57,6 +57,14 @@ struct Work {
 struct About {
   int shard = -1;  // that of the span around it, or else the thread's first
   int expert = -1, rows = -1;
+};
+
+// What tasks are called in a profile.
+struct Label {
+  Label(Stage what, const About& which = {}) : stage(what), about(which) {}
+
+  Stage stage;
+  About about;
 };
 
 struct SpanRecord {
@@ -94,6 +102,9 @@ class Span;
 class alignas(128) Recorder {
  public:
   Recorder(const TickClock& clock, int home, std::size_t most) : clock_(clock), home_(home), most_(most) {}
+
+  // Adds to what is done in the innermost span that is open.
+  inline void count(const Work& work);
 
   // Spans in the order of their ends, no more than `most`.
   std::vector<SpanRecord> spans() const;
@@ -148,6 +159,7 @@ class Span {
 
  private:
   friend class Call;
+  friend class Recorder;
 
   void open(Stage stage, const About& about);
   void close() noexcept;
@@ -159,6 +171,10 @@ class Span {
   About about_;
   Stage stage_;
 };
+
+void Recorder::count(const Work& work) {
+  if (innermost_ != nullptr) innermost_->count(work);
+}
 
 // All calls in one direction, kept or dropped.
 struct CallTotal {
