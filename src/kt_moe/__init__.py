@@ -8,6 +8,7 @@ from kt_moe.checkpoint import Checkpoint
 from kt_moe.experts import Experts
 from kt_moe.functional import Lora, MoEFunction, moe
 from kt_moe.layer import MoELayer
+from kt_moe.profiler import Profile, profile
 from kt_moe.runtime import Runtime, cpu_info, default_runtime
 
 if TYPE_CHECKING:  # the lazy names below, for type checkers
@@ -23,6 +24,7 @@ __all__ = [
     "Lora",
     "MoEFunction",
     "MoELayer",
+    "Profile",
     "RoutingHistory",
     "Runtime",
     "__version__",
@@ -34,6 +36,7 @@ __all__ = [
     "moe",
     "plot_routing",
     "routing_counts",
+    "profile",
     "save_adapter",
 ]
 

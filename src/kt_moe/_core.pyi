@@ -39,6 +39,26 @@ class Runtime:
     def scratch_bytes(self) -> int: ...
 
 @final
+class Profile:
+    """What a runtime's threads do, from construction to `stop`; the rest may be called after that."""
+
+    def __init__(self, runtime: Runtime, most_spans: int) -> None: ...
+    def stop(self) -> None: ...
+    def write(self, path: str) -> None: ...
+    def calls(self) -> list[tuple[Any, ...]]:
+        """The fields of `kt_moe.profiler.Call`."""
+    def spans(self) -> list[tuple[Any, ...]]:
+        """The fields of `kt_moe.profiler.Span`."""
+    def totals(self) -> dict[str, list[tuple[int, float, int, int, int]]]:
+        """stage -> for each thread: spans, seconds, flops, bytes local, bytes remote"""
+    def directions(self) -> dict[str, tuple[int, float, float]]:
+        """direction -> calls, seconds, seconds of all threads that spans cover"""
+    @property
+    def dropped(self) -> int: ...
+    @property
+    def dropped_calls(self) -> int: ...
+
+@final
 class ResultMemory:
     """Memory that holds anything, for `torch.frombuffer`; used again when it is garbage."""
 

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from kt_moe import _core
 from kt_moe.experts import Experts
+from kt_moe.profiler import in_torch_profile
 from kt_moe.tensors import check_tensor, empty, on_cpu
 
 PROJECTIONS = ("gate", "up", "down")
@@ -66,6 +67,7 @@ class Lora:
 
 class _MoE(torch.autograd.Function):
     @staticmethod
+    @in_torch_profile("kt_moe.forward")
     def forward(
         ctx: Any,
         hidden_states: Tensor,
@@ -94,6 +96,7 @@ class _MoE(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @in_torch_profile("kt_moe.backward")
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         hidden_states, topk_ids, topk_weights, saved, *lora_tensors = ctx.saved_tensors
         x, ids, weights, pairs = _for_core(hidden_states, topk_ids, topk_weights, lora_tensors)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kt_moe import _core
+
+if TYPE_CHECKING:
+    from kt_moe.profiler import Profile
 
 
 class Runtime:
@@ -24,6 +28,7 @@ class Runtime:
 
     def __init__(self, threads: int | None = None, shards: int | None = None, isa: str | None = None) -> None:
         self._core = _core.Runtime(threads, shards, isa)
+        self._profile: Profile | None = None  # that records what it does
 
     @property
     def threads(self) -> int:
@@ -58,10 +63,20 @@ _default_lock = threading.Lock()
 
 
 def default_runtime() -> Runtime:
-    """The runtime used where none is given; made once, at first use."""
+    """The runtime used where none is given; made once, at first use.
+
+    Raises:
+        OSError: KT_MOE_PROFILE is a path where no file can be written.
+    """
     global _default
     with _default_lock:
-        _default = _default or Runtime()
+        if _default is None:
+            runtime = Runtime()
+            if path := os.environ.get("KT_MOE_PROFILE"):
+                from kt_moe.profiler import profile_until_exit  # which needs this module
+
+                profile_until_exit(path, runtime)
+            _default = runtime
         return _default
 
 

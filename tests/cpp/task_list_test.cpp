@@ -37,11 +37,11 @@ void check_chain(Runtime& runtime, int groups) {
   std::atomic<int> wrong{0};
   for (std::size_t g = 0; g < done.size(); ++g) {
     done[g].resize(g * 7 % 5);
-    group.push_back(list.add(0, std::ssize(done[g]), [&, g](index_t task, Arena& scratch) {
+    group.push_back(list.add(Stage::down, 0, std::ssize(done[g]), [&, g](index_t task, Arena& scratch) {
       scratch.take<int>(10)[9] = 1;
       for (const std::size_t before : {std::size_t{1}, std::size_t{4}}) {
         if (g < before) continue;
-        list.wait(group[g - before]);
+        list.wait(group[g - before], scratch);
         for (const int runs : done[g - before])
           if (runs != 1) ++wrong;
       }
@@ -70,7 +70,8 @@ TEST_CASE("one thread runs tasks in the order in which they were added") {
   TaskList list;
   std::vector<int> order;
   for (int g = 0; g < 3; ++g)
-    list.add(0, 2, [&order, g](index_t task, Arena&) { order.push_back(2 * g + static_cast<int>(task)); });
+    list.add(Stage::down, 0, 2,
+             [&order, g](index_t task, Arena&) { order.push_back(2 * g + static_cast<int>(task)); });
   run(list, runtime);
   CHECK(order == std::vector<int>{0, 1, 2, 3, 4, 5});
 }
@@ -81,16 +82,17 @@ TEST_CASE("lists without tasks, and groups that are empty") {
     TaskList none;
     run(none, runtime);
     TaskList empty;
-    const auto* nothing = empty.add(0, 0, [](index_t, Arena&) { throw std::runtime_error("ran"); });
+    const auto* nothing =
+        empty.add(Stage::down, 0, 0, [](index_t, Arena&) { throw std::runtime_error("ran"); });
     run(empty, runtime);
     TaskList one;
-    nothing = one.add(0, 0, [](index_t, Arena&) { throw std::runtime_error("ran"); });
+    nothing = one.add(Stage::down, 0, 0, [](index_t, Arena&) { throw std::runtime_error("ran"); });
     int runs = 0;
-    one.add(0, 1, [&](index_t, Arena&) {
-      one.wait(nothing);
+    one.add(Stage::down, 0, 1, [&](index_t, Arena& scratch) {
+      one.wait(nothing, scratch);
       ++runs;
     });
-    one.add(0, 0, [](index_t, Arena&) { throw std::runtime_error("ran"); });
+    one.add(Stage::down, 0, 0, [](index_t, Arena&) { throw std::runtime_error("ran"); });
     run(one, runtime);
     CHECK(runs == 1);
   }
@@ -102,17 +104,17 @@ TEST_CASE("waiting longer than anyone spins") {
   for (int round = 0; round < 5; ++round) {
     TaskList list;
     int slow = 0;
-    const auto* first = list.add(0, 1, [&](index_t, Arena&) {
+    const auto* first = list.add(Stage::down, 0, 1, [&](index_t, Arena&) {
       sleep_ms(20);
       slow = 1;
     });
     std::atomic<int> seen{0};
-    const auto* second = list.add(0, 15, [&](index_t, Arena&) {
-      list.wait(first);
+    const auto* second = list.add(Stage::down, 0, 15, [&](index_t, Arena& scratch) {
+      list.wait(first, scratch);
       seen += slow;
     });
-    list.add(0, 15, [&](index_t, Arena&) {
-      list.wait(second);
+    list.add(Stage::down, 0, 15, [&](index_t, Arena& scratch) {
+      list.wait(second, scratch);
       if (seen != 15) seen = -1000;
     });
     run(list, runtime);
@@ -129,18 +131,18 @@ TEST_CASE("an exception reaches the caller, ends those that wait, and the runtim
       Runtime runtime(threads, 1, "scalar");
       TaskList list;
       std::atomic<int> after{0};
-      const auto* good = list.add(0, 3, [](index_t, Arena&) {});
-      const auto* bad = list.add(0, 2, [&, good](index_t task, Arena&) {
-        list.wait(good);
+      const auto* good = list.add(Stage::down, 0, 3, [](index_t, Arena&) {});
+      const auto* bad = list.add(Stage::down, 0, 2, [&, good](index_t task, Arena& scratch) {
+        list.wait(good, scratch);
         sleep_ms(patience);
         if (task == 1) throw std::runtime_error("no");
       });
-      const auto* waiting = list.add(0, 20, [&, bad](index_t, Arena&) {
-        list.wait(bad);
+      const auto* waiting = list.add(Stage::down, 0, 20, [&, bad](index_t, Arena& scratch) {
+        list.wait(bad, scratch);
         ++after;
       });
-      list.add(0, 20, [&, waiting](index_t, Arena&) {
-        list.wait(waiting);
+      list.add(Stage::down, 0, 20, [&, waiting](index_t, Arena& scratch) {
+        list.wait(waiting, scratch);
         ++after;
       });
       CHECK_THROWS_WITH_AS(run(list, runtime), "no", std::runtime_error);
@@ -154,8 +156,8 @@ TEST_CASE("of several exceptions one reaches the caller") {
   Runtime runtime(5, 1, "scalar");
   for (int round = 0; round < 50; ++round) {
     TaskList list;
-    const auto* all = list.add(0, 20, [](index_t, Arena&) { throw std::runtime_error("no"); });
-    list.add(0, 5, [&, all](index_t, Arena&) { list.wait(all); });
+    const auto* all = list.add(Stage::down, 0, 20, [](index_t, Arena&) { throw std::runtime_error("no"); });
+    list.add(Stage::down, 0, 5, [&, all](index_t, Arena& scratch) { list.wait(all, scratch); });
     CHECK_THROWS_WITH_AS(run(list, runtime), "no", std::runtime_error);
   }
 }

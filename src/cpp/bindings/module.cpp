@@ -13,6 +13,7 @@ void bind_experts(py::module_& m);
 void bind_layer(py::module_& m);
 void bind_bench(py::module_& m);
 void bind_cost(py::module_& m);
+void bind_profile(py::module_& m);
 
 PYBIND11_MODULE(_core, m) {
   m.attr("__version__") = KT_MOE_VERSION;
@@ -36,4 +37,5 @@ PYBIND11_MODULE(_core, m) {
   bind_layer(m);
   bind_bench(m);
   bind_cost(m);
+  bind_profile(m);
 }

@@ -43,13 +43,13 @@ void Backward::run(Saved saved) {
   add_gate_up_gradients();
   if (gradients_.hidden_states) add_hidden_states();
   add_lora();
-  tasks_.run(lease_);
+  run_tasks();
 }
 
 void Backward::add_down_low_rank() {
   constexpr Projection down = Projection::down;
   add_reduced(
-      gate_up_done_, [this](Block block) { return product_floats(down, block); },
+      Stage::hidden, gate_up_done_, [this](Block block) { return product_floats(down, block); },
       [this](Block block, float* product, Arena& scratch) {
         if (inputs_.of(down)) multiply_a(down, block, {}, product, scratch);
       },
@@ -76,10 +76,10 @@ void Backward::add_down() {
   std::fill_n(dots, rows * routes, 0.0f);
   const index_t packed_rows = packed_a_bytes(kernels(), kBlockRows, experts_.hidden);
   add_with_input(
-      packed_rows + packed_a_bytes(kernels(), kBlockRows, inputs_.of(down).rank()),
+      Stage::grad_down, packed_rows + packed_a_bytes(kernels(), kBlockRows, inputs_.of(down).rank()),
       [=, this](Block block, char* memory, const Group* home, Arena& scratch) {
         pack_grad_rows(down, block, memory);
-        if (home != nullptr) tasks_.wait(home);
+        if (home != nullptr) tasks_.wait(home, scratch);
         if (home == nullptr && biased) bias_dots(block, dots + count * routes, scratch);
         if (!inputs_.of(down)) return;
         if (home == nullptr) {
@@ -92,14 +92,14 @@ void Backward::add_down() {
       },
       slices,
       [=, this](Block block, index_t i, Range slice, Range next, Arena& scratch) {
-        if (!recomputed_.empty()) tasks_.wait(recomputed_[block.index]);
+        if (!recomputed_.empty()) tasks_.wait(recomputed_[block.index], scratch);
         const index_t dot = first_dot[block.shard] + (fixed ? slice.begin / kDotCols : i);
         this->down(block, slice, next, dots + dot * routes, fixed ? kDotCols : slice.size(), scratch);
       },
       down_done_);
   if (gradients_.topk_weights != nullptr)
-    tasks_.add(0, 1, [=, this](index_t, Arena&) {
-      for (const Group* done : down_done_) tasks_.wait(done);
+    tasks_.add(Stage::dots, 0, 1, [=, this](index_t, Arena& scratch) {
+      for (const Group* done : down_done_) tasks_.wait(done, scratch);
       sum_dots(dots, rows);
     });
 }
@@ -110,11 +110,15 @@ void Backward::down(Block block, Range slice, Range next, float* dots, index_t d
   const bf16_t *const gate = saved_gate_[block.shard], *const up = saved_up_[block.shard];
   BackwardWeights weights;
   add_weights(kDown, block, slice, next, weights, scratch);
+  const index_t stored = block.count * slice.size() * index_t{sizeof(bf16_t)};
+  count(scratch, {0, 3 * stored, 0});  // dG, dU, h
+  count(scratch, moved(2 * stored, recomputed_.empty() ? 0 : block.team, block.team));
   const index_t stride = result_stride(kernels(), slice.size());
   auto* grad = scratch.take<float>(rows_per_part() * stride);
   for_parts(block, rows_per_part(), [&](Block part) {
     const Arena::Frame frame(scratch);
     input_gradient(weights, part, slice, grad, stride, scratch);
+    const Span span(recorder(scratch), Stage::grad_activation);
     for (index_t i = 0; i < part.count; ++i) {
       if (const index_t ahead = part.first + i + kRowsAhead; ahead < block.first + block.count)
         for (const bf16_t* rows : {gate, up}) prefetch(rows + ahead * n + slice.begin, slice.size());
@@ -156,7 +160,7 @@ void Backward::add_gate_up_gradients() {
     return grad_product_floats(Projection::gate, block) + grad_product_floats(Projection::up, block);
   };
   add_reduced(
-      down_done_, floats,
+      Stage::gather_grad, down_done_, floats,
       [=, this](Block block, float* product, Arena& scratch) {
         for (const Projection p : kGateUp) {
           pack_grad_rows(p, block, into[block.index][index_of(p)]);
@@ -181,7 +185,8 @@ void Backward::add_gate_up_gradients() {
 void Backward::add_hidden_states() {
   const GemmKernels& gemm = kernels().gemm;
   add_sum(
-      gradients_.hidden_states, /*weighted=*/false, gemm.nr, 2 * gemm.element_bytes, gradients_done_,
+      Stage::grad_hidden, gradients_.hidden_states, /*weighted=*/false, gemm.nr, 2 * gemm.element_bytes,
+      gradients_done_,
       [this](const Siblings& blocks, Range strip, Range next, float* rows, index_t stride, Arena& scratch) {
         BackwardWeights weights;
         for (const Block block : blocks) add_weights(kGateUp, block, strip, next, weights, scratch);
@@ -222,6 +227,8 @@ void Backward::add_weights(std::span<const Projection> targets, Block block, Ran
   };
   for (const Projection p : targets) {
     const WeightBlock all = weights_of(p, block), w = all.cols_of(slice);
+    count(scratch, {0, bytes_of(w), 0});
+    const Span span(few(block) ? nullptr : recorder(scratch), packing(w));
     weights.push_back({block, p, false, w, {}, packed(w), codes_of(all.cols_of(next))});
   }
   for (const Projection p : targets)
@@ -262,6 +269,8 @@ void Backward::multiply_backward(std::span<const BackwardTerm> weights, Block pa
   auto* terms = scratch.take<Term>(std::ssize(weights));
   for (std::size_t i = 0; i < weights.size(); ++i) {
     const auto& [block, p, lora, frozen, lora_a, packed, next] = weights[i];
+    const index_t width = lora ? lora_a.matrix.cols : frozen.cols.size();
+    count(scratch, {2 * part.count * width * (lora ? inputs_.of(p).rank() : rows(p, block)), 0, 0});
     if (few(part)) {
       const Block mine = of_sibling(block, part);
       const index_t rank = inputs_.of(p).rank();

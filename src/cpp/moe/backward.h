@@ -9,7 +9,9 @@ class Backward : Pass {
  public:
   Backward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, bool whole,
            const MatView& grad_out, const LayerGradients& gradients)
-      : Pass(runtime, experts, inputs, whole), grad_out_(grad_out), gradients_(gradients) {}
+      : Pass(runtime, experts, inputs, whole, Direction::backward),
+        grad_out_(grad_out),
+        gradients_(gradients) {}
 
   void run(Saved saved);
 

@@ -31,6 +31,8 @@ void Backward::multiply_b(Projection p, Block block, float* product, Arena& scra
   const index_t stride = result_stride(kernels(), inputs_.of(p).rank());
   const PackedB b = few(block) ? PackedB{} : pack_b_rows(kernels(), lora_b, scratch);
   const PackedA packed = grad_inputs_[index_of(p)][block.index].rows;
+  Span span(recorder(scratch), Stage::lora_q);
+  span.count({2 * block.count * inputs_.of(p).rank() * rows(p, block), 0, 0});
   for_parts(block, rows_per_part(), [&](Block part) {
     float* place = product + within(part).begin * stride;
     if (few(block)) {
@@ -67,7 +69,7 @@ void Backward::add_lora() {
     for (const Projection p : projections)
       for (const bool of_b : {false, true})
         if ((of_b ? gradients_.lora_b : gradients_.lora_a)[index_of(p)]) add_lora_jobs(e, p, of_b);
-  tasks_.add(0, experts_.num_experts, [this](index_t expert, Arena&) {
+  tasks_.add(Stage::clear, 0, experts_.num_experts, [this](index_t expert, Arena&) {
     if (routing_.count(static_cast<int>(expert)) == 0) clear_lora(expert);
   });
 }
@@ -85,11 +87,12 @@ void Backward::add_lora_jobs(int expert, Projection p, bool of_b) {
       if (by_shard ? block.shard == shard : at_home(block)) job.blocks.push_back(block.index);
     const index_t n = by_shard ? shards_[shard].inner.size() : of_b ? lora.b.rows : lora.a.cols;
     const Slices slices = this->slices(n, gemm.nr, kBlockRows * gemm.element_bytes);
-    tasks_.add(blocks_[job.blocks.front()].team, slices.count, [=, this](index_t i, Arena& scratch) {
-      LoraJob mine = job;
-      mine.slice = slices[i];
-      if (mine.slice.size() > 0) this->lora(mine, scratch);
-    });
+    tasks_.add(label(Stage::lora_grad, blocks_[job.blocks.front()]), blocks_[job.blocks.front()].team,
+               slices.count, [=, this](index_t i, Arena& scratch) {
+                 LoraJob mine = job;
+                 mine.slice = slices[i];
+                 if (mine.slice.size() > 0) this->lora(mine, scratch);
+               });
   }
 }
 
@@ -115,7 +118,8 @@ void Backward::lora(const LoraJob& job, Arena& scratch) const {
   bool accumulate = false;
   for (const std::size_t b : job.blocks) {
     const Block block = blocks_[b];
-    tasks_.wait(gradients_done_[b]);
+    tasks_.wait(gradients_done_[b], scratch);
+    count(scratch, {2 * block.count * rank * width, 0, 0});
     const Arena::Frame frame(scratch);
     const Rows rows = job.of_b ? grad_output(p, block, job.slice) : lora_input(p, block, job.slice, scratch);
     const Term term{pack_a(kernels(), {low_rank_of(low_rank, rank, block)}, scratch),

@@ -6,7 +6,8 @@ namespace {
 
 class Forward : Pass {
  public:
-  using Pass::Pass;
+  Forward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, bool whole)
+      : Pass(runtime, experts, inputs, whole, Direction::forward) {}
 
   void run(const Saved& saved, const Result& out) {
     hidden_ = take_by_shard();
@@ -18,7 +19,7 @@ class Forward : Pass {
     add_gate_up();
     add_hidden();
     add_down(out);
-    tasks_.run(lease_);
+    run_tasks();
     for (int e = 0; experts_.routed != nullptr && e < experts_.num_experts; ++e)
       experts_.routed[e] += routing_.count(e);
   }
@@ -32,7 +33,7 @@ class Forward : Pass {
     for (const Block block : blocks_)
       memory.push_back(this->memory(block).take<char>(forward_input_bytes(kDown, block.count, inner(block))));
     add_reduced(
-        gate_up_done_, [this](Block block) { return product_floats(down, block); },
+        Stage::hidden, gate_up_done_, [this](Block block) { return product_floats(down, block); },
         [=, this](Block block, float* product, Arena& scratch) {
           ForwardInput& in = packed_[block.index];
           pack_input(down, block, memory[block.index], in);
@@ -51,7 +52,7 @@ class Forward : Pass {
   void add_down(const Result& out) {
     const GemmKernels& gemm = kernels().gemm;
     add_sum(
-        out, /*weighted=*/true, gemm.mr, gemm.element_bytes, packed_done_,
+        Stage::down, out, /*weighted=*/true, gemm.mr, gemm.element_bytes, packed_done_,
         [this](const Siblings& blocks, Range strip, Range next, float* rows, index_t stride, Arena& scratch) {
           std::vector<ForwardWeights> weights;
           for (const Block block : blocks)

@@ -18,21 +18,43 @@ int to_int(index_t n) { return static_cast<int>(n); }  // kernels count rows and
 
 }  // namespace
 
-Pass::Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, bool whole)
+Pass::Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, bool whole,
+           Direction direction)
     : lease_(runtime),
+      call_(lease_.profile(), direction),
       threads_(runtime.threads()),
       inputs_ahead_(static_cast<std::size_t>(std::max(2, runtime.threads() / 2))),
       experts_(experts),
       inputs_(inputs),
       activation_(kernels_of(kernels(), experts.activation)),
-      routing_(route(inputs.topk_ids, experts.num_experts)),
+      routing_(find_routes()),
       tasks_(lease_.teams()) {
   if (experts.fetch)
-    tasks_.add(0, std::ssize(routing_.experts),
+    tasks_.add(Stage::fetch, 0, std::ssize(routing_.experts),
                [this](index_t i, Arena&) { experts_.fetch(routing_.experts[static_cast<std::size_t>(i)]); });
   add_blocks(whole);
   const auto* weights = static_cast<const float*>(inputs.topk_weights.data);
   for (const std::int32_t slot : routing_.slot) weight_.push_back(weights[slot]);
+}
+
+Routing Pass::find_routes() {
+  const Span span(call_.caller(), Stage::route);
+  Routing routing = route(inputs_.topk_ids, experts_.num_experts);
+  index_t most = 0;
+  for (const int e : routing.experts) most = std::max(most, routing.count(e));
+  call_.describe(inputs_.topk_ids.rows, routing.routes(), to_int(std::ssize(routing.experts)), most);
+  return routing;
+}
+
+void Pass::run_tasks() {
+  call_.begin_tasks();
+  tasks_.run(lease_);
+  call_.end_tasks();
+}
+
+Label Pass::label(Stage stage, Block block) const {
+  const int shard = shards_.size() > 1 ? to_int(static_cast<index_t>(shards_[block.shard].number)) : -1;
+  return {stage, {shard, block.expert, to_int(block.count)}};
 }
 
 void Pass::add_blocks(bool whole) {
@@ -82,6 +104,11 @@ WeightBlock Pass::weights_of(Projection p, Block block) const {
   return experts_.of(p, block.expert, shards_[block.shard].number);
 }
 
+index_t Pass::bytes_of(const WeightBlock& weights) {
+  const index_t all = weights.weight->rows * weights.weight->cols;
+  return weights.weight->bytes() * weights.rows.size() * weights.cols.size() / all;
+}
+
 MatView Pass::lora_a(Projection p, Block block) const {
   const LoraPair& lora = inputs_.of(p);
   if (p != Projection::down) return lora.a[block.expert];
@@ -101,7 +128,7 @@ void Pass::add_gate_up() {
                                   2 * experts_.hidden * kernels().gemm.element_bytes));
   hidden_states_.resize(blocks_.size());
   add_with_input(
-      forward_input_bytes(kGateUp, kBlockRows, experts_.hidden),
+      Stage::gate_up, forward_input_bytes(kGateUp, kBlockRows, experts_.hidden),
       [this](Block block, char* memory, const Group* home, Arena& scratch) {
         pack_forward_input(kGateUp, block, memory, home, hidden_states_[block.index], scratch);
       },
@@ -121,7 +148,7 @@ index_t Pass::forward_input_bytes(std::span<const Projection> targets, index_t r
 void Pass::pack_forward_input(std::span<const Projection> targets, Block block, char* into, const Group* home,
                               ForwardInput& in, Arena& scratch) {
   into = pack_input(targets.front(), block, into, in);
-  if (home != nullptr) tasks_.wait(home);
+  if (home != nullptr) tasks_.wait(home, scratch);
   for (const Projection p : targets) {
     if (!inputs_.of(p)) continue;
     if (home == nullptr) {
@@ -151,6 +178,8 @@ void Pass::multiply_a(Projection p, Block block, PackedB packed, float* product,
   const Arena::Frame frame(scratch);
   const MatView lora_a = this->lora_a(p, block);
   const index_t rank = lora_a.rows, in = lora_a.cols, stride = result_stride(kernels(), block.count);
+  Span span(recorder(scratch), Stage::lora_p);
+  span.count({2 * block.count * rank * in, 0, 0});
   const PackedA a = few(block) ? PackedA{} : pack_a(kernels(), {lora_a}, scratch);
   for_parts(block, kernels().gemm.nr, [&](Block part) {
     const Arena::Frame part_frame(scratch);
@@ -194,11 +223,15 @@ void Pass::gate_up(Block block, Range slice, Range next, const ForwardInput& in,
     weights[index_of(p)] = forward_weights(p, block, in, slice, next, scratch);
     result[index_of(p)] = scratch.take<float>(part_rows * width);
   }
+  const index_t stored = block.count * width * index_t{sizeof(bf16_t)};
+  count(scratch, {0, stored, 0});  // h
+  if (gate != nullptr) count(scratch, moved(2 * stored, 0, block.team));
   auto* unsaved =
       scratch.take<bf16_t>(width + 1) + 1;  // off a line, for what fills lines may go past the caches
   for_tiles(block, [&](Block part) {
     for (const Projection p : kGateUp)
       multiply_forward(p, {&weights[index_of(p)], 1}, part, result[index_of(p)], width, scratch);
+    const Span span(recorder(scratch), Stage::activation);
     for (index_t i = 0; i < part.count; ++i) {
       const index_t place = (part.first + i) * n + slice.begin;
       activation_.forward(to_int(width), result[0] + i * width, result[1] + i * width,
@@ -221,7 +254,9 @@ Pass::ForwardWeights Pass::forward_weights(Projection p, Block block, const Forw
   if (const bf16_t* bias = experts_.bias(p, block.expert); bias != nullptr && (!shared || at_home(block)))
     w.bias = bias + first_row(p, block) + slice.begin;
   if (w.lora) w.lora_b = {lora_b(p, block).block(slice.begin, 0, slice.size(), inputs_.of(p).rank())};
+  count(scratch, {0, bytes_of(w.weights), 0});
   if (few(block)) return w;
+  const Span span(recorder(scratch), packing(w.weights));
   w.packed_weights = pack_a(kernels(), w.weights, scratch);
   if (w.lora) w.packed_lora_b = pack_a(kernels(), w.lora_b, scratch);
   return w;
@@ -231,6 +266,8 @@ void Pass::multiply_forward(Projection p, std::span<const ForwardWeights> weight
                             index_t stride, Arena& scratch) const {
   const Arena::Frame frame(scratch);
   const index_t width = weights.front().weights.rows.size(), part_rows = kernels().gemm.nr;
+  for (const ForwardWeights& w : weights)
+    count(scratch, {2 * part.count * width * (cols(p, w.block) + (w.lora ? inputs_.of(p).rank() : 0)), 0, 0});
   if (few(part) || part.count <= kernels().few.max_tail) {
     for (const ForwardWeights& w : weights)
       multiply_few_forward(p, w, part, result, stride, /*accumulate=*/&w != weights.data(), scratch);
@@ -240,11 +277,11 @@ void Pass::multiply_forward(Projection p, std::span<const ForwardWeights> weight
   Range fetching = within(part);  // and for a tail of few rows behind it
   if (all - fetching.end <= kernels().few.max_tail) fetching.end = all;
   const bf16_t* bias = nullptr;  // which the sum starts from
-  std::size_t count = 0;
+  std::size_t n = 0;
   auto* terms = scratch.take<Term>(2 * std::ssize(weights));
   for (const ForwardWeights& w : weights) {
     const auto add = [&](PackedA a, PackedB b, MatView next) {
-      terms[count++] = {a, cols_of(kernels(), b, within(part)), next};
+      terms[n++] = {a, cols_of(kernels(), b, within(part)), next};
     };
     add(w.packed_weights, w.input->rows, share(w.next, fetching, all));
     if (w.lora) add(w.packed_lora_b, w.input->low_rank[index_of(p)], {});
@@ -253,7 +290,7 @@ void Pass::multiply_forward(Projection p, std::span<const ForwardWeights> weight
   auto* transposed = scratch.take<float>(width * part_rows);
   for (index_t i = 0; bias != nullptr && i < width; ++i)
     std::fill_n(transposed + i * part_rows, part.count, to_float(bias[i]));
-  multiply(kernels(), {terms, count}, transposed, part_rows, /*accumulate=*/bias != nullptr);
+  multiply(kernels(), {terms, n}, transposed, part_rows, /*accumulate=*/bias != nullptr);
   kernels().epilogue.transpose(transposed, part_rows, to_int(width), to_int(part.count), result, stride);
 }
 

@@ -51,7 +51,8 @@ struct Slices {
 class Pass {
  public:
   // `whole`: every expert is computed by its home shard alone, as if there were one shard.
-  Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, bool whole);
+  Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, bool whole,
+       Direction direction);
 
  protected:
   using Group = TaskList::Group;
@@ -94,8 +95,8 @@ class Pass {
   // scratch) for floats(block) numbers. These are added up over siblings, shards in order, for finish(block,
   // sum, scratch), which is called at home. done[b] becomes the group of block b's task.
   template <class Floats, class Compute, class Finish>
-  void add_reduced(const std::vector<const Group*>& ready, Floats floats, Compute compute, Finish finish,
-                   std::vector<const Group*>& done);
+  void add_reduced(Stage stage, const std::vector<const Group*>& ready, Floats floats, Compute compute,
+                   Finish finish, std::vector<const Group*>& done);
 
   // The rows of a block in a [T, n] matrix, and in a [routes, n] one.
   Rows by_token(const MatView& matrix, Block block, Range cols) const;
@@ -128,6 +129,11 @@ class Pass {
                                  Range next, Arena& scratch) const;
   // A shard's part of a projection: of W, and of the LoRA A and B that are cut with it.
   WeightBlock weights_of(Projection p, Block block) const;
+  // In proportion to all of the matrix, with the scales.
+  static index_t bytes_of(const WeightBlock& weights);
+  static Stage packing(const WeightBlock& weights) {
+    return weights.weight->type.format == Format::bf16 ? Stage::pack : Stage::decode;
+  }
   MatView lora_a(Projection p, Block block) const;
   MatView lora_b(Projection p, Block block) const;
   // result [part.count, slice] = input W' + P B' + b, summed over siblings, rows `stride` floats apart; a
@@ -138,13 +144,14 @@ class Pass {
                             index_t stride, bool accumulate, Arena& scratch) const;
 
   // Adds the tasks that compute a [T, H] result: the sum over a token's routes, experts in order, of what
-  // product(block, strip, next strip, rows, stride, scratch) writes to `rows`, times the routing weight if
-  // `weighted`; of several shards each adds up its own, and then these sums are, shards in order. The product
-  // X
+  // product(siblings, strip, next strip, rows, stride, scratch) writes to `rows`, times the routing weight if
+  // `weighted`; of several places each adds up its own, and then these sums are, places in order. The product
+  // of a block waits for its group of `ready`. `tile`, and `inner_bytes` of weights a column for each of the
+  // intermediate dimension, cut the result into slices, and those into strips.
   using Siblings = std::vector<Block>;  // of one place, shards in order
   using Product = std::function<void(const Siblings& blocks, Range strip, Range next, float* rows,
                                      index_t stride, Arena& scratch)>;
-  void add_sum(const Result& result, bool weighted, index_t tile, index_t inner_bytes,
+  void add_sum(Stage stage, const Result& result, bool weighted, index_t tile, index_t inner_bytes,
                const std::vector<const Group*>& ready, Product product);
 
   // Cuts `block` into parts for forward products: whole tiles, and in the end half a tile or few rows where
@@ -182,8 +189,8 @@ class Pass {
   // the group of the latter. Packing runs some blocks ahead, so that products seldom wait, in a ring of
   // pieces of `bytes`, each free again when its products are done.
   template <class Pack, class Multiply>
-  void add_with_input(index_t bytes, Pack pack, const std::vector<Slices>& slices, Multiply multiply,
-                      std::vector<const Group*>& done);
+  void add_with_input(Stage stage, index_t bytes, Pack pack, const std::vector<Slices>& slices,
+                      Multiply multiply, std::vector<const Group*>& done);
 
   // P of a block's rows in natural order, [count, r].
   Rows low_rank_rows(Projection p, Block block, Arena& scratch) const;
@@ -232,6 +239,20 @@ class Pass {
     return p == Projection::down ? shards_[block.shard].inner.begin : 0;
   }
 
+  void run_tasks();
+
+  // What the profile says of this thread, if there is one, and what it calls the tasks of a block.
+  Recorder* recorder(const Arena& scratch) const { return lease_.recorder(scratch); }
+  Label label(Stage stage, Block block) const;
+  void count(const Arena& scratch, const Work& work) const {
+    if (Recorder* own = recorder(scratch); own != nullptr) [[unlikely]]
+      own->count(work);
+  }
+  // Bytes of one team's memory that another reads or writes.
+  static Work moved(index_t bytes, std::size_t memory, std::size_t team) {
+    return memory == team ? Work{0, bytes, 0} : Work{0, 0, bytes};
+  }
+
   const KernelSet& kernels() const { return lease_.kernels(); }
   float lora_scale(Projection p) const;
   float weight(index_t route) const { return weight_[static_cast<std::size_t>(route)]; }
@@ -243,6 +264,7 @@ class Pass {
   }
 
   Runtime::Lease lease_;
+  Call call_;
   int threads_;
   std::size_t inputs_ahead_;  // routes' blocks whose input is packed ahead of their products
   const ExpertWeights& experts_;
@@ -267,13 +289,19 @@ class Pass {
   };
   // A lane for each place; or if every block is computed at one, for each team.
   std::vector<Lane> lanes() const;
-  // Adds for every team tasks body(tokens, scratch), for its share of all tokens; appends their groups.
-  using TokenBody = std::function<void(Range tokens, Arena& scratch)>;
+  // Adds for every team tasks body(team, tokens, scratch), for its share of all tokens; appends their groups.
+  using TokenBody = std::function<void(std::size_t team, Range tokens, Arena& scratch)>;
   void add_by_token(const TokenBody& body, std::vector<const Group*>& groups);
 
+  Routing find_routes();
   void add_blocks(bool whole);
   void add_siblings(Block block, bool whole);
   void gate_up(Block block, Range slice, Range next, const ForwardInput& in, Arena& scratch) const;
+  index_t routes_of(Range tokens) const;
+  // The number of a lane's shard in a profile; -1: it has none.
+  int shard_of(std::size_t lane) const {
+    return shards_.size() > 1 ? static_cast<int>(shards_[lane].number) : -1;
+  }
   // The sum of a token's routes in `rows`, `width` columns of them.
   void sum_routes(index_t token, index_t width, const float* rows, index_t stride, bool weighted, float* sum,
                   Arena& scratch) const;

@@ -9,12 +9,15 @@ namespace kt {
 
 namespace {
 
+constexpr index_t kFloat = sizeof(float);
 constexpr index_t kSumTokens = 64;     // a task
 constexpr index_t kSumCols = 256;      // at most, of a slice: rows of 1 KiB to write and to read again
 constexpr index_t kLeastSumCols = 64;  // where several shards divide these among them
 constexpr index_t kSliceStrips = 4;    // that fill the cache, in a slice: all but the first are fetched early
 constexpr index_t kStripTiles = 4;     // at most
 constexpr std::size_t kSlicesKept = 3;  // that are computed or wait for their sum at the same time
+
+index_t size(const Result& result) { return static_cast<index_t>(size_of(result.dtype)); }
 
 }  // namespace
 
@@ -46,14 +49,15 @@ void Pass::add_by_token(const TokenBody& body, std::vector<const Group*>& groups
   const std::vector<Range> shares = split_by(tokens, threads, kSumTokens);
   for (std::size_t team = 0; team < shares.size(); ++team) {
     const Range share = shares[team];
-    groups.push_back(tasks_.add(team, ceil_div(share.size(), kSumTokens), [=](index_t task, Arena& scratch) {
-      const index_t first = share.begin + task * kSumTokens;
-      body({first, std::min(share.end, first + kSumTokens)}, scratch);
-    }));
+    groups.push_back(
+        tasks_.add(Stage::merge, team, ceil_div(share.size(), kSumTokens), [=](index_t task, Arena& scratch) {
+          const index_t first = share.begin + task * kSumTokens;
+          body(team, {first, std::min(share.end, first + kSumTokens)}, scratch);
+        }));
   }
 }
 
-void Pass::add_sum(const Result& result, bool weighted, index_t tile, index_t inner_bytes,
+void Pass::add_sum(Stage stage, const Result& result, bool weighted, index_t tile, index_t inner_bytes,
                    const std::vector<const Group*>& ready, Product product) {
   const index_t h = experts_.hidden, tokens = inputs_.hidden_states.rows;
   const std::vector<Lane> lanes = this->lanes();
@@ -88,13 +92,15 @@ void Pass::add_sum(const Result& result, bool weighted, index_t tile, index_t in
       // With several places a lane's rows are read by its own sums alone.
       std::vector<const Group*> emptied = mine.read;
       if (several && !emptied.empty()) emptied = {mine.read[l]};
+      const std::size_t team = lanes[l].team, memory = several ? team : lanes.front().team;
       groups.push_back(tasks_.add(
-          lanes[l].team, std::ssize(lanes[l].products),
+          {stage, {shard_of(l)}}, team, std::ssize(lanes[l].products),
           [=, this, all = lanes[l].products, rows = mine.rows[l]](index_t task, Arena& scratch) {
-            for (const Group* sums : emptied) tasks_.wait(sums);
+            for (const Group* sums : emptied) tasks_.wait(sums, scratch);
             const Siblings& blocks = all[static_cast<std::size_t>(task)];
-            for (const Block& block : blocks) tasks_.wait(ready[block.index]);
+            for (const Block& block : blocks) tasks_.wait(ready[block.index], scratch);
             const Block block = blocks.front();
+            count(scratch, moved(block.count * slice.size() * kFloat, memory, team));
             // Strips begin on multiples of a tile, so what a product writes behind its columns stays in the
             // row and before the next strip. Few rows, which fill no cache, take the slice as it is.
             const index_t fit = std::clamp(cache_part() / bytes, tile, kStripTiles * tile);
@@ -114,8 +120,11 @@ void Pass::add_sum(const Result& result, bool weighted, index_t tile, index_t in
     mine.read.clear();
     if (!several)
       return add_by_token(
-          [=, this, made = products[s], rows = mine.rows.front()](Range some, Arena& scratch) {
-            for (const Group* group : made) tasks_.wait(group);
+          [=, this, made = products[s], rows = mine.rows.front(), memory = lanes.front().team](
+              std::size_t team, Range some, Arena& scratch) {
+            for (const Group* group : made) tasks_.wait(group, scratch);
+            count(scratch, moved(routes_of(some) * slice.size() * kFloat, memory, team));
+            count(scratch, moved(some.size() * slice.size() * size(result), 0, team));
             auto* sum = scratch.take<float>(slice.size());
             for (index_t t = some.begin; t < some.end; ++t) {
               sum_routes(t, slice.size(), rows, stride, weighted, sum, scratch);
@@ -125,12 +134,14 @@ void Pass::add_sum(const Result& result, bool weighted, index_t tile, index_t in
           mine.read);
     for (std::size_t l = 0; l < lanes.size(); ++l)
       mine.read.push_back(
-          tasks_.add(lanes[l].team, ceil_div(tokens, kSumTokens),
+          tasks_.add({Stage::merge, {shard_of(l)}}, lanes[l].team, ceil_div(tokens, kSumTokens),
                      [=, this, emptied = mine.merged, made = products[s][l], rows = mine.rows[l],
                       sums = mine.sums[l]](index_t task, Arena& scratch) {
-                       for (const Group* merged : emptied) tasks_.wait(merged);
-                       tasks_.wait(made);
+                       for (const Group* merged : emptied) tasks_.wait(merged, scratch);
+                       tasks_.wait(made, scratch);
                        const index_t first = task * kSumTokens, last = std::min(tokens, first + kSumTokens);
+                       const index_t terms = routes_of({first, last}) + last - first;
+                       count(scratch, {0, terms * slice.size() * kFloat, 0});
                        for (index_t t = first; t < last; ++t)
                          sum_routes(t, slice.size(), rows, stride, weighted, sums + t * width, scratch);
                      }));
@@ -140,8 +151,11 @@ void Pass::add_sum(const Result& result, bool weighted, index_t tile, index_t in
     const Range slice = slices[static_cast<index_t>(s)];
     mine.merged.clear();
     add_by_token(
-        [=, this, made = mine.read, sums = mine.sums](Range some, Arena& scratch) {
-          for (const Group* group : made) tasks_.wait(group);
+        [=, this, made = mine.read, sums = mine.sums](std::size_t team, Range some, Arena& scratch) {
+          for (const Group* group : made) tasks_.wait(group, scratch);
+          for (const Portion& shard : shards_)
+            count(scratch, moved(some.size() * slice.size() * kFloat, shard.team, team));
+          count(scratch, moved(some.size() * slice.size() * size(result), 0, team));
           auto* sum = scratch.take<float>(slice.size());
           const std::vector<float> once(sums.size(), 1.0f);
           std::vector<const float*> terms(sums.size());
@@ -162,6 +176,11 @@ void Pass::add_sum(const Result& result, bool weighted, index_t tile, index_t in
     if (s >= 1 && s - 1 < count) add_sums(s - 1);
     if (several && s >= 2) add_merges(s - 2);
   }
+}
+
+index_t Pass::routes_of(Range tokens) const {
+  const std::int32_t* offset = routing_.token_offset.data();
+  return offset[tokens.end] - offset[tokens.begin];
 }
 
 void Pass::sum_routes(index_t token, index_t width, const float* rows, index_t stride, bool weighted,

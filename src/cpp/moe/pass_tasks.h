@@ -9,8 +9,8 @@
 namespace kt {
 
 template <class Floats, class Compute, class Finish>
-void Pass::add_reduced(const std::vector<const Group*>& ready, Floats floats, Compute compute, Finish finish,
-                       std::vector<const Group*>& done) {
+void Pass::add_reduced(Stage stage, const std::vector<const Group*>& ready, Floats floats, Compute compute,
+                       Finish finish, std::vector<const Group*>& done) {
   const std::size_t siblings = shards_.size();
   done.resize(blocks_.size());
   std::vector<const float*> products(blocks_.size());
@@ -27,15 +27,16 @@ void Pass::add_reduced(const std::vector<const Group*>& ready, Floats floats, Co
         terms[blocks_[home + i].shard] = products[home + i];
       }
       done[b] = tasks_.add(
-          block.team, 1,
+          label(stage, block), block.team, 1,
           [=, this, others = std::move(others), terms = std::move(terms)](index_t, Arena& scratch) {
-            tasks_.wait(ready[block.index]);
+            tasks_.wait(ready[block.index], scratch);
             const index_t n = floats(block);
             float* product = own == nullptr ? scratch.take<float>(n) : own;
             compute(block, product, scratch);
             if (!at_home(block)) return;
-            for (const Group* other : others) tasks_.wait(other);
+            for (const Group* other : others) tasks_.wait(other, scratch);
             if (!terms.empty()) {
+              const Span span(recorder(scratch), Stage::merge);
               const std::vector<float> once(terms.size(), 1.0f);
               product = scratch.take<float>(n);
               kernels().epilogue.sum_scaled(static_cast<int>(n), static_cast<int>(terms.size()), terms.data(),
@@ -48,8 +49,8 @@ void Pass::add_reduced(const std::vector<const Group*>& ready, Floats floats, Co
 }
 
 template <class Pack, class Multiply>
-void Pass::add_with_input(index_t bytes, Pack pack, const std::vector<Slices>& slices, Multiply multiply,
-                          std::vector<const Group*>& done) {
+void Pass::add_with_input(Stage stage, index_t bytes, Pack pack, const std::vector<Slices>& slices,
+                          Multiply multiply, std::vector<const Group*>& done) {
   struct Ring {
     char* memory;
     std::vector<std::size_t> inputs = {};  // the blocks that packed into it, in order
@@ -73,18 +74,21 @@ void Pass::add_with_input(index_t bytes, Pack pack, const std::vector<Slices>& s
     ring.inputs.push_back(b);
     char* piece = ring.memory + static_cast<index_t>(turn % kept) * bytes;
     const Group* home = at_home(block) ? nullptr : packed[home_of(block)];
-    packed[b] = tasks_.add(block.team, 1, [=, emptied = std::move(emptied), this](index_t, Arena& scratch) {
-      for (const Group* products : emptied) tasks_.wait(products);
-      pack(block, piece, home, scratch);
-    });
+    packed[b] = tasks_.add(
+        label(Stage::gather, block), block.team, 1,
+        [=, emptied = std::move(emptied), this](index_t, Arena& scratch) {
+          for (const Group* products : emptied) tasks_.wait(products, scratch);
+          count(scratch, moved(block.count * experts_.hidden * index_t{sizeof(bf16_t)}, 0, block.team));
+          pack(block, piece, home, scratch);
+        });
   };
   const auto add_products = [&](std::size_t b) {
     const Block block = blocks_[b];
     const Slices cut = slices[block.shard];
     const index_t run = slices_per_task(cut);
-    done[b] = tasks_.add(block.team, ceil_div(cut.count, run),
+    done[b] = tasks_.add(label(stage, block), block.team, ceil_div(cut.count, run),
                          [=, this, input = packed[block.input]](index_t task, Arena& scratch) {
-                           tasks_.wait(input);
+                           tasks_.wait(input, scratch);
                            for_slices(cut, task, run, [&](index_t i, Range slice, Range next) {
                              const Arena::Frame frame(scratch);
                              multiply(block, i, slice, next, scratch);

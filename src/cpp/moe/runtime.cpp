@@ -94,6 +94,18 @@ std::vector<Range> Runtime::split(index_t n, index_t align) const {
   return split_by(n, weights, align);
 }
 
+void Runtime::set_profile(std::shared_ptr<Profile> profile) {
+  const WorkerPool::Claim claim = pool_.claim();
+  profile_ = std::move(profile);
+}
+
+std::vector<int> Runtime::first_shards() const {
+  std::vector<int> shards;
+  for (const Team& team : layout_.teams)
+    shards.insert(shards.end(), static_cast<std::size_t>(team.threads), static_cast<int>(team.shards.begin));
+  return shards;
+}
+
 Runtime::Lease::Lease(Runtime& runtime) : runtime_(runtime), claim_(runtime.pool_.claim()) {
   for (Arena& arena : runtime_.memory_) {
     arena.reset();

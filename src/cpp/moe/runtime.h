@@ -15,6 +15,7 @@
 #include "cpu/topology.h"
 #include "cpu/worker_pool.h"
 #include "kernels/kernel_set.h"
+#include "moe/profile.h"
 
 namespace kt {
 
@@ -40,6 +41,11 @@ class Runtime {
   // Where results are written; it outlives the runtime while there are some.
   const std::shared_ptr<BufferPool>& results() const { return results_; }
 
+  // What records every call from here on; null: nothing. Waits while a call runs.
+  void set_profile(std::shared_ptr<Profile> profile);
+  // The first shard that each thread serves.
+  std::vector<int> first_shards() const;
+
   // The runtime for one caller at a time. What it took from `memory` is the next lease's to overwrite.
   class Lease {
    public:
@@ -53,6 +59,13 @@ class Runtime {
     std::size_t place_of(std::size_t shard) const { return runtime_.layout_.shards[shard].place; }
     // Of a team, on its nodes.
     Arena& memory(std::size_t team) { return runtime_.memory_[team]; }
+    // Null: nothing is recorded.
+    Profile* profile() const { return runtime_.profile_.get(); }
+    // Of the thread whose scratch this is, or null.
+    Recorder* recorder(const Arena& scratch) const {
+      if (profile() == nullptr) return nullptr;
+      return &profile()->recorder(static_cast<std::size_t>(&scratch - runtime_.scratch_.data()));
+    }
 
     // body(task, scratch) for every task in [0, tasks); scratch is the task's alone until it returns.
     void parallel_for(index_t tasks, const std::function<void(index_t task, Arena& scratch)>& body);
@@ -75,6 +88,7 @@ class Runtime {
   std::vector<std::size_t> team_of_;  // of every shard
   std::vector<Arena> memory_;         // one a team
   std::vector<Arena> scratch_;        // one a worker
+  std::shared_ptr<Profile> profile_;
   std::shared_ptr<BufferPool> results_ = std::make_shared<BufferPool>();
 };
 

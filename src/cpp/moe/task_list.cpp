@@ -17,19 +17,21 @@ struct Cancelled {};
 
 }  // namespace
 
-TaskList::Group* TaskList::add(std::size_t team, index_t count, Body body) {
+TaskList::Group* TaskList::add(const Label& label, std::size_t team, index_t count, Body body) {
   Queue& queue = queues_[team];
-  queue.groups.emplace_back(queue.tasks, count, std::move(body));
+  queue.groups.emplace_back(label, queue.tasks, count, std::move(body));
   queue.tasks += count;
   return &queue.groups.back();
 }
 
 void TaskList::run(Runtime::Lease& lease) {
+  lease_ = &lease;
   std::vector<index_t> tasks;
   for (const Queue& queue : queues_) tasks.push_back(queue.tasks);
   lease.parallel_for_teams(tasks, [&](std::size_t team, index_t task, Arena& scratch) {
     if (failed_) return;
     Group& group = *std::prev(std::ranges::upper_bound(queues_[team].groups, task, {}, &Group::first_));
+    const Span span(lease.recorder(scratch), group.label_.stage, group.label_.about);
     try {
       group.body_(task - group.first_, scratch);
     } catch (const Cancelled&) {
@@ -43,7 +45,9 @@ void TaskList::run(Runtime::Lease& lease) {
   if (error_) std::rethrow_exception(error_);
 }
 
-void TaskList::wait(const Group* group) const {
+void TaskList::wait(const Group* group, const Arena& scratch) const {
+  const bool done = group->left_.load(std::memory_order_acquire) == 0;
+  const Span span(done ? nullptr : lease_->recorder(scratch), Stage::wait);
   for (int spins = 0;; ++spins) {
     const int left = group->left_.load(std::memory_order_acquire);
     // Looked at second: it is set before `fail` empties the groups.

@@ -22,14 +22,15 @@ class TaskList {
 
   // `count` tasks of a team that may run at the same time: body(task, scratch), task in [0, count). Tasks of
   // a team start in the order in which they were added. The group lives as long as the list.
-  Group* add(std::size_t team, index_t count, Body body);
+  Group* add(const Label& label, std::size_t team, index_t count, Body body);
 
   // Runs every task; the first exception ends the list and is rethrown here.
   void run(Runtime::Lease& lease);
 
-  // From a task: returns when all tasks of a group are done that was added before this task's own. This ends:
-  // of all tasks that are not done, the one added first waits for none, and is the next that its team starts.
-  void wait(const Group* group) const;
+  // From a task, with its scratch: returns when all tasks of a group are done that was added before this
+  // task's own. This ends: of all tasks that are not done, the one added first waits for none, and is the
+  // next that its team starts.
+  void wait(const Group* group, const Arena& scratch) const;
 
  private:
   void fail(std::exception_ptr error);
@@ -39,6 +40,7 @@ class TaskList {
     index_t tasks = 0;
   };
   std::vector<Queue> queues_;  // one a team
+  const Runtime::Lease* lease_ = nullptr;
   std::atomic<bool> failed_{false};
   std::mutex error_mutex_;
   std::exception_ptr error_;
@@ -46,12 +48,13 @@ class TaskList {
 
 class TaskList::Group {
  public:
-  Group(index_t first, index_t count, Body body)
-      : first_(first), left_(static_cast<int>(count)), body_(std::move(body)) {}
+  Group(const Label& label, index_t first, index_t count, Body body)
+      : label_(label), first_(first), left_(static_cast<int>(count)), body_(std::move(body)) {}
 
  private:
   friend TaskList;
 
+  Label label_;
   index_t first_;
   std::atomic<int> left_;
   Body body_;

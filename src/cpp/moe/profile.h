@@ -1,0 +1,239 @@
+// Where the time of layer calls goes: what each thread did, from when to when. A thread writes to its own
+// recorder alone, without locks; what it wrote is read between calls.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "base/view.h"
+#include "cpu/tick.h"
+
+namespace kt {
+
+enum class Stage : std::uint8_t {
+  setup,            // what the caller does alone: list tasks, free memory
+  route,            // routes by expert
+  fetch,            // weights that are not in memory
+  gather,           // rows of X or dY, packed
+  lora_p,           // P = s X A'
+  pack,             // weights, packed
+  decode,           // codes to bf16, and packed
+  gate_up,          // G, U
+  activation,       // h
+  hidden,           // h, packed
+  down,             // h Wd' + Pd Bd'
+  merge,            // sums over a token's routes, and over shards
+  grad_down,        // dh'
+  grad_activation,  // dG, dU
+  dots,             // the gradient of the routing weights
+  gather_grad,      // dG, dU, packed
+  lora_q,           // Q = s dY B
+  grad_hidden,      // dX
+  lora_grad,        // dA, dB
+  clear,            // zeros for experts without routes
+  wait,             // for what other threads make
+  idle,             // before a thread's first and behind its last task of a call
+};
+inline constexpr std::size_t kStages = static_cast<std::size_t>(Stage::idle) + 1;
+std::string_view name_of(Stage stage);
+
+// What was done in some time. Bytes are those that a step has to read or write, caches aside: local ones lie
+// in the memory of the team that does, remote ones in that of another. The caller's tensors are team 0's.
+struct Work {
+  std::int64_t flops = 0, local = 0, remote = 0;
+
+  Work& operator+=(const Work& other) {
+    flops += other.flops, local += other.local, remote += other.remote;
+    return *this;
+  }
+};
+
+// What a span is about; -1: nothing to say.
+struct About {
+  int shard = -1;  // that of the span around it, or else the thread's first
+  int expert = -1, rows = -1;
+};
+
+// What tasks are called in a profile.
+struct Label {
+  Label(Stage what, const About& which = {}) : stage(what), about(which) {}
+
+  Stage stage;
+  About about;
+};
+
+struct SpanRecord {
+  Ticks begin, end;
+  Ticks own;  // of it, what is not in spans within it
+  Work work;  // in its own time
+  About about;
+  std::int32_t call;  // -1: outside of any
+  Stage stage;
+};
+
+// All spans of a stage on one thread, kept or dropped.
+struct StageTotal {
+  std::int64_t spans = 0;
+  Ticks own = 0;
+  Work work;
+};
+
+enum class Direction : std::uint8_t { forward, backward };
+std::string_view name_of(Direction direction);
+
+struct CallRecord {
+  Direction direction;
+  Ticks begin, end;
+  Ticks covered;  // by the spans of all threads
+  Work work;
+  index_t tokens, routes;
+  int experts;        // that have a route
+  index_t most_rows;  // of an expert
+};
+
+class Span;
+
+// The spans of one thread. On cache lines of its own; the memory they lie in is first touched by that thread.
+class alignas(128) Recorder {
+ public:
+  Recorder(const TickClock& clock, int home, std::size_t most) : clock_(clock), home_(home), most_(most) {}
+
+  // Adds to what is done in the innermost span that is open.
+  inline void count(const Work& work);
+
+  // Spans in the order of their ends, no more than `most`.
+  std::vector<SpanRecord> spans() const;
+  const StageTotal& total(Stage stage) const { return totals_[static_cast<std::size_t>(stage)]; }
+  std::int64_t dropped() const { return dropped_; }
+
+ private:
+  friend class Span;
+  friend class Call;
+
+  static constexpr std::size_t kChunk = 1024;
+
+  void begin_call(int call, Ticks begin);
+  // The thread has had nothing to do since its last span.
+  void idle_until(Ticks end);
+  void keep(const SpanRecord& span) noexcept;
+
+  const TickClock& clock_;
+  const int home_;
+  const std::size_t most_;
+  Span* innermost_ = nullptr;
+  int call_ = -1;
+  bool idle_ = false;  // until the next span begins
+  Ticks last_ = 0;     // end of the last span that lay in no other, or where the call began
+  Ticks covered_ = 0;  // of this call
+  Work work_;          // of this call
+  std::array<StageTotal, kStages> totals_{};
+  std::vector<std::unique_ptr<SpanRecord[]>> chunks_;
+  std::size_t count_ = 0;
+  std::int64_t dropped_ = 0;
+};
+
+// The time from its construction to its destruction, on one thread. Spans nest; without a recorder they cost
+// a branch.
+class Span {
+ public:
+  Span(Recorder* recorder, Stage stage, const About& about = {}) : recorder_(recorder) {
+    if (recorder_ != nullptr) [[unlikely]]
+      open(stage, about);
+  }
+  ~Span() {
+    if (recorder_ != nullptr) [[unlikely]]
+      close();
+  }
+  Span(const Span&) = delete;
+  Span& operator=(const Span&) = delete;
+
+  void count(const Work& work) {
+    if (recorder_ != nullptr) [[unlikely]]
+      work_ += work;
+  }
+
+ private:
+  friend class Call;
+  friend class Recorder;
+
+  void open(Stage stage, const About& about);
+  void close() noexcept;
+
+  Recorder* recorder_;
+  Span* outer_;
+  Ticks begin_, inner_;
+  Work work_;
+  About about_;
+  Stage stage_;
+};
+
+void Recorder::count(const Work& work) {
+  if (innermost_ != nullptr) innermost_->count(work);
+}
+
+// All calls in one direction, kept or dropped.
+struct CallTotal {
+  std::int64_t calls = 0;
+  Ticks wall = 0, covered = 0;  // the latter by the spans of all threads
+};
+
+class Profile {
+ public:
+  static constexpr std::size_t kMostCalls = std::size_t{1} << 20;
+
+  // `homes`: the first shard that each thread serves. Keeps about `most_spans` of all threads together.
+  Profile(const std::vector<int>& homes, int shards, std::size_t most_spans);
+  Profile(const Profile&) = delete;
+  Profile& operator=(const Profile&) = delete;
+
+  int threads() const { return static_cast<int>(recorders_.size()); }
+  int shards() const { return shards_; }
+  Recorder& recorder(std::size_t thread) { return *recorders_[thread]; }
+  const Recorder& recorder(std::size_t thread) const { return *recorders_[thread]; }
+  const std::vector<CallRecord>& calls() const { return calls_; }
+  const CallTotal& total(Direction direction) const { return totals_[static_cast<std::size_t>(direction)]; }
+  std::int64_t dropped_calls() const { return dropped_calls_; }
+  std::int64_t dropped_spans() const;
+  const TickClock& clock() const { return clock_; }
+
+ private:
+  friend class Call;
+
+  void keep(const CallRecord& call) noexcept;
+
+  TickClock clock_;
+  int shards_;
+  std::vector<std::unique_ptr<Recorder>> recorders_;
+  std::array<CallTotal, 2> totals_{};
+  std::vector<CallRecord> calls_;
+  std::int64_t dropped_calls_ = 0;
+};
+
+// One forward or backward of a layer, from construction to destruction, on the caller's thread, which is
+// number 0. Nothing without a profile.
+class Call {
+ public:
+  Call(Profile* profile, Direction direction);
+  ~Call();
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  // The caller's, for what it does alone.
+  Recorder* caller() const { return profile_ == nullptr ? nullptr : &profile_->recorder(0); }
+  void describe(index_t tokens, index_t routes, int experts, index_t most_rows);
+  // Around the tasks of all threads.
+  void begin_tasks();
+  void end_tasks();
+
+ private:
+  Profile* profile_;
+  CallRecord record_{};
+  std::optional<Span> setup_;
+};
+
+}  // namespace kt

@@ -1,0 +1,307 @@
+"""Where the time of layers goes: what every thread did, as numbers, a table and a trace."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import sys
+import threading
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, ParamSpec, TypeVar
+
+import torch
+
+from kt_moe import _core
+from kt_moe.runtime import Runtime, default_runtime
+
+_PARAMETERS = ParamSpec("_PARAMETERS")
+_RESULT = TypeVar("_RESULT")
+_attaching = threading.Lock()
+
+
+class Call(NamedTuple):
+    """A forward or backward of one layer. Times in seconds since the profile began.
+
+    Attributes:
+        direction: "forward" or "backward".
+        coverage: part of threads x wall time that spans cover, waiting and idle ones included.
+        experts: how many have a route; most_rows: routes of the one with most.
+        flops, bytes_local, bytes_remote: see `Span`.
+    """
+
+    direction: str
+    begin: float
+    end: float
+    coverage: float
+    tokens: int
+    routes: int
+    experts: int
+    most_rows: int
+    flops: int
+    bytes_local: int
+    bytes_remote: int
+
+
+class Span(NamedTuple):
+    """What a thread did, and when, in seconds since the profile began.
+
+    Attributes:
+        own: of end - begin, what is not in spans within this one.
+        call: place in `Profile.calls`; -1: outside of any.
+        expert, rows: -1 where it is about none.
+        flops: of products, multiplications and additions. bytes_local: read and written by design (caches
+            aside) in the memory of the shard that did, bytes_remote: in that of others.
+    """
+
+    stage: str
+    thread: int
+    shard: int
+    begin: float
+    end: float
+    own: float
+    call: int
+    expert: int
+    rows: int
+    flops: int
+    bytes_local: int
+    bytes_remote: int
+
+
+class StageTime(NamedTuple):
+    """All spans of a stage.
+
+    Attributes:
+        spans: how many there were.
+        seconds: spent in it by all threads together, without spans within it.
+        share: of threads x wall time.
+        tflops, gb_s: TFLOP/s and GB/s, as if all threads were in it all that time.
+        imbalance: most seconds of a thread over the threads' mean; 1 is even.
+    """
+
+    spans: int
+    seconds: float
+    share: float
+    tflops: float
+    gb_s: float
+    imbalance: float
+
+
+class Profile:
+    """What `profile` returns: records between entry and exit, and is read after that."""
+
+    def __init__(self, path: str | os.PathLike[str] | None, runtime: Runtime, max_spans: int) -> None:
+        self.path = None if path is None else Path(path).absolute()
+        self.runtime = runtime
+        self._max_spans = max_spans
+        self._core: _core.Profile | None = None
+        self._recording = False
+        self._process = 0
+
+    def __enter__(self) -> Profile:
+        if self.path is not None:
+            _check_writable(self.path)
+        with _attaching:
+            if self._core is not None:
+                raise RuntimeError("a profile records once; call kt_moe.profile again for another")
+            if (other := self.runtime._profile) is not None:
+                raise RuntimeError(f"{self.runtime!r} has a profile already: {other!r}")
+            self._core = _core.Profile(self.runtime._core, self._max_spans)
+            self.runtime._profile = self
+        self._recording, self._process = True, os.getpid()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with _attaching:
+            core = self._stopped(self._core)
+        if self.path is not None and self._process == os.getpid():  # a forked child has but a copy
+            _write_whole(core, self.path)
+
+    def __repr__(self) -> str:
+        return f"kt_moe.profile({None if self.path is None else str(self.path)!r})"
+
+    @cached_property
+    def calls(self) -> list[Call]:
+        """Every forward and backward of a layer, in order."""
+        return [Call(*values) for values in self._read().calls()]
+
+    @cached_property
+    def spans(self) -> list[Span]:
+        """Those kept, by thread and begin; a span within another comes behind it."""
+        return [Span(*values) for values in self._read().spans()]
+
+    @cached_property
+    def stages(self) -> dict[str, StageTime]:
+        """Stages that took any time. Dropped spans count here too."""
+        found = {}
+        for stage, threads in self._read().totals().items():
+            seconds = [of_thread[1] for of_thread in threads]
+            total, spans = sum(seconds), sum(of_thread[0] for of_thread in threads)
+            if spans == 0:
+                continue
+            each = max(total / len(threads), 1e-9)
+            flops, moved = sum(t[2] for t in threads), sum(t[3] + t[4] for t in threads)
+            share, imbalance = total / max(self.thread_seconds, 1e-9), max(seconds) / each
+            found[stage] = StageTime(spans, total, share, flops / each / 1e12, moved / each / 1e9, imbalance)
+        return found
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all calls together."""
+        return sum(wall for _, wall, _ in self._read().directions().values())
+
+    @property
+    def thread_seconds(self) -> float:
+        """Threads x wall time."""
+        return self.seconds * self.runtime.threads
+
+    @property
+    def coverage(self) -> float:
+        """Part of threads x wall time that spans cover, waiting and idle ones included; 1 without calls."""
+        covered = sum(covered for _, _, covered in self._read().directions().values())
+        return covered / self.thread_seconds if covered > 0 else 1.0
+
+    @property
+    def imbalance(self) -> float:
+        """Most seconds that a thread was busy, neither waiting nor idle, over the threads' mean."""
+        busy = [0.0] * self.runtime.threads
+        for stage, threads in self._read().totals().items():
+            if stage not in ("wait", "idle"):
+                busy = [sum_ + of_thread[1] for sum_, of_thread in zip(busy, threads, strict=True)]
+        return max(busy) * len(busy) / max(sum(busy), 1e-9)
+
+    @property
+    def dropped(self) -> int:
+        """Spans beyond `max_spans`: neither in `spans` nor in the trace, but in `stages` and the table."""
+        return self._read().dropped
+
+    def table(self) -> str:
+        """Stages by their share of the time, and below them what calls there were."""
+        stages = sorted(self.stages.items(), key=lambda item: -item[1].seconds)
+        lines = [
+            f"{'stage':<16}{'spans':>9}{'thread s':>10}{'share':>8}{'TFLOP/s':>9}{'GB/s':>8}{'max/mean':>10}"
+        ]
+        for name, s in stages:
+            tflops, gb_s = f"{s.tflops:.3f}" if s.tflops else "", f"{s.gb_s:.1f}" if s.gb_s else ""
+            lines.append(
+                f"{name:<16}{s.spans:>9}{s.seconds:>10.3f}{s.share:>8.1%}{tflops:>9}{gb_s:>8}"
+                f"{s.imbalance:>10.2f}"
+            )
+        lines.append("")
+        for direction, (calls, wall, _) in self._read().directions().items():
+            if calls:
+                lines.append(f"{direction + ':':<10}{calls:>7} x {1e3 * wall / calls:.2f} ms")
+        idle = sum(self.stages[name].share for name in ("wait", "idle") if name in self.stages)
+        lines.append(
+            f"{self.runtime.threads} threads, {self.runtime.shards} shards; waiting or idle {idle:.1%}, "
+            f"busiest thread {self.imbalance:.2f} x the mean; spans cover {self.coverage:.1%}"
+        )
+        if dropped := self.dropped + self._read().dropped_calls:
+            lines.append(f"{dropped} spans beyond max_spans were dropped; the numbers above include them")
+        return "\n".join(lines)
+
+    def _stopped(self, core: _core.Profile | None) -> _core.Profile:
+        if core is None or not self._recording:
+            raise RuntimeError("the profile is not recording")
+        self._recording = False
+        self.runtime._profile = None
+        core.stop()
+        return core
+
+    def _read(self) -> _core.Profile:
+        if self._core is None or self._recording:
+            raise RuntimeError("the profile can be read when its with block has ended")
+        return self._core
+
+
+def profile(
+    path: str | os.PathLike[str] | None = None,
+    runtime: Runtime | None = None,
+    *,
+    max_spans: int = 1_000_000,
+) -> Profile:
+    """Record what every thread does in the layers of a `with` block.
+
+    ::
+
+        with kt_moe.profile("trace.json") as p:
+            loss.backward()
+        print(p.table())
+
+    The environment variable KT_MOE_PROFILE=path does so for the default runtime, from its making until the
+    interpreter exits.
+
+    Args:
+        path: gets the spans as a trace for https://ui.perfetto.dev, chrome://tracing and `kt-moe
+            trace-view`, when the block ends, also if by an exception; whole or not at all. None: no file.
+        runtime: whose threads to watch. None: `default_runtime()`.
+        max_spans: to keep, of all threads together (72 bytes each); later ones are counted only.
+
+    Raises:
+        ValueError: max_spans is not positive.
+        OSError: at entry, the file could not be written there.
+        RuntimeError: at entry, the runtime has a profile already.
+    """
+    if max_spans < 1:
+        raise ValueError(f"max_spans is {max_spans}, wanted at least 1")
+    return Profile(path, default_runtime() if runtime is None else runtime, max_spans)
+
+
+def profile_until_exit(path: str, runtime: Runtime) -> None:
+    """What KT_MOE_PROFILE asks for.
+
+    Raises:
+        OSError: the file could not be written there.
+    """
+    recording = Profile(path, runtime, 1_000_000)
+    recording.__enter__()
+    process = os.getpid()
+
+    @atexit.register
+    def write() -> None:
+        if process != os.getpid():
+            return
+        try:
+            recording.__exit__(None, None, None)
+        except OSError as error:
+            print(f"KT_MOE_PROFILE: {error}", file=sys.stderr)
+
+
+def in_torch_profile(name: str) -> Callable[[Callable[_PARAMETERS, _RESULT]], Callable[_PARAMETERS, _RESULT]]:
+    """Make calls of a function ranges of that name where a torch profiler is active."""
+
+    def decorate(function: Callable[_PARAMETERS, _RESULT]) -> Callable[_PARAMETERS, _RESULT]:
+        @functools.wraps(function)
+        def call(*args: _PARAMETERS.args, **kwargs: _PARAMETERS.kwargs) -> _RESULT:
+            if not torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+                return function(*args, **kwargs)
+            with torch.profiler.record_function(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def _check_writable(path: Path) -> None:
+    folder = path.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"path is {str(path)!r}, but there is no directory {str(folder)!r}")
+    if path.is_dir():
+        raise IsADirectoryError(f"path is {str(path)!r}, which is a directory")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"path is {str(path)!r}, but in {str(folder)!r} no file can be written")
+
+
+def _write_whole(core: _core.Profile, path: Path) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        core.write(str(part))
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
