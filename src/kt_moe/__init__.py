@@ -35,8 +35,8 @@ __all__ = [
     "merge_adapter",
     "moe",
     "plot_routing",
-    "routing_counts",
     "profile",
+    "routing_counts",
     "save_adapter",
 ]
 

@@ -112,7 +112,8 @@ class _MoE(torch.autograd.Function):
         )
         _core.backward(
             ctx.experts._core, x, ids, weights, pairs, scalings, dropout, seed,
-            saved, ctx.whole, on_cpu(grad_out, torch.bfloat16), grad_x, grad_weights, cast("_core.LoraTensors", grads),
+            saved, ctx.whole, on_cpu(grad_out, torch.bfloat16),
+            grad_x, grad_weights, cast("_core.LoraTensors", grads),
         )  # fmt: skip
         return (
             None if grad_x is None else _like(grad_x, hidden_states),
