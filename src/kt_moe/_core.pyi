@@ -28,7 +28,9 @@ def probe_nodes() -> list[dict[str, Any]]:
 
 @final
 class Runtime:
-    def __init__(self, threads: int | None, shards: int | None, isa: str | None) -> None: ...
+    def __init__(
+        self, threads: int | None, shards: int | None, isa: str | None, nodes: list[int] | None
+    ) -> None: ...
     @property
     def threads(self) -> int: ...
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kt_moe import _core
@@ -21,13 +22,26 @@ class Runtime:
         shards: slices of the intermediate dimension, at most 64, each with memory on NUMA nodes of its own
             while there are enough. None: KT_MOE_SHARDS, or the number of nodes.
         isa: "scalar", "avx2", "avx512", "avx512_bf16" or "amx". None: KT_MOE_ISA, or the best this CPU has.
+        nodes: NUMA nodes, by the kernel's numbers, to whose CPUs and memory threads and weights are bound. One
+            may be named more than once, to have several places on it as if they were nodes of their own.
+            None: KT_MOE_NODES ("0,2-3"), or all whose CPUs this process may use.
+
+    Threads stay on their nodes where there are several, the calling one during a call. A change of the
+    process's affinity mask after this reaches the calling thread alone.
 
     Raises:
-        ValueError: a number out of range, an unknown ISA, or one this CPU lacks.
+        ValueError: a number out of range, an unknown ISA, or one this CPU lacks, or a node that is not there
+            or has no CPU for this process.
     """
 
-    def __init__(self, threads: int | None = None, shards: int | None = None, isa: str | None = None) -> None:
-        self._core = _core.Runtime(threads, shards, isa)
+    def __init__(
+        self,
+        threads: int | None = None,
+        shards: int | None = None,
+        isa: str | None = None,
+        nodes: Sequence[int] | None = None,
+    ) -> None:
+        self._core = _core.Runtime(threads, shards, isa, None if nodes is None else list(nodes))
         self._profile: Profile | None = None  # that records what it does
 
     @property

@@ -57,7 +57,7 @@ void* Arena::take_bytes(std::size_t bytes) {
     used_ = 0;
   }
   if (block_ == blocks_.size())
-    blocks_.emplace_back(std::max({bytes, capacity(), together_, kSmallestBlock}));
+    blocks_.emplace_back(std::max({bytes, capacity(), together_, kSmallestBlock}), nodes_);
   void* memory = static_cast<char*>(blocks_[block_].data()) + used_;
   used_ += bytes;
   taken_ += bytes;

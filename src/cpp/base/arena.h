@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "base/view.h"
@@ -33,6 +34,10 @@ class Buffer {
 // whatever was there before.
 class Arena {
  public:
+  Arena() = default;
+  // Its memory comes from these NUMA nodes, as a Buffer's does.
+  explicit Arena(std::vector<int> nodes) : nodes_(std::move(nodes)) {}
+
   template <class T>
   T* take(index_t count) {
     return static_cast<T*>(take_bytes(static_cast<std::size_t>(count) * sizeof(T)));
@@ -60,6 +65,7 @@ class Arena {
  private:
   void* take_bytes(std::size_t bytes);
 
+  std::vector<int> nodes_;
   std::vector<Buffer> blocks_;
   std::size_t together_ = 0;  // what the blocks held that the last `reset` gave back
   std::size_t block_ = 0;     // the one being filled

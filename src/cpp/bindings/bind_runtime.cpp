@@ -33,8 +33,12 @@ class ResultMemory {
 
 void bind_runtime(py::module_& m) {
   py::class_<kt::Runtime, std::shared_ptr<kt::Runtime>>(m, "Runtime")
-      .def(py::init<std::optional<int>, std::optional<int>, std::optional<std::string>>(), py::arg("threads"),
-           py::arg("shards"), py::arg("isa"))
+      .def(py::init([](std::optional<int> threads, std::optional<int> shards, std::optional<std::string> isa,
+                       const std::optional<std::vector<int>>& nodes) {
+             return std::make_shared<kt::Runtime>(threads, shards, std::move(isa),
+                                                  kt::usable_topology(nodes));
+           }),
+           py::arg("threads"), py::arg("shards"), py::arg("isa"), py::arg("nodes"))
       .def_property_readonly("threads", &kt::Runtime::threads)
       .def_property_readonly("shards", &kt::Runtime::shards)
       .def_property_readonly("isa", &kt::Runtime::isa)

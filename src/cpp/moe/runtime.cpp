@@ -9,6 +9,7 @@
 #include "base/environment.h"
 #include "base/error.h"
 #include "cpu/features.h"
+#include "cpu/sysfs.h"
 #include "kernels/registry.h"
 
 namespace kt {
@@ -48,6 +49,46 @@ std::string choose_isa(const std::optional<std::string>& argument) {
   return environment("KT_MOE_ISA").value_or(std::string(best_isa(cpu_features())));
 }
 
+// Of a core, about: FLOP/s of products, and bytes/s of memory where all cores read.
+double flops_of(const std::string& isa) {
+  if (isa == "amx") return 1.5e12;
+  if (isa == "avx512_bf16") return 0.4e12;
+  if (isa == "avx512") return 0.15e12;
+  return isa == "avx2" ? 0.07e12 : 0.005e12;
+}
+constexpr double kCoreBytes = 6e9;
+
+// A shard's part of its place. Links are as much slower than memory as they are longer.
+std::vector<NodeRates> estimate_rates(const Topology& topology, const ShardLayout& layout,
+                                      const std::string& isa) {
+  constexpr double kUsualDistance = 21, kOwnDistance = 10;
+  int farthest = 0;
+  for (const NumaNode& node : topology.nodes)
+    for (const int distance : node.distances) farthest = std::max(farthest, distance);
+  const double far = farthest > kOwnDistance ? farthest : kUsualDistance;
+  double all = 0;
+  for (const Shard& shard : layout.shards) all += static_cast<double>(shard.weight);
+  std::vector<NodeRates> rates;
+  for (const Shard& shard : layout.shards) {
+    const double cores = topology.cores * static_cast<double>(shard.weight) / all;
+    const double local = kCoreBytes * cores;
+    rates.push_back(
+        {cores, local, local * kOwnDistance / far, flops_of(isa) * cores, static_cast<double>(topology.l3)});
+  }
+  return rates;
+}
+
+std::vector<int> node_list(const std::string& text) {
+  std::vector<int> nodes;
+  for (std::size_t begin = 0, end; begin <= text.size(); begin = end + 1) {
+    end = std::min(text.find(',', begin), text.size());
+    const std::vector<int> some = parse_list(text.substr(begin, end - begin));
+    KT_CHECK(!some.empty(), "KT_MOE_NODES is \"{}\", wanted NUMA nodes such as \"0,2-3\"", text);
+    nodes.insert(nodes.end(), some.begin(), some.end());
+  }
+  return nodes;
+}
+
 // Rounding to nearest, denormals kept: what a thread was set to before must not decide the bits of a result.
 class UsualFloats {
  public:
@@ -62,22 +103,32 @@ class UsualFloats {
 
 }  // namespace
 
+Topology usable_topology(const std::optional<std::vector<int>>& nodes) {
+  Topology topology = read_topology();
+  if (nodes) return choose_nodes(std::move(topology), *nodes);
+  const std::optional<std::string> text = environment("KT_MOE_NODES");
+  return text ? choose_nodes(std::move(topology), node_list(*text)) : topology;
+}
+
 Runtime::Runtime(std::optional<int> threads, std::optional<int> shards, std::optional<std::string> isa,
                  Topology topology)
     : isa_(choose_isa(isa)),
       kernels_(kernel_set(isa_, cpu_features())),
       topology_(std::move(topology)),
       layout_(choose_layout(topology_, threads, shards)),
+      rates_(estimate_rates(topology_, layout_, isa_)),
       pool_(layout_.teams) {
   // The first cache level has a way for each 4 KiB of its size, and lines that lie a multiple of 4 KiB apart
   // share a set. With fewer ways than a tile has rows, these would drive each other out where they lie.
   constexpr std::size_t kWay = 4096;
   if (topology_.l1d < static_cast<std::size_t>(kernels_.gemm.mr) * kWay) kernels_.gemm.in_place = false;
   l2_bytes_ = topology_.l2 == 0 ? kUsualL2 : topology_.l2;
-  for (std::size_t t = 0; t < layout_.teams.size(); ++t)
-    team_of_.insert(team_of_.end(), static_cast<std::size_t>(layout_.teams[t].shards.size()), t);
-  memory_.resize(layout_.teams.size());
-  scratch_.resize(static_cast<std::size_t>(pool_.threads()));
+  for (const Team& team : layout_.teams) {
+    team_of_.insert(team_of_.end(), static_cast<std::size_t>(team.shards.size()), memory_.size());
+    const std::vector<int>& nodes = layout_.shards[static_cast<std::size_t>(team.shards.begin)].memory;
+    memory_.emplace_back(nodes);
+    for (int thread = 0; thread < team.threads; ++thread) scratch_.emplace_back(nodes);
+  }
 }
 
 std::size_t Runtime::scratch_bytes() {

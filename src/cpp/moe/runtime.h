@@ -15,16 +15,19 @@
 #include "cpu/topology.h"
 #include "cpu/worker_pool.h"
 #include "kernels/kernel_set.h"
+#include "moe/cost.h"
 #include "moe/profile.h"
 
 namespace kt {
 
+// What read_topology() says, but of some nodes alone: those given, or named by KT_MOE_NODES ("0,2-3").
+Topology usable_topology(const std::optional<std::vector<int>>& nodes);
+
 class Runtime {
  public:
   // Empty: KT_MOE_THREADS, KT_MOE_SHARDS, KT_MOE_ISA, or what the machine offers.
-  // `topology` is what read_topology() says, or a machine to be tested for.
   Runtime(std::optional<int> threads, std::optional<int> shards, std::optional<std::string> isa,
-          Topology topology = read_topology());
+          Topology topology = usable_topology({}));
 
   int threads() const { return pool_.threads(); }
   int shards() const { return static_cast<int>(layout_.shards.size()); }
@@ -35,6 +38,8 @@ class Runtime {
   const std::vector<int>& memory_of(std::size_t shard) const { return layout_.shards[shard].memory; }
   // Its share of all work, in the same unit for all shards.
   index_t weight_of(std::size_t shard) const { return layout_.shards[shard].weight; }
+  // What each shard's cores, memory and links can do, roughly: enough to choose between two ways.
+  const std::vector<NodeRates>& rates() const { return rates_; }
   const std::string& isa() const { return isa_; }
   // Most scratch memory that the last lease held at once, in all arenas together. Waits while there is one.
   std::size_t scratch_bytes();
@@ -83,6 +88,7 @@ class Runtime {
   KernelSet kernels_;
   Topology topology_;
   ShardLayout layout_;
+  std::vector<NodeRates> rates_;
   std::size_t l2_bytes_;
   WorkerPool pool_;
   std::vector<std::size_t> team_of_;  // of every shard

@@ -23,7 +23,7 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How kt_moe holds and computes the experts of a model.
 
     Args:
-        threads, shards, isa: see `kt_moe.Runtime`; all None means `kt_moe.default_runtime()`.
+        threads, shards, isa, nodes: see `kt_moe.Runtime`; all None means `kt_moe.default_runtime()`.
         recompute: False saves G and U for the backward pass, True computes them again (see `kt_moe.Experts`).
         format: how the weights are kept in memory: "as-stored", or a format of `kt_moe.Experts` to which they
             are converted while they are loaded.
@@ -46,10 +46,12 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         paged: bool = False,
         lazy: bool = False,
         placement: str = "tensor",
+        nodes: Sequence[int] | None = None,
         **unknown: Any,
     ) -> None:
         self.quant_method = unknown.pop("quant_method", NAME)  # part of every serialised quantization config
         self.threads, self.shards, self.isa = threads, shards, isa
+        self.nodes = None if nodes is None else list(nodes)
         self.recompute, self.format = recompute, format
         self.cache_dir = None if cache_dir is None else os.fspath(cache_dir)  # to_dict wants what JSON knows
         self.paged, self.lazy, self.placement = paged, lazy, placement
@@ -65,9 +67,8 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def runtime(self) -> Runtime:
         """The runtime these options ask for."""
-        if self.threads is None and self.shards is None and self.isa is None:
-            return default_runtime()
-        return Runtime(self.threads, self.shards, self.isa)
+        options = self.threads, self.shards, self.isa, self.nodes
+        return default_runtime() if all(option is None for option in options) else Runtime(*options)
 
 
 class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]

@@ -85,7 +85,7 @@ def read_machine() -> Machine:
         topology,
         info["kernel_sets"],
         info["selected"],
-        _core.Runtime(None, None, None).threads,
+        _core.Runtime(None, None, None, None).threads,
         overrides={name: os.environ[name] for name in OVERRIDES if os.environ.get(name)},
         probes=_core.probe_nodes(),
         **_settings(Path("/"), topology),
