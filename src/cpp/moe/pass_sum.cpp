@@ -12,7 +12,6 @@ namespace {
 constexpr index_t kFloat = sizeof(float);
 constexpr index_t kSumTokens = 64;     // a task
 constexpr index_t kSumCols = 256;      // at most, of a slice: rows of 1 KiB to write and to read again
-constexpr index_t kLeastSumCols = 64;  // where several shards divide these among them
 constexpr index_t kSliceStrips = 4;    // that fill the cache, in a slice: all but the first are fetched early
 constexpr index_t kStripTiles = 4;     // at most
 constexpr std::size_t kSlicesKept = 3;  // that are computed or wait for their sum at the same time
@@ -64,7 +63,7 @@ void Pass::add_sum(Stage stage, const Result& result, bool weighted, index_t til
   const bool several = shards_.size() > 1 && lanes.size() > 1;
   const index_t places = several ? std::ssize(lanes) : 1;
   const index_t bytes = inner_bytes * ceil_div(experts_.intermediate, places);
-  const index_t most = std::max(kLeastSumCols, kSumCols / places);
+  const index_t most = kSumCols;
   const Slices slices = this->slices(h, tile, std::max(bytes / kSliceStrips, cache_part() / most));
   const index_t width = slices[0].size(), stride = result_stride(kernels(), width);
 
