@@ -178,6 +178,8 @@ class TestRuntime:
         for kwargs, message in [
             ({"threads": 0}, "threads is 0, wanted a number from 1 to 4096"),
             ({"shards": 65}, "shards is 65, wanted a number from 1 to 64"),
+            ({"nodes": [0, 99]}, "nodes names node 99, which is not there"),
+            ({"nodes": []}, "nodes is empty, wanted some of the NUMA nodes of this machine"),
             ({"isa": "sse2"}, 'isa is "sse2", wanted one of scalar, avx2, avx512, avx512_bf16, amx'),
             *(({"isa": isa}, f'isa is "{isa}": {why}') for isa, why in sets.items() if why != "available"),
         ]:
@@ -189,6 +191,8 @@ class TestRuntime:
         [
             ("KT_MOE_ISA", "mmx", 'isa is "mmx", wanted one of scalar'),
             ("KT_MOE_THREADS", "two", 'KT_MOE_THREADS is "two", wanted a number from 1 to 4096'),
+            ("KT_MOE_NODES", "0,x", 'KT_MOE_NODES is "0,x", wanted NUMA nodes such as "0,2-3"'),
+            ("KT_MOE_NODES", "0,99", "nodes names node 99, which is not there"),
             ("KT_MOE_SHARDS", "0", 'KT_MOE_SHARDS is "0", wanted a number from 1 to 64'),
         ],
     )
@@ -209,6 +213,38 @@ class TestRuntime:
         run = _python(code, {})
         assert "OSError: threads is 4096, but only" in run.stderr
         assert run.returncode == 1
+
+    @pytest.mark.parametrize("shards", [1, 3])
+    def test_interpreter_exits_while_threads_compute(self, shards):
+        code = f"""if True:
+            import threading, time, torch, kt_moe
+            runtime = kt_moe.Runtime(threads=3, shards={shards})
+            e = kt_moe.Experts(*(torch.ones(4, 64, 64),) * 3, runtime=runtime)
+            x, ids = torch.ones(256, 64), torch.zeros(256, 1, dtype=torch.long)
+            def work():
+                while True:
+                    kt_moe.moe(x, ids, torch.ones(256, 1), e)
+            for _ in range(3):
+                threading.Thread(target=work, daemon=True).start()
+            time.sleep(0.2)
+            print("done")
+        """
+        run = _python(code, {})
+        assert (run.stdout, run.returncode) == ("done\n", 0), run.stderr
+
+    def test_the_affinity_of_the_caller_comes_back(self):
+        """Threads of several places are bound to their nodes, the calling one during a call alone."""
+        code = """if True:
+            import os, torch, kt_moe
+            node = kt_moe.cpu_info()["nodes"][0]
+            e = kt_moe.Experts(*(torch.ones(2, 96, 96),) * 3, runtime=kt_moe.Runtime(threads=2, nodes=[0, 0]))
+            x, ids = torch.ones(64, 96), torch.zeros(64, 1, dtype=torch.long)
+            before = kt_moe.moe(x, ids, torch.ones(64, 1), e)
+            os.sched_setaffinity(0, {node["cpus"][-1]})
+            after = kt_moe.moe(x, ids, torch.ones(64, 1), e)
+            print(os.sched_getaffinity(0) == {node["cpus"][-1]}, torch.equal(before, after))
+        """
+        assert _python(code, {}).stdout == "True True\n"
 
     def test_interpreter_exits_with_a_live_runtime(self):
         code = "import torch, kt_moe; e = kt_moe.Experts(*(torch.zeros(1, 2, 2),) * 3); print('done')"

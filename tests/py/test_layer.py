@@ -39,10 +39,28 @@ def assert_as_good_as_eager(ours: dict, problem: Problem) -> None:
         assert relative_error(value, truth[name]) <= relative_error(eager[name], truth[name]), name
 
 
-@given(problem=problems(), isa=st.sampled_from(ISAS), shards=st.integers(1, 16), recompute=st.booleans())
-def test_formula(problem, isa, shards, recompute):
-    runtime = kt_moe.Runtime(threads=2, shards=shards, isa=isa)
+@given(
+    problem=problems(),
+    isa=st.sampled_from(ISAS),
+    shards=st.integers(1, 16),
+    places=st.integers(1, 4),
+    threads=st.integers(1, 5),
+    recompute=st.booleans(),
+)
+def test_formula(problem, isa, shards, places, threads, recompute):
+    runtime = kt_moe.Runtime(threads, shards, isa, nodes=[0] * places)
     assert_formula(run_ours(problem, runtime, recompute=recompute), problem)
+
+
+@pytest.mark.parametrize(("shards", "places"), [(2, 1), (3, 3), (5, 2), (8, 8), (16, 4)])
+def test_shards_are_as_good_as_bf16_eager_and_repeat_bit_for_bit(shards, places):
+    problem = make_problem(100, 200, 333, 3, 2, {"gate": 5, "up": 64, "down": 1})
+    ours = run_ours(problem, kt_moe.Runtime(2, shards, nodes=[0] * places))
+    assert_as_good_as_eager(ours, problem)
+    for threads in (1, 2, 7):
+        again = run_ours(problem, kt_moe.Runtime(threads, shards, nodes=[0] * places))
+        for name in ours:
+            assert torch.equal(again[name], ours[name]), name
 
 
 @pytest.mark.parametrize("routing", ["random", "one", "repeat", "sparse"])

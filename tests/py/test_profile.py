@@ -273,6 +273,7 @@ def test_paths_are_checked_at_entry(runtime: kt_moe.Runtime, tmp_path: Path) -> 
         pass
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own, of a machine with a GPU
 def test_a_torch_profiler_sees_ranges(layer: Layer) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as p:
         layer()
@@ -301,7 +302,7 @@ def in_environment() -> Any:
     def run(path: Path) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "KT_MOE_PROFILE": str(path)}
         return subprocess.run(
-            [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=120
+            [sys.executable, "-W", "ignore", "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=120
         )
 
     return run

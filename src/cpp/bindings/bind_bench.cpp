@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "base/error.h"
+#include "bindings/gil.h"
 #include "moe/ceilings.h"
 
 namespace py = pybind11;
@@ -15,7 +16,7 @@ py::dict measure_ceilings(const std::shared_ptr<kt::Runtime>& runtime, double se
   KT_CHECK(seconds > 0, "seconds is {}, wanted more than 0", seconds);
   kt::Ceilings ceilings;
   {
-    const py::gil_scoped_release release;
+    const kt::ReleaseGil release;
     ceilings = kt::measure_ceilings(*runtime, seconds, read_bytes);
   }
   py::dict lists;

@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "bindings/gil.h"
 #include "weights/checkpoint.h"
 #include "weights/expert_index.h"
 
@@ -16,7 +17,7 @@ namespace py = pybind11;
 namespace {
 
 std::shared_ptr<kt::ExpertIndex> open_checkpoint(const std::filesystem::path& path) {
-  const py::gil_scoped_release release;  // it reads every header
+  const kt::ReleaseGil release;  // it reads every header
   return std::make_shared<kt::ExpertIndex>(std::make_shared<const kt::Checkpoint>(path));
 }
 

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "bindings/gil.h"
 #include "bindings/tensor.h"
 #include "weights/homes.h"
 #include "weights/loader.h"
@@ -68,7 +69,7 @@ std::shared_ptr<Experts> from_tensors(py::handle gate, py::handle up, py::handle
   const LayerPlan plan{static_cast<int>(e), h, i, types_of(format_from(format))};
   const SpreadOptions spread = spread_options(placement, std::move(popularity));
 
-  const py::gil_scoped_release release;
+  const kt::ReleaseGil release;
   const auto matrices = [&](int expert, Projection p) {
     const Tensor& t = tensors[index_of(p)];
     return Stack{t.data, t.dtype, t.dim(1), t.dim(2)}[expert];
@@ -103,7 +104,7 @@ std::shared_ptr<Experts> from_checkpoint(std::shared_ptr<const ExpertIndex> inde
     const py::gil_scoped_acquire acquire;
     if (bytes > 0 && !progress.is_none()) progress(bytes);
   };
-  const py::gil_scoped_release release;
+  const kt::ReleaseGil release;
   return experts_from_checkpoint(std::move(runtime), std::move(index), layer, options, report);
 }
 
@@ -117,33 +118,33 @@ void dequantize(const Experts& experts, py::handle gate, py::handle up, py::hand
     check_shape(target, name, {w.num_experts, w.rows(p), w.cols(p)}, "[E, rows, cols]");
     memory[index_of(p)] = static_cast<bf16_t*>(target.data);
   }
-  const py::gil_scoped_release release;
+  const kt::ReleaseGil release;
   for (const Projection p : projections) experts.dequantize(p, memory[index_of(p)]);
 }
 
 // Whether the weights of a packed layer are those that were written.
 bool verify(const Experts& experts) {
-  const py::gil_scoped_release release;
+  const kt::ReleaseGil release;
   const auto& check = experts.placed().verify;
   return !check || check(experts.runtime(), &check_signals);
 }
 
 bool rebalance(Experts& experts, const Popularity& popularity) {
   KT_CHECK(!popularity || !popularity->empty(), "popularity has no numbers, wanted one an expert");
-  const py::gil_scoped_release release;
+  const kt::ReleaseGil release;
   return experts.rebalance(popularity ? std::span<const double>(*popularity) : std::span<const double>{});
 }
 
 void routed(const Experts& experts, py::handle into) {
   const Tensor target = read_tensor(into, "into", {DType::i64}, 1);
   check_shape(target, "into", {experts.weights().num_experts}, "[E]");
-  const py::gil_scoped_release release;
+  const kt::ReleaseGil release;
   std::ranges::copy(experts.routed(), static_cast<std::int64_t*>(target.data));
 }
 
 // (wanted, elsewhere, unknown) of each shard.
 std::vector<std::array<index_t, 3>> page_nodes(const Experts& experts) {
-  const py::gil_scoped_release release;
+  const kt::ReleaseGil release;
   std::vector<std::array<index_t, 3>> shards;
   for (const PageNodes& n : experts.page_nodes()) shards.push_back({n.wanted, n.elsewhere, n.unknown});
   return shards;
@@ -187,10 +188,10 @@ void bind_experts(py::module_& m) {
       .def_property_readonly("shards", [](const Experts& e) { return e.runtime().shards(); })
       .def_property_readonly("placement", [](const Experts& e) { return kt::name_of(e.weights().placement); })
       .def_property_readonly("refused", [](const Experts& e) { return e.placed().refused; })
-      .def("homes", &Experts::homes, py::call_guard<py::gil_scoped_release>())
+      .def("homes", &Experts::homes, py::call_guard<kt::ReleaseGil>())
       .def("rebalance", &kt::rebalance, py::arg("popularity"))
       .def("routed", &kt::routed, py::arg("into"))
-      .def("reset_routed", &Experts::reset_routed, py::call_guard<py::gil_scoped_release>())
+      .def("reset_routed", &Experts::reset_routed, py::call_guard<kt::ReleaseGil>())
       .def("page_nodes", &kt::page_nodes)
       .def("dequantize", &kt::dequantize, py::arg("gate"), py::arg("up"), py::arg("down"));
 }

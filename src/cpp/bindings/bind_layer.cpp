@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "bindings/gil.h"
 #include "bindings/tensor.h"
 #include "moe/layer.h"
 #include "moe/routing.h"
@@ -101,7 +102,7 @@ bool run_forward(const Experts& experts, py::handle hidden_states, py::handle to
   const bool whole = computes_whole(experts.runtime(), w, inputs);
   const Saved kept = read_saved(saved, w, inputs, whole);
   const Result result = read_result(out, "out", {inputs.hidden_states.rows, w.hidden});
-  const py::gil_scoped_release release;
+  const kt::ReleaseGil release;
   forward(experts.runtime(), w, inputs, kept, result);
   return whole;
 }
@@ -135,7 +136,7 @@ void run_backward(const Experts& experts, py::handle hidden_states, py::handle t
     gradients.lora_b[i] =
         read_result(grad_lora[2 * i + 1], name + "b", {w.num_experts, pair.b.rows, pair.b.cols});
   }
-  const py::gil_scoped_release release;
+  const kt::ReleaseGil release;
   backward(experts.runtime(), w, inputs, kept, dout.matrix(), gradients);
 }
 

@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 
+#include "bindings/gil.h"
 #include "moe/profile.h"
 #include "moe/runtime.h"
 #include "moe/trace.h"
@@ -98,7 +99,7 @@ class Recording {
 
 void bind_profile(py::module_& m) {
   // A call that runs is waited for, and it may want the GIL.
-  using Released = py::call_guard<py::gil_scoped_release>;
+  using Released = py::call_guard<kt::ReleaseGil>;
   py::class_<Recording>(m, "Profile")
       .def(py::init<std::shared_ptr<kt::Runtime>, std::size_t>(), py::arg("runtime"), py::arg("most_spans"),
            Released())

@@ -4,6 +4,7 @@
 #include <memory>
 #include <utility>
 
+#include "bindings/gil.h"
 #include "moe/runtime.h"
 
 namespace py = pybind11;
@@ -42,8 +43,8 @@ void bind_runtime(py::module_& m) {
       .def_property_readonly("threads", &kt::Runtime::threads)
       .def_property_readonly("shards", &kt::Runtime::shards)
       .def_property_readonly("isa", &kt::Runtime::isa)
-      .def_property_readonly("scratch_bytes", py::cpp_function(&kt::Runtime::scratch_bytes,
-                                                               py::call_guard<py::gil_scoped_release>()));
+      .def_property_readonly("scratch_bytes",
+                             py::cpp_function(&kt::Runtime::scratch_bytes, py::call_guard<kt::ReleaseGil>()));
   py::class_<ResultMemory>(m, "ResultMemory", py::buffer_protocol())
       // With the GIL: os.fork waits for it, and so finds the pool unlocked.
       .def(py::init<const kt::Runtime&, std::size_t>(), py::arg("runtime"), py::arg("bytes"))

@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings/gil.h"
 #include "cpu/features.h"
 #include "cpu/numa_probe.h"
 #include "cpu/topology.h"
@@ -72,7 +73,7 @@ py::dict cpu_info() {
 py::list probe_nodes() {
   std::vector<kt::NodeProbe> probes;
   {
-    const py::gil_scoped_release release;
+    const kt::ReleaseGil release;
     probes = kt::probe_nodes(kt::read_topology());
   }
   py::list list;

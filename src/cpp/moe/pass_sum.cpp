@@ -90,7 +90,7 @@ void Pass::add_sum(Stage stage, const Result& result, bool weighted, index_t til
     for (std::size_t l = 0; l < lanes.size(); ++l) {
       // With several places a lane's rows are read by its own sums alone.
       std::vector<const Group*> emptied = mine.read;
-      if (several && !emptied.empty()) emptied = {mine.read[l]};
+      if (several && !emptied.empty()) emptied.assign(1, mine.read[l]);
       const std::size_t team = lanes[l].team, memory = several ? team : lanes.front().team;
       groups.push_back(tasks_.add(
           {stage, {shard_of(l)}}, team, std::ssize(lanes[l].products),
