@@ -22,8 +22,8 @@ class Runtime:
         shards: slices of the intermediate dimension, at most 64, each with memory on NUMA nodes of its own
             while there are enough. None: KT_MOE_SHARDS, or the number of nodes.
         isa: "scalar", "avx2", "avx512", "avx512_bf16" or "amx". None: KT_MOE_ISA, or the best this CPU has.
-        nodes: NUMA nodes, by the kernel's numbers, to whose CPUs and memory threads and weights are bound. One
-            may be named more than once, to have several places on it as if they were nodes of their own.
+        nodes: NUMA nodes, by the kernel's numbers, to whose CPUs and memory threads and weights are bound.
+            One may be named more than once, to have several places on it as if they were nodes of their own.
             None: KT_MOE_NODES ("0,2-3"), or all whose CPUs this process may use.
 
     Threads stay on their nodes where there are several, the calling one during a call. A change of the

@@ -216,14 +216,19 @@ class TestRuntime:
 
     @pytest.mark.parametrize("shards", [1, 3])
     def test_interpreter_exits_while_threads_compute(self, shards):
+        # The core itself, without PyTorch around it, whose own threads may not survive that.
         code = f"""if True:
-            import threading, time, torch, kt_moe
-            runtime = kt_moe.Runtime(threads=3, shards={shards})
-            e = kt_moe.Experts(*(torch.ones(4, 64, 64),) * 3, runtime=runtime)
-            x, ids = torch.ones(256, 64), torch.zeros(256, 1, dtype=torch.long)
+            import threading, time, torch
+            from kt_moe import _core
+            runtime = _core.Runtime(3, {shards}, None, None)
+            weights = [torch.ones(4, 64, 64)] * 3
+            options = None, None, None, "silu", "bf16", runtime, "tensor", None
+            experts = _core.Experts.from_tensors(*weights, *options)
+            x, out = (torch.ones(256, 64, dtype=torch.bfloat16) for _ in "xo")
+            ids, w, lora = torch.zeros(256, 1, dtype=torch.long), torch.ones(256, 1), (None,) * 6
             def work():
                 while True:
-                    kt_moe.moe(x, ids, torch.ones(256, 1), e)
+                    _core.forward(experts, x, ids, w, lora, (1.0, 1.0, 1.0), 0.0, 0, None, out)
             for _ in range(3):
                 threading.Thread(target=work, daemon=True).start()
             time.sleep(0.2)

@@ -301,9 +301,8 @@ def in_environment() -> Any:
 
     def run(path: Path) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "KT_MOE_PROFILE": str(path)}
-        return subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=120
-        )
+        command = [sys.executable, "-W", "ignore", "-c", SCRIPT]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
     return run
 
