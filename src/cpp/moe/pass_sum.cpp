@@ -10,10 +10,10 @@ namespace kt {
 namespace {
 
 constexpr index_t kFloat = sizeof(float);
-constexpr index_t kSumTokens = 64;     // a task
-constexpr index_t kSumCols = 256;      // at most, of a slice: rows of 1 KiB to write and to read again
-constexpr index_t kSliceStrips = 4;    // that fill the cache, in a slice: all but the first are fetched early
-constexpr index_t kStripTiles = 4;     // at most
+constexpr index_t kSumTokens = 64;   // a task
+constexpr index_t kSumCols = 256;    // at most, of a slice: rows of 1 KiB to write and to read again
+constexpr index_t kSliceStrips = 4;  // that fill the cache, in a slice: all but the first are fetched early
+constexpr index_t kStripTiles = 4;   // at most
 constexpr std::size_t kSlicesKept = 3;  // that are computed or wait for their sum at the same time
 
 index_t size(const Result& result) { return static_cast<index_t>(size_of(result.dtype)); }
