@@ -16,7 +16,7 @@ from kt_moe.cli.formats import QUANTISED, projection_bytes
 PLACEMENTS = ("tensor", "expert", "auto")
 _LORA_BYTES = 4  # fp32, the default
 _DRAWS = 32  # of the routes of one token; as many more tokens, as many fewer
-_TILE = 16  # rows of a weight that a product takes at a time
+_CUT = 32  # columns: the cuts of a slice fall on whole cache lines
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _pass(
     cores = [machine.cores] * nodes
     rates = [(machine.local, machine.remote, machine.cores * machine.flops_per_core, machine.cache)] * nodes
     at = [] if placement == "tensor" else homes(shape.experts, nodes, run.skew)
-    align = max(_TILE, kind.scale_rows, kind.scale_cols)  # a block that shares a scale is not cut
+    align = max(_CUT, kind.scale_rows, kind.scale_cols)  # a block that shares a scale is not cut
     results, modes = [], []
     for routes in draw_routes(tokens, shape.experts, shape.topk, run.skew, run.seed):
         call = _core.LayerCall(
