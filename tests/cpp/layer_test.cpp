@@ -103,13 +103,13 @@ class Layer {
     const index_t routes = count_routes(inputs_.topk_ids, e);
     std::vector<bf16_t> kept(static_cast<std::size_t>(routes * (2 * n + ranks[0] + ranks[1] + ranks[2])));
     Saved saved;
-    saved.whole = computes_whole(runtime, experts_, inputs_);
     if (options_.save && routes > 0) {
       saved.gate = kept.data(), saved.up = kept.data() + routes * n;
       bf16_t* next = saved.up + routes * n;
       for (std::size_t i = 0; i < 3; next += routes * ranks[i++]) saved.low_rank[i] = next;
     }
-    forward(runtime, experts_, inputs_, saved, {result("out", t * h, options_.result), options_.result});
+    saved.whole =
+        forward(runtime, experts_, inputs_, saved, {result("out", t * h, options_.result), options_.result});
 
     LayerGradients gradients;
     gradients.hidden_states = {result("hidden_states", t * h, options_.result), options_.result};

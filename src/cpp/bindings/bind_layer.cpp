@@ -99,12 +99,10 @@ bool run_forward(const Experts& experts, py::handle hidden_states, py::handle to
   std::vector<char> kept_ids;
   const LayerInputs inputs =
       read_inputs(w, hidden_states, topk_ids, topk_weights, lora, scaling, dropout, seed, kept_ids);
-  const bool whole = computes_whole(experts.runtime(), w, inputs);
-  const Saved kept = read_saved(saved, w, inputs, whole);
+  const Saved kept = read_saved(saved, w, inputs, false);
   const Result result = read_result(out, "out", {inputs.hidden_states.rows, w.hidden});
   const kt::ReleaseGil release;
-  forward(experts.runtime(), w, inputs, kept, result);
-  return whole;
+  return forward(experts.runtime(), w, inputs, kept, result);
 }
 
 void run_backward(const Experts& experts, py::handle hidden_states, py::handle topk_ids,

@@ -6,10 +6,10 @@ namespace {
 
 class Forward : Pass {
  public:
-  Forward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, bool whole)
-      : Pass(runtime, experts, inputs, whole, Direction::forward) {}
+  Forward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs)
+      : Pass(runtime, experts, inputs, std::nullopt, Direction::forward) {}
 
-  void run(const Saved& saved, const Result& out) {
+  bool run(const Saved& saved, const Result& out) {
     hidden_ = take_by_shard();
     for (const Projection p : kGateUp)
       low_rank_[index_of(p)] = saved ? saved.low_rank[index_of(p)] : take_low_rank(p);
@@ -22,6 +22,7 @@ class Forward : Pass {
     run_tasks();
     for (int e = 0; experts_.routed != nullptr && e < experts_.num_experts; ++e)
       experts_.routed[e] += routing_.count(e);
+    return whole_;
   }
 
  private:
@@ -71,9 +72,10 @@ class Forward : Pass {
 
 }  // namespace
 
-void forward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, const Saved& saved,
+bool forward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, const Saved& saved,
              Result out) {
-  Forward(runtime, experts, inputs, saved.whole).run(saved, out);
+  Forward pass(runtime, experts, inputs);
+  return pass.run(saved, out);
 }
 
 }  // namespace kt

@@ -106,7 +106,7 @@ struct LayerInputs {
 struct Saved {
   bf16_t *gate = nullptr, *up = nullptr;
   std::array<bf16_t*, 3> low_rank{};
-  bool whole = false;  // how forward was computed, and so how G and U lie: see computes_whole
+  bool whole = false;  // what forward returned: how G and U lie
 
   explicit operator bool() const { return gate != nullptr; }
 };
@@ -125,12 +125,9 @@ struct LayerGradients {
   std::array<Result, 3> lora_a, lora_b;  // [E, r, in], [E, out, r]
 };
 
-// Whether a call computes each expert on its home shard, and not on all of them. For forward and backward,
-// which have to agree.
-bool computes_whole(const Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs);
-
-// out [T, H]. `saved` may be null pointers: nothing is kept.
-void forward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, const Saved& saved,
+// out [T, H]. `saved` may be null pointers: nothing is kept; its `whole` is not looked at. Returns whether
+// each expert was computed whole, on its home shard: backward has to know.
+bool forward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, const Saved& saved,
              Result out);
 
 // Gradients of sum(grad_out * out), grad_out [T, H] bf16. With `saved` null pointers it is computed again.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "moe/cost.h"
 #include "moe/pass_tasks.h"
 
 namespace kt {
@@ -14,12 +15,10 @@ constexpr index_t kMostSlices = 4;      // of one task: each fetches the next on
 constexpr index_t kLeastCols = 24;      // of a slice, or its input is read too often
 constexpr index_t kFewCols = 128;       // at least, of a slice for few rows: runs of 256 bytes
 
-int to_int(index_t n) { return static_cast<int>(n); }  // kernels count rows and columns of a tile in int
-
 }  // namespace
 
-Pass::Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, bool whole,
-           Direction direction)
+Pass::Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs,
+           std::optional<bool> whole, Direction direction)
     : lease_(runtime),
       call_(lease_.profile(), direction),
       threads_(runtime.threads()),
@@ -32,7 +31,8 @@ Pass::Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& in
   if (experts.fetch)
     tasks_.add(Stage::fetch, 0, std::ssize(routing_.experts),
                [this](index_t i, Arena&) { experts_.fetch(routing_.experts[static_cast<std::size_t>(i)]); });
-  add_blocks(whole);
+  whole_ = whole.value_or(sooner_whole());
+  add_blocks();
   const auto* weights = static_cast<const float*>(inputs.topk_weights.data);
   for (const std::int32_t slot : routing_.slot) weight_.push_back(weights[slot]);
 }
@@ -57,8 +57,22 @@ Label Pass::label(Stage stage, Block block) const {
   return {stage, {shard, block.expert, to_int(block.count)}};
 }
 
-void Pass::add_blocks(bool whole) {
-  for (std::size_t s = 0; s < experts_.shards.size() && !whole; ++s)
+// Where experts lie whole: whether a call with these routes is done sooner at their homes.
+bool Pass::sooner_whole() const {
+  if (experts_.placement != Placement::automatic) return experts_.placement == Placement::expert;
+  LayerCall call;
+  call.tokens = inputs_.hidden_states.rows;
+  call.hidden = experts_.hidden, call.intermediate = experts_.intermediate;
+  for (int e = 0; e < experts_.num_experts; ++e) call.routes.push_back(routing_.count(e));
+  for (const Projection p : projections) {
+    call.ranks[index_of(p)] = inputs_.of(p).rank();
+    call.weight_bytes[index_of(p)] = static_cast<double>(experts_.of(p, 0).bytes());
+  }
+  return choose(call, {experts_.shards, experts_.homes}, lease_.rates()) == Mode::expert;
+}
+
+void Pass::add_blocks() {
+  for (std::size_t s = 0; s < experts_.shards.size() && !whole_; ++s)
     if (experts_.shards[s].size() > 0)
       shards_.push_back({experts_.shards[s], s, lease_.team_of(s), lease_.place_of(s)});
   if (shards_.empty()) shards_.push_back({{0, experts_.intermediate}, 0, 0, 0});
@@ -66,19 +80,19 @@ void Pass::add_blocks(bool whole) {
     const index_t count = routing_.count(e), cuts = ceil_div(count, kBlockRows);
     const index_t each = round_up(ceil_div(count, cuts), kernels().gemm.nr);
     Block block{e, 0, 0, 0, 0, routing_.first(e), count};
-    if (whole)
+    if (whole_)
       block.team = lease_.team_of(static_cast<std::size_t>(experts_.homes[static_cast<std::size_t>(e)]));
-    for_parts(block, each, [&](Block routes) { add_siblings(routes, whole); });
+    for_parts(block, each, [&](Block routes) { add_siblings(routes); });
   }
 }
 
-void Pass::add_siblings(Block block, bool whole) {
+void Pass::add_siblings(Block block) {
   const std::size_t home = blocks_.size();
   std::vector<std::size_t> packs(lease_.teams(), blocks_.max_size());
   for (std::size_t i = 0; i < shards_.size(); ++i) {
     block.index = blocks_.size();
     block.shard = (home / shards_.size() + i) % shards_.size();  // in turn every shard is at home
-    if (!whole) block.team = shards_[block.shard].team;
+    if (!whole_) block.team = shards_[block.shard].team;
     std::size_t& first = packs[block.team];
     block.input = first = std::min(first, block.index);
     blocks_.push_back(block);

@@ -4,7 +4,8 @@
 
 #include <algorithm>
 #include <functional>
-#include <initializer_list>
+#include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -15,6 +16,9 @@
 #include "moe/task_list.h"
 
 namespace kt {
+
+// Kernels count rows and columns of a tile in int.
+inline int to_int(index_t n) { return static_cast<int>(n); }
 
 // Most routes that share one packing of an expert's weights; enough to make the packing cheap.
 inline constexpr index_t kBlockRows = 512;
@@ -50,8 +54,9 @@ struct Slices {
 
 class Pass {
  public:
-  // `whole`: every expert is computed by its home shard alone, as if there were one shard.
-  Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, bool whole,
+  // `whole`: whether every expert is computed by its home shard alone, as if there were one shard; none: as
+  // the experts' placement says, or is sooner.
+  Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, std::optional<bool> whole,
        Direction direction);
 
  protected:
@@ -271,6 +276,7 @@ class Pass {
   const LayerInputs& inputs_;
   const ActivationKernels& activation_;
   Routing routing_;
+  bool whole_;
   std::vector<Portion> shards_;          // those that have some of the intermediate dimension
   std::vector<Block> blocks_;            // every route once a shard, experts in order
   std::vector<float> weight_;            // routing weight of every route
@@ -282,29 +288,35 @@ class Pass {
   std::vector<const Group*> gate_up_done_;  // a block each
 
  private:
-  // Products of a [T, H] result that a team computes one after the other.
-  struct Lane {
-    std::size_t team;
-    std::vector<Siblings> products = {};
-  };
-  // A lane for each place; or if every block is computed at one, for each team.
+  // A lane for each place; or if every block is computed at one alone, for each team.
+  struct Lane;
   std::vector<Lane> lanes() const;
+
+  // The steps of add_sum, for a slice of the result: the rows of all routes; their sums, or the parts of each
+  // place, and what these add up to.
+  struct Sum;
+  void take_memory(Sum& sum);
+  void add_products(const std::shared_ptr<Sum>& sum, std::size_t slice);
+  void add_sums(const std::shared_ptr<Sum>& sum, std::size_t slice);
+  void add_parts(const std::shared_ptr<Sum>& sum, std::size_t slice);
+  void add_merges(const std::shared_ptr<Sum>& sum, std::size_t slice);
+  void multiply_slice(const Sum& sum, const Siblings& blocks, Range slice, float* rows, Arena& scratch) const;
+  // The sum of a token's routes in `rows`, `width` columns of them.
+  void sum_routes(const Sum& sum, index_t token, index_t width, const float* rows, float* total,
+                  Arena& scratch) const;
+  index_t routes_of(Range tokens) const;
   // Adds for every team tasks body(team, tokens, scratch), for its share of all tokens; appends their groups.
   using TokenBody = std::function<void(std::size_t team, Range tokens, Arena& scratch)>;
   void add_by_token(const TokenBody& body, std::vector<const Group*>& groups);
+  void wait(const std::vector<const Group*>& groups, Arena& scratch) const {
+    for (const Group* group : groups) tasks_.wait(group, scratch);
+  }
 
   Routing find_routes();
-  void add_blocks(bool whole);
-  void add_siblings(Block block, bool whole);
+  bool sooner_whole() const;
+  void add_blocks();
+  void add_siblings(Block block);
   void gate_up(Block block, Range slice, Range next, const ForwardInput& in, Arena& scratch) const;
-  index_t routes_of(Range tokens) const;
-  // The number of a lane's shard in a profile; -1: it has none.
-  int shard_of(std::size_t lane) const {
-    return shards_.size() > 1 ? static_cast<int>(shards_[lane].number) : -1;
-  }
-  // The sum of a token's routes in `rows`, `width` columns of them.
-  void sum_routes(index_t token, index_t width, const float* rows, index_t stride, bool weighted, float* sum,
-                  Arena& scratch) const;
 
   std::vector<ForwardInput> hidden_states_;  // a block each
 };

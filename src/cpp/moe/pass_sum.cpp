@@ -20,17 +20,53 @@ index_t size(const Result& result) { return static_cast<index_t>(size_of(result.
 
 }  // namespace
 
+// Products of a [T, H] result that a team computes one after the other.
+struct Pass::Lane {
+  std::size_t team;
+  int shard;  // the first, by its number in a profile; -1: there is but one
+  std::vector<Siblings> products = {};
+};
+
+// A [T, H] result in the making, slice by slice of its columns.
+struct Pass::Sum {
+  Stage stage;  // of the products
+  Result result;
+  bool weighted;
+  std::vector<const Group*> ready;  // a block each
+  Product product;
+  std::vector<Lane> lanes;
+  bool parts;  // lanes have sums of their own, which are merged
+  Slices slices;
+  index_t width, stride;  // of a slice at most, and of its rows
+  index_t strip;          // columns at most, on tiles
+  // Memory that later slices use again, a lane each: the products of its routes; its sums.
+  struct Memory {
+    std::vector<float*> rows, sums;
+  };
+  std::vector<Memory> kept = {};
+  struct Groups {
+    std::vector<const Group*> products, sums, merges;  // a lane each; where all threads do it, a team each
+  };
+  std::vector<Groups> groups = {};  // of slices
+
+  Range slice(std::size_t s) const { return slices[static_cast<index_t>(s)]; }
+  const Memory& memory(std::size_t s) const { return kept[s % kept.size()]; }
+  // The groups of the slice whose memory slice s takes; null: it is new.
+  const Groups* before(std::size_t s) const { return s < kept.size() ? nullptr : &groups[s - kept.size()]; }
+  std::size_t rows_team(std::size_t lane) const { return lanes[parts ? lane : 0].team; }
+};
+
 std::vector<Pass::Lane> Pass::lanes() const {
   std::vector<Lane> lanes;
   const std::size_t siblings = shards_.size();
   if (siblings == 1) {
-    for (std::size_t team = 0; team < lease_.teams(); ++team) lanes.push_back({team});
+    for (std::size_t team = 0; team < lease_.teams(); ++team) lanes.push_back({team, -1});
     for (const Block& block : blocks_) lanes[block.team].products.push_back({block});
     return lanes;
   }
   for (std::size_t s = 0, end; s < siblings; s = end) {
     for (end = s; end < siblings && shards_[end].place == shards_[s].place;) ++end;
-    Lane lane{shards_[s].team};
+    Lane lane{shards_[s].team, to_int(static_cast<index_t>(shards_[s].number))};
     for (std::size_t home = 0; home < blocks_.size(); home += siblings) {
       Siblings& blocks = lane.products.emplace_back();
       for (std::size_t i = s; i < end; ++i)  // add_siblings began with another shard
@@ -41,11 +77,134 @@ std::vector<Pass::Lane> Pass::lanes() const {
   return lanes;
 }
 
-void Pass::add_by_token(const TokenBody& body, std::vector<const Group*>& groups) {
+void Pass::add_sum(Stage stage, const Result& result, bool weighted, index_t tile, index_t inner_bytes,
+                   const std::vector<const Group*>& ready, Product product) {
+  std::vector<Lane> lanes = this->lanes();
+  const bool parts = shards_.size() > 1 && lanes.size() > 1;
+  const index_t bytes = inner_bytes * ceil_div(experts_.intermediate, parts ? std::ssize(lanes) : 1);
+  const Slices slices =
+      this->slices(experts_.hidden, tile, std::max(bytes / kSliceStrips, cache_part() / kSumCols));
+  const index_t width = slices[0].size();
+  const auto sum = std::make_shared<Sum>(
+      Sum{stage, result, weighted, ready, std::move(product), std::move(lanes), parts, slices, width,
+          result_stride(kernels(), width), std::clamp(cache_part() / bytes, tile, kStripTiles * tile)});
+  take_memory(*sum);
+  // The sum of a slice comes behind the next one's products, and what parts become behind the parts of the
+  // next one, so that they seldom wait for their own.
+  const auto count = static_cast<std::size_t>(slices.count);
+  sum->groups.resize(count);
+  for (std::size_t s = 0; s < count + 2; ++s) {
+    if (s < count) add_products(sum, s);
+    if (s >= 1 && s - 1 < count) parts ? add_parts(sum, s - 1) : add_sums(sum, s - 1);
+    if (s >= 2 && parts) add_merges(sum, s - 2);
+  }
+}
+
+void Pass::take_memory(Sum& sum) {
+  sum.kept.resize(std::min(static_cast<std::size_t>(sum.slices.count), kSlicesKept));
+  for (Sum::Memory& slice : sum.kept)
+    for (std::size_t l = 0; l < sum.lanes.size(); ++l) {
+      Arena& memory = lease_.memory(sum.rows_team(l));
+      const bool own = sum.parts || l == 0;
+      slice.rows.push_back(own ? memory.take<float>(routing_.routes() * sum.stride) : slice.rows.front());
+      slice.sums.push_back(sum.parts ? memory.take<float>(inputs_.hidden_states.rows * sum.width) : nullptr);
+    }
+}
+
+void Pass::add_products(const std::shared_ptr<Sum>& sum, std::size_t s) {
+  for (std::size_t l = 0; l < sum->lanes.size(); ++l) {
+    const Lane& lane = sum->lanes[l];
+    const auto body = [=, this, &lane](index_t task, Arena& scratch) {
+      if (const Sum::Groups* before = sum->before(s); before != nullptr) {
+        if (sum->parts)  // a lane's rows are read by its own sums alone
+          tasks_.wait(before->sums[l], scratch);
+        else
+          wait(before->sums, scratch);
+      }
+      const Siblings& blocks = lane.products[static_cast<std::size_t>(task)];
+      for (const Block& block : blocks) tasks_.wait(sum->ready[block.index], scratch);
+      const index_t bytes = blocks.front().count * sum->slice(s).size() * kFloat;
+      count(scratch, moved(bytes, sum->rows_team(l), lane.team));
+      multiply_slice(*sum, blocks, sum->slice(s), sum->memory(s).rows[l], scratch);
+    };
+    const Label label{sum->stage, {lane.shard}};
+    sum->groups[s].products.push_back(tasks_.add(label, lane.team, std::ssize(lane.products), body));
+  }
+}
+
+void Pass::multiply_slice(const Sum& sum, const Siblings& blocks, Range slice, float* rows,
+                          Arena& scratch) const {
+  // Strips begin on multiples of a tile, so what a product writes behind its columns stays in the row and
+  // before the next strip. Few rows, which fill no cache, take the slice as it is.
+  const Block block = blocks.front();
+  const index_t count = few(block) ? 1 : ceil_div(slice.size(), sum.strip);
+  const Slices strips{slice.size(), count, sum.slices.tile};
+  for_slices(strips, 0, count, [&](index_t, Range strip, Range next) {
+    const Arena::Frame frame(scratch);
+    const auto cols = [&](Range r) { return Range{slice.begin + r.begin, slice.begin + r.end}; };
+    sum.product(blocks, cols(strip), cols(next), rows + block.first * sum.stride + strip.begin, sum.stride,
+                scratch);
+  });
+}
+
+void Pass::add_sums(const std::shared_ptr<Sum>& sum, std::size_t s) {
+  const auto body = [=, this](std::size_t team, Range tokens, Arena& scratch) {
+    wait(sum->groups[s].products, scratch);
+    const index_t width = sum->slice(s).size();
+    count(scratch, moved(routes_of(tokens) * width * kFloat, sum->rows_team(0), team));
+    count(scratch, moved(tokens.size() * width * size(sum->result), 0, team));
+    auto* total = scratch.take<float>(width);
+    for (index_t t = tokens.begin; t < tokens.end; ++t) {
+      sum_routes(*sum, t, width, sum->memory(s).rows.front(), total, scratch);
+      store(total, width, sum->result, t * experts_.hidden + sum->slice(s).begin);
+    }
+  };
+  add_by_token(body, sum->groups[s].sums);
+}
+
+void Pass::add_parts(const std::shared_ptr<Sum>& sum, std::size_t s) {
   const index_t tokens = inputs_.hidden_states.rows;
+  for (std::size_t l = 0; l < sum->lanes.size(); ++l) {
+    const Lane& lane = sum->lanes[l];
+    const auto body = [=, this](index_t task, Arena& scratch) {
+      if (const Sum::Groups* before = sum->before(s); before != nullptr) wait(before->merges, scratch);
+      tasks_.wait(sum->groups[s].products[l], scratch);
+      const Range some{task * kSumTokens, std::min(tokens, (task + 1) * kSumTokens)};
+      const index_t width = sum->slice(s).size();
+      count(scratch, {0, (routes_of(some) + some.size()) * width * kFloat, 0});
+      for (index_t t = some.begin; t < some.end; ++t)
+        sum_routes(*sum, t, width, sum->memory(s).rows[l], sum->memory(s).sums[l] + t * sum->width, scratch);
+    };
+    const Label label{Stage::merge, {lane.shard}};
+    sum->groups[s].sums.push_back(tasks_.add(label, lane.team, ceil_div(tokens, kSumTokens), body));
+  }
+}
+
+void Pass::add_merges(const std::shared_ptr<Sum>& sum, std::size_t s) {
+  const auto body = [=, this](std::size_t team, Range tokens, Arena& scratch) {
+    wait(sum->groups[s].sums, scratch);
+    const index_t width = sum->slice(s).size();
+    for (const Lane& lane : sum->lanes)
+      count(scratch, moved(tokens.size() * width * kFloat, lane.team, team));
+    count(scratch, moved(tokens.size() * width * size(sum->result), 0, team));
+    auto* total = scratch.take<float>(width);
+    const std::vector<float*>& sums = sum->memory(s).sums;
+    const std::vector<float> once(sums.size(), 1.0f);
+    std::vector<const float*> terms(sums.size());
+    for (index_t t = tokens.begin; t < tokens.end; ++t) {
+      std::ranges::transform(sums, terms.begin(), [&](const float* own) { return own + t * sum->width; });
+      kernels().epilogue.sum_scaled(to_int(width), to_int(std::ssize(terms)), terms.data(), once.data(),
+                                    total);
+      store(total, width, sum->result, t * experts_.hidden + sum->slice(s).begin);
+    }
+  };
+  add_by_token(body, sum->groups[s].merges);
+}
+
+void Pass::add_by_token(const TokenBody& body, std::vector<const Group*>& groups) {
   std::vector<index_t> threads;
   for (std::size_t team = 0; team < lease_.teams(); ++team) threads.push_back(lease_.threads(team));
-  const std::vector<Range> shares = split_by(tokens, threads, kSumTokens);
+  const std::vector<Range> shares = split_by(inputs_.hidden_states.rows, threads, kSumTokens);
   for (std::size_t team = 0; team < shares.size(); ++team) {
     const Range share = shares[team];
     groups.push_back(
@@ -56,134 +215,13 @@ void Pass::add_by_token(const TokenBody& body, std::vector<const Group*>& groups
   }
 }
 
-void Pass::add_sum(Stage stage, const Result& result, bool weighted, index_t tile, index_t inner_bytes,
-                   const std::vector<const Group*>& ready, Product product) {
-  const index_t h = experts_.hidden, tokens = inputs_.hidden_states.rows;
-  const std::vector<Lane> lanes = this->lanes();
-  const bool several = shards_.size() > 1 && lanes.size() > 1;
-  const index_t places = several ? std::ssize(lanes) : 1;
-  const index_t bytes = inner_bytes * ceil_div(experts_.intermediate, places);
-  const index_t most = kSumCols;
-  const Slices slices = this->slices(h, tile, std::max(bytes / kSliceStrips, cache_part() / most));
-  const index_t width = slices[0].size(), stride = result_stride(kernels(), width);
-
-  // What lies in memory of a slice, until a later one takes its place.
-  struct Kept {
-    std::vector<float*> rows, sums;  // of a lane: the products of its routes; of several places, their sums
-    std::vector<const Group*> read;  // that read the rows
-    std::vector<const Group*> merged;
-  };
-  std::vector<Kept> kept(std::min(static_cast<std::size_t>(slices.count), kSlicesKept));
-  for (Kept& slice : kept)
-    for (const Lane& lane : lanes) {
-      Arena& memory = lease_.memory(lane.team);
-      const bool own = several || slice.rows.empty();
-      slice.rows.push_back(own ? memory.take<float>(routing_.routes() * stride) : slice.rows.front());
-      slice.sums.push_back(several ? memory.take<float>(tokens * width) : nullptr);
-    }
-
-  std::vector<std::vector<const Group*>> products;  // of a slice, one a lane
-  const auto add_products = [&](std::size_t s) {
-    Kept& mine = kept[s % kept.size()];
-    const Range slice = slices[static_cast<index_t>(s)];
-    std::vector<const Group*>& groups = products.emplace_back();
-    for (std::size_t l = 0; l < lanes.size(); ++l) {
-      // With several places a lane's rows are read by its own sums alone.
-      std::vector<const Group*> emptied = mine.read;
-      if (several && !emptied.empty()) emptied.assign(1, mine.read[l]);
-      const std::size_t team = lanes[l].team, memory = several ? team : lanes.front().team;
-      groups.push_back(tasks_.add(
-          {stage, {shard_of(l)}}, team, std::ssize(lanes[l].products),
-          [=, this, all = lanes[l].products, rows = mine.rows[l]](index_t task, Arena& scratch) {
-            for (const Group* sums : emptied) tasks_.wait(sums, scratch);
-            const Siblings& blocks = all[static_cast<std::size_t>(task)];
-            for (const Block& block : blocks) tasks_.wait(ready[block.index], scratch);
-            const Block block = blocks.front();
-            count(scratch, moved(block.count * slice.size() * kFloat, memory, team));
-            // Strips begin on multiples of a tile, so what a product writes behind its columns stays in the
-            // row and before the next strip. Few rows, which fill no cache, take the slice as it is.
-            const index_t fit = std::clamp(cache_part() / bytes, tile, kStripTiles * tile);
-            const Slices strips{slice.size(), few(block) ? 1 : ceil_div(slice.size(), fit), tile};
-            for_slices(strips, 0, strips.count, [&](index_t, Range strip, Range next) {
-              const Arena::Frame frame(scratch);
-              const auto cols = [&](Range r) { return Range{slice.begin + r.begin, slice.begin + r.end}; };
-              product(blocks, cols(strip), cols(next), rows + block.first * stride + strip.begin, stride,
-                      scratch);
-            });
-          }));
-    }
-  };
-  const auto add_sums = [&](std::size_t s) {
-    Kept& mine = kept[s % kept.size()];
-    const Range slice = slices[static_cast<index_t>(s)];
-    mine.read.clear();
-    if (!several)
-      return add_by_token(
-          [=, this, made = products[s], rows = mine.rows.front(), memory = lanes.front().team](
-              std::size_t team, Range some, Arena& scratch) {
-            for (const Group* group : made) tasks_.wait(group, scratch);
-            count(scratch, moved(routes_of(some) * slice.size() * kFloat, memory, team));
-            count(scratch, moved(some.size() * slice.size() * size(result), 0, team));
-            auto* sum = scratch.take<float>(slice.size());
-            for (index_t t = some.begin; t < some.end; ++t) {
-              sum_routes(t, slice.size(), rows, stride, weighted, sum, scratch);
-              store(sum, slice.size(), result, t * h + slice.begin);
-            }
-          },
-          mine.read);
-    for (std::size_t l = 0; l < lanes.size(); ++l)
-      mine.read.push_back(
-          tasks_.add({Stage::merge, {shard_of(l)}}, lanes[l].team, ceil_div(tokens, kSumTokens),
-                     [=, this, emptied = mine.merged, made = products[s][l], rows = mine.rows[l],
-                      sums = mine.sums[l]](index_t task, Arena& scratch) {
-                       for (const Group* merged : emptied) tasks_.wait(merged, scratch);
-                       tasks_.wait(made, scratch);
-                       const index_t first = task * kSumTokens, last = std::min(tokens, first + kSumTokens);
-                       const index_t terms = routes_of({first, last}) + last - first;
-                       count(scratch, {0, terms * slice.size() * kFloat, 0});
-                       for (index_t t = first; t < last; ++t)
-                         sum_routes(t, slice.size(), rows, stride, weighted, sums + t * width, scratch);
-                     }));
-  };
-  const auto add_merges = [&](std::size_t s) {
-    Kept& mine = kept[s % kept.size()];
-    const Range slice = slices[static_cast<index_t>(s)];
-    mine.merged.clear();
-    add_by_token(
-        [=, this, made = mine.read, sums = mine.sums](std::size_t team, Range some, Arena& scratch) {
-          for (const Group* group : made) tasks_.wait(group, scratch);
-          for (const Portion& shard : shards_)
-            count(scratch, moved(some.size() * slice.size() * kFloat, shard.team, team));
-          count(scratch, moved(some.size() * slice.size() * size(result), 0, team));
-          auto* sum = scratch.take<float>(slice.size());
-          const std::vector<float> once(sums.size(), 1.0f);
-          std::vector<const float*> terms(sums.size());
-          for (index_t t = some.begin; t < some.end; ++t) {
-            std::ranges::transform(sums, terms.begin(), [&](const float* own) { return own + t * width; });
-            kernels().epilogue.sum_scaled(static_cast<int>(slice.size()), static_cast<int>(terms.size()),
-                                          terms.data(), once.data(), sum);
-            store(sum, slice.size(), result, t * h + slice.begin);
-          }
-        },
-        mine.merged);
-  };
-  // The sum of a slice comes behind the next one's products, and what places' sums become behind the sums of
-  // the next one, so that they seldom wait for their own.
-  const auto count = static_cast<std::size_t>(slices.count);
-  for (std::size_t s = 0; s < count + 2; ++s) {
-    if (s < count) add_products(s);
-    if (s >= 1 && s - 1 < count) add_sums(s - 1);
-    if (several && s >= 2) add_merges(s - 2);
-  }
-}
-
 index_t Pass::routes_of(Range tokens) const {
   const std::int32_t* offset = routing_.token_offset.data();
   return offset[tokens.end] - offset[tokens.begin];
 }
 
-void Pass::sum_routes(index_t token, index_t width, const float* rows, index_t stride, bool weighted,
-                      float* sum, Arena& scratch) const {
+void Pass::sum_routes(const Sum& sum, index_t token, index_t width, const float* rows, float* total,
+                      Arena& scratch) const {
   const Arena::Frame frame(scratch);
   const std::int32_t* offset = routing_.token_offset.data() + token;
   const int count = offset[1] - offset[0];
@@ -191,10 +229,10 @@ void Pass::sum_routes(index_t token, index_t width, const float* rows, index_t s
   auto* terms = scratch.take<const float*>(count);
   for (int i = 0; i < count; ++i) {
     const index_t route = routing_.of_token[static_cast<std::size_t>(offset[0] + i)];
-    scale[i] = weighted ? weight(route) : 1.0f;
-    terms[i] = rows + route * stride;
+    scale[i] = sum.weighted ? weight(route) : 1.0f;
+    terms[i] = rows + route * sum.stride;
   }
-  kernels().epilogue.sum_scaled(static_cast<int>(width), count, terms, scale, sum);
+  kernels().epilogue.sum_scaled(to_int(width), count, terms, scale, total);
 }
 
 void Pass::store(const float* row, index_t n, const Result& result, index_t offset) const {

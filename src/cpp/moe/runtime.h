@@ -38,8 +38,6 @@ class Runtime {
   const std::vector<int>& memory_of(std::size_t shard) const { return layout_.shards[shard].memory; }
   // Its share of all work, in the same unit for all shards.
   index_t weight_of(std::size_t shard) const { return layout_.shards[shard].weight; }
-  // What each shard's cores, memory and links can do, roughly: enough to choose between two ways.
-  const std::vector<NodeRates>& rates() const { return rates_; }
   const std::string& isa() const { return isa_; }
   // Most scratch memory that the last lease held at once, in all arenas together. Waits while there is one.
   std::size_t scratch_bytes();
@@ -62,6 +60,8 @@ class Runtime {
     int threads(std::size_t team) const { return runtime_.pool_.teams()[team].threads; }
     std::size_t team_of(std::size_t shard) const { return runtime_.team_of_[shard]; }
     std::size_t place_of(std::size_t shard) const { return runtime_.layout_.shards[shard].place; }
+    // What each shard's cores, memory and links can do, roughly: enough to choose between two ways.
+    const std::vector<NodeRates>& rates() const { return runtime_.rates_; }
     // Of a team, on its nodes.
     Arena& memory(std::size_t team) { return runtime_.memory_[team]; }
     // Null: nothing is recorded.
