@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -20,3 +21,9 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def save_png(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure; the file appears whole or not at all."""
+    with replacing(path) as part:
+        figure.savefig(part, format="png")

@@ -172,7 +172,7 @@ def plot_routing(counts: Mapping[str, Tensor], path: StrPath, title: str = "") -
     Raises:
         ValueError: no layers.
     """
-    from kt_moe.cli.plot import save_png
+    from kt_moe.files import save_png
 
     save_png(routing_figure(counts, title), Path(path))
 

@@ -3,6 +3,8 @@
 #include <doctest/doctest.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <stdexcept>
@@ -28,16 +30,23 @@ void run(TaskList& list, Runtime& runtime) {
 
 void sleep_ms(int ms) { std::this_thread::sleep_for(std::chrono::milliseconds(ms)); }
 
-// Groups of different sizes, empty ones too; every task of one waits for two earlier groups and checks that
-// their plain, not atomic, results are there.
-void check_chain(Runtime& runtime, int groups) {
-  TaskList list;
+// Two places on one node.
+Topology two_places() {
+  Topology topology = read_topology();
+  NumaNode& node = *std::ranges::find_if(topology.nodes, [](const NumaNode& n) { return !n.cpus.empty(); });
+  return choose_nodes(topology, std::array{node.id, node.id});
+}
+
+// Groups of different sizes, empty ones too, of the teams in turn; every task of one waits for two earlier
+// groups and checks that their plain, not atomic, results are there.
+void check_chain(Runtime& runtime, std::size_t teams, int groups) {
+  TaskList list(teams);
   std::vector<const TaskList::Group*> group;
   std::vector<std::vector<int>> done(static_cast<std::size_t>(groups));
   std::atomic<int> wrong{0};
   for (std::size_t g = 0; g < done.size(); ++g) {
     done[g].resize(g * 7 % 5);
-    group.push_back(list.add(Stage::down, 0, std::ssize(done[g]), [&, g](index_t task, Arena& scratch) {
+    const auto body = [&, g](index_t task, Arena& scratch) {
       scratch.take<int>(10)[9] = 1;
       for (const std::size_t before : {std::size_t{1}, std::size_t{4}}) {
         if (g < before) continue;
@@ -46,7 +55,8 @@ void check_chain(Runtime& runtime, int groups) {
           if (runs != 1) ++wrong;
       }
       ++done[g][static_cast<std::size_t>(task)];
-    }));
+    };
+    group.push_back(list.add(Stage::down, g % teams, std::ssize(done[g]), body));
   }
   run(list, runtime);
   CHECK(wrong == 0);
@@ -56,12 +66,29 @@ void check_chain(Runtime& runtime, int groups) {
 
 }  // namespace
 
-TEST_CASE("tasks find what they waited for, whatever the number of threads") {
+TEST_CASE("tasks find what they waited for, whatever the number of threads and teams") {
   const Deadline deadline;
   for (const int threads : kThreads) {
     CAPTURE(threads);
     Runtime runtime(threads, 1, "scalar");
-    for (int round = 0; round < 100; ++round) check_chain(runtime, 40);
+    for (int round = 0; round < 100; ++round) check_chain(runtime, 1, 40);
+    if (threads < 2) continue;
+    Runtime two(threads, 2, "scalar", two_places());
+    for (int round = 0; round < 100; ++round) check_chain(two, 2, 40);
+  }
+}
+
+TEST_CASE("an exception in one team ends the tasks of all, and the runtime stays usable") {
+  const Deadline deadline;
+  Runtime runtime(4, 2, "scalar", two_places());
+  for (int round = 0; round < 50; ++round) {
+    TaskList list(2);
+    const auto* first = list.add(Stage::down, 1, 3, [&](index_t task, Arena&) {
+      if (task == 1) throw std::runtime_error("no");
+    });
+    list.add(Stage::down, 0, 100, [&](index_t, Arena& scratch) { list.wait(first, scratch); });
+    CHECK_THROWS_WITH_AS(run(list, runtime), "no", std::runtime_error);
+    check_chain(runtime, 2, 10);
   }
 }
 
@@ -147,7 +174,7 @@ TEST_CASE("an exception reaches the caller, ends those that wait, and the runtim
       });
       CHECK_THROWS_WITH_AS(run(list, runtime), "no", std::runtime_error);
       CHECK(after == 0);
-      check_chain(runtime, 20);
+      check_chain(runtime, 1, 20);
     }
 }
 

@@ -281,6 +281,25 @@ def test_a_torch_profiler_sees_ranges(layer: Layer) -> None:
     assert {"kt_moe.forward", "kt_moe.backward"} <= names
 
 
+def test_bytes_of_other_places() -> None:
+    """docs/numa.md has the formulas: rows that are gathered, and the parts of out that are merged."""
+    T, H, inner, E, K, places = 96, 128, 192, 2, 1, 2
+    runtime = kt_moe.Runtime(threads=2, shards=4, nodes=[0] * places)
+    experts = kt_moe.Experts(
+        torch.randn(E, inner, H), torch.randn(E, inner, H), torch.randn(E, H, inner), runtime=runtime
+    )
+    ids = torch.arange(T).remainder(E).unsqueeze(1)
+    with kt_moe.profile(runtime=runtime) as p:
+        kt_moe.moe(torch.randn(T, H, dtype=torch.bfloat16), ids, torch.ones(T, K), experts)
+    far = {stage: sum(s.bytes_remote for s in p.spans if s.stage == stage) for stage in ("gather", "merge")}
+    assert far["gather"] == 2 * T * K * H * (places - 1)  # x is the first place's
+    # Tokens are shared out in runs of 64: one place merges 64, the other 32; the result is the first place's.
+    first = next(s for s in p.spans if s.stage == "merge" and s.shard == 0)
+    assert first.thread == 0
+    assert far["merge"] in {4 * T * H + 2 * n * H for n in (32, 64)}
+    assert {s.thread for s in p.spans if s.shard in (2, 3)} == {1}
+
+
 SCRIPT = """
 import os, sys, torch, kt_moe
 experts = kt_moe.Experts(*torch.randn(2, 2, 32, 64), torch.randn(2, 64, 32))

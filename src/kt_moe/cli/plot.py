@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kt_moe.files import replacing
+from kt_moe.files import save_png
 
 Curve = list[tuple[int, float]]  # (step, loss)
 
@@ -72,12 +72,6 @@ def plot_losses(runs: Mapping[str, History], path: Path, title: str) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     save_png(figure, path)
-
-
-def save_png(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure; the file appears whole or not at all."""
-    with replacing(path) as part:
-        figure.savefig(part, format="png")
 
 
 def _xy(curve: Curve) -> tuple[list[int], list[float]]:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kt_moe.cli.plot import save_png
 from kt_moe.cli.trace import Lane, Trace, TraceSpan, Window, innermost
+from kt_moe.files import save_png
 
 _WIDTH, _LANE, _REST, _TALLEST = 14, 0.28, 2.0, 60.0  # inches: of the picture, a lane, all else, at most
 _DPI, _COLUMNS = 120, 3000

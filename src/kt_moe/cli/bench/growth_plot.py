@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kt_moe.cli.bench.growth import Point
-from kt_moe.cli.plot import save_png
+from kt_moe.files import save_png
 
 _PASSES = (("forward", "C0", "^"), ("backward", "C1", "v"))
 _LABELS = {"tokens": "tokens", "experts": "experts", "rank": "LoRA rank", "threads": "threads"}

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cases.add_argument(
         "--rank", type=list_of(_number(0)), metavar="R,..", help="LoRA rank, 0 for none (0,16)"
     )
-    cases.add_argument("--threads", type=counts, metavar="N,..", help="(the CPUs this process may use)")
+    cases.add_argument("--threads", type=counts, metavar="N,..", help="(the cores this process may use)")
     cases.add_argument("--isa", type=list_of(str), metavar="NAME,..", help="kernel set (the best there is)")
     how = parser.add_argument_group("how")
     how.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the LoRA tensors")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kt_moe.cli.bench.report import Result
-from kt_moe.cli.plot import save_png
+from kt_moe.files import save_png
 
 _MARKS = {"forward": "^", "backward": "v"}
 

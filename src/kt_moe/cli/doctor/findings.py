@@ -84,7 +84,7 @@ def _cpus(m: Machine) -> Iterator[Finding]:
             "cpu-limit",
             True,
             f"a control group grants the time of {limit:g} CPUs, and the affinity mask has {len(mask)}",
-            f"{count_text(m.topology['cpus'], 'thread')} by default, and all pause when the time is used up",
+            f"{count_text(m.topology['cores'], 'thread')} by default, and all pause when the time is used up",
             "docker --cpus, Kubernetes' limits.cpu or systemd's CPUQuota set it",
         )
     if m.threads > m.topology["cores"] and m.topology["threads_per_core"] > 1:
@@ -94,7 +94,7 @@ def _cpus(m: Machine) -> Iterator[Finding]:
             False,
             f"{m.threads} threads on {count_text(cores, 'core')}",
             "threads of one core share its multipliers and caches: seldom faster, at times slower",
-            f"compare with KT_MOE_THREADS={cores}",
+            f"the default is one a core: compare with KT_MOE_THREADS={cores}",
         )
 
 

@@ -102,7 +102,7 @@ def read_recorded(root: Path) -> Machine:
         missing |= flags - settings["flags"]
         sets[name] = "this CPU lacks " + ", ".join(sorted(missing)) if missing else "available"
     selected = [name for name, state in sets.items() if state == "available"][-1]
-    return Machine(topology, sets, selected, topology["cpus"], **settings)
+    return Machine(topology, sets, selected, topology["cores"], **settings)
 
 
 def _settings(root: Path, topology: dict[str, Any]) -> dict[str, Any]:
