@@ -1,5 +1,5 @@
 // Tasks with an order between them, run by all threads without a barrier: a task that needs what others make
-// waits for those, and only for those. Each is run by the team of its shard.
+// waits for those, and only for those. Each is run by the team it was added for.
 #pragma once
 
 #include <atomic>
