@@ -269,7 +269,8 @@ class Experts:
     def __repr__(self) -> str:
         return (
             f"Experts(num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
-            f"intermediate_size={self.intermediate_size}, format={self.format!r})"
+            f"intermediate_size={self.intermediate_size}, format={self.format!r}, "
+            f"placement={self.placement!r}, shards={self.shards})"
         )
 
 

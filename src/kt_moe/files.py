@@ -14,8 +14,14 @@ def replacing(path: Path) -> Iterator[Path]:
     """Within `with`: a path beside `path` to write to; what is there in the end becomes `path`.
 
     After an exception it is deleted, and what `path` was stays.
+
+    Raises:
+        OSError: `path` is a directory, a device or a pipe.
     """
-    part = path.with_name(f".{path.name}.part")
+    path = path.resolve()  # a link stays, and what it leads to is replaced
+    if path.exists() and not path.is_file():
+        raise OSError(f"{str(path)!r} is there and no ordinary file, wanted one to replace")
+    part = path.with_name(f".{path.name[:40]}.{os.getpid()}.part")
     try:
         yield part
         os.replace(part, path)

@@ -16,7 +16,8 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 
 from kt_moe import _core
-from kt_moe.runtime import Runtime, default_runtime
+from kt_moe.files import replacing
+from kt_moe.runtime import Runtime, default_runtime, live_runtimes
 
 _PARAMETERS = ParamSpec("_PARAMETERS")
 _RESULT = TypeVar("_RESULT")
@@ -105,22 +106,37 @@ class Profile:
         if self.path is not None:
             _check_writable(self.path)
         with _attaching:
-            if self._core is not None:
+            if self._core is not None or self._recording:
                 raise RuntimeError("a profile records once; call kt_moe.profile again for another")
             if (other := self.runtime._profile) is not None:
                 raise RuntimeError(f"{self.runtime!r} has a profile already: {other!r}")
-            self._core = _core.Profile(self.runtime._core, self._max_spans)
             self.runtime._profile = self
         self._recording, self._process = True, os.getpid()
+        try:
+            self._core = _core.Profile(self.runtime._core, self._max_spans)  # waits for a call that runs
+        finally:
+            if self._core is None:
+                self._detach()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with _attaching:
-            core = self._stopped(self._core)
-        if self.path is not None and self._process == os.getpid():  # a forked child has but a copy
-            _write_whole(core, self.path)
+        core = self._core
+        if core is None or not self._recording:
+            raise RuntimeError("the profile is not recording")
+        try:
+            core.stop()
+        finally:
+            if core.stopped:  # also if Ctrl-C came while a call was waited for
+                self._detach()
+                if self.path is not None and self._process == os.getpid():  # a forked child has but a copy
+                    with replacing(self.path) as part:
+                        core.write(part)
+
+    def _detach(self) -> None:
+        self._recording = False
+        self.runtime._profile = None
 
     def __repr__(self) -> str:
         return f"kt_moe.profile({None if self.path is None else str(self.path)!r})"
@@ -197,25 +213,20 @@ class Profile:
             if calls:
                 lines.append(f"{direction + ':':<10}{calls:>7} x {1e3 * wall / calls:.2f} ms")
         idle = sum(self.stages[name].share for name in ("wait", "idle") if name in self.stages)
+        if not self.calls:
+            return f"no calls of {self.runtime!r}; for experts with another give runtime=experts.runtime"
+        shards = f"{self.runtime.shards} shard{'s' * (self.runtime.shards > 1)}"
         lines.append(
-            f"{self.runtime.threads} threads, {self.runtime.shards} shards; waiting or idle {idle:.1%}, "
+            f"{self.runtime.threads} threads, {shards}; waiting or idle {idle:.1%}, "
             f"busiest thread {self.imbalance:.2f} x the mean; spans cover {self.coverage:.1%}"
         )
         if dropped := self.dropped + self._read().dropped_calls:
             lines.append(f"{dropped} spans beyond max_spans were dropped; the numbers above include them")
         return "\n".join(lines)
 
-    def _stopped(self, core: _core.Profile | None) -> _core.Profile:
-        if core is None or not self._recording:
-            raise RuntimeError("the profile is not recording")
-        self._recording = False
-        self.runtime._profile = None
-        core.stop()
-        return core
-
     def _read(self) -> _core.Profile:
         if self._core is None or self._recording:
-            raise RuntimeError("the profile can be read when its with block has ended")
+            raise RuntimeError("the profile can be read when its with block has begun and ended")
         return self._core
 
 
@@ -233,13 +244,13 @@ def profile(
             loss.backward()
         print(p.table())
 
-    The environment variable KT_MOE_PROFILE=path does so for the default runtime, from its making until the
-    interpreter exits.
+    The environment variable KT_MOE_PROFILE=path does so for every runtime, from its making until the
+    interpreter exits; of several that were used, the second's file is named path-2, and so on.
 
     Args:
         path: gets the spans as a trace for https://ui.perfetto.dev, chrome://tracing and `kt-moe
             trace-view`, when the block ends, also if by an exception; whole or not at all. None: no file.
-        runtime: whose threads to watch. None: `default_runtime()`.
+        runtime: whose threads to watch. None: the only one there is, or else `default_runtime()`.
         max_spans: to keep, of all threads together (72 bytes each); later ones are counted only.
 
     Raises:
@@ -249,7 +260,15 @@ def profile(
     """
     if max_spans < 1:
         raise ValueError(f"max_spans is {max_spans}, wanted at least 1")
-    return Profile(path, default_runtime() if runtime is None else runtime, max_spans)
+    if runtime is None:
+        runtimes = live_runtimes()
+        runtime = runtimes[0] if len(runtimes) == 1 else default_runtime()
+    if not isinstance(runtime, Runtime):
+        raise TypeError(f"runtime is a {type(runtime).__name__}, wanted kt_moe.Runtime or None")
+    return Profile(path, runtime, max_spans)
+
+
+_until_exit: list[Profile] = []  # in this process, for KT_MOE_PROFILE
 
 
 def profile_until_exit(path: str, runtime: Runtime) -> None:
@@ -260,16 +279,26 @@ def profile_until_exit(path: str, runtime: Runtime) -> None:
     """
     recording = Profile(path, runtime, 1_000_000)
     recording.__enter__()
-    process = os.getpid()
+    if not _until_exit:
+        atexit.register(_write_at_exit, os.getpid())
+    _until_exit.append(recording)
 
-    @atexit.register
-    def write() -> None:
-        if process != os.getpid():
-            return
+
+def _write_at_exit(process: int) -> None:
+    written = 0
+    for recording in _until_exit if process == os.getpid() else ():
+        path, recording.path = recording.path, None
         try:
             recording.__exit__(None, None, None)
-        except OSError as error:
+            if recording.calls and path is not None:
+                written += 1
+                to = path if written == 1 else path.with_stem(f"{path.stem}-{written}")
+                with replacing(to) as part:
+                    recording._read().write(part)
+        except (OSError, RuntimeError) as error:
             print(f"KT_MOE_PROFILE: {error}", file=sys.stderr)
+    if process == os.getpid() and written == 0:
+        print("KT_MOE_PROFILE: no layer was computed, so nothing was written", file=sys.stderr)
 
 
 def in_torch_profile(name: str) -> Callable[[Callable[_PARAMETERS, _RESULT]], Callable[_PARAMETERS, _RESULT]]:
@@ -289,19 +318,19 @@ def in_torch_profile(name: str) -> Callable[[Callable[_PARAMETERS, _RESULT]], Ca
 
 
 def _check_writable(path: Path) -> None:
+    path = path.resolve()
     folder = path.parent
     if not folder.is_dir():
         raise FileNotFoundError(f"path is {str(path)!r}, but there is no directory {str(folder)!r}")
     if path.is_dir():
         raise IsADirectoryError(f"path is {str(path)!r}, which is a directory")
+    if path.exists() and not path.is_file():
+        raise OSError(f"path is {str(path)!r}, which is no ordinary file")
+    try:
+        os.stat(folder / f".{path.name}")  # as the file system takes it: not too long, encodable
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        raise OSError(f"path is {path!r}, which is no name for a file: {error}") from error
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"path is {str(path)!r}, but in {str(folder)!r} no file can be written")
-
-
-def _write_whole(core: _core.Profile, path: Path) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        core.write(str(part))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ class Runtime:
         threads: number of threads, the calling one included. None: KT_MOE_THREADS, or the cores this process
             may use (affinity mask and cgroup limit).
         shards: slices of the intermediate dimension, at most 64, each with memory on NUMA nodes of its own
-            while there are enough. None: KT_MOE_SHARDS, or the number of nodes.
+            while there are enough. None: KT_MOE_SHARDS, or the number of nodes, at most that of threads.
         isa: "scalar", "avx2", "avx512", "avx512_bf16" or "amx". None: KT_MOE_ISA, or the best this CPU has.
         nodes: NUMA nodes, by the kernel's numbers, to whose CPUs and memory threads and weights are bound.
             One may be named more than once, to have several places on it as if they were nodes of their own.
@@ -41,8 +43,16 @@ class Runtime:
         isa: str | None = None,
         nodes: Sequence[int] | None = None,
     ) -> None:
-        self._core = _core.Runtime(threads, shards, isa, None if nodes is None else list(nodes))
+        threads, shards = _whole_number("threads", threads), _whole_number("shards", shards)
+        if isa is not None and not isinstance(isa, str):
+            raise TypeError(f"isa is {isa!r}, wanted a name or None")
+        self._core = _core.Runtime(threads, shards, isa, _node_list(nodes))
         self._profile: Profile | None = None  # that records what it does
+        _live.add(self)
+        if path := os.environ.get("KT_MOE_PROFILE"):
+            from kt_moe.profiler import profile_until_exit  # which needs this module
+
+            profile_until_exit(path, self)
 
     @property
     def threads(self) -> int:
@@ -68,12 +78,56 @@ class Runtime:
         """
         return self._core.scratch_bytes
 
+    @property
+    def nodes(self) -> list[int]:
+        """NUMA nodes whose CPUs compute, by the kernel's numbers; one for each place."""
+        return self._core.nodes
+
     def __repr__(self) -> str:
-        return f"Runtime(threads={self.threads}, shards={self.shards}, isa={self.isa!r})"
+        return f"Runtime(threads={self.threads}, shards={self.shards}, isa={self.isa!r}, nodes={self.nodes})"
+
+    def __copy__(self) -> Runtime:
+        return self
 
 
+def _whole_number(name: str, value: int | None) -> int | None:
+    if value is None:
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}, wanted a whole number or None") from None
+
+
+def _node_list(nodes: Sequence[int] | None) -> list[int] | None:
+    if nodes is None:
+        return None
+    try:
+        if isinstance(nodes, (str, bytes)):
+            raise TypeError
+        return [operator.index(node) for node in nodes]
+    except TypeError:
+        raise TypeError(f"nodes is {nodes!r}, wanted a list of whole numbers or None") from None
+
+
+_live: weakref.WeakSet[Runtime] = weakref.WeakSet()
 _default: Runtime | None = None
 _default_lock = threading.Lock()
+
+
+def live_runtimes() -> list[Runtime]:
+    """Every runtime there is."""
+    return list(_live)
+
+
+def _after_fork() -> None:
+    global _default_lock
+    _default_lock = threading.Lock()
+    for runtime in _live:
+        runtime._profile = None  # it stays the parent's
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def default_runtime() -> Runtime:
@@ -85,12 +139,7 @@ def default_runtime() -> Runtime:
     global _default
     with _default_lock:
         if _default is None:
-            runtime = Runtime()
-            if path := os.environ.get("KT_MOE_PROFILE"):
-                from kt_moe.profiler import profile_until_exit  # which needs this module
-
-                profile_until_exit(path, runtime)
-            _default = runtime
+            _default = Runtime()
         return _default
 
 

@@ -171,7 +171,7 @@ def test_nothing_was_computed(runtime: kt_moe.Runtime) -> None:
     with kt_moe.profile(runtime=runtime) as p:
         pass
     assert (p.calls, p.spans, p.stages, p.coverage, p.seconds) == ([], [], {}, 1.0, 0.0)
-    assert "spans cover" in p.table()
+    assert "no calls of Runtime(threads=2" in p.table()
 
 
 def test_the_file_is_a_trace(layer: Layer, runtime: kt_moe.Runtime, tmp_path: Path) -> None:
@@ -253,7 +253,10 @@ def test_one_profile_at_a_time(runtime: kt_moe.Runtime, tmp_path: Path) -> None:
             pass
         with kt_moe.profile(runtime=other):  # of another runtime
             pass
-    with kt_moe.profile(runtime=runtime) as p, pytest.raises(RuntimeError, match="with block has ended"):
+    with (
+        kt_moe.profile(runtime=runtime) as p,
+        pytest.raises(RuntimeError, match="with block has begun and ended"),
+    ):
         p.table()
     with pytest.raises(RuntimeError, match="records once"), p:
         pass
@@ -338,3 +341,56 @@ def test_a_path_in_the_environment_that_cannot_be(in_environment: Any, tmp_path:
     done = in_environment(tmp_path / "no" / "trace.json")
     assert done.returncode == 1
     assert "no directory" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe"])
+def test_what_is_no_ordinary_file_stays(kind: str, runtime: kt_moe.Runtime, tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/null")
+    with pytest.raises(OSError, match="no ordinary file"), kt_moe.profile(path, runtime):
+        pytest.fail("entered")
+    assert path.is_fifo() == (kind == "pipe")
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(
+    layer: Layer, runtime: kt_moe.Runtime, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "trace.json")
+    with kt_moe.profile(tmp_path / "link", runtime):
+        layer()
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def test_a_child_that_is_forked_while_a_thread_computes_and_a_profile_records() -> None:
+    code = """if True:
+        import os, threading, torch, kt_moe
+        runtime = kt_moe.Runtime(threads=2)
+        experts = kt_moe.Experts(*torch.randn(2, 2, 64, 64), torch.randn(2, 64, 64), runtime=runtime)
+        x, ids, weights = torch.randn(64, 64), torch.zeros(64, 1, dtype=torch.long), torch.ones(64, 1)
+        wanted, over = kt_moe.moe(x, ids, weights, experts), threading.Event()
+        def work():
+            while not over.is_set():
+                kt_moe.moe(x, ids, weights, experts)
+        with kt_moe.profile(runtime=runtime):
+            thread = threading.Thread(target=work)
+            thread.start()
+            for _ in range(12):
+                child = os.fork()
+                if child == 0:
+                    same = all(torch.equal(kt_moe.moe(x, ids, weights, experts), wanted) for _ in range(20))
+                    with kt_moe.profile(runtime=runtime) as p:  # the parent's stays the parent's
+                        kt_moe.moe(x, ids, weights, experts)
+                    os._exit(0 if same and len(p.calls) == 1 else 1)
+                status = os.waitpid(child, 0)[1]
+                if status != 0:
+                    print("child", status)
+            over.set()
+            thread.join()
+    """
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

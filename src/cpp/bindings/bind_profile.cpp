@@ -1,8 +1,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
 
+#include <filesystem>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 
 #include "bindings/gil.h"
@@ -28,16 +31,18 @@ class Recording {
     time_.emplace(*profile_);
   }
 
-  void write(const std::string& path) const { kt::write_trace(*profile_, *time_, path); }
+  bool stopped() const { return time_.has_value(); }
+
+  void write(const std::filesystem::path& path) const { kt::write_trace(*profile_, time(), path.native()); }
 
   py::list calls() const {
     py::list all;
     for (const kt::CallRecord& call : profile_->calls()) {
       const auto wall = static_cast<double>((call.end - call.begin) * profile_->threads());
-      all.append(py::make_tuple(name(call.direction), seconds((*time_)(call.begin)),
-                                seconds((*time_)(call.end)), static_cast<double>(call.covered) / wall,
-                                call.tokens, call.routes, call.experts, call.most_rows, call.work.flops,
-                                call.work.local, call.work.remote));
+      all.append(py::make_tuple(name(call.direction), seconds(time()(call.begin)), seconds(time()(call.end)),
+                                static_cast<double>(call.covered) / wall, call.tokens, call.routes,
+                                call.experts, call.most_rows, call.work.flops, call.work.local,
+                                call.work.remote));
     }
     return all;
   }
@@ -46,8 +51,8 @@ class Recording {
     py::list all;
     for (int thread = 0; thread < profile_->threads(); ++thread)
       for (const kt::SpanRecord& span : kt::in_order(profile_->recorder(static_cast<std::size_t>(thread))))
-        all.append(py::make_tuple(name(span.stage), thread, span.about.shard, seconds((*time_)(span.begin)),
-                                  seconds((*time_)(span.end)), seconds(time_->lasted(span.own)), span.call,
+        all.append(py::make_tuple(name(span.stage), thread, span.about.shard, seconds(time()(span.begin)),
+                                  seconds(time()(span.end)), seconds(time().lasted(span.own)), span.call,
                                   span.about.expert, span.about.rows, span.work.flops, span.work.local,
                                   span.work.remote));
     return all;
@@ -61,7 +66,7 @@ class Recording {
       py::list threads;
       for (int thread = 0; thread < profile_->threads(); ++thread) {
         const kt::StageTotal& total = profile_->recorder(static_cast<std::size_t>(thread)).total(stage);
-        threads.append(py::make_tuple(total.spans, seconds(time_->lasted(total.own)), total.work.flops,
+        threads.append(py::make_tuple(total.spans, seconds(time().lasted(total.own)), total.work.flops,
                                       total.work.local, total.work.remote));
       }
       all[name(stage)] = threads;
@@ -74,8 +79,8 @@ class Recording {
     py::dict all;
     for (const auto direction : {kt::Direction::forward, kt::Direction::backward}) {
       const kt::CallTotal& total = profile_->total(direction);
-      all[name(direction)] = py::make_tuple(total.calls, seconds(time_->lasted(total.wall)),
-                                            seconds(time_->lasted(total.covered)));
+      all[name(direction)] = py::make_tuple(total.calls, seconds(time().lasted(total.wall)),
+                                            seconds(time().lasted(total.covered)));
     }
     return all;
   }
@@ -87,6 +92,10 @@ class Recording {
   template <class T>
   static py::str name(T of) {
     return py::str(std::string(kt::name_of(of)));
+  }
+  const kt::TraceTime& time() const {
+    if (!time_) throw std::runtime_error("the profile is recording");
+    return *time_;
   }
   static double seconds(std::int64_t ns) { return 1e-9 * static_cast<double>(ns); }
 
@@ -104,6 +113,7 @@ void bind_profile(py::module_& m) {
       .def(py::init<std::shared_ptr<kt::Runtime>, std::size_t>(), py::arg("runtime"), py::arg("most_spans"),
            Released())
       .def("stop", &Recording::stop, Released())
+      .def_property_readonly("stopped", &Recording::stopped)
       .def("write", &Recording::write, py::arg("path"), Released())
       .def("calls", &Recording::calls)
       .def("spans", &Recording::spans)

@@ -43,6 +43,7 @@ void bind_runtime(py::module_& m) {
       .def_property_readonly("threads", &kt::Runtime::threads)
       .def_property_readonly("shards", &kt::Runtime::shards)
       .def_property_readonly("isa", &kt::Runtime::isa)
+      .def_property_readonly("nodes", &kt::Runtime::nodes)
       .def_property_readonly("scratch_bytes",
                              py::cpp_function(&kt::Runtime::scratch_bytes, py::call_guard<kt::ReleaseGil>()));
   py::class_<ResultMemory>(m, "ResultMemory", py::buffer_protocol())

@@ -1,6 +1,7 @@
 #include "cpu/layout.h"
 
 #include <algorithm>
+#include <string>
 #include <utility>
 
 #include "base/error.h"
@@ -45,6 +46,17 @@ struct Group {
 
 }  // namespace
 
+namespace {
+
+std::string usable_ids(const std::vector<NumaNode>& nodes) {
+  std::string text;
+  for (const NumaNode& node : nodes)
+    if (!node.cpus.empty()) text += (text.empty() ? "" : ", ") + std::to_string(node.id);
+  return text;
+}
+
+}  // namespace
+
 Topology choose_nodes(Topology topology, std::span<const int> nodes) {
   KT_CHECK(!nodes.empty(), "nodes is empty, wanted some of the NUMA nodes of this machine");
   std::vector<NumaNode> all = std::move(topology.nodes);
@@ -53,9 +65,9 @@ Topology choose_nodes(Topology topology, std::span<const int> nodes) {
   int cores = 0;
   for (const int id : nodes) {
     const auto found = std::ranges::find(all, id, &NumaNode::id);
-    KT_CHECK(found != all.end() && !found->cpus.empty(),
-             "nodes names node {}, which {}: see kt-moe doctor for those there are", id,
-             found == all.end() ? "is not there" : "has no CPU that this process may use");
+    KT_CHECK(found != all.end() && !found->cpus.empty(), "nodes names node {}, which {}, wanted some of {}",
+             id, found == all.end() ? "is not there" : "has no CPU that this process may use",
+             usable_ids(all));
     if (std::ranges::find(topology.nodes, id, &NumaNode::id) == topology.nodes.end())
       cores += static_cast<int>(found->cores.size());
     topology.nodes.push_back(*found);

@@ -2,6 +2,8 @@
 // recorder alone, without locks; what it wrote is read between calls.
 #pragma once
 
+#include <unistd.h>
+
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -191,6 +193,8 @@ class Profile {
   Profile(const Profile&) = delete;
   Profile& operator=(const Profile&) = delete;
 
+  // Whether this process made it. In a forked child its open spans are those of threads that are not there.
+  bool is_own() const { return process_ == getpid(); }
   int threads() const { return static_cast<int>(recorders_.size()); }
   int shards() const { return shards_; }
   Recorder& recorder(std::size_t thread) { return *recorders_[thread]; }
@@ -206,6 +210,7 @@ class Profile {
 
   void keep(const CallRecord& call) noexcept;
 
+  const pid_t process_ = getpid();
   TickClock clock_;
   int shards_;
   std::vector<std::unique_ptr<Recorder>> recorders_;

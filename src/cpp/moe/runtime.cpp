@@ -145,6 +145,13 @@ std::vector<Range> Runtime::split(index_t n, index_t align) const {
   return split_by(n, weights, align);
 }
 
+std::vector<int> Runtime::nodes() const {
+  std::vector<int> ids;
+  for (const NumaNode& node : topology_.nodes)
+    if (!node.cpus.empty()) ids.push_back(node.id);
+  return ids;
+}
+
 void Runtime::set_profile(std::shared_ptr<Profile> profile) {
   const WorkerPool::Claim claim = pool_.claim();
   profile_ = std::move(profile);
@@ -158,6 +165,9 @@ std::vector<int> Runtime::first_shards() const {
 }
 
 Runtime::Lease::Lease(Runtime& runtime) : runtime_(runtime), claim_(runtime.pool_.claim()) {
+  // In a forked child it is left where it is, as the parent's threads are.
+  if (auto& profile = runtime_.profile_; profile != nullptr && !profile->is_own())
+    new std::shared_ptr<Profile>(std::move(profile));
   for (Arena& arena : runtime_.memory_) {
     arena.reset();
     arena.reset_peak();

@@ -39,6 +39,8 @@ class Runtime {
   // Its share of all work, in the same unit for all shards.
   index_t weight_of(std::size_t shard) const { return layout_.shards[shard].weight; }
   const std::string& isa() const { return isa_; }
+  // Those whose CPUs compute, as often as they were chosen.
+  std::vector<int> nodes() const;
   // Most scratch memory that the last lease held at once, in all arenas together. Waits while there is one.
   std::size_t scratch_bytes();
   // Where results are written; it outlives the runtime while there are some.

@@ -11,7 +11,14 @@ from kt_moe.cli.errors import UserError
 from kt_moe.cli.nodes import node_lines
 from kt_moe.cli.text import cache_text, size_text
 
-OVERRIDES = ("KT_MOE_ISA", "KT_MOE_THREADS", "KT_MOE_SHARDS", "KT_MOE_NODES", "KT_MOE_PROFILE", "KT_MOE_INDEX_CACHE")
+OVERRIDES = (
+    "KT_MOE_ISA",
+    "KT_MOE_THREADS",
+    "KT_MOE_SHARDS",
+    "KT_MOE_NODES",
+    "KT_MOE_PROFILE",
+    "KT_MOE_INDEX_CACHE",
+)
 _LABELS = {
     "threads_per_core": "CPUs a core",
     "cgroup_cpu_limit": "CPU limit",

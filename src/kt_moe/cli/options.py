@@ -109,7 +109,7 @@ def _add_training(add: Callable[..., Any]) -> None:
     add("--seq-len", type=integer(2), default=1024, metavar="N", help="tokens a row; default: 1024")
     add("--assistant-only-loss", action="store_true", help='of "messages", learn the replies alone')
     add("--gradient-checkpointing", action="store_true", help="less memory, slower")
-    add("--threads", type=integer(1, 4096), metavar="N", help="default: every CPU this process may use")
+    add("--threads", type=integer(1, 4096), metavar="N", help="default: the cores this process may use")
     seed = "of split, order, LoRA; default: 0"
     add("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help=seed)
 

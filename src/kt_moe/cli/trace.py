@@ -119,6 +119,8 @@ def read_trace(path: Path) -> Trace:
 def _events(path: Path) -> list[Any]:
     try:
         size = path.stat().st_size
+        if not path.is_file():
+            raise UserError(f"{path} is no ordinary file")
         if size > _MOST_BYTES:
             raise UserError(f"{path} has {size:,} bytes, more than the {_MOST_BYTES:,} that can be drawn")
         content = json.loads(path.read_bytes())

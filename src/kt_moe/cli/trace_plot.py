@@ -39,7 +39,7 @@ def plot_trace(trace: Trace, window: Window, path: Path, title: str) -> None:
     )
     _draw_calls(axes, trace, window)
     _name_lanes(axes, trace, lanes)
-    axes.set_xlabel(f"ms from {window.begin / 1e3:.3f} ms on")
+    axes.set_xlabel("ms from the trace's beginning")
     axes.set_title(_plain(title), fontsize=10, loc="left", pad=18)
     _draw_legend(figure, colors)
     save_png(figure, path)
@@ -83,7 +83,7 @@ def _draw_spans(axes: Any, stages: NDArray[np.int64], window: Window, colors: Se
     from matplotlib.colors import to_rgb
 
     palette = np.array([*(to_rgb(color) for color in colors), to_rgb("white")])  # the last one is number -1
-    extent = (0.0, (window.end - window.begin) / 1e3, len(stages) - 0.5, -0.5)
+    extent = (window.begin / 1e3, window.end / 1e3, len(stages) - 0.5, -0.5)
     axes.imshow(palette[stages], extent=extent, aspect="auto", interpolation="nearest")
     for row in range(1, len(stages)):
         axes.axhline(row - 0.5, color="white", linewidth=2)
@@ -92,18 +92,18 @@ def _draw_spans(axes: Any, stages: NDArray[np.int64], window: Window, colors: Se
 def _draw_calls(axes: Any, trace: Trace, window: Window) -> None:
     shown = sorted(trace.calls.items())
     for number, call in shown:
-        left, right = ((t - window.begin) / 1e3 for t in (call.begin, call.end))
-        if left > 0:
+        left, right = call.begin / 1e3, call.end / 1e3
+        if left > window.begin / 1e3:
             axes.axvline(left, color="black", linewidth=0.6, zorder=10)
         if len(shown) <= 16:
             axes.annotate(
                 f"{_plain(call.name)} {number}",
-                (max(left, 0.0), 1.0),
+                (max(left, window.begin / 1e3), 1.0),
                 xycoords=("data", "axes fraction"),
                 xytext=(2, 3),
                 textcoords="offset points",
                 fontsize=7,
-                annotation_clip=right > 0,
+                annotation_clip=right > window.begin / 1e3,
             )
 
 

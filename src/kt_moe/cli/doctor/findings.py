@@ -87,7 +87,16 @@ def _cpus(m: Machine) -> Iterator[Finding]:
             f"{count_text(m.topology['cores'], 'thread')} by default, and all pause when the time is used up",
             "docker --cpus, Kubernetes' limits.cpu or systemd's CPUQuota set it",
         )
-    if m.threads > m.topology["cores"] and m.topology["threads_per_core"] > 1:
+    cpus = m.topology["cpus"]
+    if m.threads > cpus:
+        yield Finding(
+            "threads",
+            True,
+            f"{m.threads} threads on {count_text(cpus, 'CPU')}",
+            "they wait for each other's turns",
+            f"KT_MOE_THREADS={m.topology['cores']}, or unset it",
+        )
+    elif m.threads > m.topology["cores"] and m.topology["threads_per_core"] > 1:
         cores = m.topology["cores"]
         yield Finding(
             "smt",
@@ -242,16 +251,16 @@ def _placement(m: Machine) -> Iterator[Finding]:
 
 def _overrides(m: Machine) -> Iterator[Finding]:
     best = [name for name, state in m.kernel_sets.items() if state == "available"][-1]
+    cores, nodes = m.topology["cores"], sum(bool(node["cpus"]) for node in m.nodes)
+    costs = {
+        "KT_MOE_ISA": (m.selected != best, f"{best} kernels would be faster"),
+        "KT_MOE_THREADS": (m.threads < cores, f"{count_text(cores, 'core')} could compute"),
+        "KT_MOE_SHARDS": (m.shards < nodes, f"{count_text(nodes, 'node')} share weights that lie on either"),
+    }
     for name, value in m.overrides.items():
-        slow = (name == "KT_MOE_ISA" and m.selected != best) or (
-            name == "KT_MOE_THREADS" and m.threads < m.topology["cores"]
-        )
-        costs = {
-            "KT_MOE_ISA": f"{best} kernels would be faster",
-            "KT_MOE_THREADS": f"{count_text(m.topology['cores'], 'core')} could compute",
-        }
-        cost = costs[name] if slow else "nothing that is known"
-        yield Finding("override", slow, f"{name} is {value}", cost, f"unset {name}")
+        slow, cost = costs.get(name, (False, ""))
+        if slow:
+            yield Finding("override", True, f"{name} is {value}", cost, f"unset {name}")
 
 
 _CHECKS: tuple[Callable[[Machine], Iterator[Finding]], ...] = (

@@ -35,7 +35,7 @@ class Machine:
         flags, vendor, family, model: of /proc/cpuinfo.
         kernel_sets: name -> "available", or why not.
         selected: the kernel set that runs.
-        threads: of a default runtime.
+        threads, shards: of a default runtime.
         huge_pages: "always", "madvise" or "never" (transparent huge pages).
         governors: of the CPUs in the affinity mask, by driver and governor: how many.
         numa_balancing: /proc/sys/kernel/numa_balancing; 0 is off.
@@ -49,6 +49,7 @@ class Machine:
     kernel_sets: dict[str, str]
     selected: str
     threads: int
+    shards: int = 1
     vendor: str = ""
     family: int = 0
     model: int = 0
@@ -81,11 +82,13 @@ def read_machine() -> Machine:
     """
     info = _core.cpu_info()
     topology = _core.read_topology("/")
+    runtime = _core.Runtime(None, None, None, None)
     return Machine(
         topology,
         info["kernel_sets"],
         info["selected"],
-        _core.Runtime(None, None, None, None).threads,
+        runtime.threads,
+        shards=runtime.shards,
         overrides={name: os.environ[name] for name in OVERRIDES if os.environ.get(name)},
         probes=_core.probe_nodes(),
         **_settings(Path("/"), topology),
@@ -102,7 +105,11 @@ def read_recorded(root: Path) -> Machine:
         missing |= flags - settings["flags"]
         sets[name] = "this CPU lacks " + ", ".join(sorted(missing)) if missing else "available"
     selected = [name for name, state in sets.items() if state == "available"][-1]
-    return Machine(topology, sets, selected, topology["cores"], **settings)
+    return Machine(topology, sets, selected, topology["cores"], _shards(topology), **settings)
+
+
+def _shards(topology: dict[str, Any]) -> int:
+    return max(1, sum(bool(node["cpus"]) for node in topology["nodes"]))
 
 
 def _settings(root: Path, topology: dict[str, Any]) -> dict[str, Any]:

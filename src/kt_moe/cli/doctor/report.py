@@ -40,7 +40,10 @@ def describe(machine: Machine, findings: list[Finding]) -> str:
         )
     )
     lines = [processor, f"caches   {_caches(topology)}", *node_lines(machine.nodes)]
-    lines.append(f"kernels  {_kernels(machine)}; {count_text(machine.threads, 'thread')}")
+    threads, shards = count_text(machine.threads, "thread"), count_text(machine.shards, "shard")
+    lines.append(f"kernels  {_kernels(machine)}; {threads}, {shards}")
+    if machine.overrides:
+        lines.append("set      " + ", ".join(f"{name}={value}" for name, value in machine.overrides.items()))
     if machine.probes is not None:
         lines.append(f"memory   {_placement(machine.probes)}")
     lines.append("")

@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="default: adamw")
     add("--lora-dtype", choices=list(LORA_BYTES), default="fp32", help="of the experts' LoRA; default: fp32")
     add("--gradient-checkpointing", action="store_true", help="less memory, slower")
-    add("--threads", type=integer(1, 4096), metavar="N", help="default: every CPU this process may use")
+    add("--threads", type=integer(1, 4096), metavar="N", help="default: the cores this process may use")
     add("--no-measure", action="store_true", help="compute alone: no speed, scratch by its formula")
     add("--json", action="store_true", help="the same as JSON")
     parser.epilog = "Exit status: 0 it fits this machine, 1 it does not, 2 wrong usage."
