@@ -303,6 +303,28 @@ def test_bytes_of_other_places() -> None:
     assert {s.thread for s in p.spans if s.shard in (2, 3)} == {1}
 
 
+def test_experts_at_home_read_far_what_others_have() -> None:
+    T, H, inner, E, places = 96, 128, 192, 2, 2
+    runtime = kt_moe.Runtime(threads=2, nodes=[0] * places)
+    gate, up, down = torch.randn(E, inner, H), torch.randn(E, inner, H), torch.randn(E, H, inner)
+    experts = kt_moe.Experts(gate, up, down, runtime=runtime, placement="expert")
+    x, weights = torch.randn(T, H, dtype=torch.bfloat16, requires_grad=True), torch.ones(T, 1)
+    for second in (0, 31, T):  # tokens of the expert that lives in the second place
+        ids = (torch.arange(T) < second).long().unsqueeze(1)
+        with kt_moe.profile(runtime=runtime) as p:
+            kt_moe.moe(x, ids, weights, experts).float().sum().backward()
+        far = {(s.call, s.stage): 0 for s in p.spans}
+        for s in p.spans:
+            far[s.call, s.stage] += s.bytes_remote
+        assert far[0, "gather"] == far[1, "gather"] == 2 * second * H  # x and dY are the first place's
+        assert far[0, "gate_up"] == far[1, "grad_down"] == 2 * 2 * second * inner  # G and U, as if they were
+        assert far[0, "down"] == far[1, "grad_hidden"] == 0
+        # The first 64 tokens are the first place's to add up, the other 32 the second's.
+        near = min(second, 64), T - 64 - max(second - 64, 0)
+        for call in (0, 1):
+            assert far[call, "merge"] == 4 * H * sum(near) + 2 * H * 32
+
+
 SCRIPT = """
 import os, sys, torch, kt_moe
 experts = kt_moe.Experts(*torch.randn(2, 2, 32, 64), torch.randn(2, 64, 32))

@@ -18,23 +18,19 @@ void prefetch(const bf16_t* row, index_t n) {
 
 }  // namespace
 
-void Backward::run(Saved saved) {
-  hidden_ = take_by_shard();
-  grad_gate_up_ = {take_by_shard(), take_by_shard()};
+void Backward::run(const Saved& saved) {
+  const bool recompute = !saved;
+  hidden_ = take_inner();
+  grad_gate_up_ = {take_inner(), take_inner()};
+  saved_gate_ = recompute ? take_inner() : cut_inner(saved.gate);
+  saved_up_ = recompute ? take_inner() : cut_inner(saved.up);
   for (const Projection p : projections) {
     const std::size_t i = index_of(p);
+    ByBlock& kept = p == Projection::down ? weighted_low_rank_ : low_rank_[i];
+    kept = recompute ? take_low_rank(p) : cut_low_rank(p, saved.low_rank[i]);
     grad_low_rank_[i] = {take_low_rank(p), take_low_rank(p)};
     grad_inputs_[i].resize(blocks_.size());
   }
-  const bool recompute = !saved;
-  if (recompute) {
-    saved_gate_ = take_by_shard(), saved_up_ = take_by_shard();
-    for (const Projection p : projections) saved.low_rank[index_of(p)] = take_low_rank(p);
-  } else {
-    saved_gate_ = cut(saved.gate), saved_up_ = cut(saved.up);
-  }
-  for (const Projection p : kGateUp) low_rank_[index_of(p)] = saved.low_rank[index_of(p)];
-  weighted_low_rank_ = saved.low_rank[index_of(Projection::down)];
   if (recompute) {
     add_gate_up();
     add_down_low_rank();
@@ -107,7 +103,7 @@ void Backward::add_down() {
 void Backward::down(Block block, Range slice, Range next, float* dots, index_t dot_cols,
                     Arena& scratch) const {
   const index_t n = inner(block);
-  const bf16_t *const gate = saved_gate_[block.shard], *const up = saved_up_[block.shard];
+  const bf16_t *const gate = saved_gate_[block.index], *const up = saved_up_[block.index];
   BackwardWeights weights;
   add_weights(kDown, block, slice, next, weights, scratch);
   const index_t stored = block.count * slice.size() * index_t{sizeof(bf16_t)};
@@ -120,14 +116,15 @@ void Backward::down(Block block, Range slice, Range next, float* dots, index_t d
     input_gradient(weights, part, slice, grad, stride, scratch);
     const Span span(recorder(scratch), Stage::grad_activation);
     for (index_t i = 0; i < part.count; ++i) {
-      if (const index_t ahead = part.first + i + kRowsAhead; ahead < block.first + block.count)
+      const index_t row = within(part).begin + i, route = part.first + i;
+      if (const index_t ahead = row + kRowsAhead; ahead < block.count)
         for (const bf16_t* rows : {gate, up}) prefetch(rows + ahead * n + slice.begin, slice.size());
       for (index_t j = 0; j < slice.size(); j += dot_cols) {
-        const index_t route = part.first + i, place = route * n + slice.begin + j;
+        const index_t place = row * n + slice.begin + j;
         dots[j / dot_cols * routing_.routes() + route] = activation_.backward(
             static_cast<int>(std::min(dot_cols, slice.size() - j)), grad + i * stride + j, weight(route),
-            gate + place, up + place, grad_gate_up_[0][block.shard] + place,
-            grad_gate_up_[1][block.shard] + place, hidden_[block.shard] + place);
+            gate + place, up + place, grad_gate_up_[0][block.index] + place,
+            grad_gate_up_[1][block.index] + place, hidden_[block.index] + place);
       }
     }
   });
@@ -199,7 +196,7 @@ void Backward::add_hidden_states() {
 
 Rows Backward::grad_output(Projection p, Block block, Range cols) const {
   if (p == Projection::down) return by_token(grad_out_, block, cols);
-  return by_route(grad_gate_up_[index_of(p)][block.shard], inner(block), block, cols);
+  return by_route(grad_gate_up_[index_of(p)], inner(block), block, cols);
 }
 
 index_t Backward::grad_input_bytes(Projection p, Block block) const {

@@ -13,13 +13,13 @@ class Backward : Pass {
         grad_out_(grad_out),
         gradients_(gradients) {}
 
-  void run(Saved saved);
+  void run(const Saved& saved);
 
  private:
   // Q = s dOutput B of a route: by rows for the gradient of the input, transposed for that of A. The routing
   // weight of the down projection belongs in the second alone: dh' is wanted without it.
   struct LowRankGradient {
-    bf16_t *rows = nullptr, *transposed = nullptr;
+    ByBlock rows, transposed;
   };
 
   // The gradient of a projection's output, a block's rows: packed once for all slices of the weights. Nothing
@@ -98,15 +98,15 @@ class Backward : Pass {
   void clear_lora(index_t expert) const;
 
   // P as the gradient of B wants it.
-  const bf16_t* output_low_rank(Projection p) const {
+  const ByBlock& output_low_rank(Projection p) const {
     return p == Projection::down ? weighted_low_rank_ : low_rank_[index_of(p)];
   }
   index_t rows_per_part() const { return 4 * kernels().gemm.mr; }
 
   MatView grad_out_;
   const LayerGradients& gradients_;
-  std::array<ByShard, 2> grad_gate_up_;  // dG, dU
-  std::array<LowRankGradient, 3> grad_low_rank_{};
+  std::array<ByBlock, 2> grad_gate_up_;  // dG, dU
+  std::array<LowRankGradient, 3> grad_low_rank_;
   std::array<std::vector<GradInput>, 3> grad_inputs_;  // a block each
   // A block each: what forward did not keep (empty if it did); dG and dU; their packed form and their Q.
   std::vector<const Group*> recomputed_, down_done_, gradients_done_;

@@ -53,7 +53,7 @@ void Backward::keep_grad_low_rank(Projection p, Block block, float* product, Are
   const int rank = static_cast<int>(inputs_.of(p).rank()), count = static_cast<int>(block.count);
   for (index_t i = 0; i < count; ++i) {
     float* row = product + i * stride;
-    epilogue.round_scaled(rank, lora_scale(p), row, q.rows + (block.first + i) * rank);
+    epilogue.round_scaled(rank, lora_scale(p), row, q.rows[block.index] + i * rank);
     const float factor = p == Projection::down ? weight(block.first + i) : 1.0f;
     for (int j = 0; j < rank; ++j) row[j] *= factor;
   }
@@ -61,7 +61,7 @@ void Backward::keep_grad_low_rank(Projection p, Block block, float* product, Are
   epilogue.transpose(product, stride, count, rank, transposed, count);
   for (int j = 0; j < rank; ++j)
     epilogue.round_scaled(count, lora_scale(p), transposed + j * count,
-                          q.transposed + rank * block.first + j * count);
+                          q.transposed[block.index] + j * count);
 }
 
 void Backward::add_lora() {
@@ -113,7 +113,7 @@ void Backward::lora(const LoraJob& job, Arena& scratch) const {
   const std::size_t i = index_of(p);
   const index_t rank = inputs_.of(p).rank(), width = job.slice.size();
   const index_t stride = result_stride(kernels(), width);
-  const bf16_t* low_rank = job.of_b ? output_low_rank(p) : grad_low_rank_[i].transposed;
+  const ByBlock& low_rank = job.of_b ? output_low_rank(p) : grad_low_rank_[i].transposed;
   auto* grad = scratch.take<float>(rank * stride);
   bool accumulate = false;
   for (const std::size_t b : job.blocks) {

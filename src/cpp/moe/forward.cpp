@@ -10,12 +10,13 @@ class Forward : Pass {
       : Pass(runtime, experts, inputs, std::nullopt, Direction::forward) {}
 
   bool run(const Saved& saved, const Result& out) {
-    hidden_ = take_by_shard();
+    constexpr Projection down = Projection::down;
+    hidden_ = take_inner();
     for (const Projection p : kGateUp)
-      low_rank_[index_of(p)] = saved ? saved.low_rank[index_of(p)] : take_low_rank(p);
-    low_rank_[index_of(Projection::down)] = take_low_rank(Projection::down);
-    weighted_low_rank_ = saved.low_rank[index_of(Projection::down)];
-    saved_gate_ = cut(saved.gate), saved_up_ = cut(saved.up);
+      low_rank_[index_of(p)] = saved ? cut_low_rank(p, saved.low_rank[index_of(p)]) : take_low_rank(p);
+    low_rank_[index_of(down)] = take_low_rank(down);
+    weighted_low_rank_ = cut_low_rank(down, saved.low_rank[index_of(down)]);
+    saved_gate_ = cut_inner(saved.gate), saved_up_ = cut_inner(saved.up);
     add_gate_up();
     add_hidden();
     add_down(out);

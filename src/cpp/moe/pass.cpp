@@ -99,18 +99,34 @@ void Pass::add_siblings(Block block) {
   }
 }
 
-Pass::ByShard Pass::take_by_shard() {
-  ByShard memory;
-  for (const Portion& shard : shards_)
-    memory.push_back(lease_.memory(shard.team).take<bf16_t>(routing_.routes() * shard.inner.size()));
-  return memory;
+Pass::ByBlock Pass::take_inner() {
+  ByBlock matrices;
+  for (const Block block : blocks_)
+    matrices.push_back(memory(block).take<bf16_t>(block.count * inner(block)));
+  return matrices;
 }
 
-Pass::ByShard Pass::cut(bf16_t* matrix) const {
-  ByShard parts;
-  for (const Portion& shard : shards_)
-    parts.push_back(matrix == nullptr ? nullptr : matrix + routing_.routes() * shard.inner.begin);
-  return parts;
+Pass::ByBlock Pass::cut_inner(bf16_t* matrix) const {
+  ByBlock matrices;
+  for (std::size_t b = 0; matrix != nullptr && b < blocks_.size(); ++b)
+    matrices.push_back(matrix + routing_.routes() * shards_[blocks_[b].shard].inner.begin +
+                       blocks_[b].first * inner(blocks_[b]));
+  return matrices;
+}
+
+Pass::ByBlock Pass::take_low_rank(Projection p) {
+  ByBlock matrices;
+  for (const Block block : blocks_)
+    matrices.push_back(at_home(block) ? memory(block).take<bf16_t>(inputs_.of(p).rank() * block.count)
+                                      : matrices[home_of(block)]);
+  return matrices;
+}
+
+Pass::ByBlock Pass::cut_low_rank(Projection p, bf16_t* matrix) const {
+  ByBlock matrices;
+  for (std::size_t b = 0; matrix != nullptr && b < blocks_.size(); ++b)
+    matrices.push_back(matrix + inputs_.of(p).rank() * blocks_[b].first);
+  return matrices;
 }
 
 WeightBlock Pass::weights_of(Projection p, Block block) const {
@@ -135,17 +151,17 @@ MatView Pass::lora_b(Projection p, Block block) const {
   return lora.b[block.expert].block(shards_[block.shard].inner.begin, 0, inner(block), lora.rank());
 }
 
-Rows Pass::by_token(const MatView& matrix, Block block, Range cols) const {
-  return {matrix.block(0, cols.begin, block.count, cols.size()), routing_.token.data() + block.first};
+Rows Pass::by_token(const MatView& matrix, Block part, Range cols) const {
+  return {matrix.block(0, cols.begin, part.count, cols.size()), routing_.token.data() + part.first};
 }
 
-Rows Pass::by_route(const bf16_t* matrix, index_t row_length, Block block, Range cols) const {
-  return {view(matrix, DType::bf16, routing_.routes(), row_length)
-              .block(block.first, cols.begin, block.count, cols.size())};
+Rows Pass::by_route(const ByBlock& matrices, index_t row_length, Block part, Range cols) const {
+  return {view(matrices[part.index], DType::bf16, blocks_[part.index].count, row_length)
+              .block(within(part).begin, cols.begin, part.count, cols.size())};
 }
 
 Rows Pass::input(Projection p, Block block, Range cols) const {
-  return p == Projection::down ? by_route(hidden_[block.shard], inner(block), block, cols)
+  return p == Projection::down ? by_route(hidden_, inner(block), block, cols)
                                : by_token(inputs_.hidden_states, block, cols);
 }
 
@@ -163,9 +179,8 @@ Rows Pass::lora_input(Projection p, Block block, Range cols, Arena& scratch) con
   return {view(copy, DType::bf16, block.count, cols.size())};
 }
 
-MatView Pass::low_rank_of(const bf16_t* low_rank, index_t rank, Block part) const {
-  const Block& whole = blocks_[part.index];
-  return view(low_rank + rank * whole.first, DType::bf16, rank, whole.count)
+MatView Pass::low_rank_of(const ByBlock& low_rank, index_t rank, Block part) const {
+  return view(low_rank[part.index], DType::bf16, rank, blocks_[part.index].count)
       .block(0, within(part).begin, rank, part.count);
 }
 

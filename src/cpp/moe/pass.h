@@ -62,8 +62,8 @@ class Pass {
  protected:
   using Group = TaskList::Group;
 
-  // A matrix of a shard's columns of the intermediate dimension for each shard, [routes, inner].
-  using ByShard = std::vector<bf16_t*>;
+  // A matrix of the routes of each block; or none of any.
+  using ByBlock = std::vector<bf16_t*>;
 
   // The input of a forward product, a block's rows: packed once for all slices of the weights. Nothing where
   // the rows are few.
@@ -103,14 +103,14 @@ class Pass {
   void add_reduced(Stage stage, const std::vector<const Group*>& ready, Floats floats, Compute compute,
                    Finish finish, std::vector<const Group*>& done);
 
-  // The rows of a block in a [T, n] matrix, and in a [routes, n] one.
-  Rows by_token(const MatView& matrix, Block block, Range cols) const;
-  Rows by_route(const bf16_t* matrix, index_t row_length, Block block, Range cols) const;
+  // The rows of a part of a block in a [T, n] matrix, and in the block's own [count, row_length].
+  Rows by_token(const MatView& matrix, Block part, Range cols) const;
+  Rows by_route(const ByBlock& matrices, index_t row_length, Block part, Range cols) const;
   // The input of a projection, rows of a block; for its LoRA A with dropped elements zero.
   Rows input(Projection p, Block block, Range cols) const;
   Rows lora_input(Projection p, Block block, Range cols, Arena& scratch) const;
   // P' or Q' of a part of a block: [r, count].
-  MatView low_rank_of(const bf16_t* low_rank, index_t rank, Block part) const;
+  MatView low_rank_of(const ByBlock& low_rank, index_t rank, Block part) const;
 
   // Rows so few that their products read the weights as they are, without packing.
   bool few(Block part) const { return blocks_[part.index].count <= kernels().few.max_rows; }
@@ -218,12 +218,13 @@ class Pass {
   // One row of fp32 results, stored in the wanted type.
   void store(const float* row, index_t n, const Result& result, index_t offset) const;
 
-  bf16_t* take_low_rank(Projection p) {
-    return lease_.memory(0).take<bf16_t>(inputs_.of(p).rank() * routing_.routes());
-  }
-  // Memory on the shards, and the shards' places in a matrix [routes, I], or of null.
-  ByShard take_by_shard();
-  ByShard cut(bf16_t* matrix) const;
+  // Matrices [count, inner] in memory of the blocks' teams, and those that lie in memory of the caller: shards
+  // one after the other, [routes, inner]. Of null none.
+  ByBlock take_inner();
+  ByBlock cut_inner(bf16_t* matrix) const;
+  // The same of P or Q, [r, count] or [count, r]: siblings have one in common, at home.
+  ByBlock take_low_rank(Projection p);
+  ByBlock cut_low_rank(Projection p, bf16_t* matrix) const;
   Arena& memory(Block block) { return lease_.memory(block.team); }
 
   bool at_home(Block block) const { return block.index % shards_.size() == 0; }
@@ -280,10 +281,10 @@ class Pass {
   std::vector<Portion> shards_;          // those that have some of the intermediate dimension
   std::vector<Block> blocks_;            // every route once a shard, experts in order
   std::vector<float> weight_;            // routing weight of every route
-  std::array<bf16_t*, 3> low_rank_{};    // P' of each projection with LoRA
-  bf16_t* weighted_low_rank_ = nullptr;  // P' of down times the routing weights
-  ByShard hidden_;                       // h
-  ByShard saved_gate_, saved_up_;        // G and U; null where they are not kept
+  std::array<ByBlock, 3> low_rank_;      // P' of each projection with LoRA
+  ByBlock weighted_low_rank_;            // P' of down times the routing weights; none where it is not kept
+  ByBlock hidden_;                       // h
+  ByBlock saved_gate_, saved_up_;        // G and U; none where they are not kept
   TaskList tasks_;
   std::vector<const Group*> gate_up_done_;  // a block each
 
@@ -291,6 +292,7 @@ class Pass {
   // A lane for each place; or if every block is computed at one alone, for each team.
   struct Lane;
   std::vector<Lane> lanes() const;
+  std::vector<Lane> lanes_of_teams() const;
 
   // The steps of add_sum, for a slice of the result: the rows of all routes; their sums, or the parts of each
   // place, and what these add up to.
@@ -301,10 +303,12 @@ class Pass {
   void add_parts(const std::shared_ptr<Sum>& sum, std::size_t slice);
   void add_merges(const std::shared_ptr<Sum>& sum, std::size_t slice);
   void multiply_slice(const Sum& sum, const Siblings& blocks, Range slice, float* rows, Arena& scratch) const;
-  // The sum of a token's routes in `rows`, `width` columns of them.
-  void sum_routes(const Sum& sum, index_t token, index_t width, const float* rows, float* total,
+  // The sum of a token's routes in a lane's rows, or in those of all lanes, where each has its own.
+  void sum_routes(const Sum& sum, std::size_t slice, std::size_t lane, index_t token, float* total,
                   Arena& scratch) const;
-  index_t routes_of(Range tokens) const;
+  // A team's reading of the rows of tokens in all lanes.
+  Work rows_read(const Sum& sum, std::size_t slice, Range tokens, std::size_t team) const;
+  std::span<const std::int32_t> routes_of(Range tokens) const;
   // Adds for every team tasks body(team, tokens, scratch), for its share of all tokens; appends their groups.
   using TokenBody = std::function<void(std::size_t team, Range tokens, Arena& scratch)>;
   void add_by_token(const TokenBody& body, std::vector<const Group*>& groups);

@@ -87,12 +87,13 @@ void Pass::keep_low_rank(Projection p, Block block, float* product) {
   const index_t rank = inputs_.of(p).rank(), stride = result_stride(kernels(), block.count);
   for (index_t i = 0; i < rank; ++i) {
     float* row = product + i * stride;
-    const auto keep = [&](bf16_t* stored) {
-      kernels().epilogue.round_scaled(to_int(block.count), lora_scale(p), row,
-                                      stored + rank * block.first + i * block.count);
+    const auto keep = [&](const ByBlock& stored) {
+      if (!stored.empty())
+        kernels().epilogue.round_scaled(to_int(block.count), lora_scale(p), row,
+                                        stored[block.index] + i * block.count);
     };
-    if (low_rank_[index_of(p)] != nullptr) keep(low_rank_[index_of(p)]);
-    if (p != Projection::down || weighted_low_rank_ == nullptr) continue;
+    keep(low_rank_[index_of(p)]);
+    if (p != Projection::down) continue;
     for (index_t j = 0; j < block.count; ++j) row[j] *= weight(block.first + j);
     keep(weighted_low_rank_);
   }
@@ -100,7 +101,7 @@ void Pass::keep_low_rank(Projection p, Block block, float* product) {
 
 void Pass::gate_up(Block block, Range slice, Range next, const ForwardInput& in, Arena& scratch) const {
   const index_t n = inner(block), width = slice.size(), part_rows = kernels().gemm.nr;
-  bf16_t *const gate = saved_gate_[block.shard], *const up = saved_up_[block.shard];
+  const bool saved = !saved_gate_.empty();
   std::array<ForwardWeights, 2> weights;
   std::array<float*, 2> result;
   for (const Projection p : kGateUp) {
@@ -109,7 +110,7 @@ void Pass::gate_up(Block block, Range slice, Range next, const ForwardInput& in,
   }
   const index_t stored = block.count * width * index_t{sizeof(bf16_t)};
   count(scratch, {0, stored, 0});  // h
-  if (gate != nullptr) count(scratch, moved(2 * stored, 0, block.team));
+  if (saved) count(scratch, moved(2 * stored, 0, block.team));
   auto* unsaved =
       scratch.take<bf16_t>(width + 1) + 1;  // off a line, for what fills lines may go past the caches
   for_tiles(block, [&](Block part) {
@@ -117,10 +118,10 @@ void Pass::gate_up(Block block, Range slice, Range next, const ForwardInput& in,
       multiply_forward(p, {&weights[index_of(p)], 1}, part, result[index_of(p)], width, scratch);
     const Span span(recorder(scratch), Stage::activation);
     for (index_t i = 0; i < part.count; ++i) {
-      const index_t place = (part.first + i) * n + slice.begin;
+      const index_t place = (within(part).begin + i) * n + slice.begin;
       activation_.forward(to_int(width), result[0] + i * width, result[1] + i * width,
-                          gate ? gate + place : unsaved, up ? up + place : unsaved,
-                          hidden_[block.shard] + place);
+                          saved ? saved_gate_[block.index] + place : unsaved,
+                          saved ? saved_up_[block.index] + place : unsaved, hidden_[block.index] + place);
     }
   });
 }

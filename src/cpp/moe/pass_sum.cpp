@@ -25,6 +25,7 @@ struct Pass::Lane {
   std::size_t team;
   int shard;  // the first, by its number in a profile; -1: there is but one
   std::vector<Siblings> products = {};
+  index_t routes = 0;  // of these products
 };
 
 // A [T, H] result in the making, slice by slice of its columns.
@@ -36,6 +37,11 @@ struct Pass::Sum {
   Product product;
   std::vector<Lane> lanes;
   bool parts;  // lanes have sums of their own, which are merged
+  struct Row {
+    std::size_t lane;
+    index_t place;
+  };
+  std::vector<Row> rows;  // of every route, where lanes have routes of their own; none: all, in order
   Slices slices;
   index_t width, stride;  // of a slice at most, and of its rows
   index_t strip;          // columns at most, on tiles
@@ -53,20 +59,41 @@ struct Pass::Sum {
   const Memory& memory(std::size_t s) const { return kept[s % kept.size()]; }
   // The groups of the slice whose memory slice s takes; null: it is new.
   const Groups* before(std::size_t s) const { return s < kept.size() ? nullptr : &groups[s - kept.size()]; }
-  std::size_t rows_team(std::size_t lane) const { return lanes[parts ? lane : 0].team; }
+  static std::vector<Row> rows_of(const std::vector<Lane>& lanes, index_t routes) {
+    std::vector<Row> rows(static_cast<std::size_t>(routes));
+    for (std::size_t l = 0; l < lanes.size(); ++l) {
+      index_t place = 0;
+      for (const Siblings& blocks : lanes[l].products)
+        for (index_t i = 0; i < blocks.front().count; ++i)
+          rows[static_cast<std::size_t>(blocks.front().first + i)] = {l, place++};
+    }
+    return rows;
+  }
+  // Where the row of a route is in a slice.
+  float* row(std::size_t s, std::size_t lane, index_t route) const {
+    if (rows.empty()) return memory(s).rows[lane] + route * stride;
+    const Row& own = rows[static_cast<std::size_t>(route)];
+    return memory(s).rows[own.lane] + own.place * stride;
+  }
 };
 
-std::vector<Pass::Lane> Pass::lanes() const {
+std::vector<Pass::Lane> Pass::lanes_of_teams() const {
   std::vector<Lane> lanes;
-  const std::size_t siblings = shards_.size();
-  if (siblings == 1) {
-    for (std::size_t team = 0; team < lease_.teams(); ++team) lanes.push_back({team, -1});
-    for (const Block& block : blocks_) lanes[block.team].products.push_back({block});
-    return lanes;
+  for (std::size_t team = 0; team < lease_.teams(); ++team) lanes.push_back({team, -1});
+  for (const Block& block : blocks_) {
+    lanes[block.team].products.push_back({block});
+    lanes[block.team].routes += block.count;
   }
+  return lanes;
+}
+
+std::vector<Pass::Lane> Pass::lanes() const {
+  const std::size_t siblings = shards_.size();
+  if (siblings == 1) return lanes_of_teams();
+  std::vector<Lane> lanes;
   for (std::size_t s = 0, end; s < siblings; s = end) {
     for (end = s; end < siblings && shards_[end].place == shards_[s].place;) ++end;
-    Lane lane{shards_[s].team, to_int(static_cast<index_t>(shards_[s].number))};
+    Lane lane{shards_[s].team, to_int(static_cast<index_t>(shards_[s].number)), {}, routing_.routes()};
     for (std::size_t home = 0; home < blocks_.size(); home += siblings) {
       Siblings& blocks = lane.products.emplace_back();
       for (std::size_t i = s; i < end; ++i)  // add_siblings began with another shard
@@ -81,13 +108,15 @@ void Pass::add_sum(Stage stage, const Result& result, bool weighted, index_t til
                    const std::vector<const Group*>& ready, Product product) {
   std::vector<Lane> lanes = this->lanes();
   const bool parts = shards_.size() > 1 && lanes.size() > 1;
+  const bool apart = !parts && lanes.size() > 1;
+  std::vector<Sum::Row> rows = apart ? Sum::rows_of(lanes, routing_.routes()) : std::vector<Sum::Row>();
   const index_t bytes = inner_bytes * ceil_div(experts_.intermediate, parts ? std::ssize(lanes) : 1);
   const Slices slices =
       this->slices(experts_.hidden, tile, std::max(bytes / kSliceStrips, cache_part() / kSumCols));
   const index_t width = slices[0].size();
-  const auto sum = std::make_shared<Sum>(
-      Sum{stage, result, weighted, ready, std::move(product), std::move(lanes), parts, slices, width,
-          result_stride(kernels(), width), std::clamp(cache_part() / bytes, tile, kStripTiles * tile)});
+  const auto sum = std::make_shared<Sum>(Sum{
+      stage, result, weighted, ready, std::move(product), std::move(lanes), parts, std::move(rows), slices,
+      width, result_stride(kernels(), width), std::clamp(cache_part() / bytes, tile, kStripTiles * tile)});
   take_memory(*sum);
   // The sum of a slice comes behind the next one's products, and what parts become behind the parts of the
   // next one, so that they seldom wait for their own.
@@ -103,10 +132,9 @@ void Pass::add_sum(Stage stage, const Result& result, bool weighted, index_t til
 void Pass::take_memory(Sum& sum) {
   sum.kept.resize(std::min(static_cast<std::size_t>(sum.slices.count), kSlicesKept));
   for (Sum::Memory& slice : sum.kept)
-    for (std::size_t l = 0; l < sum.lanes.size(); ++l) {
-      Arena& memory = lease_.memory(sum.rows_team(l));
-      const bool own = sum.parts || l == 0;
-      slice.rows.push_back(own ? memory.take<float>(routing_.routes() * sum.stride) : slice.rows.front());
+    for (const Lane& lane : sum.lanes) {
+      Arena& memory = lease_.memory(lane.team);
+      slice.rows.push_back(memory.take<float>(lane.routes * sum.stride));
       slice.sums.push_back(sum.parts ? memory.take<float>(inputs_.hidden_states.rows * sum.width) : nullptr);
     }
 }
@@ -123,9 +151,8 @@ void Pass::add_products(const std::shared_ptr<Sum>& sum, std::size_t s) {
       }
       const Siblings& blocks = lane.products[static_cast<std::size_t>(task)];
       for (const Block& block : blocks) tasks_.wait(sum->ready[block.index], scratch);
-      const index_t bytes = blocks.front().count * sum->slice(s).size() * kFloat;
-      count(scratch, moved(bytes, sum->rows_team(l), lane.team));
-      multiply_slice(*sum, blocks, sum->slice(s), sum->memory(s).rows[l], scratch);
+      count(scratch, {0, blocks.front().count * sum->slice(s).size() * kFloat, 0});
+      multiply_slice(*sum, blocks, sum->slice(s), sum->row(s, l, blocks.front().first), scratch);
     };
     const Label label{sum->stage, {lane.shard}};
     sum->groups[s].products.push_back(tasks_.add(label, lane.team, std::ssize(lane.products), body));
@@ -142,8 +169,7 @@ void Pass::multiply_slice(const Sum& sum, const Siblings& blocks, Range slice, f
   for_slices(strips, 0, count, [&](index_t, Range strip, Range next) {
     const Arena::Frame frame(scratch);
     const auto cols = [&](Range r) { return Range{slice.begin + r.begin, slice.begin + r.end}; };
-    sum.product(blocks, cols(strip), cols(next), rows + block.first * sum.stride + strip.begin, sum.stride,
-                scratch);
+    sum.product(blocks, cols(strip), cols(next), rows + strip.begin, sum.stride, scratch);
   });
 }
 
@@ -151,11 +177,11 @@ void Pass::add_sums(const std::shared_ptr<Sum>& sum, std::size_t s) {
   const auto body = [=, this](std::size_t team, Range tokens, Arena& scratch) {
     wait(sum->groups[s].products, scratch);
     const index_t width = sum->slice(s).size();
-    count(scratch, moved(routes_of(tokens) * width * kFloat, sum->rows_team(0), team));
+    if (recorder(scratch) != nullptr) count(scratch, rows_read(*sum, s, tokens, team));
     count(scratch, moved(tokens.size() * width * size(sum->result), 0, team));
     auto* total = scratch.take<float>(width);
     for (index_t t = tokens.begin; t < tokens.end; ++t) {
-      sum_routes(*sum, t, width, sum->memory(s).rows.front(), total, scratch);
+      sum_routes(*sum, s, 0, t, total, scratch);
       store(total, width, sum->result, t * experts_.hidden + sum->slice(s).begin);
     }
   };
@@ -171,9 +197,9 @@ void Pass::add_parts(const std::shared_ptr<Sum>& sum, std::size_t s) {
       tasks_.wait(sum->groups[s].products[l], scratch);
       const Range some{task * kSumTokens, std::min(tokens, (task + 1) * kSumTokens)};
       const index_t width = sum->slice(s).size();
-      count(scratch, {0, (routes_of(some) + some.size()) * width * kFloat, 0});
+      count(scratch, {0, (std::ssize(routes_of(some)) + some.size()) * width * kFloat, 0});
       for (index_t t = some.begin; t < some.end; ++t)
-        sum_routes(*sum, t, width, sum->memory(s).rows[l], sum->memory(s).sums[l] + t * sum->width, scratch);
+        sum_routes(*sum, s, l, t, sum->memory(s).sums[l] + t * sum->width, scratch);
     };
     const Label label{Stage::merge, {lane.shard}};
     sum->groups[s].sums.push_back(tasks_.add(label, lane.team, ceil_div(tokens, kSumTokens), body));
@@ -215,24 +241,32 @@ void Pass::add_by_token(const TokenBody& body, std::vector<const Group*>& groups
   }
 }
 
-index_t Pass::routes_of(Range tokens) const {
-  const std::int32_t* offset = routing_.token_offset.data();
-  return offset[tokens.end] - offset[tokens.begin];
+std::span<const std::int32_t> Pass::routes_of(Range tokens) const {
+  const std::int32_t *offset = routing_.token_offset.data(), *routes = routing_.of_token.data();
+  return {routes + offset[tokens.begin], routes + offset[tokens.end]};
 }
 
-void Pass::sum_routes(const Sum& sum, index_t token, index_t width, const float* rows, float* total,
+Work Pass::rows_read(const Sum& sum, std::size_t s, Range tokens, std::size_t team) const {
+  const index_t bytes = sum.slice(s).size() * kFloat;
+  const std::span<const std::int32_t> routes = routes_of(tokens);
+  if (sum.rows.empty()) return moved(std::ssize(routes) * bytes, sum.lanes.front().team, team);
+  Work work;
+  for (const std::int32_t route : routes)
+    work += moved(bytes, sum.rows[static_cast<std::size_t>(route)].lane, team);
+  return work;
+}
+
+void Pass::sum_routes(const Sum& sum, std::size_t s, std::size_t lane, index_t token, float* total,
                       Arena& scratch) const {
   const Arena::Frame frame(scratch);
-  const std::int32_t* offset = routing_.token_offset.data() + token;
-  const int count = offset[1] - offset[0];
-  auto* scale = scratch.take<float>(count);
-  auto* terms = scratch.take<const float*>(count);
-  for (int i = 0; i < count; ++i) {
-    const index_t route = routing_.of_token[static_cast<std::size_t>(offset[0] + i)];
-    scale[i] = sum.weighted ? weight(route) : 1.0f;
-    terms[i] = rows + route * sum.stride;
+  const std::span<const std::int32_t> routes = routes_of({token, token + 1});
+  auto* scale = scratch.take<float>(std::ssize(routes));
+  auto* terms = scratch.take<const float*>(std::ssize(routes));
+  for (std::size_t i = 0; i < routes.size(); ++i) {
+    scale[i] = sum.weighted ? weight(routes[i]) : 1.0f;
+    terms[i] = sum.row(s, lane, routes[i]);
   }
-  kernels().epilogue.sum_scaled(to_int(width), count, terms, scale, total);
+  kernels().epilogue.sum_scaled(to_int(sum.slice(s).size()), to_int(std::ssize(routes)), terms, scale, total);
 }
 
 void Pass::store(const float* row, index_t n, const Result& result, index_t offset) const {
