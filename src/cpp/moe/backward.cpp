@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "moe/pass_tasks.h"
-
 namespace kt {
 
 namespace {
@@ -44,12 +42,13 @@ void Backward::run(const Saved& saved) {
 
 void Backward::add_down_low_rank() {
   constexpr Projection down = Projection::down;
-  add_reduced(
-      Stage::hidden, gate_up_done_, [this](Block block) { return product_floats(down, block); },
-      [this](Block block, float* product, Arena& scratch) {
-        if (inputs_.of(down)) multiply_a(down, block, {}, product, scratch);
-      },
-      [this](Block block, float* product, Arena&) { keep_low_rank(down, block, product); }, recomputed_);
+  add_reduced(Stage::hidden, gate_up_done_,
+              {[this](Block block) { return product_floats(down, block); },
+               [this](Block block, float* product, Arena& scratch) {
+                 if (inputs_.of(down)) multiply_a(down, block, {}, product, scratch);
+               },
+               [this](Block block, float* product, Arena&) { keep_low_rank(down, block, product); }},
+              recomputed_);
 }
 
 void Backward::add_down() {
@@ -72,26 +71,25 @@ void Backward::add_down() {
   std::fill_n(dots, rows * routes, 0.0f);
   const index_t packed_rows = packed_a_bytes(kernels(), kBlockRows, experts_.hidden);
   add_with_input(
-      Stage::grad_down, packed_rows + packed_a_bytes(kernels(), kBlockRows, inputs_.of(down).rank()),
-      [=, this](Block block, char* memory, const Group* home, Arena& scratch) {
-        pack_grad_rows(down, block, memory);
-        if (home != nullptr) tasks_.wait(home, scratch);
-        if (home == nullptr && biased) bias_dots(block, dots + count * routes, scratch);
-        if (!inputs_.of(down)) return;
-        if (home == nullptr) {
-          const Arena::Frame frame(scratch);
-          auto* product = scratch.take<float>(grad_product_floats(down, block));
-          multiply_b(down, block, product, scratch);
-          keep_grad_low_rank(down, block, product, scratch);
-        }
-        pack_grad_low_rank(down, block, memory + packed_rows);
-      },
-      slices,
-      [=, this](Block block, index_t i, Range slice, Range next, Arena& scratch) {
-        if (!recomputed_.empty()) tasks_.wait(recomputed_[block.index], scratch);
-        const index_t dot = first_dot[block.shard] + (fixed ? slice.begin / kDotCols : i);
-        this->down(block, slice, next, dots + dot * routes, fixed ? kDotCols : slice.size(), scratch);
-      },
+      Stage::grad_down, packed_rows + packed_a_bytes(kernels(), kBlockRows, inputs_.of(down).rank()), slices,
+      {[=, this](Block block, char* memory, const Group* home, Arena& scratch) {
+         pack_grad_rows(down, block, memory);
+         if (home != nullptr) tasks_.wait(home, scratch);
+         if (home == nullptr && biased) bias_dots(block, dots + count * routes, scratch);
+         if (!inputs_.of(down)) return;
+         if (home == nullptr) {
+           const Arena::Frame frame(scratch);
+           auto* product = scratch.take<float>(grad_product_floats(down, block));
+           multiply_b(down, block, product, scratch);
+           keep_grad_low_rank(down, block, product, scratch);
+         }
+         pack_grad_low_rank(down, block, memory + packed_rows);
+       },
+       [=, this](Block block, index_t i, Range slice, Range next, Arena& scratch) {
+         if (!recomputed_.empty()) tasks_.wait(recomputed_[block.index], scratch);
+         const index_t dot = first_dot[block.shard] + (fixed ? slice.begin / kDotCols : i);
+         this->down(block, slice, next, dots + dot * routes, fixed ? kDotCols : slice.size(), scratch);
+       }},
       down_done_);
   if (gradients_.topk_weights != nullptr)
     tasks_.add(Stage::dots, 0, 1, [=, this](index_t, Arena& scratch) {
@@ -156,27 +154,27 @@ void Backward::add_gate_up_gradients() {
   const auto floats = [this](Block block) {
     return grad_product_floats(Projection::gate, block) + grad_product_floats(Projection::up, block);
   };
-  add_reduced(
-      Stage::gather_grad, down_done_, floats,
-      [=, this](Block block, float* product, Arena& scratch) {
-        for (const Projection p : kGateUp) {
-          pack_grad_rows(p, block, into[block.index][index_of(p)]);
-          if (inputs_.of(p)) multiply_b(p, block, product, scratch);
-          product += grad_product_floats(p, block);
-        }
-      },
-      [=, this](Block block, float* product, Arena& scratch) {
-        for (const Projection p : kGateUp) {
-          if (inputs_.of(p)) {
-            keep_grad_low_rank(p, block, product, scratch);
-            pack_grad_low_rank(
-                p, block,
-                into[block.index][index_of(p)] + packed_a_bytes(kernels(), block.count, inner(block)));
-          }
-          product += grad_product_floats(p, block);
-        }
-      },
-      gradients_done_);
+  add_reduced(Stage::gather_grad, down_done_,
+              {floats,
+               [=, this](Block block, float* product, Arena& scratch) {
+                 for (const Projection p : kGateUp) {
+                   pack_grad_rows(p, block, into[block.index][index_of(p)]);
+                   if (inputs_.of(p)) multiply_b(p, block, product, scratch);
+                   product += grad_product_floats(p, block);
+                 }
+               },
+               [=, this](Block block, float* product, Arena& scratch) {
+                 for (const Projection p : kGateUp) {
+                   if (inputs_.of(p)) {
+                     keep_grad_low_rank(p, block, product, scratch);
+                     pack_grad_low_rank(p, block,
+                                        into[block.index][index_of(p)] +
+                                            packed_a_bytes(kernels(), block.count, inner(block)));
+                   }
+                   product += grad_product_floats(p, block);
+                 }
+               }},
+              gradients_done_);
 }
 
 void Backward::add_hidden_states() {

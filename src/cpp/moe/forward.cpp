@@ -1,4 +1,4 @@
-#include "moe/pass_tasks.h"
+#include "moe/pass.h"
 
 namespace kt {
 
@@ -34,20 +34,20 @@ class Forward : Pass {
     std::vector<char*> memory;
     for (const Block block : blocks_)
       memory.push_back(this->memory(block).take<char>(forward_input_bytes(kDown, block.count, inner(block))));
-    add_reduced(
-        Stage::hidden, gate_up_done_, [this](Block block) { return product_floats(down, block); },
-        [=, this](Block block, float* product, Arena& scratch) {
-          ForwardInput& in = packed_[block.index];
-          pack_input(down, block, memory[block.index], in);
-          if (inputs_.of(down)) multiply_a(down, block, in.rows, product, scratch);
-        },
-        [=, this](Block block, float* product, Arena&) {
-          if (!inputs_.of(down)) return;
-          keep_low_rank(down, block, product);
-          char* behind = memory[block.index] + packed_b_bytes(kernels(), block.count, inner(block));
-          pack_low_rank(down, block, behind, packed_[block.index]);
-        },
-        packed_done_);
+    add_reduced(Stage::hidden, gate_up_done_,
+                {[this](Block block) { return product_floats(down, block); },
+                 [=, this](Block block, float* product, Arena& scratch) {
+                   ForwardInput& in = packed_[block.index];
+                   pack_input(down, block, memory[block.index], in);
+                   if (inputs_.of(down)) multiply_a(down, block, in.rows, product, scratch);
+                 },
+                 [=, this](Block block, float* product, Arena&) {
+                   if (!inputs_.of(down)) return;
+                   keep_low_rank(down, block, product);
+                   char* behind = memory[block.index] + packed_b_bytes(kernels(), block.count, inner(block));
+                   pack_low_rank(down, block, behind, packed_[block.index]);
+                 }},
+                packed_done_);
   }
 
   // out[token] += weight * (h W' + P B').

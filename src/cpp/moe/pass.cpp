@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "moe/cost.h"
-#include "moe/pass_tasks.h"
 
 namespace kt {
 

@@ -9,48 +9,13 @@
 #include <span>
 #include <vector>
 
-#include "base/split.h"
 #include "gemm/gemm.h"
+#include "moe/block.h"
 #include "moe/layer.h"
 #include "moe/routing.h"
 #include "moe/task_list.h"
 
 namespace kt {
-
-// Kernels count rows and columns of a tile in int.
-inline int to_int(index_t n) { return static_cast<int>(n); }
-
-// Most routes that share one packing of an expert's weights; enough to make the packing cheap.
-inline constexpr index_t kBlockRows = 512;
-
-// The projections that read hidden_states, and the one that reads h.
-inline constexpr std::array kGateUp{Projection::gate, Projection::up};
-inline constexpr std::array kDown{Projection::down};
-
-// Consecutive routes of one expert, on one shard: a block, or some of the routes of block `index`. The blocks
-// of the same routes on all shards are siblings: they follow one another, and the first is at home, where
-// what all of them share is computed.
-struct Block {
-  int expert;
-  std::size_t shard, team;  // of those in the pass
-  std::size_t index;
-  std::size_t input;  // the sibling that packs their common input for its team
-  index_t first, count;
-};
-
-// What a shard has of the intermediate dimension.
-struct Portion {
-  Range inner;
-  std::size_t number, team, place;
-};
-
-// The cut of n columns (or rows of a weight) into `count` slices, cuts on multiples of `tile`. Slices at the
-// end may be empty.
-struct Slices {
-  index_t n, count, tile;
-
-  Range operator[](index_t i) const { return split(n, count, i, tile); }
-};
 
 class Pass {
  public:
@@ -96,12 +61,15 @@ class Pass {
     return inputs_.of(p).rank() * result_stride(kernels(), block.count);
   }
 
-  // Adds for every block a task that waits for its group of `ready` and calls compute(block, product,
-  // scratch) for floats(block) numbers. These are added up over siblings, shards in order, for finish(block,
-  // sum, scratch), which is called at home. done[b] becomes the group of block b's task.
-  template <class Floats, class Compute, class Finish>
-  void add_reduced(Stage stage, const std::vector<const Group*>& ready, Floats floats, Compute compute,
-                   Finish finish, std::vector<const Group*>& done);
+  // Adds for every block a task that waits for its group of `ready` (a member) and computes floats(block)
+  // numbers. These are added up over siblings, shards in order; finish is called at home with the sum.
+  // done[b] becomes the group of block b's task.
+  struct Reduced {
+    std::function<index_t(Block block)> floats;
+    std::function<void(Block block, float* product, Arena& scratch)> compute, finish;
+  };
+  void add_reduced(Stage stage, const std::vector<const Group*>& ready, Reduced steps,
+                   std::vector<const Group*>& done);
 
   // The rows of a part of a block in a [T, n] matrix, and in the block's own [count, row_length].
   Rows by_token(const MatView& matrix, Block part, Range cols) const;
@@ -188,14 +156,17 @@ class Pass {
     return {begin, begin + part.count};
   }
 
-  // Adds for every block that packs for its siblings a task pack(block, memory, home, scratch), `home` the
-  // group that packs at home, or null if it is this one; and for every block tasks that wait for it and call
-  // multiply(block, i, slices[i], the slice after it, scratch), with the slices of its shard; done[b] becomes
-  // the group of the latter. Packing runs some blocks ahead, so that products seldom wait, in a ring of
-  // pieces of `bytes`, each free again when its products are done.
-  template <class Pack, class Multiply>
-  void add_with_input(Stage stage, index_t bytes, Pack pack, const std::vector<Slices>& slices,
-                      Multiply multiply, std::vector<const Group*>& done);
+  // Adds for every block that packs for its siblings a task to do so, `home` the group that packs at home, or
+  // null if it is this one; and for every block tasks that wait for it and multiply slice i of its shard's
+  // `slices`, of which `next` follows; done[b] becomes the group of the latter. Packing runs some blocks
+  // ahead, so that products seldom wait, in a ring of pieces of `bytes`, each free again when its products
+  // are done.
+  struct WithInput {
+    std::function<void(Block block, char* memory, const Group* home, Arena& scratch)> pack;
+    std::function<void(Block block, index_t i, Range slice, Range next, Arena& scratch)> multiply;
+  };
+  void add_with_input(Stage stage, index_t bytes, const std::vector<Slices>& slices, WithInput steps,
+                      std::vector<const Group*>& done);
 
   // P of a block's rows in natural order, [count, r].
   Rows low_rank_rows(Projection p, Block block, Arena& scratch) const;
@@ -218,8 +189,8 @@ class Pass {
   // One row of fp32 results, stored in the wanted type.
   void store(const float* row, index_t n, const Result& result, index_t offset) const;
 
-  // Matrices [count, inner] in memory of the blocks' teams, and those that lie in memory of the caller: shards
-  // one after the other, [routes, inner]. Of null none.
+  // Matrices [count, inner] in memory of the blocks' teams, and those that lie in memory of the caller:
+  // shards one after the other, [routes, inner]. Of null none.
   ByBlock take_inner();
   ByBlock cut_inner(bf16_t* matrix) const;
   // The same of P or Q, [r, count] or [count, r]: siblings have one in common, at home.
@@ -278,13 +249,13 @@ class Pass {
   const ActivationKernels& activation_;
   Routing routing_;
   bool whole_;
-  std::vector<Portion> shards_;          // those that have some of the intermediate dimension
-  std::vector<Block> blocks_;            // every route once a shard, experts in order
-  std::vector<float> weight_;            // routing weight of every route
-  std::array<ByBlock, 3> low_rank_;      // P' of each projection with LoRA
-  ByBlock weighted_low_rank_;            // P' of down times the routing weights; none where it is not kept
-  ByBlock hidden_;                       // h
-  ByBlock saved_gate_, saved_up_;        // G and U; none where they are not kept
+  std::vector<Portion> shards_;      // those that have some of the intermediate dimension
+  std::vector<Block> blocks_;        // every route once a shard, experts in order
+  std::vector<float> weight_;        // routing weight of every route
+  std::array<ByBlock, 3> low_rank_;  // P' of each projection with LoRA
+  ByBlock weighted_low_rank_;        // P' of down times the routing weights; none where it is not kept
+  ByBlock hidden_;                   // h
+  ByBlock saved_gate_, saved_up_;    // G and U; none where they are not kept
   TaskList tasks_;
   std::vector<const Group*> gate_up_done_;  // a block each
 

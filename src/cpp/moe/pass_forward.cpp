@@ -1,7 +1,7 @@
 // The steps of forward that backward repeats when it recomputes: P, G, U and h.
 #include <algorithm>
 
-#include "moe/pass_tasks.h"
+#include "moe/pass.h"
 
 namespace kt {
 
@@ -11,16 +11,14 @@ void Pass::add_gate_up() {
     slices.push_back(this->slices(shard.inner.size(), kernels().gemm.mr,
                                   2 * experts_.hidden * kernels().gemm.element_bytes));
   hidden_states_.resize(blocks_.size());
-  add_with_input(
-      Stage::gate_up, forward_input_bytes(kGateUp, kBlockRows, experts_.hidden),
-      [this](Block block, char* memory, const Group* home, Arena& scratch) {
-        pack_forward_input(kGateUp, block, memory, home, hidden_states_[block.index], scratch);
-      },
-      slices,
-      [=, this](Block block, index_t, Range slice, Range next, Arena& scratch) {
-        gate_up(block, slice, next, hidden_states_[block.input], scratch);
-      },
-      gate_up_done_);
+  add_with_input(Stage::gate_up, forward_input_bytes(kGateUp, kBlockRows, experts_.hidden), slices,
+                 {[this](Block block, char* memory, const Group* home, Arena& scratch) {
+                    pack_forward_input(kGateUp, block, memory, home, hidden_states_[block.index], scratch);
+                  },
+                  [this](Block block, index_t, Range slice, Range next, Arena& scratch) {
+                    gate_up(block, slice, next, hidden_states_[block.input], scratch);
+                  }},
+                 gate_up_done_);
 }
 
 index_t Pass::forward_input_bytes(std::span<const Projection> targets, index_t routes, index_t cols) const {

@@ -27,6 +27,18 @@ __attribute__((always_inline)) inline void prefetch_tile(const char* bytes) {
   for (int line = 0; line < 16; ++line) _mm_prefetch(bytes + 64 * line, _MM_HINT_T0);
 }
 
+// A step of the product, from segment to segment; behind the last one it goes on, to the next panels.
+struct Step {
+  const Segment *segment, *end;
+  int p = 0;
+  const char *a = static_cast<const char*>(segment->a), *b = static_cast<const char*>(segment->b);
+
+  __attribute__((always_inline)) void advance() {
+    p += KB, a += kABytes, b += kBBytes;
+    if (p >= segment->k && segment + 1 != end) *this = {segment + 1, end};
+  }
+};
+
 // Tiles: 0 1 are the upper row of results, 2 3 the lower, 4 5 hold A, 6 7 hold B.
 template <bool Lower, bool Right>
 void tile(const Segment* segments, int count, float* c, ptrdiff_t ldc, bool add) {
@@ -43,23 +55,24 @@ void tile(const Segment* segments, int count, float* c, ptrdiff_t ldc, bool add)
     KT_TILE_ZERO(2);
     KT_TILE_ZERO(3);
   }
+  Step next{segments, segments + count};
+  for (int i = 0; i < kAhead; ++i) next.advance();
   for (const Segment* segment = segments; segment != segments + count; ++segment) {
     const char* a = static_cast<const char*>(segment->a);
     const char* b = static_cast<const char*>(segment->b);
-    for (int p = 0; p < segment->k; p += KB, a += kABytes, b += kBBytes) {
-      const char *next_a = a + kAhead * kABytes, *next_b = b + kAhead * kBBytes;
+    for (int p = 0; p < segment->k; p += KB, a += kABytes, b += kBBytes, next.advance()) {
       KT_TILE_LOAD(6, b, kBStride);
       KT_TILE_LOAD(4, a, kAStride);
       if constexpr (Right) KT_TILE_LOAD(7, b + 64, kBStride);
       if constexpr (Lower) KT_TILE_LOAD(5, a + kABytes / 2, kAStride);
       KT_TILE_MULTIPLY(0, 4, 6);
-      prefetch_tile(next_a);
+      prefetch_tile(next.a);
       if constexpr (Right) KT_TILE_MULTIPLY(1, 4, 7);
-      if constexpr (Lower) prefetch_tile(next_a + kABytes / 2);
+      if constexpr (Lower) prefetch_tile(next.a + kABytes / 2);
       if constexpr (Lower) KT_TILE_MULTIPLY(2, 5, 6);
-      prefetch_tile(next_b);
+      prefetch_tile(next.b);
       if constexpr (Lower && Right) KT_TILE_MULTIPLY(3, 5, 7);
-      prefetch_tile(next_b + kBBytes / 2);
+      prefetch_tile(next.b + kBBytes / 2);
     }
   }
   KT_TILE_STORE(0, c, stride);

@@ -1,23 +1,22 @@
 // The tasks of a pass for all its blocks, in an order in which each waits for earlier ones alone.
-#pragma once
-
 #include <algorithm>
+#include <memory>
 #include <utility>
 
 #include "moe/pass.h"
 
 namespace kt {
 
-template <class Floats, class Compute, class Finish>
-void Pass::add_reduced(Stage stage, const std::vector<const Group*>& ready, Floats floats, Compute compute,
-                       Finish finish, std::vector<const Group*>& done) {
+void Pass::add_reduced(Stage stage, const std::vector<const Group*>& ready, Reduced steps,
+                       std::vector<const Group*>& done) {
+  const auto shared = std::make_shared<const Reduced>(std::move(steps));
   const std::size_t siblings = shards_.size();
   done.resize(blocks_.size());
   std::vector<const float*> products(blocks_.size());
   for (std::size_t home = 0; home < blocks_.size(); home += siblings) {
     for (std::size_t b = home + siblings; b-- > home;) {  // home comes last: it waits for the others
       const Block block = blocks_[b];
-      float* own = siblings == 1 ? nullptr : memory(block).template take<float>(floats(block));
+      float* own = siblings == 1 ? nullptr : memory(block).take<float>(shared->floats(block));
       products[b] = own;
       std::vector<const Group*> others;
       std::vector<const float*> terms;
@@ -28,11 +27,11 @@ void Pass::add_reduced(Stage stage, const std::vector<const Group*>& ready, Floa
       }
       done[b] = tasks_.add(
           label(stage, block), block.team, 1,
-          [=, this, others = std::move(others), terms = std::move(terms)](index_t, Arena& scratch) {
+          [=, this, &ready, others = std::move(others), terms = std::move(terms)](index_t, Arena& scratch) {
             tasks_.wait(ready[block.index], scratch);
-            const index_t n = floats(block);
+            const index_t n = shared->floats(block);
             float* product = own == nullptr ? scratch.take<float>(n) : own;
-            compute(block, product, scratch);
+            shared->compute(block, product, scratch);
             if (!at_home(block)) return;
             for (const Group* other : others) tasks_.wait(other, scratch);
             if (!terms.empty()) {
@@ -42,15 +41,15 @@ void Pass::add_reduced(Stage stage, const std::vector<const Group*>& ready, Floa
               kernels().epilogue.sum_scaled(static_cast<int>(n), static_cast<int>(terms.size()), terms.data(),
                                             once.data(), product);
             }
-            finish(block, product, scratch);
+            shared->finish(block, product, scratch);
           });
     }
   }
 }
 
-template <class Pack, class Multiply>
-void Pass::add_with_input(Stage stage, index_t bytes, Pack pack, const std::vector<Slices>& slices,
-                          Multiply multiply, std::vector<const Group*>& done) {
+void Pass::add_with_input(Stage stage, index_t bytes, const std::vector<Slices>& slices, WithInput steps,
+                          std::vector<const Group*>& done) {
+  const auto shared = std::make_shared<const WithInput>(std::move(steps));
   struct Ring {
     char* memory;
     std::vector<std::size_t> inputs = {};  // the blocks that packed into it, in order
@@ -59,7 +58,7 @@ void Pass::add_with_input(Stage stage, index_t bytes, Pack pack, const std::vect
   const std::size_t kept = std::min(blocks / siblings, 2 * inputs_ahead_);
   std::vector<Ring> rings;
   for (std::size_t team = 0; team < lease_.teams(); ++team)
-    rings.push_back({lease_.memory(team).template take<char>(static_cast<index_t>(kept) * bytes)});
+    rings.push_back({lease_.memory(team).take<char>(static_cast<index_t>(kept) * bytes)});
   std::vector<const Group*> packed(blocks);
   done.resize(blocks);
   const auto add_pack = [&](std::size_t b) {
@@ -79,7 +78,7 @@ void Pass::add_with_input(Stage stage, index_t bytes, Pack pack, const std::vect
         [=, emptied = std::move(emptied), this](index_t, Arena& scratch) {
           for (const Group* products : emptied) tasks_.wait(products, scratch);
           count(scratch, moved(block.count * experts_.hidden * index_t{sizeof(bf16_t)}, 0, block.team));
-          pack(block, piece, home, scratch);
+          shared->pack(block, piece, home, scratch);
         });
   };
   const auto add_products = [&](std::size_t b) {
@@ -91,7 +90,7 @@ void Pass::add_with_input(Stage stage, index_t bytes, Pack pack, const std::vect
                            tasks_.wait(input, scratch);
                            for_slices(cut, task, run, [&](index_t i, Range slice, Range next) {
                              const Arena::Frame frame(scratch);
-                             multiply(block, i, slice, next, scratch);
+                             shared->multiply(block, i, slice, next, scratch);
                            });
                          });
   };
