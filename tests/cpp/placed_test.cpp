@@ -208,54 +208,32 @@ TEST_CASE("popularity that makes no sense is refused") {
   CHECK_THROWS_AS(placement_from("numa"), ValueError);
 }
 
-TEST_CASE("whole experts lie on pages, those of one home in one go") {
+TEST_CASE("whole experts begin on pages") {
   const LayerPlan plan{kExperts, kHidden, 48, all_of(kBf16), /*on_pages=*/true};
   CHECK(plan.expert_bytes() % 4096 == 0);
-  const Buffer memory(number(plan.bytes()));
+}
+
+TEST_CASE("memory that moves keeps its content and its neighbours'") {
+  constexpr std::size_t kPage = 4096, kMoved = (3 << 20) + kPage;  // a huge page and parts of two
+  const Buffer memory(std::size_t{8} << 20);
   auto* bytes = static_cast<std::byte*>(memory.data());
-  const bool allowed = place_memory(bytes, 4096, std::vector{0});
-  const std::vector homes{0, 0, 1};
-  const std::vector<std::vector<int>> none(2), here{{0}, {0}}, absent{{0}, {63}}, never{{-1}, {0}};
-  CHECK(place_experts(plan, bytes, homes, none, false));
-  CHECK(place_experts(plan, bytes, homes, here, false) == allowed);
-  std::memset(bytes, 1, memory.size());  // touched, so that there is something to move
-  CHECK(place_experts(plan, bytes, homes, here, true) == allowed);
-  CHECK_FALSE(place_experts(plan, bytes, homes, absent, true));
-  CHECK_FALSE(place_experts(plan, bytes, homes, never, true));
-  CHECK(std::all_of(bytes, bytes + plan.bytes(), [](std::byte b) { return b == std::byte{1}; }));
+  const auto expected = [](std::size_t i) { return static_cast<std::byte>(i / 7 % 251); };
+  for (std::size_t i = 0; i < memory.size(); ++i) bytes[i] = expected(i);
+  const auto is_whole = [&] {
+    for (std::size_t i = 0; i < memory.size(); ++i)
+      if (bytes[i] != expected(i)) return false;
+    return true;
+  };
+  std::byte* const some = bytes + (1 << 20) + kPage;
+  const bool allowed = place_memory(bytes, kPage, std::vector{0});
+  CHECK(move_memory(some, kMoved, {}));
+  for (int again = 0; again < 3; ++again) CHECK(move_memory(some, kMoved, std::vector{0}) == allowed);
+  CHECK(is_whole());
+  for (const int node : {63, 5000, -1}) CHECK_FALSE(move_memory(some, kMoved, std::vector{node}));
+  CHECK(is_whole());
+  some[0] = std::byte{42};
+  CHECK(bytes[(1 << 20) + kPage] == std::byte{42});
 
-  const std::vector<const void*> pages{bytes, bytes + plan.expert_bytes()};
+  const std::vector<const void*> pages{bytes, some, some + kMoved};
   for (const int node : nodes_of(pages)) CHECK(node <= 0);  // -1: the kernel does not tell
-}
-
-TEST_CASE("memory whose nodes are refused is as good") {
-  for (const std::size_t bytes : {std::size_t{100}, std::size_t{3} << 20}) {
-    const std::vector absent{63};
-    Buffer memory(bytes, absent);
-    CHECK(memory.refused());
-    std::memset(memory.data(), 7, bytes);
-    const Buffer moved = std::move(memory);
-    CHECK(moved.refused());
-    CHECK(static_cast<char*>(moved.data())[bytes - 1] == 7);
-  }
-  CHECK_FALSE(Buffer(100).refused());
-}
-
-TEST_CASE("a sample of pages counts each once, and only those of the shard") {
-  const LayerPlan plan{kExperts, 256, 300, all_of(kBf16)};
-  for (const int shards : {1, 2, 16}) {
-    const auto layer = make(runtime_with(shards), plan, shards > 1);
-    index_t known = 0, unknown = 0;
-    for (const PageNodes& n : layer->page_nodes()) {
-      CHECK(n.elsewhere == 0);
-      known += n.wanted, unknown += n.unknown;
-    }
-    const index_t pages = plan.bytes() / 4096;
-    CHECK(known + unknown >= pages / 2);
-    CHECK(known + unknown <= pages + 2 * shards);
-    CHECK((known == 0 || unknown == 0));
-  }
-  const auto layer = make(runtime_with(1), plan, false);
-  const PageNodes n = sample_pages(layer->weights(), 0, std::vector{63});
-  CHECK(n.wanted == 0);
 }

@@ -1,10 +1,13 @@
 #include "base/numa.h"
 
 #include <linux/mempolicy.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdint>
+#include <cstring>
 
 namespace kt {
 
@@ -14,7 +17,7 @@ constexpr std::size_t kBits = 8 * sizeof(unsigned long);
 
 }  // namespace
 
-bool place_memory(void* memory, std::size_t bytes, std::span<const int> nodes, bool move) noexcept {
+bool place_memory(void* memory, std::size_t bytes, std::span<const int> nodes) noexcept {
   if (nodes.empty() || bytes == 0) return true;
   unsigned long mask[1024 / kBits] = {};
   for (const int node : nodes) {
@@ -23,7 +26,29 @@ bool place_memory(void* memory, std::size_t bytes, std::span<const int> nodes, b
   }
   const int policy = nodes.size() == 1 ? MPOL_PREFERRED : MPOL_INTERLEAVE;
   // One bit more than there are: the kernel takes the number for exclusive.
-  return ::syscall(SYS_mbind, memory, bytes, policy, mask, 1024UL + 1, move ? MPOL_MF_MOVE : 0) == 0;
+  return ::syscall(SYS_mbind, memory, bytes, policy, mask, 1024UL + 1, 0) == 0;
+}
+
+bool move_memory(void* memory, std::size_t bytes, std::span<const int> nodes) noexcept {
+  if (nodes.empty() || bytes == 0) return true;
+  // The copy lies as the memory does within huge pages, or these would be taken apart.
+  constexpr std::size_t kHugePage = std::size_t{2} << 20;
+  void* mapped = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) return false;
+  auto* const begin = static_cast<std::byte*>(mapped);
+  const std::size_t skipped =
+      (reinterpret_cast<std::uintptr_t>(memory) - reinterpret_cast<std::uintptr_t>(mapped)) % kHugePage;
+  std::byte* const copy = begin + skipped;
+  bool moved = place_memory(copy, bytes, nodes);
+  if (moved) {
+    madvise(copy, bytes, MADV_HUGEPAGE);
+    std::memcpy(copy, memory, bytes);
+    moved = mremap(copy, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, memory) != MAP_FAILED;
+  }
+  if (!moved) munmap(copy, bytes);
+  if (skipped > 0) munmap(begin, skipped);
+  if (skipped < kHugePage) munmap(copy + bytes, kHugePage - skipped);
+  return moved;
 }
 
 std::vector<int> nodes_of(std::span<const void* const> addresses) {

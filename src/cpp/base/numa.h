@@ -7,11 +7,15 @@
 
 namespace kt {
 
-// Asks that pages of [memory, memory + bytes), a mapping of its own, come from `nodes` when they are first
-// touched: from the only one while it has some, or from all in turn. No nodes: nothing is asked. With `move`,
-// pages that are there already move. False where the kernel refuses: the memory is as good, only further
-// away.
-bool place_memory(void* memory, std::size_t bytes, std::span<const int> nodes, bool move = false) noexcept;
+// Asks that pages of [memory, memory + bytes), whole ones of an anonymous mapping, come from `nodes` when
+// they are first touched: from the only one while it has some, or from all in turn. No nodes: nothing is
+// asked. False where the kernel refuses: the memory is as good, only further away.
+bool place_memory(void* memory, std::size_t bytes, std::span<const int> nodes) noexcept;
+
+// The same for pages that hold something: a copy on those nodes takes their place, all at once, so that who
+// reads or forks meanwhile sees what was there. Not by migration, because huge pages would take neighbours
+// along.
+bool move_memory(void* memory, std::size_t bytes, std::span<const int> nodes) noexcept;
 
 // The node of the page behind each address; -1 where there is no page yet, or the kernel does not tell.
 std::vector<int> nodes_of(std::span<const void* const> addresses);

@@ -4,19 +4,6 @@
 
 namespace kt {
 
-bool place_experts(const LayerPlan& plan, std::byte* memory, std::span<const int> homes,
-                   std::span<const std::vector<int>> nodes, bool move) {
-  const auto each = static_cast<std::size_t>(plan.expert_bytes());
-  bool placed = true;
-  for (std::size_t first = 0, end; first < homes.size(); first = end) {
-    end = first + 1;
-    while (end < homes.size() && homes[end] == homes[first]) ++end;
-    placed &= place_memory(memory + first * each, (end - first) * each,
-                           nodes[static_cast<std::size_t>(homes[first])], move);
-  }
-  return placed;
-}
-
 LayerMemory::LayerMemory(const Runtime& runtime, LayerPlan plan, const Spread& spread) {
   for (std::size_t s = 0; s < spread.shards.size(); ++s) nodes_.push_back(runtime.memory_of(s));
   const auto add = [&](Range slice, const LayerPlan& piece, std::span<const int> nodes) {
@@ -35,13 +22,24 @@ LayerMemory::LayerMemory(const Runtime& runtime, LayerPlan plan, const Spread& s
   } else {
     plan.on_pages = true;
     add(all, plan, {});
-    refused_ = !move(spread.homes);
+    const auto each = static_cast<std::size_t>(plan.expert_bytes());  // experts begin on pages
+    for (std::size_t e = 0; e < spread.homes.size(); ++e)
+      refused_ |= !place_memory(expert(e), each, nodes_[static_cast<std::size_t>(spread.homes[e])]);
   }
 }
 
-bool LayerMemory::move(std::span<const int> homes) const {
+bool LayerMemory::move(std::span<const int> before, std::span<const int> after) const {
+  const auto each = static_cast<std::size_t>(pieces_.front().plan.expert_bytes());
+  bool moved = true;
+  for (std::size_t e = 0; e < after.size(); ++e)
+    if (after[e] != before[e])
+      moved &= move_memory(expert(e), each, nodes_[static_cast<std::size_t>(after[e])]);
+  return moved;
+}
+
+std::byte* LayerMemory::expert(std::size_t number) const {
   const Piece& all = pieces_.front();
-  return place_experts(all.plan, all.memory, homes, nodes_, /*move=*/true);
+  return all.memory + number * static_cast<std::size_t>(all.plan.expert_bytes());
 }
 
 }  // namespace kt
