@@ -19,7 +19,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 # C++ tests before Python tests, also under make -j: the closing line is pytest's.
 .NOTPARALLEL:
-.PHONY: help .venv build demo demo-check test test-cpp test-py lint format asan tsan fuzz wheel clean
+.PHONY: help .venv build demo demo-check test test-cpp test-py lint format asan tsan fuzz numa wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([^:]+):.*## /\1\t/' | expand -t 14
@@ -85,6 +85,12 @@ tsan: $(VENV)/.deps  ## C++ tests under the thread sanitizer
 	cmake --preset tsan
 	cmake --build --preset tsan
 	setarch -R ctest --preset tsan
+
+numa: build  ## tests on emulated machines with several memory nodes; half an hour
+	.ci/require.sh compiler doctest qemu
+	cmake --preset dev
+	cmake --build --preset dev
+	.ci/numa.sh $(VENV)
 
 # New inputs go to build/fuzz/corpus, one that fails to build/fuzz.
 fuzz: $(VENV)/.deps  ## fuzz targets, each for FUZZ_SECONDS (60)

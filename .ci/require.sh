@@ -1,5 +1,5 @@
 #!/bin/sh
-# Sees to what pip cannot install: require.sh NAME..., each of compiler, python, headers, doctest, clang.
+# Sees to what pip cannot install: require.sh NAME..., each of compiler, python, headers, doctest, clang, qemu.
 # Where something is missing it runs apt-get if it may, and otherwise says what to install and stops.
 # CXX (default g++) and BASE_PYTHON (default python3) name the programs to look at.
 set -eu
@@ -13,6 +13,7 @@ has_headers() {
 }
 has_doctest() { echo '#include <doctest/doctest.h>' | "$CXX" -E -x c++ -; }
 has_clang() { echo 'int main() {}' | clang++ -fsanitize=address,undefined -x c++ - -o /dev/null; }
+has_qemu() { command -v qemu-system-x86_64 && command -v busybox && command -v cpio; }
 
 apt_install() {
   command -v apt-get || return 1
@@ -43,6 +44,7 @@ for name in "$@"; do
     headers) require headers "Python.h of $BASE_PYTHON" python3-dev ;;
     doctest) require doctest "doctest, which the C++ tests use," doctest-dev ;;
     clang) require clang "clang++ with its sanitizers, which the fuzz targets use," clang llvm-dev ;;
+    qemu) require qemu "QEMU for x86, or cpio or busybox, which \`make numa\` uses," qemu-system-x86 cpio busybox-static ;;
     *) echo "error: $0 knows no $name" >&2; exit 2 ;;
   esac
 done

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # the lazy names below, for type checkers
     from kt_moe import hf
     from kt_moe.adapters import load_adapter, merge_adapter, save_adapter
     from kt_moe.hf import KtMoeConfig
+    from kt_moe.models import model_experts
     from kt_moe.routing_stats import RoutingHistory, plot_routing, routing_counts
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "hf",
     "load_adapter",
     "merge_adapter",
+    "model_experts",
     "moe",
     "plot_routing",
     "profile",
@@ -47,6 +49,7 @@ _LAZY = {
     "save_adapter": "kt_moe.adapters",
     "load_adapter": "kt_moe.adapters",
     "merge_adapter": "kt_moe.adapters",
+    "model_experts": "kt_moe.models",
     "RoutingHistory": "kt_moe.routing_stats",
     "plot_routing": "kt_moe.routing_stats",
     "routing_counts": "kt_moe.routing_stats",

@@ -20,10 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from kt_moe.files import replacing
-from kt_moe.hf.experts import dims_of, is_kt_experts, loaded_experts
-from kt_moe.layer import MoELayer
+from kt_moe.hf.experts import dims_of
+from kt_moe.models import expert_modules
 
-_WRAPPED = re.compile(r"^base_model\.model\.|\.base_layer$")  # what PEFT adds to a module's name
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _STEPS, _EVERY = "steps", "every"
 
@@ -33,18 +32,12 @@ StrPath = str | os.PathLike[str]
 def routing_counts(model: nn.Module) -> dict[str, Tensor]:
     """Routes of each expert so far, int64 [E], by the name of the module that has the experts.
 
-    The names are the model's own, whether or not PEFT wraps it. Zeros where experts are not loaded yet.
+    The names are those of `model_experts`. Zeros where experts are not loaded yet.
     """
-    counts = {}
-    for path, module in model.named_modules():
-        name = _WRAPPED.sub("", path)
-        if isinstance(module, MoELayer):
-            counts[name] = module.experts.routed
-        elif is_kt_experts(module):
-            experts = loaded_experts(module)
-            zeros = torch.zeros(dims_of(module)[0], dtype=torch.int64)
-            counts[name] = zeros if experts is None else experts.routed
-    return counts
+    return {
+        name: torch.zeros(dims_of(module)[0], dtype=torch.int64) if experts is None else experts.routed
+        for name, module, experts in expert_modules(model)
+    }
 
 
 @dataclass(frozen=True)

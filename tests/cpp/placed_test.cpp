@@ -234,6 +234,7 @@ TEST_CASE("memory that moves keeps its content and its neighbours'") {
   some[0] = std::byte{42};
   CHECK(bytes[(1 << 20) + kPage] == std::byte{42});
 
-  const std::vector<const void*> pages{bytes, some, some + kMoved};
-  for (const int node : nodes_of(pages)) CHECK(node <= 0);  // -1: the kernel does not tell
+  const std::vector<const void*> pages{some, some + kMoved - 1};
+  if (allowed)
+    for (const int node : nodes_of(pages)) CHECK(node <= 0);  // -1: the kernel does not tell
 }

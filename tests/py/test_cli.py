@@ -111,6 +111,26 @@ def test_run_leaves_adapter_curve_and_numbers(finished: Path) -> None:
     assert not list(finished.glob(".*"))  # no scratch left
 
 
+def test_whole_experts_by_an_earlier_run(
+    cli: Any,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("KT_MOE_SHARDS", "2")
+    routing = str(finished / "routing.safetensors")
+    more = ["--max-steps", "1", "--placement", "expert"]
+    assert cli(tmp_path / "out", *more, "--popularity", routing) == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["placement"] == "expert"
+    capsys.readouterr()
+    assert cli(tmp_path / "tensor", "--popularity", routing) != 0
+    assert "error: --popularity is for --placement expert or auto" in capsys.readouterr().err
+    assert cli(tmp_path / "absent", *more, "--popularity", str(tmp_path / "absent")) != 0
+    assert f"error: --popularity {tmp_path / 'absent'}: " in capsys.readouterr().err
+    assert not (tmp_path / "tensor").exists()
+
+
 def test_run_leaves_its_routing(finished: Path) -> None:
     history = RoutingHistory.load(finished / "routing.safetensors")
     assert history.steps == list(range(1, STEPS + 1))

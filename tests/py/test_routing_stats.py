@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 import kt_moe
 from kt_moe import RoutingHistory, plot_routing, routing_counts
+from kt_moe.cli.errors import UserError
+from kt_moe.cli.routing import share_out
 from kt_moe.routing_stats import Balance, routing_figure
 
 pytestmark = PEFT_WARNINGS
@@ -99,7 +101,50 @@ def test_counts_of_a_model_loaded_without_our_config() -> None:
 def test_counting_loads_no_experts(checkpoint: Path) -> None:
     model = load(checkpoint, quantization_config=kt_moe.KtMoeConfig(lazy=True))
     assert [c.tolist() for c in routing_counts(model).values()] == [[0] * E] * 2
+    assert kt_moe.model_experts(model) == {}
     assert "None" in repr(model.model.layers[0].mlp.experts)
+    model.model.layers[1].mlp.experts.load()
+    assert list(kt_moe.model_experts(model)) == ["model.layers.1.mlp.experts"]
+
+
+def test_experts_of_a_model_by_name(checkpoint: Path) -> None:
+    own = nn.ModuleDict({"a": layer(), "b": nn.Linear(2, 2)})
+    assert kt_moe.model_experts(own) == {"a": own["a"].experts}
+    config = kt_moe.KtMoeConfig(threads=2, shards=2, placement="expert")
+    model = with_lora(checkpoint, base=load(checkpoint, quantization_config=config))
+    found = kt_moe.model_experts(model)
+    assert list(found) == list(routing_counts(model)) == [f"model.layers.{n}.mlp.experts" for n in range(2)]
+    for experts in found.values():
+        experts.rebalance(range(E))
+    modules = [m for m in model.modules() if isinstance(m, kt_moe.hf.KtExperts)]
+    assert [m.experts.homes for m in modules] == [e.homes for e in found.values()] != [None, None]
+
+
+def skewed(names: list[str], experts: int = E) -> RoutingHistory:
+    history = RoutingHistory()
+    history.steps = [1]
+    history._rows = {name: [torch.arange(experts)] for name in names}
+    return history
+
+
+def test_homes_by_an_earlier_run(checkpoint: Path, tmp_path: Path) -> None:
+    config = kt_moe.KtMoeConfig(threads=2, shards=2, placement="auto")
+    model = load(checkpoint, quantization_config=config)
+    names = list(routing_counts(model))
+    skewed(names).save(tmp_path / "routing.safetensors")
+    share_out(model, tmp_path / "routing.safetensors")
+    for experts in kt_moe.model_experts(model).values():
+        homes = experts.homes
+        assert homes is not None
+        assert {homes[E - 1], homes[E - 2]} == {0, 1}  # neighbours without popularity
+    for other in (skewed(names[:1]), skewed(names, E + 1), skewed(["elsewhere", names[1]])):
+        other.save(tmp_path / "other.safetensors")
+        with pytest.raises(UserError, match="of another model"):
+            share_out(model, tmp_path / "other.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"not one")
+    for name in ("broken.safetensors", "absent.safetensors"):
+        with pytest.raises(UserError, match=f"--popularity .*{name}"):
+            share_out(model, tmp_path / name)
 
 
 def test_history_counts_what_lies_between_begin_and_end() -> None:

@@ -254,7 +254,7 @@ def test_options_that_make_no_sense(checkpoint: Path) -> None:
 @torch.no_grad()
 def test_a_model_with_whole_experts_on_shards(tmp_path: Path, placement: str) -> None:
     save_tiny_checkpoint(tmp_path, num_hidden_layers=1)
-    config = kt_moe.KtMoeConfig(threads=2, shards=3, placement=placement)
+    config = kt_moe.KtMoeConfig(threads=2, shards=3, nodes=[0], placement=placement)
     model = load(tmp_path, quantization_config=config)
     experts = model.model.layers[0].mlp.experts.experts
     assert (experts.placement, experts.shards, experts.homes) == (placement, 3, [0, 0, 0, 1, 1, 2, 2, 2])

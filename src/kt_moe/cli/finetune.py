@@ -92,11 +92,20 @@ class _Job:
         import torch
 
         from kt_moe.cli.model import add_lora, load_base_model
+        from kt_moe.cli.routing import share_out
 
         s, threads = self.settings, self.args.threads
         if threads is not None:
             torch.set_num_threads(threads)
-        base = load_base_model(Path(s.model), threads=threads, format=s.format, cache_dir=self.args.cache_dir)
+        base = load_base_model(
+            Path(s.model),
+            threads=threads,
+            format=s.format,
+            cache_dir=self.args.cache_dir,
+            placement=s.placement,
+        )
+        if s.popularity is not None:
+            share_out(base, Path(s.popularity))
         return add_lora(base, rank=s.rank, alpha=s.alpha, dropout=s.dropout, targets=s.targets, seed=s.seed)
 
     def _train(self, model: Any, tokenizer: Any, rows: Rows, checkpoint: Path | None) -> int:

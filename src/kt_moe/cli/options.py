@@ -21,6 +21,8 @@ class Settings:
 
     model: str
     format: str
+    placement: str
+    popularity: str | None
     rank: int
     alpha: float
     dropout: float
@@ -42,12 +44,16 @@ class Settings:
         """From parsed options.
 
         Raises:
-            UserError: no targets.
+            UserError: no targets, or popularity that nothing would use.
         """
         values = {field.name: getattr(args, field.name) for field in fields(cls)}
         targets = sorted({name.strip() for name in args.targets.split(",") if name.strip()})
         if not targets:
             raise UserError("--targets is empty, wanted names separated by commas")
+        if args.popularity is not None:
+            if args.placement == "tensor":
+                raise UserError("--popularity is for --placement expert or auto")
+            values["popularity"] = str(args.popularity.resolve())
         return cls(**{**values, "model": str(args.model.resolve()), "targets": targets})
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,6 +90,15 @@ def _add_experts(add: Callable[..., Any]) -> None:
         default="as-stored",
         help="of their weights in memory; default: as-stored",
     )
+    add(
+        "--placement",
+        choices=["tensor", "expert", "auto"],
+        default="tensor",
+        help="on several memory nodes: a slice of every expert on each, whole experts, or, auto, what a call "
+        "will do sooner; default: tensor",
+    )
+    routing = "routing.safetensors of an earlier run: whole experts are shared out by it"
+    add("--popularity", type=Path, metavar="FILE", help=routing)
     cache = "keep packed layers there: the next run maps them, and starts at once"
     add("--cache-dir", type=Path, metavar="DIR", help=cache)
 

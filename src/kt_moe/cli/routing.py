@@ -9,7 +9,9 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from kt_moe.cli.errors import UserError
 from kt_moe.cli.output import ROUTING
+from kt_moe.models import model_experts
 from kt_moe.routing_stats import Balance, RoutingHistory
 
 _ROWS = 100  # of a run, about
@@ -48,6 +50,24 @@ def load_history(checkpoint: Path) -> RoutingHistory | None:
     """That of a checkpoint; None if it has none: the process may have ended between the two."""
     file = checkpoint / ROUTING
     return RoutingHistory.load(file) if file.exists() else None
+
+
+def share_out(model: Any, file: Path) -> None:
+    """Give a model's experts homes by the routes of an earlier run.
+
+    Raises:
+        UserError: no such file, no routing history, or that of another model.
+    """
+    layers = model_experts(model)
+    try:
+        popularity = RoutingHistory.load(file).total()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--popularity {file}: {error}") from error
+    wanted = {name: experts.num_experts for name, experts in layers.items()}
+    if wanted != {name: len(counts) for name, counts in popularity.items()}:
+        raise UserError(f"--popularity {file} is of another model: its layers or their experts differ")
+    for name, experts in layers.items():
+        experts.rebalance(popularity[name])
 
 
 def balances(history: RoutingHistory) -> dict[str, Balance]:
