@@ -17,11 +17,11 @@ declare -A machines=(
 
 # The kernel's package is unpacked, not installed.
 fetch_kernel() {
-  [ -e "$vm"/root/boot ] && return
-  mkdir -p "$vm"/root
+  [ -e "$vm"/package/boot ] && return
+  mkdir -p "$vm"/package
   local name
   name=$(apt-cache depends linux-image-amd64 | awk '/Depends: linux-image/ { print $2 }')
-  (cd "$vm" && apt-get download -qq "$name" && dpkg -x "$name"_*.deb root)
+  (cd "$vm" && apt-get download -qq "$name" && dpkg -x "$name"_*.deb package)
 }
 
 make_initrd() {
@@ -29,7 +29,7 @@ make_initrd() {
   mkdir -p "$vm"/initrd/{bin,modules,mnt,proc,sys,dev}
   cp "$(command -v busybox)" "$vm"/initrd/bin/
   for module in "${modules[@]}"; do
-    find "$vm"/root/lib/modules -name "$module.ko" -exec cp {} "$vm"/initrd/modules/ \;
+    find "$vm"/package/lib/modules -name "$module.ko" -exec cp {} "$vm"/initrd/modules/ \;
   done
   cat >"$vm"/initrd/init <<END
 #!/bin/busybox sh
@@ -64,7 +64,7 @@ for machine in "${!machines[@]}"; do
   echo "== $machine"
   # shellcheck disable=SC2086
   timeout 1200 qemu-system-x86_64 -accel tcg,thread=multi -cpu max -nographic -no-reboot -M q35 -m 6G -smp 4,sockets=2 \
-    ${machines[$machine]} -kernel "$vm"/root/boot/vmlinuz-* -initrd "$vm"/initrd.gz \
+    ${machines[$machine]} -kernel "$vm"/package/boot/vmlinuz-* -initrd "$vm"/initrd.gz \
     -append "console=ttyS0 quiet panic=-1" -device virtio-9p-pci,fsdev=root,mount_tag=root \
     -fsdev local,id=root,path=/,security_model=none,readonly=on,multidevs=remap </dev/null | tee "$vm"/log
   grep -q "numa.sh: passed" "$vm"/log || { echo "== failed: $machine" >&2; failed=1; }

@@ -14,7 +14,7 @@ from torch import Tensor
 from kt_moe import _core
 from kt_moe.checkpoint import Checkpoint, check_layer, check_path
 from kt_moe.runtime import Runtime, default_runtime
-from kt_moe.tensors import check_tensor, on_cpu
+from kt_moe.tensors import check_tensor, numbers, on_cpu
 
 FORMATS = ("bf16", "int8", "int4", "fp8", "mxfp4")  # of weights in memory
 CHECKPOINT_FORMATS = ("as-stored", *FORMATS)
@@ -86,7 +86,7 @@ class Experts:
             format,
             runtime._core,
             placement,
-            _numbers(popularity),
+            numbers("popularity", "E", popularity),
         )
         self._adopt(core, runtime)
 
@@ -150,7 +150,7 @@ class Experts:
             paged,
             progress,
             placement,
-            _numbers(popularity),
+            numbers("popularity", "E", popularity),
         )
         self._adopt(core, runtime)
         return self
@@ -230,7 +230,7 @@ class Experts:
         Raises:
             ValueError: placement "tensor", or popularity that is not E finite numbers of 0 or more.
         """
-        if not self._core.rebalance(_numbers(popularity)):
+        if not self._core.rebalance(numbers("popularity", "E", popularity)):
             _warn_refused()
 
     @property
@@ -277,21 +277,6 @@ class Experts:
 def _check_known(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name} is {value!r}, wanted one of {list(known)}")
-
-
-def _numbers(popularity: Iterable[float] | Tensor | None) -> list[float] | None:
-    if popularity is None:
-        return None
-    if isinstance(popularity, Tensor):
-        if popularity.dim() != 1:
-            raise ValueError(f"popularity has shape {list(popularity.shape)}, wanted [E]")
-        popularity = popularity.tolist()
-    try:
-        if isinstance(popularity, (str, bytes)):
-            raise TypeError
-        return [float(number) for number in popularity]
-    except (TypeError, ValueError):
-        raise TypeError(f"popularity is {popularity!r}, wanted a tensor or sequence of E numbers") from None
 
 
 _refused_before = False

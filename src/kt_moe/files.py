@@ -33,3 +33,27 @@ def save_png(figure: Any, path: Path) -> None:
     """Write a matplotlib figure; the file appears whole or not at all."""
     with replacing(path) as part:
         figure.savefig(part, format="png")
+
+
+def check_writable(path: Path) -> None:
+    """Whether `replacing` could write there.
+
+    Raises:
+        OSError: it could not; says why.
+    """
+    path = path.resolve()
+    folder = path.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"path is {str(path)!r}, but there is no directory {str(folder)!r}")
+    if path.is_dir():
+        raise IsADirectoryError(f"path is {str(path)!r}, which is a directory")
+    if path.exists() and not path.is_file():
+        raise OSError(f"path is {str(path)!r}, which is no ordinary file")
+    try:
+        os.stat(folder / f".{path.name}")  # as the file system takes it: not too long, encodable
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        raise OSError(f"path is {path!r}, which is no name for a file: {error}") from error
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"path is {str(path)!r}, but in {str(folder)!r} no file can be written")

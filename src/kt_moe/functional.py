@@ -8,10 +8,11 @@ For expert e with routed tokens X (Hu et al. 2021 for LoRA, Shazeer 2020 for the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,13 +20,14 @@ from torch.autograd.function import once_differentiable
 
 from kt_moe import _core
 from kt_moe.experts import Experts
-from kt_moe.profiler import in_torch_profile
 from kt_moe.tensors import check_tensor, empty, on_cpu
 
 PROJECTIONS = ("gate", "up", "down")
 LORA_NAMES = tuple(f"{p}_lora_{m}" for p in PROJECTIONS for m in "ab")
 _INPUT_NAMES = ("hidden_states", "topk_ids", "topk_weights")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,25 @@ class Lora:
         return cast("tuple[float, float, float]", tuple(float(s) for s in one_each))
 
 
+def _in_torch_profile(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Make calls of a function ranges of that name where a torch profiler is active."""
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(function)
+        def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            if not torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+                return function(*args, **kwargs)
+            with torch.profiler.record_function(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
 class _MoE(torch.autograd.Function):
     @staticmethod
-    @in_torch_profile("kt_moe.forward")
+    @_in_torch_profile("kt_moe.forward")
     def forward(
         ctx: Any,
         hidden_states: Tensor,
@@ -96,7 +114,7 @@ class _MoE(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @in_torch_profile("kt_moe.backward")
+    @_in_torch_profile("kt_moe.backward")
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         hidden_states, topk_ids, topk_weights, saved, *lora_tensors = ctx.saved_tensors
         x, ids, weights, pairs = _for_core(hidden_states, topk_ids, topk_weights, lora_tensors)

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
 import os
-import sys
 import threading
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, ParamSpec, TypeVar
-
-import torch
+from typing import NamedTuple
 
 from kt_moe import _core
-from kt_moe.files import replacing
+from kt_moe.files import check_writable, replacing
 from kt_moe.runtime import Runtime, default_runtime, live_runtimes
 
-_PARAMETERS = ParamSpec("_PARAMETERS")
-_RESULT = TypeVar("_RESULT")
 _attaching = threading.Lock()
 
 
@@ -104,7 +96,7 @@ class Profile:
 
     def __enter__(self) -> Profile:
         if self.path is not None:
-            _check_writable(self.path)
+            check_writable(self.path)
         with _attaching:
             if self._core is not None or self._recording:
                 raise RuntimeError("a profile records once; call kt_moe.profile again for another")
@@ -266,71 +258,3 @@ def profile(
     if not isinstance(runtime, Runtime):
         raise TypeError(f"runtime is a {type(runtime).__name__}, wanted kt_moe.Runtime or None")
     return Profile(path, runtime, max_spans)
-
-
-_until_exit: list[Profile] = []  # in this process, for KT_MOE_PROFILE
-
-
-def profile_until_exit(path: str, runtime: Runtime) -> None:
-    """What KT_MOE_PROFILE asks for.
-
-    Raises:
-        OSError: the file could not be written there.
-    """
-    recording = Profile(path, runtime, 1_000_000)
-    recording.__enter__()
-    if not _until_exit:
-        atexit.register(_write_at_exit, os.getpid())
-    _until_exit.append(recording)
-
-
-def _write_at_exit(process: int) -> None:
-    written = 0
-    for recording in _until_exit if process == os.getpid() else ():
-        path, recording.path = recording.path, None
-        try:
-            recording.__exit__(None, None, None)
-            if recording.calls and path is not None:
-                written += 1
-                to = path if written == 1 else path.with_stem(f"{path.stem}-{written}")
-                with replacing(to) as part:
-                    recording._read().write(part)
-        except (OSError, RuntimeError) as error:
-            print(f"KT_MOE_PROFILE: {error}", file=sys.stderr)
-    if process == os.getpid() and written == 0:
-        print("KT_MOE_PROFILE: no layer was computed, so nothing was written", file=sys.stderr)
-
-
-def in_torch_profile(name: str) -> Callable[[Callable[_PARAMETERS, _RESULT]], Callable[_PARAMETERS, _RESULT]]:
-    """Make calls of a function ranges of that name where a torch profiler is active."""
-
-    def decorate(function: Callable[_PARAMETERS, _RESULT]) -> Callable[_PARAMETERS, _RESULT]:
-        @functools.wraps(function)
-        def call(*args: _PARAMETERS.args, **kwargs: _PARAMETERS.kwargs) -> _RESULT:
-            if not torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
-                return function(*args, **kwargs)
-            with torch.profiler.record_function(name):
-                return function(*args, **kwargs)
-
-        return call
-
-    return decorate
-
-
-def _check_writable(path: Path) -> None:
-    path = path.resolve()
-    folder = path.parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"path is {str(path)!r}, but there is no directory {str(folder)!r}")
-    if path.is_dir():
-        raise IsADirectoryError(f"path is {str(path)!r}, which is a directory")
-    if path.exists() and not path.is_file():
-        raise OSError(f"path is {str(path)!r}, which is no ordinary file")
-    try:
-        os.stat(folder / f".{path.name}")  # as the file system takes it: not too long, encodable
-    except FileNotFoundError:
-        pass
-    except ValueError as error:
-        raise OSError(f"path is {path!r}, which is no name for a file: {error}") from error
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"path is {str(path)!r}, but in {str(folder)!r} no file can be written")

@@ -50,7 +50,7 @@ class Runtime:
         self._profile: Profile | None = None  # that records what it does
         _live.add(self)
         if path := os.environ.get("KT_MOE_PROFILE"):
-            from kt_moe.profiler import profile_until_exit  # which needs this module
+            from kt_moe.profile_at_exit import profile_until_exit  # which needs this module
 
             profile_until_exit(path, self)
 

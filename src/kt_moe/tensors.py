@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,6 +36,29 @@ def on_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return tensor  # most calls, most tensors: each conversion below costs a microsecond
     # A view with the negative bit (`z.conj().imag`) holds the numbers with the other sign.
     return tensor.detach().to("cpu", wanted).resolve_neg().contiguous()
+
+
+def numbers(name: str, count: str, values: Iterable[float] | Tensor | None) -> list[float] | None:
+    """As a list of floats; None stays.
+
+    count: how many are wanted, for the message alone.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: a tensor of other than one dimension.
+    """
+    if values is None:
+        return None
+    if isinstance(values, Tensor):
+        if values.dim() != 1:
+            raise ValueError(f"{name} has shape {list(values.shape)}, wanted [{count}]")
+        values = values.tolist()
+    try:
+        if isinstance(values, (str, bytes)):
+            raise TypeError
+        return [float(number) for number in values]
+    except (OverflowError, TypeError, ValueError):
+        raise TypeError(f"{name} is {values!r}, wanted a tensor or sequence of {count} numbers") from None
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, runtime: _core.Runtime) -> Tensor:
