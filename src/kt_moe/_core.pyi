@@ -14,6 +14,9 @@ LoraTensors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, 
 __version__: str
 
 def cpu_info() -> dict[str, Any]: ...
+def kernel_flags() -> dict[str, list[str]]:
+    """Of each kernel set, from the slowest: the flags of /proc/cpuinfo that it needs."""
+
 def read_topology(root: str, cpus: list[int] | None = None) -> dict[str, Any]:
     """What `kt_moe.cpu_info` says of a machine, from /proc and /sys below `root`; as lists of CPUs besides:
     online, l2_sharing, l3_sharing. `cpus` is in place of the affinity mask.
