@@ -187,29 +187,37 @@ def layer_traffic(
     call: LayerCall,
     cores: list[int],  # of each shard's node
     homes: list[int],  # of each expert whole in a shard's memory; []: each has its own slice
-    mode: str,  # tensor | expert
+    whole: bool,  # each expert is computed at home; or by every shard its slice
     align: int = 1,  # of the cuts of the intermediate dimension
 ) -> dict[str, list[dict[str, float]]]:
-    """By stage, for each shard: "local", "remote" and "served" bytes, "flops"."""
+    """By stage of the profile that it has, for each shard: "local", "remote" and "served" bytes, "rows" (the
+    local bytes of routes' fp32 results), "flops".
+    """
 
 def layer_time(
     call: LayerCall,
     cores: list[int],
     homes: list[int],
     nodes: list[tuple[float, float, float, float]],  # local and remote bytes/s, FLOP/s, bytes of cache
-    mode: str,
+    whole: bool,
     align: int = 1,
 ) -> dict[str, Any]:
     """seconds, limit ("compute" | "memory" | "remote" | "overhead"), overhead, node_seconds, traffic."""
 
-def choose_mode(
+def whole_is_sooner(
     call: LayerCall,
     cores: list[int],
     homes: list[int],
     nodes: list[tuple[float, float, float, float]],
     align: int = 1,
-) -> str:
-    """The mode done sooner with whole experts at their homes."""
+) -> bool:
+    """Whether a call is done sooner by the homes alone than by all shards, which read from the homes."""
+
+def cut_align(format: str, intermediate: int) -> int:
+    """What the cuts of the intermediate dimension are multiples of, in a format weights are quantised to."""
+
+def assign_homes(experts: int, cores: list[int], popularity: list[float]) -> list[int]:
+    """A shard for each expert, as `Experts` chooses it; popularity []: not known."""
 
 def forward(
     experts: Experts,

@@ -12,7 +12,7 @@ from tiny_models import PEFT_WARNINGS, tiny_config
 
 from kt_moe import _core
 from kt_moe.cli import main
-from kt_moe.cli.numa.predict import draw_routes, homes, popularity
+from kt_moe.cli.numa.predict import draw_routes, popularity
 
 pytestmark = PEFT_WARNINGS
 
@@ -75,23 +75,25 @@ def test_faster_parts_make_faster_machines(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_stages_of_two_shards() -> None:
-    found = _core.layer_traffic(call(), [1, 1], [], "tensor")
-    assert list(found) == ["gather", "low_rank", "gate_up", "pack", "down", "rows", "merge", "lora"]
-    assert all(set(shard) == {"local", "remote", "served", "flops"} for s in found.values() for shard in s)
+    found = _core.layer_traffic(call(), [1, 1], [], False)
+    assert list(found) == ["gather", "lora_p", "gate_up", "hidden", "down", "merge"]
+    assert all(
+        set(shard) == {"local", "remote", "served", "rows", "flops"} for s in found.values() for shard in s
+    )
     assert found["gather"][0]["remote"] == 256 * 1024 * 2 / 2
     assert found["merge"][1]["remote"] == (64 * 1024 * 4 + 64 * 1024 * 2 / 2) / 2
-    assert found["lora"][0] == {"local": 0, "remote": 0, "served": 0, "flops": 0}
-    uneven = _core.layer_traffic(call(), [3, 1], [], "tensor", 16)
+    assert found["down"][0]["rows"] == found["merge"][0]["rows"] == 256 * 1024 * 4
+    uneven = _core.layer_traffic(call(), [3, 1], [], False, 16)
     assert uneven["gate_up"][0]["flops"] == pytest.approx(3 * uneven["gate_up"][1]["flops"])
 
 
-def test_auto_takes_the_mode_that_is_sooner() -> None:
+def test_auto_takes_the_way_that_is_sooner() -> None:
     nodes = [(3e11, 1e11, 3e13, 0.0)] * 2
     at = [e % 2 for e in range(16)]
     for routes in ([16] * 16, [256, 0] * 8, [1, 1] + [0] * 14):
         c = call(routes=routes)
-        times = {m: _core.layer_time(c, [48, 48], at, nodes, m)["seconds"] for m in ("tensor", "expert")}
-        assert _core.choose_mode(c, [48, 48], at, nodes) == min(times, key=lambda m: times[m])
+        sliced, whole = (_core.layer_time(c, [48, 48], at, nodes, w)["seconds"] for w in (False, True))
+        assert _core.whole_is_sooner(c, [48, 48], at, nodes) == (whole < sliced)
 
 
 def test_routes_are_drawn_by_popularity() -> None:
@@ -103,10 +105,18 @@ def test_routes_are_drawn_by_popularity() -> None:
     assert max(skewed) <= 2000  # an expert once a token
     assert list(skewed[:3]) == sorted(skewed[:3], reverse=True)
     assert len(draw_routes(1, 16, 4, 0.0, 0)) == 32
+
+
+def test_homes_and_cuts_are_the_loaders() -> None:
     shares = popularity(16, 1.0)
-    load = np.bincount(homes(16, 4, 1.0), weights=shares)
-    assert load.max() == pytest.approx(shares[0])  # one expert alone is more than a quarter
-    assert np.bincount(homes(16, 4, 0.0)).tolist() == [4] * 4
+    assert shares[0] == pytest.approx(16 * shares[15])
+    homes = _core.assign_homes(16, [8] * 4, shares.tolist())
+    assert np.bincount(homes).tolist() == [4] * 4
+    assert homes[:4] == [0, 1, 2, 3]
+    assert _core.assign_homes(4, [3, 1], []) == [0, 0, 0, 1]
+    assert [_core.cut_align(name, 512) for name in ("bf16", "int4", "int8", "fp8")] == [32, 32, 128, 128]
+    with pytest.raises(ValueError, match="a shard has 0 cores, wanted at least 1"):
+        _core.assign_homes(4, [1, 0], [])
 
 
 def test_shape_of_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,12 +166,10 @@ def test_calls_that_cannot_be(changes: dict[str, Any], message: str) -> None:
 
 def test_machines_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="there are no shards, wanted one at least"):
-        _core.layer_traffic(call(), [], [], "tensor")
+        _core.layer_traffic(call(), [], [], False)
     with pytest.raises(ValueError, match="a shard has 0 cores, wanted at least 1"):
-        _core.layer_traffic(call(), [4, 0], [], "tensor")
-    with pytest.raises(ValueError, match='mode is "both", wanted tensor or expert'):
-        _core.layer_traffic(call(), [1], [], "both")
+        _core.layer_traffic(call(), [4, 0], [], False)
     with pytest.raises(ValueError, match="homes has 2 entries, wanted a shard for each of 16 experts"):
-        _core.layer_traffic(call(), [1], [0, 0], "expert")
+        _core.layer_traffic(call(), [1], [0, 0], True)
     with pytest.raises(ValueError, match="there are rates of 1 nodes, wanted one for each of 2 shards"):
-        _core.layer_time(call(), [1, 1], [], [(1.0, 1.0, 1.0, 0.0)], "tensor")
+        _core.layer_time(call(), [1, 1], [], [(1.0, 1.0, 1.0, 0.0)], False)

@@ -57,7 +57,7 @@ def describe(shape: Shape, run: Run, machine: Machine, rows: Sequence[Row]) -> s
 
 
 def _cells(p: Pass, placement: str) -> list[str]:
-    limit = f"{p.limit} ({p.mode})" if placement == "auto" else p.limit
+    limit = f"{p.limit} ({'expert' if p.whole else 'tensor'})" if placement == "auto" else p.limit
     return [_number(p.local / 1e6), _number(p.remote / 1e6), _number(p.seconds * 1e3), limit]
 
 
