@@ -165,6 +165,11 @@ def measure_ceilings(runtime: Runtime, seconds: float, read_bytes: int) -> dict[
     read from `read_bytes` of memory.
     """
 
+def measure_read(runtime: Runtime, nodes: list[int], seconds: float, read_bytes: int) -> list[float]:
+    """Bytes/s that all threads read from memory of those NUMA nodes, again and again; [] where the kernel
+    refuses to place memory there.
+    """
+
 @final
 class LayerCall:
     """A call of a layer for the scaling model; docs/numa.md."""

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import sys_trees as trees
+from sys_trees import write_tree
 from tiny_models import PEFT_WARNINGS, tiny_config
 
+import kt_moe
 from kt_moe import _core
 from kt_moe.cli import main
+from kt_moe.cli.bench import ceilings
+from kt_moe.cli.numa import this_machine
 from kt_moe.cli.numa.predict import draw_routes, popularity
 
 pytestmark = PEFT_WARNINGS
@@ -119,6 +125,61 @@ def test_homes_and_cuts_are_the_loaders() -> None:
         _core.assign_homes(4, [1, 0], [])
 
 
+@pytest.mark.parametrize(
+    ("machine", "nodes", "cores", "cache"),
+    [
+        (trees.single(), [0], 8, 32),
+        (trees.xeon_snc2(), [0, 1, 2, 3], 28, 16),  # two nodes share a cache
+        (trees.epyc_nps4(), [0, 1, 2, 3, 4, 5, 6, 7], 16, 64),
+        (trees.epyc_nps4(), [2], 16, 64),
+        (replace(trees.xeon_snc2(), allowed=(0, 1, 2, 3, 28, 140)), [0, 1], 2, 16),
+        (trees.xeon_snc2().with_files({"sys/fs/cgroup/cpu.max": "800000 100000\n"}), [0, 1, 2, 3], 2, 16),
+    ],
+)
+def test_a_node_of_a_recorded_machine(
+    machine: trees.Machine, nodes: list[int], cores: int, cache: int, tmp_path: Path
+) -> None:
+    topology = _core.read_topology(str(write_tree(tmp_path, machine)))
+    assert this_machine.node_of(topology, nodes) == (cores, cache << 20)
+
+
+@pytest.mark.parametrize("remote", [2e10, None])
+def test_this_machine(
+    remote: float | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(this_machine, "measure_node", lambda nodes, cores: (5e10, remote, 4e11))
+    found = table(capsys, "--this-machine", "--tokens", "4")
+    nodes = len(set(kt_moe.Runtime().nodes))
+    assert {row["nodes"] for row in found["rows"]} == {nodes}
+    assert found["machine"]["local"] == 5e10
+    assert found["machine"]["remote"] == (remote or 1.1e11)
+    assert found["machine"]["flops_per_core"] == 4e11
+    assert main(["numa", *SHAPE, "--this-machine", "--tokens", "4", "--nodes", "1,2"]) == 0
+    text = capsys.readouterr().out
+    assert ("remote is not measured but the default: " in text) == (remote is None)
+    assert f"50 GB/s local, {20 if remote else 110} GB/s remote" in text
+
+
+def test_rates_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (this_machine, ceilings):
+        monkeypatch.setattr(module, "SECONDS", 0.005)
+    here = kt_moe.Runtime().nodes[0]
+    local, remote, flops = this_machine.measure_node([here], 1)
+    assert local > 0
+    assert remote is None
+    assert flops > 0
+    remote = this_machine.measure_node([here, here], 1)[1]
+    assert remote is None or remote > 0  # None: the kernel places no memory
+
+
+def test_an_override_that_does_not_hold(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KT_MOE_NODES", "999")
+    assert main(["numa", "--this-machine"]) == 2
+    assert "kt-moe numa: error: nodes names node 999" in capsys.readouterr().err
+
+
 def test_shape_of_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_config("deepseek_v3").save_pretrained(tmp_path)
     assert main(["numa", "--config", str(tmp_path), "--tokens", "4", "--nodes", "2", "--json"]) == 0
@@ -138,6 +199,7 @@ def test_shape_of_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (["--format", "int3"], "argument --format: invalid choice: 'int3'"),
         (["--experts", "4"], "--topk is 8, more than the 4 experts there are"),
         (["--local-gb-s", "0"], "--local-gb-s is 0, wanted more"),
+        (["--this-machine", "--cache-mb", "0"], "--this-machine and --cache-mb exclude each other"),
         (["--config", "nowhere/config.json"], "there is no nowhere/config.json"),
         (["--config", "x", "--preset", "kimi-k2"], "--preset and --config exclude each other"),
     ],

@@ -26,6 +26,7 @@ class Machine:
         local, remote: bytes/s of its memory, and of its links to all others.
         flops_per_core: FLOP/s that products reach.
         cache: bytes of its last level.
+        notes: where these come from, if not from the caller.
     """
 
     cores: int
@@ -33,6 +34,7 @@ class Machine:
     remote: float
     flops_per_core: float
     cache: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
