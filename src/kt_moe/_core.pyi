@@ -14,6 +14,9 @@ LoraTensors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, 
 __version__: str
 
 def cpu_info() -> dict[str, Any]: ...
+def kernel_flags() -> dict[str, list[str]]:
+    """Of each kernel set, from the slowest: the flags of /proc/cpuinfo that it needs."""
+
 def read_topology(root: str, cpus: list[int] | None = None) -> dict[str, Any]:
     """What `kt_moe.cpu_info` says of a machine, from /proc and /sys below `root`; as lists of CPUs besides:
     online, l2_sharing, l3_sharing. `cpus` is in place of the affinity mask.
@@ -162,6 +165,11 @@ def measure_ceilings(runtime: Runtime, seconds: float, read_bytes: int) -> dict[
     read from `read_bytes` of memory.
     """
 
+def measure_read(runtime: Runtime, nodes: list[int], seconds: float, read_bytes: int) -> list[float]:
+    """Bytes/s that all threads read from memory of those NUMA nodes, again and again; [] where the kernel
+    refuses to place memory there.
+    """
+
 @final
 class LayerCall:
     """A call of a layer for the scaling model; docs/numa.md."""
@@ -184,29 +192,37 @@ def layer_traffic(
     call: LayerCall,
     cores: list[int],  # of each shard's node
     homes: list[int],  # of each expert whole in a shard's memory; []: each has its own slice
-    mode: str,  # tensor | expert
+    whole: bool,  # each expert is computed at home; or by every shard its slice
     align: int = 1,  # of the cuts of the intermediate dimension
 ) -> dict[str, list[dict[str, float]]]:
-    """By stage, for each shard: "local", "remote" and "served" bytes, "flops"."""
+    """By stage of the profile that it has, for each shard: "local", "remote" and "served" bytes, "rows" (the
+    local bytes of routes' fp32 results), "flops".
+    """
 
 def layer_time(
     call: LayerCall,
     cores: list[int],
     homes: list[int],
     nodes: list[tuple[float, float, float, float]],  # local and remote bytes/s, FLOP/s, bytes of cache
-    mode: str,
+    whole: bool,
     align: int = 1,
 ) -> dict[str, Any]:
     """seconds, limit ("compute" | "memory" | "remote" | "overhead"), overhead, node_seconds, traffic."""
 
-def choose_mode(
+def whole_is_sooner(
     call: LayerCall,
     cores: list[int],
     homes: list[int],
     nodes: list[tuple[float, float, float, float]],
     align: int = 1,
-) -> str:
-    """The mode done sooner with whole experts at their homes."""
+) -> bool:
+    """Whether a call is done sooner by the homes alone than by all shards, which read from the homes."""
+
+def cut_align(format: str, intermediate: int) -> int:
+    """What the cuts of the intermediate dimension are multiples of, in a format weights are quantised to."""
+
+def assign_homes(experts: int, cores: list[int], popularity: list[float]) -> list[int]:
+    """A shard for each expert, as `Experts` chooses it; popularity []: not known."""
 
 def forward(
     experts: Experts,

@@ -2,12 +2,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "base/error.h"
 #include "moe/cost.h"
+#include "weights/cut.h"
+#include "weights/homes.h"
+#include "weights/quantize.h"
 
 namespace py = pybind11;
 
@@ -31,14 +35,14 @@ LayerCall make_call(index_t tokens, index_t hidden, index_t intermediate, std::v
   return {tokens, hidden, intermediate, std::move(routes), ranks, weight_bytes, lora_bytes, backward, saved};
 }
 
+void check_cores(const std::vector<index_t>& cores) {
+  KT_CHECK(!cores.empty(), "there are no shards, wanted one at least");
+  for (const index_t n : cores) KT_CHECK(n >= 1, "a shard has {} cores, wanted at least 1", n);
+}
+
 Division make_division(const LayerCall& call, const std::vector<index_t>& cores, std::vector<int> homes,
                        index_t align) {
-  index_t all = 0;
-  for (const index_t n : cores) {
-    KT_CHECK(n >= 1, "a shard has {} cores, wanted at least 1", n);
-    all += n;
-  }
-  KT_CHECK(all > 0, "there are no shards, wanted one at least");
+  check_cores(cores);
   KT_CHECK(align >= 1, "align is {}, wanted at least 1", align);
   return {split_by(call.intermediate, cores, align), std::move(homes)};
 }
@@ -48,6 +52,7 @@ py::dict to_dict(const Traffic& traffic) {
   values["local"] = traffic.local;
   values["remote"] = traffic.remote;
   values["served"] = traffic.served;
+  values["rows"] = traffic.rows;
   values["flops"] = traffic.flops;
   return values;
 }
@@ -59,11 +64,12 @@ py::list to_list(const std::vector<Traffic>& shards) {
 }
 
 py::dict traffic(const LayerCall& call, const std::vector<index_t>& cores, const std::vector<int>& homes,
-                 const std::string& mode, index_t align) {
-  const StageTraffic stages = layer_traffic(call, make_division(call, cores, homes, align), mode_from(mode));
+                 bool whole, index_t align) {
+  const StageTraffic stages = layer_traffic(call, make_division(call, cores, homes, align), whole);
   py::dict by_name;
   for (std::size_t i = 0; i < stages.size(); ++i)
-    by_name[py::str(stage_names[i].data(), stage_names[i].size())] = to_list(stages[i]);
+    if (std::ranges::any_of(stages[i], [](const Traffic& t) { return t.local + t.remote + t.flops > 0; }))
+      by_name[py::str(std::string(stage_names[i]))] = to_list(stages[i]);
   return by_name;
 }
 
@@ -79,9 +85,9 @@ std::vector<NodeRates> rates(const std::vector<index_t>& cores, const std::vecto
 }
 
 py::dict time_of(const LayerCall& call, const std::vector<index_t>& cores, const std::vector<int>& homes,
-                 const std::vector<Node>& nodes, const std::string& mode, index_t align) {
+                 const std::vector<Node>& nodes, bool whole, index_t align) {
   const Prediction prediction =
-      predict(call, make_division(call, cores, homes, align), mode_from(mode), rates(cores, nodes));
+      predict(call, make_division(call, cores, homes, align), whole, rates(cores, nodes));
   py::dict values;
   values["seconds"] = prediction.seconds;
   values["limit"] = std::string(name_of(prediction.limit));
@@ -91,9 +97,22 @@ py::dict time_of(const LayerCall& call, const std::vector<index_t>& cores, const
   return values;
 }
 
-std::string choose_mode(const LayerCall& call, const std::vector<index_t>& cores,
-                        const std::vector<int>& homes, const std::vector<Node>& nodes, index_t align) {
-  return std::string(name_of(choose(call, make_division(call, cores, homes, align), rates(cores, nodes))));
+bool sooner(const LayerCall& call, const std::vector<index_t>& cores, const std::vector<int>& homes,
+            const std::vector<Node>& nodes, index_t align) {
+  return whole_is_sooner(call, make_division(call, cores, homes, align), rates(cores, nodes));
+}
+
+// Of all experts in a format that weights are quantised to.
+index_t align_of(const std::string& format, index_t intermediate) {
+  const WeightType type = default_type(format_from(format));
+  return cut_align({type, type, type}, intermediate);
+}
+
+std::vector<int> homes_of(int experts, const std::vector<index_t>& cores,
+                          const std::vector<double>& popularity) {
+  KT_CHECK(experts >= 0, "experts is {}, wanted at least 0", experts);
+  check_cores(cores);
+  return assign_homes(experts, cores, popularity);
 }
 
 }  // namespace
@@ -105,10 +124,12 @@ void bind_cost(py::module_& m) {
       .def(py::init(&kt::make_call), py::kw_only(), py::arg("tokens"), py::arg("hidden"),
            py::arg("intermediate"), py::arg("routes"), py::arg("ranks"), py::arg("weight_bytes"),
            py::arg("lora_bytes"), py::arg("backward"), py::arg("saved"));
-  m.def("layer_traffic", &kt::traffic, py::arg("call"), py::arg("cores"), py::arg("homes"), py::arg("mode"),
+  m.def("layer_traffic", &kt::traffic, py::arg("call"), py::arg("cores"), py::arg("homes"), py::arg("whole"),
         py::arg("align") = 1);
   m.def("layer_time", &kt::time_of, py::arg("call"), py::arg("cores"), py::arg("homes"), py::arg("nodes"),
-        py::arg("mode"), py::arg("align") = 1);
-  m.def("choose_mode", &kt::choose_mode, py::arg("call"), py::arg("cores"), py::arg("homes"),
-        py::arg("nodes"), py::arg("align") = 1);
+        py::arg("whole"), py::arg("align") = 1);
+  m.def("whole_is_sooner", &kt::sooner, py::arg("call"), py::arg("cores"), py::arg("homes"), py::arg("nodes"),
+        py::arg("align") = 1);
+  m.def("cut_align", &kt::align_of, py::arg("format"), py::arg("intermediate"));
+  m.def("assign_homes", &kt::homes_of, py::arg("experts"), py::arg("cores"), py::arg("popularity"));
 }

@@ -70,6 +70,13 @@ py::dict cpu_info() {
   return info;
 }
 
+py::dict kernel_flags() {
+  py::dict flags;
+  for (const kt::KernelEntry& entry : kt::kernel_registry())
+    flags[py::str(entry.name)] = kt::cpuinfo_flags(entry.needs);
+  return flags;
+}
+
 py::list probe_nodes() {
   std::vector<kt::NodeProbe> probes;
   {
@@ -94,6 +101,7 @@ py::list probe_nodes() {
 
 void bind_topology(py::module_& m) {
   m.def("cpu_info", &cpu_info);
+  m.def("kernel_flags", &kernel_flags);
   m.def("read_topology", &read_topology, py::arg("root"), py::arg("cpus") = std::nullopt);
   m.def("probe_nodes", &probe_nodes);
 }

@@ -4,12 +4,26 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <array>
 #include <cstdint>
-#include <utility>
+#include <string_view>
 
 namespace kt {
 
 namespace {
+
+struct Known {
+  Feature feature;
+  std::string_view name;
+  std::vector<std::string_view> flags;
+};
+
+const std::array kKnown{
+    Known{Feature::avx2, "avx2", {"avx2", "fma", "f16c"}},
+    Known{Feature::avx512, "avx512", {"avx512f", "avx512bw", "avx512vl", "avx512dq"}},
+    Known{Feature::avx512_bf16, "avx512_bf16", {"avx512_bf16"}},
+    Known{Feature::amx_bf16, "amx_bf16", {"amx_tile", "amx_bf16"}},
+};
 
 struct Leaf {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -59,12 +73,17 @@ unsigned cpu_features() {
 
 std::vector<std::string> feature_names(unsigned features) {
   std::vector<std::string> names;
-  for (auto [feature, name] : {std::pair{Feature::avx2, "avx2"},
-                               {Feature::avx512, "avx512"},
-                               {Feature::avx512_bf16, "avx512_bf16"},
-                               {Feature::amx_bf16, "amx_bf16"}})
-    if (features & static_cast<unsigned>(feature)) names.emplace_back(name);
+  for (const Known& known : kKnown)
+    if (features & static_cast<unsigned>(known.feature)) names.emplace_back(known.name);
   return names;
+}
+
+std::vector<std::string> cpuinfo_flags(unsigned features) {
+  std::vector<std::string> flags;
+  for (const Known& known : kKnown)
+    if (features & static_cast<unsigned>(known.feature))
+      flags.insert(flags.end(), known.flags.begin(), known.flags.end());
+  return flags;
 }
 
 }  // namespace kt

@@ -24,4 +24,7 @@ unsigned cpu_features();
 
 std::vector<std::string> feature_names(unsigned features);
 
+// What /proc/cpuinfo calls the instructions behind them.
+std::vector<std::string> cpuinfo_flags(unsigned features);
+
 }  // namespace kt

@@ -37,16 +37,84 @@ std::vector<Range> share_out(index_t n, const std::vector<index_t>& weights) {
   return parts;
 }
 
-// Nodes that serve the same shards.
-struct Group {
-  Range nodes;  // of the usable ones
-  Range shards;
+using Nodes = std::span<const NumaNode* const>;
+
+Nodes part_of(Nodes nodes, Range range) {
+  return nodes.subspan(static_cast<std::size_t>(range.begin), static_cast<std::size_t>(range.size()));
+}
+
+index_t cores_of(Nodes nodes) {
   index_t cores = 0;
+  for (const NumaNode* node : nodes) cores += cores_of(*node);
+  return cores;
+}
+
+// Those with CPUs; or where these are not known, any.
+std::vector<const NumaNode*> usable_nodes(const Topology& topology) {
+  std::vector<const NumaNode*> usable;
+  for (const NumaNode& node : topology.nodes)
+    if (!node.cpus.empty()) usable.push_back(&node);
+  if (usable.empty()) usable.push_back(&topology.nodes.front());
+  return usable;
+}
+
+// Nodes that serve the same shards: a place.
+struct Place {
+  Nodes nodes;
+  Range shards;
 };
 
-}  // namespace
+std::vector<Place> places_of(Nodes nodes, index_t shards) {
+  const index_t count = std::min(shards, std::ssize(nodes));
+  std::vector<Place> places;
+  std::vector<index_t> weights;
+  for (index_t p = 0; p < count; ++p) {
+    places.push_back({part_of(nodes, split(std::ssize(nodes), count, p)), {}});
+    weights.push_back(cores_of(places.back().nodes));
+  }
+  const std::vector<Range> shards_of = share_out(shards, weights);
+  for (std::size_t p = 0; p < places.size(); ++p) places[p].shards = shards_of[p];
+  return places;
+}
 
-namespace {
+std::vector<Shard> shards_of(const std::vector<Place>& places, const Topology& topology) {
+  const bool bound = topology.nodes.size() > 1 || topology.chosen;
+  std::vector<Shard> shards;
+  for (std::size_t p = 0; p < places.size(); ++p) {
+    const Place& place = places[p];
+    Shard shard{cores_of(place.nodes) * kShares / place.shards.size(), p};
+    for (const NumaNode* node : place.nodes)
+      if (const int from = memory_of(topology, *node);
+          bound && std::ranges::find(shard.memory, from) == shard.memory.end())
+        shard.memory.push_back(from);
+    shards.insert(shards.end(), static_cast<std::size_t>(place.shards.size()), shard);
+  }
+  return shards;
+}
+
+// A team for each place; or where there are fewer threads, for some that follow one another.
+std::vector<Team> teams_of(const std::vector<Place>& places, const Topology& topology, index_t threads) {
+  const index_t count = std::min(std::ssize(places), threads);
+  const bool bound = count > 1 || topology.chosen;
+  std::vector<Team> teams(static_cast<std::size_t>(count));
+  std::vector<index_t> weights;
+  for (std::size_t t = 0; t < teams.size(); ++t) {
+    const Range some = split(std::ssize(places), count, static_cast<index_t>(t));
+    const auto members = std::span(places).subspan(static_cast<std::size_t>(some.begin),
+                                                   static_cast<std::size_t>(some.size()));
+    teams[t].shards = {members.front().shards.begin, members.back().shards.end};
+    index_t cores = 0;
+    for (const Place& place : members) {
+      cores += cores_of(place.nodes);
+      for (const NumaNode* node : place.nodes)
+        if (bound) teams[t].cpus.insert(teams[t].cpus.end(), node->cpus.begin(), node->cpus.end());
+    }
+    weights.push_back(cores);
+  }
+  const std::vector<Range> threads_of = share_out(threads, weights);
+  for (std::size_t t = 0; t < teams.size(); ++t) teams[t].threads = static_cast<int>(threads_of[t].size());
+  return teams;
+}
 
 std::string usable_ids(const std::vector<NumaNode>& nodes) {
   std::string text;
@@ -77,55 +145,9 @@ Topology choose_nodes(Topology topology, std::span<const int> nodes) {
 }
 
 ShardLayout plan_layout(const Topology& topology, int threads, int shards) {
-  std::vector<const NumaNode*> usable;
-  for (const NumaNode& node : topology.nodes)
-    if (!node.cpus.empty()) usable.push_back(&node);
-  if (usable.empty()) usable.push_back(&topology.nodes.front());
-  const bool bound = topology.nodes.size() > 1 || topology.chosen;
-
-  std::vector<Group> groups;
-  const index_t count = std::min<index_t>(shards, std::ssize(usable));
-  std::vector<index_t> weights;
-  for (index_t g = 0; g < count; ++g) {
-    Group group{split(std::ssize(usable), count, g), {}};
-    for (index_t i = group.nodes.begin; i < group.nodes.end; ++i)
-      group.cores += cores_of(*usable[static_cast<std::size_t>(i)]);
-    weights.push_back(group.cores);
-    groups.push_back(group);
-  }
-  ShardLayout layout;
-  const std::vector<Range> shards_of = share_out(shards, weights);
-  for (std::size_t g = 0; g < groups.size(); ++g) {
-    groups[g].shards = shards_of[g];
-    Shard shard{groups[g].cores * kShares / shards_of[g].size(), g};
-    for (index_t i = groups[g].nodes.begin; bound && i < groups[g].nodes.end; ++i) {
-      const int node = memory_of(topology, *usable[static_cast<std::size_t>(i)]);
-      if (std::ranges::find(shard.memory, node) == shard.memory.end()) shard.memory.push_back(node);
-    }
-    layout.shards.insert(layout.shards.end(), static_cast<std::size_t>(shards_of[g].size()), shard);
-  }
-
-  weights.clear();
-  const index_t teams = std::min<index_t>(count, threads);
-  for (index_t t = 0; t < teams; ++t) {
-    const Range members = split(count, teams, t);
-    Team team;
-    team.shards = {groups[static_cast<std::size_t>(members.begin)].shards.begin,
-                   groups[static_cast<std::size_t>(members.end - 1)].shards.end};
-    index_t cores = 0, first = groups[static_cast<std::size_t>(members.begin)].nodes.begin;
-    const index_t last = groups[static_cast<std::size_t>(members.end - 1)].nodes.end;
-    for (; first < last; ++first) {
-      const NumaNode& node = *usable[static_cast<std::size_t>(first)];
-      cores += cores_of(node);
-      if (teams > 1 || topology.chosen) team.cpus.insert(team.cpus.end(), node.cpus.begin(), node.cpus.end());
-    }
-    weights.push_back(cores);
-    layout.teams.push_back(team);
-  }
-  const std::vector<Range> threads_of = share_out(threads, weights);
-  for (std::size_t t = 0; t < layout.teams.size(); ++t)
-    layout.teams[t].threads = static_cast<int>(threads_of[t].size());
-  return layout;
+  const std::vector<const NumaNode*> nodes = usable_nodes(topology);
+  const std::vector<Place> places = places_of(nodes, shards);
+  return {shards_of(places, topology), teams_of(places, topology, threads)};
 }
 
 }  // namespace kt

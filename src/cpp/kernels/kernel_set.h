@@ -81,6 +81,9 @@ struct GemmKernels {
   bool in_place;
 };
 
+// Most rows whose products are few rows': arithmetic takes as long as memory there.
+constexpr int kFewRows = 8;
+
 // Products of few rows, straight from natural row-major matrices: nothing of W is packed, and each of its
 // elements is read from memory once. 1 <= rows <= max_rows; n, k >= 1. An element's additions run in an order
 // that only rows and k decide: the same bits whatever columns of C a caller computes at a time.

@@ -1,5 +1,6 @@
 #include "kernels/registry.h"
 
+#include <algorithm>
 #include <array>
 
 #include "base/error.h"
@@ -32,11 +33,11 @@ constexpr unsigned kAvx512Bf16 = kAvx512 | Feature::avx512_bf16;
 constexpr unsigned kAmx = kAvx512Bf16 | Feature::amx_bf16;
 
 constexpr std::array kRegistry = {
-    KernelEntry{"scalar", 0, &scalar::table},
-    KernelEntry{"avx2", kAvx2, &avx2::table},
-    KernelEntry{"avx512", kAvx512, &avx512::table},
-    KernelEntry{"avx512_bf16", kAvx512Bf16, &avx512_bf16::table},
-    KernelEntry{"amx", kAmx, &amx::table},
+    KernelEntry{"scalar", 0, 0.005e12, &scalar::table},
+    KernelEntry{"avx2", kAvx2, 0.07e12, &avx2::table},
+    KernelEntry{"avx512", kAvx512, 0.15e12, &avx512::table},
+    KernelEntry{"avx512_bf16", kAvx512Bf16, 0.4e12, &avx512_bf16::table},
+    KernelEntry{"amx", kAmx, 1.5e12, &amx::table},
 };
 
 std::string known_names() {
@@ -75,6 +76,12 @@ void overlay(KernelSet& set, const KernelSet& own) {
 
 std::span<const KernelEntry> kernel_registry() { return kRegistry; }
 
+const KernelEntry& kernel_entry(std::string_view isa) {
+  const auto found = std::ranges::find(kRegistry, isa, &KernelEntry::name);
+  KT_CHECK(found != kRegistry.end(), "isa is \"{}\", wanted one of {}", isa, known_names());
+  return *found;
+}
+
 std::string availability(const KernelEntry& entry, unsigned features) {
   if (const unsigned missing = entry.needs & ~features; missing != 0) {
     std::string names;
@@ -92,15 +99,14 @@ std::string_view best_isa(unsigned features) {
 }
 
 KernelSet kernel_set(std::string_view isa, unsigned features) {
+  const std::string verdict = availability(kernel_entry(isa), features);
+  KT_CHECK(verdict == "available", "isa is \"{}\": {}", isa, verdict);
   KernelSet set{};
   for (const KernelEntry& entry : kRegistry) {
     if (entry.own != nullptr) overlay(set, *entry.own);
-    if (entry.name != isa) continue;
-    const std::string verdict = availability(entry, features);
-    KT_CHECK(verdict == "available", "isa is \"{}\": {}", isa, verdict);
-    return set;
+    if (entry.name == isa) break;
   }
-  throw ValueError(message("isa is \"{}\", wanted one of {}", isa, known_names()));
+  return set;
 }
 
 }  // namespace kt

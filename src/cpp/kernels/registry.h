@@ -12,11 +12,15 @@ namespace kt {
 struct KernelEntry {
   std::string_view name;
   unsigned needs;        // bits of Feature
+  double core_flops;     // about: FLOP/s of a core's products
   const KernelSet* own;  // the slots it fills; null while its kernels are not written
 };
 
 // From the slowest, which runs everywhere, to the fastest.
 std::span<const KernelEntry> kernel_registry();
+
+// ValueError for a name that is not known.
+const KernelEntry& kernel_entry(std::string_view isa);
 
 // "available", or why this entry cannot run with these features.
 std::string availability(const KernelEntry& entry, unsigned features);

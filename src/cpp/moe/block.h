@@ -15,6 +15,13 @@ inline int to_int(index_t n) { return static_cast<int>(n); }
 // Most routes that share one packing of an expert's weights; enough to make the packing cheap.
 inline constexpr index_t kBlockRows = 512;
 
+// Bytes of weights that a task keeps in its L2 cache, at most.
+inline constexpr index_t kMostCacheBytes = index_t{512} << 10;
+
+// Of a sum over experts: columns of a slice, at most, so rows of 1 KiB to write and to read again; and slices
+// that are computed or wait for their sum at the same time.
+inline constexpr index_t kSumCols = 256, kSumsKept = 3;
+
 // The projections that read hidden_states, and the one that reads h.
 inline constexpr std::array kGateUp{Projection::gate, Projection::up};
 inline constexpr std::array kDown{Projection::down};

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <span>
 #include <vector>
 
 #include "moe/runtime.h"
@@ -23,5 +24,10 @@ struct Ceilings {
 // Takes about `seconds` for each list. Memory is read from `read_bytes` (rounded down to whole chunks, at
 // least one a thread), which should be several times the caches.
 Ceilings measure_ceilings(Runtime& runtime, double seconds, std::size_t read_bytes);
+
+// Bytes/s read from memory of those NUMA nodes by all threads, likewise. None where the kernel refuses to
+// place memory there.
+std::vector<double> measure_read(Runtime& runtime, std::span<const int> nodes, double seconds,
+                                 std::size_t read_bytes);
 
 }  // namespace kt

@@ -4,14 +4,12 @@
 #include <cmath>
 
 #include "base/error.h"
-#include "moe/pass.h"
+#include "moe/block.h"
 
 namespace kt {
 
 namespace {
 
-constexpr double kRowBytes = 3 << 10;     // of a route that lie in memory at a time: pass_sum.cpp
-constexpr double kTaskBytes = 512 << 10;  // of bf16 weights that a task multiplies by: Pass::cache_part
 constexpr double kTaskSeconds = 1e-6;     // to take a task
 constexpr double kWaitSeconds = 2e-6;     // until threads of one node see that a step is done
 constexpr double kFarWaitSeconds = 5e-6;  // and those of other nodes
@@ -20,46 +18,37 @@ constexpr double kFarWaitSeconds = 5e-6;  // and those of other nodes
 double tasks(const LayerCall& call) {
   double blocks = 0;
   for (const index_t count : call.routes) blocks += static_cast<double>(ceil_div(count, kBlockRows));
-  const double weights = 3 * 2 * static_cast<double>(call.hidden * call.intermediate);
-  return blocks * (3 + std::ceil(weights / kTaskBytes)) * (call.backward && !call.saved ? 2 : 1);
+  const auto weights = static_cast<double>(3 * 2 * call.hidden * call.intermediate);  // bf16
+  return blocks * (3 + std::ceil(weights / kMostCacheBytes)) * (call.backward && !call.saved ? 2 : 1);
 }
 
 // Bytes that a shard's rows take at a time.
-double rows_kept(const LayerCall& call, const Division& division, Mode mode, std::size_t shard) {
+double rows_kept(const LayerCall& call, const Division& division, bool whole, std::size_t shard) {
   index_t routes = 0;
   for (std::size_t e = 0; e < call.routes.size(); ++e)
-    if (mode == Mode::tensor || division.homes[e] == static_cast<int>(shard)) routes += call.routes[e];
-  return kRowBytes * static_cast<double>(routes);
+    if (!whole || division.homes[e] == static_cast<int>(shard)) routes += call.routes[e];
+  return static_cast<double>(routes * kSumCols * kSumsKept) * sizeof(float);
 }
 
-double overhead(const LayerCall& call, const Division& division, Mode mode,
+double overhead(const LayerCall& call, const Division& division, bool whole,
                 const std::vector<NodeRates>& nodes) {
   double cores = 0;
   for (const NodeRates& node : nodes) cores += node.cores;
   int near = call.backward ? 5 : 4, far = 1;  // steps that wait for one before
   if (call.backward && !call.saved) near += 2;
-  if (mode == Mode::tensor)
-    far += call.backward ? 3 : 2;  // P or Q from home, its parts, the parts of the sum
+  if (!whole) far += call.backward ? 3 : 2;  // P or Q from home, its parts, the parts of the sum
   if (division.shards.size() == 1) near += 1, far = 0;
   return tasks(call) * kTaskSeconds / cores + near * kWaitSeconds + far * kFarWaitSeconds;
 }
 
 }  // namespace
 
-Mode mode_from(std::string_view name) {
-  for (const Mode mode : {Mode::tensor, Mode::expert})
-    if (name == name_of(mode)) return mode;
-  throw ValueError(message("mode is \"{}\", wanted tensor or expert", name));
-}
-
-std::string_view name_of(Mode mode) { return mode == Mode::tensor ? "tensor" : "expert"; }
-
 std::string_view name_of(Limit limit) {
   constexpr std::array<std::string_view, 4> names{"compute", "memory", "remote", "overhead"};
   return names[static_cast<std::size_t>(limit)];
 }
 
-Prediction predict(const LayerCall& call, const Division& division, Mode mode,
+Prediction predict(const LayerCall& call, const Division& division, bool whole,
                    const std::vector<NodeRates>& nodes) {
   KT_CHECK(nodes.size() == division.shards.size(), "there are {} nodes, wanted one for each of {} shards",
            nodes.size(), division.shards.size());
@@ -69,17 +58,15 @@ Prediction predict(const LayerCall& call, const Division& division, Mode mode,
              node.cores, node.local, node.remote, node.flops);
   Prediction result;
   result.traffic.resize(nodes.size());
-  const StageTraffic stages = layer_traffic(call, division, mode);
-  for (const std::vector<Traffic>& stage : stages)
+  for (const std::vector<Traffic>& stage : layer_traffic(call, division, whole))
     for (std::size_t s = 0; s < nodes.size(); ++s) result.traffic[s] += stage[s];
-  result.overhead = overhead(call, division, mode, nodes);
+  result.overhead = overhead(call, division, whole, nodes);
   double slowest = 0;
   for (std::size_t s = 0; s < nodes.size(); ++s) {
     const Traffic& t = result.traffic[s];
-    const bool cached = rows_kept(call, division, mode, s) <= nodes[s].cache;
-    const double rows = cached ? stages[static_cast<std::size_t>(TrafficStage::rows)][s].local : 0;
-    const std::array times{t.flops / nodes[s].flops, (t.local - rows + t.served) / nodes[s].local,
-                           t.remote / nodes[s].remote};
+    const bool cached = rows_kept(call, division, whole, s) <= nodes[s].cache;
+    const double local = t.local + t.served - (cached ? t.rows : 0);
+    const std::array times{t.flops / nodes[s].flops, local / nodes[s].local, t.remote / nodes[s].remote};
     const auto longest = std::ranges::max_element(times);
     result.node_time.push_back(*longest);
     if (*longest < slowest) continue;
@@ -91,9 +78,8 @@ Prediction predict(const LayerCall& call, const Division& division, Mode mode,
   return result;
 }
 
-Mode choose(const LayerCall& call, const Division& division, const std::vector<NodeRates>& nodes) {
-  const double tensor = predict(call, division, Mode::tensor, nodes).seconds;
-  return predict(call, division, Mode::expert, nodes).seconds < tensor ? Mode::expert : Mode::tensor;
+bool whole_is_sooner(const LayerCall& call, const Division& division, const std::vector<NodeRates>& nodes) {
+  return predict(call, division, true, nodes).seconds < predict(call, division, false, nodes).seconds;
 }
 
 }  // namespace kt

@@ -1,5 +1,8 @@
 // What a call of a layer reads, writes and computes on each shard of a machine with several memory nodes, and
 // how long that takes at least. Pure: no threads, no weights. docs/numa.md derives the terms.
+//
+// Such a call is computed in one of two ways: every shard its slice of each expert, or `whole`, each expert
+// by one shard alone, its home.
 #pragma once
 
 #include <array>
@@ -8,15 +11,9 @@
 #include <vector>
 
 #include "base/split.h"
+#include "moe/stage.h"
 
 namespace kt {
-
-// A slice of every expert on each shard, or each expert whole on one shard, its home.
-enum class Mode : std::uint8_t { tensor, expert };
-
-// ValueError for a name that is not known.
-Mode mode_from(std::string_view name);
-std::string_view name_of(Mode mode);
 
 struct LayerCall {
   index_t tokens = 0, hidden = 0, intermediate = 0;
@@ -33,29 +30,24 @@ struct Division {
   std::vector<int> homes = {};  // the shard that has all of an expert; none: each shard has its own slice
 };
 
-// Steps that share data. gather: rows of X or dY, packed. low_rank: P and Q, with what their merging takes.
-// pack: h, or dG and dU, as input of the next product. gate_up, down: the products with weights and what they
-// read and write. rows: the fp32 results of routes, written, and read where they lie. merge: those of other
-// shards, or the sums of all shards, and the result. lora: the gradients of A and B.
-enum class TrafficStage : std::uint8_t { gather, low_rank, gate_up, pack, down, rows, merge, lora };
-
-inline constexpr std::array<std::string_view, 8> stage_names{"gather", "low_rank", "gate_up", "pack",
-                                                             "down",   "rows",     "merge",   "lora"};
-
 // Of one shard. Bytes that its threads read and write in memory of their own node and of others, by design:
 // each once, whether or not a cache has them. Memory of the caller lies on all nodes alike.
 struct Traffic {
   double local = 0, remote = 0;
   double served = 0;  // of the remote bytes of others, those that lie here
+  double rows = 0;    // of the local bytes, those of fp32 results of routes
   double flops = 0;   // of products
 
   Traffic& operator+=(const Traffic& other);
 };
 
-using StageTraffic = std::array<std::vector<Traffic>, stage_names.size()>;  // [stage][shard]
+// Weights count where they are multiplied by, not as `pack` or `decode`; G, U, h and their gradients where
+// the product ends that they are made of; P and Q with what their merging takes; all gradients of A and B as
+// `lora_grad`, zeros included.
+using StageTraffic = std::array<std::vector<Traffic>, kStages>;  // [stage][shard]
 
-// `homes` must not be empty in expert mode.
-StageTraffic layer_traffic(const LayerCall& call, const Division& division, Mode mode);
+// `homes` must not be empty if they are computed `whole`.
+StageTraffic layer_traffic(const LayerCall& call, const Division& division, bool whole);
 
 // A shard's node: bytes/s of its memory and of its links to others, FLOP/s of all its cores, and bytes of its
 // last cache: where the rows kept at a time fit in there, they cost its memory nothing.
@@ -75,11 +67,11 @@ struct Prediction {
   double overhead = 0;            // seconds: handing out tasks, waiting for each other
 };
 
-Prediction predict(const LayerCall& call, const Division& division, Mode mode,
+Prediction predict(const LayerCall& call, const Division& division, bool whole,
                    const std::vector<NodeRates>& nodes);
 
-// The mode that will be done sooner where experts lie whole at `division.homes`: in tensor mode the other
-// shards then read their slices from there.
-Mode choose(const LayerCall& call, const Division& division, const std::vector<NodeRates>& nodes);
+// Which way is done sooner where experts lie whole at `division.homes`: the other one then reads its slices
+// from there.
+bool whole_is_sooner(const LayerCall& call, const Division& division, const std::vector<NodeRates>& nodes);
 
 }  // namespace kt

@@ -67,7 +67,7 @@ bool Pass::sooner_whole() const {
     call.ranks[index_of(p)] = inputs_.of(p).rank();
     call.weight_bytes[index_of(p)] = static_cast<double>(experts_.of(p, 0).bytes());
   }
-  return choose(call, {experts_.shards, experts_.homes}, lease_.rates()) == Mode::expert;
+  return whole_is_sooner(call, {experts_.shards, experts_.homes}, lease_.rates());
 }
 
 void Pass::add_blocks() {

@@ -237,7 +237,7 @@ class Pass {
   // Bytes of weights that a task keeps in its L2 cache: half of it, 512 KiB at most, for virtual machines
   // hide that two of their cores share one, and caches of 2 MiB are such.
   index_t cache_part() const {
-    return std::min(static_cast<index_t>(lease_.l2_bytes()) / 2, index_t{512} << 10);
+    return std::min(static_cast<index_t>(lease_.l2_bytes()) / 2, kMostCacheBytes);
   }
 
   Runtime::Lease lease_;

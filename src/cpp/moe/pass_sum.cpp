@@ -11,10 +11,8 @@ namespace {
 
 constexpr index_t kFloat = sizeof(float);
 constexpr index_t kSumTokens = 64;   // a task
-constexpr index_t kSumCols = 256;    // at most, of a slice: rows of 1 KiB to write and to read again
 constexpr index_t kSliceStrips = 4;  // that fill the cache, in a slice: all but the first are fetched early
 constexpr index_t kStripTiles = 4;   // at most
-constexpr std::size_t kSlicesKept = 3;  // that are computed or wait for their sum at the same time
 
 index_t size(const Result& result) { return static_cast<index_t>(size_of(result.dtype)); }
 
@@ -130,7 +128,7 @@ void Pass::add_sum(Stage stage, const Result& result, bool weighted, index_t til
 }
 
 void Pass::take_memory(Sum& sum) {
-  sum.kept.resize(std::min(static_cast<std::size_t>(sum.slices.count), kSlicesKept));
+  sum.kept.resize(static_cast<std::size_t>(std::min(sum.slices.count, kSumsKept)));
   for (Sum::Memory& slice : sum.kept)
     for (const Lane& lane : sum.lanes) {
       Arena& memory = lease_.memory(lane.team);

@@ -5,18 +5,6 @@
 
 namespace kt {
 
-namespace {
-
-constexpr std::array<std::string_view, kStages> kNames{
-    "setup",     "route",           "fetch",      "gather",      "lora_p", "pack",
-    "decode",    "gate_up",         "activation", "hidden",      "down",   "merge",
-    "grad_down", "grad_activation", "dots",       "gather_grad", "lora_q", "grad_hidden",
-    "lora_grad", "clear",           "wait",       "idle"};
-
-}  // namespace
-
-std::string_view name_of(Stage stage) { return kNames[static_cast<std::size_t>(stage)]; }
-
 std::string_view name_of(Direction direction) {
   return direction == Direction::forward ? "forward" : "backward";
 }

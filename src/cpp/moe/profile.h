@@ -14,35 +14,9 @@
 
 #include "base/view.h"
 #include "cpu/tick.h"
+#include "moe/stage.h"
 
 namespace kt {
-
-enum class Stage : std::uint8_t {
-  setup,            // what the caller does alone: list tasks, free memory
-  route,            // routes by expert
-  fetch,            // weights that are not in memory
-  gather,           // rows of X or dY, packed
-  lora_p,           // P = s X A'
-  pack,             // weights, packed
-  decode,           // codes to bf16, and packed
-  gate_up,          // G, U
-  activation,       // h
-  hidden,           // h, packed
-  down,             // h Wd' + Pd Bd'
-  merge,            // sums over a token's routes, and over shards
-  grad_down,        // dh'
-  grad_activation,  // dG, dU
-  dots,             // the gradient of the routing weights
-  gather_grad,      // dG, dU, packed
-  lora_q,           // Q = s dY B
-  grad_hidden,      // dX
-  lora_grad,        // dA, dB
-  clear,            // zeros for experts without routes
-  wait,             // for what other threads make
-  idle,             // before a thread's first and behind its last task of a call
-};
-inline constexpr std::size_t kStages = static_cast<std::size_t>(Stage::idle) + 1;
-std::string_view name_of(Stage stage);
 
 // What was done in some time. Bytes are those that a step has to read or write, caches aside: local ones lie
 // in the memory of the team that does, remote ones in that of another. The caller's tensors are team 0's.

@@ -49,14 +49,7 @@ std::string choose_isa(const std::optional<std::string>& argument) {
   return environment("KT_MOE_ISA").value_or(std::string(best_isa(cpu_features())));
 }
 
-// Of a core, about: FLOP/s of products, and bytes/s of memory where all cores read.
-double flops_of(const std::string& isa) {
-  if (isa == "amx") return 1.5e12;
-  if (isa == "avx512_bf16") return 0.4e12;
-  if (isa == "avx512") return 0.15e12;
-  return isa == "avx2" ? 0.07e12 : 0.005e12;
-}
-constexpr double kCoreBytes = 6e9;
+constexpr double kCoreBytes = 6e9;  // a core's of its node's bytes/s, about
 
 // A shard's part of its place. Links are as much slower than memory as they are longer.
 std::vector<NodeRates> estimate_rates(const Topology& topology, const ShardLayout& layout,
@@ -68,12 +61,13 @@ std::vector<NodeRates> estimate_rates(const Topology& topology, const ShardLayou
   const double far = farthest > kOwnDistance ? farthest : kUsualDistance;
   double all = 0;
   for (const Shard& shard : layout.shards) all += static_cast<double>(shard.weight);
+  const double core_flops = kernel_entry(isa).core_flops;
   std::vector<NodeRates> rates;
   for (const Shard& shard : layout.shards) {
     const double cores = topology.cores * static_cast<double>(shard.weight) / all;
     const double local = kCoreBytes * cores;
     rates.push_back(
-        {cores, local, local * kOwnDistance / far, flops_of(isa) * cores, static_cast<double>(topology.l3)});
+        {cores, local, local * kOwnDistance / far, core_flops * cores, static_cast<double>(topology.l3)});
   }
   return rates;
 }

@@ -196,11 +196,11 @@ void times(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t stride, float
 using FewProduct = void(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
                         ptrdiff_t ldc, int accumulate);
 
-constexpr FewProduct* kTimesTransposed[FEW_ROWS] = {
+constexpr FewProduct* kTimesTransposed[kFewRows] = {
     times_transposed<1>, times_transposed<2>, times_transposed<3>, times_transposed<4>,
     times_transposed<5>, times_transposed<6>, times_transposed<7>, times_transposed<8>};
 
-constexpr FewProduct* kTimes[FEW_ROWS] = {times<1>, times<2>, times<3>, times<4>,
+constexpr FewProduct* kTimes[kFewRows] = {times<1>, times<2>, times<3>, times<4>,
                                           times<5>, times<6>, times<7>, times<8>};
 
 }  // namespace

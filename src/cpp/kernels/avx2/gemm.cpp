@@ -75,7 +75,7 @@ extern const KernelSet table;
 const KernelSet table = {
     .gemm = {MR, NR, KB, sizeof(float), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr,
              peak, false},
-    .few = {FEW_ROWS, FEW_ROWS / 2, few_times_transposed, few_times},
+    .few = {kFewRows, kFewRows / 2, few_times_transposed, few_times},
     .epilogue = {transpose,
                  sum_scaled,
                  round_scaled,

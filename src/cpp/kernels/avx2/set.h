@@ -10,7 +10,6 @@ namespace kt::avx2 {
 constexpr int MR = 6;   // with NR: 12 accumulators, 2 vectors of B and 1 broadcast of A in 16 registers
 constexpr int NR = 16;  // two vectors
 constexpr int KB = 16;  // k in one 64-byte run of a packed A row
-constexpr int FEW_ROWS = 8;
 
 PackRows pack_a, pack_b_cols;
 PackAcross pack_b_rows;

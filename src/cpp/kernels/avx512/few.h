@@ -11,7 +11,6 @@
 
 namespace kt {
 
-constexpr int kFewRows = 8;         // arithmetic takes as long as memory there
 constexpr int kLine = 32;           // bf16 in 64 bytes
 constexpr int kStackBytes = 65536;  // of X or C kept in the order of use: L2 holds them
 constexpr int kL1Bytes = 16384;     // of X that one pass along k uses

@@ -22,7 +22,7 @@ extern const KernelSet table;
 const KernelSet table = {
     .gemm = {MR, NR, 1, sizeof(float), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr,
              nullptr, false},
-    .few = {8, 0, few_times_transposed, few_times},
+    .few = {kFewRows, 0, few_times_transposed, few_times},
     .epilogue = {transpose,
                  sum_scaled,
                  round_scaled,

@@ -75,12 +75,17 @@ class Ceilings:
 
 
 def measure(runtime: kt_moe.Runtime) -> Ceilings:
-    """Measure for SECONDS each; reads several times the caches, at most a quarter of free memory."""
-    l3 = kt_moe.cpu_info()["caches"]["l3"]
-    # Where groups of cores have an L3 each, l3 is one group's: half of it a thread is more than all of them.
-    wanted = min(4 * GIB, max(256 * MIB, 4 * l3, runtime.threads * l3 // 2))
-    lists = _core.measure_ceilings(runtime._core, SECONDS, min(wanted, free_memory() // 4))
+    """Measure for SECONDS each."""
+    lists = _core.measure_ceilings(runtime._core, SECONDS, read_bytes(runtime.threads))
     return Ceilings(**{name: Spread.of(samples) for name, samples in lists.items()})
+
+
+def read_bytes(threads: int) -> int:
+    """To read memory from: several times the caches, at most a quarter of what is free."""
+    l3: int = kt_moe.cpu_info()["caches"]["l3"]
+    # Where groups of cores have an L3 each, l3 is one group's: half of it a thread is more than all of them.
+    wanted = min(4 * GIB, max(256 * MIB, 4 * l3, threads * l3 // 2))
+    return min(wanted, free_memory() // 4)
 
 
 def machine() -> dict[str, Any]:

@@ -15,14 +15,6 @@ from typing import Any
 from kt_moe import _core
 from kt_moe.cli.info import OVERRIDES
 
-# From the slowest; a set needs the flags of all before it.
-_KERNEL_FLAGS: dict[str, set[str]] = {
-    "scalar": set(),
-    "avx2": {"avx2", "fma", "f16c"},
-    "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl"},
-    "avx512_bf16": {"avx512_bf16"},
-    "amx": {"amx_tile", "amx_bf16"},
-}
 _BIG_BLOCK = 9  # pages of 4 KiB in powers of two: 2 MiB
 
 
@@ -100,9 +92,8 @@ def read_recorded(root: Path) -> Machine:
     topology = _core.read_topology(str(root))
     settings = _settings(root, topology)
     sets: dict[str, str] = {}
-    missing: set[str] = set()
-    for name, flags in _KERNEL_FLAGS.items():
-        missing |= flags - settings["flags"]
+    for name, flags in _core.kernel_flags().items():
+        missing = set(flags) - settings["flags"]
         sets[name] = "this CPU lacks " + ", ".join(sorted(missing)) if missing else "available"
     selected = [name for name, state in sets.items() if state == "available"][-1]
     return Machine(topology, sets, selected, topology["cores"], _shards(topology), **settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kt_moe import _core
 from kt_moe.cli.doctor.findings import Finding
 from kt_moe.cli.doctor.machine import Machine
 from kt_moe.cli.nodes import node_lines
@@ -12,9 +13,10 @@ from kt_moe.cli.text import cache_text, count_text
 
 def to_dict(machine: Machine) -> dict[str, Any]:
     """As JSON takes it."""
+    used = set().union(*_core.kernel_flags().values())
     return {
         **machine.topology,
-        "isa_flags": sorted(machine.flags & _TOLD_FLAGS),
+        "isa_flags": sorted(machine.flags & used),
         "kernel_sets": machine.kernel_sets,
         "selected": machine.selected,
         "threads": machine.threads,
@@ -78,19 +80,3 @@ def _placement(probes: list[dict[str, Any]]) -> str:
     asked = all(probe["asked"] for probe in probes)
     where = "on the node that was asked for" if asked else "on the node of the thread that touched them first"
     return f"{right} of {pages} pages lie {where}"
-
-
-_TOLD_FLAGS = frozenset(
-    (
-        "avx2",
-        "fma",
-        "f16c",
-        "avx512f",
-        "avx512dq",
-        "avx512bw",
-        "avx512vl",
-        "avx512_bf16",
-        "amx_tile",
-        "amx_bf16",
-    )
-)

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from kt_moe.cli.bench.layer import PRESETS, Shape
 from kt_moe.cli.errors import UserError
 from kt_moe.cli.formats import QUANTISED
+from kt_moe.cli.numa import this_machine
 from kt_moe.cli.numa.predict import PLACEMENTS, Machine, Run, predict
 from kt_moe.cli.numa.report import describe, to_dict
 from kt_moe.cli.options import integer, list_of, number
 
 MOST_NODES = 16
 _DIMENSIONS = {"hidden": "H", "intermediate": "I", "experts": "E", "topk": "K"}
+_NODE: dict[str, tuple[Callable[[str], float], str, str, float]] = {
+    "cores_per_node": (integer(1), "N", "", 48),
+    "local_gb_s": (number(0), "X", "a node's memory, 10^9 bytes/s; ", 285),
+    "remote_gb_s": (number(0), "X", "a node's reads and writes of all others; ", 110),
+    "tflops_per_core": (number(0), "X", "that products reach; ", 0.7),
+    "cache_mb": (number(0), "X", "last cache of a node, 10^6 bytes; ", 256),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,17 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="popularity of the n-th expert is n^-X; default: 0, all alike")  # fmt: skip
     run("--seed", type=integer(0), default=0, metavar="N", help="of the routes drawn; default: 0")
     machine = parser.add_argument_group("machine").add_argument
-    machine("--nodes", type=list_of(integer(1, MOST_NODES)), default=[1, 2, 4, 8, 16], metavar="N,..",
-            help="default: 1,2,4,8,16")  # fmt: skip
-    machine("--cores-per-node", type=integer(1), default=48, metavar="N", help="default: 48")
-    machine("--local-gb-s", type=number(0), default=285.0, metavar="X",
-            help="a node's memory, 10^9 bytes/s; default: 285")  # fmt: skip
-    machine("--remote-gb-s", type=number(0), default=110.0, metavar="X",
-            help="a node's reads and writes of all others; default: 110")  # fmt: skip
-    machine("--tflops-per-core", type=number(0), default=0.7, metavar="X",
-            help="that products reach; default: 0.7")  # fmt: skip
-    machine("--cache-mb", type=number(0), default=256.0, metavar="X",
-            help="last cache of a node, 10^6 bytes; default: 256")  # fmt: skip
+    machine("--nodes", type=list_of(integer(1, MOST_NODES)), metavar="N,..",
+            help="default: 1,2,4,8,16, or this machine's")  # fmt: skip
+    machine("--this-machine", action="store_true",
+            help="what it has and reaches, measured in some seconds, in place of the next five")  # fmt: skip
+    for name, (parse, metavar, help_, default) in _NODE.items():
+        machine(_option(name), type=parse, metavar=metavar, help=f"{help_}default: {default}")
     machine("--placement", type=list_of(_placement), default=["tensor", "expert"], metavar="NAME,..",
             help=f"some of {', '.join(PLACEMENTS)}; default: tensor,expert")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="the same as JSON, and what each node does")
@@ -57,21 +61,15 @@ def run(args: argparse.Namespace) -> int:
     """Print the table.
 
     Raises:
-        UserError: a shape that cannot be, two models at once, a rate of 0, or no such config.
+        UserError: a shape that cannot be, two models or machines at once, a rate of 0, or no such config.
     """
     shape, layers = _shape(args)
-    for name in ("local_gb_s", "remote_gb_s", "tflops_per_core"):
-        if getattr(args, name) == 0:
-            raise UserError(f"--{name.replace('_', '-')} is 0, wanted more")
-    machine = Machine(
-        args.cores_per_node, args.local_gb_s * 1e9, args.remote_gb_s * 1e9, args.tflops_per_core * 1e12,
-        args.cache_mb * 1e6,
-    )  # fmt: skip
+    machine, nodes_there = _machine(args)
     wanted = Run(layers, args.format, args.rank, args.recompute, args.skew, args.seed)
     rows = [
         predict(shape, wanted, machine, tokens, nodes, placement)
         for tokens in args.tokens
-        for nodes in args.nodes
+        for nodes in args.nodes or nodes_there
         for placement in args.placement
     ]
     if args.json:
@@ -96,6 +94,28 @@ def _shape(args: argparse.Namespace) -> tuple[Shape, int]:
     if shape.topk > shape.experts:
         raise UserError(f"--topk is {shape.topk}, more than the {shape.experts} experts there are")
     return shape, args.layers or layers
+
+
+def _machine(args: argparse.Namespace) -> tuple[Machine, list[int]]:
+    """A node, and how many of them, unless --nodes says it."""
+    given = {name: getattr(args, name) for name in _NODE if getattr(args, name) is not None}
+    cores, local, remote, tflops, cache = (given.get(name, row[-1]) for name, row in _NODE.items())
+    if args.this_machine:
+        if given:
+            raise UserError(f"--this-machine and {_option(next(iter(given)))} exclude each other")
+        try:
+            machine, nodes = this_machine.read(remote * 1e9)
+        except ValueError as error:  # KT_MOE_ISA and its kin
+            raise UserError(str(error)) from error
+        return machine, [nodes]
+    for name, value in given.items():
+        if value == 0 and name != "cache_mb":
+            raise UserError(f"{_option(name)} is 0, wanted more")
+    return Machine(cores, local * 1e9, remote * 1e9, tflops * 1e12, cache * 1e6), [1, 2, 4, 8, 16]
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _read_config(path: Path) -> tuple[Shape, int]:

@@ -16,7 +16,6 @@ from kt_moe.cli.formats import QUANTISED, projection_bytes
 PLACEMENTS = ("tensor", "expert", "auto")
 _LORA_BYTES = 4  # fp32, the default
 _DRAWS = 32  # of the routes of one token; as many more tokens, as many fewer
-_CUT = 32  # columns: the cuts of a slice fall on whole cache lines
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,7 @@ class Machine:
         local, remote: bytes/s of its memory, and of its links to all others.
         flops_per_core: FLOP/s that products reach.
         cache: bytes of its last level.
+        notes: where these come from, if not from the caller.
     """
 
     cores: int
@@ -34,6 +34,7 @@ class Machine:
     remote: float
     flops_per_core: float
     cache: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,14 @@ class Pass:
     Attributes:
         seconds: of the layer.
         limit: what takes most of the slowest node's time, in most draws.
-        mode: in which it is computed, in most draws.
+        whole: whether experts are computed at their homes alone, in most draws.
         local, remote: bytes a token that a node reads and writes, the mean over nodes.
-        nodes: for each node "local", "remote" and "served" bytes and "flops" of the layer.
+        nodes: for each node "local", "remote", "served" and "rows" bytes and "flops" of the layer.
     """
 
     seconds: float
     limit: str
-    mode: str
+    whole: bool
     local: float
     remote: float
     nodes: list[dict[str, float]]
@@ -90,15 +91,6 @@ def popularity(experts: int, skew: float) -> np.ndarray[Any, np.dtype[np.float64
     return result
 
 
-def homes(experts: int, nodes: int, skew: float) -> list[int]:
-    """A node for each expert: the most popular first, each to the node that has least so far."""
-    load, found = np.zeros(nodes), []
-    for share in popularity(experts, skew):  # which falls
-        found.append(int(load.argmin()))
-        load[found[-1]] += share
-    return found
-
-
 @lru_cache(maxsize=16)
 def draw_routes(tokens: int, experts: int, topk: int, skew: float, seed: int) -> tuple[tuple[int, ...], ...]:
     """Routes of each expert, several times: `topk` different experts a token, by their popularity."""
@@ -124,23 +116,24 @@ def predict(shape: Shape, run: Run, machine: Machine, tokens: int, nodes: int, p
 def _pass(
     shape: Shape, run: Run, machine: Machine, tokens: int, nodes: int, placement: str, backward: bool
 ) -> Pass:
-    kind = QUANTISED[run.format]
-    gate, up, down = projection_bytes(kind, 1, shape.hidden, shape.intermediate).values()
+    gate, up, down = projection_bytes(QUANTISED[run.format], 1, shape.hidden, shape.intermediate).values()
     cores = [machine.cores] * nodes
     rates = [(machine.local, machine.remote, machine.cores * machine.flops_per_core, machine.cache)] * nodes
-    at = [] if placement == "tensor" else homes(shape.experts, nodes, run.skew)
-    align = max(_CUT, kind.scale_rows, kind.scale_cols)  # a block that shares a scale is not cut
-    results, modes = [], []
+    popular = popularity(shape.experts, run.skew).tolist()
+    homes = [] if placement == "tensor" else _core.assign_homes(shape.experts, cores, popular)
+    align = _core.cut_align(run.format, shape.intermediate)
+    results, ways = [], []
     for routes in draw_routes(tokens, shape.experts, shape.topk, run.skew, run.seed):
         call = _core.LayerCall(
             tokens=tokens, hidden=shape.hidden, intermediate=shape.intermediate, routes=list(routes),
             ranks=(run.rank,) * 3, weight_bytes=(gate, up, down), lora_bytes=_LORA_BYTES,
             backward=backward, saved=not run.recompute,
         )  # fmt: skip
-        auto = placement == "auto"
-        mode = _core.choose_mode(call, cores, at, rates, align) if auto else placement
-        modes.append(mode)
-        results.append(_core.layer_time(call, cores, at, rates, mode, align))
+        whole = placement == "expert"
+        if placement == "auto":
+            whole = _core.whole_is_sooner(call, cores, homes, rates, align)
+        ways.append(whole)
+        results.append(_core.layer_time(call, cores, homes, rates, whole, align))
     means = [
         {key: float(np.mean([r["traffic"][n][key] for r in results])) for key in results[0]["traffic"][n]}
         for n in range(nodes)
@@ -148,7 +141,7 @@ def _pass(
     return Pass(
         seconds=float(np.mean([r["seconds"] for r in results])),
         limit=Counter(r["limit"] for r in results).most_common(1)[0][0],
-        mode=Counter(modes).most_common(1)[0][0],
+        whole=Counter(ways).most_common(1)[0][0],
         local=float(np.mean([n["local"] for n in means])) / tokens,
         remote=float(np.mean([n["remote"] for n in means])) / tokens,
         nodes=means,

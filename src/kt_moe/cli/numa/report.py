@@ -44,9 +44,10 @@ def describe(shape: Shape, run: Run, machine: Machine, rows: Sequence[Row]) -> s
         f"layer    {shape.name}: hidden {shape.hidden}, intermediate {shape.intermediate}, "
         f"{shape.experts} experts, {shape.topk} a token",
         f"run      {run.format}, LoRA rank {run.rank}{recompute}{skew}",
-        f"a node   {count_text(machine.cores, 'core')}, {machine.local / 1e9:g} GB/s local, "
-        f"{machine.remote / 1e9:g} GB/s remote, {flops / 1e12:.3g} TFLOP/s, "
-        f"{machine.cache / 1e6:g} MB of cache",
+        f"a node   {count_text(machine.cores, 'core')}, {machine.local / 1e9:.4g} GB/s local, "
+        f"{machine.remote / 1e9:.4g} GB/s remote, {flops / 1e12:.3g} TFLOP/s, "
+        f"{machine.cache / 1e6:.4g} MB of cache",
+        *(f"         {note}" for note in machine.notes),
         "",
         table([_HEADER, *cells], right=numeric),
         "",
@@ -57,7 +58,7 @@ def describe(shape: Shape, run: Run, machine: Machine, rows: Sequence[Row]) -> s
 
 
 def _cells(p: Pass, placement: str) -> list[str]:
-    limit = f"{p.limit} ({p.mode})" if placement == "auto" else p.limit
+    limit = f"{p.limit} ({'expert' if p.whole else 'tensor'})" if placement == "auto" else p.limit
     return [_number(p.local / 1e6), _number(p.remote / 1e6), _number(p.seconds * 1e3), limit]
 
 
