@@ -12,6 +12,7 @@ from typing import NamedTuple
 from kt_moe import _core
 from kt_moe.files import check_writable, replacing
 from kt_moe.runtime import Runtime, default_runtime, live_runtimes
+from kt_moe.stages import StageTime, Summary, ThreadTime
 
 _attaching = threading.Lock()
 
@@ -62,25 +63,6 @@ class Span(NamedTuple):
     flops: int
     bytes_local: int
     bytes_remote: int
-
-
-class StageTime(NamedTuple):
-    """All spans of a stage.
-
-    Attributes:
-        spans: how many there were.
-        seconds: spent in it by all threads together, without spans within it.
-        share: of threads x wall time.
-        tflops, gb_s: TFLOP/s and GB/s, as if all threads were in it all that time.
-        imbalance: most seconds of a thread over the threads' mean; 1 is even.
-    """
-
-    spans: int
-    seconds: float
-    share: float
-    tflops: float
-    gb_s: float
-    imbalance: float
 
 
 class Profile:
@@ -143,45 +125,30 @@ class Profile:
         """Those kept, by thread and begin; a span within another comes behind it."""
         return [Span(*values) for values in self._read().spans()]
 
-    @cached_property
+    @property
     def stages(self) -> dict[str, StageTime]:
         """Stages that took any time. Dropped spans count here too."""
-        found = {}
-        for stage, threads in self._read().totals().items():
-            seconds = [of_thread[1] for of_thread in threads]
-            total, spans = sum(seconds), sum(of_thread[0] for of_thread in threads)
-            if spans == 0:
-                continue
-            each = max(total / len(threads), 1e-9)
-            flops, moved = sum(t[2] for t in threads), sum(t[3] + t[4] for t in threads)
-            share, imbalance = total / max(self.thread_seconds, 1e-9), max(seconds) / each
-            found[stage] = StageTime(spans, total, share, flops / each / 1e12, moved / each / 1e9, imbalance)
-        return found
+        return self._summary.stages
 
     @property
     def seconds(self) -> float:
         """Wall time of all calls together."""
-        return sum(wall for _, wall, _ in self._read().directions().values())
+        return self._summary.seconds
 
     @property
     def thread_seconds(self) -> float:
         """Threads x wall time."""
-        return self.seconds * self.runtime.threads
+        return self._summary.thread_seconds
 
     @property
     def coverage(self) -> float:
         """Part of threads x wall time that spans cover, waiting and idle ones included; 1 without calls."""
-        covered = sum(covered for _, _, covered in self._read().directions().values())
-        return covered / self.thread_seconds if covered > 0 else 1.0
+        return self._summary.coverage
 
     @property
     def imbalance(self) -> float:
         """Most seconds that a thread was busy, neither waiting nor idle, over the threads' mean."""
-        busy = [0.0] * self.runtime.threads
-        for stage, threads in self._read().totals().items():
-            if stage not in ("wait", "idle"):
-                busy = [sum_ + of_thread[1] for sum_, of_thread in zip(busy, threads, strict=True)]
-        return max(busy) * len(busy) / max(sum(busy), 1e-9)
+        return self._summary.imbalance
 
     @property
     def dropped(self) -> int:
@@ -190,31 +157,23 @@ class Profile:
 
     def table(self) -> str:
         """Stages by their share of the time, and below them what calls there were."""
-        stages = sorted(self.stages.items(), key=lambda item: -item[1].seconds)
-        lines = [
-            f"{'stage':<16}{'spans':>9}{'thread s':>10}{'share':>8}{'TFLOP/s':>9}{'GB/s':>8}{'max/mean':>10}"
-        ]
-        for name, s in stages:
-            tflops, gb_s = f"{s.tflops:.3f}" if s.tflops else "", f"{s.gb_s:.1f}" if s.gb_s else ""
-            lines.append(
-                f"{name:<16}{s.spans:>9}{s.seconds:>10.3f}{s.share:>8.1%}{tflops:>9}{gb_s:>8}"
-                f"{s.imbalance:>10.2f}"
-            )
-        lines.append("")
-        for direction, (calls, wall, _) in self._read().directions().items():
-            if calls:
-                lines.append(f"{direction + ':':<10}{calls:>7} x {1e3 * wall / calls:.2f} ms")
-        idle = sum(self.stages[name].share for name in ("wait", "idle") if name in self.stages)
         if not self.calls:
             return f"no calls of {self.runtime!r}; for experts with another give runtime=experts.runtime"
-        shards = f"{self.runtime.shards} shard{'s' * (self.runtime.shards > 1)}"
-        lines.append(
-            f"{self.runtime.threads} threads, {shards}; waiting or idle {idle:.1%}, "
-            f"busiest thread {self.imbalance:.2f} x the mean; spans cover {self.coverage:.1%}"
-        )
+        text = self._summary.table()
         if dropped := self.dropped + self._read().dropped_calls:
-            lines.append(f"{dropped} spans beyond max_spans were dropped; the numbers above include them")
-        return "\n".join(lines)
+            text += f"\n{dropped} spans beyond max_spans were dropped; the numbers above include them"
+        return text
+
+    @cached_property
+    def _summary(self) -> Summary:
+        totals, directions = self._read().totals(), self._read().directions()
+        return Summary(
+            self.runtime.threads,
+            self.runtime.shards,
+            {stage: [ThreadTime(*time) for time in threads] for stage, threads in totals.items()},
+            {direction: (calls, wall) for direction, (calls, wall, _) in directions.items()},
+            sum(covered for _, _, covered in directions.values()),
+        )
 
     def _read(self) -> _core.Profile:
         if self._core is None or self._recording:
