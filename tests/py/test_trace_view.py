@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import kt_moe
 from kt_moe.cli import main
 from kt_moe.cli.trace import TraceSpan, Window, innermost, read_trace
 from kt_moe.cli.trace_plot import raster, stage_colors
+from kt_moe.cli.trace_table import summary
 
 LANE = (0, 0)
 
@@ -87,6 +90,99 @@ def test_windows(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert view(trace, "-o", out, "--from", "0", "--call", "1") == 2
     assert view(trace, "-o", trace.parent / "no" / "out.png") == 2
     assert "no directory" in capsys.readouterr().err
+
+
+NOTED = {"threads": 2, "shards": 2, "dropped_spans": 0, "dropped_calls": 0}
+
+
+def noted(path: Path, content: list[dict[str, Any]], **other: Any) -> Path:
+    path.write_text(json.dumps({"otherData": NOTED | other, "traceEvents": content}))
+    return path
+
+
+def test_a_table_of_all_calls_or_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = events()
+    for event in found:
+        if event["ph"] == "X":
+            event["ts"], event["dur"] = 1000 * event["ts"], 1000 * event["dur"]
+    gate_up, _, wait = [e for e in found if e["ph"] == "X" and e["pid"] == 1][:3]
+    gate_up["args"] |= {"flops": 24 * 10**11, "bytes_local": 5 * 10**9, "bytes_remote": 10**9}
+    gate_up["dur"], wait["ts"], wait["dur"] = 800_000, 800_000, 200_000
+    trace = noted(tmp_path / "t.json", found)
+    assert view(trace, "--table") == 0
+    assert (tmp_path / "t.png").exists()
+    assert capsys.readouterr().out.splitlines()[:-2] == [
+        "stage               spans  thread s   share  TFLOP/s    GB/s  max/mean",
+        "gate_up                 4     2.400   60.0%    2.000     5.0      1.08",
+        "wait                    4     1.400   35.0%                       1.14",
+        "activation              4     0.200    5.0%                       1.00",
+        "",
+        "forward:        1 x 1000.00 ms",
+        "backward:       1 x 1000.00 ms",
+        "2 threads, 2 shards; waiting or idle 35.0%, busiest thread 1.08 x the mean; spans cover 100.0%",
+    ]
+    assert view(trace, "--table", "--call", "1") == 0
+    out = capsys.readouterr().out
+    assert "gate_up                 2     1.100   55.0% " in out
+    assert "forward" not in out
+    assert view(trace, "--table", "--from", "1") == 2
+    assert "--table is of whole calls" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("other", "call", "message"),
+    [
+        ({"threads": None}, None, "does not say how many threads there were"),
+        ({"threads": -1}, None, "does not say how many threads there were"),
+        ({"threads": 1 << 40}, None, "does not say how many threads there were"),
+        ({"threads": 1}, None, "has a thread 1, but 1 threads"),
+        ({}, 7, "does not say how long call 7 took"),
+        (
+            {"dropped_spans": 3, "dropped_calls": 1},
+            None,
+            "4 spans were dropped; the numbers above leave them out",
+        ),
+    ],
+)
+def test_a_table_says_what_it_lacks(
+    other: dict[str, Any], call: int | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = noted(tmp_path / "t.json", [*events(), span("gate_up", 5000, 10, call=7)], **other)
+    assert view(trace, "--table", *([] if call is None else ["--call", str(call)])) == 0
+    out = capsys.readouterr().out
+    assert message in out
+    assert ("no table" in out) == ("dropped" not in message)
+    assert (tmp_path / "t.png").exists()
+
+
+def test_a_table_of_a_list_of_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.json").write_text(json.dumps([span("a", 1, 1)]))
+    assert view(tmp_path / "t.json", "--table") == 0
+    assert "no table: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_the_table_of_a_trace_is_that_of_its_profile(shards: int, tmp_path: Path) -> None:
+    runtime = kt_moe.Runtime(threads=2, shards=shards)
+    experts = kt_moe.Experts(*torch.randn(2, 4, 96, 64), torch.randn(4, 64, 96), runtime=runtime)
+    x, ids = torch.randn(32, 64, requires_grad=True), torch.arange(64).reshape(32, 2) % 4
+    with kt_moe.profile(tmp_path / "t.json", runtime) as p:
+        kt_moe.moe(x, ids, torch.ones(32, 2), experts).sum().backward()  # type: ignore[no-untyped-call]
+    trace = read_trace(tmp_path / "t.json")
+    assert trace.recorded == (2, shards, 0)
+    found = summary(trace.spans, trace.calls.values(), 2, shards)
+    assert found.stages.keys() == p.stages.keys()
+    rounding = 50e-9  # spans begin and end on nanoseconds in a file
+    for stage, times in found.by_thread.items():
+        for thread, time in enumerate(times):
+            spans = [s for s in p.spans if (s.stage, s.thread) == (stage, thread)]
+            assert time.spans == len(spans)
+            assert time.seconds == pytest.approx(sum(s.own for s in spans), abs=rounding)
+            work = [sum(s[-3:][i] for s in spans) for i in range(3)]
+            assert [time.flops, time.bytes_local, time.bytes_remote] == work
+    assert found.coverage == pytest.approx(p.coverage, rel=0.01)
+    assert [calls for calls, _ in found.directions.values()] == [1, 1]
+    assert found.seconds == pytest.approx(p.seconds, abs=rounding)
 
 
 def test_the_innermost_span_has_the_time() -> None:

@@ -31,13 +31,16 @@ class Window(NamedTuple):
 
 
 class TraceSpan(NamedTuple):
-    """A complete event. call: -1 where it has none."""
+    """A complete event. call: -1 where it has none. flops and bytes (see `kt_moe.profiler.Span`): 0 there."""
 
     stage: str
     lane: Lane
     begin: float
     end: float
     call: int
+    flops: int = 0
+    bytes_local: int = 0
+    bytes_remote: int = 0
 
 
 class TraceCall(NamedTuple):
@@ -48,15 +51,24 @@ class TraceCall(NamedTuple):
     end: float
 
 
+class Recorded(NamedTuple):
+    """What a profile notes beside the events. dropped: spans and calls that it did not keep."""
+
+    threads: int
+    shards: int
+    dropped: int
+
+
 @dataclass(frozen=True)
 class Trace:
-    """Spans by lane and begin; calls by number."""
+    """Spans by lane and begin; calls by number. recorded: None where the file is of another's making."""
 
     path: Path
     spans: list[TraceSpan]
     calls: dict[int, TraceCall] = field(default_factory=dict)
     processes: dict[int, str] = field(default_factory=dict)
     threads: dict[Lane, str] = field(default_factory=dict)
+    recorded: Recorded | None = None
 
     def whole(self) -> Window:
         """From the first begin to the last end of its spans, of which there are some."""
@@ -90,9 +102,9 @@ def read_trace(path: Path) -> Trace:
     Raises:
         UserError: no such file, not JSON, not a trace, or one too large to be drawn; says what is wrong.
     """
-    events = _events(path)
+    events, recorded = _content(path)
     found: dict[Lane, list[TraceSpan]] = {}
-    trace = Trace(path, [])
+    trace = Trace(path, [], recorded=recorded)
     for index, event in enumerate(events):
         where = f"{path}: traceEvents[{index}]"
         if not isinstance(event, dict) or not isinstance(event.get("ph"), str):
@@ -103,7 +115,7 @@ def read_trace(path: Path) -> Trace:
             begin, duration = (_time(event, key, where) for key in ("ts", "dur"))
             lane = _id(event, "pid", where), _id(event, "tid", where)
             name = _text(event, "name", where)
-            found.setdefault(lane, []).append(TraceSpan(name, lane, begin, begin + duration, _call(event)))
+            found.setdefault(lane, []).append(TraceSpan(name, lane, begin, begin + duration, *_about(event)))
     calls = next((pid for pid, name in trace.processes.items() if name == "calls"), None)
     for lane in sorted(found):
         if lane[0] == calls:
@@ -116,7 +128,7 @@ def read_trace(path: Path) -> Trace:
     return trace
 
 
-def _events(path: Path) -> list[Any]:
+def _content(path: Path) -> tuple[list[Any], Recorded | None]:
     try:
         size = path.stat().st_size
         if not path.is_file():
@@ -133,7 +145,17 @@ def _events(path: Path) -> list[Any]:
         raise UserError(
             f'{path} is no trace: wanted a list of events, or an object with one as "traceEvents"'
         )
-    return events
+    return events, _recorded(content)
+
+
+def _recorded(content: Any) -> Recorded | None:
+    noted = content.get("otherData") if isinstance(content, dict) else None
+    threads, shards, spans, calls = (
+        _count(noted, key) for key in ("threads", "shards", "dropped_spans", "dropped_calls")
+    )
+    if not (1 <= threads <= _MOST_LANES and 1 <= shards <= _MOST_LANES):
+        return None
+    return Recorded(threads, shards, max(spans, 0) + max(calls, 0))
 
 
 def _time(event: dict[str, Any], key: str, where: str) -> float:
@@ -158,10 +180,17 @@ def _text(event: dict[str, Any], key: str, where: str) -> str:
     return printable if len(printable) <= _LONGEST_NAME else printable[: _LONGEST_NAME - 3] + "..."
 
 
-def _call(event: dict[str, Any]) -> int:
+def _about(event: dict[str, Any]) -> tuple[int, int, int, int]:
+    """The last fields of a `TraceSpan`."""
     args = event.get("args")
-    call = args.get("call") if isinstance(args, dict) else None
-    return call if isinstance(call, int) and not isinstance(call, bool) and 0 <= call < 1 << 63 else -1
+    flops, local, remote = (max(_count(args, key), 0) for key in ("flops", "bytes_local", "bytes_remote"))
+    return _count(args, "call"), flops, local, remote
+
+
+def _count(values: Any, key: str) -> int:
+    """An integer of 0 or more; -1 where there is none."""
+    count = values.get(key) if isinstance(values, dict) else None
+    return count if isinstance(count, int) and not isinstance(count, bool) and 0 <= count < 1 << 63 else -1
 
 
 def _shown(value: Any) -> str:

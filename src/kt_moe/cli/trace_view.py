@@ -1,4 +1,4 @@
-"""`kt-moe trace-view`: a trace of `kt_moe.profile` as a picture, a lane for each thread."""
+"""`kt-moe trace-view`: a trace of `kt_moe.profile` as a picture, a lane for each thread, and as a table."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--call", type=integer(0), metavar="N", help="only that forward or backward; the first is 0")
     add("--from", type=number(0), dest="begin", metavar="MS", help="only from there; default: the first call")
     add("--to", type=number(0), dest="end", metavar="MS", help="only up to there; default: the last call")
+    add("--table", action="store_true", help="also print the time of stages: of all calls, or of --call N")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,9 +28,12 @@ def run(args: argparse.Namespace) -> int:
     """
     from kt_moe.cli.trace import Window, read_trace
     from kt_moe.cli.trace_plot import plot_trace
+    from kt_moe.cli.trace_table import trace_table
 
     if args.call is not None and (args.begin is not None or args.end is not None):
         raise UserError("--call and --from or --to: wanted one or the other")
+    if args.table and (args.begin is not None or args.end is not None):
+        raise UserError("--table is of whole calls: wanted without --from and --to")
     output = args.output or args.trace.with_suffix(".png")
     if not output.absolute().parent.is_dir():
         raise UserError(f"--output {output}: there is no directory {output.absolute().parent}")
@@ -47,5 +51,7 @@ def run(args: argparse.Namespace) -> int:
             f"the trace ends at {trace.whole().end / 1e3:g} ms"
         )
     plot_trace(shown, window, output, args.trace.name)
+    if args.table:
+        print(trace_table(trace, args.call), end="\n\n")
     print(f"wrote {output}")
     return 0
