@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,13 +148,20 @@ class RoutingHistory:
         except SafetensorError as error:
             raise ValueError(f"{path}: no routing history: {error}") from error
         steps = tensors.pop(_STEPS, torch.zeros(0))
-        rows = {tuple(t.shape[:1]) for t in tensors.values() if t.dim() == 2} | {tuple(steps.shape)}
-        if not every.isdecimal() or steps.dtype != torch.int64 or len(rows) > 1:
+        if not every.isdecimal() or not _are_counts(steps, tensors.values()):
             raise ValueError(f"{path}: no routing history")
         history = cls(int(every))
         history.steps = steps.tolist()
         history._rows = {name: list(t) for name, t in tensors.items()}
         return history
+
+
+def _are_counts(steps: Tensor, rows: Iterable[Tensor]) -> bool:
+    """Whether they are as `RoutingHistory.save` describes."""
+    return (steps.dtype, steps.dim()) == (torch.int64, 1) and all(
+        (t.dtype, t.dim()) == (torch.int64, 2) and 0 < len(t) == len(steps) and bool((t >= 0).all())
+        for t in rows
+    )
 
 
 def plot_routing(counts: Mapping[str, Tensor], path: StrPath, title: str = "") -> None:
