@@ -129,6 +129,9 @@ def test_whole_experts_by_an_earlier_run(
     assert cli(tmp_path / "absent", *more, "--popularity", str(tmp_path / "absent")) != 0
     assert f"error: --popularity {tmp_path / 'absent'}: " in capsys.readouterr().err
     assert not (tmp_path / "tensor").exists()
+    assert cli(finished, *more, "--overwrite", "--popularity", routing) != 0
+    assert "is what this run replaces" in capsys.readouterr().err
+    assert Path(routing).exists()
 
 
 def test_run_leaves_its_routing(finished: Path) -> None:

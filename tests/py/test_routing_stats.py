@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import kt_moe
 from kt_moe import RoutingHistory, plot_routing, routing_counts
 from kt_moe.cli.errors import UserError
-from kt_moe.cli.routing import share_out
+from kt_moe.cli.routing import read_popularity, share_out
 from kt_moe.routing_stats import Balance, routing_figure
 
 pytestmark = PEFT_WARNINGS
@@ -94,8 +94,10 @@ def test_counts_of_a_model_loaded_without_our_config() -> None:
     model.set_experts_implementation("kt_moe")
     model.requires_grad_(False)
     assert [int(c.sum()) for c in routing_counts(model).values()] == [0, 0]  # not packed yet
+    assert kt_moe.model_experts(model) == {}
     model(input_ids=tokens())
     assert [int(c.sum()) for c in routing_counts(model).values()] == [tokens().numel() * 2] * 2
+    assert kt_moe.model_experts(model).keys() == routing_counts(model).keys()
 
 
 def test_counting_loads_no_experts(checkpoint: Path) -> None:
@@ -120,6 +122,18 @@ def test_experts_of_a_model_by_name(checkpoint: Path) -> None:
     assert [m.experts.homes for m in modules] == [e.homes for e in found.values()] != [None, None]
 
 
+def test_copies_of_a_layer_share_its_experts() -> None:
+    model = nn.ModuleDict({"a": layer()})
+    model["b"] = copy.deepcopy(model["a"])
+    model["c"] = kt_moe.MoELayer(model["a"].experts, rank=2)
+    expected = route(model["a"]) + route(model["b"], seed=1) + route(model["c"], seed=2)
+    found = kt_moe.model_experts(model)
+    assert list(found) == ["a", "b", "c"]
+    for name, experts in found.items():
+        assert torch.equal(experts.routed, expected)
+        assert torch.equal(routing_counts(model)[name], expected)
+
+
 def skewed(names: list[str], experts: int = E) -> RoutingHistory:
     history = RoutingHistory()
     history.steps = [1]
@@ -131,20 +145,20 @@ def test_homes_by_an_earlier_run(checkpoint: Path, tmp_path: Path) -> None:
     config = kt_moe.KtMoeConfig(threads=2, shards=2, placement="auto")
     model = load(checkpoint, quantization_config=config)
     names = list(routing_counts(model))
-    skewed(names).save(tmp_path / "routing.safetensors")
-    share_out(model, tmp_path / "routing.safetensors")
+    file = tmp_path / "routing.safetensors"
+    skewed(names).save(file)
+    share_out(model, read_popularity(file), file)
     for experts in kt_moe.model_experts(model).values():
         homes = experts.homes
         assert homes is not None
         assert {homes[E - 1], homes[E - 2]} == {0, 1}  # neighbours without popularity
     for other in (skewed(names[:1]), skewed(names, E + 1), skewed(["elsewhere", names[1]])):
-        other.save(tmp_path / "other.safetensors")
-        with pytest.raises(UserError, match="of another model"):
-            share_out(model, tmp_path / "other.safetensors")
-    (tmp_path / "broken.safetensors").write_bytes(b"not one")
-    for name in ("broken.safetensors", "absent.safetensors"):
-        with pytest.raises(UserError, match=f"--popularity .*{name}"):
-            share_out(model, tmp_path / name)
+        with pytest.raises(UserError, match=f"--popularity {file} is of another model"):
+            share_out(model, other.total(), file)
+    file.write_bytes(b"not one")
+    for path in (file, tmp_path / "absent.safetensors"):
+        with pytest.raises(UserError, match=f"--popularity {path}: "):
+            read_popularity(path)
 
 
 def test_history_counts_what_lies_between_begin_and_end() -> None:
@@ -230,11 +244,17 @@ def test_wrong_use(tmp_path: Path) -> None:
         plot_routing({}, tmp_path / "x.png")
     with pytest.raises(FileNotFoundError):
         RoutingHistory.load(tmp_path / "none")
+    steps, counts = torch.tensor([1, 2]), torch.ones(2, E, dtype=torch.int64)
     for name, tensors in {
         "foreign": {"weight": torch.zeros(2, 2)},
-        "uneven": {"steps": torch.tensor([1, 2]), "a": torch.zeros(3, E, dtype=torch.int64)},
+        "uneven": {"steps": steps, "a": torch.ones(3, E, dtype=torch.int64)},
+        "flat": {"steps": steps, "a": counts[:, 0].contiguous()},
+        "float": {"steps": steps, "a": counts.double()},
+        "negative": {"steps": steps, "a": -counts},
+        "one step": {"steps": steps[0], "a": counts},
+        "empty": {"steps": steps[:0], "a": counts[:0]},
     }.items():
-        save_file(tensors, tmp_path / name, metadata={"every": "1"} if name == "uneven" else None)
+        save_file(tensors, tmp_path / name, metadata=None if name == "foreign" else {"every": "1"})
         with pytest.raises(ValueError, match=f"{name}: no routing history"):
             RoutingHistory.load(tmp_path / name)
     (tmp_path / "text").write_text("no tensors")

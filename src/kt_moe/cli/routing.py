@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -52,17 +53,25 @@ def load_history(checkpoint: Path) -> RoutingHistory | None:
     return RoutingHistory.load(file) if file.exists() else None
 
 
-def share_out(model: Any, file: Path) -> None:
-    """Give a model's experts homes by the routes of an earlier run.
+def read_popularity(file: Path) -> dict[str, Tensor]:
+    """Routes of each expert in an earlier run, [E] by layer.
 
     Raises:
-        UserError: no such file, no routing history, or that of another model.
+        UserError: no such file, or no routing history.
     """
-    layers = model_experts(model)
     try:
-        popularity = RoutingHistory.load(file).total()
+        return RoutingHistory.load(file).total()
     except (OSError, ValueError) as error:
         raise UserError(f"--popularity {file}: {error}") from error
+
+
+def share_out(model: Any, popularity: dict[str, Tensor], file: Path) -> None:
+    """Give a model's experts homes by what `read_popularity` read from a file.
+
+    Raises:
+        UserError: it is of another model.
+    """
+    layers = model_experts(model)
     wanted = {name: experts.num_experts for name, experts in layers.items()}
     if wanted != {name: len(counts) for name, counts in popularity.items()}:
         raise UserError(f"--popularity {file} is of another model: its layers or their experts differ")
