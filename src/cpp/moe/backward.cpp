@@ -69,9 +69,9 @@ void Backward::add_down() {
   const index_t rows = count + biased;
   auto* dots = lease_.memory(0).take<float>(rows * routes);
   std::fill_n(dots, rows * routes, 0.0f);
-  const index_t packed_rows = packed_a_bytes(kernels(), kBlockRows, experts_.hidden);
+  const index_t packed_rows = packed_a_bytes(kernels(), most_rows_, experts_.hidden);
   add_with_input(
-      Stage::grad_down, packed_rows + packed_a_bytes(kernels(), kBlockRows, inputs_.of(down).rank()), slices,
+      Stage::grad_down, packed_rows + packed_a_bytes(kernels(), most_rows_, inputs_.of(down).rank()), slices,
       {[=, this](Block block, char* memory, const Group* home, Arena& scratch) {
          pack_grad_rows(down, block, memory);
          if (home != nullptr) tasks_.wait(home, scratch);

@@ -86,6 +86,7 @@ void Pass::add_blocks() {
 }
 
 void Pass::add_siblings(Block block) {
+  most_rows_ = std::max(most_rows_, block.count);
   const std::size_t home = blocks_.size();
   std::vector<std::size_t> packs(lease_.teams(), blocks_.max_size());
   for (std::size_t i = 0; i < shards_.size(); ++i) {

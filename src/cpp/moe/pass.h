@@ -251,6 +251,7 @@ class Pass {
   bool whole_;
   std::vector<Portion> shards_;      // those that have some of the intermediate dimension
   std::vector<Block> blocks_;        // every route once a shard, experts in order
+  index_t most_rows_ = 0;            // of a block
   std::vector<float> weight_;        // routing weight of every route
   std::array<ByBlock, 3> low_rank_;  // P' of each projection with LoRA
   ByBlock weighted_low_rank_;        // P' of down times the routing weights; none where it is not kept

@@ -11,7 +11,7 @@ void Pass::add_gate_up() {
     slices.push_back(this->slices(shard.inner.size(), kernels().gemm.mr,
                                   2 * experts_.hidden * kernels().gemm.element_bytes));
   hidden_states_.resize(blocks_.size());
-  add_with_input(Stage::gate_up, forward_input_bytes(kGateUp, kBlockRows, experts_.hidden), slices,
+  add_with_input(Stage::gate_up, forward_input_bytes(kGateUp, most_rows_, experts_.hidden), slices,
                  {[this](Block block, char* memory, const Group* home, Arena& scratch) {
                     pack_forward_input(kGateUp, block, memory, home, hidden_states_[block.index], scratch);
                   },

@@ -51,8 +51,8 @@ std::array<QuantError, 3> fill_all(Runtime& runtime, const LayerPlan& plan, std:
       ++done;
       if (report && std::this_thread::get_id() == caller) tell();
     });
+    if (report) tell();
   }
-  if (report) tell();
   std::array<QuantError, 3> sums{};
   for (std::size_t i = 0; i < tasks; ++i) {
     sums[i % sums.size()].error += errors[i].error;

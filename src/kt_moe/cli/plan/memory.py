@@ -10,7 +10,7 @@ from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.shapes import Activations, ExpertLayer, Outline
 
 _ADAM_8BIT = 2 * (1 + 4 / 256)  # two moments of a byte, and an fp32 scale for 256 of them
-_BLOCK_ROWS = 512  # most routes that share a packing: kBlockRows of src/cpp/moe/pass.h
+_BLOCK_ROWS = 512  # most routes that share a packing: kBlockRows of src/cpp/moe/block.h
 _HALF_OF_L2 = 512 << 10  # most that packed weights take of a thread's cache
 MMAP_THRESHOLD = 32 << 20  # the most glibc raises its threshold to by itself
 
