@@ -13,7 +13,7 @@ has_headers() {
 }
 has_doctest() { echo '#include <doctest/doctest.h>' | "$CXX" -E -x c++ -; }
 has_clang() { echo 'int main() {}' | clang++ -fsanitize=address,undefined -x c++ - -o /dev/null; }
-has_qemu() { command -v qemu-system-x86_64 && command -v busybox && command -v cpio; }
+has_qemu() { command -v qemu-system-x86_64 && command -v cpio && ! ldd "$(command -v busybox)"; }
 
 apt_install() {
   command -v apt-get || return 1

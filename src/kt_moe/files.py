@@ -36,7 +36,7 @@ def save_png(figure: Any, path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Whether `replacing` could write there.
+    """Check that `replacing` can write there.
 
     Raises:
         OSError: it could not; says why.

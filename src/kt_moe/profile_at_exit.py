@@ -6,7 +6,6 @@ import atexit
 import os
 import sys
 
-from kt_moe.files import replacing
 from kt_moe.profiler import Profile
 from kt_moe.runtime import Runtime
 
@@ -35,8 +34,7 @@ def _write_at_exit(process: int) -> None:
             if recording.calls and path is not None:
                 written += 1
                 to = path if written == 1 else path.with_stem(f"{path.stem}-{written}")
-                with replacing(to) as part:
-                    recording._read().write(part)
+                recording.write(to)
         except (OSError, RuntimeError) as error:
             print(f"KT_MOE_PROFILE: {error}", file=sys.stderr)
     if process == os.getpid() and written == 0:

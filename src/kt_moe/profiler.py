@@ -105,8 +105,12 @@ class Profile:
             if core.stopped:  # also if Ctrl-C came while a call was waited for
                 self._detach()
                 if self.path is not None and self._process == os.getpid():  # a forked child has but a copy
-                    with replacing(self.path) as part:
-                        core.write(part)
+                    self.write(self.path)
+
+    def write(self, path: Path) -> None:
+        """Write the spans as a trace, whole or not at all; what the end of the block does with `path`."""
+        with replacing(path) as part:
+            self._read().write(part)
 
     def _detach(self) -> None:
         self._recording = False

@@ -238,3 +238,35 @@ TEST_CASE("memory that moves keeps its content and its neighbours'") {
   if (allowed)
     for (const int node : nodes_of(pages)) CHECK(node <= 0);  // -1: the kernel does not tell
 }
+
+TEST_CASE("memory whose nodes are refused is as good") {
+  for (const std::size_t bytes : {std::size_t{100}, std::size_t{3} << 20}) {
+    const std::vector absent{63};
+    Buffer memory(bytes, absent);
+    CHECK(memory.refused());
+    std::memset(memory.data(), 7, bytes);
+    const Buffer moved = std::move(memory);
+    CHECK(moved.refused());
+    CHECK(static_cast<char*>(moved.data())[bytes - 1] == 7);
+  }
+  CHECK_FALSE(Buffer(100).refused());
+}
+
+TEST_CASE("a sample of pages counts each once, and only those of the shard") {
+  const LayerPlan plan{kExperts, 256, 300, all_of(kBf16)};
+  for (const int shards : {1, 2, 16}) {
+    const auto layer = make(runtime_with(shards), plan, shards > 1);
+    index_t known = 0, unknown = 0;
+    for (const PageNodes& n : layer->page_nodes()) {
+      CHECK(n.elsewhere == 0);
+      known += n.wanted, unknown += n.unknown;
+    }
+    const index_t pages = plan.bytes() / 4096;
+    CHECK(known + unknown >= pages / 2);
+    CHECK(known + unknown <= pages + 2 * shards);
+    CHECK((known == 0 || unknown == 0));
+  }
+  const auto layer = make(runtime_with(1), plan, false);
+  const PageNodes n = sample_pages(layer->weights(), 0, std::vector{63});
+  CHECK(n.wanted == 0);
+}

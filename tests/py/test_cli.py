@@ -121,7 +121,10 @@ def test_whole_experts_by_an_earlier_run(
     monkeypatch.setenv("KT_MOE_SHARDS", "2")
     routing = str(finished / "routing.safetensors")
     more = ["--max-steps", "1", "--placement", "expert"]
+    given: list[list[int]] = []
+    monkeypatch.setattr(kt_moe.Experts, "rebalance", lambda self, counts: given.append(counts.tolist()))
     assert cli(tmp_path / "out", *more, "--popularity", routing) == 0
+    assert given == [counts.tolist() for counts in RoutingHistory.load(routing).total().values()]
     assert json.loads((tmp_path / "out" / "run.json").read_text())["placement"] == "expert"
     capsys.readouterr()
     assert cli(tmp_path / "tensor", "--popularity", routing) != 0
@@ -130,7 +133,7 @@ def test_whole_experts_by_an_earlier_run(
     assert f"error: --popularity {tmp_path / 'absent'}: " in capsys.readouterr().err
     assert not (tmp_path / "tensor").exists()
     assert cli(finished, *more, "--overwrite", "--popularity", routing) != 0
-    assert "is what this run replaces" in capsys.readouterr().err
+    assert "lies in --output, which this run replaces" in capsys.readouterr().err
     assert Path(routing).exists()
 
 

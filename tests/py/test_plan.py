@@ -138,6 +138,9 @@ def test_bytes_of_a_layer_call() -> None:
     assert memory.saved_bytes(LAYER, RUN) == routes * (2 * 24 + 3 * 4) * 2
     more = memory.scratch_bytes(LAYER, replace(RUN, batch=4), 2) - memory.scratch_bytes(LAYER, RUN, 2)
     assert more == routes * (10 * 24 + 4 * 3 * 4)
+    few = memory.scratch_bytes(LAYER, RUN, 2) - memory.scratch_bytes(LAYER, RUN, 2, block=12)
+    assert few == 2 * (512 - 12) * 32 * 2  # what a measurement with small blocks lacks
+    assert memory.scratch_bytes(LAYER, RUN, 2, block=10_000) == memory.scratch_bytes(LAYER, RUN, 2)
     assert memory.weights_bytes([LAYER, LAYER], "bf16") == 2 * 8 * 3 * 32 * 24 * 2
     biased = replace(LAYER, biases=True)
     assert memory.weights_bytes([biased], "bf16") == 8 * 2 * (3 * 32 * 24 + 24 + 24 + 32)

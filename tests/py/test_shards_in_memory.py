@@ -20,6 +20,7 @@ from kt_moe import experts as experts_module
 from kt_moe.experts import FORMATS, PLACEMENTS
 
 SHARDS = (1, 2, 3, 5, 8, 16)
+EVEN = kt_moe.Runtime(threads=2, shards=2, nodes=[0])  # of several nodes, shards could differ in weight
 RUNTIMES = {shards: kt_moe.Runtime(threads=2, shards=shards) for shards in SHARDS}
 WHOLE = [p for p in PLACEMENTS if p != "tensor"]
 
@@ -148,7 +149,7 @@ def test_homes(placement: str) -> None:
     made = weights(E=4)
 
     def homes(**options: Any) -> list[int] | None:
-        return kt_moe.Experts(*made, runtime=RUNTIMES[2], placement=placement, **options).homes
+        return kt_moe.Experts(*made, runtime=EVEN, placement=placement, **options).homes
 
     assert homes() == [0, 0, 1, 1]
     assert homes(popularity=torch.zeros(4)) == [0, 0, 1, 1]
@@ -172,7 +173,7 @@ def test_slices_have_no_homes() -> None:
 def test_routes_are_counted_and_homes_follow(placement: str) -> None:
     problem = make_problem(T=40, H=64, inner=96, E=4, K=2, ranks={})
     problem.topk_ids[:8, 0] = 4  # no route
-    experts = kt_moe.Experts(*problem.weights, runtime=RUNTIMES[2], placement=placement)
+    experts = kt_moe.Experts(*problem.weights, runtime=EVEN, placement=placement)
     assert experts.routed.tolist() == [0, 0, 0, 0]
     experts.rebalance()
     assert experts.homes == [0, 0, 1, 1]

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 namespace kt {
@@ -14,6 +15,13 @@ namespace kt {
 namespace {
 
 constexpr std::size_t kBits = 8 * sizeof(unsigned long);
+
+// An mremap that fails may have unmapped its target.
+void put_back(void* memory, const void* copy, std::size_t bytes) noexcept {
+  constexpr int kFixed = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
+  if (mmap(memory, bytes, PROT_READ | PROT_WRITE, kFixed, -1, 0) == MAP_FAILED) std::abort();
+  std::memcpy(memory, copy, bytes);
+}
 
 }  // namespace
 
@@ -44,10 +52,11 @@ bool move_memory(void* memory, std::size_t bytes, std::span<const int> nodes) no
     madvise(copy, bytes, MADV_HUGEPAGE);
     std::memcpy(copy, memory, bytes);
     moved = mremap(copy, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, memory) != MAP_FAILED;
+    if (!moved) put_back(memory, copy, bytes);
   }
   if (!moved) munmap(copy, bytes);
   if (skipped > 0) munmap(begin, skipped);
-  if (skipped < kHugePage) munmap(copy + bytes, kHugePage - skipped);
+  munmap(copy + bytes, kHugePage - skipped);
   return moved;
 }
 

@@ -13,8 +13,8 @@ namespace kt {
 bool place_memory(void* memory, std::size_t bytes, std::span<const int> nodes) noexcept;
 
 // The same for pages that hold something: a copy on those nodes takes their place, all at once, so that who
-// reads or forks meanwhile sees what was there. Not by migration, because huge pages would take neighbours
-// along.
+// reads or forks meanwhile sees what was there; nobody may write. Not by migration, because huge pages would
+// take neighbours along.
 bool move_memory(void* memory, std::size_t bytes, std::span<const int> nodes) noexcept;
 
 // The node of the page behind each address; -1 where there is no page yet, or the kernel does not tell.

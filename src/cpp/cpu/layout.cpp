@@ -72,8 +72,8 @@ std::vector<Place> places_of(Nodes nodes, index_t shards) {
     places.push_back({part_of(nodes, split(std::ssize(nodes), count, p)), {}});
     weights.push_back(cores_of(places.back().nodes));
   }
-  const std::vector<Range> shards_of = share_out(shards, weights);
-  for (std::size_t p = 0; p < places.size(); ++p) places[p].shards = shards_of[p];
+  const std::vector<Range> ranges = share_out(shards, weights);
+  for (std::size_t p = 0; p < places.size(); ++p) places[p].shards = ranges[p];
   return places;
 }
 

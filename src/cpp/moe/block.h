@@ -15,7 +15,8 @@ inline int to_int(index_t n) { return static_cast<int>(n); }
 // Most routes that share one packing of an expert's weights; enough to make the packing cheap.
 inline constexpr index_t kBlockRows = 512;
 
-// Bytes of weights that a task keeps in its L2 cache, at most.
+// Bytes of weights that a task keeps in its L2 cache, at most: virtual machines hide that two of their cores
+// share one of 2 MiB.
 inline constexpr index_t kMostCacheBytes = index_t{512} << 10;
 
 // Of a sum over experts: columns of a slice, at most, so rows of 1 KiB to write and to read again; and slices

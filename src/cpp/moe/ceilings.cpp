@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <latch>
 
-#include "base/numa.h"
 #include "base/split.h"
 #include "cpu/topology.h"
 #include "gemm/gemm.h"
@@ -153,8 +152,8 @@ std::uint64_t read_chunk(const std::uint64_t* words) {
 std::vector<double> read_rates(Runtime::Lease& lease, int threads, double seconds, std::size_t bytes,
                                std::span<const int> nodes = {}) {
   const std::size_t chunks = std::max<std::size_t>(1, bytes / kChunk / static_cast<std::size_t>(threads));
-  const Buffer buffer(chunks * kChunk * static_cast<std::size_t>(threads));
-  if (!place_memory(buffer.data(), buffer.size(), nodes)) return {};
+  const Buffer buffer(chunks * kChunk * static_cast<std::size_t>(threads), nodes);
+  if (buffer.refused()) return {};
   auto* const words = static_cast<std::uint64_t*>(buffer.data());
   const auto slice = [&](index_t thread) {
     return words + static_cast<std::size_t>(thread) * chunks * (kChunk / kWord);

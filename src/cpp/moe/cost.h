@@ -41,12 +41,12 @@ struct Traffic {
   Traffic& operator+=(const Traffic& other);
 };
 
-// Weights count where they are multiplied by, not as `pack` or `decode`; G, U, h and their gradients where
-// the product ends that they are made of; P and Q with what their merging takes; all gradients of A and B as
+// Weights count where they are multiplied by, not as `pack` or `decode`; G, U, h and their gradients in the
+// product that writes them; P and Q together with adding up their parts; all gradients of A and B as
 // `lora_grad`, zeros included.
 using StageTraffic = std::array<std::vector<Traffic>, kStages>;  // [stage][shard]
 
-// `homes` must not be empty if they are computed `whole`.
+// Experts computed `whole` want `homes`.
 StageTraffic layer_traffic(const LayerCall& call, const Division& division, bool whole);
 
 // A shard's node: bytes/s of its memory and of its links to others, FLOP/s of all its cores, and bytes of its

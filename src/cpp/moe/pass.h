@@ -61,7 +61,7 @@ class Pass {
     return inputs_.of(p).rank() * result_stride(kernels(), block.count);
   }
 
-  // Adds for every block a task that waits for its group of `ready` (a member) and computes floats(block)
+  // Adds for every block a task that waits for its group of `ready` and computes floats(block)
   // numbers. These are added up over siblings, shards in order; finish is called at home with the sum.
   // done[b] becomes the group of block b's task.
   struct Reduced {
@@ -234,8 +234,7 @@ class Pass {
   float lora_scale(Projection p) const;
   float weight(index_t route) const { return weight_[static_cast<std::size_t>(route)]; }
 
-  // Bytes of weights that a task keeps in its L2 cache: half of it, 512 KiB at most, for virtual machines
-  // hide that two of their cores share one, and caches of 2 MiB are such.
+  // Bytes of weights that a task keeps in its L2 cache: half of it at most.
   index_t cache_part() const {
     return std::min(static_cast<index_t>(lease_.l2_bytes()) / 2, kMostCacheBytes);
   }
@@ -278,7 +277,7 @@ class Pass {
   // The sum of a token's routes in a lane's rows, or in those of all lanes, where each has its own.
   void sum_routes(const Sum& sum, std::size_t slice, std::size_t lane, index_t token, float* total,
                   Arena& scratch) const;
-  // A team's reading of the rows of tokens in all lanes.
+  // What a team reads to add up the routes of some tokens.
   Work rows_read(const Sum& sum, std::size_t slice, Range tokens, std::size_t team) const;
   std::span<const std::int32_t> routes_of(Range tokens) const;
   // Adds for every team tasks body(team, tokens, scratch), for its share of all tokens; appends their groups.

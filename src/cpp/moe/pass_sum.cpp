@@ -37,7 +37,7 @@ struct Pass::Sum {
   bool parts;  // lanes have sums of their own, which are merged
   struct Row {
     std::size_t lane;
-    index_t place;
+    index_t number;  // in the lane
   };
   std::vector<Row> rows;  // of every route, where lanes have routes of their own; none: all, in order
   Slices slices;
@@ -57,21 +57,22 @@ struct Pass::Sum {
   const Memory& memory(std::size_t s) const { return kept[s % kept.size()]; }
   // The groups of the slice whose memory slice s takes; null: it is new.
   const Groups* before(std::size_t s) const { return s < kept.size() ? nullptr : &groups[s - kept.size()]; }
+  // `rows` of lanes whose products have no siblings.
   static std::vector<Row> rows_of(const std::vector<Lane>& lanes, index_t routes) {
     std::vector<Row> rows(static_cast<std::size_t>(routes));
     for (std::size_t l = 0; l < lanes.size(); ++l) {
-      index_t place = 0;
+      index_t number = 0;
       for (const Siblings& blocks : lanes[l].products)
         for (index_t i = 0; i < blocks.front().count; ++i)
-          rows[static_cast<std::size_t>(blocks.front().first + i)] = {l, place++};
+          rows[static_cast<std::size_t>(blocks.front().first + i)] = {l, number++};
     }
     return rows;
   }
-  // Where the row of a route is in a slice.
+  // The row of a route in a slice; `lane` counts where every lane has all routes.
   float* row(std::size_t s, std::size_t lane, index_t route) const {
     if (rows.empty()) return memory(s).rows[lane] + route * stride;
     const Row& own = rows[static_cast<std::size_t>(route)];
-    return memory(s).rows[own.lane] + own.place * stride;
+    return memory(s).rows[own.lane] + own.number * stride;
   }
 };
 
@@ -250,7 +251,7 @@ Work Pass::rows_read(const Sum& sum, std::size_t s, Range tokens, std::size_t te
   if (sum.rows.empty()) return moved(std::ssize(routes) * bytes, sum.lanes.front().team, team);
   Work work;
   for (const std::int32_t route : routes)
-    work += moved(bytes, sum.rows[static_cast<std::size_t>(route)].lane, team);
+    work += moved(bytes, sum.lanes[sum.rows[static_cast<std::size_t>(route)].lane].team, team);
   return work;
 }
 

@@ -25,24 +25,25 @@ void Pass::add_reduced(Stage stage, const std::vector<const Group*>& ready, Redu
         terms.resize(siblings);
         terms[blocks_[home + i].shard] = products[home + i];
       }
-      done[b] = tasks_.add(
-          label(stage, block), block.team, 1,
-          [=, this, &ready, others = std::move(others), terms = std::move(terms)](index_t, Arena& scratch) {
-            tasks_.wait(ready[block.index], scratch);
-            const index_t n = shared->floats(block);
-            float* product = own == nullptr ? scratch.take<float>(n) : own;
-            shared->compute(block, product, scratch);
-            if (!at_home(block)) return;
-            for (const Group* other : others) tasks_.wait(other, scratch);
-            if (!terms.empty()) {
-              const Span span(recorder(scratch), Stage::merge);
-              const std::vector<float> once(terms.size(), 1.0f);
-              product = scratch.take<float>(n);
-              kernels().epilogue.sum_scaled(static_cast<int>(n), static_cast<int>(terms.size()), terms.data(),
-                                            once.data(), product);
-            }
-            shared->finish(block, product, scratch);
-          });
+      done[b] =
+          tasks_.add(label(stage, block), block.team, 1,
+                     [=, this, input = ready[b], others = std::move(others), terms = std::move(terms)](
+                         index_t, Arena& scratch) {
+                       tasks_.wait(input, scratch);
+                       const index_t n = shared->floats(block);
+                       float* product = own == nullptr ? scratch.take<float>(n) : own;
+                       shared->compute(block, product, scratch);
+                       if (!at_home(block)) return;
+                       for (const Group* other : others) tasks_.wait(other, scratch);
+                       if (!terms.empty()) {
+                         const Span span(recorder(scratch), Stage::merge);
+                         const std::vector<float> once(terms.size(), 1.0f);
+                         product = scratch.take<float>(n);
+                         kernels().epilogue.sum_scaled(static_cast<int>(n), static_cast<int>(terms.size()),
+                                                       terms.data(), once.data(), product);
+                       }
+                       shared->finish(block, product, scratch);
+                     });
     }
   }
 }

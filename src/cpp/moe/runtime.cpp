@@ -49,7 +49,7 @@ std::string choose_isa(const std::optional<std::string>& argument) {
   return environment("KT_MOE_ISA").value_or(std::string(best_isa(cpu_features())));
 }
 
-constexpr double kCoreBytes = 6e9;  // a core's of its node's bytes/s, about
+constexpr double kCoreBytes = 6e9;  // bytes/s of memory a core where all read, about
 
 // A shard's part of its place. Links are as much slower than memory as they are longer.
 std::vector<NodeRates> estimate_rates(const Topology& topology, const ShardLayout& layout,

@@ -9,25 +9,16 @@ namespace kt {
 
 namespace {
 
-// Routes, and blocks of them.
-struct Amount {
-  double routes, blocks, packed;
-};
-
 Amount amount(index_t routes) {
   const auto rows = static_cast<double>(routes);
   return {rows, static_cast<double>(ceil_div(routes, kBlockRows)), routes > kFewRows ? rows : 0};
-}
-
-void add(Share& share, const Amount& more) {
-  share.routes += more.routes, share.blocks += more.blocks, share.packed += more.packed;
 }
 
 // Every expert's routes to its home.
 void give_whole(const LayerCall& call, const std::vector<int>& homes, std::vector<Share>& shares) {
   for (std::size_t e = 0; e < homes.size(); ++e) {
     Share& home = shares[static_cast<std::size_t>(homes[e])];
-    add(home, amount(call.routes[e]));
+    home += amount(call.routes[e]);
     home.experts += 1;
   }
   for (Share& share : shares) share.home_routes = share.routes, share.home_blocks = share.blocks;
@@ -35,11 +26,11 @@ void give_whole(const LayerCall& call, const std::vector<int>& homes, std::vecto
 
 // All routes to every shard; their blocks are at home on all shards in turn.
 void give_slices(const LayerCall& call, std::vector<Share>& shares) {
-  Share all;
+  Amount all;
   std::size_t block = 0;
   for (const index_t routes : call.routes) {
     const Amount own = amount(routes);
-    add(all, own);
+    all += own;
     for (double b = 0; b < own.blocks; ++b, ++block) {
       Share& home = shares[block % shares.size()];
       home.home_routes += own.routes / own.blocks;
@@ -48,7 +39,7 @@ void give_slices(const LayerCall& call, std::vector<Share>& shares) {
   }
   for (Share& share : shares) {
     if (share.width == 0) continue;
-    add(share, {all.routes, all.blocks, all.packed});
+    share += all;
     share.experts = static_cast<double>(call.routes.size());
   }
 }

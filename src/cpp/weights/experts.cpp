@@ -58,7 +58,7 @@ bool Experts::rebalance(std::span<const double> popularity) {
   const std::vector<double> so_far(routed_.begin(), routed_.end());
   std::vector<int> homes =
       assign_homes(plan_.num_experts, weights_of(*runtime_), popularity.empty() ? so_far : popularity);
-  const bool moved = !placed_.move || placed_.move(weights_.homes, homes);
+  const bool moved = !placed_.move || placed_.move(homes);
   weights_.homes = std::move(homes);
   return moved;
 }

@@ -25,15 +25,20 @@ LayerMemory::LayerMemory(const Runtime& runtime, LayerPlan plan, const Spread& s
     const auto each = static_cast<std::size_t>(plan.expert_bytes());  // experts begin on pages
     for (std::size_t e = 0; e < spread.homes.size(); ++e)
       refused_ |= !place_memory(expert(e), each, nodes_[static_cast<std::size_t>(spread.homes[e])]);
+    at_ = spread.homes;
   }
 }
 
-bool LayerMemory::move(std::span<const int> before, std::span<const int> after) const {
+bool LayerMemory::move(std::span<const int> homes) {
   const auto each = static_cast<std::size_t>(pieces_.front().plan.expert_bytes());
   bool moved = true;
-  for (std::size_t e = 0; e < after.size(); ++e)
-    if (after[e] != before[e])
-      moved &= move_memory(expert(e), each, nodes_[static_cast<std::size_t>(after[e])]);
+  for (std::size_t e = 0; e < at_.size(); ++e) {
+    if (at_[e] == homes[e]) continue;
+    if (move_memory(expert(e), each, nodes_[static_cast<std::size_t>(homes[e])]))
+      at_[e] = homes[e];
+    else
+      moved = false;
+  }
   return moved;
 }
 

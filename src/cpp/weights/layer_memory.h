@@ -20,13 +20,15 @@ class LayerMemory {
   std::span<const Piece> pieces() const { return pieces_; }
   // Whether the kernel refused to place some of it, which then lies where it is first touched.
   bool refused() const { return refused_; }
-  // Moves whole experts whose homes change; false if the kernel refused any. Their addresses stay.
-  bool move(std::span<const int> before, std::span<const int> after) const;
+  // Moves whole experts to their homes where they do not lie there; false if the kernel refused any, which
+  // stay where they are. Addresses stay.
+  bool move(std::span<const int> homes);
 
  private:
   std::byte* expert(std::size_t number) const;
 
   std::vector<std::vector<int>> nodes_;  // of each shard
+  std::vector<int> at_;                  // the shard on whose nodes each whole expert lies
   std::vector<Buffer> buffers_;
   std::vector<Piece> pieces_;
   bool refused_ = false;

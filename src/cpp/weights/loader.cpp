@@ -50,9 +50,7 @@ Placed in_memory(const Runtime& runtime, const LayerPlan& plan, Spread spread, b
   const std::array<QuantError, 3> errors = fill(memory->pieces());
   Placed placed = place(memory->pieces(), memory);
   if (spread.placement != Placement::tensor)
-    placed.move = [memory](std::span<const int> before, std::span<const int> after) {
-      return memory->move(before, after);
-    };
+    placed.move = [memory](std::span<const int> homes) { return memory->move(homes); };
   placed.refused = memory->refused();
   placed.spread = std::move(spread);
   placed.quantized = quantized;

@@ -31,7 +31,7 @@ struct Placed {
   // Of a packed file: reads all of it.
   std::function<bool(Runtime& runtime, const Report& report)> verify;
   // Of whole experts in memory of their own: see LayerMemory::move.
-  std::function<bool(std::span<const int> before, std::span<const int> after)> move;
+  std::function<bool(std::span<const int> homes)> move;
   bool refused = false;                // by the kernel: memory on the NUMA nodes of its shards
   bool mapped = false;                 // paged in from a file by access
   bool quantized = false;              // when they were loaded, with these errors

@@ -32,8 +32,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--resume and --overwrite exclude each other")
     settings, directory = Settings.from_args(args), RunDirectory(args.output)
     directory.check(resume=args.resume, overwrite=args.overwrite)
-    if settings.popularity == str(directory.routing.resolve()):
-        raise UserError(f"--popularity {args.popularity} is what this run replaces: copy it elsewhere first")
+    if settings.popularity is not None and directory.root.resolve() in Path(settings.popularity).parents:
+        raise UserError(f"--popularity {args.popularity} lies in --output, which this run replaces: copy it")
     documents = read_documents(args.data)
     if settings.assistant_only_loss and documents.kind != "messages":
         raise UserError('--assistant-only-loss wants data with "messages"')
@@ -99,8 +99,7 @@ class _Job:
         s, threads = self.settings, self.args.threads
         if threads is not None:
             torch.set_num_threads(threads)
-        file = None if s.popularity is None else Path(s.popularity)
-        popularity = None if file is None else read_popularity(file)
+        popularity = None if s.popularity is None else read_popularity(Path(s.popularity))
         base = load_base_model(
             Path(s.model),
             threads=threads,
@@ -108,8 +107,8 @@ class _Job:
             cache_dir=self.args.cache_dir,
             placement=s.placement,
         )
-        if file is not None and popularity is not None:
-            share_out(base, popularity, file)
+        if popularity is not None:
+            share_out(base, popularity)
         return add_lora(base, rank=s.rank, alpha=s.alpha, dropout=s.dropout, targets=s.targets, seed=s.seed)
 
     def _train(self, model: Any, tokenizer: Any, rows: Rows, checkpoint: Path | None) -> int:

@@ -65,8 +65,8 @@ def read_popularity(file: Path) -> dict[str, Tensor]:
         raise UserError(f"--popularity {file}: {error}") from error
 
 
-def share_out(model: Any, popularity: dict[str, Tensor], file: Path) -> None:
-    """Give a model's experts homes by what `read_popularity` read from a file.
+def share_out(model: Any, popularity: dict[str, Tensor]) -> None:
+    """Give a model's experts homes by what `read_popularity` read.
 
     Raises:
         UserError: it is of another model.
@@ -74,7 +74,7 @@ def share_out(model: Any, popularity: dict[str, Tensor], file: Path) -> None:
     layers = model_experts(model)
     wanted = {name: experts.num_experts for name, experts in layers.items()}
     if wanted != {name: len(counts) for name, counts in popularity.items()}:
-        raise UserError(f"--popularity {file} is of another model: its layers or their experts differ")
+        raise UserError("--popularity is of another model: its layers or their experts differ")
     for name, experts in layers.items():
         experts.rebalance(popularity[name])
 

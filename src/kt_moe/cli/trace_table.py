@@ -15,7 +15,7 @@ _NOTHING = ThreadTime(0, 0.0, 0, 0, 0)
 def trace_table(trace: Trace, call: int | None = None) -> str:
     """Of all calls or of one; a line that says why, where the file does not hold what is needed."""
     if trace.recorded is None:
-        return f"no table: {trace.path} does not say how many threads there were"
+        return f"no table: {trace.path} does not say how many threads and shards there were"
     calls = trace.calls if call is None else {n: c for n, c in trace.calls.items() if n == call}
     if not any(c.end > c.begin for c in calls.values()):
         return (
@@ -27,7 +27,7 @@ def trace_table(trace: Trace, call: int | None = None) -> str:
         return f"no table: {trace.path} has a thread {min(strangers)}, but {trace.recorded.threads} threads"
     table = summary(spans, calls.values(), trace.recorded.threads, trace.recorded.shards).table()
     if trace.recorded.dropped:
-        table += f"\n{trace.recorded.dropped} spans were dropped; the numbers above leave them out"
+        table += f"\n{trace.recorded.dropped} spans of the trace were dropped; the numbers above leave them out"
     return table
 
 

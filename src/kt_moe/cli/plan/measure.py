@@ -93,7 +93,8 @@ def measure(layer: ExpertLayer, run: Run, format: str, runtime: Runtime, free: i
     forward, backward = (statistics.median(times) for times in zip(*steps, strict=True))
     more = run.tokens / tokens
     here = replace(run, batch=1, sequence=tokens)
-    rest = scratch_bytes(layer, run, runtime.threads) - scratch_bytes(layer, here, runtime.threads)
+    rows = tokens * layer.topk // experts  # of an expert, at least in the largest block
+    rest = scratch_bytes(layer, run, runtime.threads) - scratch_bytes(layer, here, runtime.threads, rows)
     return Speed(
         forward * more, backward * more, experts, tokens,
         runtime.scratch_bytes + rest, runtime.isa, runtime.threads,

@@ -11,7 +11,7 @@ from kt_moe.cli.plan.shapes import Activations, ExpertLayer, Outline
 
 _ADAM_8BIT = 2 * (1 + 4 / 256)  # two moments of a byte, and an fp32 scale for 256 of them
 _BLOCK_ROWS = 512  # most routes that share a packing: kBlockRows of src/cpp/moe/block.h
-_HALF_OF_L2 = 512 << 10  # most that packed weights take of a thread's cache
+_CACHE_PART = 512 << 10  # most that packed weights take of a thread's cache: kMostCacheBytes there
 MMAP_THRESHOLD = 32 << 20  # the most glibc raises its threshold to by itself
 
 
@@ -81,11 +81,14 @@ def saved_bytes(layer: ExpertLayer, run: Run) -> int:
     return run.tokens * layer.topk * (2 * layer.intermediate + ranks) * 2
 
 
-def scratch_bytes(layer: ExpertLayer, run: Run, threads: int) -> int:
-    """Of a backward call: h, dG, dU, packed dG, dU; low-rank products; a block of tokens a thread."""
+def scratch_bytes(layer: ExpertLayer, run: Run, threads: int, block: int = _BLOCK_ROWS) -> int:
+    """Of a backward call: h, dG, dU, packed dG, dU; low-rank products; a block of tokens a thread.
+
+    block: routes of the largest.
+    """
     ranks = len(run.projections) * run.rank
     routes = run.tokens * layer.topk
-    blocks = threads * (_BLOCK_ROWS * layer.hidden * 2 + _HALF_OF_L2)
+    blocks = threads * (min(block, _BLOCK_ROWS) * layer.hidden * 2 + _CACHE_PART)
     return routes * (10 * layer.intermediate + 4 * ranks) + blocks
 
 
