@@ -27,7 +27,7 @@ def trace_table(trace: Trace, call: int | None = None) -> str:
         return f"no table: {trace.path} has a thread {min(strangers)}, but {trace.recorded.threads} threads"
     table = summary(spans, calls.values(), trace.recorded.threads, trace.recorded.shards).table()
     if trace.recorded.dropped:
-        table += f"\n{trace.recorded.dropped} spans of the trace were dropped; the numbers above leave them out"
+        table += f"\n{trace.recorded.dropped} spans were dropped from the trace; the numbers above lack them"
     return table
 
 
