@@ -132,15 +132,15 @@ def test_a_table_of_all_calls_or_one(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("other", "call", "message"),
     [
-        ({"threads": None}, None, "does not say how many threads there were"),
-        ({"threads": -1}, None, "does not say how many threads there were"),
-        ({"threads": 1 << 40}, None, "does not say how many threads there were"),
+        ({"threads": None}, None, "does not say how many threads and shards there were"),
+        ({"threads": -1}, None, "does not say how many threads and shards there were"),
+        ({"threads": 1 << 40}, None, "does not say how many threads and shards there were"),
         ({"threads": 1}, None, "has a thread 1, but 1 threads"),
         ({}, 7, "does not say how long call 7 took"),
         (
             {"dropped_spans": 3, "dropped_calls": 1},
             None,
-            "4 spans were dropped; the numbers above leave them out",
+            "4 spans were dropped from the trace; the numbers above lack them",
         ),
     ],
 )
