@@ -35,7 +35,7 @@ class Experts:
         runtime: None means `default_runtime()`.
         placement: how experts are spread over the runtime's shards. "tensor": each has a slice of every
             expert. "expert": each has whole experts, computed there. "auto": whole experts, computed there or
-            by all shards, whichever a call will do sooner.
+            by all shards, whichever a call will do sooner: homes can change how results are rounded.
         popularity: [E], how often each expert is routed to, in any unit, for "expert" and "auto" to share out
             the work; None, or nothing but zeros: neighbours lie together.
 
@@ -288,7 +288,8 @@ def _warn_refused() -> None:
     if not _refused_before:
         _refused_before = True
         warnings.warn(
-            "the kernel refused to place expert weights on NUMA nodes (mbind is forbidden here, or a node is "
-            "not this process's to use): they lie on the nodes of the threads that touched them first",
+            "the kernel refused to place expert weights on NUMA nodes (mbind is forbidden here, a node is "
+            "not this process's to use, or there is no memory for a move): they lie where they were, or "
+            "where threads touched them first",
             stacklevel=4,
         )

@@ -25,6 +25,7 @@ from kt_moe.models import expert_modules
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _STEPS, _EVERY = "steps", "every"
+_MOST = 2.0**62  # routes of an expert, so that sums stay in int64
 
 StrPath = str | os.PathLike[str]
 
@@ -159,7 +160,10 @@ class RoutingHistory:
 def _are_counts(steps: Tensor, rows: Iterable[Tensor]) -> bool:
     """Whether they are as `RoutingHistory.save` describes."""
     return (steps.dtype, steps.dim()) == (torch.int64, 1) and all(
-        (t.dtype, t.dim()) == (torch.int64, 2) and 0 < len(t) == len(steps) and bool((t >= 0).all())
+        (t.dtype, t.dim()) == (torch.int64, 2)
+        and 0 < len(t) == len(steps)
+        and bool((t >= 0).all())
+        and bool((t.double().sum(0) < _MOST).all())
         for t in rows
     )
 

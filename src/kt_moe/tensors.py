@@ -45,19 +45,19 @@ def numbers(name: str, count: str, values: Iterable[float] | Tensor | None) -> l
 
     Raises:
         TypeError: not numbers.
-        ValueError: a tensor of other than one dimension.
+        ValueError: a tensor of other than one dimension, or as in `check_tensor`.
     """
     if values is None:
         return None
     if isinstance(values, Tensor):
+        check_tensor(name, values)
         if values.dim() != 1:
             raise ValueError(f"{name} has shape {list(values.shape)}, wanted [{count}]")
-        values = values.tolist()
     try:
         if isinstance(values, (str, bytes)):
             raise TypeError
-        return [float(number) for number in values]
-    except (OverflowError, TypeError, ValueError):
+        return [float(number) for number in (values.tolist() if isinstance(values, Tensor) else values)]
+    except (OverflowError, RuntimeError, TypeError, ValueError):
         raise TypeError(f"{name} is {values!r}, wanted a tensor or sequence of {count} numbers") from None
 
 

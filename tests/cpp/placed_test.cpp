@@ -202,6 +202,8 @@ TEST_CASE("popularity that makes no sense is refused") {
   const double nan = std::numeric_limits<double>::quiet_NaN(), inf = std::numeric_limits<double>::infinity();
   CHECK_THROWS_WITH_AS(assign_homes(2, even, std::vector{1.0}),
                        "popularity has 1 numbers, wanted 2: one an expert", ValueError);
+  CHECK_THROWS_AS(assign_homes(128, std::vector<index_t>{index_t{1} << 62, index_t{1} << 62}, {}),
+                  ValueError);
   for (const double bad : {-1.0, nan, inf})
     CHECK_THROWS_AS(assign_homes(2, even, std::vector{1.0, bad}), ValueError);
   CHECK(placement_from("auto") == Placement::automatic);

@@ -119,7 +119,7 @@ def test_whole_experts_by_an_earlier_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("KT_MOE_SHARDS", "2")
-    routing = str(finished / "routing.safetensors")
+    routing = str(shutil.copy(finished / "routing.safetensors", tmp_path / "routing.safetensors"))
     more = ["--max-steps", "1", "--placement", "expert"]
     given: list[list[int]] = []
     monkeypatch.setattr(kt_moe.Experts, "rebalance", lambda self, counts: given.append(counts.tolist()))
@@ -132,9 +132,15 @@ def test_whole_experts_by_an_earlier_run(
     assert cli(tmp_path / "absent", *more, "--popularity", str(tmp_path / "absent")) != 0
     assert f"error: --popularity {tmp_path / 'absent'}: " in capsys.readouterr().err
     assert not (tmp_path / "tensor").exists()
-    assert cli(finished, *more, "--overwrite", "--popularity", routing) != 0
-    assert "lies in --output, which this run replaces" in capsys.readouterr().err
-    assert Path(routing).exists()
+    assert cli(tmp_path / "absent", *more, "--popularity", str(tmp_path)) != 0
+    assert "is no ordinary file" in capsys.readouterr().err
+    for own in (finished / "routing.safetensors", *finished.glob("checkpoints/*/routing.safetensors")):
+        assert cli(finished, *more, "--overwrite", "--popularity", str(own)) != 0
+        assert "lies in --output, which this run replaces" in capsys.readouterr().err
+        assert own.exists()
+    save_file({"steps": torch.ones(1, dtype=torch.int64)}, routing, metadata={"every": "1"})
+    assert cli(tmp_path / "out", *more, "--popularity", routing, "--resume") != 0
+    assert "popularity" in capsys.readouterr().err
 
 
 def test_run_leaves_its_routing(finished: Path) -> None:

@@ -251,6 +251,7 @@ def test_wrong_use(tmp_path: Path) -> None:
         "flat": {"steps": steps, "a": counts[:, 0].contiguous()},
         "float": {"steps": steps, "a": counts.double()},
         "negative": {"steps": steps, "a": -counts},
+        "no total": {"steps": steps, "a": counts << 62},
         "one step": {"steps": steps[0], "a": counts},
         "empty": {"steps": steps[:0], "a": counts[:0]},
     }.items():

@@ -162,6 +162,12 @@ def test_homes(placement: str) -> None:
     assert sorted(set(experts.homes or [])) == sorted(experts.homes or [])
 
 
+@pytest.mark.parametrize("other", [torch.ones(4).to_sparse(), torch.ones(4, device="meta")])
+def test_popularity_without_numbers_in_memory(other: Tensor) -> None:
+    with pytest.raises(ValueError, match="popularity is "):
+        kt_moe.Experts(*weights(E=4), runtime=EVEN, placement="expert", popularity=other)
+
+
 def test_slices_have_no_homes() -> None:
     experts = kt_moe.Experts(*weights(), runtime=RUNTIMES[2])
     assert (experts.placement, experts.homes) == ("tensor", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,26 @@ def test_a_table_of_all_calls_or_one(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "forward" not in out
     assert view(trace, "--table", "--from", "1") == 2
     assert "--table is of whole calls" in capsys.readouterr().err
+
+
+def test_the_trace_is_not_drawn_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file, more in (("t.json", ["-o", str(tmp_path / "t.json")]), ("t.png", [])):
+        noted(tmp_path / file, events())
+        before = (tmp_path / file).read_bytes()
+        assert view(tmp_path / file, *more) == 2
+        assert "is the trace itself" in capsys.readouterr().err
+        assert (tmp_path / file).read_bytes() == before
+
+
+def test_what_lasts_no_time_is_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = noted(tmp_path / "t.json", [span("s", 0, 1e-321)])
+    assert view(trace) == 2
+    assert "no spans from 0 to" in capsys.readouterr().err
+
+
+def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    trace = noted(tmp_path / os.fsdecode(b"bad\xff.json"), events())
+    assert view(trace) == 0
 
 
 @pytest.mark.parametrize(

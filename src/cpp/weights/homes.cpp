@@ -50,6 +50,12 @@ std::vector<index_t> weights_of(const Runtime& runtime) {
 std::vector<int> assign_homes(int experts, std::span<const index_t> weights,
                               std::span<const double> popularity) {
   if (!popularity.empty()) check(experts, popularity);
+  constexpr index_t kMost = index_t{1} << 40;  // times experts they stay in index_t
+  for (index_t sum = 0; const index_t weight : weights) {
+    KT_CHECK(weight >= 0 && weight <= kMost - sum, "weights of shards add up to more than {}", kMost);
+    sum += weight;
+  }
+  KT_CHECK(experts <= 1 << 22, "there are {} experts, wanted at most {}", experts, 1 << 22);
   std::vector<int> homes(static_cast<std::size_t>(experts));
   if (std::ranges::all_of(popularity, [](double p) { return p == 0; })) {
     const std::vector<Range> runs = split_by(experts, weights, 1);

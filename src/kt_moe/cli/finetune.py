@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -48,6 +49,18 @@ def run(args: argparse.Namespace) -> int:
         return _Job(args, settings, directory, documents).run(*parts)
 
 
+def _digest(popularity: str | None) -> str | None:
+    if popularity is None:
+        return None
+    file = Path(popularity)
+    if file.exists() and not file.is_file():
+        raise UserError(f"--popularity {file} is no ordinary file")
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"--popularity {file}: {error}") from error
+
+
 class _Job:
     """One run, past the checks that need neither torch nor the model."""
 
@@ -56,7 +69,11 @@ class _Job:
     ) -> None:
         self.args, self.settings, self.directory = args, settings, directory
         self.chat = documents.kind == "messages"
-        self.record = {**settings.to_dict(), "data_sha256": documents.digest()}
+        self.record = {
+            **settings.to_dict(),
+            "data_sha256": documents.digest(),
+            "popularity_sha256": _digest(settings.popularity),
+        }
 
     def run(self, training: Documents, held_out: Documents) -> int:
         """Load, train, write; the exit status."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,4 +128,5 @@ def _draw_legend(figure: Any, colors: dict[str, str]) -> None:
 
 
 def _plain(text: str) -> str:
+    text = os.fsencode(text).decode(errors="replace")  # names of files need not be UTF-8
     return text.replace("$", r"\$")  # matplotlib would set it as a formula, or fail to

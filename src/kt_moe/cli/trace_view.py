@@ -8,6 +8,8 @@ from pathlib import Path
 from kt_moe.cli.errors import UserError
 from kt_moe.cli.options import integer, number
 
+_LEAST = 1e-3  # us, as all times of a trace: what no clock tells apart
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -37,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     output = args.output or args.trace.with_suffix(".png")
     if not output.absolute().parent.is_dir():
         raise UserError(f"--output {output}: there is no directory {output.absolute().parent}")
+    if output.resolve() == args.trace.resolve():
+        raise UserError(f"--output {output} is the trace itself")
     trace = read_trace(args.trace)
     if args.call is not None:
         window = trace.window_of(args.call)
@@ -45,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         begin = whole.begin if args.begin is None else 1e3 * args.begin
         window = Window(begin, whole.end if args.end is None else 1e3 * args.end)
     shown = trace.within(window)
-    if not shown.spans:
+    if not shown.spans or window.end - window.begin < _LEAST:
         raise UserError(
             f"{args.trace}: no spans from {window.begin / 1e3:g} to {window.end / 1e3:g} ms; "
             f"the trace ends at {trace.whole().end / 1e3:g} ms"

@@ -19,7 +19,7 @@ from kt_moe.cli.options import integer, list_of, number
 MOST_NODES = 16
 _DIMENSIONS = {"hidden": "H", "intermediate": "I", "experts": "E", "topk": "K"}
 _NODE: dict[str, tuple[Callable[[str], float], str, str, float]] = {
-    "cores_per_node": (integer(1), "N", "", 48),
+    "cores_per_node": (integer(1, 1 << 16), "N", "", 48),
     "local_gb_s": (number(0), "X", "a node's memory, 10^9 bytes/s; ", 285),
     "remote_gb_s": (number(0), "X", "a node's reads and writes of all others; ", 110),
     "tflops_per_core": (number(0), "X", "that products reach; ", 0.7),
