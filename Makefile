@@ -86,7 +86,7 @@ tsan: $(VENV)/.deps  ## C++ tests under the thread sanitizer
 	cmake --build --preset tsan
 	setarch -R ctest --preset tsan
 
-numa: build  ## tests on emulated machines with several memory nodes; half an hour
+numa: build  ## tests on emulated machines with several memory nodes; ten minutes
 	.ci/require.sh compiler doctest qemu
 	cmake --preset dev
 	cmake --build --preset dev
