@@ -40,7 +40,6 @@ bool place_memory(void* memory, std::size_t bytes, std::span<const int> nodes) n
 bool move_memory(void* memory, std::size_t bytes, std::span<const int> nodes) noexcept {
   if (nodes.empty() || bytes == 0) return true;
   // The copy lies as the memory does within huge pages, or these would be taken apart.
-  constexpr std::size_t kHugePage = std::size_t{2} << 20;
   void* mapped = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) return false;
   auto* const begin = static_cast<std::byte*>(mapped);

@@ -7,6 +7,8 @@
 
 namespace kt {
 
+inline constexpr std::size_t kHugePage = std::size_t{2} << 20;
+
 // Asks that pages of [memory, memory + bytes), whole ones of an anonymous mapping, come from `nodes` when
 // they are first touched: from the only one while it has some, or from all in turn. No nodes: nothing is
 // asked. False where the kernel refuses: the memory is as good, only further away.

@@ -22,19 +22,21 @@ LayerMemory::LayerMemory(const Runtime& runtime, LayerPlan plan, const Spread& s
   } else {
     plan.on_pages = true;
     add(all, plan, {});
-    const auto each = static_cast<std::size_t>(plan.expert_bytes());  // experts begin on pages
-    for (std::size_t e = 0; e < spread.homes.size(); ++e)
-      refused_ |= !place_memory(expert(e), each, nodes_[static_cast<std::size_t>(spread.homes[e])]);
+    for (std::size_t e = 0; e < spread.homes.size(); ++e) {
+      const std::span<std::byte> memory = expert(e);
+      refused_ |=
+          !place_memory(memory.data(), memory.size(), nodes_[static_cast<std::size_t>(spread.homes[e])]);
+    }
     at_ = spread.homes;
   }
 }
 
 bool LayerMemory::move(std::span<const int> homes) {
-  const auto each = static_cast<std::size_t>(pieces_.front().plan.expert_bytes());
   bool moved = true;
   for (std::size_t e = 0; e < at_.size(); ++e) {
     if (at_[e] == homes[e]) continue;
-    if (move_memory(expert(e), each, nodes_[static_cast<std::size_t>(homes[e])]))
+    const std::span<std::byte> memory = expert(e);
+    if (move_memory(memory.data(), memory.size(), nodes_[static_cast<std::size_t>(homes[e])]))
       at_[e] = homes[e];
     else
       moved = false;
@@ -42,9 +44,10 @@ bool LayerMemory::move(std::span<const int> homes) {
   return moved;
 }
 
-std::byte* LayerMemory::expert(std::size_t number) const {
+std::span<std::byte> LayerMemory::expert(std::size_t number) const {
   const Piece& all = pieces_.front();
-  return all.memory + number * static_cast<std::size_t>(all.plan.expert_bytes());
+  const auto each = static_cast<std::size_t>(all.plan.expert_bytes());
+  return {all.memory + number * each, each};
 }
 
 }  // namespace kt

@@ -25,7 +25,7 @@ class LayerMemory {
   bool move(std::span<const int> homes);
 
  private:
-  std::byte* expert(std::size_t number) const;
+  std::span<std::byte> expert(std::size_t number) const;  // whole pages
 
   std::vector<std::vector<int>> nodes_;  // of each shard
   std::vector<int> at_;                  // the shard on whose nodes each whole expert lies

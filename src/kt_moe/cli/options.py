@@ -10,6 +10,7 @@ from typing import Any
 
 from kt_moe.cli.errors import UserError
 from kt_moe.cli.formats import QUANTISED
+from kt_moe.experts import PLACEMENTS
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _add_experts(add: Callable[..., Any]) -> None:
     )
     add(
         "--placement",
-        choices=["tensor", "expert", "auto"],
+        choices=PLACEMENTS,
         default="tensor",
         help="on several memory nodes: a slice of every expert on each, whole experts, or, auto, what a call "
         "will do sooner; default: tensor",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from kt_moe.cli.doctor.machine import Machine
+from kt_moe.cli.doctor.machine import Machine, nodes_with_cpus
 from kt_moe.cli.text import count_text, ranges_text, size_text
 
 _GIB = 2**30
@@ -251,7 +251,7 @@ def _placement(m: Machine) -> Iterator[Finding]:
 
 def _overrides(m: Machine) -> Iterator[Finding]:
     best = [name for name, state in m.kernel_sets.items() if state == "available"][-1]
-    cores, nodes = m.topology["cores"], sum(bool(node["cpus"]) for node in m.nodes)
+    cores, nodes = m.topology["cores"], nodes_with_cpus(m.topology)
     costs = {
         "KT_MOE_ISA": (m.selected != best, f"{best} kernels would be faster"),
         "KT_MOE_THREADS": (m.threads < cores, f"{count_text(cores, 'core')} could compute"),

@@ -96,11 +96,13 @@ def read_recorded(root: Path) -> Machine:
         missing = set(flags) - settings["flags"]
         sets[name] = "this CPU lacks " + ", ".join(sorted(missing)) if missing else "available"
     selected = [name for name, state in sets.items() if state == "available"][-1]
-    return Machine(topology, sets, selected, topology["cores"], _shards(topology), **settings)
+    shards = max(1, nodes_with_cpus(topology))
+    return Machine(topology, sets, selected, topology["cores"], shards, **settings)
 
 
-def _shards(topology: dict[str, Any]) -> int:
-    return max(1, sum(bool(node["cpus"]) for node in topology["nodes"]))
+def nodes_with_cpus(topology: dict[str, Any]) -> int:
+    """How many NUMA nodes have a CPU of this process."""
+    return sum(bool(node["cpus"]) for node in topology["nodes"])
 
 
 def _settings(root: Path, topology: dict[str, Any]) -> dict[str, Any]:

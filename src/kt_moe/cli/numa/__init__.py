@@ -12,9 +12,10 @@ from kt_moe.cli.bench.layer import PRESETS, Shape
 from kt_moe.cli.errors import UserError
 from kt_moe.cli.formats import QUANTISED
 from kt_moe.cli.numa import this_machine
-from kt_moe.cli.numa.predict import PLACEMENTS, Machine, Run, predict
+from kt_moe.cli.numa.predict import Machine, Run, predict
 from kt_moe.cli.numa.report import describe, to_dict
 from kt_moe.cli.options import integer, list_of, number
+from kt_moe.experts import PLACEMENTS
 
 MOST_NODES = 16
 _DIMENSIONS = {"hidden": "H", "intermediate": "I", "experts": "E", "topk": "K"}

@@ -13,7 +13,6 @@ from kt_moe import _core
 from kt_moe.cli.bench.layer import Shape
 from kt_moe.cli.formats import QUANTISED, projection_bytes
 
-PLACEMENTS = ("tensor", "expert", "auto")
 _LORA_BYTES = 4  # fp32, the default
 _DRAWS = 32  # of the routes of one token; as many more tokens, as many fewer
 
