@@ -7,6 +7,7 @@ from kt_moe._core import __version__
 from kt_moe.checkpoint import Checkpoint
 from kt_moe.experts import Experts
 from kt_moe.functional import Lora, MoEFunction, moe
+from kt_moe.gpu import Gpu, Rates
 from kt_moe.layer import MoELayer
 from kt_moe.profiler import Profile, profile
 from kt_moe.runtime import Runtime, cpu_info, default_runtime
@@ -21,11 +22,13 @@ if TYPE_CHECKING:  # the lazy names below, for type checkers
 __all__ = [
     "Checkpoint",
     "Experts",
+    "Gpu",
     "KtMoeConfig",
     "Lora",
     "MoEFunction",
     "MoELayer",
     "Profile",
+    "Rates",
     "RoutingHistory",
     "Runtime",
     "__version__",

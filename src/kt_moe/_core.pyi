@@ -151,6 +151,17 @@ class Experts:
     def reset_routed(self) -> None: ...
     def page_nodes(self) -> list[list[int]]:
         """A row a shard: pages on the wanted nodes, elsewhere, unknown"""
+    def weights_at(self) -> list[list[dict[str, Any]]]:
+        """Where the weights lie, for as long as this object lives: for gate, up and down a dict for each
+        slice of the intermediate dimension that has memory of its own (one: all of it).
+
+        first, last: the slice. rows, cols: of the stored matrix. format, scale: as in docs/formats.md, scale
+        "none" | "f32" | "bf16" | "e8m0". scale_rows, scale_cols: that share a scale, scale_cols at most cols.
+        codes_bytes, scales_bytes, zeros_bytes: of one expert's matrix. codes, scales, zeros: an address for
+        each expert, 0 where there is nothing.
+        """
+    def bias(self, projection: str, into: Tensor | None) -> bool:
+        """Whether a projection has a bias; it is written into a bf16 tensor [E, rows] if one is given."""
     def dequantize(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
         """Write the bf16 weights the kernels multiply by into three bf16 tensors."""
 
@@ -250,5 +261,6 @@ def backward(
     grad_out: Tensor,  # [T, H] bf16
     grad_hidden: Tensor | None,  # [T, H] bf16 | fp32, written
     grad_weights: Tensor | None,  # [T, K] fp32, written
-    grad_lora: LoraTensors,  # shapes and dtypes of lora, written
+    grad_lora: LoraTensors,  # shapes of lora, fp32 | bf16 each, written
+    clear_idle: bool = True,  # zero the rows of experts without routes in grad_lora; False: leave them alone
 ) -> None: ...

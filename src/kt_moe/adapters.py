@@ -90,7 +90,9 @@ def load_adapter(
         config = PeftConfig.from_pretrained(str(path))
         config.inference_mode = not is_trainable
         model = get_peft_model(model, config, adapter_name=adapter_name)
-    result: Any = model.load_adapter(str(path), adapter_name, is_trainable=is_trainable)
+    # Else all of it would lie on a GPU for a moment, whatever the place of its parameters.
+    where = {"torch_device": "cpu"}
+    result: Any = model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **where)
     for what, keys in (("lacks", result.missing_keys), ("has unknown", result.unexpected_keys)):
         if keys:
             raise ValueError(

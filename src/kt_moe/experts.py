@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kt_moe import _core
+from kt_moe import _core, checkpointing
 from kt_moe.checkpoint import Checkpoint, check_layer, check_path
+from kt_moe.gpu import Gpu, as_gpu
 from kt_moe.runtime import Runtime, default_runtime
 from kt_moe.tensors import check_tensor, numbers, on_cpu
 
@@ -38,6 +39,8 @@ class Experts:
             by all shards, whichever a call will do sooner: homes can change how results are rounded.
         popularity: [E], how often each expert is routed to, in any unit, for "expert" and "auto" to share out
             the work; None, or nothing but zeros: neighbours lie together.
+        gpu: how calls with hidden states on a GPU use it: a `kt_moe.Gpu` that layers of a model share, "auto"
+            for the default one, or "off": the CPU computes all experts.
 
     Raises:
         ValueError: shapes that do not agree, a dtype that is not a float, an unknown activation, format or
@@ -62,9 +65,11 @@ class Experts:
         runtime: Runtime | None = None,
         placement: str = "tensor",
         popularity: Iterable[float] | Tensor | None = None,
+        gpu: Gpu | str = "auto",
     ) -> None:
         _check_known("format", format, FORMATS)
         _check_known("placement", placement, PLACEMENTS)
+        gpu = as_gpu(gpu)
         runtime = runtime or default_runtime()
         for name, tensor in (("gate", gate), ("up", up), ("down", down)):
             check_tensor(name, tensor)
@@ -88,7 +93,7 @@ class Experts:
             placement,
             numbers("popularity", "E", popularity),
         )
-        self._adopt(core, runtime)
+        self._adopt(core, runtime, gpu)
 
     @classmethod
     def from_checkpoint(
@@ -104,6 +109,7 @@ class Experts:
         progress: Callable[[int], object] | None = None,
         placement: str = "tensor",
         popularity: Iterable[float] | Tensor | None = None,
+        gpu: Gpu | str = "auto",
     ) -> Experts:
         """Load one layer's experts straight from safetensors files; Ctrl-C leaves nothing behind.
 
@@ -119,6 +125,7 @@ class Experts:
                 that are the one in memory (`LayerInfo.mappable`); the files must not change meanwhile.
             progress: called now and then with the number of bytes loaded since the last call. It must not use
                 the runtime, which is at work (RuntimeError).
+            gpu: as for `Experts`.
             placement, popularity: as for `Experts`. Weights that stay in files lie where the page cache has
                 them: the shards share the work, not the memory.
 
@@ -131,6 +138,7 @@ class Experts:
         """
         _check_known("format", format, CHECKPOINT_FORMATS)
         _check_known("placement", placement, PLACEMENTS)
+        gpu = as_gpu(gpu)
         check_layer(layer)
         if not isinstance(paged, bool):
             raise TypeError(f"paged is {paged!r}, wanted True or False")
@@ -152,13 +160,43 @@ class Experts:
             placement,
             numbers("popularity", "E", popularity),
         )
-        self._adopt(core, runtime)
+        self._adopt(core, runtime, gpu)
         return self
 
-    def _adopt(self, core: _core.Experts, runtime: Runtime) -> None:
+    def _adopt(self, core: _core.Experts, runtime: Runtime, gpu: Gpu) -> None:
         self._core, self.runtime, self.recompute = core, runtime, False
+        self._checkpoint_experts = "recompute"
+        self._routed_elsewhere = torch.zeros(core.num_experts, dtype=torch.int64, device="cpu")
+        self.gpu = gpu
         if core.refused:
             _warn_refused()
+
+    @property
+    def gpu(self) -> Gpu:
+        """How calls with hidden states on a GPU use it; another `kt_moe.Gpu`, or a name, may be set."""
+        return self._gpu
+
+    @gpu.setter
+    def gpu(self, gpu: Gpu | str) -> None:
+        self._gpu = as_gpu(gpu)
+        self._gpu._register(self)
+
+    @property
+    def checkpoint_experts(self) -> str:
+        """What a region of `torch.utils.checkpoint` does with the experts in backward; may be set.
+
+        "recompute" computes them again, as all else in it. "retain" takes back the result and what forward
+        saves (see `recompute`), kept from the first run: experts are computed once, for 2 * H bytes a token
+        (4 * H of fp32 hidden states) beside what a layer outside of checkpointed regions keeps.
+        """
+        return self._checkpoint_experts
+
+    @checkpoint_experts.setter
+    def checkpoint_experts(self, choice: str) -> None:
+        _check_known("checkpoint_experts", choice, checkpointing.CHOICES)
+        if choice == "retain":
+            checkpointing.watch()
+        self._checkpoint_experts = choice
 
     @property
     def num_experts(self) -> int:
@@ -230,6 +268,9 @@ class Experts:
         Raises:
             ValueError: placement "tensor", or popularity that is not E finite numbers of 0 or more.
         """
+        if popularity is None:
+            popularity = self.routed
+        self.gpu._before_move(self)
         if not self._core.rebalance(numbers("popularity", "E", popularity)):
             _warn_refused()
 
@@ -238,11 +279,12 @@ class Experts:
         """[E] int64: the routes that every forward so far had for each expert. Waits for one in progress."""
         counts = torch.empty(self.num_experts, dtype=torch.int64, device="cpu")
         self._core.routed(counts)
-        return counts
+        return counts.add_(self._routed_elsewhere)
 
     def reset_routed(self) -> None:
         """Count routes from zero again."""
         self._core.reset_routed()
+        self._routed_elsewhere.zero_()
 
     def page_nodes(self) -> list[dict[str, int]]:
         """Where the weights of each shard lie, by a sample of at most a few thousand pages.
@@ -264,7 +306,9 @@ class Experts:
         return gate, up, down
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Experts:
-        return copy.copy(self)  # the weights are frozen, so copies share them
+        shared = copy.copy(self)  # the weights are frozen, so copies share them
+        shared.gpu._register(shared)
+        return shared
 
     def __repr__(self) -> str:
         return (

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kt_moe import _core
+from kt_moe import _core, checkpointing
 from kt_moe.experts import Experts
 from kt_moe.tensors import check_tensor, empty, on_cpu
 
@@ -93,29 +93,48 @@ class _MoE(torch.autograd.Function):
         topk_weights: Tensor,
         experts: Experts,
         lora: Lora,
-        save: bool,
+        train: bool,
         *lora_tensors: Tensor | None,
     ) -> Tensor:
-        x, ids, weights, pairs = _for_core(hidden_states, topk_ids, topk_weights, lora_tensors)
-        dropout, seed = _dropout_and_seed(lora, pairs)
-        runtime = experts.runtime._core
-        saved = None
-        if save and any(ctx.needs_input_grad):
-            routes = _core.count_routes(ids, experts.num_experts)
-            ranks = sum(a.shape[1] for a in pairs[::2] if a is not None and a.ndim == 3)
-            saved = empty((routes, 2 * experts.intermediate_size + ranks), torch.bfloat16, runtime)
-        out = empty(x.shape, _result_dtype(hidden_states), runtime)
-        ctx.whole = _core.forward(
-            experts._core, x, ids, weights, pairs, lora.scalings, dropout, seed, saved, out
-        )
-        ctx.experts, ctx.lora_options = experts, (lora.scalings, dropout, seed)
-        ctx.save_for_backward(hidden_states, topk_ids, topk_weights, saved, *lora_tensors)
-        return _like(out, hidden_states)
+        call = checkpointing.call(experts) if experts.checkpoint_experts == "retain" else None
+        # Also where kept results are taken: torch's generator moves on as it did in the first run.
+        dropout, seed = _dropout_and_seed(lora, lora_tensors)
+        options = lora.scalings, dropout, seed
+        train = train and any(ctx.needs_input_grad)
+        kept = None
+        if call is not None:
+            train = train or call.hides_grad
+            inputs = checkpointing.Inputs.of(hidden_states, topk_ids, options[:2], lora_tensors)
+            kept = call.take(inputs)
+        ctx.experts, ctx.engine = experts, experts.gpu.engine(hidden_states.device)
+        if ctx.engine is None:
+            out, state = kept or _compute(
+                experts, hidden_states, topk_ids, topk_weights, lora_tensors, options,
+                train and not experts.recompute,
+            )  # fmt: skip
+            saved, ctx.whole, ctx.lora_options = state
+            ctx.save_for_backward(hidden_states, topk_ids, topk_weights, saved, *lora_tensors)
+        else:
+            from kt_moe.gpu import function as on_device
+
+            # Detached: what is kept must not hold the graph that LoRA tensors may come from.
+            held = [None if t is None else t.detach() for t in lora_tensors]
+            out, state = kept or on_device.forward(
+                ctx.engine, experts, hidden_states, topk_ids, topk_weights, held, options, train
+            )
+            on_device.save(ctx, state, hidden_states, topk_weights, lora_tensors)
+        if call is not None:
+            call.keep(inputs, out, state)
+        return out
 
     @staticmethod
     @once_differentiable
     @_in_torch_profile("kt_moe.backward")
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.engine is not None:
+            from kt_moe.gpu import function as on_device
+
+            return on_device.backward(ctx, grad_out)
         hidden_states, topk_ids, topk_weights, saved, *lora_tensors = ctx.saved_tensors
         x, ids, weights, pairs = _for_core(hidden_states, topk_ids, topk_weights, lora_tensors)
         scalings, dropout, seed = ctx.lora_options
@@ -200,10 +219,11 @@ class MoEFunction:
             raise ValueError(f"hidden_states is {hidden_states.dtype}, wanted bfloat16, float16 or float32")
         if not topk_weights.is_floating_point():
             raise ValueError(f"topk_weights is {topk_weights.dtype}, wanted a floating-point dtype")
-        save = torch.is_grad_enabled() and not experts.recompute
-        out: Tensor = _MoE.apply(  # type: ignore[no-untyped-call]
-            hidden_states, topk_ids, topk_weights, experts, lora or Lora(), save, *tensors
-        )
+        train = torch.is_grad_enabled()
+        with checkpointing.unseen():
+            out: Tensor = _MoE.apply(  # type: ignore[no-untyped-call]
+                hidden_states, topk_ids, topk_weights, experts, lora or Lora(), train, *tensors
+            )
         return out
 
 
@@ -236,6 +256,31 @@ def moe(
     return out
 
 
+_Options = tuple[tuple[float, float, float], float, int]  # scalings, dropout and its seed
+
+
+def _compute(
+    experts: Experts,
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    lora_tensors: Sequence[Tensor | None],
+    options: _Options,
+    save: bool,
+) -> tuple[Tensor, tuple[Tensor | None, bool, _Options]]:
+    """The result; and for backward what the core saves if `save`, whether it went whole, the options."""
+    x, ids, weights, pairs = _for_core(hidden_states, topk_ids, topk_weights, lora_tensors)
+    runtime = experts.runtime._core
+    saved = None
+    if save:
+        routes = _core.count_routes(ids, experts.num_experts)
+        ranks = sum(a.shape[1] for a in pairs[::2] if a is not None and a.ndim == 3)
+        saved = empty((routes, 2 * experts.intermediate_size + ranks), torch.bfloat16, runtime)
+    out = empty(x.shape, _result_dtype(hidden_states), runtime)
+    whole = _core.forward(experts._core, x, ids, weights, pairs, *options, saved, out)
+    return _like(out, hidden_states), (saved, whole, options)
+
+
 def _for_core(
     hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, lora_tensors: Iterable[Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor, _core.LoraTensors]:
@@ -244,7 +289,7 @@ def _for_core(
     return x, on_cpu(topk_ids), weights, cast("_core.LoraTensors", pairs)
 
 
-def _dropout_and_seed(lora: Lora, pairs: _core.LoraTensors) -> tuple[float, int]:
+def _dropout_and_seed(lora: Lora, pairs: Sequence[Tensor | None]) -> tuple[float, int]:
     if lora.dropout == 0.0 or all(t is None for t in pairs):
         return 0.0, 0
     if lora.seed is not None:

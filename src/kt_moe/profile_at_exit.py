@@ -31,7 +31,7 @@ def _write_at_exit(process: int) -> None:
         path, recording.path = recording.path, None
         try:
             recording.__exit__(None, None, None)
-            if recording.calls and path is not None:
+            if (recording.calls or recording.passes) and path is not None:
                 written += 1
                 to = path if written == 1 else path.with_stem(f"{path.stem}-{written}")
                 recording.write(to)

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kt_moe import _core
 from kt_moe.files import check_writable, replacing
+from kt_moe.gpu.lanes import (
+    DeviceEvents,
+    LayerPass,
+    append_to_trace,
+    lane_table,
+    lane_times,
+    layer_passes,
+    step_lines,
+)
+from kt_moe.gpu.spans import DeviceSpan, Recorder
 from kt_moe.runtime import Runtime, default_runtime, live_runtimes
 from kt_moe.stages import StageTime, Summary, ThreadTime
+
+if TYPE_CHECKING:
+    from kt_moe.gpu.streams import Streams
 
 _attaching = threading.Lock()
 
@@ -75,6 +89,8 @@ class Profile:
         self._core: _core.Profile | None = None
         self._recording = False
         self._process = 0
+        self._began = 0  # by time.perf_counter_ns
+        self._recorders: dict[Streams, Recorder] = {}
 
     def __enter__(self) -> Profile:
         if self.path is not None:
@@ -84,6 +100,7 @@ class Profile:
                 raise RuntimeError("a profile records once; call kt_moe.profile again for another")
             if (other := self.runtime._profile) is not None:
                 raise RuntimeError(f"{self.runtime!r} has a profile already: {other!r}")
+            self._began = time.perf_counter_ns()
             self.runtime._profile = self
         self._recording, self._process = True, os.getpid()
         try:
@@ -104,13 +121,25 @@ class Profile:
         finally:
             if core.stopped:  # also if Ctrl-C came while a call was waited for
                 self._detach()
-                if self.path is not None and self._process == os.getpid():  # a forked child has but a copy
-                    self.write(self.path)
+                if self._process == os.getpid():  # a forked child has but a copy
+                    for recorder in self._recorders.values():
+                        recorder.finish()
+                    if self.path is not None:
+                        self.write(self.path)
 
     def write(self, path: Path) -> None:
         """Write the spans as a trace, whole or not at all; what the end of the block does with `path`."""
         with replacing(path) as part:
             self._read().write(part)
+            if self._devices:
+                append_to_trace(part, self.runtime.shards + 1, self._devices)
+
+    def _recorder(self, streams: Streams) -> Recorder:
+        """What records the lanes of a GPU engine."""
+        found = self._recorders.get(streams)
+        if found is None:
+            found = self._recorders.setdefault(streams, Recorder(streams, self._began, self._max_spans))
+        return found
 
     def _detach(self) -> None:
         self._recording = False
@@ -128,6 +157,16 @@ class Profile:
     def spans(self) -> list[Span]:
         """Those kept, by thread and begin; a span within another comes behind it."""
         return [Span(*values) for values in self._read().spans()]
+
+    @property
+    def device_spans(self) -> list[DeviceSpan]:
+        """What the link, the GPU and the host did for layers on a GPU, by device, lane and begin."""
+        return [span for device in self._devices for span in device.spans]
+
+    @property
+    def passes(self) -> list[LayerPass]:
+        """Forwards and backwards of layers through the GPU engine, by device, in order."""
+        return [one for device in self._devices for one in device.passes]
 
     @property
     def stages(self) -> dict[str, StageTime]:
@@ -161,11 +200,16 @@ class Profile:
 
     def table(self) -> str:
         """Stages by their share of the time, and below them what calls there were."""
-        if not self.calls:
+        if not self.calls and not self._devices:
             return f"no calls of {self.runtime!r}; for experts with another give runtime=experts.runtime"
-        text = self._summary.table()
+        blocks = [_device_table(device) for device in self._devices]
+        if self.calls:
+            blocks.insert(0, self._summary.table())
+        text = "\n\n".join(blocks)
         if dropped := self.dropped + self._read().dropped_calls:
             text += f"\n{dropped} spans beyond max_spans were dropped; the numbers above include them"
+        if dropped := sum(recorder.dropped for recorder in self._recorders.values()):
+            text += f"\n{dropped} spans of GPUs beyond max_spans were dropped; the numbers above lack them"
         return text
 
     @cached_property
@@ -179,10 +223,29 @@ class Profile:
             sum(covered for _, _, covered in directions.values()),
         )
 
+    @cached_property
+    def _devices(self) -> list[DeviceEvents]:
+        """Devices with spans."""
+        self._read()
+        found = []
+        for recorder in self._recorders.values():
+            spans = recorder.spans()
+            passes = layer_passes(recorder.device, recorder.passes(), spans)
+            if spans or passes:
+                found.append(DeviceEvents(recorder.device, spans, passes))
+        return sorted(found, key=lambda device: device.device)
+
     def _read(self) -> _core.Profile:
         if self._core is None or self._recording:
             raise RuntimeError("the profile can be read when its with block has begun and ended")
         return self._core
+
+
+def _device_table(device: DeviceEvents) -> str:
+    every = [(span.begin, span.end) for span in device.spans] + [(p.begin, p.end) for p in device.passes]
+    seconds = max(end for _, end in every) - min(begin for begin, _ in every)
+    times = lane_times((s.lane, s.name, s.end - s.begin, s.flops, s.bytes) for s in device.spans)
+    return "\n".join([lane_table(device.device, times, seconds), *step_lines(device.passes)])
 
 
 def profile(
@@ -201,6 +264,9 @@ def profile(
 
     The environment variable KT_MOE_PROFILE=path does so for every runtime, from its making until the
     interpreter exits; of several that were used, the second's file is named path-2, and so on.
+
+    Of layers with hidden states on a GPU it records what the link, the GPU and the calling thread do as well;
+    the end of the block waits for the GPU.
 
     Args:
         path: gets the spans as a trace for https://ui.perfetto.dev, chrome://tracing and `kt-moe

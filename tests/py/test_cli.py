@@ -243,9 +243,26 @@ def test_conversations_and_experts_alone(model: Path, tmp_path: Path) -> None:
     data.write_text("".join(json.dumps({"messages": t}) + "\n" for t in turns))
     files = ["--model", str(model), "--data", str(data), "--output", str(output)]
     more = ["--assistant-only-loss", "--targets", "experts", "--max-steps", "2", "--grad-accum", "2"]
-    assert main(["finetune", *files, *SMALL, *more, "--gradient-checkpointing"]) == 0
+    checkpointing = ["--gradient-checkpointing", "--checkpoint-experts", "retain", "--lora-device", "cpu"]
+    assert main(["finetune", *files, *SMALL, *more, *checkpointing]) == 0
     assert all(".experts." in name for name in adapter(output))
     assert len(metrics(output)["train"]) == 2
+
+
+def test_options_of_the_gpu_arrive(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+    config = kt_moe.hf.KtMoeConfig
+
+    def make(**options: Any) -> Any:
+        made.append(options)
+        return config(**options)
+
+    monkeypatch.setattr(kt_moe.hf, "KtMoeConfig", make)
+    more = ["--gpu-memory", "6GiB", "--cpu-share", "0.5", "--lora-device", "cpu", "--max-steps", "1"]
+    assert cli(tmp_path / "out", *more) == 0
+    (options,) = made
+    assert (options["gpu"], options["gpu_memory"], options["cpu_share"]) == ("auto", 6 << 30, 0.5)
+    assert (options["lora_device"], options["checkpoint_experts"]) == ("cpu", "recompute")
 
 
 def test_conversation_the_template_refuses(
@@ -271,6 +288,13 @@ def test_conversation_the_template_refuses(
             "the model has no 'nothing', wanted some of ['attention', 'experts'",
         ),
         (["--nothing", "1"], "unrecognized arguments: --nothing 1 (see kt-moe finetune --help)"),
+        (["--gpu", "gpu0"], "argument --gpu: 'gpu0', wanted auto, off, cuda:0 or the like"),
+        (["--gpu", "cuda:99"], "--gpu cuda:99: there are "),
+        (["--gpu-memory", "6 apples"], "argument --gpu-memory: '6 apples', wanted auto or a size such as"),
+        (["--cpu-share", "1.5"], "argument --cpu-share: '1.5', wanted auto or a number from 0 to 1"),
+        (["--gpu", "off", "--gpu-memory", "1GiB"], "--gpu off excludes --gpu-memory and --cpu-share"),
+        (["--lora-device", "gpu"], "argument --lora-device: invalid choice: 'gpu'"),
+        (["--checkpoint-experts", "retain"], "--checkpoint-experts retain is for --gradient-checkpointing"),
         (["--resume"], "no complete checkpoint"),
         (["--resume", "--overwrite"], "exclude each other"),
         (["--assistant-only-loss"], 'wants data with "messages"'),

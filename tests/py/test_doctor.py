@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import sys_trees as trees
-from sys_trees import Machine, Node, write_tree
+import torch
+from sys_trees import Machine, Node, gpu, write_tree
 
+import kt_moe
 from kt_moe.cli import main
-from kt_moe.cli.doctor import findings
+from kt_moe.cli.doctor import findings, gpus
+from kt_moe.cli.doctor.gpus import Gpu, Gpus, Link
 from kt_moe.cli.doctor.machine import Machine as Seen
 from kt_moe.cli.doctor.machine import read_machine, read_recorded
 from kt_moe.cli.doctor.report import describe
@@ -53,6 +57,11 @@ ONE = trees.single()
 FILES_IN_NODE_1 = {
     "sys/devices/system/node/node1/meminfo": "Node 1 MemTotal: 67108864 kB\nNode 1 MemFree: 1048576 kB\n"
     "Node 1 Active(file): 30000000 kB\nNode 1 Inactive(file): 9000000 kB\n"
+}
+
+LIMITS: dict[str, str | None] = {
+    "proc/self/limits": "Limit                     Soft Limit           Hard Limit           Units     \n"
+    "Max locked memory         8388608              8388608              bytes     \n"
 }
 
 CASES = [
@@ -117,6 +126,19 @@ CASES = [
         {"instructions-missing": False},
         id="no avx512",
     ),
+    pytest.param(ONE.with_files(gpu()), {}, id="gpu"),
+    pytest.param(ONE.with_files(gpu(lanes=8)), {"gpu-link": True}, id="gpu of 8 lanes"),
+    pytest.param(ONE.with_files(gpu(speed="2.5")), {"gpu-link": False}, id="gpu at rest"),
+    pytest.param(ONE.with_files(gpu(vendor="0x8086", lanes=1)), {}, id="another's gpu"),
+    pytest.param(TWO.with_files(gpu(node=1)), {}, id="gpu of node 1"),
+    pytest.param(ONE.with_files(gpu() | LIMITS), {"memlock": False}, id="gpu and a limit of locked memory"),
+    pytest.param(ONE.with_files(LIMITS), {}, id="a limit of locked memory"),
+    pytest.param(TWO.with_files(gpu(node=-1)), {}, id="gpu of no node"),
+    pytest.param(
+        replace(TWO, allowed=tuple(range(8)), files=gpu(node=1)),
+        {"affinity": True, "node-without-cpus": False, "gpu-far": True},
+        id="gpu of a node without CPUs for us",
+    ),
 ]
 
 
@@ -167,6 +189,110 @@ def test_amx_that_the_kernel_refuses(tmp_path: Path) -> None:
 )
 def test_overrides(overrides: dict[str, str], changes: dict[str, Any], slow: bool, tmp_path: Path) -> None:
     assert seen(tmp_path, ONE, overrides=overrides, **changes) == ({"override": True} if slow else {})
+
+
+LINK = Link("0000:17:00.0", 5, 16, 5, 16, 0)
+H200 = Gpu("NVIDIA H200", LINK, (9, 0), False, 140 * GIB, 55e9, 7e9)
+GOOD = Gpus((H200,), "", True, "pinned")
+
+
+@pytest.mark.parametrize(
+    ("seen_gpus", "expected"),
+    [
+        (GOOD, {}),
+        (
+            replace(GOOD, gpus=(Gpu("", LINK),), without_cuda="torch 2.11 is built without CUDA"),
+            {"gpu-unused": True},
+        ),
+        (Gpus((), "torch 2.11 is built without CUDA"), {}),
+        (replace(GOOD, triton=False), {"no-triton": True}),
+        (replace(GOOD, memlock=GIB), {"memlock": False}),
+        (replace(GOOD, memlock=8 << 20), {}),  # more than that was locked
+        (replace(GOOD, page_lock="cudaHostRegister of 9 bytes: no"), {"page-lock-refused": True}),
+        (replace(GOOD, gpus=(replace(H200, capability=(7, 5)),)), {"gpu-old": True}),
+        (replace(GOOD, gpus=(replace(H200, capability=(0, 0)),)), {"gpu-old": True}),
+        (replace(GOOD, gpus=(replace(H200, integrated=True, page_locked=9e9),)), {"gpu-integrated": False}),
+        (replace(GOOD, gpus=(replace(H200, page_locked=20e9),)), {"gpu-link-rate": True}),
+        (
+            replace(GOOD, gpus=(replace(H200, link=replace(LINK, generation=3), page_locked=13e9),)),
+            {"gpu-link": True},
+        ),
+        # A virtual machine is told so.
+        (replace(GOOD, gpus=(replace(H200, link=replace(LINK, generation=1, lanes=1)),)), {}),
+        (replace(GOOD, gpus=(replace(H200, link=None),)), {}),
+        (replace(GOOD, gpus=(replace(H200, link=Link("0000:17:00.0")),)), {}),
+    ],
+)
+def test_gpus(seen_gpus: Gpus, expected: dict[str, bool], tmp_path: Path) -> None:
+    assert seen(tmp_path, ONE, gpus=seen_gpus) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "slow"),
+    [
+        ({"OMP_WAIT_POLICY": "active"}, True),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, True),
+        ({"OMP_WAIT_POLICY": "passive"}, False),
+        ({"GOMP_SPINCOUNT": "infinite"}, True),
+        ({"GOMP_SPINCOUNT": "30000000000", "OMP_WAIT_POLICY": "passive"}, True),
+        ({"GOMP_SPINCOUNT": "0"}, False),
+        ({"GOMP_SPINCOUNT": "many"}, False),
+    ],
+)
+def test_threads_that_spin(environment: dict[str, str], slow: bool, tmp_path: Path) -> None:
+    assert seen(tmp_path, ONE, environment=environment) == ({"omp-spins": True} if slow else {})
+
+
+def test_gpus_for_people_and_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = gpu() | gpu("0000:65:00.0", lanes=4, node=1)
+    root = write_tree(tmp_path, TWO.with_files(files))
+    assert main(["doctor", "--sysfs", str(root)]) == 1
+    text = capsys.readouterr().out
+    assert "\nGPU 0    NVIDIA, 0000:17:00.0 PCIe 5 x16 at node 0\n" in text
+    assert "\nSLOW  GPU 1 is connected by PCIe 5 x4, and can have PCIe 5 x16\n" in text
+    assert main(["doctor", "--json", "--sysfs", str(root)]) == 1
+    found = json.loads(capsys.readouterr().out)["machine"]["gpus"]
+    assert [one["link"]["lanes"] for one in found["gpus"]] == [16, 4]
+    rates = kt_moe.Rates(55e9, 4.2e14, 3.5e12, 4.6e12, 1.1e11)
+    text = describe(replace(read_recorded(root), gpus=replace(GOOD, rates=rates)), [])
+    assert "NVIDIA H200, 140.00 GiB, 0000:17:00.0 PCIe 5 x16 at node 0, 55.0 GB/s page-locked, " in text
+    assert ", 7.0 GB/s pageable\n" in text
+    assert max(map(len, text.splitlines())) <= 140
+    given = next(line.strip() for line in text.splitlines() if "kt_moe.Gpu(" in line)
+    assert eval(given, {"kt_moe": kt_moe}).rates == rates
+
+
+def test_what_is_measured_of_a_gpu() -> None:
+    device, looked = torch.device("cpu"), []
+    page_locked, pageable = gpus.measure_copies(device, lambda: looked.append(1))
+    assert page_locked > 0 < pageable
+    assert looked == [1]
+    assert isinstance(gpus.measure_rates(device), kt_moe.Rates)
+
+
+def test_a_gpu_that_torch_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_tree(tmp_path, ONE.with_files(gpu() | gpu("0000:65:00.0", speed="16.0")))
+    by_address, real = gpus.read_link, gpus.nvidia_links
+    properties = SimpleNamespace(
+        name="NVIDIA H200", major=9, minor=0, total_memory=140 * GIB, uuid="x",
+        pci_bus_id=0x65, pci_device_id=0, pci_domain_id=0,
+    )  # fmt: skip
+    monkeypatch.setattr(gpus, "nvidia_links", lambda _: real(root))
+    monkeypatch.setattr(gpus, "read_link", lambda _, address: by_address(root, address))
+    monkeypatch.setattr(gpus, "PCI", root / "sys/bus/pci/devices")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(gpus, "measure_copies", lambda device, look: look() or (20e9, 7e9))
+    monkeypatch.setattr(gpus, "measure_rates", lambda device: None)
+    found = gpus.read_gpus()
+    (one,) = found.gpus
+    assert (one.name, one.capability, one.page_locked) == ("NVIDIA H200", (9, 0), 20e9)
+    assert one.link == Link("0000:65:00.0", 4, 16, 5, 16, 0)
+    assert found.page_lock != "pinned"  # there is none really
+    del properties.pci_bus_id  # an older torch, and two GPUs: which one is not known
+    assert gpus.read_gpus().gpus[0].link is None
 
 
 def test_a_recorded_machine_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,6 +370,7 @@ def test_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert "\nnode 0 " in text
     assert "\nmemory   " in text
     assert "\nset      KT_MOE_INDEX_CACHE=0\n" in text
+    assert "\nGPU " in text
     assert main(["doctor", "--json"]) == status
     record = json.loads(capsys.readouterr().out)
     assert record["machine"]["probes"]

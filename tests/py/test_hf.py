@@ -172,13 +172,19 @@ def test_dense_layers_stay(tmp_path: Path) -> None:
 
 
 def test_config_round_trip() -> None:
-    config = KtMoeConfig(threads=1, isa="scalar", recompute=True)
+    config = KtMoeConfig(
+        threads=1, isa="scalar", recompute=True, gpu="cuda:1", gpu_memory="6GiB", cpu_share=0.25,
+        lora_device="cpu", checkpoint_experts="retain",
+    )  # fmt: skip
     again = KtMoeConfig.from_dict(json.loads(config.to_json_string()))
     assert again.to_dict() == config.to_dict()
     assert again.quant_method == "kt_moe"
     assert again.runtime().threads == 1
     assert again.runtime().isa == "scalar"
     assert KtMoeConfig().runtime() is kt_moe.default_runtime()
+    gpu = again.make_gpu()
+    assert (str(gpu.device), gpu.memory, gpu.cpu_share) == ("cuda:1", 6 << 30, 0.25)
+    assert KtMoeConfig(gpu="off").make_gpu().cpu_share == 1.0
 
 
 def test_config_options_arrive(checkpoint: Path) -> None:
@@ -187,15 +193,47 @@ def test_config_options_arrive(checkpoint: Path) -> None:
     assert {e.recompute for e in experts} == {True}
     assert {e.runtime.isa for e in experts} == {"scalar"}
     assert len({id(e.runtime) for e in experts}) == 1
+    assert len({id(e.gpu) for e in experts}) == 1
     assert model.config.quantization_config.threads == 1
     json.dumps(model.config.to_dict()["quantization_config"])
 
 
-def test_config_errors() -> None:
-    with pytest.raises(ValueError, match=r"KtMoeConfig has no option \['thread'\], only \['threads'"):
-        KtMoeConfig(thread=2)
-    with pytest.raises(ValueError, match=r"KtMoeConfig: format is 'int3', wanted one of \['as-stored'"):
-        KtMoeConfig(format="int3")
+def test_options_of_the_gpu_arrive(checkpoint: Path) -> None:
+    config = KtMoeConfig(gpu_memory=123456, cpu_share=0.5, lora_device="cpu", checkpoint_experts="retain")
+    model = load(checkpoint, quantization_config=config)
+    modules = [m for m in model.modules() if isinstance(m, KtExperts)]
+    assert {m.lora_device for m in modules} == {"cpu"}
+    assert {m.experts.checkpoint_experts for m in modules} == {"retain"}
+    assert {(m.experts.gpu.memory, m.experts.gpu.cpu_share) for m in modules} == {(123456, 0.5)}
+    other = load(checkpoint, quantization_config=config).model.layers[0].mlp.experts
+    assert other.experts.gpu is not modules[0].experts.gpu
+    assert copy.deepcopy(other).lora_device == "cpu"
+    defaults = load(checkpoint).model.layers[0].mlp.experts
+    assert (defaults.lora_device, defaults.experts.checkpoint_experts) == ("auto", "recompute")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"thread": 2}, r"KtMoeConfig has no option \['thread'\], only \['threads'"),
+        ({"format": "int3"}, r"KtMoeConfig: format is 'int3', wanted one of \['as-stored'"),
+        ({"gpu": "gpu0"}, "KtMoeConfig: gpu is 'gpu0', wanted "),
+        ({"gpu": 0}, "KtMoeConfig: gpu is 0, wanted "),
+        ({"gpu_memory": "6 apples"}, "KtMoeConfig: gpu_memory is '6 apples', wanted "),
+        ({"gpu_memory": 0}, "KtMoeConfig: gpu_memory is 0, wanted "),
+        ({"cpu_share": 1.5}, "KtMoeConfig: cpu_share is 1.5, wanted "),
+        ({"gpu": "off", "cpu_share": 0.5}, 'KtMoeConfig has gpu="off" and gpu_memory or cpu_share'),
+        (
+            {"lora_device": "gpu"},
+            r"KtMoeConfig: lora_device is 'gpu', wanted one of \['auto', 'cpu', 'cuda'\]",
+        ),
+        ({"checkpoint_experts": "keep"}, "KtMoeConfig: checkpoint_experts is 'keep', wanted one of "),
+    ],
+    ids=str,
+)
+def test_config_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KtMoeConfig(**options)
 
 
 # What does not work says so

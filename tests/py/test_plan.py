@@ -13,15 +13,25 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import CONFIGS, PEFT_WARNINGS, save_tiny_checkpoint, tiny_config, tiny_model
+from tiny_models import (
+    CONFIGS,
+    PEFT_WARNINGS,
+    load,
+    save_tiny_checkpoint,
+    tiny_config,
+    tiny_model,
+    tokens,
+    with_lora,
+)
 
-from kt_moe import Experts
+from kt_moe import Experts, checkpointing
 from kt_moe.cli import host_memory, main
 from kt_moe.cli.plan import memory
 from kt_moe.cli.plan.measure import Speed, sample
 from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.outline import outline
 from kt_moe.cli.plan.shapes import Activations, ExpertLayer
+from kt_moe.hf import KtMoeConfig
 
 pytestmark = PEFT_WARNINGS
 
@@ -173,8 +183,8 @@ def test_parts_on_a_gpu_and_without() -> None:
     model = outline(tiny_config(), replace(RUN, modules=("q_proj",)))
     part = memory.Part("x", 1000, "measured")
     parts = {"weights": part, "process": part, "scratch": part}
-    host = memory.make_plan(model, RUN, gpu=False, **parts)
-    both = memory.make_plan(model, RUN, gpu=True, **parts)
+    host = memory.make_plan(model, RUN, gpu=None, **parts)
+    both = memory.make_plan(model, RUN, gpu=1 << 40, **parts)
     assert host.gpu is None
     assert host.gpu_bytes == 0
     names = [p.name for p in both.gpu or ()]
@@ -182,6 +192,76 @@ def test_parts_on_a_gpu_and_without() -> None:
     assert "LoRA of the experts" in names
     assert not {"the rest of the model", "its activations"} & {p.name for p in both.host}
     assert both.host_bytes < host.host_bytes
+
+
+def parts_of(model: Any, run: Run, gpu: int | None) -> tuple[dict[str, int], dict[str, int]]:
+    part = memory.Part("x", 10_000, "measured")
+    made = memory.make_plan(
+        model, run, gpu=gpu, weights=replace(part, name="weights"), process=part, scratch=part
+    )
+    return {p.name: p.nbytes for p in made.host}, {p.name: p.nbytes for p in made.gpu or ()}
+
+
+def test_experts_that_are_retained() -> None:
+    """All layers keep what without checkpointing they would, and their results."""
+    model, checkpointed = outline(tiny_config(), RUN), replace(RUN, checkpointing=True)
+    retained = replace(checkpointed, retain=True)
+    name, result = "saved for backward, LoRA gradients", RUN.tokens * 32 * 2
+    saved, gradients = memory.saved_bytes(LAYER, RUN), 4 * memory.lora_numbers(LAYER, RUN)
+    plain, again, kept = (parts_of(model, run, None)[0] for run in (RUN, checkpointed, retained))
+    assert plain[name] == memory.backward_bytes([saved] * 2, [gradients] * 2, checkpointing=False)
+    assert again[name] == memory.backward_bytes([saved] * 2, [gradients] * 2, checkpointing=True)
+    assert kept[name] == memory.backward_bytes([saved + result] * 2, [gradients] * 2, checkpointing=False)
+    assert kept["its activations"] == again["its activations"] < plain["its activations"]
+    host, gpu = parts_of(model, retained, 1 << 40)
+    assert host["saved for backward"] == 2 * memory.saved_bytes(LAYER, RUN)
+    assert gpu["results of the experts"] == 2 * result
+    assert "results of the experts" not in parts_of(model, checkpointed, 1 << 40)[1]
+
+
+def test_what_retained_experts_keep_is_what_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+
+    class Counted(checkpointing._Entry):
+        def __init__(self, inputs: Any, found: checkpointing.Kept, version: int) -> None:
+            super().__init__(inputs, found, version)
+            kept.append(found.out.nbytes + sum(t.nbytes for t in found.state if isinstance(t, torch.Tensor)))
+
+    monkeypatch.setattr(checkpointing, "_Entry", Counted)
+    config = KtMoeConfig(checkpoint_experts="retain")
+    base = load(save_tiny_checkpoint(tmp_path), quantization_config=config, dtype=torch.bfloat16)
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    model = with_lora(tmp_path, base=base).train()
+    model(tokens(RUN.batch, RUN.sequence))
+    retained = replace(RUN, checkpointing=True, retain=True)
+    assert kept == [memory.saved_bytes(LAYER, RUN) + memory.kept_bytes(LAYER, retained)] * 2
+
+
+def test_where_the_experts_lora_lies() -> None:
+    model = outline(tiny_config(), RUN)
+    numbers = 2 * memory.lora_numbers(LAYER, RUN)
+    enough = model.rest_bytes + 4 * 16 * numbers
+    for choice, free, there in (
+        ("auto", enough, True), ("auto", enough - 4, False), ("cpu", 1 << 40, False), ("cuda", 0, True),
+    ):  # fmt: skip
+        host, gpu = parts_of(model, replace(RUN, lora_device=choice), free)
+        assert ("LoRA of the experts" in gpu) == ("gradients of it" in gpu) == there
+        assert ("LoRA of the experts" in host) == ("its optimizer state" in host) == (not there)
+        assert ("saved for backward, LoRA gradients" in host) == (not there)
+        assert ("a layer's LoRA and gradients" in host) == there
+
+
+def test_weights_on_the_gpu() -> None:
+    model, name = outline(tiny_config(), RUN), "expert weights on the GPU"
+    assert parts_of(model, RUN, 1 << 40)[1][name] == 10_000  # all of them
+    assert parts_of(model, RUN, model.rest_bytes + 5000)[1][name] == 2500  # half of what is free
+    gpu = parts_of(model, replace(RUN, gpu_memory=7000), 1 << 40)[1]
+    assert gpu[name] == 7000
+    assert gpu["computing experts"] == 1 << 30
+    gpu = parts_of(model, replace(RUN, gpu_memory=0), 1 << 40)[1]
+    assert not {name, "computing experts"} & set(gpu)
 
 
 def test_a_sample_has_the_rows_an_expert_has_in_the_whole_layer() -> None:
@@ -197,8 +277,8 @@ def test_a_sample_has_the_rows_an_expert_has_in_the_whole_layer() -> None:
 
 def test_speed_is_that_of_the_layers_one_after_the_other() -> None:
     speed = Speed(1.0, 2.0, experts=8, tokens=10, scratch=0, isa="scalar", threads=1)
-    assert speed.tokens_per_second(layers=2, tokens=600, checkpointing=False) == 100
-    assert speed.tokens_per_second(layers=2, tokens=600, checkpointing=True) == 75
+    assert speed.tokens_per_second(layers=2, tokens=600, twice=False) == 100
+    assert speed.tokens_per_second(layers=2, tokens=600, twice=True) == 75
 
 
 def test_a_config_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,6 +291,20 @@ def test_a_config_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert found["host"]["nbytes"] == sum(p["nbytes"] for p in found["host"]["parts"])
     assert found["fits"] is True
     assert found["speed"] is None
+
+
+def test_options_of_the_gpu_and_of_checkpointing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_config(tmp_path / "config.json", tiny_config())
+    more = ["--gradient-checkpointing", "--checkpoint-experts", "retain", "--lora-device", "cpu"]
+    assert plan(file, *more, "--gpu-memory", "6GiB", "--json") == 0
+    found = json.loads(capsys.readouterr().out)["run"]
+    assert (found["checkpointing"], found["retain"], found["lora_device"]) == (True, True, "cpu")
+    assert found["gpu_memory"] == 6 << 30
+    for options in (["--gpu", "off"], ["--cpu-share", "1"]):
+        assert plan(file, *options, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["run"]["gpu_memory"] == 0
+    assert plan(file, *more) == 0
+    assert "adamw, gradient checkpointing, experts retained" in capsys.readouterr().out
 
 
 def test_it_says_when_it_does_not_fit(
@@ -315,6 +409,9 @@ def test_a_measured_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (tiny_config(), ["--targets", "gate,nothing"], "the model has no 'nothing'"),
         (tiny_config(), ["--targets", ","], "--targets is empty"),
         (tiny_config(), ["--rank", "0"], "argument --rank: '0', wanted an integer of at least 1"),
+        (tiny_config(), ["--gpu", "off", "--cpu-share", "0.5"], "--gpu off excludes --gpu-memory and --cpu"),
+        (tiny_config(), ["--checkpoint-experts", "retain"], "retain is for --gradient-checkpointing"),
+        (tiny_config(), ["--gpu", "cuda:99"], "--gpu cuda:99: there are "),
     ],
 )
 def test_user_errors_are_one_line(

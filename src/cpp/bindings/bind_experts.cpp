@@ -142,6 +142,57 @@ void routed(const Experts& experts, py::handle into) {
   std::ranges::copy(experts.routed(), static_cast<std::int64_t*>(target.data));
 }
 
+// A part of a projection of every expert: shapes and format once, then an address for each expert.
+py::dict stored_slice(const ExpertWeights& w, Projection p, std::size_t part, Range slice) {
+  const auto experts = static_cast<std::size_t>(w.num_experts);
+  const auto& all = w.weights[index_of(p)];
+  const std::span<const Weight> matrices(all.begin() + static_cast<std::ptrdiff_t>(part * experts), experts);
+  const auto addresses = [&](const std::byte* Weight::* member) {
+    std::vector<std::uintptr_t> at;
+    for (const Weight& matrix : matrices) at.push_back(reinterpret_cast<std::uintptr_t>(matrix.*member));
+    return at;
+  };
+  const Weight& any = matrices.front();
+  using namespace py::literals;
+  return py::dict("first"_a = slice.begin, "last"_a = slice.end, "rows"_a = any.rows, "cols"_a = any.cols,
+                  "format"_a = name_of(any.type.format), "scale"_a = name_of(any.type.scale),
+                  "scale_rows"_a = any.type.scale_rows, "scale_cols"_a = any.group(),
+                  "codes_bytes"_a = any.codes_bytes(), "scales_bytes"_a = any.scales_bytes(),
+                  "zeros_bytes"_a = any.zeros_bytes(), "codes"_a = addresses(&Weight::codes),
+                  "scales"_a = addresses(&Weight::scales), "zeros"_a = addresses(&Weight::zeros));
+}
+
+// For gate, up and down: the slices that are not empty. Addresses never change.
+std::array<py::list, 3> weights_at(const Experts& experts) {
+  const ExpertWeights& w = experts.weights();
+  std::array<py::list, 3> stored;
+  for (const Projection p : projections) {
+    py::list& slices = stored[index_of(p)];
+    if (!w.split) {
+      slices.append(stored_slice(w, p, 0, {0, w.intermediate}));
+      continue;
+    }
+    for (std::size_t s = 0; s < w.shards.size(); ++s)
+      if (w.shards[s].size() > 0) slices.append(stored_slice(w, p, s, w.shards[s]));
+  }
+  return stored;
+}
+
+// Whether the projection has a bias, which is copied to a tensor if one is given.
+bool bias(const Experts& experts, const std::string& projection, const py::object& into) {
+  const ExpertWeights& w = experts.weights();
+  for (const Projection p : projections) {
+    if (name_of(p) != projection) continue;
+    const bf16_t* all = w.biases[index_of(p)];
+    if (all == nullptr || into.is_none()) return all != nullptr;
+    const Tensor target = read_tensor(into, "into", {DType::bf16}, 2);
+    check_shape(target, "into", {w.num_experts, w.rows(p)}, "[E, rows]");
+    std::copy_n(all, w.num_experts * w.rows(p), static_cast<bf16_t*>(target.data));
+    return true;
+  }
+  throw ValueError(message("projection is \"{}\", wanted gate, up or down", projection));
+}
+
 // (wanted, elsewhere, unknown) of each shard.
 std::vector<std::array<index_t, 3>> page_nodes(const Experts& experts) {
   const kt::ReleaseGil release;
@@ -193,5 +244,7 @@ void bind_experts(py::module_& m) {
       .def("routed", &kt::routed, py::arg("into"))
       .def("reset_routed", &Experts::reset_routed, py::call_guard<kt::ReleaseGil>())
       .def("page_nodes", &kt::page_nodes)
+      .def("weights_at", &kt::weights_at)
+      .def("bias", &kt::bias, py::arg("projection"), py::arg("into"))
       .def("dequantize", &kt::dequantize, py::arg("gate"), py::arg("up"), py::arg("down"));
 }

@@ -108,8 +108,8 @@ bool run_forward(const Experts& experts, py::handle hidden_states, py::handle to
 void run_backward(const Experts& experts, py::handle hidden_states, py::handle topk_ids,
                   py::handle topk_weights, const LoraTensors& lora, const Scaling& scaling, double dropout,
                   std::uint64_t seed, const py::object& saved, bool whole, py::handle grad_out,
-                  const py::object& grad_hidden, const py::object& grad_weights,
-                  const LoraTensors& grad_lora) {
+                  const py::object& grad_hidden, const py::object& grad_weights, const LoraTensors& grad_lora,
+                  bool clear_idle) {
   const ExpertWeights& w = experts.weights();
   std::vector<char> kept_ids;
   const LayerInputs inputs =
@@ -119,6 +119,7 @@ void run_backward(const Experts& experts, py::handle hidden_states, py::handle t
   check_shape(dout, "grad_out", {inputs.hidden_states.rows, w.hidden}, "[T, H]");
 
   LayerGradients gradients;
+  gradients.clear_idle = clear_idle;
   gradients.hidden_states = read_result(grad_hidden, "grad_hidden", {inputs.hidden_states.rows, w.hidden});
   if (!grad_weights.is_none()) {
     const Tensor dw = read_tensor(grad_weights, "grad_weights", {DType::f32}, 2);
@@ -155,5 +156,5 @@ void bind_layer(py::module_& m) {
   m.def("backward", &kt::run_backward, py::arg("experts"), py::arg("hidden_states"), py::arg("topk_ids"),
         py::arg("topk_weights"), py::arg("lora"), py::arg("scaling"), py::arg("dropout"), py::arg("seed"),
         py::arg("saved"), py::arg("whole"), py::arg("grad_out"), py::arg("grad_hidden"),
-        py::arg("grad_weights"), py::arg("grad_lora"));
+        py::arg("grad_weights"), py::arg("grad_lora"), py::arg("clear_idle") = true);
 }

@@ -69,6 +69,7 @@ void Backward::add_lora() {
     for (const Projection p : projections)
       for (const bool of_b : {false, true})
         if ((of_b ? gradients_.lora_b : gradients_.lora_a)[index_of(p)]) add_lora_jobs(e, p, of_b);
+  if (!gradients_.clear_idle) return;
   tasks_.add(Stage::clear, 0, experts_.num_experts, [this](index_t expert, Arena&) {
     if (routing_.count(static_cast<int>(expert)) == 0) clear_lora(expert);
   });

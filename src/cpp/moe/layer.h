@@ -123,6 +123,7 @@ struct LayerGradients {
   Result hidden_states;                  // [T, H]
   float* topk_weights = nullptr;         // [T, K], or null
   std::array<Result, 3> lora_a, lora_b;  // [E, r, in], [E, out, r]
+  bool clear_idle = true;  // LoRA gradients of experts without routes become zero; false: stay as they are
 };
 
 // out [T, H]. `saved` may be null pointers: nothing is kept; its `whole` is not looked at. Returns whether

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kt_moe.cli.data import Documents, read_documents, split_documents, to_rows
 from kt_moe.cli.errors import UserError
-from kt_moe.cli.options import Settings
+from kt_moe.cli.options import GPU_OPTIONS, Settings, check_together
 from kt_moe.cli.output import RunDirectory, finished_log, write_json
 from kt_moe.cli.plot import History, plot_losses
 
@@ -31,6 +31,10 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other")
+    check_together(args)
+    if args.gpu not in ("auto", "off", "cuda", "cuda:0"):
+        number = args.gpu.partition(":")[2]
+        raise UserError(f"--gpu {args.gpu}: training uses the first GPU, set CUDA_VISIBLE_DEVICES={number}")
     settings, directory = Settings.from_args(args), RunDirectory(args.output)
     directory.check(resume=args.resume, overwrite=args.overwrite)
     if settings.popularity is not None and directory.root.resolve() in Path(settings.popularity).parents:
@@ -123,6 +127,8 @@ class _Job:
             format=s.format,
             cache_dir=self.args.cache_dir,
             placement=s.placement,
+            checkpoint_experts=self.args.checkpoint_experts,
+            **{name: getattr(self.args, name) for name in GPU_OPTIONS},
         )
         if popularity is not None:
             share_out(base, popularity)
@@ -155,7 +161,7 @@ class _Job:
         except KeyboardInterrupt:
             stop.requested = True
         except torch.OutOfMemoryError as error:
-            advice = "lower --batch-size or --seq-len, or pass --gradient-checkpointing"
+            advice = "lower --batch-size, --seq-len or --gpu-memory, or pass --gradient-checkpointing"
             raise UserError(f"out of GPU memory: {advice}") from error
         finally:
             progress.close()

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from kt_moe.checkpointing import CHOICES as CHECKPOINT_EXPERTS
 from kt_moe.cli.errors import UserError
 from kt_moe.cli.formats import QUANTISED
 from kt_moe.experts import PLACEMENTS
+from kt_moe.gpu import parse_bytes
+from kt_moe.lora_device import CHOICES as LORA_DEVICES
+
+GPU_OPTIONS = ("gpu", "gpu_memory", "cpu_share", "lora_device")  # of `KtMoeConfig`, by their names here
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     _add_files(parser.add_argument_group("files").add_argument)
     _add_experts(parser.add_argument_group("experts").add_argument)
+    add_gpu(parser.add_argument_group("GPU").add_argument)
     _add_lora(parser.add_argument_group("LoRA").add_argument)
     _add_training(parser.add_argument_group("training").add_argument)
     _add_watching(parser.add_argument_group("watching").add_argument)
@@ -104,6 +111,49 @@ def _add_experts(add: Callable[..., Any]) -> None:
     add("--cache-dir", type=Path, metavar="DIR", help=cache)
 
 
+def add_gpu(add: Callable[..., Any]) -> None:
+    """Declare `GPU_OPTIONS`."""
+    gpu = "that computes experts beside the CPU: auto (the model's), cuda:0 and so on, or off; default: auto"
+    memory = "of the GPU, for experts, such as 6GiB; default: auto, up to half of what is free"
+    share = "part of the experts' rows that the CPU computes, 0 to 1; default: auto, what ends soonest"
+    lora = (
+        "where LoRA of the experts lies, with gradients and optimizer state; auto: on the GPU if it takes up "
+        "to a quarter of the memory that is free; default: auto"
+    )
+    add("--gpu", type=_gpu, default="auto", metavar="NAME", help=gpu)
+    add("--gpu-memory", type=_memory, default="auto", metavar="SIZE", help=memory)
+    add("--cpu-share", type=_share, default="auto", metavar="P", help=share)
+    add("--lora-device", choices=LORA_DEVICES, default="auto", help=lora)
+
+
+def add_checkpointing(add: Callable[..., Any]) -> None:
+    """Declare gradient checkpointing and what it does with experts."""
+    experts = (
+        "in gradient checkpointing: computed again in backward, or kept from forward, for their memory "
+        "(kt-moe plan has it); default: recompute"
+    )
+    add("--gradient-checkpointing", action="store_true", help="less memory, slower")
+    add("--checkpoint-experts", choices=CHECKPOINT_EXPERTS, default="recompute", help=experts)
+
+
+def check_together(args: argparse.Namespace) -> None:
+    """Refuse options of `add_gpu` and `add_checkpointing` that do not go together.
+
+    Raises:
+        UserError: names them; or a GPU that is not there.
+    """
+    if args.gpu == "off" and (args.gpu_memory, args.cpu_share) != ("auto", "auto"):
+        raise UserError("--gpu off excludes --gpu-memory and --cpu-share")
+    if args.checkpoint_experts == "retain" and not args.gradient_checkpointing:
+        raise UserError("--checkpoint-experts retain is for --gradient-checkpointing")
+    if args.gpu.startswith("cuda"):
+        import torch
+
+        number = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(args.gpu.partition(":")[2] or 0) >= number:
+            raise UserError(f"--gpu {args.gpu}: there are {number} GPUs that PyTorch can use")
+
+
 def _add_lora(add: Callable[..., Any]) -> None:
     targets = (
         "names of modules, comma-separated, such as q_proj,v_proj,experts; attention stands for all linear "
@@ -124,7 +174,7 @@ def _add_training(add: Callable[..., Any]) -> None:
     add("--grad-accum", type=integer(1), default=1, metavar="N", help="passes a step; default: 1")
     add("--seq-len", type=integer(2), default=1024, metavar="N", help="tokens a row; default: 1024")
     add("--assistant-only-loss", action="store_true", help='of "messages", learn the replies alone')
-    add("--gradient-checkpointing", action="store_true", help="less memory, slower")
+    add_checkpointing(add)
     add("--threads", type=integer(1, 4096), metavar="N", help="default: the cores this process may use")
     seed = "of split, order, LoRA; default: 0"
     add("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help=seed)
@@ -169,6 +219,29 @@ def number(least: float, below: float = float("inf")) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+def _gpu(text: str) -> str:
+    if not re.fullmatch(r"auto|off|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r}, wanted auto, off, cuda:0 or the like")
+    return text
+
+
+def _memory(text: str) -> int | str:
+    try:
+        return text if text == "auto" else parse_bytes("", text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, wanted auto or a size such as 6GiB") from None
+
+
+def _share(text: str) -> float | str:
+    try:
+        value = text if text == "auto" else float(text)
+    except ValueError:
+        value = -1.0
+    if isinstance(value, float) and not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r}, wanted auto or a number from 0 to 1")
+    return value
 
 
 def list_of(item: Callable[[str], object]) -> Callable[[str], list[object]]:

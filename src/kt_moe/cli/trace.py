@@ -31,7 +31,10 @@ class Window(NamedTuple):
 
 
 class TraceSpan(NamedTuple):
-    """A complete event. call: -1 where it has none. flops and bytes (see `kt_moe.profiler.Span`): 0 there."""
+    """A complete event. call: -1 where it has none. flops and bytes (see `kt_moe.profiler.Span`): 0 there.
+
+    moved: bytes that a lane of a GPU engine moved.
+    """
 
     stage: str
     lane: Lane
@@ -41,6 +44,7 @@ class TraceSpan(NamedTuple):
     flops: int = 0
     bytes_local: int = 0
     bytes_remote: int = 0
+    moved: int = 0
 
 
 class TraceCall(NamedTuple):
@@ -180,11 +184,13 @@ def _text(event: dict[str, Any], key: str, where: str) -> str:
     return printable if len(printable) <= _LONGEST_NAME else printable[: _LONGEST_NAME - 3] + "..."
 
 
-def _about(event: dict[str, Any]) -> tuple[int, int, int, int]:
+def _about(event: dict[str, Any]) -> tuple[int, int, int, int, int]:
     """The last fields of a `TraceSpan`."""
     args = event.get("args")
-    flops, local, remote = (max(_count(args, key), 0) for key in ("flops", "bytes_local", "bytes_remote"))
-    return _count(args, "call"), flops, local, remote
+    flops, local, remote, moved = (
+        max(_count(args, key), 0) for key in ("flops", "bytes_local", "bytes_remote", "bytes")
+    )
+    return _count(args, "call"), flops, local, remote, moved
 
 
 def _count(values: Any, key: str) -> int:

@@ -1,11 +1,13 @@
-"""The table of stages of a trace: that of `kt_moe.Profile.table`, from what the file holds."""
+"""The tables of a trace: those of `kt_moe.Profile.table`, from what the file holds."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 
 from kt_moe.cli.trace import Trace, TraceCall, TraceSpan, innermost
+from kt_moe.gpu.lanes import PROCESS, lane_table, lane_times
 from kt_moe.stages import Summary, ThreadTime
 
 _US = 1e-6
@@ -13,7 +15,30 @@ _NOTHING = ThreadTime(0, 0.0, 0, 0, 0)
 
 
 def trace_table(trace: Trace, call: int | None = None) -> str:
-    """Of all calls or of one; a line that says why, where the file does not hold what is needed."""
+    """Of all calls or of one; a line that says why, where the file does not hold what is needed.
+
+    Lanes of GPU engines have a table each, of what lies in the time of the calls that the other table is of.
+    """
+    devices = {pid: name for pid, name in trace.processes.items() if name.startswith(PROCESS)}
+    threads = replace(trace, spans=[span for span in trace.spans if span.lane[0] not in devices])
+    tables = [] if devices and not trace.calls else [_stage_table(threads, call)]
+    shown = trace if call is None or call not in trace.calls else trace.within(trace.window_of(call))
+    for pid, name in sorted(devices.items()):
+        spans = [span for span in shown.spans if span.lane[0] == pid]
+        if spans:
+            tables.append(_lane_table(name.removeprefix(PROCESS), spans, trace))
+    return "\n\n".join(tables)
+
+
+def _lane_table(device: str, spans: list[TraceSpan], trace: Trace) -> str:
+    seconds = _US * (max(span.end for span in spans) - min(span.begin for span in spans))
+    found = (
+        (trace.threads.get(s.lane, ""), s.stage, _US * (s.end - s.begin), s.flops, s.moved) for s in spans
+    )
+    return lane_table(device, lane_times(found), seconds)
+
+
+def _stage_table(trace: Trace, call: int | None) -> str:
     if trace.recorded is None:
         return f"no table: {trace.path} does not say how many threads and shards there were"
     calls = trace.calls if call is None else {n: c for n, c in trace.calls.items() if n == call}

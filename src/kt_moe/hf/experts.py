@@ -32,9 +32,13 @@ class KtExperts(nn.Module):
         architecture: of the model.
         layer: number of the decoder layer in the checkpoint.
         num_experts, hidden_dim, intermediate_dim: E, H, I by the model's config.
+
+    Attributes:
+        lora_device: where LoRA on them goes, "auto", "cpu" or "cuda"; see `KtMoeConfig`.
     """
 
     _is_hf_initialized = True
+    lora_device = "auto"
 
     def __init__(
         self, architecture: Architecture, layer: int, num_experts: int, hidden_dim: int, intermediate_dim: int
@@ -81,7 +85,7 @@ class KtExperts(nn.Module):
         )
         copy._load = self._load  # first: a thread that loads sets the experts before it drops this
         copy._experts = self._experts
-        copy.training = self.training
+        copy.training, copy.lora_device = self.training, self.lora_device
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:

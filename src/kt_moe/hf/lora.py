@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from kt_moe.architectures import Architecture, architecture_of
 from kt_moe.functional import PROJECTIONS, Lora, MoEFunction
-from kt_moe.hf.experts import dims_of, experts_of, is_kt_experts
+from kt_moe.hf.experts import KtExperts, dims_of, experts_of, is_kt_experts
 from kt_moe.hf.portable import fused_to_stacked, per_expert_to_stacked, split_by_expert
+from kt_moe.lora_device import LoraParameters, LoraPlace
 
 _FUSED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # what PEFT rewrites target_modules to
 
@@ -28,7 +29,7 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
     """Experts with LoRA: PEFT's tuner layer for `KtExperts` and for experts computed by "kt_moe".
 
     Parameters, fp32: `lora_A.{adapter}.{gate,up,down}` [E, r, in] and `lora_B.{adapter}.{gate,up,down}`
-    [E, out, r].
+    [E, out, r]. `place` says whether they go where the model goes.
     """
 
     # What LoraLayer has; the dictionaries go from adapter name to parameters, dropout module or number.
@@ -47,10 +48,17 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
     lora_bias: dict[str, bool]
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, r: int, lora_alpha: float
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: LoraConfig,
+        r: int,
+        lora_alpha: float,
+        place: LoraPlace,
     ) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer)
+        self.place = place
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha, config)
 
@@ -74,7 +82,7 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         self.lora_dropout[adapter_name] = (
             nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         )
-        a, b = nn.ParameterDict(), nn.ParameterDict()
+        a, b = LoraParameters(self.place), LoraParameters(self.place)
         for projection in config._kt_moe_projections:
             num_experts, into, out = dims_of(base)
             if projection == "down":
@@ -82,6 +90,7 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
             a[projection] = nn.Parameter(torch.empty(num_experts, r, into, dtype=torch.float32))
             b[projection] = nn.Parameter(torch.empty(num_experts, out, r, dtype=torch.float32))
         self.lora_A[adapter_name], self.lora_B[adapter_name] = a, b
+        self.place.numbers += sum(p.numel() for p in (*a.parameters(), *b.parameters()))
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -158,7 +167,9 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
         config = self.peft_config[adapter_name]
         if architecture is not None:
             _refuse_fused(config)
+            self._kt_place = _place_of(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        _move_to_their_models(model, adapter_name)
         if architecture is not None and config._kt_moe_projections:
             # From here on the config says what plain PEFT is to read beside the per-expert keys.
             names = dict(zip(PROJECTIONS, architecture.projections, strict=True))
@@ -171,19 +182,19 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
             _target_experts(config, self._kt_architecture)
         return config
 
-    @staticmethod
     def _create_new_module(
-        lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
+        self, lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
     ) -> nn.Module:
         if is_kt_experts(target):
-            return KtLoraExperts(target, adapter_name, lora_config, kwargs["r"], kwargs["lora_alpha"])
+            r, alpha = kwargs["r"], kwargs["lora_alpha"]
+            return KtLoraExperts(target, adapter_name, lora_config, r, alpha, self._kt_place)
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)  # type: ignore[no-any-return]
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
         if isinstance(new_module, KtLoraExperts):
-            setattr(parent, child_name, new_module)  # there is no base weight whose device it should follow
+            setattr(parent, child_name, new_module)  # no base weight has the dtype or device it should have
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
@@ -214,6 +225,10 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
                 stacked |= fused_to_stacked(state_dict, name, experts, inner, rank, adapter_name)
                 if architecture is not None and architecture.fused_on_disk:
                     stacked |= per_expert_to_stacked(state_dict, name, architecture, experts, adapter_name)
+        # Tensors may become parameters as they are; those that stay in host memory are not to be elsewhere.
+        place = next((layer.place for layer in layers.values()), None)
+        if place is not None:
+            stacked = {key: t.cpu() if place.stays(t.device) else t for key, t in stacked.items()}
         rest = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return {**rest, **stacked}
 
@@ -225,6 +240,28 @@ def _architecture(model: nn.Module) -> Architecture | None:
         return None
     row = getattr(experts, "architecture", None)
     return row if isinstance(row, Architecture) else architecture_of(experts.config)
+
+
+def _place_of(model: nn.Module) -> LoraPlace:
+    """That of the layers which have LoRA; else a new one, with the choice of the model's `KtMoeConfig`."""
+    modules = list(model.modules())
+    found = next((m.place for m in modules if isinstance(m, KtLoraExperts)), None)
+    if found is not None:
+        return found
+    return LoraPlace(next((m.lora_device for m in modules if isinstance(m, KtExperts)), "auto"))
+
+
+def _move_to_their_models(model: nn.Module, adapter_name: str) -> None:
+    """Move new LoRA of experts to the device of the layer, which is that of the router beside them."""
+    for block in list(model.modules()):
+        for layer in [m for m in block.children() if isinstance(m, KtLoraExperts)]:
+            own = {id(p) for p in layer.parameters()}
+            router = next((p for p in block.parameters() if id(p) not in own), None)
+            if router is None or adapter_name not in layer.lora_A:
+                continue
+            for pairs in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
+                if not any(p.is_meta for p in (router, *pairs.parameters())):
+                    pairs.to(router.device)
 
 
 def _is_experts(target: str) -> bool:

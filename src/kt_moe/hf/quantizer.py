@@ -12,11 +12,22 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from kt_moe import checkpointing
+from kt_moe import lora_device as lora_devices
 from kt_moe.architectures import architecture_of
 from kt_moe.checkpoint import Checkpoint
 from kt_moe.experts import CHECKPOINT_FORMATS, PLACEMENTS, Experts
+from kt_moe.gpu import Gpu, as_gpu
 from kt_moe.hf.experts import NAME, KtExperts, dims_of
 from kt_moe.runtime import Runtime, default_runtime
+
+_CHOICES = {
+    "format": CHECKPOINT_FORMATS,
+    "placement": PLACEMENTS,
+    "lora_device": lora_devices.CHOICES,
+    "checkpoint_experts": checkpointing.CHOICES,
+}
+_GPU_NAMES = {"device": "gpu", "memory": "gpu_memory"}  # of kt_moe.Gpu, and here
 
 
 class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -30,9 +41,19 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         cache_dir, paged: see `kt_moe.Experts.from_checkpoint`.
         lazy: False loads all experts in from_pretrained, True those of a layer when they are first used.
         placement: how experts are spread over shards: "tensor", "expert" or "auto" (see `kt_moe.Experts`).
+        gpu, gpu_memory, cpu_share: device, memory and cpu_share of the `kt_moe.Gpu` that all layers share;
+            gpu="off" leaves all experts to the CPU.
+        lora_device: where LoRA parameters of the experts lie, with their gradients and optimizer state.
+            "cpu": in host memory, wherever the model is moved. "cuda": on the model's device. "auto": on the
+            model's device where 16 bytes a parameter are at most a quarter of the memory that is free there
+            when the model is moved, else in host memory. In host memory they are refused by nn.DataParallel,
+            and by DistributedDataParallel with device_ids.
+        checkpoint_experts: whether gradient checkpointing computes experts again, "recompute", or keeps what
+            their backward needs from the first forward, "retain" (see `kt_moe.Experts.checkpoint_experts`).
 
     Raises:
-        ValueError: an unknown option, format or placement, or `paged` with `cache_dir`.
+        ValueError: an unknown option or choice, `paged` with `cache_dir`, gpu="off" with gpu_memory or
+            cpu_share.
     """
 
     def __init__(
@@ -47,6 +68,11 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         lazy: bool = False,
         placement: str = "tensor",
         nodes: Sequence[int] | None = None,
+        gpu: str = "auto",
+        gpu_memory: int | str = "auto",
+        cpu_share: float | str = "auto",
+        lora_device: str = "auto",
+        checkpoint_experts: str = "recompute",
         **unknown: Any,
     ) -> None:
         self.quant_method = unknown.pop("quant_method", NAME)  # part of every serialised quantization config
@@ -55,15 +81,33 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.recompute, self.format = recompute, format
         self.cache_dir = None if cache_dir is None else os.fspath(cache_dir)  # to_dict wants what JSON knows
         self.paged, self.lazy, self.placement = paged, lazy, placement
+        self.gpu, self.gpu_memory, self.cpu_share = gpu, gpu_memory, cpu_share
+        self.lora_device, self.checkpoint_experts = lora_device, checkpoint_experts
         if unknown:
             options = [name for name in self.to_dict() if name != "quant_method"]
             raise ValueError(f"KtMoeConfig has no option {sorted(unknown)}, only {options}")
-        if format not in CHECKPOINT_FORMATS:
-            raise ValueError(f"KtMoeConfig: format is {format!r}, wanted one of {list(CHECKPOINT_FORMATS)}")
-        if placement not in PLACEMENTS:
-            raise ValueError(f"KtMoeConfig: placement is {placement!r}, wanted one of {list(PLACEMENTS)}")
+        for name, known in _CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"KtMoeConfig: {name} is {value!r}, wanted one of {list(known)}")
         if paged and cache_dir is not None:
             raise ValueError("KtMoeConfig has paged and cache_dir, wanted one of them")
+        self.make_gpu()  # refuses its options
+
+    def make_gpu(self) -> Gpu:
+        """A new `kt_moe.Gpu` of these options.
+
+        Raises:
+            ValueError: an option out of range; names it.
+        """
+        if not isinstance(self.gpu, str):
+            raise ValueError(f'KtMoeConfig: gpu is {self.gpu!r}, wanted "auto", "off" or a name as "cuda:0"')
+        if self.gpu == "off" and (self.gpu_memory, self.cpu_share) != ("auto", "auto"):
+            raise ValueError('KtMoeConfig has gpu="off" and gpu_memory or cpu_share, wanted one of them')
+        try:
+            return as_gpu("off") if self.gpu == "off" else Gpu(self.gpu, self.gpu_memory, self.cpu_share)
+        except ValueError as error:
+            text = re.sub("^(device|memory) is", lambda found: f"{_GPU_NAMES[found[1]]} is", str(error))
+            raise ValueError(f"KtMoeConfig: {text}") from None
 
     def runtime(self) -> Runtime:
         """The runtime these options ask for."""
@@ -82,7 +126,7 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> Any:
         architecture = architecture_of(model.config)
         self._checkpoint = _open(checkpoint_files)
-        self._runtime = self.quantization_config.runtime()
+        self._runtime, self._gpu = self.quantization_config.runtime(), self.quantization_config.make_gpu()
         paths = [name for name, _ in model.named_modules() if architecture.layer_of(name) is not None]
         if not paths:
             raise ValueError(
@@ -91,7 +135,9 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
         for path in paths:
             theirs, layer = model.get_submodule(path), architecture.layer_of(path)
             assert layer is not None
-            model.set_submodule(path, KtExperts(architecture, layer, *dims_of(theirs)))
+            ours = KtExperts(architecture, layer, *dims_of(theirs))
+            ours.lora_device = self.quantization_config.lora_device
+            model.set_submodule(path, ours)
         # The checkpoint's expert tensors have no place in the model now, which is no reason to warn.
         ignored = {rf"\.{re.escape(path)}\." for path in (architecture.module, architecture.on_disk)}
         model._keys_to_ignore_on_load_unexpected = ignored | set(
@@ -102,11 +148,12 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         modules = [m for m in model.modules() if isinstance(m, KtExperts)]
         for module in modules:
-            module.load_with(_Loader(self._checkpoint, self._runtime, self.quantization_config))
+            module.load_with(_Loader(self._checkpoint, self._runtime, self._gpu, self.quantization_config))
         if not self.quantization_config.lazy:
             _load_all(modules, self._checkpoint)
         model.load_adapter = _no_load_adapter
-        del self._checkpoint, self._runtime  # the model keeps its quantizer, and must stay copyable
+        # The model keeps its quantizer, and must stay copyable.
+        del self._checkpoint, self._runtime, self._gpu
         return model
 
     def is_serializable(self) -> bool:
@@ -138,6 +185,7 @@ class _Loader:
 
     checkpoint: Checkpoint
     runtime: Runtime
+    gpu: Gpu
     config: KtMoeConfig
 
     def __call__(self, module: KtExperts, progress: Callable[[int], object] | None = None) -> Experts:
@@ -158,8 +206,10 @@ class _Loader:
             paged=self.config.paged,
             progress=progress,
             placement=self.config.placement,
+            gpu=self.gpu,
         )
         experts.recompute = self.config.recompute
+        experts.checkpoint_experts = self.config.checkpoint_experts
         return experts
 
 

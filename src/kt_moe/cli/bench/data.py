@@ -66,7 +66,7 @@ def make_inputs(case: Case, seed: int) -> Inputs:
     size = (case.tokens, case.shape.hidden)
     hidden_states = torch.randn(size, generator=generator).bfloat16()
     grad_out = (torch.randn(size, generator=generator) * 0.1).bfloat16()
-    routes = [_route(case, generator) for _ in range(case.variants)]
+    routes = [draw_routes(case, generator) for _ in range(case.variants)]
     lora = make_lora(case.shape, case.rank, seed)
     return Inputs(
         hidden_states,
@@ -91,8 +91,11 @@ def make_lora(shape: Shape, rank: int, seed: int) -> dict[str, Tensor]:
     return tensors
 
 
-def _route(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Experts drawn without replacement, by the largest of log p + Gumbel noise, and a softmax over them."""
+def draw_routes(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """ids [T, K] and weights [T, K]: experts drawn without replacement, a softmax over their scores.
+
+    A score is log p + Gumbel noise.
+    """
     experts = torch.arange(1, case.shape.experts + 1)
     popularity = -1.5 * experts.log() if case.routing == "skewed" else torch.zeros(case.shape.experts)
     uniform = torch.rand(case.tokens, case.shape.experts, generator=generator)

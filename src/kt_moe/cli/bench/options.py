@@ -52,7 +52,7 @@ class Settings:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options; those that --quick changes have no default here."""
-    count, counts = _number(1), list_of(_number(1))
+    count, counts = number_from(1), list_of(number_from(1))
     layer = parser.add_argument_group("layer")
     layer.add_argument("--preset", choices=PRESETS, help=f"shape of a model ({_DEFAULTS['preset']})")
     for name, letter in (("hidden", "H"), ("intermediate", "I"), ("experts", "E"), ("topk", "K")):
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cases = parser.add_argument_group("cases, every combination of them")
     cases.add_argument("--tokens", type=counts, metavar="T,..", help="tokens in the batch (1,8,64,1024)")
     cases.add_argument(
-        "--rank", type=list_of(_number(0)), metavar="R,..", help="LoRA rank, 0 for none (0,16)"
+        "--rank", type=list_of(number_from(0)), metavar="R,..", help="LoRA rank, 0 for none (0,16)"
     )
     cases.add_argument("--threads", type=counts, metavar="N,..", help="(the cores this process may use)")
     cases.add_argument("--isa", type=list_of(str), metavar="NAME,..", help="kernel set (the best there is)")
@@ -69,11 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--routing", choices=["uniform", "skewed"], default="uniform", help="tokens to experts")
     how.add_argument("--recompute", action="store_true", help="backward computes G and U again")
     how.add_argument(
-        "--grow", type=list_of(_one_of(_AXES)), default=[], metavar="NAME,..",
+        "--grow", type=list_of(one_of(_AXES)), default=[], metavar="NAME,..",
         help=f"vary each of these alone around a base case: {', '.join(_AXES)}",
     )  # fmt: skip
     how.add_argument("--reps", type=count, metavar="N", help="turns each one takes at a case (7)")
-    how.add_argument("--seed", type=_number(0), default=0, help="of weights, inputs and routes (0)")
+    how.add_argument("--seed", type=number_from(0), default=0, help="of weights, inputs and routes (0)")
     how.add_argument("--quick", action="store_true", help="32 experts, fewer turns: half a minute")
     how.add_argument(
         "--peers",
@@ -104,12 +104,11 @@ def read(args: argparse.Namespace) -> Settings:
     unknown = [name for name in args.peers if name not in PEERS]
     if unknown:
         raise UserError(f"--peers has {', '.join(unknown)}, wanted some of {', '.join(PEERS)}")
-    for option, path in (("--json", args.json), ("--plot", args.plot)):
-        if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-            raise UserError(f"{option} {path}: no file can be written there")
+    check_writable("--json", args.json)
+    check_writable("--plot", args.plot)
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise UserError("--plot needs matplotlib: pip install 'kt_moe[train]'")
-    shape = _shape(chosen)
+    shape = shape_of(chosen)
     return Settings(
         shape=shape,
         tokens=chosen["tokens"],
@@ -170,8 +169,15 @@ def _as_list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _shape(chosen: dict[str, Any]) -> Shape:
-    shape = PRESETS[chosen["preset"]]
+def check_writable(option: str, path: Path | None) -> None:
+    """UserError where no file can be written at the path that an option gives."""
+    if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+        raise UserError(f"{option} {path}: no file can be written there")
+
+
+def shape_of(chosen: dict[str, Any]) -> Shape:
+    """The shape that the options of these names and values ask for."""
+    shape = PRESETS[chosen.get("preset", _DEFAULTS["preset"])]
     given = {n: chosen[n] for n in ("hidden", "intermediate", "experts", "topk") if n in chosen}
     if any(given.get(n, getattr(shape, n)) != getattr(shape, n) for n in ("hidden", "intermediate", "topk")):
         shape = replace(shape, name="custom")
@@ -182,7 +188,9 @@ def _shape(chosen: dict[str, Any]) -> Shape:
     return shape
 
 
-def _number(least: int) -> Callable[[str], int]:
+def number_from(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from `least`."""
+
     def parse(text: str) -> int:
         value = int(text) if text.isdecimal() else -1
         if value < least:
@@ -192,7 +200,9 @@ def _number(least: int) -> Callable[[str], int]:
     return parse
 
 
-def _one_of(names: Sequence[str]) -> Callable[[str], str]:
+def one_of(names: Sequence[str]) -> Callable[[str], str]:
+    """An argparse type: one of these."""
+
     def parse(text: str) -> str:
         if text not in names:
             raise argparse.ArgumentTypeError(f"has {text!r}, wanted some of {', '.join(names)}")

@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
+from kt_moe.cli.doctor.finding import Finding
+from kt_moe.cli.doctor.gpu_findings import gpu_findings, spinning
 from kt_moe.cli.doctor.machine import Machine, nodes_with_cpus
 from kt_moe.cli.text import count_text, ranges_text, size_text
 
 _GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is not as it should be.
-
-    Attributes:
-        name: for programs; the same in every version.
-        slow: it costs speed; otherwise it is only good to know.
-        what, cost, mend: sentences without a full stop; mend is empty where nothing does.
-    """
-
-    name: str
-    slow: bool
-    what: str
-    cost: str
-    mend: str = ""
 
 
 def find(machine: Machine) -> list[Finding]:
@@ -272,4 +256,6 @@ _CHECKS: tuple[Callable[[Machine], Iterator[Finding]], ...] = (
     _nodes,
     _placement,
     _overrides,
+    gpu_findings,
+    spinning,
 )

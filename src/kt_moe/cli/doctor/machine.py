@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from kt_moe import _core
+from kt_moe.cli.doctor.gpus import Gpus, read_gpus, recorded_gpus
 from kt_moe.cli.info import OVERRIDES
 
+OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _BIG_BLOCK = 9  # pages of 4 KiB in powers of two: 2 MiB
 
 
@@ -34,6 +36,8 @@ class Machine:
         reserved_bytes: unused huge pages of the kernel's pool, which only programs that ask for them get.
         big_blocks: node -> free bytes in blocks of 2 MiB and more.
         overrides: environment variables in force.
+        environment: of `OPENMP`, those that are set.
+        gpus: without measurements, if it is not the machine this runs on.
         probes: what `_core.probe_nodes` returns; None: not the machine this runs on.
     """
 
@@ -52,6 +56,8 @@ class Machine:
     reserved_bytes: int = 0
     big_blocks: dict[int, int] = field(default_factory=dict)
     overrides: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    gpus: Gpus = field(default_factory=Gpus)
     probes: list[dict[str, Any]] | None = None
 
     @property
@@ -82,6 +88,8 @@ def read_machine() -> Machine:
         runtime.threads,
         shards=runtime.shards,
         overrides={name: os.environ[name] for name in OVERRIDES if os.environ.get(name)},
+        environment={name: os.environ[name] for name in OPENMP if os.environ.get(name)},
+        gpus=read_gpus(),
         probes=_core.probe_nodes(),
         **_settings(Path("/"), topology),
     )
@@ -97,7 +105,7 @@ def read_recorded(root: Path) -> Machine:
         sets[name] = "this CPU lacks " + ", ".join(sorted(missing)) if missing else "available"
     selected = [name for name, state in sets.items() if state == "available"][-1]
     shards = max(1, nodes_with_cpus(topology))
-    return Machine(topology, sets, selected, topology["cores"], shards, **settings)
+    return Machine(topology, sets, selected, topology["cores"], shards, gpus=recorded_gpus(root), **settings)
 
 
 def nodes_with_cpus(topology: dict[str, Any]) -> int:

@@ -34,6 +34,7 @@ def _plan(args: argparse.Namespace, wanted: Run) -> int:
 
     from kt_moe import Runtime
     from kt_moe.cli.plan import memory, report
+    from kt_moe.cli.plan.gpu_speed import speed_of
     from kt_moe.cli.plan.measure import measure, process_bytes
     from kt_moe.cli.plan.outline import blamed_on, outline, read_config
     from kt_moe.cli.plan.weights import weights_part
@@ -56,13 +57,15 @@ def _plan(args: argparse.Namespace, wanted: Run) -> int:
         scratch = memory.Part("scratch of a layer call", size, "estimated", note)
     else:
         scratch = memory.Part("scratch of a layer call", speed.scratch, "measured", "scaled to all tokens")
-    gpu = torch.cuda.is_available()
+    device = None if args.gpu in ("auto", "off") else args.gpu
+    gpu_available = torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else None
     set_by_user = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
     threshold = int(set_by_user) if set_by_user.isdecimal() else memory.MMAP_THRESHOLD
     plan = memory.make_plan(
-        model, wanted, weights=weights, process=process, scratch=scratch, gpu=gpu, mmap_threshold=threshold
-    )
-    gpu_available = torch.cuda.mem_get_info()[0] if gpu else None
-    answer = report.Answer(model, wanted, plan, available, gpu_available, speed)
+        model, wanted, weights=weights, process=process, scratch=scratch,
+        gpu=gpu_available, mmap_threshold=threshold,
+    )  # fmt: skip
+    with_gpu = speed_of(args, model, wanted, format, weights.nbytes, runtime, gpu_available)
+    answer = report.Answer(model, wanted, plan, available, gpu_available, speed, with_gpu)
     print(json.dumps(report.to_dict(answer), indent=2) if args.json else report.describe(answer))
     return 0 if answer.fits else 1

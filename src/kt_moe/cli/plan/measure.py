@@ -46,9 +46,9 @@ class Speed:
     isa: str
     threads: int
 
-    def tokens_per_second(self, layers: int, tokens: int, checkpointing: bool) -> float:
-        """Of all layers one after the other; checkpointing computes forward twice."""
-        return tokens / (layers * (self.forward * (2 if checkpointing else 1) + self.backward))
+    def tokens_per_second(self, layers: int, tokens: int, twice: bool) -> float:
+        """Of all layers one after the other; twice: checkpointing computes forward again."""
+        return tokens / (layers * (self.forward * (2 if twice else 1) + self.backward))
 
 
 def process_bytes() -> int:
@@ -80,7 +80,7 @@ def measure(layer: ExpertLayer, run: Run, format: str, runtime: Runtime, free: i
         return None
     experts, tokens = found
     shape = Shape("planned", layer.hidden, layer.intermediate, experts, layer.topk)
-    kept = _make_experts(shape, layer, format, runtime)
+    kept = make_experts(shape, layer, format, runtime)
     pilot = min(tokens, _PILOT)
     _step(kept, shape, run, pilot)  # touches memory and wakes the threads
     seconds = sum(_step(kept, shape, run, pilot))
@@ -101,7 +101,7 @@ def measure(layer: ExpertLayer, run: Run, format: str, runtime: Runtime, free: i
     )  # fmt: skip
 
 
-def _make_experts(shape: Shape, layer: ExpertLayer, format: str, runtime: Runtime) -> Experts:
+def make_experts(shape: Shape, layer: ExpertLayer, format: str, runtime: Runtime) -> Experts:
     """Random ones like the layer's; the values of biases cost nothing, so theirs are zero."""
     gate, up, down = make_weights(shape, seed=0)
     biases: dict[str, Any] = {}

@@ -13,6 +13,7 @@ _ADAM_8BIT = 2 * (1 + 4 / 256)  # two moments of a byte, and an fp32 scale for 2
 _BLOCK_ROWS = 512  # most routes that share a packing: kBlockRows of src/cpp/moe/block.h
 _CACHE_PART = 512 << 10  # most that packed weights take of a thread's cache: kMostCacheBytes there
 MMAP_THRESHOLD = 32 << 20  # the most glibc raises its threshold to by itself
+_ENGINE_BYTES = 1 << 30  # of the GPU, the most that computing experts there takes beside their weights
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,21 @@ def result_bytes(layer: ExpertLayer, run: Run) -> int:
     return 4 * run.tokens * layer.hidden * 2
 
 
+def kept_bytes(layer: ExpertLayer, run: Run) -> int:
+    """Of the result that a layer keeps of a checkpointed forward for the recomputation, bf16."""
+    return run.tokens * layer.hidden * 2 if run.retain else 0
+
+
+def lora_on_gpu(numbers: int, choice: str, free: int) -> bool:
+    """Whether the experts' LoRA goes to a GPU with so many bytes free, as `kt_moe.lora_device` decides it."""
+    return choice == "cuda" or (choice == "auto" and 16 * numbers <= free / 4)
+
+
+def weights_on_gpu(weights: int, wanted: int | str, free: int) -> int:
+    """Of expert weights on a GPU with so many bytes free, as `kt_moe.Gpu` takes them for its `memory`."""
+    return min(weights, max(free, 0) // 2 if isinstance(wanted, str) else wanted)
+
+
 def backward_bytes(saved: list[int], gradients: list[int], checkpointing: bool) -> int:
     """Most of what forward saved and of gradients that is alive at a time, in the order of the layers.
 
@@ -130,46 +146,91 @@ def make_plan(
     weights: Part,
     process: Part,
     scratch: Part,
-    gpu: bool,
+    gpu: int | None,
     mmap_threshold: int = MMAP_THRESHOLD,
 ) -> Plan:
     """Put the parts together.
 
-    gpu: the rest of the model is on a GPU. The experts' LoRA is there too: Trainer moves every parameter.
+    gpu: free bytes of the GPU that the rest of the model is on; None: there is none.
     mmap_threshold: from so many bytes on malloc maps a block by itself.
     """
-    numbers = [lora_numbers(layer, run) for layer in model.layers]
-    experts_lora = sum(numbers) * run.lora_bytes
-    optimizer = optimizer_bytes(sum(numbers), run.lora_bytes, run.optimizer)
-    saved = [saved_bytes(layer, run) for layer in model.layers]
-    gradients = [n * run.lora_bytes for n in numbers]
-    together = backward_bytes(saved, gradients, run.checkpointing)
+    experts, rest = _Sizes.of(model, run), _rest(model, run)
     widest = max(result_bytes(layer, run) for layer in model.layers)
-
-    trained = (
-        Part("LoRA of the experts", experts_lora, "computed", f"{sum(numbers):,} parameters"),
-        Part("its optimizer state", optimizer, "computed", run.optimizer),
-    )
-    rest = _rest(model, run)
-    shared = "G, U, P of a route" + (", one layer at a time" if run.checkpointing else "")
-    core = (
-        process,
-        weights,
-        Part("saved for backward, LoRA gradients", together, "computed", f"{shared}; they share memory"),
-        scratch,
-        Part("results of a layer call", widest, "computed"),
-    )
-    if not gpu:
+    call = (scratch, Part("results of a layer call", widest, "computed"))
+    if gpu is None:
         slack = heap_slack(model.activations, run.checkpointing, mmap_threshold)
         note = "holes that malloc keeps; MALLOC_MMAP_THRESHOLD_=1048576 avoids them"
         heap = (Part("slack of the heap", slack, "estimated", note),) if slack else ()
-        return Plan((*core[:2], *trained, *core[2:], *rest, *heap), None)
-    # A layer's LoRA is copied to the host for its call, and its gradients from there.
-    copies = Part("a layer's LoRA and gradients", 2 * max(gradients), "computed", "copies of the GPU's")
-    saved_alone = backward_bytes(saved, [0] * len(saved), run.checkpointing)
-    kept = Part("saved for backward", saved_alone, "computed", shared)
-    on_gpu = (Part("gradients of it", sum(gradients), "computed"),)
-    return Plan((process, weights, kept, *core[3:], copies), (*trained, *on_gpu, *rest))
+        saved = experts.saved_with_gradients(results=True)
+        return Plan((process, weights, *experts.lora, saved, *call, *rest, *heap), None)
+
+    free = gpu - model.rest_bytes
+    # What one side has of a layer's LoRA and the other needs, and the gradients that come back.
+    copies = Part("a layer's LoRA and gradients", 2 * max(experts.gradients), "computed", "copies")
+    on_gpu = list(rest)
+    if run.retain:
+        kept = Part("results of the experts", sum(experts.results), "computed", "kept for recomputations")
+        on_gpu.insert(0, kept)
+    if lora_on_gpu(sum(experts.numbers), run.lora_device, free):
+        host: tuple[Part, ...] = (process, weights, experts.saved_alone(), *call, copies)
+        gradients = Part("gradients of it", sum(experts.gradients), "computed")
+        on_gpu = [*experts.lora, gradients, *on_gpu]
+    else:
+        host = (process, weights, *experts.lora, experts.saved_with_gradients(results=False), *call)
+        on_gpu.insert(0, copies)
+    there = weights_on_gpu(weights.nbytes, run.gpu_memory, free)
+    if there:
+        source = "estimated" if run.gpu_memory == "auto" else "computed"
+        copy = Part("expert weights on the GPU", there, source, "copies; --gpu-memory bounds them")
+        on_gpu = [copy, *on_gpu, Part("computing experts", _ENGINE_BYTES, "estimated", "at most")]
+    return Plan(host, tuple(on_gpu))
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Of the experts' LoRA and of what is kept for their backward, a number a layer.
+
+    Attributes:
+        lora: the parameters' part and that of their optimizer.
+        results: bytes that layers keep where they are retained.
+    """
+
+    lora: tuple[Part, Part]
+    numbers: list[int]
+    gradients: list[int]
+    saved: list[int]
+    results: list[int]
+    one_layer: bool
+
+    @classmethod
+    def of(cls, model: Outline, run: Run) -> _Sizes:
+        numbers = [lora_numbers(layer, run) for layer in model.layers]
+        together, width = sum(numbers), run.lora_bytes
+        optimizer = optimizer_bytes(together, width, run.optimizer)
+        lora = (
+            Part("LoRA of the experts", together * width, "computed", f"{together:,} parameters"),
+            Part("its optimizer state", optimizer, "computed", run.optimizer),
+        )
+        saved = [saved_bytes(layer, run) for layer in model.layers]
+        results = [kept_bytes(layer, run) for layer in model.layers]
+        one_layer = run.checkpointing and not run.retain
+        return cls(lora, numbers, [n * width for n in numbers], saved, results, one_layer)
+
+    @property
+    def _note(self) -> str:
+        return "G, U, P of a route" + (", one layer at a time" if self.one_layer else "")
+
+    def saved_alone(self) -> Part:
+        """Where the gradients are elsewhere."""
+        most = backward_bytes(self.saved, [0] * len(self.saved), self.one_layer)
+        return Part("saved for backward", most, "computed", self._note)
+
+    def saved_with_gradients(self, *, results: bool) -> Part:
+        """results: whether those that are kept are in the same memory."""
+        saved = [one + (kept if results else 0) for one, kept in zip(self.saved, self.results, strict=True)]
+        most = backward_bytes(saved, self.gradients, self.one_layer)
+        note = self._note + (", results" if results and any(self.results) else "")
+        return Part("saved for backward, LoRA gradients", most, "computed", f"{note}; they share memory")
 
 
 def _rest(model: Outline, run: Run) -> tuple[Part, ...]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kt_moe.cli.plan import gpu_speed
+from kt_moe.cli.plan.gpu_speed import GpuSpeed
 from kt_moe.cli.plan.measure import Speed
 from kt_moe.cli.plan.memory import Part, Plan, total
 from kt_moe.cli.plan.options import Run
@@ -20,6 +22,7 @@ class Answer:
     Attributes:
         host_available, gpu_available: bytes that the run may take; None: no GPU.
         speed: None where nothing was measured.
+        gpu_speed: predicted; None without a GPU.
     """
 
     model: Outline
@@ -28,6 +31,7 @@ class Answer:
     host_available: int
     gpu_available: int | None
     speed: Speed | None
+    gpu_speed: GpuSpeed | None = None
 
     @property
     def fits(self) -> bool:
@@ -49,7 +53,8 @@ class Answer:
         """Upper bound: the experts' share of a step alone."""
         if self.speed is None:
             return None
-        return self.speed.tokens_per_second(len(self.model.layers), self.run.tokens, self.run.checkpointing)
+        twice = self.run.checkpointing and not self.run.retain
+        return self.speed.tokens_per_second(len(self.model.layers), self.run.tokens, twice)
 
 
 def to_dict(answer: Answer) -> dict[str, Any]:
@@ -65,6 +70,7 @@ def to_dict(answer: Answer) -> dict[str, Any]:
         "host": _memory_dict(plan.host, answer.host_available, answer.host_spare),
         "gpu": plan.gpu and _memory_dict(plan.gpu, answer.gpu_available, answer.gpu_spare),
         "speed": speed and {**asdict(speed), "tokens_per_second_at_most": answer.tokens_per_second},
+        "gpu_speed": None if answer.gpu_speed is None else gpu_speed.to_dict(answer.gpu_speed),
         "fits": answer.fits,
     }
 
@@ -73,6 +79,7 @@ def describe(answer: Answer) -> str:
     """Model, memory by part, whether it fits, speed."""
     run, plan = answer.run, answer.plan
     checkpointing = ", gradient checkpointing" if run.checkpointing else ""
+    checkpointing += ", experts retained" if run.retain else ""
     targets = ", ".join((*run.projections, *run.modules))
     dtype = "fp32" if run.lora_bytes == 4 else "bf16"
     lines = [
@@ -85,6 +92,8 @@ def describe(answer: Answer) -> str:
     if plan.gpu is not None and answer.gpu_available is not None and answer.gpu_spare is not None:
         lines += ["", *_memory_lines("GPU memory", plan.gpu, answer.gpu_available, answer.gpu_spare)]
     lines += ["", *_speed_lines(answer)]
+    if answer.gpu_speed is not None:
+        lines += ["", *gpu_speed.describe(answer.gpu_speed)]
     return "\n".join(lines)
 
 

@@ -1,0 +1,177 @@
+"""How long the experts of a step take on CPU, link and GPU together: what a plan says of it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from kt_moe import Runtime
+from kt_moe.cli.bench.layer import Shape
+from kt_moe.cli.errors import UserError
+from kt_moe.cli.formats import QUANTISED, projection_bytes
+from kt_moe.cli.plan.measure import make_experts
+from kt_moe.cli.plan.memory import weights_on_gpu
+from kt_moe.cli.plan.options import RATES, Run
+from kt_moe.cli.plan.shapes import ExpertLayer, Outline
+from kt_moe.cli.text import size_text, table
+from kt_moe.gpu.plan import Rates
+from kt_moe.gpu.predict import REFERENCE, ROUTINGS, Prediction, Workload, predict
+from kt_moe.gpu.rates import measure
+
+_EXPERTS = 8  # that are made for a measurement
+
+
+@dataclass(frozen=True)
+class GpuSpeed:
+    """What is predicted, and from what.
+
+    Attributes:
+        memory: bytes for experts on the GPU.
+        sources: for each rate "given", "measured" or "assumed".
+        predictions: one for each of `ROUTINGS`.
+    """
+
+    memory: int
+    rates: Rates
+    sources: dict[str, str]
+    predictions: tuple[Prediction, ...]
+
+
+def speed_of(
+    args: argparse.Namespace,
+    model: Outline,
+    run: Run,
+    format: str,
+    weights: int,
+    runtime: Runtime,
+    free: int | None,
+) -> GpuSpeed | None:
+    """Of the run that options describe; None without a GPU, here or by --gpu-memory or --rates.
+
+    Args:
+        weights: bytes of all experts.
+        free: bytes of the GPU; None: there is none.
+
+    Raises:
+        UserError: --gpu-memory does not hold one expert.
+    """
+    if run.gpu_memory == 0 or (free is None and run.gpu_memory == "auto" and args.rates is None):
+        return None
+    memory = run.gpu_memory if isinstance(run.gpu_memory, int) else None
+    measured = None
+    if free is not None:
+        memory = weights_on_gpu(weights, run.gpu_memory, free - model.rest_bytes)
+        if not args.no_measure:
+            device = torch.device(args.gpu if args.gpu.startswith("cuda") else "cuda")
+            measured = measured_rates(model.layers[0], format, runtime, device)
+    try:
+        return gpu_speed(
+            model, run, format, memory=memory, given=args.rates, measured=measured,
+            cpu_share=None if args.cpu_share == "auto" else args.cpu_share,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"--gpu-memory: {error}") from error
+
+
+def measured_rates(
+    layer: ExpertLayer, format: str, runtime: Runtime, device: torch.device
+) -> dict[str, float]:
+    """Of a few experts of the model's shape on this machine."""
+    experts = min(_EXPERTS, layer.experts)
+    shape = Shape("planned", layer.hidden, layer.intermediate, experts, min(layer.topk, experts))
+    return vars(measure(make_experts(shape, layer, format, runtime), device))
+
+
+def gpu_speed(
+    model: Outline,
+    run: Run,
+    format: str,
+    *,
+    memory: int | None,
+    cpu_share: float | None = None,
+    given: Mapping[str, float] | None = None,
+    measured: Mapping[str, float] | None = None,
+) -> GpuSpeed:
+    """Predict a step of the run.
+
+    Args:
+        format: of the experts in memory.
+        memory: bytes for experts on the GPU; None: for those of two layers, so that nothing stays there.
+        cpu_share: part of the rows that the CPU computes; None: what ends soonest.
+        given, measured: rates; those that are in neither are `REFERENCE`'s.
+
+    Raises:
+        ValueError: the memory does not hold one expert.
+    """
+    layer = model.layers[0]
+    sizes = projection_bytes(QUANTISED[format], 1, layer.hidden, layer.intermediate)
+    stored = sum(sizes.values())
+    work = Workload(
+        len(model.layers), layer.hidden, layer.intermediate, layer.experts, layer.topk, stored,
+        len(run.projections) * run.rank, run.tokens, run.checkpointing and not run.retain,
+    )  # fmt: skip
+    values = {"assumed": vars(REFERENCE), "measured": measured or {}, "given": given or {}}
+    known: dict[str, float] = {}
+    sources: dict[str, str] = {}
+    for source, rates in values.items():
+        known |= rates
+        sources |= dict.fromkeys(rates, source)
+    if memory is None:
+        memory = 2 * layer.experts * stored
+    all_rates = Rates(**known)
+    predictions = (predict(work, all_rates, memory, routing, cpu_share) for routing in ROUTINGS)
+    return GpuSpeed(memory, all_rates, sources, tuple(predictions))
+
+
+def to_dict(speed: GpuSpeed) -> dict[str, Any]:
+    """As JSON takes it."""
+    return {
+        "memory": speed.memory,
+        "rates": asdict(speed.rates),
+        "sources": speed.sources,
+        "predictions": [{**asdict(p), "bound": p.bound} for p in speed.predictions],
+    }
+
+
+def describe(speed: GpuSpeed) -> list[str]:
+    """Rates, then a line for each routing."""
+    rows = [["routing", "GPU", "CPU", "moved", "link", "GPU", "CPU", "step", "bound by", "tokens/s"]]
+    for p in speed.predictions:
+        rows.append([
+            p.routing,
+            f"{p.gpu_experts} experts, {p.gpu_rows:,} rows",
+            f"{p.cpu_experts} experts, {p.cpu_rows:,} rows",
+            f"{p.bytes_moved / 1e9:.1f} GB",
+            *(f"{seconds:.3f} s" for seconds in (p.link, p.gpu, p.cpu, p.seconds)),
+            p.bound,
+            f"{p.tokens_per_second:,.0f}",
+        ])  # fmt: skip
+    indented = [f"  {line}" for line in table(rows, right=range(3, 10)).splitlines()]
+    return [
+        f"speed with a GPU, predicted, with {size_text(speed.memory)} of its memory for experts",
+        *(f"  {line}" for line in _rates_lines(speed)),
+        *indented,
+        "  experts and rows of a layer; all else of a forward and backward pass; at most so many tokens/s: "
+        "attention and the rest come on top",
+    ]
+
+
+def _rates_lines(speed: GpuSpeed) -> list[str]:
+    r = speed.rates
+    texts = {
+        "link": f"link {r.link / 1e9:.3g} GB/s",
+        "gpu_flops": f"GPU {r.gpu_flops / 1e12:.3g} TFLOP/s",
+        "gpu_bytes": f"its memory {r.gpu_bytes / 1e9:.4g} GB/s",
+        "cpu_flops": f"CPU {r.cpu_flops / 1e12:.3g} TFLOP/s",
+        "cpu_bytes": f"its memory {r.cpu_bytes / 1e9:.3g} GB/s",
+    }
+    lines = []
+    for source in ("given", "measured", "assumed"):
+        if of_source := [texts[name] for name in RATES if speed.sources[name] == source]:
+            where = " (an H200 on PCIe 5, 16 vCPUs with AMX)" if source == "assumed" else ""
+            lines.append(f"{source}{where}: {', '.join(of_source)}")
+    return lines

@@ -1,0 +1,248 @@
+"""Experts on a GPU beside the CPU: from weights in host memory that cross the link when they are needed.
+
+`plan` divides the experts of a call, `slots` and `prefetch` bring those of the GPU over, `chunk` has the
+layer's formulas and `products` what they are made of; `engine` puts it together. docs/gpu.md tells how.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kt_moe.gpu.plan import Rates
+
+if TYPE_CHECKING:
+    from kt_moe.experts import Experts
+    from kt_moe.gpu.engine import Engine
+    from kt_moe.gpu.stored import StoredExperts
+
+__all__ = ["Gpu", "Rates", "default_gpu"]
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+
+class Gpu:
+    """How layers with hidden states on a GPU use it beside the CPU. Layers of a model share one.
+
+    Args:
+        device: "auto": that of a call's hidden states. "cuda:0" and so on: that GPU; hidden states on another
+            are refused. "cpu": runs the engine on the CPU, for tests.
+        memory: of each GPU for expert weights: bytes, "6GiB", or "auto": what the layers that share this
+            object take, up to half of what is free at the first call.
+        cpu_share: the part of the routed rows that the CPU computes, 0.0 to 1.0, or "auto": what ends
+            soonest. 1.0 leaves all experts to the CPU, and no weights are brought to the GPU.
+        rates: how fast the machine is, for "auto"; None: measured at the first call.
+
+    Raises:
+        ValueError: an option out of range; names it.
+    """
+
+    def __init__(
+        self,
+        device: str | torch.device = "auto",
+        memory: int | str = "auto",
+        cpu_share: float | str = "auto",
+        rates: Rates | None = None,
+    ) -> None:
+        self.device = _device(device)
+        if rates is not None and not isinstance(rates, Rates):
+            raise TypeError(f"rates is a {type(rates).__name__}, wanted kt_moe.Rates or None")
+        self._rates = rates
+        self._lock = threading.Lock()
+        self._engines: dict[torch.device, Engine] = {}
+        self._layers: weakref.WeakKeyDictionary[Experts, StoredExperts | None] = weakref.WeakKeyDictionary()
+        self._budgets: dict[tuple[torch.device, int], int] = {}
+        self._sizes: tuple[int, int, int] | None = None  # number of layers, and `_slot_bytes_and_count`
+        self.memory = memory
+        self.cpu_share = cpu_share
+
+    @property
+    def memory(self) -> int | str:
+        """Of each GPU for expert weights: bytes, or "auto". A change gives the memory held back first."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, value: int | str) -> None:
+        self._memory = value if value == "auto" else parse_bytes("memory", value)
+        self._budgets.clear()
+        for engine in self._engines.values():
+            engine.drop_slots()
+
+    @property
+    def cpu_share(self) -> float | str:
+        """The part of the rows that the CPU computes, or "auto"."""
+        return self._cpu_share
+
+    @cpu_share.setter
+    def cpu_share(self, value: float | str) -> None:
+        self._cpu_share = _share(value)
+
+    @property
+    def rates(self) -> Rates | None:
+        """What "auto" cuts by; None before the first call."""
+        return self._rates
+
+    def __repr__(self) -> str:
+        device = "auto" if self.device is None else str(self.device)
+        return f"Gpu(device={device!r}, memory={self.memory!r}, cpu_share={self.cpu_share!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gpu:
+        return self  # layers that were copied share it, as they share their weights
+
+    def engine(self, device: torch.device) -> Engine | None:
+        """The engine for hidden states on that device; None: the CPU computes them where they are.
+
+        Raises:
+            ValueError: the hidden states are on another GPU than the options say.
+        """
+        if self.device is None:
+            if device.type != "cuda":
+                return None
+        elif device.type == "cuda" and device != self.device:
+            raise ValueError(
+                f"hidden_states is on {device}, the experts are for {self.device}: give them "
+                f'gpu=kt_moe.Gpu("{device}"), or "auto" for the GPU of the hidden states'
+            )
+        elif device != self.device:
+            return None
+        found = self._engines.get(device)
+        if found is None:
+            from kt_moe.gpu.engine import Engine
+
+            with self._lock:
+                found = self._engines.setdefault(device, Engine(self, device))
+        return found
+
+    def report(self) -> str:
+        """What the last forward and backward of every layer had where, a line each, in the order of calls."""
+        predicted = self.cpu_share == "auto"
+        lines = [
+            f"{device} {report.line(predicted)}"
+            for device, engine in list(self._engines.items())
+            for report in list(engine.log.last.values())
+        ]
+        return "\n".join(lines) or "no layer was computed with it yet"
+
+    def _register(self, experts: Experts) -> None:
+        self._layers.setdefault(experts, None)
+        self._sizes = None
+
+    def _stored(self, experts: Experts) -> StoredExperts:
+        stored = self._layers.get(experts)
+        if stored is None:
+            from kt_moe.gpu.stored import StoredExperts
+
+            stored = self._layers[experts] = StoredExperts(experts)
+        return stored
+
+    def _before_move(self, experts: Experts) -> None:
+        """The core is about to move a layer's weights, so that nothing may read or lock them."""
+        for engine in self._engines.values():
+            engine.before_move(experts)
+        stored = self._layers.get(experts)
+        if stored is not None:
+            stored.unpin()
+
+    def _slot_bytes_and_count(self) -> tuple[int, int]:
+        """The largest expert, and how many experts all layers have."""
+        if self._sizes is None or self._sizes[0] != len(self._layers):
+            layers = [self._stored(experts) for experts in list(self._layers)]
+            sizes = max(stored.slot_bytes for stored in layers), sum(stored.num_experts for stored in layers)
+            self._sizes = len(layers), *sizes
+        return self._sizes[1:]
+
+    def _budget(self, device: torch.device, wanted: int) -> int:
+        """Bytes for slots on a device, where `wanted` would hold all experts."""
+        if isinstance(self.memory, int):
+            return self.memory
+        budget = self._budgets.get((device, wanted))
+        if budget is None:
+            free = wanted if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+            budget = self._budgets[device, wanted] = min(
+                wanted, free // 2 if device.type == "cuda" else wanted
+            )
+        return budget
+
+    def _rates_for(self, experts: Experts, device: torch.device) -> Rates:
+        if self._rates is None:
+            from kt_moe.gpu.rates import measure
+
+            self._rates = measure(experts, device)
+        return self._rates
+
+
+def parse_bytes(name: str, value: int | str) -> int:
+    """A number of bytes from itself or from text such as "6GiB" or "500 MB".
+
+    Raises:
+        ValueError: it is neither, or not positive; names it.
+    """
+    number: float = -1
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?i?B?)\s*", value, re.IGNORECASE)
+        unit = None if found is None else found[2].upper()
+        if found is not None and unit in _UNITS:
+            number = float(found[1]) * _UNITS[unit]
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        number = value
+    if not 1 <= number < 2**63:
+        raise ValueError(
+            f'{name} is {value!r}, wanted a positive number of bytes, such as 6442450944 or "6GiB"'
+        )
+    return int(number)
+
+
+def _device(device: str | torch.device) -> torch.device | None:
+    if device == "auto":
+        return None
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f'device is {device!r}, wanted "auto", "cuda:0" or the like') from None
+    if found.type not in ("cuda", "cpu"):
+        raise ValueError(f'device is {device!r}, wanted a CUDA device or "auto"')
+    if found.type == "cuda" and found.index is None:
+        found = torch.device("cuda", 0)
+    return found
+
+
+def _share(value: float | str) -> float | str:
+    if value == "auto":
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+        raise ValueError(f'cpu_share is {value!r}, wanted "auto" or a number from 0.0 to 1.0')
+    return float(value)
+
+
+_default: Gpu | None = None
+_default_lock = threading.Lock()
+
+
+def default_gpu() -> Gpu:
+    """What layers share that were given gpu="auto"."""
+    global _default
+    with _default_lock:
+        if _default is None:
+            _default = Gpu()
+        return _default
+
+
+def as_gpu(gpu: Gpu | str) -> Gpu:
+    """A `Gpu` as it is; "auto": the default one; "off": one that leaves all experts to the CPU; or a device.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: no such device.
+    """
+    if isinstance(gpu, Gpu):
+        return gpu
+    if not isinstance(gpu, str):
+        raise TypeError(f'gpu is a {type(gpu).__name__}, wanted kt_moe.Gpu, "auto", "off" or a device')
+    if gpu == "auto":
+        return default_gpu()
+    return Gpu(cpu_share=1.0) if gpu == "off" else Gpu(gpu)

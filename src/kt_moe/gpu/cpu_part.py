@@ -1,0 +1,215 @@
+"""The experts of a call that the CPU computes, by the core, in a thread of their own while the GPU works."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kt_moe import _core
+from kt_moe.gpu import lora as lora_transfer
+from kt_moe.gpu.lora import LoraCall
+from kt_moe.gpu.streams import Event, Streams
+from kt_moe.tensors import empty, on_cpu
+
+if TYPE_CHECKING:
+    from kt_moe.experts import Experts
+
+_R = TypeVar("_R")
+
+
+class Worker:
+    """One thread that does what it is given, in order. A forked child starts its own."""
+
+    def __init__(self) -> None:
+        self._thread: tuple[int, ThreadPoolExecutor] | None = None
+
+    def submit(self, work: Callable[[], _R]) -> Future[_R]:
+        """Do it behind what was submitted before."""
+        process = os.getpid()
+        if self._thread is None or self._thread[0] != process:
+            self._thread = process, ThreadPoolExecutor(1, thread_name_prefix="kt_moe_cpu")
+        return self._thread[1].submit(work)
+
+
+@dataclass
+class CpuPart:
+    """Inputs of the core for the CPU's experts of a call, on the host, and what backward needs again.
+
+    Attributes:
+        tokens: [T'] int64 on the device, those that have such an expert; None: all T.
+        x: [T', H] bf16.
+        ids: [T', K] int32, E for routes of the GPU.
+        weights: [T', K] fp32.
+        matrices: LoRA A and B.
+        arrived: behind the copies of x, weights and matrices; None once a forward has used them.
+        saved, whole: what the core's forward keeps for its backward.
+    """
+
+    tokens: Tensor | None
+    x: Tensor
+    ids: Tensor
+    weights: Tensor
+    lora: LoraCall
+    matrices: _core.LoraTensors
+    arrived: Event | None
+    saved: Tensor | None
+    whole: bool = False
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All but the user's own LoRA matrices, for `from_tensors`."""
+        copies = (
+            None if mine is None or mine is theirs else mine
+            for mine, theirs in zip(self.matrices, self.lora.tensors, strict=True)
+        )
+        return self.tokens, self.x, self.ids, self.weights, self.saved, *copies
+
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[Tensor | None], lora: LoraCall, whole: bool) -> CpuPart:
+        """A part for backward."""
+        tokens, x, ids, weights, saved, *copies = tensors
+        matrices = tuple(
+            None if theirs is None else on_cpu(theirs) if copy is None else copy
+            for copy, theirs in zip(copies, lora.tensors, strict=True)
+        )
+        return cls(
+            tokens, cast(Tensor, x), cast(Tensor, ids), cast(Tensor, weights), lora,
+            cast("_core.LoraTensors", matrices), None, saved, whole,
+        )  # fmt: skip
+
+
+def send(
+    experts: Experts,
+    on_cpu: Sequence[int],
+    ids: NDArray[np.integer],
+    x: Tensor,
+    weights: Tensor,
+    lora: LoraCall,
+    matrices: Sequence[Tensor | None],
+    save: bool,
+    streams: Streams,
+) -> CpuPart:
+    """Gather the tokens that have an expert of the CPU on the device, and send them to the host.
+
+    Args:
+        on_cpu: the CPU's experts, at least one.
+        ids: [T, K] on the host.
+        x, weights: [T, H] bf16 and [T, K] fp32 on the device.
+        matrices: LoRA's on the device, as `lora.to_device` has them.
+        save: whether a backward will follow.
+    """
+    here = np.zeros(experts.num_experts + 1, dtype=bool)
+    here[list(on_cpu)] = True
+    chosen = here[ids]
+    of_cpu = np.flatnonzero(chosen.any(axis=1))
+    tokens = None
+    # The dropout mask is a function of the place in topk_ids, which other rows would change.
+    if lora.dropout == 0.0 and len(of_cpu) < len(ids):
+        ids, chosen = ids[of_cpu], chosen[of_cpu]
+        tokens = streams.upload(of_cpu.astype(np.int64))
+        x, weights = x.index_select(0, tokens), weights.index_select(0, tokens)
+    core_ids = np.where(chosen, ids, experts.num_experts).astype(np.int32)
+    saved = None
+    if save and not experts.recompute:
+        width = 2 * experts.intermediate_size + sum(lora.ranks)
+        saved = empty((int(chosen.sum()), width), torch.bfloat16, experts.runtime._core)
+    streams.wait(streams.record(), "downlink")
+    return CpuPart(
+        tokens,
+        streams.to_host(x),
+        torch.from_numpy(core_ids),
+        streams.to_host(weights),
+        lora,
+        lora_transfer.to_host(lora, matrices, streams),
+        streams.record("downlink"),
+        saved,
+    )
+
+
+def submit_forward(
+    experts: Experts, part: CpuPart, worker: Worker, streams: Streams
+) -> Callable[[Tensor], None]:
+    """Start the forward; what comes back waits for it and adds its rows to `out`, [T, H] fp32."""
+    out = streams.host_empty(tuple(part.x.shape), torch.float32)
+    fetch = streams.to_device_later([out])
+
+    def compute() -> None:
+        if part.arrived is not None:
+            with streams.span("CPU part", "wait_rows"):
+                part.arrived.synchronize()
+        with streams.span("CPU part", "cpu_forward"):
+            part.whole = _core.forward(
+                experts._core, part.x, part.ids, part.weights, part.matrices, part.lora.scalings,
+                part.lora.dropout, part.lora.seed, part.saved, out,
+            )  # fmt: skip
+
+    done = worker.submit(compute)
+
+    def add_to(total: Tensor) -> None:
+        with streams.span("host", "wait_cpu"):
+            done.result()
+        _add_rows(total, part.tokens, fetch()[0])
+
+    return add_to
+
+
+def submit_backward(
+    experts: Experts,
+    part: CpuPart,
+    dout: Tensor,
+    needs_x: bool,
+    needs_weights: bool,
+    lora_grads: Sequence[Tensor | None],
+    clear_idle: bool,
+    worker: Worker,
+    streams: Streams,
+) -> Callable[[Tensor | None, Tensor | None], None]:
+    """Start the backward; what comes back waits for it and adds its rows to dX [T, H] and dw [T, K], fp32.
+
+    Args:
+        dout: [T, H] bf16 on the device.
+        lora_grads: on the host, written for the CPU's experts, and with zeros for others if `clear_idle`.
+    """
+    if part.tokens is not None:
+        dout = dout.index_select(0, part.tokens)
+    streams.wait(streams.record(), "downlink")
+    dout_host = streams.to_host(dout)
+    arrived = streams.record("downlink")
+    dx = streams.host_empty(tuple(part.x.shape), torch.float32) if needs_x else None
+    dw = streams.host_empty(tuple(part.weights.shape), torch.float32) if needs_weights else None
+    fetch = streams.to_device_later([rows for rows in (dx, dw) if rows is not None])
+
+    def compute() -> None:
+        with streams.span("CPU part", "wait_rows"):
+            arrived.synchronize()
+        with streams.span("CPU part", "cpu_backward"):
+            _core.backward(
+                experts._core, part.x, part.ids, part.weights, part.matrices, part.lora.scalings,
+                part.lora.dropout, part.lora.seed, part.saved, part.whole, dout_host, dx, dw,
+                cast("_core.LoraTensors", tuple(lora_grads)), clear_idle=clear_idle,
+            )  # fmt: skip
+
+    done = worker.submit(compute)
+
+    def add_to(total_x: Tensor | None, total_weights: Tensor | None) -> None:
+        with streams.span("host", "wait_cpu"):
+            done.result()
+        totals = [total for total in (total_x, total_weights) if total is not None]
+        for total, rows in zip(totals, fetch(), strict=True):
+            _add_rows(total, part.tokens, rows)
+
+    return add_to
+
+
+def _add_rows(to: Tensor, tokens: Tensor | None, rows: Tensor) -> None:
+    if tokens is None:
+        to += rows
+    else:
+        to.index_add_(0, tokens, rows)  # each token once, so that the order of additions is fixed

@@ -1,0 +1,463 @@
+"""One layer call on CPU, link and GPU together, on one device.
+
+A call knows its routes. `plan.cut` divides the routed experts; those of the GPU cross the link into `Slots`
+and are computed chunk by chunk on the caller's stream; those of the CPU are computed by the core, in a thread
+of the engine, meanwhile. Both are added up in fp32: the GPU's rows of a token in the order of the plan, then
+the CPU's sum. So the result depends on the inputs, the rates and the options, and neither on timing nor on
+what happened to lie on the GPU.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import accumulate, count
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kt_moe.gpu import cpu_part
+from kt_moe.gpu import lora as lora_transfer
+from kt_moe.gpu.chunk import Chunk, Gradients, Layer, LoraMatrices, backward_chunk, forward_chunk
+from kt_moe.gpu.cpu_part import CpuPart, Worker
+from kt_moe.gpu.lora import HostCopies, LoraCall, LoraOptions
+from kt_moe.gpu.pass_log import PassLog
+from kt_moe.gpu.plan import Cut, Rates, cut, layer_costs
+from kt_moe.gpu.prefetch import Feed, Pass, PassOrder, Wanted
+from kt_moe.gpu.products import Groups, Matrices, dequantize
+from kt_moe.gpu.routes import Rows, count_routes, sort_routes
+from kt_moe.gpu.slots import Slots
+from kt_moe.gpu.stored import StoredExperts
+from kt_moe.gpu.streams import streams_of
+
+if TYPE_CHECKING:
+    from kt_moe.experts import Experts
+    from kt_moe.gpu import Gpu
+
+# Of a chunk: bytes on the link that hide the launches of its products, and a bound of its temporary memory.
+_CHUNK_LINK_BYTES = 128 << 20
+_CHUNK_TEMPORARY_BYTES = 512 << 20
+# Of the next forward, whose routes are not known yet, where the last guess was poor: about what the link
+# brings before they are.
+_GUESS_BYTES = 256 << 20
+_GOOD_GUESS = 0.9
+_SOME_RATES = Rates(
+    50e9, 200e12, 2e12, 2e12, 50e9
+)  # where the CPU's share is given, and not derived from them
+_numbers = count()
+
+
+@dataclass(eq=False)
+class _Held:
+    """A layer that the engine knows.
+
+    Attributes:
+        biases: of gate, up and down on the device, or None.
+        planned: experts on the GPU in the last forward, the guess for the next.
+        guessed: the part of them that the forward before had as well.
+    """
+
+    stored: StoredExperts
+    biases: list[Tensor | None]
+    number: int = field(default_factory=lambda: next(_numbers))
+    planned: tuple[int, ...] = ()
+    guessed: float = 0.0
+    lora: HostCopies = field(default_factory=HostCopies)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether products can read the slots: whole bf16 matrices."""
+        return len(self.stored.parts) == 3 and all(part.format == "bf16" for part in self.stored.parts)
+
+
+@dataclass(frozen=True)
+class SavedCall:
+    """What a backward needs of its forward, beside the arguments.
+
+    Attributes:
+        counts: rows of each of the GPU's experts.
+        whole: what the core's forward said (`CpuPart`).
+        options: scalings, dropout and its seed.
+        tensors: apart from the rest, for `save_for_backward`. `Rows` without counts; [rows] fp32, the routing
+            weights; of gate, up and down [rows, r] bf16 (see `Chunk`); and if there is one, `CpuPart`'s.
+    """
+
+    cut: Cut
+    counts: tuple[int, ...]
+    whole: bool
+    options: LoraOptions
+    tensors: tuple[Tensor | None, ...]
+
+    def pass_data(self, lora: LoraCall) -> tuple[PassData, CpuPart | None]:
+        """For backward, of a call whose tensors are there."""
+        places, position, row_weights, *rest = self.tensors
+        rows = Rows(self.counts, cast(Tensor, places), cast(Tensor, position))
+        part = CpuPart.from_tensors(rest[3:], lora, self.whole) if rest[3:] else None
+        return PassData(self.cut.gpu, rows, cast(Tensor, row_weights), rest[:3]), part
+
+
+class PassData(NamedTuple):
+    """The GPU's part of a pass.
+
+    Attributes:
+        experts: in the order of the plan.
+        row_weights: [rows] fp32, the routing weight of each row.
+        low_rank: of gate, up and down, [rows, r] bf16, or None; see `Chunk`.
+    """
+
+    experts: tuple[int, ...]
+    rows: Rows
+    row_weights: Tensor
+    low_rank: list[Tensor | None]
+
+
+class Engine:
+    """The slots, streams and thread of a device, and the layers that share them.
+
+    Args:
+        gpu: the options.
+        device: of the hidden states.
+    """
+
+    def __init__(self, gpu: Gpu, device: torch.device) -> None:
+        self.device, self._gpu = device, gpu
+        self._streams = streams_of(device)
+        self._worker = Worker()
+        self._order = PassOrder()
+        self.log = PassLog(self._streams)
+        self._slots: Slots | None = None
+        self._held: weakref.WeakKeyDictionary[Experts, _Held] = weakref.WeakKeyDictionary()
+        self._lock = threading.RLock()
+
+    def forward(
+        self, experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, lora: LoraCall, train: bool
+    ) -> tuple[Tensor, SavedCall]:
+        """The layer's output, [T, H] fp32, and what a backward needs.
+
+        Args:
+            x: [T, H] bf16 on the device.
+            ids: [T, K] int64 or int32 on the device.
+            weights: [T, K] fp32 on the device.
+            train: whether a backward will follow.
+
+        Raises:
+            ValueError: an id that is not in [0, E].
+        """
+        streams = self._streams
+        with self._one_pass(experts) as held:
+            matrices = lora_transfer.to_device(lora, held.lora, streams)
+            counted = count_routes(ids, experts.num_experts, streams)
+            plan = self._cut(experts, held, counted.counts, lora, train)
+            self._start(held, plan, backward=False)
+            part = add_cpu_rows = None
+            if plan.cpu:
+                part = cpu_part.send(
+                    experts, plan.cpu, counted.host_ids, x, weights, lora, matrices, train, streams
+                )
+                add_cpu_rows = cpu_part.submit_forward(experts, part, self._worker, streams)
+            feed = self._feed(held, plan, backward=False)
+            rows = sort_routes(counted, plan.gpu, streams)
+            low_rank = [
+                torch.empty(len(rows.places), rank, dtype=torch.bfloat16, device=x.device) if rank else None
+                for rank in lora.ranks
+            ]
+            row_weights = weights.reshape(-1).index_select(0, rows.places)
+            data = PassData(plan.gpu, rows, row_weights, low_rank)
+            layer = _layer(experts, held, lora, matrices)
+            out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+            for chunk in self._chunks(held, layer, data, feed):
+                forward_chunk(layer, chunk, x, out)
+            if add_cpu_rows is not None:
+                add_cpu_rows(out)
+            tensors = rows.places, rows.position, row_weights, *low_rank
+            saved = SavedCall(
+                plan,
+                rows.counts,
+                part is not None and part.whole,
+                (lora.scalings, lora.dropout, lora.seed),
+                tensors if part is None else (*tensors, *part.tensors()),
+            )
+            on_gpu = list(plan.gpu)
+            experts._routed_elsewhere[on_gpu] += torch.from_numpy(counted.counts[on_gpu])
+        return out, saved
+
+    def backward(
+        self,
+        experts: Experts,
+        saved: SavedCall,
+        x: Tensor,
+        weights: Tensor,
+        lora: LoraCall,
+        dout: Tensor,
+        needs: tuple[bool, bool, tuple[bool, ...]],
+    ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+        """Gradients of x [T, H] fp32, of weights [T, K] fp32, and of the LoRA matrices, each like its matrix.
+
+        Args:
+            x, weights, lora: as in forward.
+            dout: [T, H] bf16 on the device.
+            needs: which of them are wanted.
+        """
+        needs_x, needs_weights, needs_lora = needs
+        plan, streams = saved.cut, self._streams
+        data, part = saved.pass_data(lora)
+        with self._one_pass(experts) as held:
+            self._start(held, plan, backward=True)
+            of_host = lora_transfer.host_gradients(lora, needs_lora, part is not None, streams)
+            add_cpu_rows = None
+            if part is not None:
+                add_cpu_rows = cpu_part.submit_backward(
+                    experts, part, dout, needs_x, needs_weights, of_host, not plan.gpu, self._worker, streams
+                )
+            feed = self._feed(held, plan, backward=True)
+            layer = _layer(experts, held, lora, lora_transfer.to_device(lora, held.lora, streams))
+            only_cpu = part is not None and not plan.gpu
+            of_gpu = lora_transfer.device_gradients(lora, [n and not only_cpu for n in needs_lora], streams)
+            grads = Gradients(
+                torch.zeros(x.shape, dtype=torch.float32, device=x.device) if needs_x else None,
+                torch.zeros_like(data.row_weights) if needs_weights else None,
+                of_gpu,
+            )
+            for chunk in self._chunks(held, layer, data, feed):
+                backward_chunk(layer, chunk, x, dout, grads)
+            dweights = None
+            if grads.row_weights is not None:
+                dweights = torch.zeros(weights.numel(), dtype=torch.float32, device=x.device)
+                dweights.index_copy_(0, data.rows.places.long(), grads.row_weights)
+                dweights = dweights.view(weights.shape)
+            if add_cpu_rows is not None:
+                add_cpu_rows(grads.hidden_states, dweights)
+            of_lora = lora_transfer.join_gradients(lora, plan.cpu, of_gpu, of_host, streams)
+        return grads.hidden_states, dweights, of_lora
+
+    def drop_slots(self) -> None:
+        """Give the GPU memory of experts back; the next call takes what it needs."""
+        with self._lock:
+            self._slots = None
+
+    def before_move(self, experts: Experts) -> None:
+        """The core is about to move a layer's weights: wait for copies of them, and forget the layer."""
+        with self._lock:
+            if self._held.pop(experts, None) is not None:
+                self._streams.finish()
+
+    @contextmanager
+    def _one_pass(self, experts: Experts) -> Iterator[_Held]:
+        """Alone with the slots. Whatever happens, none stays claimed and none is used again too early."""
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with self._lock, on_device, torch.autocast(self.device.type, enabled=False):
+            self.log.watch(experts.runtime._profile)
+            try:
+                held = self._hold(experts)
+                self.log.start(held.number)
+                yield held
+                self.log.end(self._slots)
+            except BaseException as error:
+                if self._slots is not None:
+                    self._slots.release_all()
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise torch.OutOfMemoryError(
+                        f"{error}\nThe GPU ran out of memory in a layer of experts. Nothing is lost: give "
+                        f"their weights less of it (kt_moe.Gpu has memory={self._gpu.memory!r}) and go on"
+                    ) from error
+                raise
+
+    def _hold(self, experts: Experts) -> _Held:
+        held = self._held.get(experts)
+        if held is None:
+            stored = self._gpu._stored(experts)
+            held = _Held(stored, [None if b is None else b.to(self.device) for b in _biases(stored)])
+            if self._gpu.cpu_share != 1.0:
+                with self._streams.span("host", "lock_pages"):
+                    stored.pin(before_unpin=self._streams.finish)
+            self._held[experts] = held
+            weakref.finalize(experts, _forget, weakref.ref(self), held.number).atexit = False
+        return held
+
+    def _cut(
+        self, experts: Experts, held: _Held, counts: NDArray[np.int64], lora: LoraCall, train: bool
+    ) -> Cut:
+        share = self._gpu.cpu_share
+        if share == 1.0:
+            costs = layer_costs(_SOME_RATES, 1, 1, 1, 0, 1.0, train)
+        else:
+            rates = self._gpu._rates_for(experts, self.device) if share == "auto" else _SOME_RATES
+            _, every = self._gpu._slot_bytes_and_count()
+            missing = 1.0 - len(self._slots_for_layers()) / every
+            costs = layer_costs(
+                rates, experts.hidden_size, experts.intermediate_size, held.stored.slot_bytes,
+                sum(lora.ranks), missing, train,
+            )  # fmt: skip
+        return cut(counts, costs, None if share == "auto" else cast(float, share))
+
+    def _slots_for_layers(self) -> Slots:
+        """The cache of experts; made at the first call, and anew when the layers or the budget have changed.
+
+        Raises:
+            ValueError: the budget is less than one expert takes.
+            torch.OutOfMemoryError: the device does not have it.
+        """
+        slot_bytes, every = self._gpu._slot_bytes_and_count()
+        budget = self._gpu._budget(self.device, slot_bytes * every)
+        number = min(every, budget // slot_bytes)
+        if number < 1:
+            raise ValueError(
+                f"the GPU memory for experts is {budget} bytes, wanted at least {slot_bytes}, which one "
+                'expert takes: give kt_moe.Gpu a larger memory, or the experts gpu="off"'
+            )
+        if self._slots is None or self._slots.memory.shape != (number, slot_bytes):
+            self._slots = None  # its memory goes before the new one is taken
+            self._slots = Slots(self._streams, slot_bytes, number)
+        return self._slots
+
+    def _start(self, held: _Held, plan: Cut, *, backward: bool) -> None:
+        """Take note of a pass and its plan."""
+        this = Pass(held.number, backward)
+        self._order.begin(this)
+        self.log.begin(this, plan, self._slots)
+        if not backward:
+            held.guessed = len(set(held.planned) & set(plan.gpu)) / max(len(plan.gpu), 1)
+            held.planned = plan.gpu
+
+    def _feed(self, held: _Held, plan: Cut, *, backward: bool) -> Feed | None:
+        """Start the copies of a pass, and of those to come as there will be room."""
+        if not plan.gpu:
+            return None
+        slots = self._slots_for_layers()
+        wanted = [Wanted(held.number, held.stored, plan.gpu)]
+        room = len(slots)
+        by_number = {other.number: other for other in self._held.values()}
+        for after in self._order.following(Pass(held.number, backward)):
+            other = by_number.get(after.layer)
+            if room <= 0 or other is None:
+                break
+            sure = after.backward or other.guessed >= _GOOD_GUESS
+            most = room if sure else min(room, max(1, _GUESS_BYTES // other.stored.slot_bytes))
+            guess = other.planned[:most]
+            wanted.append(Wanted(other.number, other.stored, guess))
+            room -= len(guess)
+            if not sure:
+                break
+        feed = Feed(slots, wanted)
+        feed.advance()
+        return feed
+
+    def _chunks(self, held: _Held, layer: Layer, data: PassData, feed: Feed | None) -> Iterator[Chunk]:
+        """The GPU's experts, some at a time; their slots are claimed, and released behind their products."""
+        if feed is None or self._slots is None:
+            return
+        experts, rows, slots = data.experts, data.rows, self._slots
+        first = [0, *accumulate(rows.counts)]
+        block_rows = Groups.best_block_rows(rows.counts)  # of the pass: chunks must not change the rounding
+        numbers = self._streams.upload(np.array(experts, dtype=np.int32))
+        tokens = torch.div(rows.places, rows.position.shape[1], rounding_mode="floor")
+        begin = 0
+        while begin < len(experts):
+            feed.advance()
+            end = self._chunk_end(held, layer, experts, rows.counts, begin, slots)
+            assert feed.reached(end), "a chunk has more experts than there are slots"
+            used = slots.use(held.number, experts[begin:end])
+            some = slice(first[begin], first[end])
+            with self.log.chunk(layer, end - begin, first[end] - first[begin]):
+                yield Chunk(
+                    first=first[begin],
+                    experts=numbers[begin:end],
+                    groups=Groups(rows.counts[begin:end], self.device, block_rows),
+                    places=rows.places[some],
+                    tokens=tokens[some],
+                    row_weights=data.row_weights[some],
+                    position=rows.position,
+                    weights=self._weights(held, layer, slots, used),
+                    low_rank=[None if p is None else p[some] for p in data.low_rank],
+                )
+            slots.release(used)
+            begin = end
+        feed.advance()
+
+    def _chunk_end(
+        self,
+        held: _Held,
+        layer: Layer,
+        experts: Sequence[int],
+        counts: Sequence[int],
+        begin: int,
+        slots: Slots,
+    ) -> int:
+        """How far a chunk reaches: bounded by what has to cross, its temporary memory, and the slots."""
+        most = len(experts) if len(slots) >= 2 * len(experts) else max(1, len(slots) // 2)
+        decoded = 0 if held.in_place else 6 * layer.hidden * layer.intermediate
+        row = 4 * layer.hidden + 14 * layer.intermediate
+        crossing = temporary = 0
+        last = min(len(experts), begin + most)
+        for end in range(begin, last):
+            temporary += decoded + row * counts[end]
+            if end > begin and temporary > _CHUNK_TEMPORARY_BYTES:
+                return end
+            if not slots.arrived((held.number, experts[end])):
+                crossing += held.stored.slot_bytes
+                if crossing >= _CHUNK_LINK_BYTES:
+                    return end + 1
+        return last
+
+    def _weights(
+        self, held: _Held, layer: Layer, slots: Slots, used: Sequence[int]
+    ) -> tuple[Matrices, Matrices, Matrices]:
+        """gate, up and down of the experts in some slots in bf16: where they lie, or decoded."""
+        index = self._streams.upload(np.array(used, dtype=np.int32))
+        if held.in_place:
+            memory = slots.memory.view(torch.bfloat16)
+            found = [
+                memory[:, part.codes // 2 : part.codes // 2 + part.rows * part.cols].view(
+                    -1, part.rows, part.cols
+                )
+                for part in held.stored.parts
+            ]
+        else:
+            shapes = ((layer.intermediate, layer.hidden),) * 2 + ((layer.hidden, layer.intermediate),)
+            found = [
+                torch.empty(len(used), *shape, dtype=torch.bfloat16, device=self.device) for shape in shapes
+            ]
+            for part in held.stored.parts:
+                along = 2 if part.projection == 2 else 1
+                width = part.cols if part.projection == 2 else part.rows
+                dequantize(slots.memory, index, part, found[part.projection].narrow(along, part.first, width))
+            index = torch.arange(len(used), dtype=torch.int32, device=self.device)
+        gate, up, down = (Matrices(matrices, index) for matrices in found)
+        return gate, up, down
+
+
+def _biases(stored: StoredExperts) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of gate, up and down; gate and up have both or none, as the fused product wants it."""
+    gate, up, down = stored.biases()
+    if (gate is None) != (up is None):
+        zeros = torch.zeros_like(cast(Tensor, gate if up is None else up))
+        gate, up = zeros if gate is None else gate, zeros if up is None else up
+    return gate, up, down
+
+
+def _layer(experts: Experts, held: _Held, lora: LoraCall, matrices: Sequence[Tensor | None]) -> Layer:
+    pairs = [
+        None if a is None or b is None else LoraMatrices(a, b, scaling / (1.0 - lora.dropout))
+        for a, b, scaling in zip(matrices[::2], matrices[1::2], lora.scalings, strict=True)
+    ]
+    return Layer(
+        experts.hidden_size, experts.intermediate_size, experts.activation, held.biases, pairs, lora.dropout,
+        lora.seed,
+    )  # fmt: skip
+
+
+def _forget(engine: weakref.ref[Engine], layer: int) -> None:
+    """A layer is gone: its experts leave the slots before its host memory is freed."""
+    alive = engine()
+    if alive is not None:
+        with alive._lock:
+            alive._order.forget(layer)
+            alive.log.forget(layer)
+            if alive._slots is not None:
+                alive._slots.forget(layer)

@@ -1,0 +1,120 @@
+"""A layer call through the engine: arguments checked, tensors brought into its form, gradients given back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kt_moe.experts import Experts
+from kt_moe.gpu.engine import Engine, SavedCall
+from kt_moe.gpu.lora import LoraCall, LoraOptions
+
+_PROJECTIONS = ("gate", "up", "down")
+
+
+def forward(
+    engine: Engine,
+    experts: Experts,
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    lora_tensors: Sequence[Tensor | None],
+    options: LoraOptions,
+    train: bool,
+) -> tuple[Tensor, SavedCall]:
+    """The layer's output, and what `save` puts by for backward."""
+    check_call(experts, hidden_states, topk_ids, topk_weights, lora_tensors)
+    out, saved = engine.forward(
+        experts,
+        _rows(hidden_states, torch.bfloat16, engine.device),
+        topk_ids.detach().to(engine.device),
+        _rows(topk_weights, torch.float32, engine.device),
+        LoraCall(tuple(lora_tensors), *options),
+        train,
+    )
+    return out.to(hidden_states.dtype), saved
+
+
+def save(
+    ctx: Any,
+    saved: SavedCall,
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    lora_tensors: Sequence[Tensor | None],
+) -> None:
+    """Give an autograd node, which has `engine` and `experts`, what `backward` needs."""
+    ctx.saved_call = replace(saved, tensors=())
+    ctx.save_for_backward(hidden_states, topk_weights, *lora_tensors, *saved.tensors)
+
+
+def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of the arguments of the autograd function."""
+    hidden_states, topk_weights, *rest = ctx.saved_tensors
+    lora_tensors, tensors = rest[: 2 * len(_PROJECTIONS)], rest[2 * len(_PROJECTIONS) :]
+    engine: Engine = ctx.engine
+    needs_x, _, needs_weights, _, _, _, *needs_lora = ctx.needs_input_grad
+    dx, dweights, lora_grads = engine.backward(
+        ctx.experts,
+        replace(ctx.saved_call, tensors=tuple(tensors)),
+        _rows(hidden_states, torch.bfloat16, engine.device),
+        _rows(topk_weights, torch.float32, engine.device),
+        LoraCall(tuple(None if t is None else t.detach() for t in lora_tensors), *ctx.saved_call.options),
+        _rows(grad_out, torch.bfloat16, engine.device),
+        (needs_x, needs_weights, tuple(needs_lora)),
+    )
+    return (
+        None if dx is None else dx.to(hidden_states.device, hidden_states.dtype),
+        None,
+        None if dweights is None else dweights.to(topk_weights.device, topk_weights.dtype),
+        None,
+        None,
+        None,
+        *(
+            None if grad is None or tensor is None else grad.to(tensor.device, tensor.dtype)
+            for grad, tensor in zip(lora_grads, lora_tensors, strict=True)
+        ),
+    )
+
+
+def _rows(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return tensor.detach().to(device, dtype).resolve_neg().contiguous()
+
+
+def check_call(
+    experts: Experts, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor,
+    lora_tensors: Sequence[Tensor | None],
+) -> None:  # fmt: skip
+    """ValueError, naming the argument, for a shape or dtype that does not fit the experts."""
+    e, h, i = experts.num_experts, experts.hidden_size, experts.intermediate_size
+    _check(hidden_states.dim() == 2 and hidden_states.shape[1] == h, "hidden_states", hidden_states,
+           f"[T, {h}]: the experts' hidden size")  # fmt: skip
+    tokens = len(hidden_states)
+    if topk_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"topk_ids is {topk_ids.dtype}, wanted int64 or int32")
+    _check(topk_ids.dim() == 2 and len(topk_ids) == tokens, "topk_ids", topk_ids,
+           f"[{tokens}, K]: a row for every token")  # fmt: skip
+    _check(topk_weights.shape == topk_ids.shape, "topk_weights", topk_weights,
+           f"{list(topk_ids.shape)}: the shape of topk_ids")  # fmt: skip
+    for name, a, b in zip(_PROJECTIONS, lora_tensors[::2], lora_tensors[1::2], strict=True):
+        name += "_lora_"
+        if a is None or b is None:
+            if a is not None or b is not None:
+                given, missing = ("b", "a") if a is None else ("a", "b")
+                raise ValueError(f"{name}{given} is given without {name}{missing}")
+            continue
+        for letter, tensor in (("a", a), ("b", b)):
+            if tensor.dtype not in (torch.float32, torch.bfloat16):
+                raise ValueError(f"{name}{letter} is {tensor.dtype}, wanted float32 or bfloat16")
+        into, out = (i, h) if name[0] == "d" else (h, i)
+        _check(a.dim() == 3 and a.shape[0] == e and a.shape[2] == into and a.shape[1] > 0, f"{name}a", a,
+               f"[{e}, r, {into}] with r of at least 1")  # fmt: skip
+        _check(b.shape == (e, out, a.shape[1]), f"{name}b", b, f"{[e, out, a.shape[1]]}")
+
+
+def _check(fits: bool, name: str, tensor: Tensor, wanted: str) -> None:
+    if not fits:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, wanted {wanted}")

@@ -1,0 +1,170 @@
+"""LoRA matrices and their gradients between the place where the user keeps them and where they are used.
+
+What the GPU needs of matrices on the host, and the CPU of matrices on the GPU, crosses the link once a pass,
+in bf16. A gradient comes back once, to the device and in the dtype of its matrix; each expert's rows of it
+are written where the expert was computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kt_moe import _core
+from kt_moe.gpu.streams import Streams
+from kt_moe.tensors import on_cpu
+
+LoraOptions = tuple[tuple[float, float, float], float, int]  # scalings, dropout and its seed
+
+
+@dataclass(frozen=True)
+class LoraCall:
+    """The LoRA arguments of one call: A and B of gate, up and down, scalings, dropout and its seed."""
+
+    tensors: tuple[Tensor | None, ...]
+    scalings: tuple[float, float, float]
+    dropout: float
+    seed: int
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Of gate, up and down; 0 where there is none."""
+        return tuple(0 if a is None else a.shape[1] for a in self.tensors[::2])
+
+
+class HostCopies:
+    """bf16 copies of one layer's LoRA matrices in page-locked memory, of the version that was copied last."""
+
+    def __init__(self) -> None:
+        self._copies: dict[int, tuple[tuple[int, int, torch.Size], Tensor]] = {}
+
+    def of(self, number: int, tensor: Tensor, streams: Streams) -> Tensor:
+        """The copy of matrix `number`; made by a forward, and found by its backward."""
+        made_of = (tensor.data_ptr(), tensor._version, tensor.shape)
+        known = self._copies.get(number)
+        if known is None or known[0] != made_of:
+            copy = streams.host_empty(tuple(tensor.shape), torch.bfloat16)
+            copy.copy_(tensor.detach())
+            known = self._copies[number] = made_of, copy
+        return known[1]
+
+
+def to_device(lora: LoraCall, copies: HostCopies, streams: Streams) -> list[Tensor | None]:
+    """The matrices in bf16 on the device; the current stream waits for those that have to cross."""
+    crossing = {
+        number: copies.of(number, tensor, streams)
+        for number, tensor in enumerate(lora.tensors)
+        if tensor is not None and tensor.device != streams.device
+    }
+    found: dict[int, Tensor] = {}
+    if crossing:
+        with streams.on("uplink"):  # whose memory needs no wait for work of the current stream
+            found = {
+                number: torch.empty_like(host, device=streams.device) for number, host in crossing.items()
+            }
+        for number, host in crossing.items():
+            streams.note("uplink", "copy_lora", host.nbytes)
+            streams.copy_tensor(found[number], host, "uplink")
+            streams.used_by(found[number])
+        streams.wait(streams.record("uplink"))
+    return [
+        found[number]
+        if number in found
+        else None
+        if tensor is None
+        else tensor.detach().to(torch.bfloat16).contiguous()
+        for number, tensor in enumerate(lora.tensors)
+    ]
+
+
+def to_host(lora: LoraCall, on_device: Sequence[Tensor | None], streams: Streams) -> _core.LoraTensors:
+    """The matrices for the core; copies of those on the device, from `to_device`, arrive with downlink."""
+    return cast(
+        "_core.LoraTensors",
+        tuple(
+            None
+            if tensor is None or bf16 is None
+            else on_cpu(tensor)
+            if tensor.is_cpu
+            else streams.to_host(bf16)
+            for tensor, bf16 in zip(lora.tensors, on_device, strict=True)
+        ),
+    )
+
+
+def host_gradients(
+    lora: LoraCall, needed: Sequence[bool], some_on_cpu: bool, streams: Streams
+) -> list[Tensor | None]:
+    """Where gradients are written on the host: of matrices there, and if the CPU computes, of others too."""
+    return [
+        streams.host_empty(tuple(tensor.shape), tensor.dtype)
+        if tensor is not None and wanted and (some_on_cpu or tensor.is_cpu)
+        else None
+        for tensor, wanted in zip(lora.tensors, needed, strict=True)
+    ]
+
+
+def device_gradients(lora: LoraCall, needed: Sequence[bool], streams: Streams) -> list[Tensor | None]:
+    """Zeros on the device, for the gradients that are wanted."""
+    return [
+        torch.zeros(tensor.shape, dtype=tensor.dtype, device=streams.device)
+        if tensor is not None and wanted
+        else None
+        for tensor, wanted in zip(lora.tensors, needed, strict=True)
+    ]
+
+
+def join_gradients(
+    lora: LoraCall,
+    on_cpu: Sequence[int],
+    of_gpu: Sequence[Tensor | None],
+    of_host: Sequence[Tensor | None],
+    streams: Streams,
+) -> list[Tensor | None]:
+    """One gradient for each matrix, where the matrix is.
+
+    Args:
+        on_cpu: experts whose rows the core has written in `of_host`; it has written no other rows.
+        of_gpu, of_host: as `device_gradients` and `host_gradients` made them; None: nothing was computed
+            there.
+    """
+    joined: list[Tensor | None] = []
+    computed = streams.record()
+    streams.wait(computed, "downlink")
+    streams.wait(computed, "uplink")
+    sent = brought = False
+    for tensor, gpu, host in zip(lora.tensors, of_gpu, of_host, strict=True):
+        if gpu is None or host is None:
+            joined.append(host if gpu is None else gpu)
+        elif tensor is not None and tensor.is_cpu:
+            streams.note("downlink", "copy_lora", (len(host) - len(on_cpu)) * (host.nbytes // len(host)))
+            for rows in runs(on_cpu, len(host), inside=False):
+                streams.copy_tensor(host[rows], gpu[rows], "downlink")
+            streams.used_by(gpu, "downlink")
+            sent = True
+            joined.append(host)
+        else:
+            streams.note("uplink", "copy_lora", len(on_cpu) * (host.nbytes // len(host)))
+            for rows in runs(on_cpu, len(host), inside=True):
+                streams.copy_tensor(gpu[rows], host[rows], "uplink")
+            brought = True
+            joined.append(gpu)
+    if brought:
+        streams.wait(streams.record("uplink"))
+    if sent:
+        with streams.span("host", "wait_lora"):
+            streams.record("downlink").synchronize()
+    return joined
+
+
+def runs(experts: Sequence[int], count: int, *, inside: bool) -> list[slice]:
+    """Neighbours in [0, count) that are among `experts`, or are not, as slices."""
+    chosen = np.full(count, not inside)
+    chosen[list(experts)] = inside
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8)))
+    return [slice(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]

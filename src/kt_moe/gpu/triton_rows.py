@@ -1,0 +1,86 @@
+"""Triton kernels that go over rows once, at memory speed: activation gradient, sums of routes, dropout."""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kt_moe.gpu.triton_gemm import _LIMIT, activate
+
+
+@triton.jit(do_not_specialize=["weights", "dweights"])
+def activation_grad(
+    dh, g, u, weights, dg, du, h, dweights,
+    N: tl.constexpr, DH_STRIDE: tl.constexpr, G_STRIDE: tl.constexpr, U_STRIDE: tl.constexpr,
+    DG_STRIDE: tl.constexpr, DU_STRIDE: tl.constexpr, H_STRIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row. See `products.activation_grad`."""
+    row = tl.program_id(0).to(tl.int64)
+    weight = tl.load(weights + row)
+    dot = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, N, BLOCK):
+        col = first + tl.arange(0, BLOCK)
+        mask = col < N
+        d = tl.load(dh + row * DH_STRIDE + col, mask=mask, other=0.0)
+        G = tl.load(g + row * G_STRIDE + col, mask=mask, other=0.0).to(tl.float32)
+        U = tl.load(u + row * U_STRIDE + col, mask=mask, other=0.0).to(tl.float32)
+        act, up, slope = activate(G, U, ACTIVATION)
+        dot += d * (act * up)
+        dG, dU = weight * d * up * slope, weight * d * act
+        if ACTIVATION == "gpt_oss":
+            dG = tl.where(G > _LIMIT, 0.0, dG)
+            dU = tl.where(tl.abs(U) > _LIMIT, 0.0, dU)
+        tl.store(dg + row * DG_STRIDE + col, dG.to(tl.bfloat16), mask=mask)
+        tl.store(du + row * DU_STRIDE + col, dU.to(tl.bfloat16), mask=mask)
+        tl.store(h + row * H_STRIDE + col, (act * up).to(tl.bfloat16), mask=mask)
+    tl.store(dweights + row, tl.sum(dot, 0))
+
+
+@triton.jit(do_not_specialize=["position", "first", "count"])
+def combine(
+    y, position, first, count, out,
+    H: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, Y_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token; SLOTS is the power of two from K on. See `products.combine`."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, SLOTS)
+    rows = tl.load(position + token * K + slot, mask=slot < K, other=-1) - first
+    if tl.max(((rows >= 0) & (rows < count)).to(tl.int32), 0) == 0:
+        return
+    for begin in range(0, H, BLOCK):
+        col = begin + tl.arange(0, BLOCK)
+        at = out + token * OUT_STRIDE + col
+        sum = tl.load(at, mask=col < H, other=0.0)
+        for k in tl.static_range(K):
+            row = tl.load(position + token * K + k) - first
+            there = (row >= 0) & (row < count) & (col < H)
+            sum += tl.load(y + row.to(tl.int64) * Y_STRIDE + col, mask=there, other=0.0)
+        tl.store(at, sum, mask=col < H)
+
+
+@triton.jit
+def _mix(x):
+    """The finaliser of SplitMix64, as src/cpp/moe/dropout.cpp has it."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit(do_not_specialize=["places", "seed"])
+def drop(
+    rows, places, seed: tl.uint64,
+    N: tl.constexpr, STRIDE: tl.constexpr, PROJECTION: tl.constexpr, THRESHOLD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of columns of one row. See `products.drop`."""
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    stream = tl.load(places + row).to(tl.uint64) * 3 + PROJECTION
+    key = _mix(seed + _mix(stream + 1))
+    bits = _mix(key + col.to(tl.uint64) * 0x9E3779B97F4A7C15) >> 32
+    at = rows + row * STRIDE + col
+    value = tl.load(at, mask=col < N, other=0.0)
+    tl.store(at, tl.where(bits < THRESHOLD, 0.0, value).to(value.dtype), mask=col < N)

@@ -1,0 +1,72 @@
+"""Where the LoRA of kt_moe's experts lies when its model is on a GPU: there too, or in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CHOICES = ("auto", "cpu", "cuda")
+_STATE_BYTES = 16  # of an fp32 parameter, its gradient and AdamW's two moments
+_NOT_ACCELERATORS = ("cpu", "meta")
+
+
+@dataclass
+class LoraPlace:
+    """The choice for all layers of a model.
+
+    Args:
+        choice: "cpu": in host memory, wherever the model goes. "cuda": on the model's device. "auto": on the
+            model's device where the parameters of all layers, with gradients and two moments of an optimizer,
+            take up to a quarter of the memory that is free there; else in host memory. This is decided when
+            the first layer goes to a device, and stays so.
+
+    Attributes:
+        numbers: of LoRA parameters in all layers.
+    """
+
+    choice: str = "auto"
+    numbers: int = 0
+    _stays: dict[torch.device, bool] = field(default_factory=dict)
+
+    def stays(self, device: torch.device) -> bool:
+        """Whether LoRA is in host memory where its model is on this device."""
+        if device.type in _NOT_ACCELERATORS or self.choice == "cuda":
+            return False
+        if self.choice == "cpu":
+            return True
+        if device not in self._stays:
+            self._stays[device] = _STATE_BYTES * self.numbers > free_bytes(device) / 4
+        return self._stays[device]
+
+
+def free_bytes(device: torch.device) -> float:
+    """Free memory of a device, in bytes; infinite where torch cannot tell."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
+
+
+class LoraParameters(nn.ParameterDict):
+    """LoRA parameters that stay in host memory where `place` says so.
+
+    `.to()`, `.cuda()`, Trainer and accelerate then convert their dtype, and do not move them; their gradients
+    alike.
+    """
+
+    def __init__(self, place: LoraPlace) -> None:
+        super().__init__()
+        self.place = place
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def held(tensor: Tensor) -> Tensor:
+            # What the function does, be it `.to()`, `.half()` or `.to_empty()`, is seen on an empty tensor.
+            probe = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
+            if not self.place.stays(probe.device):
+                return fn(tensor)
+            if tensor.is_meta:
+                return torch.empty_like(tensor, dtype=probe.dtype, device="cpu")
+            return tensor.to("cpu", probe.dtype)
+
+        return super()._apply(held, recurse)  # type: ignore[no-untyped-call]

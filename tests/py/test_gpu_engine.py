@@ -1,0 +1,344 @@
+"""Layers through the GPU engine, on CPU tensors: every mix of places gives the numbers of the layer."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import Problem
+from strategies import make_problem, problems, run_ours
+from test_layer import ALL, assert_as_good_as_eager, assert_formula
+
+import kt_moe
+from kt_moe.gpu import Gpu, Rates
+
+SHARES = (0.0, 0.3, 0.7, 1.0)
+FORMATS = ("bf16", "int8", "int4", "fp8", "mxfp4")
+RATES = Rates(link=50e9, gpu_flops=1e13, gpu_bytes=1e12, cpu_flops=1e12, cpu_bytes=5e10)
+
+
+def experts_of(problem: Problem, gpu: Gpu | str, format: str = "bf16", shards: int = 1) -> kt_moe.Experts:
+    biases = {f"{p}_bias": b for p, b in zip(reference.PROJECTIONS, problem.biases, strict=True)}
+    return kt_moe.Experts(
+        *problem.weights, **biases, activation=problem.activation, format=format, gpu=gpu,
+        runtime=kt_moe.Runtime(2, shards),
+    )  # fmt: skip
+
+
+def run(problem: Problem, gpu: Gpu | str, format: str = "bf16", shards: int = 1, **options) -> dict:
+    experts = experts_of(problem, gpu, format, shards)
+    return run_ours(problem, experts.runtime, experts=experts, **options)
+
+
+def few_slots(problem: Problem, number: int) -> int:
+    """Memory for a number of bf16 experts."""
+    H, inner = problem.weights[0].shape[2], problem.weights[0].shape[1]
+    return number * 3 * math.ceil(2 * H * inner / 64) * 64
+
+
+def same(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+@given(
+    problem=problems(),
+    share=st.sampled_from(SHARES),
+    slots=st.sampled_from([1, 2, 3, 100]),
+    recompute=st.booleans(),
+    shards=st.integers(1, 3),
+)
+def test_formula(problem, share, slots, recompute, shards):
+    gpu = Gpu("cpu", few_slots(problem, slots) + 64 * 9 * slots * shards, share)
+    assert_formula(run(problem, gpu, shards=shards, recompute=recompute), problem)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("activation", ["silu", "gpt_oss"])
+@pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16])
+def test_error_is_no_larger_than_bf16_eager(share, activation, lora_dtype):
+    problem = make_problem(
+        90, 128, 96, 8, 4, ALL, activation=activation, lora_dtype=lora_dtype,
+        biased=("gate", "up", "down") if activation == "gpt_oss" else (),
+    )  # fmt: skip
+    assert_as_good_as_eager(run(problem, Gpu("cpu", cpu_share=share)), problem)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_stored_weights_are_decoded_exactly(format, shards):
+    problem = make_problem(40, 128, 192, 6, 3, ALL)
+    experts = experts_of(problem, Gpu("cpu", cpu_share=0.4), format, shards)
+    ours = run_ours(problem, experts.runtime, experts=experts)
+    problem.weights = experts.dequantize()
+    assert_formula(ours, problem)
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_dropout_is_the_same_in_every_place(share):
+    problem = make_problem(50, 64, 48, 6, 2, ALL, routing="sparse")
+    ours = run(problem, Gpu("cpu", cpu_share=share), dropout=0.3, seed=11)
+    assert_formula(ours, problem, reference.dropout_masks(problem, 0.3, 11), 0.3)
+
+
+def test_bits_do_not_depend_on_slots_or_what_lies_in_them():
+    problem = make_problem(80, 64, 48, 12, 4, ALL)
+    first = run(problem, Gpu("cpu", few_slots(problem, 1), 0.25))
+    for slots in (2, 3, 5, 12):
+        experts = experts_of(problem, Gpu("cpu", few_slots(problem, slots), 0.25))
+        for _ in range(3):
+            same(run_ours(problem, experts.runtime, experts=experts), first)
+
+
+def test_layers_prefetch_and_repeat_bit_for_bit():
+    gpu = Gpu("cpu", rates=RATES)
+    layers = [make_problem(60, 64, 48, 8, 2, ALL, seed=seed) for seed in range(4)]
+    experts = [experts_of(problem, gpu) for problem in layers]
+    gpu.memory = few_slots(layers[0], 11)  # less than two layers of eight
+
+    def step() -> list[torch.Tensor]:
+        x = layers[0].hidden_states.clone().requires_grad_()
+        leaves = [{k: v.clone().requires_grad_() for k, v in p.lora.items()} for p in layers]
+        y = x
+        for problem, layer, lora in zip(layers, experts, leaves, strict=True):
+            y = y + kt_moe.moe(y, problem.topk_ids, problem.topk_weights, layer, lora)
+        y.backward(layers[0].grad_out)
+        return [y.detach(), x.grad, *(v.grad for lora in leaves for v in lora.values())]
+
+    first = step()
+    engine = gpu.engine(torch.device("cpu"))
+    moved = engine._slots.bytes_moved
+    for _ in range(2):
+        assert all(map(torch.equal, step(), first))
+    # Two steps of two passes through four layers, less what was still there at the turning points.
+    whole = sum(e.nbytes for e in experts)
+    assert moved < 2 * whole
+    assert engine._slots.bytes_moved - moved < 2 * (2 * whole - moved // 4)
+
+
+def test_everything_crosses_once_where_it_fits():
+    problem = make_problem(60, 64, 48, 8, 2, ALL)
+    experts = experts_of(problem, Gpu("cpu", cpu_share=0.0))
+    for _ in range(3):
+        run_ours(problem, experts.runtime, experts=experts)
+    engine = experts.gpu.engine(torch.device("cpu"))
+    routed = len(set(problem.topk_ids.flatten().tolist()))
+    assert engine._slots.bytes_moved == routed * experts.nbytes // 8
+
+
+def test_several_forwards_before_any_backward():
+    problems_ = [make_problem(30, 64, 48, 6, 2, ALL, seed=seed) for seed in (1, 2, 3)]
+    experts = experts_of(problems_[0], Gpu("cpu", few_slots(problems_[0], 4), 0.3))
+    expected, outs, leaves = [], [], []
+    for p in problems_:
+        p.weights = problems_[0].weights
+        expected.append(run_ours(p, experts.runtime, experts=experts))
+    for p in problems_:
+        leaf = {k: v.clone().requires_grad_() for k, v in p.leaves().items()}
+        lora = {k: leaf[k] for k in p.lora}
+        leaves.append(leaf)
+        outs.append(
+            kt_moe.moe(
+                leaf["hidden_states"], p.topk_ids, leaf["topk_weights"], experts, lora, scaling=p.scaling
+            )
+        )
+    for p, out in zip(reversed(problems_), reversed(outs), strict=True):
+        out.backward(p.grad_out)
+    for leaf, truth, out in zip(leaves, expected, outs, strict=True):
+        same({"out": out.detach(), **{k: v.grad for k, v in leaf.items()}}, truth)
+
+
+def test_only_wanted_gradients():
+    problem = make_problem(30, 64, 48, 6, 2, ALL)
+    experts = experts_of(problem, Gpu("cpu", cpu_share=0.4))
+    names = list(problem.leaves())
+    for wanted in itertools.chain([()], itertools.combinations(names, 1), [tuple(names)]):
+        leaves = {k: v.clone().requires_grad_(k in wanted) for k, v in problem.leaves().items()}
+        lora = {k: leaves[k] for k in problem.lora}
+        out = kt_moe.moe(
+            leaves["hidden_states"], problem.topk_ids, leaves["topk_weights"], experts, lora,
+            scaling=problem.scaling,
+        )  # fmt: skip
+        if wanted:
+            out.backward(problem.grad_out)
+        else:
+            assert not out.requires_grad
+        full = run_ours(problem, experts.runtime, experts=experts)
+        for name, leaf in leaves.items():
+            if name in wanted:
+                assert torch.equal(leaf.grad, full[name]), name
+            else:
+                assert leaf.grad is None
+
+
+def test_routes_are_counted_wherever_they_are_computed():
+    problem = make_problem(50, 64, 48, 6, 3, ALL, routing="sparse")
+    experts = experts_of(problem, Gpu("cpu", cpu_share=0.5))
+    run_ours(problem, experts.runtime, experts=experts)
+    counts = torch.bincount(problem.topk_ids.flatten(), minlength=7)[:6]
+    assert torch.equal(experts.routed, counts)
+    experts.reset_routed()
+    assert not experts.routed.any()
+
+
+def test_threads_share_an_engine():
+    problem = make_problem(40, 64, 48, 8, 2, ALL)
+    experts = experts_of(problem, Gpu("cpu", few_slots(problem, 3), 0.3))
+    expected = run_ours(problem, experts.runtime, experts=experts)
+    results: list[dict] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(run_ours(problem, experts.runtime, experts=experts)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4
+    for result in results:
+        same(result, expected)
+
+
+def test_a_layer_that_goes_leaves_its_slots():
+    gpu = Gpu("cpu", cpu_share=0.0)
+    problem = make_problem(20, 64, 48, 4, 2, ALL)
+    keep = experts_of(problem, gpu)
+    gone = experts_of(problem, gpu)
+    expected = run_ours(problem, keep.runtime, experts=keep)
+    run_ours(problem, gone.runtime, experts=gone)
+    del gone
+    other = make_problem(20, 64, 48, 4, 2, ALL, seed=5)
+    new = experts_of(other, gpu)
+    same(run_ours(problem, keep.runtime, experts=keep), expected)
+    assert_formula(run_ours(other, new.runtime, experts=new), other)
+
+
+def test_measured_rates_serve_the_cut():
+    problem = make_problem(40, 64, 48, 8, 2, ALL)
+    gpu = Gpu("cpu")
+    assert gpu.rates is None
+    experts = experts_of(problem, gpu)
+    ours = run_ours(problem, experts.runtime, experts=experts)
+    assert isinstance(gpu.rates, Rates)
+    assert_formula(ours, problem)
+    counts = torch.bincount(problem.topk_ids.flatten(), minlength=8)
+    assert torch.equal(experts.routed, counts)  # measuring counts no routes
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"memory": "lots"}, "memory is 'lots', wanted a positive number of bytes"),
+        ({"memory": 0}, "memory is 0"),
+        ({"memory": True}, "memory is True"),
+        ({"memory": float("nan")}, "memory is nan"),
+        ({"cpu_share": 1.5}, r"cpu_share is 1.5, wanted \"auto\" or a number from 0.0 to 1.0"),
+        ({"cpu_share": "most"}, "cpu_share is 'most'"),
+        ({"cpu_share": float("nan")}, "cpu_share is nan"),
+        ({"device": "mps"}, "device is 'mps'"),
+        ({"device": "cuda:x"}, "device is 'cuda:x'"),
+    ],
+)
+def test_bad_options(options, says):
+    with pytest.raises(ValueError, match=says):
+        Gpu(**options)
+
+
+def test_bad_rates():
+    with pytest.raises(ValueError, match="Rates: link is 0"):
+        Rates(0, 1, 1, 1, 1)
+    with pytest.raises(TypeError, match="rates is a dict"):
+        Gpu(rates={})
+
+
+def test_memory_as_people_write_it():
+    assert Gpu(memory="6GiB").memory == 6 * 2**30
+    assert Gpu(memory="1.5 GB").memory == 1_500_000_000
+    assert Gpu(memory=1e9).memory == 10**9
+    assert Gpu(memory="512MiB").memory == 2**29
+
+
+def test_a_budget_below_one_expert_is_refused_and_a_larger_one_works():
+    problem = make_problem(20, 64, 48, 4, 2, ALL)
+    experts = experts_of(problem, Gpu("cpu", 1000, 0.0))
+    with pytest.raises(ValueError, match="GPU memory for experts is 1000 bytes, wanted at least 18432"):
+        run_ours(problem, experts.runtime, experts=experts)
+    experts.gpu.memory = 40_000
+    assert_formula(run_ours(problem, experts.runtime, experts=experts), problem)
+
+
+@pytest.mark.parametrize("bad", [-1, 9])
+def test_ids_out_of_range(bad):
+    problem = make_problem(20, 64, 48, 8, 2, ALL)
+    experts = experts_of(problem, Gpu("cpu", cpu_share=0.3))
+    expected = run_ours(problem, experts.runtime, experts=experts)
+    ids = problem.topk_ids.clone()
+    ids[3, 1] = bad
+    with pytest.raises(ValueError, match=rf"topk_ids\[3, 1\] is {bad}, wanted an expert in \[0, 8\)"):
+        kt_moe.moe(problem.hidden_states, ids, problem.topk_weights, experts)
+    same(run_ours(problem, experts.runtime, experts=experts), expected)
+
+
+def test_bad_arguments_are_named():
+    problem = make_problem(20, 64, 48, 8, 2, ALL)
+    experts = experts_of(problem, Gpu("cpu", cpu_share=0.3))
+    x, ids, w, lora = problem.hidden_states, problem.topk_ids, problem.topk_weights, problem.lora
+    for arguments, says in (
+        ((x[:, :60], ids, w, lora), r"hidden_states has shape \[20, 60\], wanted \[T, 64\]"),
+        ((x, ids[:10], w, lora), r"topk_ids has shape \[10, 2\], wanted \[20, K\]"),
+        ((x, ids.short(), w, lora), "topk_ids is torch.int16, wanted int64 or int32"),
+        ((x, ids, w[:, :1], lora), r"topk_weights has shape \[20, 1\]"),
+        ((x, ids, w, {"gate_lora_a": lora["gate_lora_a"]}), "gate_lora_a is given without gate_lora_b"),
+        ((x, ids, w, lora | {"up_lora_b": lora["up_lora_b"][:, :-1]}), r"up_lora_b has shape \[8, 47, 16\]"),
+        ((x, ids, w, lora | {"down_lora_a": lora["down_lora_a"].half()}), "down_lora_a is torch.float16"),
+    ):
+        given_x, given_ids, given_w, given_lora = arguments
+        with pytest.raises(ValueError, match=says):
+            kt_moe.moe(given_x, given_ids, given_w, experts, given_lora)
+
+
+def test_a_fault_in_the_middle_leaves_a_working_engine(monkeypatch):
+    problem = make_problem(40, 64, 48, 8, 2, ALL)
+    experts = experts_of(problem, Gpu("cpu", few_slots(problem, 3), 0.3))
+    expected = run_ours(problem, experts.runtime, experts=experts)
+    from kt_moe.gpu import engine as module
+
+    calls = itertools.count()
+
+    def out_of_memory(*args):
+        if next(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward_chunk(*args)
+
+    forward_chunk = module.forward_chunk
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "forward_chunk", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError, match="less of it"):
+            run_ours(problem, experts.runtime, experts=experts)
+    same(run_ours(problem, experts.runtime, experts=experts), expected)
+
+
+def test_memory_that_is_not_page_locked_is_staged():
+    problem = make_problem(40, 64, 48, 8, 2, ALL)
+    experts = experts_of(problem, Gpu("cpu", few_slots(problem, 5), 0.0))
+    assert_formula(run_ours(problem, experts.runtime, experts=experts), problem)
+    assert not experts.gpu._stored(experts).pinned  # there is no CUDA device
+
+
+def test_off_and_devices():
+    problem = make_problem(20, 64, 48, 4, 2, ALL)
+    experts = experts_of(problem, "off")
+    assert experts.gpu.cpu_share == 1.0
+    assert experts.gpu.engine(torch.device("cpu")) is None
+    with pytest.raises(TypeError, match="gpu is a int"):
+        experts.gpu = 3
+    experts.gpu = "cuda:1"
+    with pytest.raises(ValueError, match="hidden_states is on cuda:0, the experts are for cuda:1"):
+        experts.gpu.engine(torch.device("cuda:0"))

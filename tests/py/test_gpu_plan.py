@@ -1,0 +1,202 @@
+"""The cut between CPU and GPU, the slots and the order in which they are filled."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kt_moe.gpu.plan import Costs, Cut, Rates, cut, layer_costs
+from kt_moe.gpu.prefetch import Feed, Pass, PassOrder, Wanted
+from kt_moe.gpu.slots import Slots
+from kt_moe.gpu.streams import Streams
+
+counts_ = st.lists(st.integers(0, 300), min_size=1, max_size=40).map(lambda c: np.array(c, dtype=np.int64))
+seconds = st.floats(0, 1e-2)
+costs_ = st.builds(Costs, *[seconds] * 6)
+
+
+def by_place(counts: np.ndarray, found: Cut, costs: Costs) -> tuple[float, float, float]:
+    rows = [sum(int(counts[e]) for e in place) for place in (found.gpu, found.cpu)]
+    return (
+        len(found.gpu) * costs.link_expert,
+        len(found.gpu) * costs.gpu_expert + rows[0] * costs.gpu_row,
+        len(found.cpu) * costs.cpu_expert + rows[1] * costs.cpu_row + bool(found.cpu) * costs.cpu_call,
+    )
+
+
+@given(counts=counts_, costs=costs_)
+def test_no_other_place_to_cut_ends_sooner(counts, costs):
+    found = cut(counts, costs)
+    experts = (*found.gpu, *found.cpu)
+    assert sorted(experts) == np.flatnonzero(counts).tolist()
+    rows = [int(counts[e]) for e in experts]
+    assert rows == sorted(rows, reverse=True)
+    assert found.seconds == pytest.approx(by_place(counts, found, costs))
+    ends = [
+        max(by_place(counts, Cut(experts[:n], experts[n:], (0, 0, 0)), costs))
+        for n in range(len(experts) + 1)
+    ]
+    assert max(found.seconds) <= min(ends) * (1 + 1e-9) / (1.0 if found.cpu else 0.9)
+    assert cut(counts, costs) == found
+
+
+@given(counts=counts_, costs=costs_, share=st.floats(0, 1))
+def test_a_share_is_met_as_near_as_whole_experts_can(counts, costs, share):
+    found = cut(counts, costs, share)
+    total = int(counts.sum())
+    experts = (*found.gpu, *found.cpu)
+
+    def distance(n: int) -> float:
+        return abs(sum(int(counts[e]) for e in experts[n:]) - share * total)
+
+    assert distance(len(found.gpu)) <= min(map(distance, range(len(experts) + 1)))
+    if share == 0.0:
+        assert not found.cpu
+    if share == 1.0:
+        assert not found.gpu
+
+
+def test_the_cpu_takes_the_tail_and_more_of_it_the_slower_the_link_is():
+    counts = np.array([500, 3, 200, 0, 80, 5, 9, 300], dtype=np.int64)
+    shares = []
+    for link in (1e9, 1e10, 1e11, 1e12):
+        rates = Rates(link, 4e14, 2e12, 4e12, 6e10)
+        found = cut(counts, layer_costs(rates, 2048, 768, 9_437_184, 48, 1.0, True))
+        assert set(found.cpu) <= {1, 5, 6, 4, 2, 7, 0}
+        shares.append(sum(int(counts[e]) for e in found.cpu))
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > shares[-1]
+
+
+def test_what_lies_on_the_gpu_costs_no_link():
+    rates = Rates(5e10, 4e14, 2e12, 4e12, 6e10)
+    resident = layer_costs(rates, 2048, 768, 9_437_184, 48, 0.0, True)
+    assert resident.link_expert == 0.0
+    found = cut(np.full(128, 32), resident)
+    assert not found.cpu
+    crossing = layer_costs(rates, 2048, 768, 9_437_184, 48, 1.0, True)
+    assert crossing.link_expert == pytest.approx(2 * 9_437_184 / 5e10)
+    forward = layer_costs(rates, 2048, 768, 9_437_184, 48, 1.0, False)
+    assert forward.link_expert == pytest.approx(crossing.link_expert / 2)
+    assert forward.gpu_row < crossing.gpu_row / 2
+
+
+class Stored:
+    """Experts whose bytes are all their number."""
+
+    slot_bytes = expert_bytes = 64
+    pinned = True
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        numbers = 16 * number + torch.arange(8, dtype=torch.uint8)
+        self.bytes = numbers[:, None].expand(8, 64).contiguous()
+
+    def addresses(self, expert: int) -> list[tuple[int, int, int]]:
+        return [(self.bytes[expert].data_ptr(), 64, 0)]
+
+    def copy_expert(self, expert: int, to: torch.Tensor) -> None:
+        to[:64] = 16 * self.number + expert
+
+
+class Unpinned(Stored):
+    pinned = False
+
+
+def make_slots(count: int) -> Slots:
+    return Slots(Streams(torch.device("cpu")), 64, count)
+
+
+@given(
+    data=st.data(),
+    count=st.integers(1, 6),
+    kind=st.sampled_from([Stored, Unpinned]),
+)
+def test_slots_hold_what_was_claimed_until_it_is_released(data, count, kind):
+    slots = make_slots(count)
+    layers = [kind(number) for number in range(3)]
+    claimed: dict[tuple[int, int], None] = {}
+    for _ in range(data.draw(st.integers(1, 20))):
+        layer = data.draw(st.integers(0, 2))
+        experts = data.draw(st.lists(st.integers(0, 7), unique=True, max_size=4))
+        experts = [e for e in experts if (layer, e) not in claimed]
+        done = slots.claim(layer, layers[layer], experts)
+        assert done == min(len(experts), done)
+        claimed |= dict.fromkeys((layer, e) for e in experts[:done])
+        assert len(claimed) <= count
+        if done < len(experts):
+            assert len(claimed) == count  # only for want of slots
+        for key in claimed:
+            (slot,) = slots.use(key[0], [key[1]])
+            assert (slots.memory[slot] == 16 * key[0] + key[1]).all()
+        for key in data.draw(st.lists(st.sampled_from(sorted(claimed)), unique=True)) if claimed else []:
+            slots.release(slots.use(key[0], [key[1]]))
+            del claimed[key]
+
+
+def test_the_least_recently_used_slot_goes_first():
+    slots = make_slots(3)
+    layer = Stored(0)
+    for expert in (0, 1, 2, 0):
+        assert slots.claim(0, layer, [expert]) == 1
+        slots.release(slots.use(0, [expert]))
+    moved = slots.bytes_moved
+    assert moved == 3 * 64
+    slots.claim(0, layer, [3])
+    assert slots.arrived((0, 0))
+    assert slots.arrived((0, 2))
+    assert not slots.arrived((0, 1))
+    slots.release_all()
+    slots.forget(0)
+    assert not any(slots.arrived((0, e)) for e in range(4))
+    assert slots.claim(0, layer, [0, 1, 2]) == 3
+
+
+def test_a_copy_that_fails_leaves_no_expert_behind():
+    slots = make_slots(2)
+
+    class Broken(Stored):
+        def addresses(self, expert):
+            if expert == 1:
+                raise RuntimeError("the link is down")
+            return super().addresses(expert)
+
+    with pytest.raises(RuntimeError, match="the link is down"):
+        slots.claim(0, Broken(0), [0, 1])
+    assert slots.arrived((0, 0))
+    assert not slots.arrived((0, 1))
+    slots.release_all()
+    assert slots.claim(0, Stored(0), [1, 2]) == 2
+    assert (slots.memory[slots.use(0, [1])[0]] == 1).all()
+
+
+def test_the_order_of_passes_is_learned():
+    order = PassOrder()
+    step = [Pass(n, False) for n in range(3)] + [Pass(n, True) for n in (2, 1, 0)]
+    for this in step * 2:
+        order.begin(this)
+    assert list(order.following(step[0])) == step[1:]
+    assert list(order.following(step[3])) == [*step[4:], *step[:3]]
+    order.forget(1)
+    assert list(order.following(step[0])) == []
+    assert list(order.following(step[2])) == [step[3]]
+
+
+def test_a_feed_claims_in_order_as_far_as_there_is_room():
+    slots = make_slots(4)
+    first, second = Stored(0), Stored(1)
+    feed = Feed(slots, [Wanted(0, first, [5, 3, 1]), Wanted(1, second, [7, 6])])
+    feed.advance()
+    assert feed.reached(3)
+    assert slots.arrived((1, 7))
+    assert not slots.arrived((1, 6))
+    slots.release(slots.use(0, [5, 3]))
+    feed.advance()
+    assert slots.arrived((1, 6))
+    # The next pass wants something else: what was guessed can be used again.
+    feed = Feed(slots, [Wanted(0, first, [0, 2, 4, 6])])
+    feed.advance()
+    assert feed.reached(4)

@@ -1,0 +1,183 @@
+"""What is predicted of a step on CPU, link and GPU together, and `kt-moe plan` about it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import PEFT_WARNINGS, tiny_config
+
+import kt_moe
+from kt_moe.cli import main
+from kt_moe.cli.plan import gpu_speed
+from kt_moe.gpu.plan import cut, layer_costs
+from kt_moe.gpu.predict import (
+    LINKS,
+    REFERENCE,
+    ROUTINGS,
+    Workload,
+    expected_routes,
+    predict,
+    reference_machine,
+)
+
+pytestmark = PEFT_WARNINGS
+
+QWEN = Workload(
+    layers=48, hidden=2048, intermediate=768, experts=128, topk=8, stored_bytes=3 * 2048 * 768 * 2,
+    rank=48, tokens=8192,
+)  # fmt: skip
+ALL = QWEN.layers * QWEN.experts * QWEN.stored_bytes
+
+
+@given(
+    experts=st.integers(1, 300),
+    topk=st.integers(1, 300),
+    tokens=st.integers(1, 40_000),
+    routing=st.sampled_from(ROUTINGS),
+)
+def test_routes(experts: int, topk: int, tokens: int, routing: str) -> None:
+    work = replace(QWEN, experts=experts, topk=min(topk, experts), tokens=tokens)
+    rows = expected_routes(work, routing)
+    assert rows.sum() == tokens * work.topk
+    assert rows.min() >= 0
+    assert rows.max() <= tokens + 1
+    if routing == "even":
+        assert rows.max() - rows.min() <= 1
+    else:
+        assert (np.diff(rows) <= 1).all()
+
+
+def test_skewed_routes_are_what_the_bench_draws() -> None:
+    from kt_moe.cli.bench.data import draw_routes
+    from kt_moe.cli.bench.layer import Case, Shape
+
+    case = Case(Shape("x", 8, 8, 128, 8), 20_000, 0, routing="skewed")
+    ids, _ = draw_routes(case, torch.Generator().manual_seed(0))
+    drawn = torch.bincount(ids.flatten(), minlength=128).numpy()
+    assert np.abs(expected_routes(replace(QWEN, tokens=20_000), "skewed") - drawn).sum() < 0.05 * drawn.sum()
+
+
+def test_a_step_is_its_layers() -> None:
+    found = predict(QWEN, REFERENCE, ALL // 4)
+    costs = layer_costs(REFERENCE, 2048, 768, QWEN.stored_bytes, 48, 0.75, True)
+    plan = cut(expected_routes(QWEN, "even"), costs)
+    assert found.seconds == pytest.approx(48 * max(plan.seconds))
+    assert (found.link, found.gpu, found.cpu) == pytest.approx([48 * s for s in plan.seconds])
+    assert (found.gpu_experts, found.cpu_experts) == (len(plan.gpu), len(plan.cpu))
+    assert found.gpu_rows + found.cpu_rows == 8192 * 8
+    assert found.bytes_moved == pytest.approx(48 * len(plan.gpu) * 2 * 0.75 * QWEN.stored_bytes)
+    assert found.tokens_per_second == pytest.approx(8192 / found.seconds)
+
+
+def test_more_of_anything_is_no_slower() -> None:
+    def speed(work: Workload = QWEN, rates: kt_moe.Rates = REFERENCE, memory: int = 8 << 30) -> float:
+        return predict(work, rates, memory).tokens_per_second
+
+    assert speed() < speed(memory=20 << 30) < speed(memory=ALL)
+    assert speed() < speed(replace(QWEN, stored_bytes=QWEN.stored_bytes // 4))
+    assert speed() > speed(replace(QWEN, recompute=True)) > 0.6 * speed()
+    by_link = [speed(rates=reference_machine(link)) for link in LINKS]
+    assert by_link == sorted(by_link)
+    by_cpus = [speed(rates=reference_machine(cpus=cpus)) for cpus in (8, 16, 32, 64)]
+    assert by_cpus == sorted(by_cpus)
+    assert predict(QWEN, REFERENCE, ALL).bound == "GPU"
+    assert predict(QWEN, REFERENCE, 8 << 30).bound == "link"
+    assert predict(QWEN, REFERENCE, 8 << 30, cpu_share=1.0).bound == "CPU"
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ValueError, match="is 100 bytes, wanted at least 9437184"):
+        predict(QWEN, REFERENCE, 100)
+    with pytest.raises(ValueError, match="routing is 'odd'"):
+        predict(QWEN, REFERENCE, ALL, "odd")
+    assert predict(QWEN, REFERENCE, 0, cpu_share=1.0).gpu_experts == 0
+
+
+# kt-moe plan
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(tiny_config().to_json_string())
+    return path
+
+
+def plan(config: Path, *more: str) -> int:
+    return main(["plan", str(config), "--no-measure", *more])
+
+
+def test_a_plan_for_a_gpu_that_is_not_here(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(config, "--gpu-memory", "1MiB", "--rates", "link=1e9,cpu_flops=2e12") == 0
+    text = capsys.readouterr().out
+    assert "speed with a GPU, predicted, with 1.00 MiB of its memory for experts" in text
+    assert "  given: link 1 GB/s, CPU 2 TFLOP/s\n" in text
+    assert "  assumed (an H200 on PCIe 5, 16 vCPUs with AMX): GPU " in text
+    assert "\n  even " in text
+    assert "\n  skewed " in text
+    assert max(map(len, text.splitlines())) <= 160
+
+
+def test_a_plan_for_a_gpu_as_json(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(config, "--rates", "link=1e9", "--json", "--format", "int8", "--gradient-checkpointing") == 0
+    found = json.loads(capsys.readouterr().out)["gpu_speed"]
+    expert = 3 * 32 * 24 + 4 * (24 + 24 + 32)
+    assert found["memory"] == 2 * 8 * expert  # of two layers, and there are two
+    assert found["rates"]["link"] == 1e9
+    assert set(found["sources"].values()) == {"given", "assumed"}
+    assert [one["routing"] for one in found["predictions"]] == list(ROUTINGS)
+    assert all(one["bytes_moved"] == 0 for one in found["predictions"])
+
+
+def test_no_prediction_without_a_gpu(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options in ([], ["--gpu", "off"], ["--cpu-share", "1", "--rates", "link=1e9"]):
+        assert plan(config, *options, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["gpu_speed"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rates", "lnk=3"], "argument --rates: 'lnk=3', wanted one of link, gpu_flops"),
+        (["--rates", "link=0"], "argument --rates: 'link=0'"),
+        (["--rates", "link"], "argument --rates: 'link'"),
+        (["--rates", "link=nan"], "argument --rates: 'link=nan'"),
+        (["--gpu-memory", "10"], "--gpu-memory: the GPU memory for experts is 10 bytes, wanted at least"),
+    ],
+)
+def test_user_errors(
+    config: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status: Any = plan(config, *options)
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.startswith("kt-moe plan: error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_rates_of_a_gpu_that_is_here_are_measured(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = gpu_speed.measured_rates
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (8 << 30, 8 << 30))
+    monkeypatch.setattr(gpu_speed, "measured_rates", lambda *args: measured(*args[:-1], torch.device("cpu")))
+    options = ["--batch", "1", "--sequence", "16", "--threads", "1", "--rates", "link=1e9", "--json"]
+    assert main(["plan", str(config), *options]) == 0
+    found = json.loads(capsys.readouterr().out)["gpu_speed"]
+    assert found["sources"] == {"link": "given"} | dict.fromkeys(
+        ("gpu_flops", "gpu_bytes", "cpu_flops", "cpu_bytes"), "measured"
+    )
+    assert found["memory"] == 2 * 8 * 3 * 32 * 24 * 2
