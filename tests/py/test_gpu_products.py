@@ -29,7 +29,8 @@ from kt_moe.gpu.stored import StoredExperts, StoredPart
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which Triton reads when it is imported
-FUNCTIONS = ("grouped_gemm", "gate_up", "activation_grad", "combine", "grouped_outer", "drop", "dequantize")
+FUNCTIONS = ("grouped_gemm", "gate_up", "activation_grad", "combine", "grouped_outer", "drop", "dequantize",
+             "copy_from_host", "add_from_host")  # fmt: skip
 
 few = settings(max_examples=15 if INTERPRETED else 25)
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # the interpreter's exp
@@ -47,6 +48,13 @@ class Code:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
+
+    def upload(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
+
+    def locked(self, tensor: Tensor) -> Tensor:
+        """In memory of the host that the device can read."""
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
 
 @pytest.fixture(params=["torch", "triton"], scope="module")
@@ -99,7 +107,7 @@ class Chunk:
     def __init__(self, code: Code, seed: int, counts: list[int], block_rows: int | None = None) -> None:
         self.random = torch.Generator().manual_seed(seed)
         self.device = code.device
-        self.groups = Groups(counts, code.device, block_rows)
+        self.groups = Groups(counts, code.upload, block_rows)
         self.n, self.m = len(counts), self.groups.rows
         self.of_row = torch.repeat_interleave(torch.arange(self.n), torch.tensor(counts))
 
@@ -320,6 +328,34 @@ def test_drop_is_the_cores(code: Code, projection: int, seed: int, dtype: torch.
     assert 0.55 < mask.double().mean() < 0.85
 
 
+@few
+@given(data=st.data())
+def test_copies_and_sums_from_the_host(code: Code, data: st.DataObject) -> None:
+    E, M, N = data.draw(st.integers(1, 5)), data.draw(_SIZES), data.draw(_SIZES)
+    chunk = Chunk(code, data.draw(st.integers(0, 999)), [1])
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int64]))
+    host = code.locked((100 * torch.randn(E, M, N, generator=chunk.random)).to(dtype))
+    to = torch.zeros(E, M, N, dtype=dtype, device=code.device)
+
+    chosen = data.draw(st.lists(st.integers(0, E - 1), unique=True))
+    code.copy_from_host(to, host, torch.tensor(chosen, dtype=torch.int32, device=code.device))
+    truth = torch.zeros_like(host)
+    truth[chosen] = host[chosen]
+    assert torch.equal(to.cpu(), truth)
+    code.copy_from_host(to, host, None)
+    assert torch.equal(to.cpu(), host)
+
+    rows = torch.randperm(M, generator=chunk.random)[: data.draw(st.integers(0, M))]
+    source = code.locked(torch.randn(len(rows), N, generator=chunk.random))
+    total = torch.randn(M, N, generator=chunk.random)
+    to = total.clone().to(code.device)
+    code.add_from_host(to, source, rows.to(code.device))
+    total[rows] += source
+    assert torch.equal(to.cpu(), total)
+    code.add_from_host(to, code.locked(total), None)
+    assert torch.equal(to.cpu(), 2 * total)
+
+
 def test_results_of_a_group_do_not_depend_on_its_neighbours(code: Code) -> None:
     counts, N, K = [20, 5, 40], 33, 70
     together = Chunk(code, 1, counts, block_rows=32)
@@ -330,7 +366,7 @@ def test_results_of_a_group_do_not_depend_on_its_neighbours(code: Code) -> None:
     code.grouped_gemm([term], together.groups, again, 1.0, None, None, None, False)
     assert torch.equal(out, again)
     for group, (begin, end) in enumerate([(0, 20), (20, 25), (25, 65)]):
-        alone = Groups(counts[group : group + 1], code.device, 32)
+        alone = Groups(counts[group : group + 1], code.upload, 32)
         matrices = Matrices(term.b.data, term.b.index[group : group + 1])
         code.grouped_gemm([Term(term.a[begin:end], matrices, True)], alone, again[begin:end], 1.0, None, None,
                           None, False)  # fmt: skip
@@ -339,7 +375,7 @@ def test_results_of_a_group_do_not_depend_on_its_neighbours(code: Code) -> None:
 
 @given(counts=st.lists(st.integers(0, 300), max_size=6), block=st.sampled_from([None, 16, 32, 64, 128]))
 def test_tiles_cover_each_row_once(counts: list[int], block: int | None) -> None:
-    groups = Groups(counts, "cpu", block)
+    groups = Groups(counts, block_rows=block)
     offsets = np.concatenate(([0], np.cumsum(counts))).astype(int)
     rows = [row for _, first, count, _ in groups.tiles.tolist() for row in range(first, first + count)]
     assert rows == list(range(groups.rows))
@@ -354,7 +390,7 @@ def test_tiles_cover_each_row_once(counts: list[int], block: int | None) -> None
     ("counts", "block"), [([8] * 16, 16), ([20] * 16, 32), ([64] * 4, 64), ([512] * 4, 128), ([0, 0], 16)]
 )
 def test_tiles_are_as_large_as_groups(counts: list[int], block: int) -> None:
-    assert Groups(counts, "cpu").block_rows == block
+    assert Groups(counts).block_rows == block
 
 
 # Formats with their scales: rows and columns that share one, and bytes of zero points.

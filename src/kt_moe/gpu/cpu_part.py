@@ -16,6 +16,7 @@ from torch import Tensor
 from kt_moe import _core
 from kt_moe.gpu import lora as lora_transfer
 from kt_moe.gpu.lora import LoraCall
+from kt_moe.gpu.products import add_from_host
 from kt_moe.gpu.streams import Event, Streams
 from kt_moe.tensors import empty, on_cpu
 
@@ -138,7 +139,6 @@ def submit_forward(
 ) -> Callable[[Tensor], None]:
     """Start the forward; what comes back waits for it and adds its rows to `out`, [T, H] fp32."""
     out = streams.host_empty(tuple(part.x.shape), torch.float32)
-    fetch = streams.to_device_later([out])
 
     def compute() -> None:
         if part.arrived is not None:
@@ -155,7 +155,7 @@ def submit_forward(
     def add_to(total: Tensor) -> None:
         with streams.span("host", "wait_cpu"):
             done.result()
-        _add_rows(total, part.tokens, fetch()[0])
+        _add_rows(total, out, part, streams)
 
     return add_to
 
@@ -184,7 +184,6 @@ def submit_backward(
     arrived = streams.record("downlink")
     dx = streams.host_empty(tuple(part.x.shape), torch.float32) if needs_x else None
     dw = streams.host_empty(tuple(part.weights.shape), torch.float32) if needs_weights else None
-    fetch = streams.to_device_later([rows for rows in (dx, dw) if rows is not None])
 
     def compute() -> None:
         with streams.span("CPU part", "wait_rows"):
@@ -201,15 +200,14 @@ def submit_backward(
     def add_to(total_x: Tensor | None, total_weights: Tensor | None) -> None:
         with streams.span("host", "wait_cpu"):
             done.result()
-        totals = [total for total in (total_x, total_weights) if total is not None]
-        for total, rows in zip(totals, fetch(), strict=True):
-            _add_rows(total, part.tokens, rows)
+        for total, rows in ((total_x, dx), (total_weights, dw)):
+            if total is not None and rows is not None:
+                _add_rows(total, rows, part, streams)
 
     return add_to
 
 
-def _add_rows(to: Tensor, tokens: Tensor | None, rows: Tensor) -> None:
-    if tokens is None:
-        to += rows
-    else:
-        to.index_add_(0, tokens, rows)  # each token once, so that the order of additions is fixed
+def _add_rows(to: Tensor, rows: Tensor, part: CpuPart, streams: Streams) -> None:
+    with streams.span("uplink", "copy_in", rows.nbytes):
+        add_from_host(to, rows, part.tokens)
+    streams.keep(rows)

@@ -26,7 +26,7 @@ from kt_moe.gpu import cpu_part
 from kt_moe.gpu import lora as lora_transfer
 from kt_moe.gpu.chunk import Chunk, Gradients, Layer, LoraMatrices, backward_chunk, forward_chunk
 from kt_moe.gpu.cpu_part import CpuPart, Worker
-from kt_moe.gpu.lora import HostCopies, LoraCall, LoraOptions
+from kt_moe.gpu.lora import LoraCall, LoraOptions
 from kt_moe.gpu.pass_log import PassLog
 from kt_moe.gpu.plan import Cut, Rates, cut, layer_costs
 from kt_moe.gpu.prefetch import Feed, Pass, PassOrder, Wanted
@@ -68,7 +68,6 @@ class _Held:
     number: int = field(default_factory=lambda: next(_numbers))
     planned: tuple[int, ...] = ()
     guessed: float = 0.0
-    lora: HostCopies = field(default_factory=HostCopies)
 
     @property
     def in_place(self) -> bool:
@@ -85,7 +84,8 @@ class SavedCall:
         whole: what the core's forward said (`CpuPart`).
         options: scalings, dropout and its seed.
         tensors: apart from the rest, for `save_for_backward`. `Rows` without counts; [rows] fp32, the routing
-            weights; of gate, up and down [rows, r] bf16 (see `Chunk`); and if there is one, `CpuPart`'s.
+            weights; of gate, up and down [rows, r] bf16 (see `Chunk`); copies of six LoRA matrices; and if
+            there is one, `CpuPart`'s.
     """
 
     cut: Cut
@@ -94,12 +94,13 @@ class SavedCall:
     options: LoraOptions
     tensors: tuple[Tensor | None, ...]
 
-    def pass_data(self, lora: LoraCall) -> tuple[PassData, CpuPart | None]:
-        """For backward, of a call whose tensors are there."""
+    def pass_data(self, lora: LoraCall) -> tuple[PassData, list[Tensor | None], CpuPart | None]:
+        """For backward, of a call whose tensors are there: also the copies of LoRA matrices."""
         places, position, row_weights, *rest = self.tensors
         rows = Rows(self.counts, cast(Tensor, places), cast(Tensor, position))
-        part = CpuPart.from_tensors(rest[3:], lora, self.whole) if rest[3:] else None
-        return PassData(self.cut.gpu, rows, cast(Tensor, row_weights), rest[:3]), part
+        low_rank, copies, of_part = rest[:3], rest[3:9], rest[9:]
+        part = CpuPart.from_tensors(of_part, lora, self.whole) if of_part else None
+        return PassData(self.cut.gpu, rows, cast(Tensor, row_weights), low_rank), copies, part
 
 
 class PassData(NamedTuple):
@@ -151,7 +152,8 @@ class Engine:
         """
         streams = self._streams
         with self._one_pass(experts) as held:
-            matrices = lora_transfer.to_device(lora, held.lora, streams)
+            copies = lora_transfer.host_copies(lora, streams)
+            matrices = lora_transfer.to_device(lora, copies, streams)
             counted = count_routes(ids, experts.num_experts, streams)
             plan = self._cut(experts, held, counted.counts, lora, train)
             self._start(held, plan, backward=False)
@@ -175,7 +177,7 @@ class Engine:
                 forward_chunk(layer, chunk, x, out)
             if add_cpu_rows is not None:
                 add_cpu_rows(out)
-            tensors = rows.places, rows.position, row_weights, *low_rank
+            tensors = rows.places, rows.position, row_weights, *low_rank, *copies
             saved = SavedCall(
                 plan,
                 rows.counts,
@@ -206,7 +208,7 @@ class Engine:
         """
         needs_x, needs_weights, needs_lora = needs
         plan, streams = saved.cut, self._streams
-        data, part = saved.pass_data(lora)
+        data, copies, part = saved.pass_data(lora)
         with self._one_pass(experts) as held:
             self._start(held, plan, backward=True)
             of_host = lora_transfer.host_gradients(lora, needs_lora, part is not None, streams)
@@ -216,7 +218,7 @@ class Engine:
                     experts, part, dout, needs_x, needs_weights, of_host, not plan.gpu, self._worker, streams
                 )
             feed = self._feed(held, plan, backward=True)
-            layer = _layer(experts, held, lora, lora_transfer.to_device(lora, held.lora, streams))
+            layer = _layer(experts, held, lora, lora_transfer.to_device(lora, copies, streams))
             only_cpu = part is not None and not plan.gpu
             of_gpu = lora_transfer.device_gradients(lora, [n and not only_cpu for n in needs_lora], streams)
             grads = Gradients(
@@ -368,7 +370,7 @@ class Engine:
                 yield Chunk(
                     first=first[begin],
                     experts=numbers[begin:end],
-                    groups=Groups(rows.counts[begin:end], self.device, block_rows),
+                    groups=Groups(rows.counts[begin:end], self._streams.upload, block_rows),
                     places=rows.places[some],
                     tokens=tokens[some],
                     row_weights=data.row_weights[some],

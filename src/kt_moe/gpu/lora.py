@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kt_moe import _core
+from kt_moe.gpu.products import copy_from_host
 from kt_moe.gpu.streams import Streams
 from kt_moe.tensors import on_cpu
 
@@ -37,49 +38,44 @@ class LoraCall:
         return tuple(0 if a is None else a.shape[1] for a in self.tensors[::2])
 
 
-class HostCopies:
-    """bf16 copies of one layer's LoRA matrices in page-locked memory, of the version that was copied last."""
+def host_copies(lora: LoraCall, streams: Streams) -> list[Tensor | None]:
+    """bf16 copies, in page-locked memory, of the matrices that lie on the host and are wanted on the device.
 
-    def __init__(self) -> None:
-        self._copies: dict[int, tuple[tuple[int, int, torch.Size], Tensor]] = {}
-
-    def of(self, number: int, tensor: Tensor, streams: Streams) -> Tensor:
-        """The copy of matrix `number`; made by a forward, and found by its backward."""
-        made_of = (tensor.data_ptr(), tensor._version, tensor.shape)
-        known = self._copies.get(number)
-        if known is None or known[0] != made_of:
+    A forward makes them, and its backward takes the same. Later forwards make their own: fused optimizers
+    change parameters without counting up their versions.
+    """
+    copies: list[Tensor | None] = []
+    for tensor in lora.tensors:
+        copy = None
+        if tensor is not None and tensor.device != streams.device:
             copy = streams.host_empty(tuple(tensor.shape), torch.bfloat16)
             copy.copy_(tensor.detach())
-            known = self._copies[number] = made_of, copy
-        return known[1]
+        copies.append(copy)
+    return copies
 
 
-def to_device(lora: LoraCall, copies: HostCopies, streams: Streams) -> list[Tensor | None]:
-    """The matrices in bf16 on the device; the current stream waits for those that have to cross."""
-    crossing = {
-        number: copies.of(number, tensor, streams)
-        for number, tensor in enumerate(lora.tensors)
-        if tensor is not None and tensor.device != streams.device
-    }
-    found: dict[int, Tensor] = {}
-    if crossing:
+def to_device(lora: LoraCall, copies: Sequence[Tensor | None], streams: Streams) -> list[Tensor | None]:
+    """The matrices in bf16 on the device; the current stream waits for those that have to cross.
+
+    Args:
+        copies: as `host_copies` made them.
+    """
+    if all(copy is None for copy in copies):
+        return [None if t is None else t.detach().to(torch.bfloat16).contiguous() for t in lora.tensors]
+    found: list[Tensor | None] = []
+    for tensor, copy in zip(lora.tensors, copies, strict=True):
+        if copy is None:
+            found.append(None if tensor is None else tensor.detach().to(torch.bfloat16).contiguous())
+            continue
+        streams.note("uplink", "copy_lora", copy.nbytes)
         with streams.on("uplink"):  # whose memory needs no wait for work of the current stream
-            found = {
-                number: torch.empty_like(host, device=streams.device) for number, host in crossing.items()
-            }
-        for number, host in crossing.items():
-            streams.note("uplink", "copy_lora", host.nbytes)
-            streams.copy_tensor(found[number], host, "uplink")
-            streams.used_by(found[number])
-        streams.wait(streams.record("uplink"))
-    return [
-        found[number]
-        if number in found
-        else None
-        if tensor is None
-        else tensor.detach().to(torch.bfloat16).contiguous()
-        for number, tensor in enumerate(lora.tensors)
-    ]
+            matrix = torch.empty_like(copy, device=streams.device)
+            copy_from_host(matrix, copy)
+        streams.keep(copy, "uplink")
+        streams.used_by(matrix)
+        found.append(matrix)
+    streams.wait(streams.record("uplink"))
+    return found
 
 
 def to_host(lora: LoraCall, on_device: Sequence[Tensor | None], streams: Streams) -> _core.LoraTensors:
@@ -134,10 +130,9 @@ def join_gradients(
             there.
     """
     joined: list[Tensor | None] = []
-    computed = streams.record()
-    streams.wait(computed, "downlink")
-    streams.wait(computed, "uplink")
-    sent = brought = False
+    streams.wait(streams.record(), "downlink")
+    index: Tensor | None = None
+    sent = False
     for tensor, gpu, host in zip(lora.tensors, of_gpu, of_host, strict=True):
         if gpu is None or host is None:
             joined.append(host if gpu is None else gpu)
@@ -149,13 +144,12 @@ def join_gradients(
             sent = True
             joined.append(host)
         else:
-            streams.note("uplink", "copy_lora", len(on_cpu) * (host.nbytes // len(host)))
-            for rows in runs(on_cpu, len(host), inside=True):
-                streams.copy_tensor(gpu[rows], host[rows], "uplink")
-            brought = True
+            if index is None:
+                index = streams.upload(np.array(on_cpu, dtype=np.int32))
+            with streams.span("uplink", "copy_lora", len(on_cpu) * (host.nbytes // len(host))):
+                copy_from_host(gpu, host, index)
+            streams.keep(host)
             joined.append(gpu)
-    if brought:
-        streams.wait(streams.record("uplink"))
     if sent:
         with streams.span("host", "wait_lora"):
             streams.record("downlink").synchronize()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -53,7 +53,7 @@ class Groups:
 
     Args:
         counts: rows of each of the n groups; 0 is allowed.
-        device: where `offsets` and `tiles` are. They get there in one copy, which the host does not wait for.
+        upload: brings a small array to the device, where `offsets` and `tiles` are.
         block_rows: rows of a full tile; None: `best_block_rows(counts)`. Chunks of one pass take the same, so
             that how it is cut into chunks does not change how results are rounded.
 
@@ -66,7 +66,10 @@ class Groups:
     """
 
     def __init__(
-        self, counts: Sequence[int], device: torch.device | str, block_rows: int | None = None
+        self,
+        counts: Sequence[int],
+        upload: Callable[[np.ndarray], Tensor] = torch.from_numpy,
+        block_rows: int | None = None,
     ) -> None:
         self.counts = tuple(int(count) for count in counts)
         n = len(self.counts)
@@ -79,12 +82,9 @@ class Groups:
         self.block_rows = block_rows or self.best_block_rows(self.counts)
         tiles = _cut(rows, offsets, self.block_rows)
         begin = (n + 4) // 4 * 4  # the tiles begin on 16 bytes
-        table = torch.empty(
-            begin + tiles.size, dtype=torch.int32, pin_memory=torch.device(device).type == "cuda"
-        )
-        host = table.numpy()
+        host = np.zeros(begin + tiles.size, dtype=np.int32)
         host[: n + 1], host[begin:] = offsets, tiles.ravel()
-        table = table.to(device, non_blocking=True)
+        table = upload(host)
         self.offsets, self.tiles = table[: n + 1], table[begin:].view(-1, 4)
 
     @staticmethod
@@ -252,6 +252,31 @@ def dequantize(raw: Tensor, index: Tensor, part: StoredPart, out: Tensor) -> Non
         out: [n, rows, cols] bf16; the last dimension is contiguous.
     """
     _code_for(out).dequantize(raw, index, part, out)
+
+
+def copy_from_host(to: Tensor, source: Tensor, index: Tensor | None = None) -> None:
+    """to = source, or of E arrays those that `index` has.
+
+    By a kernel that reads the host's memory, which must stay until it has: copy engines are busy with
+    weights.
+
+    Args:
+        to: contiguous; [E, ...] with an index.
+        source: like `to`, in page-locked memory of the host.
+        index: [n] int32 on the device of `to`.
+    """
+    _code_for(to).copy_from_host(to, source, index)
+
+
+def add_from_host(to: Tensor, source: Tensor, rows: Tensor | None = None) -> None:
+    """to[rows[i]] += source[i], likewise.
+
+    Args:
+        to: [T, C] fp32; the last dimension is contiguous.
+        source: [n, C] fp32 in page-locked memory of the host, contiguous.
+        rows: [n] int64 on the device of `to`, each at most once; None means row i.
+    """
+    _code_for(to).add_from_host(to, source, rows)
 
 
 def _code_for(tensor: Tensor) -> Any:

@@ -89,7 +89,7 @@ def _gpu(experts: Experts, device: torch.device) -> tuple[float, float, float]:
 
     number = min(_EXPERTS, experts.num_experts)
     width, hidden = experts.intermediate_size, experts.hidden_size
-    groups = Groups([512] * number, device)
+    groups = Groups([512] * number, streams.upload)
     x = torch.randn(groups.rows, hidden, device=device).bfloat16()
     index = torch.arange(number, dtype=torch.int32, device=device)
     matrices = Matrices(torch.randn(number, width, hidden, device=device).bfloat16(), index)

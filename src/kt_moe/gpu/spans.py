@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from kt_moe.gpu.streams import Streams
 
 LANES = ("passes", "link", "GPU", "uplink", "downlink", "CPU part", "host")
-_ON_CALLERS_STREAM = ("passes", "GPU")
 _ON_HOST = ("CPU part", "host")
 _MOST_EVENTS = 8192  # spans between CUDA events that wait for the end
 _TRIES = 8
@@ -125,10 +124,8 @@ class Recorder:
         self._add(_Raw(lane, name, begin, self.mark(lane), about, None))
 
     def mark(self, lane: str) -> Mark:
-        """The present point of a lane."""
-        if lane in _ON_HOST:
-            return time.perf_counter_ns()
-        return self._streams.mark(None if lane in _ON_CALLERS_STREAM else lane)
+        """The present point of the caller's stream, or for some lanes of the host's clock."""
+        return time.perf_counter_ns() if lane in _ON_HOST else self._streams.mark()
 
     def begin_pass(self, layer: int) -> Mark:
         """Say that a pass of a layer begins."""

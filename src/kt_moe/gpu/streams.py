@@ -6,13 +6,15 @@ import ctypes
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from kt_moe.gpu.products import copy_from_host
 
 if TYPE_CHECKING:
     from kt_moe.gpu.spans import Mark, Recorder
@@ -62,9 +64,9 @@ class Streams:
         if self.recorder is not None:
             self.recorder.note(lane, name, bytes, layer, experts)
 
-    def span(self, lane: str, name: str) -> AbstractContextManager[None]:
-        """Around what a thread of the host does, for a profile."""
-        return _NOTHING if self.recorder is None else self.recorder.span(lane, name)
+    def span(self, lane: str, name: str, bytes: int = 0) -> AbstractContextManager[None]:
+        """Around what the caller's stream or a thread of the host does, for a profile."""
+        return _NOTHING if self.recorder is None else self.recorder.span(lane, name, bytes=bytes)
 
     def mark(self, name: str | None = None) -> Mark:
         """The present point of a stream, for a profile."""
@@ -96,7 +98,13 @@ class Streams:
         """A small array on the device, for the current stream."""
         host = self.host_empty(values.shape, torch.from_numpy(values).dtype)
         host.numpy()[...] = values
-        return host.to(self.device, non_blocking=True)
+        to = torch.empty_like(host, device=self.device)
+        copy_from_host(to, host)
+        self.keep(host)
+        return to
+
+    def keep(self, host: Tensor, name: str | None = None) -> None:
+        """Keep memory of the host until the stream has done what it has been given up to its next event."""
 
     def to_host(self, tensor: Tensor) -> Tensor:
         """A copy that arrives with the downlink stream, which waits for the tensor already."""
@@ -106,24 +114,6 @@ class Streams:
         self.copy_tensor(host, tensor, "downlink")
         self.used_by(tensor, "downlink")
         return host
-
-    def to_device_later(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-        """What comes back copies host tensors by the uplink stream, for which the current one then waits.
-
-        Memory for them is taken at once, so that the copies wait for no later work of the current stream.
-        """
-        found = [torch.empty_like(tensor, device=self.device) for tensor in tensors]
-        taken = self.record()
-
-        def fetch() -> list[Tensor]:
-            self.note("uplink", "copy_in", sum(tensor.nbytes for tensor in tensors))
-            self.wait(taken, "uplink")
-            for to, tensor in zip(found, tensors, strict=True):
-                self.copy_tensor(to, tensor, "uplink")
-            self.wait(self.record("uplink"))
-            return found
-
-        return fetch
 
 
 class _Done:
@@ -146,8 +136,8 @@ class CudaStreams(Streams):
             for name in ("link", "uplink", "downlink")
         }
         self._handles = {name: stream.cuda_stream for name, stream in self._streams.items()}
-        # Tensors on the host that copies use: those behind the last event of a stream, and those before one.
-        self._copied: dict[str, list[Tensor]] = {name: [] for name in self._streams}
+        # Memory of the host that streams use: behind their last events, and before an event.
+        self._in_use: dict[str | None, list[Tensor]] = {name: [] for name in (None, *self._streams)}
         self._kept: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
 
     def _stream(self, name: str | None) -> torch.cuda.Stream:
@@ -160,9 +150,9 @@ class CudaStreams(Streams):
         super().record(name)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._stream(name))
-        if name is not None and self._copied[name]:
-            self._kept.append((event, self._copied[name]))
-            self._copied[name] = []
+        if self._in_use[name]:
+            self._kept.append((event, self._in_use[name]))
+            self._in_use[name] = []
             while self._kept and self._kept[0][0].query():  # type: ignore[no-untyped-call]
                 self._kept.popleft()
         return event
@@ -182,7 +172,10 @@ class CudaStreams(Streams):
 
     def copy_tensor(self, to: Tensor, source: Tensor, name: str) -> None:
         super().copy_tensor(to, source, name)
-        self._copied[name].append(to if to.is_cpu else source)
+        self.keep(to if to.is_cpu else source, name)
+
+    def keep(self, host: Tensor, name: str | None = None) -> None:
+        self._in_use[name].append(host)
 
     def mark(self, name: str | None = None) -> Mark:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

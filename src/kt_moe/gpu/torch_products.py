@@ -121,6 +121,22 @@ def grouped_outer(
         out[matrix] = scale * (A.mT @ B)
 
 
+def copy_from_host(to: Tensor, source: Tensor, index: Tensor | None) -> None:
+    if index is None:
+        to.copy_(source, non_blocking=True)
+    else:
+        for array in index.tolist():
+            to[array].copy_(source[array], non_blocking=True)
+
+
+def add_from_host(to: Tensor, source: Tensor, rows: Tensor | None) -> None:
+    source = source.to(to.device, non_blocking=True)
+    if rows is None:
+        to += source
+    else:
+        to.index_add_(0, rows, source)  # each row once, so that the order of additions is fixed
+
+
 def drop(rows: Tensor, places: Tensor, projection: int, probability: float, seed: int) -> None:
     key = _mix(seed + _mix(places.long() * 3 + (projection + 1)))
     column = torch.arange(rows.shape[1], device=rows.device) * _as_signed(0x9E3779B97F4A7C15)

@@ -55,6 +55,8 @@ _GATE_UP = {
 # m is the longer side of the result here, n the rank; the sum goes over rows, k at a time.
 _OUTER = Tile(64, 64, 64, 4, 4)
 _SHORTEST = 16  # side of a tile that tensor cores multiply
+_COPY_BLOCK = 4096  # words; a link's latency is hidden by some hundred KiB under way
+_COPY_PROGRAMS = 256  # in all, so that products find room beside them
 _MUCH_SHARED_MEMORY = (9, 10)  # compute capabilities with 227 KiB a block, which the tiles above are made for
 
 
@@ -200,6 +202,31 @@ def dequantize(raw: Tensor, index: Tensor, part: StoredPart, out: Tensor) -> Non
         (raw.stride(0), part.rows, part.cols, out.stride(0), out.stride(1), part.codes, part.scales,
          part.zeros, part.format, part.scale, part.scale_rows, part.scale_cols, unit, units),
         num_warps=8,
+    )  # fmt: skip
+
+
+def copy_from_host(to: Tensor, source: Tensor, index: Tensor | None) -> None:
+    arrays = 1 if index is None else len(index)
+    if to.numel() == 0 or arrays == 0:
+        return
+    size = to.nbytes if index is None else to.nbytes // to.shape[0]
+    word = torch.int32 if size % 4 == 0 else torch.int16 if size % 2 == 0 else torch.uint8
+    words = size // word.itemsize
+    programs = min(-(-words // _COPY_BLOCK), max(1, _COPY_PROGRAMS // arrays))
+    launch(
+        triton_rows.copy_from_host, (programs, arrays),
+        (to.view(-1).view(word), source.view(-1).view(word), words, index), (_COPY_BLOCK,), num_warps=4,
+    )  # fmt: skip
+
+
+def add_from_host(to: Tensor, source: Tensor, rows: Tensor | None) -> None:
+    count, columns = source.shape
+    if count == 0:
+        return
+    block = min(2048, _power_of_2(columns))
+    launch(
+        triton_rows.add_from_host, (count,), (to, source, rows), (columns, to.stride(0), block),
+        num_warps=max(1, block // 256),
     )  # fmt: skip
 
 

@@ -1,4 +1,8 @@
-"""Triton kernels that go over rows once, at memory speed: activation gradient, sums of routes, dropout."""
+"""Triton kernels that go over rows once, at memory speed: activation gradient, sums of routes, dropout.
+
+`copy_from_host` and `add_from_host` read page-locked memory of the host where it lies. Copies by the GPU's
+copy engine would wait behind all the weights that it was asked for before.
+"""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -84,3 +88,28 @@ def drop(
     at = rows + row * STRIDE + col
     value = tl.load(at, mask=col < N, other=0.0)
     tl.store(at, tl.where(bits < THRESHOLD, 0.0, value).to(value.dtype), mask=col < N)
+
+
+@triton.jit(do_not_specialize=["words", "index"])
+def copy_from_host(to, source, words, index, BLOCK: tl.constexpr):
+    """Words of one of several arrays. See `products.copy_from_host`."""
+    array = tl.program_id(1)
+    if index is not None:
+        array = tl.load(index + array)
+    first = array.to(tl.int64) * words
+    for begin in range(tl.program_id(0) * BLOCK, words, tl.num_programs(0) * BLOCK):
+        i = begin + tl.arange(0, BLOCK)
+        value = tl.load(source + first + i, mask=i < words)
+        tl.store(to + first + i, value, mask=i < words)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def add_from_host(to, source, rows, N: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """One row. See `products.add_from_host`."""
+    i = tl.program_id(0).to(tl.int64)
+    row = i if rows is None else tl.load(rows + i).to(tl.int64)
+    for begin in range(0, N, BLOCK):
+        col = begin + tl.arange(0, BLOCK)
+        at = to + row * STRIDE + col
+        value = tl.load(source + i * N + col, mask=col < N, other=0.0)
+        tl.store(at, tl.load(at, mask=col < N, other=0.0) + value, mask=col < N)
