@@ -266,10 +266,11 @@ def test_combine_adds_the_rows_of_each_token_in_order(code: Code, data: st.DataO
     chunk = Chunk(code, data.draw(st.integers(0, 999)), [data.draw(st.integers(0, 20))])
     y, out = (chunk.normal(rows, H, dtype=torch.float32) for rows in (chunk.m, T))
     first = data.draw(st.sampled_from([0, 7]))
-    position = torch.randint(-1, first + chunk.m + 4, (T, K), generator=chunk.random).int()
+    rows = torch.randperm(max(T * K, first + chunk.m + 4), generator=chunk.random)[: T * K]
+    position = torch.where(torch.rand(T * K, generator=chunk.random) < 0.1, -1, rows).view(T, K).int()
     truth = out.clone().cpu()
     for t in range(T):
-        for row in position[t].tolist():
+        for row in sorted(position[t].tolist()):
             if 0 <= row - first < chunk.m:
                 truth[t] += y.cpu()[row - first]
 

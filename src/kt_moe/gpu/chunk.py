@@ -68,7 +68,7 @@ class Chunk:
         places: [m] int32, t * K + k of each row.
         tokens: [m] int32, t of each row.
         row_weights: [m] fp32, the routing weight of each row.
-        position: [T, K] int32, the rows of each token in the pass, ascending.
+        position: [T, K] int32, the row of each route in the pass.
         weights: gate, up and down.
         low_rank: P of gate and up, and of down w P, [m, r] bf16: written by forward, read by backward. None
             where there is no LoRA.

@@ -187,14 +187,15 @@ def activation_grad(
 
 
 def combine(y: Tensor, position: Tensor, first: int, out: Tensor) -> None:
-    """out[t] += y[position[t, k] - first] for one k after the other, where y has that row.
+    """out[t] += y[row - first] for each row that `position` has for t, one after the other, where y has it.
 
-    Each addition is rounded to fp32, so that how the rows of a pass are cut into several y does not matter
-    where positions ascend.
+    Rows are added in ascending order, and each sum is rounded to fp32: how the rows of a pass are cut into
+    several y does not matter.
 
     Args:
         y: [m, H] fp32: the rows [first, first + m) of a pass; the last dimension is contiguous.
-        position: [T, K] int32, contiguous: the row of each route in the pass; negative where there is none.
+        position: [T, K] int32, contiguous: the row of each route in the pass, no two equal; negative where
+            there is none.
         first: the row of the pass that y begins with.
         out: [T, H] fp32; the last dimension is contiguous. Tokens without a row in y stay as they are.
     """

@@ -57,7 +57,7 @@ class Rows(NamedTuple):
     Attributes:
         counts: rows of each of these experts.
         places: [rows] int32, t * K + k of each row.
-        position: [T, K] int32, the rows of each token, ascending; beyond the last row: not of these experts.
+        position: [T, K] int32, the row of each route; beyond the last row: not of these experts.
     """
 
     counts: tuple[int, ...]
@@ -74,9 +74,7 @@ def sort_routes(counted: Counted, experts: Sequence[int], streams: Streams) -> R
     keys = streams.upload(order).index_select(0, flat)
     places = keys.to(torch.int16 if len(experts) < 2**15 else torch.int32).sort(stable=True).indices
     position = torch.empty(len(flat), dtype=torch.int32, device=flat.device)
-    position[places] = torch.arange(len(flat), dtype=torch.int32, device=flat.device)
+    position.scatter_(0, places, torch.arange(len(flat), dtype=torch.int32, device=flat.device))
     position = position.view(counted.ids.shape)
-    if position.shape[1] > 1:
-        position = position.sort(dim=1).values
     counts = tuple(int(counted.counts[expert]) for expert in experts)
     return Rows(counts, places[: sum(counts)].to(torch.int32), position)

@@ -99,7 +99,7 @@ def _row_sums(x: Tensor) -> Tensor:
 
 
 def combine(y: Tensor, position: Tensor, first: int, out: Tensor) -> None:
-    for at in (position - first).unbind(1):
+    for at in (position - first).sort(1).values.unbind(1):
         token = ((at >= 0) & (at < y.shape[0])).nonzero()[:, 0]
         out[token] += y[at[token]]
 

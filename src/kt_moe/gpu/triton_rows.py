@@ -58,9 +58,10 @@ def combine(
         col = begin + tl.arange(0, BLOCK)
         at = out + token * OUT_STRIDE + col
         sum = tl.load(at, mask=col < H, other=0.0)
-        for k in tl.static_range(K):
-            row = tl.load(position + token * K + k) - first
-            there = (row >= 0) & (row < count) & (col < H)
+        row = -1
+        for _ in tl.static_range(K):
+            row = tl.min(tl.where((rows > row) & (rows < count), rows, count), 0)
+            there = (row < count) & (col < H)
             sum += tl.load(y + row.to(tl.int64) * Y_STRIDE + col, mask=there, other=0.0)
         tl.store(at, sum, mask=col < H)
 
