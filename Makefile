@@ -3,6 +3,7 @@ VENV ?= .venv
 BASE_PYTHON ?= python3
 JOBS ?= $(shell nproc)
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.6.0
 FUZZ_SECONDS ?= 60
 
 PYTHON := $(VENV)/bin/python
@@ -31,11 +32,13 @@ $(VENV)/.created:
 	$(BASE_PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-# torch goes first and alone: its wheel decides between CPU and CUDA, and nothing later may change it.
+# torch goes first and alone: its wheel decides between CPU and CUDA, and nothing later may change it. With CUDA
+# it brings the Triton it was made for; without, the tests take one for its interpreter.
 $(VENV)/.deps: $(VENV)/.created constraints.txt pyproject.toml
 	$(PIP) install --quiet $(TORCH)
 	$(PIP) install --quiet -c constraints.txt $(BUILD_TOOLS)
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation --only-deps '.[dev]'
+	$(PYTHON) -c 'import triton' 2>/dev/null || $(PIP) install --quiet $(TRITON)
 	@touch $@
 
 build: $(VENV)/.installed  ## build kt_moe and install it in the virtual environment

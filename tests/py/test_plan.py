@@ -24,8 +24,8 @@ from tiny_models import (
     with_lora,
 )
 
-from kt_moe import Experts, checkpointing
-from kt_moe.cli import host_memory, main
+from kt_moe import Experts, checkpointing, host_memory
+from kt_moe.cli import main
 from kt_moe.cli.plan import memory
 from kt_moe.cli.plan.measure import Speed, sample
 from kt_moe.cli.plan.options import Run
@@ -51,7 +51,7 @@ MEDIUM = {
 REAL = """
 import sys, torch, transformers, peft
 from kt_moe.cli import trainer
-from kt_moe.cli.host_memory import resident
+from kt_moe.host_memory import resident
 from kt_moe.cli.plan.measure import process_bytes
 from kt_moe.hf import KtMoeConfig
 

@@ -392,7 +392,8 @@ class Engine:
         slots: Slots,
     ) -> int:
         """How far a chunk reaches: bounded by what has to cross, its temporary memory, and the slots."""
-        most = len(experts) if len(slots) >= 2 * len(experts) else max(1, len(slots) // 2)
+        fits = len(slots) >= 2 * len(experts) or len(slots) == self._gpu._slot_bytes_and_count()[1]
+        most = len(experts) if fits else max(1, len(slots) // 2)
         decoded = 0 if held.in_place else 6 * layer.hidden * layer.intermediate
         row = 4 * layer.hidden + 14 * layer.intermediate
         crossing = temporary = 0

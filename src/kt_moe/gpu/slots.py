@@ -55,7 +55,9 @@ class Slots:
         if slot is None:
             return False
         ready = self._ready[slot]
-        return ready is None or ready.query()
+        if ready is not None and ready.query():
+            self._ready[slot] = ready = None
+        return ready is None
 
     def claim(self, layer: Hashable, stored: StoredExperts, experts: Sequence[int]) -> int:
         """Claim slots for experts, in order, and start the copies of those that are not there.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kt_moe.gpu.page_lock import PageLock, PageLockError, lock
+from kt_moe.host_memory import free_memory
 
 if TYPE_CHECKING:
     from kt_moe import _core
@@ -212,8 +213,6 @@ def _view(core: _core.Experts, address: int, size: int) -> Tensor:
 
 def _too_large(size: int) -> str:
     """Why pages of a mapped file should not be locked: the kernel could not drop them any more."""
-    from kt_moe.cli.host_memory import free_memory  # here, because the command's modules import this package
-
     free = free_memory()
     if size <= free // 2:
         return ""

@@ -11,7 +11,7 @@ from typing import Any
 import kt_moe
 from kt_moe import _core
 from kt_moe.cli.bench.layer import GIB, MIB
-from kt_moe.cli.host_memory import free_memory
+from kt_moe.host_memory import free_memory
 
 SECONDS = 0.2  # for each ceiling
 _STEADY = 0.1

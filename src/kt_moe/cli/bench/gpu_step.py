@@ -20,7 +20,7 @@ from kt_moe.cli.bench.gpu_options import GpuSettings
 from kt_moe.cli.bench.gpu_stack import synchronize
 from kt_moe.cli.bench.peer_process import PeerError
 from kt_moe.cli.bench.report import OURS
-from kt_moe.cli.host_memory import resident
+from kt_moe.host_memory import resident
 
 LEARNING_RATE = 1e-4
 _WARM_UP = 4  # steps that are not timed: RoundPipe's plan follows from the first three

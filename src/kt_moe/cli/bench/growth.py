@@ -15,7 +15,7 @@ from kt_moe.cli.bench.layer import GIB, PASSES, Case, variants_of
 from kt_moe.cli.bench.options import Settings
 from kt_moe.cli.bench.report import OURS, Result, mebibytes, milliseconds, percent
 from kt_moe.cli.bench.trial import Notes, Trials
-from kt_moe.cli.host_memory import free_memory
+from kt_moe.host_memory import free_memory
 
 _SECONDS, _QUICK_SECONDS = 1.0, 0.2  # of steps a point
 _LEAST_STEPS = 2

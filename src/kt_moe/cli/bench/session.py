@@ -26,8 +26,8 @@ from kt_moe.cli.bench.report import Result
 from kt_moe.cli.bench.roofline import plot_roofline
 from kt_moe.cli.bench.trial import Notes, Trials
 from kt_moe.cli.errors import UserError
-from kt_moe.cli.host_memory import free_memory
 from kt_moe.cli.output import write_json
+from kt_moe.host_memory import free_memory
 
 SCHEMA = 2  # of the JSON; grows when a key changes its meaning or goes
 

@@ -7,8 +7,8 @@ import json
 import os
 
 from kt_moe.cli.errors import UserError
-from kt_moe.cli.host_memory import free_memory, resident
 from kt_moe.cli.plan.options import Run, add_arguments
+from kt_moe.host_memory import free_memory, resident
 
 __all__ = ["add_arguments", "run"]
 

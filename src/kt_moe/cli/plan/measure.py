@@ -17,10 +17,10 @@ from torch.nn import functional
 from kt_moe import Experts, Runtime, moe
 from kt_moe.cli.bench.data import make_inputs, make_weights
 from kt_moe.cli.bench.layer import SCALING, Case, Shape
-from kt_moe.cli.host_memory import resident
 from kt_moe.cli.plan.memory import scratch_bytes
 from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.shapes import ExpertLayer
+from kt_moe.host_memory import resident
 
 _SECONDS = 6.0  # of timed steps, about
 _WEIGHTS = 1 << 29  # bytes of bf16 weights, about
