@@ -1,4 +1,4 @@
-"""Training the example model while the CPU's share changes every step: the loss follows that of the CPU alone."""
+"""Training the example model while the CPU's share changes every step: the loss follows the CPU's alone."""
 
 from __future__ import annotations
 

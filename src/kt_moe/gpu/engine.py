@@ -152,7 +152,8 @@ class Engine:
         """
         streams = self._streams
         with self._one_pass(experts) as held:
-            copies = lora_transfer.host_copies(lora, streams)
+            none: list[Tensor | None] = [None] * len(lora.tensors)
+            copies = none if self._gpu.cpu_share == 1.0 else lora_transfer.host_copies(lora, streams)
             matrices = lora_transfer.to_device(lora, copies, streams)
             counted = count_routes(ids, experts.num_experts, streams)
             plan = self._cut(experts, held, counted.counts, lora, train)

@@ -58,14 +58,15 @@ def to_device(lora: LoraCall, copies: Sequence[Tensor | None], streams: Streams)
     """The matrices in bf16 on the device; the current stream waits for those that have to cross.
 
     Args:
-        copies: as `host_copies` made them.
+        copies: as `host_copies` made them; None for a matrix on the host that is not wanted on the device.
     """
-    if all(copy is None for copy in copies):
-        return [None if t is None else t.detach().to(torch.bfloat16).contiguous() for t in lora.tensors]
     found: list[Tensor | None] = []
     for tensor, copy in zip(lora.tensors, copies, strict=True):
+        if tensor is not None and tensor.device == streams.device:
+            found.append(tensor.detach().to(torch.bfloat16).contiguous())
+            continue
         if copy is None:
-            found.append(None if tensor is None else tensor.detach().to(torch.bfloat16).contiguous())
+            found.append(None)
             continue
         streams.note("uplink", "copy_lora", copy.nbytes)
         with streams.on("uplink"):  # whose memory needs no wait for work of the current stream
@@ -74,23 +75,20 @@ def to_device(lora: LoraCall, copies: Sequence[Tensor | None], streams: Streams)
         streams.keep(copy, "uplink")
         streams.used_by(matrix)
         found.append(matrix)
-    streams.wait(streams.record("uplink"))
+    if any(copy is not None for copy in copies):
+        streams.wait(streams.record("uplink"))
     return found
 
 
 def to_host(lora: LoraCall, on_device: Sequence[Tensor | None], streams: Streams) -> _core.LoraTensors:
     """The matrices for the core; copies of those on the device, from `to_device`, arrive with downlink."""
-    return cast(
-        "_core.LoraTensors",
-        tuple(
-            None
-            if tensor is None or bf16 is None
-            else on_cpu(tensor)
-            if tensor.is_cpu
-            else streams.to_host(bf16)
-            for tensor, bf16 in zip(lora.tensors, on_device, strict=True)
-        ),
-    )
+    found: list[Tensor | None] = []
+    for tensor, bf16 in zip(lora.tensors, on_device, strict=True):
+        if tensor is None or bf16 is None or tensor.is_cpu:
+            found.append(None if tensor is None else on_cpu(tensor))
+        else:
+            found.append(streams.to_host(bf16))
+    return cast("_core.LoraTensors", tuple(found))
 
 
 def host_gradients(
