@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kt_moe.gpu.engine import Engine
     from kt_moe.gpu.stored import StoredExperts
 
-__all__ = ["Gpu", "Rates", "default_gpu"]
+__all__ = ["Gpu", "Rates"]
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
@@ -121,6 +121,8 @@ class Gpu:
     def report(self) -> str:
         """What the last forward and backward of every layer had where, a line each, in the order of calls."""
         predicted = self.cpu_share == "auto"
+        for engine in list(self._engines.values()):
+            engine.forget_gone()
         lines = [
             f"{device} {report.line(predicted)}"
             for device, engine in list(self._engines.items())
@@ -219,21 +221,12 @@ def _share(value: float | str) -> float | str:
     return float(value)
 
 
-_default: Gpu | None = None
-_default_lock = threading.Lock()
-
-
-def default_gpu() -> Gpu:
-    """What layers share that were given gpu="auto"."""
-    global _default
-    with _default_lock:
-        if _default is None:
-            _default = Gpu()
-        return _default
+_shared: dict[str, Gpu] = {}
+_shared_lock = threading.Lock()
 
 
 def as_gpu(gpu: Gpu | str) -> Gpu:
-    """A `Gpu` as it is; "auto": the default one; "off": one that leaves all experts to the CPU; or a device.
+    """A `Gpu` as it is; "auto" and "off": one for all layers that are given this; or a new one for a device.
 
     Raises:
         TypeError: it is something else.
@@ -243,6 +236,9 @@ def as_gpu(gpu: Gpu | str) -> Gpu:
         return gpu
     if not isinstance(gpu, str):
         raise TypeError(f'gpu is a {type(gpu).__name__}, wanted kt_moe.Gpu, "auto", "off" or a device')
-    if gpu == "auto":
-        return default_gpu()
-    return Gpu(cpu_share=1.0) if gpu == "off" else Gpu(gpu)
+    if gpu not in ("auto", "off"):
+        return Gpu(gpu)
+    with _shared_lock:
+        if gpu not in _shared:
+            _shared[gpu] = Gpu() if gpu == "auto" else Gpu(cpu_share=1.0)
+        return _shared[gpu]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -134,6 +135,7 @@ class Engine:
         self.log = PassLog(self._streams)
         self._slots: Slots | None = None
         self._held: weakref.WeakKeyDictionary[Experts, _Held] = weakref.WeakKeyDictionary()
+        self._gone: deque[int] = deque()  # numbers of layers that the engine still has to forget
         self._lock = threading.RLock()
 
     def forward(
@@ -242,6 +244,11 @@ class Engine:
     def drop_slots(self) -> None:
         """Give the GPU memory of experts back; the next call takes what it needs."""
         with self._lock:
+            self._drop_slots()
+
+    def _drop_slots(self) -> None:
+        if self._slots is not None:
+            self._streams.synchronize()  # streams that torch's allocator does not know of use their memory
             self._slots = None
 
     def before_move(self, experts: Experts) -> None:
@@ -255,6 +262,7 @@ class Engine:
         """Alone with the slots. Whatever happens, none stays claimed and none is used again too early."""
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         with self._lock, on_device, torch.autocast(self.device.type, enabled=False):
+            self.forget_gone()
             self.log.watch(experts.runtime._profile)
             try:
                 held = self._hold(experts)
@@ -270,6 +278,18 @@ class Engine:
                         f"their weights less of it (kt_moe.Gpu has memory={self._gpu.memory!r}) and go on"
                     ) from error
                 raise
+            finally:
+                self._streams.end_pass()
+
+    def forget_gone(self) -> None:
+        """Layers that are gone leave the slots and the log."""
+        with self._lock:
+            while self._gone:
+                layer = self._gone.popleft()
+                self._order.forget(layer)
+                self.log.forget(layer)
+                if self._slots is not None:
+                    self._slots.forget(layer)
 
     def _hold(self, experts: Experts) -> _Held:
         held = self._held.get(experts)
@@ -280,7 +300,8 @@ class Engine:
                 with self._streams.span("host", "lock_pages"):
                     stored.pin(before_unpin=self._streams.finish)
             self._held[experts] = held
-            weakref.finalize(experts, _forget, weakref.ref(self), held.number).atexit = False
+            # Garbage collection may run anywhere, so that it only takes note.
+            weakref.finalize(experts, self._gone.append, held.number).atexit = False
         return held
 
     def _cut(
@@ -315,7 +336,7 @@ class Engine:
                 'expert takes: give kt_moe.Gpu a larger memory, or the experts gpu="off"'
             )
         if self._slots is None or self._slots.memory.shape != (number, slot_bytes):
-            self._slots = None  # its memory goes before the new one is taken
+            self._drop_slots()  # before the memory of new ones is taken
             self._slots = Slots(self._streams, slot_bytes, number)
         return self._slots
 
@@ -454,14 +475,3 @@ def _layer(experts: Experts, held: _Held, lora: LoraCall, matrices: Sequence[Ten
         experts.hidden_size, experts.intermediate_size, experts.activation, held.biases, pairs, lora.dropout,
         lora.seed,
     )  # fmt: skip
-
-
-def _forget(engine: weakref.ref[Engine], layer: int) -> None:
-    """A layer is gone: its experts leave the slots before its host memory is freed."""
-    alive = engine()
-    if alive is not None:
-        with alive._lock:
-            alive._order.forget(layer)
-            alive.log.forget(layer)
-            if alive._slots is not None:
-                alive._slots.forget(layer)

@@ -90,6 +90,9 @@ class Streams:
     def finish(self) -> None:
         """Let the calling thread wait until the link has brought what it was asked for."""
 
+    def synchronize(self) -> None:
+        """Let the calling thread wait for all work of the device."""
+
     def host_empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor in host memory that the device reads and writes without the CPU."""
         return torch.empty(shape, dtype=dtype, device="cpu")
@@ -105,6 +108,9 @@ class Streams:
 
     def keep(self, host: Tensor, name: str | None = None) -> None:
         """Keep memory of the host until the stream has done what it has been given up to its next event."""
+
+    def end_pass(self) -> None:
+        """The next pass may have another current stream: record an event for what this one keeps."""
 
     def to_host(self, tensor: Tensor) -> Tensor:
         """A copy that arrives with the downlink stream, which waits for the tensor already."""
@@ -177,6 +183,10 @@ class CudaStreams(Streams):
     def keep(self, host: Tensor, name: str | None = None) -> None:
         self._in_use[name].append(host)
 
+    def end_pass(self) -> None:
+        if self._in_use[None]:
+            self.record()
+
     def mark(self, name: str | None = None) -> Mark:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(self._stream(name))
@@ -184,6 +194,9 @@ class CudaStreams(Streams):
 
     def finish(self) -> None:
         self._streams["link"].synchronize()
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
 
     def host_empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
