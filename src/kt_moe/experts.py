@@ -14,6 +14,7 @@ from torch import Tensor
 from kt_moe import _core, checkpointing
 from kt_moe.checkpoint import Checkpoint, check_layer, check_path
 from kt_moe.gpu import Gpu, as_gpu
+from kt_moe.gpu.layers import Identity
 from kt_moe.runtime import Runtime, default_runtime
 from kt_moe.tensors import check_tensor, numbers, on_cpu
 
@@ -166,6 +167,8 @@ class Experts:
     def _adopt(self, core: _core.Experts, runtime: Runtime, gpu: Gpu) -> None:
         self._core, self.runtime, self.recompute = core, runtime, False
         self._checkpoint_experts = "recompute"
+        self._identity = Identity()
+        self._gpu: Gpu | None = None
         self._routed_elsewhere = torch.zeros(core.num_experts, dtype=torch.int64, device="cpu")
         self.gpu = gpu
         if core.refused:
@@ -174,12 +177,16 @@ class Experts:
     @property
     def gpu(self) -> Gpu:
         """How calls with hidden states on a GPU use it; another `kt_moe.Gpu`, or a name, may be set."""
+        assert self._gpu is not None
         return self._gpu
 
     @gpu.setter
     def gpu(self, gpu: Gpu | str) -> None:
-        self._gpu = as_gpu(gpu)
-        self._gpu._register(self)
+        gpu = as_gpu(gpu)
+        if self._gpu is not None:
+            self._gpu._layers.remove(self)
+        self._gpu = gpu
+        gpu._layers.add(self)
 
     @property
     def checkpoint_experts(self) -> str:
@@ -270,8 +277,9 @@ class Experts:
         """
         if popularity is None:
             popularity = self.routed
-        self.gpu._before_move(self)
-        if not self._core.rebalance(numbers("popularity", "E", popularity)):
+        with self.gpu._paused(self):
+            moved = self._core.rebalance(numbers("popularity", "E", popularity))
+        if not moved:
             _warn_refused()
 
     @property
@@ -306,9 +314,7 @@ class Experts:
         return gate, up, down
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Experts:
-        shared = copy.copy(self)  # the weights are frozen, so copies share them
-        shared.gpu._register(shared)
-        return shared
+        return copy.copy(self)  # the weights are frozen, so copies share them
 
     def __repr__(self) -> str:
         return (

@@ -329,7 +329,7 @@ def test_memory_that_is_not_page_locked_is_staged():
     problem = make_problem(40, 64, 48, 8, 2, ALL)
     experts = experts_of(problem, Gpu("cpu", few_slots(problem, 5), 0.0))
     assert_formula(run_ours(problem, experts.runtime, experts=experts), problem)
-    assert not experts.gpu._stored(experts).pinned  # there is no CUDA device
+    assert not experts.gpu._layers.stored(experts).pinned  # there is no CUDA device
 
 
 def test_off_and_devices():

@@ -67,7 +67,7 @@ def test_skewed_routes_are_what_the_bench_draws() -> None:
 
 def test_a_step_is_its_layers() -> None:
     found = predict(QWEN, REFERENCE, ALL // 4)
-    costs = layer_costs(REFERENCE, 2048, 768, QWEN.stored_bytes, 48, 0.75, True)
+    costs = layer_costs(REFERENCE, 2048, 768, QWEN.stored_bytes, 48, 0.75, True, True)
     plan = cut(expected_routes(QWEN, "even"), costs)
     assert found.seconds == pytest.approx(48 * max(plan.seconds))
     assert (found.link, found.gpu, found.cpu) == pytest.approx([48 * s for s in plan.seconds])

@@ -409,7 +409,7 @@ def test_a_file_as_large_as_memory_is_not_pinned(
     cuda: Cuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = StoredExperts(Experts.from_checkpoint(save(plain(), tmp_path), LAYER, paged=True))
-    monkeypatch.setattr("kt_moe.host_memory.free_memory", lambda: 1 << 20)
+    monkeypatch.setattr("kt_moe.gpu.stored.free_memory", lambda: 1 << 20)
     assert "more than half of the 1048576 bytes that are free" in mine.pin()
     assert not cuda.calls
 

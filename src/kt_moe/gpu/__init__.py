@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import re
 import threading
-import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kt_moe.gpu.layers import Layers
 from kt_moe.gpu.plan import Rates
 
 if TYPE_CHECKING:
     from kt_moe.experts import Experts
     from kt_moe.gpu.engine import Engine
-    from kt_moe.gpu.stored import StoredExperts
 
 __all__ = ["Gpu", "Rates"]
 
@@ -52,40 +53,36 @@ class Gpu:
         self.device = _device(device)
         if rates is not None and not isinstance(rates, Rates):
             raise TypeError(f"rates is a {type(rates).__name__}, wanted kt_moe.Rates or None")
-        self._rates = rates
+        self._layers = Layers(rates=rates)
         self._lock = threading.Lock()
         self._engines: dict[torch.device, Engine] = {}
-        self._layers: weakref.WeakKeyDictionary[Experts, StoredExperts | None] = weakref.WeakKeyDictionary()
-        self._budgets: dict[tuple[torch.device, int], int] = {}
-        self._sizes: tuple[int, int, int] | None = None  # number of layers, and `_slot_bytes_and_count`
         self.memory = memory
         self.cpu_share = cpu_share
 
     @property
     def memory(self) -> int | str:
         """Of each GPU for expert weights: bytes, or "auto". A change gives the memory held back first."""
-        return self._memory
+        return self._layers.memory
 
     @memory.setter
     def memory(self, value: int | str) -> None:
-        self._memory = value if value == "auto" else parse_bytes("memory", value)
-        self._budgets.clear()
+        self._layers.memory = value if value == "auto" else parse_bytes("memory", value)
         for engine in self._engines.values():
             engine.drop_slots()
 
     @property
     def cpu_share(self) -> float | str:
         """The part of the rows that the CPU computes, or "auto"."""
-        return self._cpu_share
+        return self._layers.cpu_share
 
     @cpu_share.setter
     def cpu_share(self, value: float | str) -> None:
-        self._cpu_share = _share(value)
+        self._layers.cpu_share = _share(value)
 
     @property
     def rates(self) -> Rates | None:
         """What "auto" cuts by; None before the first call."""
-        return self._rates
+        return self._layers.rates
 
     def __repr__(self) -> str:
         device = "auto" if self.device is None else str(self.device)
@@ -115,67 +112,28 @@ class Gpu:
             from kt_moe.gpu.engine import Engine
 
             with self._lock:
-                found = self._engines.setdefault(device, Engine(self, device))
+                found = self._engines.setdefault(device, Engine(self._layers, device))
         return found
 
     def report(self) -> str:
         """What the last forward and backward of every layer had where, a line each, in the order of calls."""
-        predicted = self.cpu_share == "auto"
         for engine in list(self._engines.values()):
             engine.forget_gone()
         lines = [
-            f"{device} {report.line(predicted)}"
+            f"{device} {report.line()}"
             for device, engine in list(self._engines.items())
             for report in list(engine.log.last.values())
         ]
         return "\n".join(lines) or "no layer was computed with it yet"
 
-    def _register(self, experts: Experts) -> None:
-        self._layers.setdefault(experts, None)
-        self._sizes = None
-
-    def _stored(self, experts: Experts) -> StoredExperts:
-        stored = self._layers.get(experts)
-        if stored is None:
-            from kt_moe.gpu.stored import StoredExperts
-
-            stored = self._layers[experts] = StoredExperts(experts)
-        return stored
-
-    def _before_move(self, experts: Experts) -> None:
-        """The core is about to move a layer's weights, so that nothing may read or lock them."""
-        for engine in self._engines.values():
-            engine.before_move(experts)
-        stored = self._layers.get(experts)
-        if stored is not None:
-            stored.unpin()
-
-    def _slot_bytes_and_count(self) -> tuple[int, int]:
-        """The largest expert, and how many experts all layers have."""
-        if self._sizes is None or self._sizes[0] != len(self._layers):
-            layers = [self._stored(experts) for experts in list(self._layers)]
-            sizes = max(stored.slot_bytes for stored in layers), sum(stored.num_experts for stored in layers)
-            self._sizes = len(layers), *sizes
-        return self._sizes[1:]
-
-    def _budget(self, device: torch.device, wanted: int) -> int:
-        """Bytes for slots on a device, where `wanted` would hold all experts."""
-        if isinstance(self.memory, int):
-            return self.memory
-        budget = self._budgets.get((device, wanted))
-        if budget is None:
-            free = wanted if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-            budget = self._budgets[device, wanted] = min(
-                wanted, free // 2 if device.type == "cuda" else wanted
-            )
-        return budget
-
-    def _rates_for(self, experts: Experts, device: torch.device) -> Rates:
-        if self._rates is None:
-            from kt_moe.gpu.rates import measure
-
-            self._rates = measure(experts, device)
-        return self._rates
+    @contextmanager
+    def _paused(self, experts: Experts) -> Iterator[None]:
+        """Nothing reads or locks a layer's weights meanwhile: the core moves them."""
+        with ExitStack() as locks:
+            for engine in list(self._engines.values()):
+                locks.enter_context(engine.lock)
+            self._layers.unlock(experts)
+            yield
 
 
 def parse_bytes(name: str, value: int | str) -> int:

@@ -10,13 +10,14 @@ what happened to lie on the GPU.
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import accumulate, count
-from typing import TYPE_CHECKING, NamedTuple, cast
+from itertools import count
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -26,12 +27,13 @@ from torch import Tensor
 from kt_moe.gpu import cpu_part
 from kt_moe.gpu import lora as lora_transfer
 from kt_moe.gpu.chunk import Chunk, Gradients, Layer, LoraMatrices, backward_chunk, forward_chunk
+from kt_moe.gpu.chunks import Chunks, PassData
 from kt_moe.gpu.cpu_part import CpuPart, Worker
+from kt_moe.gpu.layers import Identity, Layers
 from kt_moe.gpu.lora import LoraCall, LoraOptions
 from kt_moe.gpu.pass_log import PassLog
-from kt_moe.gpu.plan import Cut, Rates, cut, layer_costs
+from kt_moe.gpu.plan import Cut, cut, cut_by_share, layer_costs
 from kt_moe.gpu.prefetch import Feed, Pass, PassOrder, Wanted
-from kt_moe.gpu.products import Groups, Matrices, dequantize
 from kt_moe.gpu.routes import Rows, count_routes, sort_routes
 from kt_moe.gpu.slots import Slots
 from kt_moe.gpu.stored import StoredExperts
@@ -39,18 +41,11 @@ from kt_moe.gpu.streams import streams_of
 
 if TYPE_CHECKING:
     from kt_moe.experts import Experts
-    from kt_moe.gpu import Gpu
 
-# Of a chunk: bytes on the link that hide the launches of its products, and a bound of its temporary memory.
-_CHUNK_LINK_BYTES = 128 << 20
-_CHUNK_TEMPORARY_BYTES = 512 << 20
 # Of the next forward, whose routes are not known yet, where the last guess was poor: about what the link
 # brings before they are.
 _GUESS_BYTES = 256 << 20
 _GOOD_GUESS = 0.9
-_SOME_RATES = Rates(
-    50e9, 200e12, 2e12, 2e12, 50e9
-)  # where the CPU's share is given, and not derived from them
 _numbers = count()
 
 
@@ -60,20 +55,17 @@ class _Held:
 
     Attributes:
         biases: of gate, up and down on the device, or None.
+        not_locked: why its memory cannot be page-locked; None: it was not tried, or is.
         planned: experts on the GPU in the last forward, the guess for the next.
         guessed: the part of them that the forward before had as well.
     """
 
     stored: StoredExperts
-    biases: list[Tensor | None]
+    biases: Sequence[Tensor | None]
     number: int = field(default_factory=lambda: next(_numbers))
+    not_locked: str | None = None
     planned: tuple[int, ...] = ()
     guessed: float = 0.0
-
-    @property
-    def in_place(self) -> bool:
-        """Whether products can read the slots: whole bf16 matrices."""
-        return len(self.stored.parts) == 3 and all(part.format == "bf16" for part in self.stored.parts)
 
 
 @dataclass(frozen=True)
@@ -85,8 +77,7 @@ class SavedCall:
         whole: what the core's forward said (`CpuPart`).
         options: scalings, dropout and its seed.
         tensors: apart from the rest, for `save_for_backward`. `Rows` without counts; [rows] fp32, the routing
-            weights; of gate, up and down [rows, r] bf16 (see `Chunk`); copies of six LoRA matrices; and if
-            there is one, `CpuPart`'s.
+            weights; of gate, up and down [rows, r] bf16 (see `Chunk`); and if there is one, `CpuPart`'s.
     """
 
     cut: Cut
@@ -95,48 +86,37 @@ class SavedCall:
     options: LoraOptions
     tensors: tuple[Tensor | None, ...]
 
-    def pass_data(self, lora: LoraCall) -> tuple[PassData, list[Tensor | None], CpuPart | None]:
-        """For backward, of a call whose tensors are there: also the copies of LoRA matrices."""
+    def pass_data(self, lora: LoraCall) -> tuple[PassData, CpuPart | None]:
+        """For backward, of a call whose tensors are there."""
         places, position, row_weights, *rest = self.tensors
         rows = Rows(self.counts, cast(Tensor, places), cast(Tensor, position))
-        low_rank, copies, of_part = rest[:3], rest[3:9], rest[9:]
+        low_rank, of_part = rest[:3], rest[3:]
         part = CpuPart.from_tensors(of_part, lora, self.whole) if of_part else None
-        return PassData(self.cut.gpu, rows, cast(Tensor, row_weights), low_rank), copies, part
-
-
-class PassData(NamedTuple):
-    """The GPU's part of a pass.
-
-    Attributes:
-        experts: in the order of the plan.
-        row_weights: [rows] fp32, the routing weight of each row.
-        low_rank: of gate, up and down, [rows, r] bf16, or None; see `Chunk`.
-    """
-
-    experts: tuple[int, ...]
-    rows: Rows
-    row_weights: Tensor
-    low_rank: list[Tensor | None]
+        return PassData(self.cut.gpu, rows, cast(Tensor, row_weights), low_rank), part
 
 
 class Engine:
-    """The slots, streams and thread of a device, and the layers that share them.
+    """The slots, streams and thread of a device, which layers share.
 
     Args:
-        gpu: the options.
+        layers: which they are, and the options.
         device: of the hidden states.
+
+    Attributes:
+        lock: held during a pass.
     """
 
-    def __init__(self, gpu: Gpu, device: torch.device) -> None:
-        self.device, self._gpu = device, gpu
+    def __init__(self, layers: Layers, device: torch.device) -> None:
+        self.device, self._layers = device, layers
         self._streams = streams_of(device)
+        layers.links.append(self._streams)
         self._worker = Worker()
         self._order = PassOrder()
         self.log = PassLog(self._streams)
         self._slots: Slots | None = None
-        self._held: weakref.WeakKeyDictionary[Experts, _Held] = weakref.WeakKeyDictionary()
+        self._held: weakref.WeakKeyDictionary[Identity, _Held] = weakref.WeakKeyDictionary()
         self._gone: deque[int] = deque()  # numbers of layers that the engine still has to forget
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
 
     def forward(
         self, experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, lora: LoraCall, train: bool
@@ -154,9 +134,7 @@ class Engine:
         """
         streams = self._streams
         with self._one_pass(experts) as held:
-            none: list[Tensor | None] = [None] * len(lora.tensors)
-            copies = none if self._gpu.cpu_share == 1.0 else lora_transfer.host_copies(lora, streams)
-            matrices = lora_transfer.to_device(lora, copies, streams)
+            matrices = lora_transfer.to_device(lora, self._layers.cpu_share != 1.0, streams)
             counted = count_routes(ids, experts.num_experts, streams)
             plan = self._cut(experts, held, counted.counts, lora, train)
             self._start(held, plan, backward=False)
@@ -176,11 +154,11 @@ class Engine:
             data = PassData(plan.gpu, rows, row_weights, low_rank)
             layer = _layer(experts, held, lora, matrices)
             out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-            for chunk in self._chunks(held, layer, data, feed):
+            for chunk in self._chunks(held, feed, layer, data):
                 forward_chunk(layer, chunk, x, out)
             if add_cpu_rows is not None:
                 add_cpu_rows(out)
-            tensors = rows.places, rows.position, row_weights, *low_rank, *copies
+            tensors = rows.places, rows.position, row_weights, *low_rank
             saved = SavedCall(
                 plan,
                 rows.counts,
@@ -211,7 +189,7 @@ class Engine:
         """
         needs_x, needs_weights, needs_lora = needs
         plan, streams = saved.cut, self._streams
-        data, copies, part = saved.pass_data(lora)
+        data, part = saved.pass_data(lora)
         with self._one_pass(experts) as held:
             self._start(held, plan, backward=True)
             of_host = lora_transfer.host_gradients(lora, needs_lora, part is not None, streams)
@@ -221,7 +199,7 @@ class Engine:
                     experts, part, dout, needs_x, needs_weights, of_host, not plan.gpu, self._worker, streams
                 )
             feed = self._feed(held, plan, backward=True)
-            layer = _layer(experts, held, lora, lora_transfer.to_device(lora, copies, streams))
+            layer = _layer(experts, held, lora, lora_transfer.to_device(lora, bool(plan.gpu), streams))
             only_cpu = part is not None and not plan.gpu
             of_gpu = lora_transfer.device_gradients(lora, [n and not only_cpu for n in needs_lora], streams)
             grads = Gradients(
@@ -229,7 +207,7 @@ class Engine:
                 torch.zeros_like(data.row_weights) if needs_weights else None,
                 of_gpu,
             )
-            for chunk in self._chunks(held, layer, data, feed):
+            for chunk in self._chunks(held, feed, layer, data):
                 backward_chunk(layer, chunk, x, dout, grads)
             dweights = None
             if grads.row_weights is not None:
@@ -243,7 +221,7 @@ class Engine:
 
     def drop_slots(self) -> None:
         """Give the GPU memory of experts back; the next call takes what it needs."""
-        with self._lock:
+        with self.lock:
             self._drop_slots()
 
     def _drop_slots(self) -> None:
@@ -251,17 +229,11 @@ class Engine:
             self._streams.synchronize()  # streams that torch's allocator does not know of use their memory
             self._slots = None
 
-    def before_move(self, experts: Experts) -> None:
-        """The core is about to move a layer's weights: wait for copies of them, and forget the layer."""
-        with self._lock:
-            if self._held.pop(experts, None) is not None:
-                self._streams.finish()
-
     @contextmanager
     def _one_pass(self, experts: Experts) -> Iterator[_Held]:
         """Alone with the slots. Whatever happens, none stays claimed and none is used again too early."""
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-        with self._lock, on_device, torch.autocast(self.device.type, enabled=False):
+        with self.lock, on_device, torch.autocast(self.device.type, enabled=False):
             self.forget_gone()
             self.log.watch(experts.runtime._profile)
             try:
@@ -275,7 +247,7 @@ class Engine:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise torch.OutOfMemoryError(
                         f"{error}\nThe GPU ran out of memory in a layer of experts. Nothing is lost: give "
-                        f"their weights less of it (kt_moe.Gpu has memory={self._gpu.memory!r}) and go on"
+                        f"their weights less of it (kt_moe.Gpu has memory={self._layers.memory!r}) and go on"
                     ) from error
                 raise
             finally:
@@ -283,7 +255,7 @@ class Engine:
 
     def forget_gone(self) -> None:
         """Layers that are gone leave the slots and the log."""
-        with self._lock:
+        with self.lock:
             while self._gone:
                 layer = self._gone.popleft()
                 self._order.forget(layer)
@@ -292,33 +264,45 @@ class Engine:
                     self._slots.forget(layer)
 
     def _hold(self, experts: Experts) -> _Held:
-        held = self._held.get(experts)
+        identity = experts._identity
+        held = self._held.get(identity)
         if held is None:
-            stored = self._gpu._stored(experts)
-            held = _Held(stored, [None if b is None else b.to(self.device) for b in _biases(stored)])
-            if self._gpu.cpu_share != 1.0:
-                with self._streams.span("host", "lock_pages"):
-                    stored.pin(before_unpin=self._streams.finish)
-            self._held[experts] = held
+            stored = self._layers.stored(experts)
+            biases = [None if bias is None else bias.to(self.device) for bias in stored.biases()]
+            held = self._held[identity] = _Held(stored, biases)
             # Garbage collection may run anywhere, so that it only takes note.
-            weakref.finalize(experts, self._gone.append, held.number).atexit = False
+            weakref.finalize(identity, self._gone.append, held.number).atexit = False
         return held
+
+    def _page_lock(self, held: _Held) -> None:
+        """Once, before copies of its weights."""
+        stored = held.stored
+        if stored.pinned or held.not_locked is not None:
+            return
+        with self._streams.span("host", "lock_pages"):
+            found = stored.pin(before_unpin=self._layers.finish_links)
+        if not stored.pinned:
+            held.not_locked = found
+            if self.device.type == "cuda":
+                warnings.warn(
+                    f"weights of experts go to the GPU through a buffer, which is slower: {found}",
+                    stacklevel=2,
+                )
 
     def _cut(
         self, experts: Experts, held: _Held, counts: NDArray[np.int64], lora: LoraCall, train: bool
     ) -> Cut:
-        share = self._gpu.cpu_share
-        if share == 1.0:
-            costs = layer_costs(_SOME_RATES, 1, 1, 1, 0, 1.0, train)
-        else:
-            rates = self._gpu._rates_for(experts, self.device) if share == "auto" else _SOME_RATES
-            _, every = self._gpu._slot_bytes_and_count()
-            missing = 1.0 - len(self._slots_for_layers()) / every
-            costs = layer_costs(
-                rates, experts.hidden_size, experts.intermediate_size, held.stored.slot_bytes,
-                sum(lora.ranks), missing, train,
-            )  # fmt: skip
-        return cut(counts, costs, None if share == "auto" else cast(float, share))
+        share = self._layers.cpu_share
+        if isinstance(share, float):
+            return cut_by_share(counts, share)
+        rates = self._layers.rates_for(experts, self.device)
+        _, every = self._layers.sizes()
+        missing = 1.0 - len(self._slots_for_layers()) / every
+        costs = layer_costs(
+            rates, experts.hidden_size, experts.intermediate_size, held.stored.slot_bytes, sum(lora.ranks),
+            missing, train, held.stored.in_place,
+        )  # fmt: skip
+        return cut(counts, costs)
 
     def _slots_for_layers(self) -> Slots:
         """The cache of experts; made at the first call, and anew when the layers or the budget have changed.
@@ -327,8 +311,8 @@ class Engine:
             ValueError: the budget is less than one expert takes.
             torch.OutOfMemoryError: the device does not have it.
         """
-        slot_bytes, every = self._gpu._slot_bytes_and_count()
-        budget = self._gpu._budget(self.device, slot_bytes * every)
+        slot_bytes, every = self._layers.sizes()
+        budget = self._layers.budget(self.device)
         number = min(every, budget // slot_bytes)
         if number < 1:
             raise ValueError(
@@ -368,102 +352,18 @@ class Engine:
             room -= len(guess)
             if not sure:
                 break
+        for wants in wanted:
+            self._page_lock(by_number[wants.layer])
         feed = Feed(slots, wanted)
         feed.advance()
         return feed
 
-    def _chunks(self, held: _Held, layer: Layer, data: PassData, feed: Feed | None) -> Iterator[Chunk]:
-        """The GPU's experts, some at a time; their slots are claimed, and released behind their products."""
+    def _chunks(self, held: _Held, feed: Feed | None, layer: Layer, data: PassData) -> Iterator[Chunk]:
         if feed is None or self._slots is None:
-            return
-        experts, rows, slots = data.experts, data.rows, self._slots
-        first = [0, *accumulate(rows.counts)]
-        block_rows = Groups.best_block_rows(rows.counts)  # of the pass: chunks must not change the rounding
-        numbers = self._streams.upload(np.array(experts, dtype=np.int32))
-        tokens = torch.div(rows.places, rows.position.shape[1], rounding_mode="floor")
-        begin = 0
-        while begin < len(experts):
-            feed.advance()
-            end = self._chunk_end(held, layer, experts, rows.counts, begin, slots)
-            assert feed.reached(end), "a chunk has more experts than there are slots"
-            used = slots.use(held.number, experts[begin:end])
-            some = slice(first[begin], first[end])
-            with self.log.chunk(layer, end - begin, first[end] - first[begin]):
-                yield Chunk(
-                    first=first[begin],
-                    experts=numbers[begin:end],
-                    groups=Groups(rows.counts[begin:end], self._streams.upload, block_rows),
-                    places=rows.places[some],
-                    tokens=tokens[some],
-                    row_weights=data.row_weights[some],
-                    position=rows.position,
-                    weights=self._weights(held, layer, slots, used),
-                    low_rank=[None if p is None else p[some] for p in data.low_rank],
-                )
-            slots.release(used)
-            begin = end
-        feed.advance()
-
-    def _chunk_end(
-        self,
-        held: _Held,
-        layer: Layer,
-        experts: Sequence[int],
-        counts: Sequence[int],
-        begin: int,
-        slots: Slots,
-    ) -> int:
-        """How far a chunk reaches: bounded by what has to cross, its temporary memory, and the slots."""
-        fits = len(slots) >= 2 * len(experts) or len(slots) == self._gpu._slot_bytes_and_count()[1]
-        most = len(experts) if fits else max(1, len(slots) // 2)
-        decoded = 0 if held.in_place else 6 * layer.hidden * layer.intermediate
-        row = 4 * layer.hidden + 14 * layer.intermediate
-        crossing = temporary = 0
-        last = min(len(experts), begin + most)
-        for end in range(begin, last):
-            temporary += decoded + row * counts[end]
-            if end > begin and temporary > _CHUNK_TEMPORARY_BYTES:
-                return end
-            if not slots.arrived((held.number, experts[end])):
-                crossing += held.stored.slot_bytes
-                if crossing >= _CHUNK_LINK_BYTES:
-                    return end + 1
-        return last
-
-    def _weights(
-        self, held: _Held, layer: Layer, slots: Slots, used: Sequence[int]
-    ) -> tuple[Matrices, Matrices, Matrices]:
-        """gate, up and down of the experts in some slots in bf16: where they lie, or decoded."""
-        index = self._streams.upload(np.array(used, dtype=np.int32))
-        if held.in_place:
-            memory = slots.memory.view(torch.bfloat16)
-            found = [
-                memory[:, part.codes // 2 : part.codes // 2 + part.rows * part.cols].view(
-                    -1, part.rows, part.cols
-                )
-                for part in held.stored.parts
-            ]
-        else:
-            shapes = ((layer.intermediate, layer.hidden),) * 2 + ((layer.hidden, layer.intermediate),)
-            found = [
-                torch.empty(len(used), *shape, dtype=torch.bfloat16, device=self.device) for shape in shapes
-            ]
-            for part in held.stored.parts:
-                along = 2 if part.projection == 2 else 1
-                width = part.cols if part.projection == 2 else part.rows
-                dequantize(slots.memory, index, part, found[part.projection].narrow(along, part.first, width))
-            index = torch.arange(len(used), dtype=torch.int32, device=self.device)
-        gate, up, down = (Matrices(matrices, index) for matrices in found)
-        return gate, up, down
-
-
-def _biases(stored: StoredExperts) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of gate, up and down; gate and up have both or none, as the fused product wants it."""
-    gate, up, down = stored.biases()
-    if (gate is None) != (up is None):
-        zeros = torch.zeros_like(cast(Tensor, gate if up is None else up))
-        gate, up = zeros if gate is None else gate, zeros if up is None else up
-    return gate, up, down
+            return iter(())
+        all_fit = len(self._slots) == self._layers.sizes()[1]
+        chunks = Chunks(held.number, held.stored, self._slots, feed, all_fit, self._streams, self.log)
+        return chunks.of(layer, data)
 
 
 def _layer(experts: Experts, held: _Held, lora: LoraCall, matrices: Sequence[Tensor | None]) -> Layer:

@@ -38,44 +38,33 @@ class LoraCall:
         return tuple(0 if a is None else a.shape[1] for a in self.tensors[::2])
 
 
-def host_copies(lora: LoraCall, streams: Streams) -> list[Tensor | None]:
-    """bf16 copies, in page-locked memory, of the matrices that lie on the host and are wanted on the device.
-
-    A forward makes them, and its backward takes the same. Later forwards make their own: fused optimizers
-    change parameters without counting up their versions.
-    """
-    copies: list[Tensor | None] = []
-    for tensor in lora.tensors:
-        copy = None
-        if tensor is not None and tensor.device != streams.device:
-            copy = streams.host_empty(tuple(tensor.shape), torch.bfloat16)
-            copy.copy_(tensor.detach())
-        copies.append(copy)
-    return copies
-
-
-def to_device(lora: LoraCall, copies: Sequence[Tensor | None], streams: Streams) -> list[Tensor | None]:
+def to_device(lora: LoraCall, wanted: bool, streams: Streams) -> list[Tensor | None]:
     """The matrices in bf16 on the device; the current stream waits for those that have to cross.
 
+    Every pass copies them anew: fused optimizers change parameters without counting up their versions.
+
     Args:
-        copies: as `host_copies` made them; None for a matrix on the host that is not wanted on the device.
+        wanted: False leaves out those that lie on the host.
     """
     found: list[Tensor | None] = []
-    for tensor, copy in zip(lora.tensors, copies, strict=True):
+    crossed = False
+    for tensor in lora.tensors:
         if tensor is not None and tensor.device == streams.device:
             found.append(tensor.detach().to(torch.bfloat16).contiguous())
-            continue
-        if copy is None:
+        elif tensor is None or not wanted:
             found.append(None)
-            continue
-        streams.note("uplink", "copy_lora", copy.nbytes)
-        with streams.on("uplink"):  # whose memory needs no wait for work of the current stream
-            matrix = torch.empty_like(copy, device=streams.device)
-            copy_from_host(matrix, copy)
-        streams.keep(copy, "uplink")
-        streams.used_by(matrix)
-        found.append(matrix)
-    if any(copy is not None for copy in copies):
+        else:
+            host = streams.host_empty(tuple(tensor.shape), torch.bfloat16)
+            host.copy_(tensor.detach())
+            streams.note("uplink", "copy_lora", host.nbytes)
+            with streams.on("uplink"):  # whose memory needs no wait for work of the current stream
+                matrix = torch.empty_like(host, device=streams.device)
+                copy_from_host(matrix, host)
+            streams.keep(host, "uplink")
+            streams.used_by(matrix)
+            found.append(matrix)
+            crossed = True
+    if crossed:
         streams.wait(streams.record("uplink"))
     return found
 
@@ -136,7 +125,7 @@ def join_gradients(
             joined.append(host if gpu is None else gpu)
         elif tensor is not None and tensor.is_cpu:
             streams.note("downlink", "copy_lora", (len(host) - len(on_cpu)) * (host.nbytes // len(host)))
-            for rows in runs(on_cpu, len(host), inside=False):
+            for rows in others(on_cpu, len(host)):
                 streams.copy_tensor(host[rows], gpu[rows], "downlink")
             streams.used_by(gpu, "downlink")
             sent = True
@@ -154,9 +143,9 @@ def join_gradients(
     return joined
 
 
-def runs(experts: Sequence[int], count: int, *, inside: bool) -> list[slice]:
-    """Neighbours in [0, count) that are among `experts`, or are not, as slices."""
-    chosen = np.full(count, not inside)
-    chosen[list(experts)] = inside
+def others(experts: Sequence[int], count: int) -> list[slice]:
+    """The numbers in [0, count) that are not among `experts`, neighbours as one slice."""
+    chosen = np.ones(count, dtype=bool)
+    chosen[list(experts)] = False
     edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8)))
     return [slice(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]

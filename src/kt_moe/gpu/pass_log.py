@@ -26,7 +26,7 @@ class PassReport:
         gpu_experts, cpu_experts, gpu_rows, cpu_rows: routed experts and their rows by place.
         bytes_moved: of experts that were sent over the link meanwhile, those for later passes too.
         seconds: of the link, the GPU and the CPU as `plan.cut` predicts them, of forward and backward
-            together where the layer trains.
+            together where the layer trains; None where the CPU's share was given.
     """
 
     layer: int
@@ -36,16 +36,16 @@ class PassReport:
     gpu_rows: int
     cpu_rows: int
     bytes_moved: int
-    seconds: tuple[float, float, float]
+    seconds: tuple[float, float, float] | None
 
-    def line(self, predicted: bool) -> str:
+    def line(self) -> str:
         """As text for people."""
         direction = "backward" if self.backward else "forward"
         text = (
             f"layer {self.layer:<3} {direction:<9} GPU {self.gpu_experts:,} experts, {self.gpu_rows:,} rows; "
             f"CPU {self.cpu_experts:,} experts, {self.cpu_rows:,} rows; {self.bytes_moved / 1e9:.3f} GB moved"
         )
-        if predicted:
+        if self.seconds is not None:
             link, gpu, cpu = (1e3 * seconds for seconds in self.seconds)
             text += f"; predicted: link {link:.2f}, GPU {gpu:.2f}, CPU {cpu:.2f} ms"
         return text

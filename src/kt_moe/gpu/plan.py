@@ -7,7 +7,7 @@ are predicted to end together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,18 +60,25 @@ class Cut:
 
     Attributes:
         gpu, cpu: numbers of experts.
-        seconds: predicted time of the link, the GPU and the CPU.
         rows: of the GPU and the CPU.
+        seconds: predicted time of the link, the GPU and the CPU; None where the CPU's share was given.
     """
 
     gpu: tuple[int, ...]
     cpu: tuple[int, ...]
-    seconds: tuple[float, float, float]
-    rows: tuple[int, int] = (0, 0)
+    rows: tuple[int, int]
+    seconds: tuple[float, float, float] | None = None
 
 
 def layer_costs(
-    rates: Rates, hidden: int, intermediate: int, stored_bytes: int, rank: int, missing: float, train: bool
+    rates: Rates,
+    hidden: int,
+    intermediate: int,
+    stored_bytes: int,
+    rank: int,
+    missing: float,
+    train: bool,
+    in_place: bool,
 ) -> Costs:
     """Costs of an expert of a layer.
 
@@ -81,10 +88,11 @@ def layer_costs(
         rank: the three LoRA ranks together.
         missing: the part of experts, in [0, 1], that are not on the GPU when they are wanted.
         train: whether a backward follows.
+        in_place: whether products read the stored weights, which are not decoded before.
     """
     product = 2 * hidden * intermediate
     low_rank = 2 * rank * (hidden + intermediate)
-    decoded = 6 * hidden * intermediate
+    decoded = 0 if in_place else 6 * hidden * intermediate
     # Products with a weight a row: 3 in forward; backward has 3 more and on the GPU 2 of G and U again.
     cpu_products, gpu_products, low_ranks, passes = (6, 8, 4, 2) if train else (3, 3, 1, 1)
     row_bytes = 12 * hidden + 14 * intermediate  # of fp32 and bf16 rows that kernels write and read again
@@ -99,34 +107,53 @@ def layer_costs(
     )
 
 
-def cut(counts: NDArray[np.integer], costs: Costs, cpu_share: float | None = None) -> Cut:
-    """Divide the routed experts.
+def cut(counts: NDArray[np.integer], costs: Costs) -> Cut:
+    """Divide the routed experts where all is predicted to end soonest.
 
     Args:
         counts: [E], the rows of each expert; those with none are in neither place.
         costs: see `layer_costs`.
-        cpu_share: part of all rows that the CPU is to compute, in [0, 1]; the nearest that whole experts
-            from the tail give. None: what ends soonest.
 
     Returns:
         the same for the same arguments, on every machine.
     """
-    order = np.argsort(-counts.astype(np.int64), kind="stable")
-    order = order[counts[order] > 0]
-    rows = np.concatenate([[0], np.cumsum(counts[order], dtype=np.int64)])  # of the first n experts
+    experts, rows = _sorted(counts)
     n = np.arange(len(rows))
     link = n * costs.link_expert
     gpu = n * costs.gpu_expert + rows * costs.gpu_row
     cpu = (n[-1] - n) * costs.cpu_expert + (rows[-1] - rows) * costs.cpu_row + (n < n[-1]) * costs.cpu_call
-    if cpu_share is None:
-        ends = np.maximum(np.maximum(link, gpu), cpu)
-        at = int(np.argmin(ends))
-        if ends[at] > _WORTH_DIVIDING * ends[-1]:
-            at = len(ends) - 1
-    else:
-        # Of equally near ones the last, so that 0 leaves nothing to the CPU; and 1 everything.
-        distance = np.abs((rows[-1] - rows) - cpu_share * rows[-1])
-        at = int(len(n) - 1 - np.argmin(distance[::-1]))
-    experts = tuple(int(e) for e in order)
-    seconds = float(link[at]), float(gpu[at]), float(cpu[at])
-    return Cut(experts[:at], experts[at:], seconds, (int(rows[at]), int(rows[-1] - rows[at])))
+    ends = np.maximum(np.maximum(link, gpu), cpu)
+    at = int(np.argmin(ends))
+    if ends[at] > _WORTH_DIVIDING * ends[-1]:
+        at = len(ends) - 1
+    plan = _cut_at(experts, rows, at)
+    return replace(plan, seconds=seconds_of(plan, costs))
+
+
+def cut_by_share(counts: NDArray[np.integer], cpu_share: float) -> Cut:
+    """Leave the CPU a part of all rows, in [0, 1]: the nearest that whole experts of the tail have."""
+    experts, rows = _sorted(counts)
+    # Of equally near ones the last, so that 0 leaves nothing to the CPU; and 1 everything.
+    distance = np.abs((rows[-1] - rows) - cpu_share * rows[-1])
+    return _cut_at(experts, rows, int(len(rows) - 1 - np.argmin(distance[::-1])))
+
+
+def seconds_of(plan: Cut, costs: Costs) -> tuple[float, float, float]:
+    """What the link, the GPU and the CPU are predicted to take."""
+    return (
+        len(plan.gpu) * costs.link_expert,
+        len(plan.gpu) * costs.gpu_expert + plan.rows[0] * costs.gpu_row,
+        len(plan.cpu) * costs.cpu_expert + plan.rows[1] * costs.cpu_row + bool(plan.cpu) * costs.cpu_call,
+    )
+
+
+def _sorted(counts: NDArray[np.integer]) -> tuple[tuple[int, ...], NDArray[np.int64]]:
+    """The routed experts, most rows first, and the rows of the first n of them for every n."""
+    order = np.argsort(-counts.astype(np.int64), kind="stable")
+    order = order[counts[order] > 0]
+    rows = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts[order], dtype=np.int64)])
+    return tuple(int(e) for e in order), rows
+
+
+def _cut_at(experts: tuple[int, ...], rows: NDArray[np.int64], at: int) -> Cut:
+    return Cut(experts[:at], experts[at:], (int(rows[at]), int(rows[-1] - rows[at])))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from kt_moe.gpu.plan import Costs, Rates, cut, layer_costs
+from kt_moe.gpu.plan import Costs, Rates, cut, cut_by_share, layer_costs, seconds_of
 
 ROUTINGS = ("even", "skewed")
 _SKEW = 1.5  # popularity is rank ** -1.5, as in `kt-moe bench --routing skewed`
@@ -87,7 +87,7 @@ def predict(
     Args:
         gpu_memory: bytes for experts on the GPU.
         routing: "even": all experts are equally popular. "skewed": by Zipf's law.
-        cpu_share: see `plan.cut`.
+        cpu_share: see `plan.cut_by_share`; None: what ends soonest.
 
     Raises:
         ValueError: the memory does not hold one expert.
@@ -103,8 +103,9 @@ def predict(
     costs = _costs(work, rates, missing, train=True)
     if work.recompute:
         costs = _sum(costs, _costs(work, rates, missing, train=False))
-    plan = cut(expected_routes(work, routing), costs, cpu_share)
-    link, gpu, cpu = (work.layers * seconds for seconds in plan.seconds)
+    routes = expected_routes(work, routing)
+    plan = cut(routes, costs) if cpu_share is None else cut_by_share(routes, cpu_share)
+    link, gpu, cpu = (work.layers * seconds for seconds in seconds_of(plan, costs))
     seconds = max(link, gpu, cpu)
     return Prediction(
         routing, seconds, link, gpu, cpu, len(plan.gpu), len(plan.cpu), *plan.rows, link * rates.link,
@@ -153,7 +154,10 @@ def reference_machine(link: str = "PCIe 5 x16", cpus: int = _REFERENCE_CPUS) -> 
 
 
 def _costs(work: Workload, rates: Rates, missing: float, train: bool) -> Costs:
-    return layer_costs(rates, work.hidden, work.intermediate, work.stored_bytes, work.rank, missing, train)
+    in_place = work.stored_bytes == 6 * work.hidden * work.intermediate  # bf16
+    return layer_costs(
+        rates, work.hidden, work.intermediate, work.stored_bytes, work.rank, missing, train, in_place
+    )
 
 
 def _sum(a: Costs, b: Costs) -> Costs:

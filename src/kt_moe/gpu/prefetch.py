@@ -75,7 +75,3 @@ class Feed:
                 self._claimed += claimed
                 return
             self._layer, self._claimed = self._layer + 1, 0
-
-    def reached(self, number: int) -> bool:
-        """Whether the first `number` experts of the pass have been claimed."""
-        return self._layer > 0 or self._claimed >= number

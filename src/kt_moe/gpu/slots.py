@@ -38,6 +38,9 @@ class Slots:
         self.bytes_moved = 0
         self._streams = streams
         self._address = self.memory.data_ptr()
+        # The memory may have been another tensor's before, and the link's copies are not torch's.
+        streams.wait(streams.record(), "link")
+        streams.used_by(self.memory, "link")
         self._waited: Event | None = None  # the last event that the link has waited for
         self._slot_of: dict[Key, int] = {}
         self._holds: list[Key | None] = [None] * count

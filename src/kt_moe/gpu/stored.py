@@ -8,7 +8,7 @@ import ctypes
 import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from kt_moe.host_memory import free_memory
 
 if TYPE_CHECKING:
     from kt_moe import _core
-    from kt_moe.experts import Experts
 
 _ALIGN = 64  # bytes on which each part of a matrix begins, as in the core's own memory (LayerPlan)
 
@@ -60,6 +59,12 @@ class _Piece(NamedTuple):
     offset: int
 
 
+class HasCore(Protocol):
+    """`kt_moe.Experts`, or what stands for them."""
+
+    _core: _core.Experts
+
+
 class StoredExperts:
     """The stored bytes of one layer's experts. Keeps their memory alive.
 
@@ -70,7 +75,7 @@ class StoredExperts:
         num_experts: E.
     """
 
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, experts: HasCore) -> None:
         self._core = experts._core
         self.num_experts = self._core.num_experts
         parts: list[StoredPart] = []
@@ -160,6 +165,11 @@ class StoredExperts:
                 self._core.bias(name, bias)
             biases.append(bias)
         return biases[0], biases[1], biases[2]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether products can read a slot as it is: whole bf16 matrices."""
+        return len(self.parts) == 3 and all(part.format == "bf16" for part in self.parts)
 
     @property
     def pinned(self) -> bool:

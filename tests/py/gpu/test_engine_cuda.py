@@ -88,7 +88,7 @@ def test_numbers_and_bits(name, share, lora_device):
         assert relative_error(value, truth[key]) <= relative_error(eager[key], truth[key]), key
     same(run(problem, experts, lora_device), ours)
     # With hardly any room on the GPU: other chunks, the same bits.
-    experts.gpu.memory = 2 * experts.gpu._slot_bytes_and_count()[0]
+    experts.gpu.memory = 2 * experts.gpu._layers.sizes()[0]
     same(run(problem, experts, lora_device), ours)
 
 
@@ -98,7 +98,7 @@ def test_formats(format, shards):
     problem = PROBLEMS["even"]()
     experts = experts_of(problem, Gpu(cpu_share=0.3), format, shards)
     ours = run(problem, experts)
-    assert experts.gpu._stored(experts).pinned
+    assert experts.gpu._layers.stored(experts).pinned
     problem.weights = experts.dequantize()
     assert_formula(ours, problem)
 

@@ -1,0 +1,109 @@
+"""What the engines of one `kt_moe.Gpu` share: its options, and the layers that were given it."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from kt_moe.gpu.plan import Rates
+
+if TYPE_CHECKING:
+    from kt_moe import _core
+    from kt_moe.experts import Experts
+    from kt_moe.gpu.stored import StoredExperts
+    from kt_moe.gpu.streams import Streams
+
+
+class Identity:
+    """What a layer's `Experts` and its copies, which share the weights, have in common."""
+
+
+@dataclass(eq=False)
+class _Layer:
+    _core: _core.Experts
+    stored: StoredExperts | None = None
+
+
+@dataclass(eq=False)
+class Layers:
+    """The layers and the options.
+
+    Attributes:
+        memory, cpu_share, rates: of `kt_moe.Gpu`.
+        links: the streams of every engine.
+    """
+
+    memory: int | str = "auto"
+    cpu_share: float | str = "auto"
+    rates: Rates | None = None
+    links: list[Streams] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._layers: weakref.WeakKeyDictionary[Identity, _Layer] = weakref.WeakKeyDictionary()
+        self._free: dict[torch.device, int] = {}
+        self._sizes: tuple[int, int, int] | None = None  # number of layers, and `sizes`
+
+    def add(self, experts: Experts) -> None:
+        """A layer is given the options."""
+        self._layers.setdefault(experts._identity, _Layer(experts._core))
+        self._sizes = None
+
+    def remove(self, experts: Experts) -> None:
+        """It is given others."""
+        self._layers.pop(experts._identity, None)
+        self._sizes = None
+
+    def stored(self, experts: Experts) -> StoredExperts:
+        """Where a layer's weights lie."""
+        layer = self._layers.setdefault(experts._identity, _Layer(experts._core))
+        if layer.stored is None:
+            from kt_moe.gpu.stored import StoredExperts
+
+            layer.stored = StoredExperts(layer)
+        return layer.stored
+
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of a slot that holds any expert, and the number of experts of all layers."""
+        if self._sizes is None or self._sizes[0] != len(self._layers):
+            from kt_moe.gpu.stored import StoredExperts
+
+            layers = list(self._layers.values())
+            for layer in layers:
+                layer.stored = layer.stored or StoredExperts(layer)
+            stored = [layer.stored for layer in layers if layer.stored is not None]
+            self._sizes = len(layers), max(s.slot_bytes for s in stored), sum(s.num_experts for s in stored)
+        return self._sizes[1:]
+
+    def budget(self, device: torch.device) -> int:
+        """Bytes for slots on a device; with "auto" at most half of what is free there at the first call."""
+        if isinstance(self.memory, int):
+            return self.memory
+        slot_bytes, every = self.sizes()
+        if device.type != "cuda":
+            return slot_bytes * every
+        if device not in self._free:
+            self._free[device] = torch.cuda.mem_get_info(device)[0]
+        return min(slot_bytes * every, self._free[device] // 2)
+
+    def rates_for(self, experts: Experts, device: torch.device) -> Rates:
+        """The rates given, or measured with the first layer that asks."""
+        if self.rates is None:
+            from kt_moe.gpu.rates import measure
+
+            self.rates = measure(experts, device)
+        return self.rates
+
+    def finish_links(self) -> None:
+        """Let the calling thread wait until every link has brought what it was asked for."""
+        for link in self.links:
+            link.finish()
+
+    def unlock(self, experts: Experts) -> None:
+        """The core is about to move a layer's weights: end copies of them, and unlock their memory."""
+        self.finish_links()
+        layer = self._layers.get(experts._identity)
+        if layer is not None and layer.stored is not None:
+            layer.stored.unpin()
