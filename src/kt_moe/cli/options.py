@@ -121,8 +121,8 @@ def add_gpu(add: Callable[..., Any]) -> None:
         "to a quarter of the memory that is free; default: auto"
     )
     add("--gpu", type=_gpu, default="auto", metavar="NAME", help=gpu)
-    add("--gpu-memory", type=_memory, default="auto", metavar="SIZE", help=memory)
-    add("--cpu-share", type=_share, default="auto", metavar="P", help=share)
+    add("--gpu-memory", type=memory_size, default="auto", metavar="SIZE", help=memory)
+    add("--cpu-share", type=cpu_share, default="auto", metavar="P", help=share)
     add("--lora-device", choices=LORA_DEVICES, default="auto", help=lora)
 
 
@@ -227,14 +227,16 @@ def _gpu(text: str) -> str:
     return text
 
 
-def _memory(text: str) -> int | str:
+def memory_size(text: str) -> int | str:
+    """An argparse type: a number of bytes for `kt_moe.Gpu`, or "auto"."""
     try:
         return text if text == "auto" else parse_bytes("", text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}, wanted auto or a size such as 6GiB") from None
 
 
-def _share(text: str) -> float | str:
+def cpu_share(text: str) -> float | str:
+    """An argparse type: a part of the rows for `kt_moe.Gpu`, or "auto"."""
     try:
         value = text if text == "auto" else float(text)
     except ValueError:

@@ -25,8 +25,6 @@ from kt_moe.gpu import torch_products
 if TYPE_CHECKING:
     from kt_moe.gpu.stored import StoredPart
 
-MAX_TERMS = 4
-
 # What a tile of so many rows costs, against one of 128. Up to 64 rows a tile takes as long as its part of the
 # weight takes from the L2 cache, so a few large tiles beat many small ones.
 _TILE_COSTS = {16: 0.60, 32: 0.64, 64: 0.72, 128: 1.0}

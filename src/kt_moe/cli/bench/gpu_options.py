@@ -14,7 +14,7 @@ from kt_moe.checkpointing import CHOICES
 from kt_moe.cli.bench.layer import Shape
 from kt_moe.cli.bench.options import check_writable, number_from, one_of, shape_of
 from kt_moe.cli.errors import UserError
-from kt_moe.cli.options import list_of
+from kt_moe.cli.options import cpu_share, list_of, memory_size
 from kt_moe.experts import FORMATS
 
 STACK_PEERS = ("streamed", "resident", "cpu", "kt_moe-resident")
@@ -50,7 +50,7 @@ class GpuSettings:
     rank: int
     lora_dtype: str
     formats: list[str]
-    gpu_memory: str
+    gpu_memory: int | str
     cpu_share: float | str
     lora_device: str
     routing: str
@@ -66,7 +66,7 @@ class GpuSettings:
     peers: list[str]
     json: Path | None
 
-    def gpu(self, memory: str | None = None, cpu_share: float | None = None) -> kt_moe.Gpu:
+    def gpu(self, memory: int | str | None = None, cpu_share: float | None = None) -> kt_moe.Gpu:
         """As the options ask for it, save what is given here."""
         share = self.cpu_share if cpu_share is None else cpu_share
         return kt_moe.Gpu(self.device, memory or self.gpu_memory, share)
@@ -97,8 +97,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gpu.add_argument("--layers", type=number_from(1), metavar="L", help="(6; with --step 48)")
     formats = list_of(one_of(FORMATS))
     gpu.add_argument("--format", type=formats, metavar="NAME,..", help="of kt_moe's experts (bf16)")
-    gpu.add_argument("--gpu-memory", metavar="SIZE", help="for experts, such as 2.5GiB (auto)")
-    gpu.add_argument("--cpu-share", type=_share, metavar="X", help="of the work, 0 to 1 (auto)")
+    gpu.add_argument(
+        "--gpu-memory", type=memory_size, metavar="SIZE", help="for experts, such as 2.5GiB (auto)"
+    )
+    gpu.add_argument("--cpu-share", type=cpu_share, metavar="X", help="of the work, 0 to 1 (auto)")
     gpu.add_argument("--lora-device", choices=["cuda", "cpu"], help="of the experts' LoRA (cuda)")
     gpu.add_argument("--checkpoint-experts", choices=CHOICES, help="in a --step (recompute)")
     gpu.add_argument("--new-routes", action="store_true", help="other routes in every step")
@@ -164,13 +166,3 @@ def _one(option: str, values: list[Any] | None, default: Any) -> Any:
     if values is not None and len(values) > 1:
         raise UserError(f"{option} has {len(values)} values, --gpu takes one")
     return values[0] if values else default
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"is {text!r}, wanted a number from 0 to 1")
-    return value
