@@ -97,9 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gpu.add_argument("--layers", type=number_from(1), metavar="L", help="(6; with --step 48)")
     formats = list_of(one_of(FORMATS))
     gpu.add_argument("--format", type=formats, metavar="NAME,..", help="of kt_moe's experts (bf16)")
-    gpu.add_argument(
-        "--gpu-memory", type=memory_size, metavar="SIZE", help="for experts, such as 2.5GiB (auto)"
-    )
+    gpu.add_argument("--gpu-memory", type=memory_size, metavar="SIZE", help="such as 2.5GiB (auto)")
     gpu.add_argument("--cpu-share", type=cpu_share, metavar="X", help="of the work, 0 to 1 (auto)")
     gpu.add_argument("--lora-device", choices=["cuda", "cpu"], help="of the experts' LoRA (cuda)")
     gpu.add_argument("--checkpoint-experts", choices=CHOICES, help="in a --step (recompute)")
