@@ -185,6 +185,10 @@ def test_config_round_trip() -> None:
     gpu = again.make_gpu()
     assert (str(gpu.device), gpu.memory, gpu.cpu_share) == ("cuda:1", 6 << 30, 0.25)
     assert KtMoeConfig(gpu="off").make_gpu().cpu_share == 1.0
+    rates = kt_moe.Rates(*(1e9 * i for i in range(1, 6)))
+    for given in (rates, vars(rates)):
+        again = KtMoeConfig(**json.loads(json.dumps(KtMoeConfig(gpu_rates=given).to_dict())))
+        assert again.make_gpu().rates == rates
 
 
 def test_config_options_arrive(checkpoint: Path) -> None:
@@ -222,6 +226,11 @@ def test_options_of_the_gpu_arrive(checkpoint: Path) -> None:
         ({"gpu_memory": "6 apples"}, "KtMoeConfig: gpu_memory is '6 apples', wanted "),
         ({"gpu_memory": 0}, "KtMoeConfig: gpu_memory is 0, wanted "),
         ({"cpu_share": 1.5}, "KtMoeConfig: cpu_share is 1.5, wanted "),
+        ({"gpu_rates": {"link": 5e10}}, "KtMoeConfig: gpu_rates is {'link': 50000000000.0}, wanted "),
+        (
+            {"gpu_rates": dict.fromkeys(vars(kt_moe.Rates(*[1] * 5)), 0)},
+            "Rates: link is 0, wanted a positive number",
+        ),
         ({"gpu": "off", "cpu_share": 0.5}, 'KtMoeConfig has gpu="off" and gpu_memory or cpu_share'),
         (
             {"lora_device": "gpu"},

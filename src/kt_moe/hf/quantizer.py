@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from transformers.quantizers.base import HfQuantizer
@@ -17,7 +17,7 @@ from kt_moe import lora_device as lora_devices
 from kt_moe.architectures import architecture_of
 from kt_moe.checkpoint import Checkpoint
 from kt_moe.experts import CHECKPOINT_FORMATS, PLACEMENTS, Experts
-from kt_moe.gpu import Gpu, as_gpu
+from kt_moe.gpu import Gpu, Rates, as_gpu
 from kt_moe.hf.experts import NAME, KtExperts, dims_of
 from kt_moe.runtime import Runtime, default_runtime
 
@@ -50,6 +50,8 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
             and by DistributedDataParallel with device_ids.
         checkpoint_experts: whether gradient checkpointing computes experts again, "recompute", or keeps what
             their backward needs from the first forward, "retain" (see `kt_moe.Experts.checkpoint_experts`).
+        gpu_rates: `kt_moe.Rates`, or their values by name, as `kt-moe doctor` prints them: experts are then
+            divided between CPU and GPU alike in every run. None: measured at the first call.
 
     Raises:
         ValueError: an unknown option or choice, `paged` with `cache_dir`, gpu="off" with gpu_memory or
@@ -73,6 +75,7 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         cpu_share: float | str = "auto",
         lora_device: str = "auto",
         checkpoint_experts: str = "recompute",
+        gpu_rates: Rates | Mapping[str, float] | None = None,
         **unknown: Any,
     ) -> None:
         self.quant_method = unknown.pop("quant_method", NAME)  # part of every serialised quantization config
@@ -83,6 +86,7 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.paged, self.lazy, self.placement = paged, lazy, placement
         self.gpu, self.gpu_memory, self.cpu_share = gpu, gpu_memory, cpu_share
         self.lora_device, self.checkpoint_experts = lora_device, checkpoint_experts
+        self.gpu_rates = asdict(gpu_rates) if isinstance(gpu_rates, Rates) else gpu_rates
         if unknown:
             options = [name for name in self.to_dict() if name != "quant_method"]
             raise ValueError(f"KtMoeConfig has no option {sorted(unknown)}, only {options}")
@@ -103,8 +107,15 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ValueError(f'KtMoeConfig: gpu is {self.gpu!r}, wanted "auto", "off" or a name as "cuda:0"')
         if self.gpu == "off" and (self.gpu_memory, self.cpu_share) != ("auto", "auto"):
             raise ValueError('KtMoeConfig has gpu="off" and gpu_memory or cpu_share, wanted one of them')
+        if self.gpu == "off":
+            return as_gpu("off")
         try:
-            return as_gpu("off") if self.gpu == "off" else Gpu(self.gpu, self.gpu_memory, self.cpu_share)
+            rates = None if self.gpu_rates is None else Rates(**self.gpu_rates)
+        except TypeError:
+            wanted = [rate.name for rate in fields(Rates)]
+            raise ValueError(f"KtMoeConfig: gpu_rates is {self.gpu_rates!r}, wanted {wanted}") from None
+        try:
+            return Gpu(self.gpu, self.gpu_memory, self.cpu_share, rates)
         except ValueError as error:
             text = re.sub("^(device|memory) is", lambda found: f"{_GPU_NAMES[found[1]]} is", str(error))
             raise ValueError(f"KtMoeConfig: {text}") from None
