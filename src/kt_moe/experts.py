@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -169,7 +170,7 @@ class Experts:
         self._checkpoint_experts = "recompute"
         self._identity = Identity()
         self._gpu: Gpu | None = None
-        self._routed_elsewhere = torch.zeros(core.num_experts, dtype=torch.int64, device="cpu")
+        self._routed_elsewhere = np.zeros(core.num_experts, dtype=np.int64)  # not counted by the core
         self.gpu = gpu
         if core.refused:
             _warn_refused()
@@ -287,12 +288,12 @@ class Experts:
         """[E] int64: the routes that every forward so far had for each expert. Waits for one in progress."""
         counts = torch.empty(self.num_experts, dtype=torch.int64, device="cpu")
         self._core.routed(counts)
-        return counts.add_(self._routed_elsewhere)
+        return counts + torch.from_numpy(self._routed_elsewhere)
 
     def reset_routed(self) -> None:
         """Count routes from zero again."""
         self._core.reset_routed()
-        self._routed_elsewhere.zero_()
+        self._routed_elsewhere[:] = 0
 
     def page_nodes(self) -> list[dict[str, int]]:
         """Where the weights of each shard lie, by a sample of at most a few thousand pages.

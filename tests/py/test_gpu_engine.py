@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import os
 import threading
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -17,6 +20,7 @@ from test_layer import ALL, assert_as_good_as_eager, assert_formula
 
 import kt_moe
 from kt_moe.gpu import Gpu, Rates
+from kt_moe.gpu.cpu_part import Worker
 
 SHARES = (0.0, 0.3, 0.7, 1.0)
 FORMATS = ("bf16", "int8", "int4", "fp8", "mxfp4")
@@ -232,9 +236,86 @@ def test_measured_rates_serve_the_cut():
     assert torch.equal(experts.routed, counts)  # measuring counts no routes
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, "auto"])
+def test_first_called_in_inference_mode(share):
+    problem = make_problem(30, 64, 48, 6, 2, ALL)
+    with torch.inference_mode():
+        experts = experts_of(problem, Gpu("cpu", few_slots(problem, 3), share, RATES))
+        first = kt_moe.moe(
+            problem.hidden_states, problem.topk_ids, problem.topk_weights, experts, problem.lora
+        )
+    assert_formula(run_ours(problem, experts.runtime, experts=experts), problem)
+    again = kt_moe.moe(problem.hidden_states, problem.topk_ids, problem.topk_weights, experts, problem.lora)
+    assert torch.equal(first, again) or share == "auto"  # a forward alone may be divided in another way
+    experts.reset_routed()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_measuring_under_another_default_dtype_leaves_torch_as_it_was(dtype):
+    problem = make_problem(30, 64, 48, 6, 2, ALL)
+    state = torch.get_rng_state()
+    torch.set_default_dtype(dtype)
+    try:
+        ours = run(problem, Gpu("cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_formula(ours, problem)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_fork_beside_a_pass():
+    problem = make_problem(30, 64, 48, 6, 2, ALL)
+    gpu = Gpu("cpu", cpu_share=0.5)
+    experts = experts_of(problem, gpu)
+    expected = run_ours(problem, experts.runtime, experts=experts)
+    engine = gpu.engine(torch.device("cpu"))
+    held = threading.Thread(target=lambda: engine.lock.acquire())
+    held.start()
+    held.join()
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)
+            again = kt_moe.moe(
+                problem.hidden_states[:0], problem.topk_ids[:0], problem.topk_weights[:0], experts
+            )
+            os._exit(0 if len(again) == 0 and gpu.report() else 1)
+        except BaseException:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    assert expected
+
+
+def test_worker_does_jobs_in_order_and_hands_on_exceptions():
+    worker, done = Worker(), []
+    jobs = [worker.submit(lambda i=i: done.append(i)) for i in range(20)]
+
+    def fail():
+        raise KeyError("a job's own")
+
+    bad = worker.submit(fail)
+    for job in jobs:
+        job.wait()
+    assert done == list(range(20))
+    for _ in range(2):
+        with pytest.raises(KeyError, match="a job's own"):
+            bad.wait()
+    thread = worker._thread
+    worker.finish()
+    assert not thread.is_alive()
+    worker.submit(lambda: done.append("again")).wait()
+    assert done[-1] == "again"
+    thread = worker._thread
+    del worker
+    thread.join(10)
+    assert not thread.is_alive()
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        ({"memory": np.ones(2)}, "memory is array"),
+        ({"cpu_share": np.ones(2)}, "cpu_share is array"),
         ({"memory": "lots"}, "memory is 'lots', wanted a positive number of bytes"),
         ({"memory": 0}, "memory is 0"),
         ({"memory": True}, "memory is True"),
@@ -249,6 +330,20 @@ def test_measured_rates_serve_the_cut():
 def test_bad_options(options, says):
     with pytest.raises(ValueError, match=says):
         Gpu(**options)
+
+
+def test_numbers_of_other_libraries():
+    gpu = Gpu(
+        "cpu:0", np.int64(1 << 20), np.float32(0.5), Rates(*map(np.float64, (1e9, 1e12, 1e11, 1e11, 1e10)))
+    )
+    assert (gpu.device, gpu.memory, gpu.cpu_share) == (torch.device("cpu"), 1 << 20, 0.5)
+    assert copy.copy(gpu) is gpu
+
+
+@pytest.mark.parametrize("bad", [True, 10**400, "1e9", float("nan"), float("inf")])
+def test_rates_out_of_range(bad):
+    with pytest.raises(ValueError, match="Rates: link is "):
+        Rates(bad, 1, 1, 1, 1)
 
 
 def test_bad_rates():

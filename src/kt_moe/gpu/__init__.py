@@ -10,6 +10,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,7 +67,8 @@ class Gpu:
 
     @memory.setter
     def memory(self, value: int | str) -> None:
-        self._layers.memory = value if value == "auto" else parse_bytes("memory", value)
+        auto = isinstance(value, str) and value == "auto"
+        self._layers.memory = "auto" if auto else parse_bytes("memory", value)
         for engine in self._engines.values():
             engine.drop_slots()
 
@@ -87,6 +89,9 @@ class Gpu:
     def __repr__(self) -> str:
         device = "auto" if self.device is None else str(self.device)
         return f"Gpu(device={device!r}, memory={self.memory!r}, cpu_share={self.cpu_share!r})"
+
+    def __copy__(self) -> Gpu:
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gpu:
         return self  # layers that were copied share it, as they share their weights
@@ -148,8 +153,8 @@ def parse_bytes(name: str, value: int | str) -> int:
         unit = None if found is None else found[2].upper()
         if found is not None and unit in _UNITS:
             number = float(found[1]) * _UNITS[unit]
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        number = value
+    elif isinstance(value, Real) and not isinstance(value, bool):
+        number = float(value)
     if not 1 <= number < 2**63:
         raise ValueError(
             f'{name} is {value!r}, wanted a positive number of bytes, such as 6442450944 or "6GiB"'
@@ -158,7 +163,7 @@ def parse_bytes(name: str, value: int | str) -> int:
 
 
 def _device(device: str | torch.device) -> torch.device | None:
-    if device == "auto":
+    if isinstance(device, str) and device == "auto":
         return None
     try:
         found = torch.device(device)
@@ -166,15 +171,13 @@ def _device(device: str | torch.device) -> torch.device | None:
         raise ValueError(f'device is {device!r}, wanted "auto", "cuda:0" or the like') from None
     if found.type not in ("cuda", "cpu"):
         raise ValueError(f'device is {device!r}, wanted a CUDA device or "auto"')
-    if found.type == "cuda" and found.index is None:
-        found = torch.device("cuda", 0)
-    return found
+    return torch.device("cuda", found.index or 0) if found.type == "cuda" else torch.device("cpu")
 
 
 def _share(value: float | str) -> float | str:
-    if value == "auto":
+    if isinstance(value, str) and value == "auto":
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+    if isinstance(value, (bool, str)) or not isinstance(value, Real) or not 0.0 <= value <= 1.0:
         raise ValueError(f'cpu_share is {value!r}, wanted "auto" or a number from 0.0 to 1.0')
     return float(value)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import queue
+import threading
+import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -23,21 +26,78 @@ from kt_moe.tensors import empty, on_cpu
 if TYPE_CHECKING:
     from kt_moe.experts import Experts
 
-_R = TypeVar("_R")
+
+class Job:
+    """Work for a `Worker`."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._running = threading.Lock()
+        self._running.acquire()
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        """Do it; its exception is `wait`'s."""
+        try:
+            self._work()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._running.release()
+
+    def wait(self) -> None:
+        """Let the calling thread wait until it is done."""
+        with self._running:
+            pass
+        if self._error is not None:
+            raise self._error
 
 
 class Worker:
-    """One thread that does what it is given, in order. A forked child starts its own."""
+    """One thread that does jobs in order. A forked child starts its own.
+
+    Locks and a queue in C: an interrupt inside of Python's own executors can leave their locks held.
+    """
 
     def __init__(self) -> None:
-        self._thread: tuple[int, ThreadPoolExecutor] | None = None
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._process = 0
 
-    def submit(self, work: Callable[[], _R]) -> Future[_R]:
+    def submit(self, work: Callable[[], None]) -> Job:
         """Do it behind what was submitted before."""
-        process = os.getpid()
-        if self._thread is None or self._thread[0] != process:
-            self._thread = process, ThreadPoolExecutor(1, thread_name_prefix="kt_moe_cpu")
-        return self._thread[1].submit(work)
+        if self._thread is None or self._process != os.getpid():
+            self._jobs, self._process = queue.SimpleQueue(), os.getpid()
+            self._thread = threading.Thread(target=_serve, args=(self._jobs,), name="kt_moe_cpu", daemon=True)
+            self._thread.start()
+            weakref.finalize(self, self._jobs.put, None).atexit = False
+            _workers.add(self)
+        job = Job(work)
+        self._jobs.put(job)
+        return job
+
+    def finish(self) -> None:
+        """End the thread behind its jobs."""
+        thread, self._thread = self._thread, None
+        if thread is not None and self._process == os.getpid():
+            self._jobs.put(None)
+            thread.join()
+
+
+def _serve(jobs: queue.SimpleQueue[Job | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job.run()
+        del job  # and with it the tensors of its call
+
+
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+@atexit.register
+def _finish_workers() -> None:
+    """The core must not write into tensors that the interpreter has freed."""
+    for worker in list(_workers):
+        worker.finish()
 
 
 @dataclass
@@ -154,7 +214,7 @@ def submit_forward(
 
     def add_to(total: Tensor) -> None:
         with streams.span("host", "wait_cpu"):
-            done.result()
+            done.wait()
         _add_rows(total, out, part, streams)
 
     return add_to
@@ -199,7 +259,7 @@ def submit_backward(
 
     def add_to(total_x: Tensor | None, total_weights: Tensor | None) -> None:
         with streams.span("host", "wait_cpu"):
-            done.result()
+            done.wait()
         for total, rows in ((total_x, dx), (total_weights, dw)):
             if total is not None and rows is not None:
                 _add_rows(total, rows, part, streams)

@@ -9,6 +9,7 @@ what happened to lie on the GPU.
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 import weakref
@@ -117,6 +118,7 @@ class Engine:
         self._held: weakref.WeakKeyDictionary[Identity, _Held] = weakref.WeakKeyDictionary()
         self._gone: deque[int] = deque()  # numbers of layers that the engine still has to forget
         self.lock = threading.RLock()
+        _engines.add(self)
 
     def forward(
         self, experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, lora: LoraCall, train: bool
@@ -132,11 +134,11 @@ class Engine:
         Raises:
             ValueError: an id that is not in [0, E].
         """
-        streams = self._streams
-        with self._one_pass(experts) as held:
-            matrices = lora_transfer.to_device(lora, self._layers.cpu_share != 1.0, streams)
+        streams, share = self._streams, self._layers.cpu_share
+        with self.lock, self._one_pass(experts) as held:
+            matrices = lora_transfer.to_device(lora, share != 1.0, streams)
             counted = count_routes(ids, experts.num_experts, streams)
-            plan = self._cut(experts, held, counted.counts, lora, train)
+            plan = self._cut(experts, held, counted.counts, share, lora, train)
             self._start(held, plan, backward=False)
             part = add_cpu_rows = None
             if plan.cpu:
@@ -167,7 +169,7 @@ class Engine:
                 tensors if part is None else (*tensors, *part.tensors()),
             )
             on_gpu = list(plan.gpu)
-            experts._routed_elsewhere[on_gpu] += torch.from_numpy(counted.counts[on_gpu])
+            experts._routed_elsewhere[on_gpu] += counted.counts[on_gpu]
         return out, saved
 
     def backward(
@@ -190,7 +192,7 @@ class Engine:
         needs_x, needs_weights, needs_lora = needs
         plan, streams = saved.cut, self._streams
         data, part = saved.pass_data(lora)
-        with self._one_pass(experts) as held:
+        with self.lock, self._one_pass(experts) as held:
             self._start(held, plan, backward=True)
             of_host = lora_transfer.host_gradients(lora, needs_lora, part is not None, streams)
             add_cpu_rows = None
@@ -233,7 +235,8 @@ class Engine:
     def _one_pass(self, experts: Experts) -> Iterator[_Held]:
         """Alone with the slots. Whatever happens, none stays claimed and none is used again too early."""
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-        with self.lock, on_device, torch.autocast(self.device.type, enabled=False):
+        ordinary = torch.inference_mode(False)  # what a pass makes may serve a later one that trains
+        with on_device, ordinary, torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             self.forget_gone()
             self.log.watch(experts.runtime._profile)
             try:
@@ -290,9 +293,14 @@ class Engine:
                 )
 
     def _cut(
-        self, experts: Experts, held: _Held, counts: NDArray[np.int64], lora: LoraCall, train: bool
+        self,
+        experts: Experts,
+        held: _Held,
+        counts: NDArray[np.int64],
+        share: float | str,
+        lora: LoraCall,
+        train: bool,
     ) -> Cut:
-        share = self._layers.cpu_share
         if isinstance(share, float):
             return cut_by_share(counts, share)
         rates = self._layers.rates_for(experts, self.device)
@@ -375,3 +383,15 @@ def _layer(experts: Experts, held: _Held, lora: LoraCall, matrices: Sequence[Ten
         experts.hidden_size, experts.intermediate_size, experts.activation, held.biases, pairs, lora.dropout,
         lora.seed,
     )  # fmt: skip
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """Another thread may have been in a pass."""
+    for engine in list(_engines):
+        engine.lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

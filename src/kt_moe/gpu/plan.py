@@ -8,6 +8,7 @@ are predicted to end together.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +36,7 @@ class Rates:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not (isinstance(value, (int, float)) and 0 < value < float("inf")):
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < 1e30:  # type: ignore[operator]
                 raise ValueError(f"Rates: {name} is {value!r}, wanted a positive number")
 
 

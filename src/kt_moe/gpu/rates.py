@@ -63,7 +63,7 @@ def _pass_seconds(experts: Experts, number: int, rows: int) -> float:
     first = (
         torch.arange(number, dtype=torch.int32, device="cpu").repeat_interleave(rows)[:, None].contiguous()
     )
-    weights = torch.ones(len(x), 1, device="cpu")
+    weights = torch.ones(len(x), 1, dtype=torch.float32, device="cpu")
     out, dx = torch.empty_like(x), torch.empty_like(x)
     saved = torch.empty(len(x), 2 * experts.intermediate_size, dtype=torch.bfloat16, device="cpu")
     scalings = (1.0, 1.0, 1.0)
@@ -77,7 +77,7 @@ def _pass_seconds(experts: Experts, number: int, rows: int) -> float:
 
     before = experts.routed
     seconds = _best(work)
-    experts._routed_elsewhere += before - experts.routed  # these were nobody's
+    experts._routed_elsewhere += (before - experts.routed).numpy()  # these were nobody's
     return seconds
 
 
@@ -115,4 +115,5 @@ def _copy(to: Tensor, source: Tensor) -> None:
 
 def _normal(device: torch.device, *shape: int) -> Tensor:
     """Random numbers in bf16 that leave torch's own generators as they are."""
-    return torch.randn(*shape, generator=torch.Generator(device).manual_seed(0), device=device).bfloat16()
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device=device).bfloat16()

@@ -80,17 +80,22 @@ class Slots:
                 else:
                     break
                 done += 1
-        finally:
             if fresh:
                 ready = self._streams.record("link")
                 for slot in fresh:
                     self._ready[slot] = ready
+        except BaseException:
+            for slot in fresh:  # nothing tells when their bytes have come
+                if (key := self._holds[slot]) is not None:
+                    self._holds[slot] = None
+                    self._slot_of.pop(key, None)
+            raise
         return done
 
     def _fill(self, layer: Hashable, stored: StoredExperts, expert: int) -> int:
         slot = next(iter(self._unclaimed))
         if (old := self._holds[slot]) is not None:
-            del self._slot_of[old]
+            self._slot_of.pop(old, None)
             self._holds[slot] = None
         self._copy(layer, stored, expert, slot)
         del self._unclaimed[slot]
