@@ -272,6 +272,7 @@ def test_pack_refuses(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFi
 def test_ctrl_c_ends_a_load(checkpoint: Path, tmp_path: Path) -> None:
     code = (
         "import os, signal, sys, kt_moe\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in a shell's background
         "kill = lambda _: os.kill(os.getpid(), signal.SIGINT)\n"
         "try:\n"
         "    kt_moe.Experts.from_checkpoint(sys.argv[1], 0, cache_dir=sys.argv[2], progress=kill)\n"
@@ -315,6 +316,7 @@ def test_the_same_is_refused_however_it_is_held(tmp_path: Path, what: str, how: 
 def test_a_killed_writer_leaves_no_trace(checkpoint: Path, tmp_path: Path) -> None:
     code = (
         "import os, signal, sys, kt_moe\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in a shell's background
         "kill = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
         "kt_moe.Experts.from_checkpoint(sys.argv[1], 0, cache_dir=sys.argv[2], progress=kill)\n"
     )
