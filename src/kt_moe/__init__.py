@@ -1,4 +1,4 @@
-"""LoRA fine-tuning of very large Mixture-of-Experts models with the experts computed on the CPU."""
+"""LoRA fine-tuning of very large Mixture-of-Experts models with the experts on CPU and GPU."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

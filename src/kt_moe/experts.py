@@ -42,7 +42,8 @@ class Experts:
         popularity: [E], how often each expert is routed to, in any unit, for "expert" and "auto" to share out
             the work; None, or nothing but zeros: neighbours lie together.
         gpu: how calls with hidden states on a GPU use it: a `kt_moe.Gpu` that layers of a model share, "auto"
-            for the default one, or "off": the CPU computes all experts.
+            for the default one, "off": the CPU computes all experts, or a device, "cuda:0". Hidden states on
+            the CPU are computed there.
 
     Raises:
         ValueError: shapes that do not agree, a dtype that is not a float, an unknown activation, format or

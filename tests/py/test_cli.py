@@ -258,6 +258,7 @@ def test_options_of_the_gpu_arrive(cli: Any, tmp_path: Path, monkeypatch: pytest
         return config(**options)
 
     monkeypatch.setattr(kt_moe.hf, "KtMoeConfig", make)
+    monkeypatch.setattr("kt_moe.cli.finetune.refuse_without_gpu", lambda args: None)
     more = ["--gpu-memory", "6GiB", "--cpu-share", "0.5", "--lora-device", "cpu", "--max-steps", "1"]
     assert cli(tmp_path / "out", *more) == 0
     (options,) = made
@@ -273,6 +274,18 @@ def test_conversation_the_template_refuses(
     files = ["--model", str(model), "--data", str(data), "--output", str(tmp_path / "out")]
     assert main(["finetune", *files, "--eval-fraction", "0"]) == 2
     assert f"{data}: a conversation does not fit the template: no strangers" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "option", [["--gpu-memory", "1GiB"], ["--cpu-share", "0.5"], ["--lora-device", "cuda"]]
+)
+def test_options_of_a_gpu_that_is_not_there(
+    cli: Any, option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli(tmp_path / "out", *option) == 2
+    assert f"{option[0]} is for a GPU, and PyTorch " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -283,7 +283,7 @@ def test_the_environment_s_profile_is_written_for_the_gpu_alone(
 
 def test_a_report_has_a_line_for_the_last_pass_of_each_layer() -> None:
     model = make_model(2, "auto")
-    assert model.gpu.report() == "no layer was computed with it yet"
+    assert model.gpu.report().startswith("no layer was computed with it yet")
     model()
     model()
     lines = model.gpu.report().splitlines()

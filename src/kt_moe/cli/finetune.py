@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kt_moe.cli.data import Documents, read_documents, split_documents, to_rows
 from kt_moe.cli.errors import UserError
-from kt_moe.cli.options import GPU_OPTIONS, Settings, check_together
+from kt_moe.cli.options import GPU_OPTIONS, Settings, check_together, refuse_without_gpu
 from kt_moe.cli.output import RunDirectory, finished_log, write_json
 from kt_moe.cli.plot import History, plot_losses
 
@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     check_together(args)
+    refuse_without_gpu(args)
     if args.gpu not in ("auto", "off", "cuda", "cuda:0"):
         number = args.gpu.partition(":")[2]
         raise UserError(f"--gpu {args.gpu}: training uses the first GPU, set CUDA_VISIBLE_DEVICES={number}")

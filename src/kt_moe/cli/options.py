@@ -154,6 +154,23 @@ def check_together(args: argparse.Namespace) -> None:
             raise UserError(f"--gpu {args.gpu}: there are {number} GPUs that PyTorch can use")
 
 
+def refuse_without_gpu(args: argparse.Namespace) -> None:
+    """Refuse options that only a GPU has a use for, where PyTorch finds none: training would be on the CPU.
+
+    Raises:
+        UserError: names the option.
+    """
+    import torch
+
+    defaults = {"gpu_memory": "auto", "cpu_share": "auto"}
+    given = [name for name, default in defaults.items() if getattr(args, name) != default]
+    if args.lora_device == "cuda":
+        given.append("lora_device")
+    if given and not torch.cuda.is_available():
+        option = f"--{given[0].replace('_', '-')}"
+        raise UserError(f"{option} is for a GPU, and PyTorch {torch.__version__} finds none")
+
+
 def _add_lora(add: Callable[..., Any]) -> None:
     targets = (
         "names of modules, comma-separated, such as q_proj,v_proj,experts; attention stands for all linear "

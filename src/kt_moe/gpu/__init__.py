@@ -129,7 +129,7 @@ class Gpu:
             for device, engine in list(self._engines.items())
             for report in list(engine.log.last.values())
         ]
-        return "\n".join(lines) or "no layer was computed with it yet"
+        return "\n".join(lines) or "no layer was computed with it yet: no hidden states were on its device"
 
     @contextmanager
     def _paused(self, experts: Experts) -> Iterator[None]:

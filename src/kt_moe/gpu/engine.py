@@ -16,7 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, cast
 
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 # brings before they are.
 _GUESS_BYTES = 256 << 20
 _GOOD_GUESS = 0.9
-_numbers = count()
 
 
 @dataclass(eq=False)
@@ -63,7 +62,7 @@ class _Held:
 
     stored: StoredExperts
     biases: Sequence[Tensor | None]
-    number: int = field(default_factory=lambda: next(_numbers))
+    number: int
     not_locked: str | None = None
     planned: tuple[int, ...] = ()
     guessed: float = 0.0
@@ -116,6 +115,7 @@ class Engine:
         self.log = PassLog(self._streams)
         self._slots: Slots | None = None
         self._held: weakref.WeakKeyDictionary[Identity, _Held] = weakref.WeakKeyDictionary()
+        self._numbers = count()
         self._gone: deque[int] = deque()  # numbers of layers that the engine still has to forget
         self.lock = threading.RLock()
         _engines.add(self)
@@ -272,7 +272,7 @@ class Engine:
         if held is None:
             stored = self._layers.stored(experts)
             biases = [None if bias is None else bias.to(self.device) for bias in stored.biases()]
-            held = self._held[identity] = _Held(stored, biases)
+            held = self._held[identity] = _Held(stored, biases, next(self._numbers))
             # Garbage collection may run anywhere, so that it only takes note.
             weakref.finalize(identity, self._gone.append, held.number).atexit = False
         return held

@@ -20,7 +20,7 @@ _WORTH_DIVIDING = 0.9
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast the machine moves and computes experts.
+    """How fast the machine moves and computes experts. `kt-moe doctor` prints those of this machine.
 
     Args:
         link: bytes a second from host memory to the GPU.

@@ -16,9 +16,9 @@ ROUTINGS = ("even", "skewed")
 _SKEW = 1.5  # popularity is rank ** -1.5, as in `kt-moe bench --routing skewed`
 
 # One H200 on PCIe 5 x16 beside 16 vCPUs of Emerald Rapids with AMX, as `rates.measure` finds it for layers of
-# Qwen3-30B-A3B in bf16; the link's rate is that of long copies. The GPU's rate is that of one launch with 512
-# rows an expert, its overhead included: passes of many rows reach twice as much (docs/performance.md).
-REFERENCE = Rates(link=55e9, gpu_flops=167e12, gpu_bytes=2.6e12, cpu_flops=6.2e12, cpu_bytes=69e9)
+# Qwen3-30B-A3B in bf16. The link's rate is that of long copies, the GPU's that of passes of 16,384 tokens
+# (docs/performance.md).
+REFERENCE = Rates(link=55e9, gpu_flops=330e12, gpu_bytes=2.6e12, cpu_flops=6.2e12, cpu_bytes=69e9)
 _REFERENCE_CPUS = 16
 _SOCKET_BYTES = 250e9  # a second from the memory of one socket: eight channels of DDR5
 LINKS = {"PCIe 3 x16": 12.5e9, "PCIe 4 x16": 25e9, "PCIe 5 x16": 55e9}  # bytes a second, page-locked

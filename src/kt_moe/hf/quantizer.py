@@ -42,7 +42,7 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         lazy: False loads all experts in from_pretrained, True those of a layer when they are first used.
         placement: how experts are spread over shards: "tensor", "expert" or "auto" (see `kt_moe.Experts`).
         gpu, gpu_memory, cpu_share: device, memory and cpu_share of the `kt_moe.Gpu` that all layers share;
-            gpu="off" leaves all experts to the CPU.
+            gpu is "auto", "cuda:0" or the like, or "off", which leaves all experts to the CPU.
         lora_device: where LoRA parameters of the experts lie, with their gradients and optimizer state.
             "cpu": in host memory, wherever the model is moved. "cuda": on the model's device. "auto": on the
             model's device where 16 bytes a parameter are at most a quarter of the memory that is free there

@@ -165,9 +165,9 @@ def _rates_lines(speed: GpuSpeed) -> list[str]:
     texts = {
         "link": f"link {r.link / 1e9:.3g} GB/s",
         "gpu_flops": f"GPU {r.gpu_flops / 1e12:.3g} TFLOP/s",
-        "gpu_bytes": f"its memory {r.gpu_bytes / 1e9:.4g} GB/s",
+        "gpu_bytes": f"GPU memory {r.gpu_bytes / 1e9:.4g} GB/s",
         "cpu_flops": f"CPU {r.cpu_flops / 1e12:.3g} TFLOP/s",
-        "cpu_bytes": f"its memory {r.cpu_bytes / 1e9:.3g} GB/s",
+        "cpu_bytes": f"CPU memory {r.cpu_bytes / 1e9:.3g} GB/s",
     }
     lines = []
     for source in ("given", "measured", "assumed"):
