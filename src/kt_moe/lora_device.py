@@ -39,8 +39,13 @@ class LoraPlace:
         if self.choice == "cpu":
             return True
         if device not in self._stays:
-            self._stays[device] = _STATE_BYTES * self.numbers > free_bytes(device) / 4
+            self._stays[device] = not auto_moves(self.numbers, free_bytes(device))
         return self._stays[device]
+
+
+def auto_moves(numbers: int, free: float) -> bool:
+    """Whether "auto" takes so many LoRA parameters to a device with so many bytes free."""
+    return _STATE_BYTES * numbers <= free / 4
 
 
 def free_bytes(device: torch.device) -> float:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from user_errors import one_line_error
 
 import kt_moe
 from kt_moe import RoutingHistory
@@ -319,15 +320,7 @@ def test_options_of_a_gpu_that_is_not_there(
 def test_user_errors_are_one_line(
     cli: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    try:
-        status = cli(tmp_path / "out", *arguments)
-    except SystemExit as stop:  # argparse's way
-        status = stop.code
-    stderr = capsys.readouterr().err
-    assert status == 2
-    assert stderr.startswith("kt-moe finetune: error: ")
-    assert stderr.count("\n") == 1
-    assert message in stderr
+    assert message in one_line_error(capsys, "finetune", lambda: cli(tmp_path / "out", *arguments))
     assert not (tmp_path / "out").exists()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import PEFT_WARNINGS, tiny_config
+from user_errors import one_line_error
 
 import kt_moe
 from kt_moe.cli import main
@@ -156,15 +156,7 @@ def test_no_prediction_without_a_gpu(config: Path, capsys: pytest.CaptureFixture
 def test_user_errors(
     config: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    try:
-        status: Any = plan(config, *options)
-    except SystemExit as stop:
-        status = stop.code
-    error = capsys.readouterr().err
-    assert status == 2
-    assert error.startswith("kt-moe plan: error: ")
-    assert error.count("\n") == 1
-    assert message in error
+    assert message in one_line_error(capsys, "plan", lambda: plan(config, *options))
 
 
 def test_rates_of_a_gpu_that_is_here_are_measured(

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_models import save_tiny_checkpoint
 from torch import Tensor
+from user_errors import one_line_error
 
 from kt_moe import Experts
 from kt_moe.cli import main
@@ -161,15 +162,7 @@ def test_a_checkpoint_without_experts(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_user_errors_are_one_line(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    try:
-        status: Any = main(["inspect", *arguments])
-    except SystemExit as stop:
-        status = stop.code
-    error = capsys.readouterr().err
-    assert status == 2
-    assert error.startswith("kt-moe inspect: error: ")
-    assert error.count("\n") == 1
-    assert message in error
+    assert message in one_line_error(capsys, "inspect", lambda: main(["inspect", *arguments]))
 
 
 def test_a_layer_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from tiny_models import (
     tokens,
     with_lora,
 )
+from user_errors import one_line_error
 
 from kt_moe import Experts, checkpointing, host_memory
 from kt_moe.cli import main
@@ -420,15 +421,7 @@ def test_user_errors_are_one_line(
     file = tmp_path / "config.json"
     if config is not None:
         write_config(file, config)
-    try:
-        status: Any = plan(file, *options)
-    except SystemExit as stop:
-        status = stop.code
-    error = capsys.readouterr().err
-    assert status == 2
-    assert error.startswith("kt-moe plan: error: ")
-    assert error.count("\n") == 1
-    assert message in error
+    assert message in one_line_error(capsys, "plan", lambda: plan(file, *options))
 
 
 def test_weights_that_lack_a_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

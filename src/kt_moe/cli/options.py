@@ -162,8 +162,7 @@ def refuse_without_gpu(args: argparse.Namespace) -> None:
     """
     import torch
 
-    defaults = {"gpu_memory": "auto", "cpu_share": "auto"}
-    given = [name for name, default in defaults.items() if getattr(args, name) != default]
+    given = [name for name in ("gpu_memory", "cpu_share") if getattr(args, name) != "auto"]
     if args.lora_device == "cuda":
         given.append("lora_device")
     if given and not torch.cuda.is_available():

@@ -112,13 +112,13 @@ class Gpu:
             )
         elif device != self.device:
             return None
-        found = self._engines.get(device)
-        if found is None:
+        if device not in self._engines:
             from kt_moe.gpu.engine import Engine
 
-            with self._lock:
-                found = self._engines.setdefault(device, Engine(self._layers, device))
-        return found
+            with self._lock:  # another thread may have made it
+                if device not in self._engines:
+                    self._engines[device] = Engine(self._layers, device)
+        return self._engines[device]
 
     def report(self) -> str:
         """What the last forward and backward of every layer had where, a line each, in the order of calls."""

@@ -192,17 +192,17 @@ class Engine:
         needs_x, needs_weights, needs_lora = needs
         plan, streams = saved.cut, self._streams
         data, part = saved.pass_data(lora)
+        only_cpu = part is not None and not plan.gpu
         with self.lock, self._one_pass(experts) as held:
             self._start(held, plan, backward=True)
             of_host = lora_transfer.host_gradients(lora, needs_lora, part is not None, streams)
             add_cpu_rows = None
             if part is not None:
                 add_cpu_rows = cpu_part.submit_backward(
-                    experts, part, dout, needs_x, needs_weights, of_host, not plan.gpu, self._worker, streams
+                    experts, part, dout, needs_x, needs_weights, of_host, only_cpu, self._worker, streams
                 )
             feed = self._feed(held, plan, backward=True)
             layer = _layer(experts, held, lora, lora_transfer.to_device(lora, bool(plan.gpu), streams))
-            only_cpu = part is not None and not plan.gpu
             of_gpu = lora_transfer.device_gradients(lora, [n and not only_cpu for n in needs_lora], streams)
             grads = Gradients(
                 torch.zeros(x.shape, dtype=torch.float32, device=x.device) if needs_x else None,

@@ -26,6 +26,14 @@ class _Layer:
     _core: _core.Experts
     stored: StoredExperts | None = None
 
+    def find_stored(self) -> StoredExperts:
+        """Where its weights lie; they are looked up once."""
+        if self.stored is None:
+            from kt_moe.gpu.stored import StoredExperts
+
+            self.stored = StoredExperts(self)
+        return self.stored
+
 
 @dataclass(eq=False)
 class Layers:
@@ -58,23 +66,13 @@ class Layers:
 
     def stored(self, experts: Experts) -> StoredExperts:
         """Where a layer's weights lie."""
-        layer = self._layers.setdefault(experts._identity, _Layer(experts._core))
-        if layer.stored is None:
-            from kt_moe.gpu.stored import StoredExperts
-
-            layer.stored = StoredExperts(layer)
-        return layer.stored
+        return self._layers.setdefault(experts._identity, _Layer(experts._core)).find_stored()
 
     def sizes(self) -> tuple[int, int]:
         """Bytes of a slot that holds any expert, and the number of experts of all layers."""
         if self._sizes is None or self._sizes[0] != len(self._layers):
-            from kt_moe.gpu.stored import StoredExperts
-
-            layers = list(self._layers.values())
-            for layer in layers:
-                layer.stored = layer.stored or StoredExperts(layer)
-            stored = [layer.stored for layer in layers if layer.stored is not None]
-            self._sizes = len(layers), max(s.slot_bytes for s in stored), sum(s.num_experts for s in stored)
+            stored = [layer.find_stored() for layer in list(self._layers.values())]
+            self._sizes = len(stored), max(s.slot_bytes for s in stored), sum(s.num_experts for s in stored)
         return self._sizes[1:]
 
     def budget(self, device: torch.device) -> int:
@@ -86,7 +84,7 @@ class Layers:
             return slot_bytes * every
         if device not in self._free:
             self._free[device] = torch.cuda.mem_get_info(device)[0]
-        return min(slot_bytes * every, self._free[device] // 2)
+        return auto_memory(slot_bytes * every, self._free[device])
 
     def rates_for(self, experts: Experts, device: torch.device) -> Rates:
         """The rates given, or measured with the first layer that asks."""
@@ -107,3 +105,8 @@ class Layers:
         layer = self._layers.get(experts._identity)
         if layer is not None and layer.stored is not None:
             layer.stored.unpin()
+
+
+def auto_memory(weights: int, free: int) -> int:
+    """Bytes of a GPU with so many free that "auto" takes for experts whose weights are so many."""
+    return min(weights, free // 2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from numbers import Real
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,10 +121,7 @@ def cut(counts: NDArray[np.integer], costs: Costs) -> Cut:
     """
     experts, rows = _sorted(counts)
     n = np.arange(len(rows))
-    link = n * costs.link_expert
-    gpu = n * costs.gpu_expert + rows * costs.gpu_row
-    cpu = (n[-1] - n) * costs.cpu_expert + (rows[-1] - rows) * costs.cpu_row + (n < n[-1]) * costs.cpu_call
-    ends = np.maximum(np.maximum(link, gpu), cpu)
+    ends = np.maximum.reduce(_seconds(costs, n, rows, n[-1] - n, rows[-1] - rows))
     at = int(np.argmin(ends))
     if ends[at] > _WORTH_DIVIDING * ends[-1]:
         at = len(ends) - 1
@@ -141,10 +139,18 @@ def cut_by_share(counts: NDArray[np.integer], cpu_share: float) -> Cut:
 
 def seconds_of(plan: Cut, costs: Costs) -> tuple[float, float, float]:
     """What the link, the GPU and the CPU are predicted to take."""
+    gpu_rows, cpu_rows = plan.rows
+    return _seconds(costs, len(plan.gpu), gpu_rows, len(plan.cpu), cpu_rows)
+
+
+def _seconds(
+    costs: Costs, gpu_experts: Any, gpu_rows: Any, cpu_experts: Any, cpu_rows: Any
+) -> tuple[Any, Any, Any]:
+    """Of the link, the GPU and the CPU, for so many experts and rows: integers, or arrays of them."""
     return (
-        len(plan.gpu) * costs.link_expert,
-        len(plan.gpu) * costs.gpu_expert + plan.rows[0] * costs.gpu_row,
-        len(plan.cpu) * costs.cpu_expert + plan.rows[1] * costs.cpu_row + bool(plan.cpu) * costs.cpu_call,
+        gpu_experts * costs.link_expert,
+        gpu_experts * costs.gpu_expert + gpu_rows * costs.gpu_row,
+        cpu_experts * costs.cpu_expert + cpu_rows * costs.cpu_row + (cpu_experts > 0) * costs.cpu_call,
     )
 
 

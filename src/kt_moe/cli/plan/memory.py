@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from kt_moe.cli.formats import QUANTISED, bias_bytes, projection_bytes
 from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.shapes import Activations, ExpertLayer, Outline
+from kt_moe.gpu.layers import auto_memory
+from kt_moe.lora_device import auto_moves
 
 _ADAM_8BIT = 2 * (1 + 4 / 256)  # two moments of a byte, and an fp32 scale for 256 of them
 _BLOCK_ROWS = 512  # most routes that share a packing: kBlockRows of src/cpp/moe/block.h
@@ -105,12 +107,12 @@ def kept_bytes(layer: ExpertLayer, run: Run) -> int:
 
 def lora_on_gpu(numbers: int, choice: str, free: int) -> bool:
     """Whether the experts' LoRA goes to a GPU with so many bytes free, as `kt_moe.lora_device` decides it."""
-    return choice == "cuda" or (choice == "auto" and 16 * numbers <= free / 4)
+    return choice == "cuda" or (choice == "auto" and auto_moves(numbers, free))
 
 
 def weights_on_gpu(weights: int, wanted: int | str, free: int) -> int:
     """Of expert weights on a GPU with so many bytes free, as `kt_moe.Gpu` takes them for its `memory`."""
-    return min(weights, max(free, 0) // 2 if isinstance(wanted, str) else wanted)
+    return auto_memory(weights, max(free, 0)) if isinstance(wanted, str) else min(weights, wanted)
 
 
 def backward_bytes(saved: list[int], gradients: list[int], checkpointing: bool) -> int:
