@@ -287,5 +287,6 @@ def _version(tensor: Tensor | None) -> tuple[object, ...] | None:
     if tensor is None:
         return None
     # Tensors that the region itself makes of parameters, as of several adapters, lie elsewhere the next time.
-    address = tensor.data_ptr() if isinstance(tensor, torch.nn.Parameter) else None
+    owner = tensor._base if tensor._is_view() else tensor
+    address = tensor.data_ptr() if isinstance(owner, torch.nn.Parameter) else None
     return tensor.shape, tensor.dtype, tensor._version, address

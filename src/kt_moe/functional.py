@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from torch.autograd.function import once_differentiable
 from kt_moe import _core, checkpointing
 from kt_moe.experts import Experts
 from kt_moe.tensors import check_tensor, empty, on_cpu
+
+if TYPE_CHECKING:
+    from kt_moe.gpu.function import Arrival
 
 PROJECTIONS = ("gate", "up", "down")
 LORA_NAMES = tuple(f"{p}_lora_{m}" for p in PROJECTIONS for m in "ab")
@@ -94,6 +97,7 @@ class _MoE(torch.autograd.Function):
         experts: Experts,
         lora: Lora,
         train: bool,
+        arrival: Arrival | None,
         *lora_tensors: Tensor | None,
     ) -> Tensor:
         call = checkpointing.call(experts) if experts.checkpoint_experts == "retain" else None
@@ -107,6 +111,7 @@ class _MoE(torch.autograd.Function):
             inputs = checkpointing.Inputs.of(hidden_states, topk_ids, options[:2], lora_tensors)
             kept = call.take(inputs)
         ctx.experts, ctx.engine = experts, experts.gpu.engine(hidden_states.device)
+        ctx.arrival = arrival
         if ctx.engine is None:
             out, state = kept or _compute(
                 experts, hidden_states, topk_ids, topk_weights, lora_tensors, options,
@@ -138,7 +143,7 @@ class _MoE(torch.autograd.Function):
         hidden_states, topk_ids, topk_weights, saved, *lora_tensors = ctx.saved_tensors
         x, ids, weights, pairs = _for_core(hidden_states, topk_ids, topk_weights, lora_tensors)
         scalings, dropout, seed = ctx.lora_options
-        needs_x, _, needs_weights, _, _, _, *needs_lora = ctx.needs_input_grad
+        needs_x, _, needs_weights, _, _, _, _, *needs_lora = ctx.needs_input_grad
         runtime = ctx.experts.runtime._core
 
         grad_x = empty(x.shape, _result_dtype(hidden_states), runtime) if needs_x else None
@@ -156,6 +161,7 @@ class _MoE(torch.autograd.Function):
             None if grad_x is None else _like(grad_x, hidden_states),
             None,
             None if grad_weights is None else _like(grad_weights, topk_weights),
+            None,
             None,
             None,
             None,
@@ -209,7 +215,9 @@ class MoEFunction:
             raise TypeError(f"experts is a {type(experts).__name__}, wanted kt_moe.Experts")
         if lora is not None and not isinstance(lora, Lora):
             raise TypeError(f"lora is a {type(lora).__name__}, wanted kt_moe.Lora or None")
-        tensors = (gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b)
+        tensors: Sequence[Tensor | None] = (
+            gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b
+        )  # fmt: skip
         for name, tensor in zip(_INPUT_NAMES, (hidden_states, topk_ids, topk_weights), strict=True):
             check_tensor(name, tensor)
         for name, lora_tensor in zip(LORA_NAMES, tensors, strict=True):
@@ -221,8 +229,13 @@ class MoEFunction:
             raise ValueError(f"topk_weights is {topk_weights.dtype}, wanted a floating-point dtype")
         train = torch.is_grad_enabled()
         with checkpointing.unseen():
+            arrival = None
+            if experts.gpu.engine(hidden_states.device) is not None:
+                from kt_moe.gpu.function import arriving
+
+                tensors, arrival = arriving(tensors)
             out: Tensor = _MoE.apply(  # type: ignore[no-untyped-call]
-                hidden_states, topk_ids, topk_weights, experts, lora or Lora(), train, *tensors
+                hidden_states, topk_ids, topk_weights, experts, lora or Lora(), train, arrival, *tensors
             )
         return out
 

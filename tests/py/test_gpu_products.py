@@ -165,8 +165,14 @@ def test_grouped_gemm_is_the_sum_of_its_terms(code: Code, data: st.DataObject) -
     scale, accumulate = data.draw(st.sampled_from([1.0, 0.75])), data.draw(st.booleans())
     out = chunk.normal(chunk.m, N, dtype=dtype)
     before = out.clone().cpu().double()
+    weighted = None
+    if data.draw(st.booleans()):
+        weighted = torch.rand(chunk.m, generator=chunk.random).to(code.device), chunk.normal(chunk.m, N)
 
-    code.grouped_gemm(terms, chunk.groups, out, scale, weight, bias, bias_index, accumulate)
+    code.grouped_gemm(
+        terms, chunk.groups, out, scale=scale, row_scale=weight, bias=bias, bias_index=bias_index,
+        accumulate=accumulate, weighted=weighted,
+    )  # fmt: skip
 
     truth, slack = chunk.sums(terms)
     truth = scale * truth
@@ -180,6 +186,44 @@ def test_grouped_gemm_is_the_sum_of_its_terms(code: Code, data: st.DataObject) -
         slack = slack + truth.abs() * 2.0**-22
     check(out, truth, slack)
     assert out._base[:, [0, 1, -1]].isnan().all(), "wrote beside the result"
+    if weighted is not None:
+        factors = weighted[0].cpu().double()[:, None]
+        check(weighted[1], factors * truth, factors * slack + (factors * truth).abs() * 2.0**-22, "weighted")
+
+
+@few
+@given(data=st.data())
+def test_two_jobs_are_two_calls(code: Code, data: st.DataObject) -> None:
+    chunk = Chunk(code, data.draw(st.integers(0, 999)), data.draw(_COUNTS))
+    K, N, jobs = data.draw(_SIZES), data.draw(_SIZES), data.draw(st.sampled_from([1, 2]))
+    transposed, shared = data.draw(st.booleans()), data.draw(st.booleans())
+    shape = (N, K) if transposed else (K, N)
+    b = Matrices(chunk.normal(jobs, chunk.n + 2, *shape), chunk.below(chunk.n + 2, chunk.n))
+    wide = chunk.normal(chunk.m, jobs * K)
+    a = wide[:, :K] if shared else wide.unflatten(1, (jobs, K)).transpose(0, 1)
+    weights = torch.rand(chunk.m, generator=chunk.random).to(code.device)
+    outs = torch.empty(2, jobs, chunk.m, N, dtype=torch.bfloat16, device=code.device)
+    weighted = torch.empty_like(outs)
+    scale = [0.5, 3.0][:jobs]
+
+    code.grouped_gemm(
+        [Term(a, b, transposed)], chunk.groups, outs[0], scale=scale, weighted=(weights, weighted[0])
+    )
+    for job in range(jobs):
+        term = Term(a if shared else a[job], Matrices(b.data[job], b.index), transposed)
+        code.grouped_gemm(
+            [term], chunk.groups, outs[1, job], scale=scale[job], weighted=(weights, weighted[1, job])
+        )
+    assert torch.equal(*outs)
+    assert torch.equal(*weighted)
+
+    index = torch.randperm(chunk.n, generator=chunk.random).int().to(code.device)
+    left = chunk.normal(chunk.m, jobs * N).unflatten(1, (jobs, N)).transpose(0, 1)
+    sums = torch.zeros(2, jobs, chunk.n, N, K, device=code.device)
+    code.grouped_outer(left, a, chunk.groups, sums[0], index)
+    for job in range(jobs):
+        code.grouped_outer(left[job], a if shared else a[job], chunk.groups, sums[1, job], index)
+    assert torch.equal(*sums)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -205,10 +249,11 @@ def test_gate_up_activates_the_sums_before_they_are_rounded(
         *terms,
         chunk.groups,
         activation,
-        h if saves[0] else None,
-        (g, u) if saves[1] else None,
-        *biases,
-        index,
+        h=h if saves[0] else None,
+        saved=(g, u) if saves[1] else None,
+        bias_gate=biases[0],
+        bias_up=biases[1],
+        bias_index=index,
     )
 
     (G, slack_g), (U, slack_u) = (chunk.sums(of) for of in terms)
@@ -298,13 +343,13 @@ def test_grouped_outer_adds_up_the_rows_of_each_group(code: Code, data: st.DataO
     out = chunk.normal(chunk.n + 1, M, N, dtype=dtype)
     kept = out.clone()
 
-    code.grouped_outer(a, b, chunk.groups, out, index, a_rows, b_rows, 0.75)
+    code.grouped_outer(a, b, chunk.groups, out, index, a_rows=a_rows, b_rows=b_rows)
 
     A, B = ((x if rows is None else x[rows.long()]).cpu().double() for x, rows in operands)
     used = index.tolist()
     for group, matrix in enumerate(used):
         mine = chunk.of_row == group
-        check(out[matrix], 0.75 * A[mine].mT @ B[mine], 2.0**-20 * (A[mine].abs().mT @ B[mine].abs()))
+        check(out[matrix], A[mine].mT @ B[mine], 2.0**-20 * (A[mine].abs().mT @ B[mine].abs()))
     rest = [matrix for matrix in range(chunk.n + 1) if matrix not in used]
     assert torch.equal(out[rest], kept[rest])
 
@@ -363,14 +408,13 @@ def test_results_of_a_group_do_not_depend_on_its_neighbours(code: Code) -> None:
     term = together.term(K, N, True, False)
     out = torch.empty(together.m, N, device=code.device)
     again = torch.empty_like(out)
-    code.grouped_gemm([term], together.groups, out, 1.0, None, None, None, False)
-    code.grouped_gemm([term], together.groups, again, 1.0, None, None, None, False)
+    code.grouped_gemm([term], together.groups, out)
+    code.grouped_gemm([term], together.groups, again)
     assert torch.equal(out, again)
     for group, (begin, end) in enumerate([(0, 20), (20, 25), (25, 65)]):
         alone = Groups(counts[group : group + 1], code.upload, 32)
         matrices = Matrices(term.b.data, term.b.index[group : group + 1])
-        code.grouped_gemm([Term(term.a[begin:end], matrices, True)], alone, again[begin:end], 1.0, None, None,
-                          None, False)  # fmt: skip
+        code.grouped_gemm([Term(term.a[begin:end], matrices, True)], alone, again[begin:end])
     assert torch.equal(out, again)
 
 
@@ -505,12 +549,12 @@ def test_dequantize_is_what_experts_multiply_by(code: Code, format: str) -> None
 
 def test_both_codes_have_the_functions_of_products(code: Code) -> None:
     for name in FUNCTIONS:
-        public = inspect.signature(getattr(products, name)).parameters
-        assert set(inspect.signature(getattr(code, name)).parameters) == set(public), name
+        public = inspect.signature(getattr(products.Products, name)).parameters
+        assert {*inspect.signature(getattr(code, name)).parameters, "self"} == set(public), name
 
 
 def test_tensors_of_the_host_are_computed_by_pytorch() -> None:
-    assert products._code_for(torch.empty(1)) is torch_products
+    assert products.products_for(torch.device("cpu")) is torch_products
 
 
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the kernels run in this process")

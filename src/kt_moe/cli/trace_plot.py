@@ -25,7 +25,7 @@ _COLORS = {
     "copy_experts": "#3182bd", "forward_chunk": "#31a354", "backward_chunk": "#e6550d", "copy_in": "#6baed6",
     "copy_out": "#9ecae1", "copy_lora": "#bcbddc", "cpu_forward": "#74c476", "cpu_backward": "#fd8d3c",
     "forward": "#a1d99b", "backward": "#fdae6b", "wait_rows": "#cccccc", "wait_routes": "#b0b0b0",
-    "wait_cpu": "#969696", "wait_lora": "#a6a6a6", "stage_expert": "#8c6d31", "lock_pages": "#ad494a",
+    "wait_cpu": "#969696", "stage_expert": "#8c6d31", "lock_pages": "#ad494a",
 }  # fmt: skip
 _SPARE = ("#5254a3", "#637939", "#8c6d31", "#ad494a", "#7b4173", "#3182bd", "#e6550d", "#31a354")
 

@@ -8,32 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from kt_moe.gpu.products import (
-    Groups,
-    Matrices,
-    Term,
-    activation_grad,
-    combine,
-    drop,
-    gate_up,
-    grouped_gemm,
-    grouped_outer,
-)
+from kt_moe.gpu.lora import LoraStack
+from kt_moe.gpu.products import Groups, Matrices, Products, Term
 
 GATE, UP, DOWN = range(3)
-
-
-@dataclass(frozen=True)
-class LoraMatrices:
-    """LoRA of one projection on the device: a [E, r, in] and b [E, out, r] in bf16, and s."""
-
-    a: Tensor
-    b: Tensor
-    scaling: float
 
 
 @dataclass(frozen=True)
@@ -41,20 +24,37 @@ class Layer:
     """What is the same for all chunks of a pass.
 
     Attributes:
+        products: the code that multiplies.
         hidden, intermediate: H and I.
         activation: of `kt_moe.Experts`.
         biases: of gate, up [E, I] and down [E, H] in bf16, or None.
-        lora: of gate, up and down, or None.
+        lora_in: of gate and up.
+        lora_down: of down, or None.
+        scalings: of gate, up and down.
         dropout, seed: of the LoRA inputs.
     """
 
+    products: Products
     hidden: int
     intermediate: int
     activation: str
     biases: Sequence[Tensor | None]
-    lora: Sequence[LoraMatrices | None]
+    lora_in: Sequence[LoraStack]
+    lora_down: LoraStack | None
+    scalings: tuple[float, float, float]
     dropout: float
     seed: int
+
+    def scales(self, stack: LoraStack) -> list[float]:
+        """What P and Q of each projection are multiplied by."""
+        return [self.scalings[projection] / (1.0 - self.dropout) for projection in stack.projections]
+
+    @property
+    def row_bytes(self) -> tuple[int, int]:
+        """Temporary memory for a row of a forward and of a backward."""
+        return 2 * self.intermediate + 4 * self.hidden, max(
+            14 * self.intermediate, 6 * self.intermediate + 4 * self.hidden
+        )
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Chunk:
         row_weights: [m] fp32, the routing weight of each row.
         position: [T, K] int32, the row of each route in the pass.
         weights: gate, up and down.
-        low_rank: P of gate and up, and of down w P, [m, r] bf16: written by forward, read by backward. None
-            where there is no LoRA.
+        low_rank_in: P of gate and up, [jobs, m, r] bf16 for each stack: written by forward, read by backward.
+        low_rank_down: w P of down, [1, m, r] bf16, likewise; None where it has no LoRA.
     """
 
     first: int
@@ -81,43 +81,46 @@ class Chunk:
     tokens: Tensor
     row_weights: Tensor
     position: Tensor
-    weights: tuple[Matrices, Matrices, Matrices]
-    low_rank: Sequence[Tensor | None]
+    weights: tuple[Matrices, ...]
+    low_rank_in: Sequence[Tensor]
+    low_rank_down: Tensor | None
 
     def empty(self, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """[m, columns] for a result."""
         return torch.empty(self.groups.rows, columns, dtype=dtype, device=self.tokens.device)
 
-    def lora(self, stack: Tensor) -> Matrices:
+    def empty_jobs(self, jobs: int, columns: int) -> Tensor:
+        """[jobs, m, columns] bf16 for a result; its strides, for which kernels are compiled, know no m."""
+        return self.empty(jobs * columns).view(-1, jobs, columns).transpose(0, 1)
+
+    def lora(self, matrices: Tensor | None) -> Matrices:
         """LoRA matrices of this chunk's experts."""
-        return Matrices(stack, self.experts)
+        return Matrices(cast(Tensor, matrices), self.experts)
 
 
 def forward_chunk(layer: Layer, chunk: Chunk, x: Tensor, out: Tensor) -> None:
     """out[t] += the weighted outputs of the chunk's experts; x [T, H] bf16, out [T, H] fp32."""
-    for projection in (GATE, UP):
-        lora, p = layer.lora[projection], chunk.low_rank[projection]
-        if lora is not None and p is not None:
-            if layer.dropout > 0:
-                term = Term(_dropped_x(layer, chunk, x, projection), chunk.lora(lora.a), True)
-            else:
-                term = Term(x, chunk.lora(lora.a), True, chunk.tokens)
-            grouped_gemm([term], chunk.groups, p, scale=lora.scaling)
+    products, groups = layer.products, chunk.groups
+    for stack, p in zip(layer.lora_in, chunk.low_rank_in, strict=True):
+        rows, tokens = _lora_input(layer, chunk, stack, x, chunk.tokens)
+        products.grouped_gemm(
+            [Term(rows, chunk.lora(stack.a), True, tokens)], groups, p, scale=layer.scales(stack)
+        )
     h = chunk.empty(layer.intermediate)
     _gate_up(layer, chunk, x, h=h)
     terms = [Term(h, chunk.weights[DOWN], True)]
-    down, weighted = layer.lora[DOWN], chunk.low_rank[DOWN]
-    if down is not None and weighted is not None:
-        p = chunk.empty(down.a.shape[1], torch.float32)
-        term = Term(_dropped(layer, chunk, h, DOWN), chunk.lora(down.a), True)
-        grouped_gemm([term], chunk.groups, p, scale=down.scaling)
-        terms.append(Term(p.bfloat16(), chunk.lora(down.b), True))
-        torch.mul(p, chunk.row_weights[:, None], out=p)
-        weighted.copy_(p)
+    if (down := layer.lora_down) is not None and (weighted := chunk.low_rank_down) is not None:
+        p = torch.empty_like(weighted)
+        rows, _ = _lora_input(layer, chunk, down, h, None)
+        products.grouped_gemm(
+            [Term(rows, chunk.lora(down.a), True)], groups, p, scale=layer.scales(down),
+            weighted=(chunk.row_weights, weighted),
+        )  # fmt: skip
+        terms += _by_job(chunk, p, down.b, True)
     y = chunk.empty(layer.hidden, torch.float32)
-    grouped_gemm(terms, chunk.groups, y, row_scale=chunk.row_weights, bias=layer.biases[DOWN],
-                 bias_index=chunk.experts)  # fmt: skip
-    combine(y, chunk.position, chunk.first, out)
+    products.grouped_gemm(terms, groups, y, row_scale=chunk.row_weights, bias=layer.biases[DOWN],
+                          bias_index=chunk.experts)  # fmt: skip
+    products.combine(y, chunk.position, chunk.first, out)
 
 
 @dataclass(frozen=True)
@@ -127,75 +130,71 @@ class Gradients:
     Attributes:
         hidden_states: [T, H] fp32, added to.
         row_weights: [rows of the pass] fp32.
-        lora: A and B of gate, up and down: [E, r, in], [E, out, r], fp32 or bf16; experts of other chunks are
-            left as they are.
+        lora_in, lora_down: of the layer's stacks, fp32 or bf16; experts of other chunks are left as they are.
     """
 
     hidden_states: Tensor | None
     row_weights: Tensor | None
-    lora: Sequence[Tensor | None]
+    lora_in: Sequence[LoraStack]
+    lora_down: LoraStack | None
 
 
 def backward_chunk(layer: Layer, chunk: Chunk, x: Tensor, dy: Tensor, grads: Gradients) -> None:
     """The gradients of the chunk's experts; x [T, H] and dy, the gradient of out, [T, H] in bf16."""
-    groups, tokens, w = chunk.groups, chunk.tokens, chunk.row_weights
-    width, down = layer.intermediate, layer.lora[DOWN]
+    products, groups, tokens, w = layer.products, chunk.groups, chunk.tokens, chunk.row_weights
+    width, down = layer.intermediate, layer.lora_down
     g, u = chunk.empty(width), chunk.empty(width)
     _gate_up(layer, chunk, x, saved=(g, u))
 
     dh = chunk.empty(width, torch.float32)
-    terms = [Term(dy, chunk.weights[DOWN], False, tokens)]
-    q_down = None
+    low_terms: list[tuple[Term, int]] = []
+    weighted_q = None
     if down is not None:
-        q_down = chunk.empty(down.b.shape[2], torch.float32)
-        grouped_gemm([Term(dy, chunk.lora(down.b), False, tokens)], groups, q_down, scale=down.scaling)
-        low = Term(q_down.bfloat16(), chunk.lora(down.a), False)
-        _low_rank_first(layer, chunk, terms, [(low, DOWN)], dh)
-    grouped_gemm(terms, groups, dh, accumulate=layer.dropout > 0 and down is not None)
+        q = chunk.empty_jobs(1, _rank(down))
+        weighted_q = torch.empty_like(q)
+        products.grouped_gemm(
+            [Term(dy, chunk.lora(down.b), False, tokens)], groups, q, scale=layer.scales(down),
+            weighted=(w, weighted_q),
+        )  # fmt: skip
+        low_terms = [(term, DOWN) for term in _by_job(chunk, q, down.a, False)]
+    _add_low_rank(layer, chunk, [Term(dy, chunk.weights[DOWN], False, tokens)], low_terms, dh)
 
-    dg, du, h = chunk.empty(width), chunk.empty(width), chunk.empty(width)
+    d = chunk.empty_jobs(2, width)  # dG and dU
+    h = chunk.empty(width)
     dw = torch.empty_like(w)
-    activation_grad(dh, g, u, w, layer.activation, dg, du, h, dw)
+    products.activation_grad(dh, g, u, w, layer.activation, d[GATE], d[UP], h, dw)
+    del g, u, dh
     if grads.row_weights is not None:
         if (bias := layer.biases[DOWN]) is not None:
-            of_row = torch.repeat_interleave(chunk.experts, _counts(groups), output_size=groups.rows)
+            of_row = torch.repeat_interleave(chunk.experts, groups.offsets.diff(), output_size=groups.rows)
             dw += (dy[tokens].float() * bias[of_row].float()).sum(1)
         grads.row_weights[chunk.first : chunk.first + groups.rows] = dw
-    if down is not None and q_down is not None:
-        if (grad := grads.lora[4]) is not None:
-            weighted = (q_down * w[:, None]).bfloat16()
-            grouped_outer(weighted, _dropped(layer, chunk, h, DOWN), groups, grad, chunk.experts)
-        if (grad := grads.lora[5]) is not None and (p := chunk.low_rank[DOWN]) is not None:
-            grouped_outer(dy, p, groups, grad, chunk.experts, a_rows=tokens)
-    del h, dh, g, u
 
-    terms, low_terms = [], []
-    for projection, d in ((GATE, dg), (UP, du)):
-        terms.append(Term(d, chunk.weights[projection], False))
-        if (lora := layer.lora[projection]) is None:
-            continue
-        q = chunk.empty(lora.b.shape[2])
-        grouped_gemm([Term(d, chunk.lora(lora.b), False)], groups, q, scale=lora.scaling)
-        low_terms.append((Term(q, chunk.lora(lora.a), False), projection))
-        if (grad := grads.lora[2 * projection]) is not None:
-            if layer.dropout > 0:
-                grouped_outer(q, _dropped_x(layer, chunk, x, projection), groups, grad, chunk.experts)
-            else:
-                grouped_outer(q, x, groups, grad, chunk.experts, b_rows=tokens)
-        if (grad := grads.lora[2 * projection + 1]) is not None and (
-            p := chunk.low_rank[projection]
-        ) is not None:
-            grouped_outer(d, p, groups, grad, chunk.experts)
+    if down is not None and (grad := grads.lora_down) is not None:
+        if grad.a is not None and weighted_q is not None:
+            rows, _ = _lora_input(layer, chunk, down, h, None)
+            products.grouped_outer(weighted_q, rows, groups, grad.a, chunk.experts)
+        if grad.b is not None and chunk.low_rank_down is not None:
+            products.grouped_outer(dy, chunk.low_rank_down, groups, grad.b, chunk.experts, a_rows=tokens)
+    low_terms = []
+    for stack, grad, p in zip(layer.lora_in, grads.lora_in, chunk.low_rank_in, strict=True):
+        first, jobs = stack.projections[0], len(stack.projections)
+        of_stack = d[first : first + jobs]
+        q = chunk.empty_jobs(jobs, _rank(stack))
+        products.grouped_gemm(
+            [Term(of_stack, chunk.lora(stack.b), False)], groups, q, scale=layer.scales(stack)
+        )
+        low_terms += zip(_by_job(chunk, q, stack.a, False), stack.projections, strict=True)
+        if grad.a is not None:
+            rows, of_rows = _lora_input(layer, chunk, stack, x, tokens)
+            products.grouped_outer(q, rows, groups, grad.a, chunk.experts, b_rows=of_rows)
+        if grad.b is not None:
+            products.grouped_outer(of_stack, p, groups, grad.b, chunk.experts)
     if grads.hidden_states is not None:
         dx = chunk.empty(layer.hidden, torch.float32)
-        if low_terms:
-            _low_rank_first(layer, chunk, terms, low_terms, dx)
-        grouped_gemm(terms, groups, dx, accumulate=layer.dropout > 0 and bool(low_terms))
-        combine(dx, chunk.position, chunk.first, grads.hidden_states)
-
-
-def _counts(groups: Groups) -> Tensor:
-    return groups.offsets[1:] - groups.offsets[:-1]
+        terms = [Term(d[i], chunk.weights[i], False) for i in (GATE, UP)]
+        _add_low_rank(layer, chunk, terms, low_terms, dx)
+        products.combine(dx, chunk.position, chunk.first, grads.hidden_states)
 
 
 def _gate_up(
@@ -206,41 +205,51 @@ def _gate_up(
     h: Tensor | None = None,
     saved: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    terms = []
-    for projection in (GATE, UP):
-        own = [Term(x, chunk.weights[projection], True, chunk.tokens)]
-        lora, p = layer.lora[projection], chunk.low_rank[projection]
-        if lora is not None and p is not None:
-            own.append(Term(p, chunk.lora(lora.b), True))
-        terms.append(own)
-    gate_up(terms[0], terms[1], chunk.groups, layer.activation, bias_gate=layer.biases[GATE],
-            bias_up=layer.biases[UP], bias_index=chunk.experts, h=h, saved=saved)  # fmt: skip
+    terms = [[Term(x, chunk.weights[projection], True, chunk.tokens)] for projection in (GATE, UP)]
+    for stack, p in zip(layer.lora_in, chunk.low_rank_in, strict=True):
+        for projection, term in zip(stack.projections, _by_job(chunk, p, stack.b, True), strict=True):
+            terms[projection].append(term)
+    layer.products.gate_up(
+        terms[GATE], terms[UP], chunk.groups, layer.activation, bias_gate=layer.biases[GATE],
+        bias_up=layer.biases[UP], bias_index=chunk.experts, h=h, saved=saved,
+    )  # fmt: skip
 
 
-def _low_rank_first(
-    layer: Layer, chunk: Chunk, terms: list[Term], low: Sequence[tuple[Term, int]], into: Tensor
+def _rank(stack: LoraStack) -> int:
+    return cast(Tensor, stack.b).shape[-1]
+
+
+def _by_job(chunk: Chunk, low_rank: Tensor, matrices: Tensor | None, transposed: bool) -> list[Term]:
+    """P B or Q A of each projection of a stack."""
+    return [
+        Term(rows, chunk.lora(of_job), transposed)
+        for rows, of_job in zip(low_rank, cast(Tensor, matrices), strict=True)
+    ]
+
+
+def _add_low_rank(
+    layer: Layer, chunk: Chunk, terms: Sequence[Term], low: Sequence[tuple[Term, int]], into: Tensor
 ) -> None:
-    """Put Q A among the terms, or with dropout, whose mask is of their product alone, into the result."""
+    """The sum of the terms and of Q A, of which dropout drops what it dropped of A's input."""
+    products = layer.products
     if layer.dropout == 0:
-        terms += [term for term, _ in low]
+        products.grouped_gemm([*terms, *(term for term, _ in low)], chunk.groups, into)
         return
     for i, (term, projection) in enumerate(low):
         product = into if i == 0 else torch.empty_like(into)
-        grouped_gemm([term], chunk.groups, product)
-        drop(product, chunk.places, projection, layer.dropout, layer.seed)
+        products.grouped_gemm([term], chunk.groups, product)
+        products.drop(product, chunk.places, projection, layer.dropout, layer.seed)
         if i > 0:
             into += product
+    products.grouped_gemm(terms, chunk.groups, into, accumulate=bool(low))
 
 
-def _dropped(layer: Layer, chunk: Chunk, rows: Tensor, projection: int) -> Tensor:
+def _lora_input(
+    layer: Layer, chunk: Chunk, stack: LoraStack, rows: Tensor, tokens: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The rows that A of a stack is multiplied with, and which of them in what order, after dropout."""
     if layer.dropout == 0:
-        return rows
-    rows = rows.clone()
-    drop(rows, chunk.places, projection, layer.dropout, layer.seed)
-    return rows
-
-
-def _dropped_x(layer: Layer, chunk: Chunk, x: Tensor, projection: int) -> Tensor:
-    rows = x.index_select(0, chunk.tokens)
-    drop(rows, chunk.places, projection, layer.dropout, layer.seed)
-    return rows
+        return rows, tokens
+    rows = rows.clone() if tokens is None else rows.index_select(0, tokens)
+    layer.products.drop(rows, chunk.places, stack.projections[0], layer.dropout, layer.seed)
+    return rows, None

@@ -13,7 +13,7 @@ from torch import Tensor
 from kt_moe.gpu.chunk import Chunk, Layer
 from kt_moe.gpu.pass_log import PassLog
 from kt_moe.gpu.prefetch import Feed
-from kt_moe.gpu.products import Groups, Matrices, dequantize
+from kt_moe.gpu.products import Groups, Matrices
 from kt_moe.gpu.routes import Rows
 from kt_moe.gpu.slots import Slots
 from kt_moe.gpu.stored import StoredExperts
@@ -21,7 +21,7 @@ from kt_moe.gpu.streams import Streams
 
 # Of a chunk: bytes on the link that hide the launches of its products, and a bound of its temporary memory.
 _LINK_BYTES = 128 << 20
-_TEMPORARY_BYTES = 512 << 20
+_TEMPORARY_BYTES = 768 << 20
 
 
 class PassData(NamedTuple):
@@ -30,13 +30,13 @@ class PassData(NamedTuple):
     Attributes:
         experts: in the order of the plan.
         row_weights: [rows] fp32, the routing weight of each row.
-        low_rank: of gate, up and down, [rows, r] bf16, or None; see `Chunk`.
+        low_rank: for each stack of LoRA matrices, [jobs, rows, r] bf16; see `Chunk`.
     """
 
     experts: tuple[int, ...]
     rows: Rows
     row_weights: Tensor
-    low_rank: list[Tensor | None]
+    low_rank: Sequence[Tensor]
 
 
 class Chunks:
@@ -46,7 +46,6 @@ class Chunks:
         number, stored: of the layer.
         slots: what holds its experts.
         feed: what claims them; its first experts are those of the pass.
-        all_fit: whether the slots hold all experts of all layers.
     """
 
     def __init__(
@@ -55,49 +54,56 @@ class Chunks:
         stored: StoredExperts,
         slots: Slots,
         feed: Feed,
-        all_fit: bool,
         streams: Streams,
         log: PassLog,
     ) -> None:
         self._number, self._stored, self._slots, self._feed = number, stored, slots, feed
-        self._all_fit, self._streams, self._log = all_fit, streams, log
+        self._streams, self._log = streams, log
 
-    def of(self, layer: Layer, data: PassData) -> Iterator[Chunk]:
+    def of(self, layer: Layer, data: PassData, backward: bool) -> Iterator[Chunk]:
         """Some experts at a time; their slots are claimed, and released behind their products."""
         experts, rows, slots = data.experts, data.rows, self._slots
         first = [0, *accumulate(rows.counts)]
         block_rows = Groups.best_block_rows(rows.counts)  # of the pass: chunks must not change the rounding
-        numbers = self._streams.upload(np.array(experts, dtype=np.int32))
         tokens = torch.div(rows.places, rows.position.shape[1], rounding_mode="floor")
         begin = 0
         while begin < len(experts):
             self._feed.advance()
-            end = self._end(layer, experts, rows.counts, begin)
+            end = self._end(layer, experts, rows.counts, begin, backward)
             used = slots.use(self._number, experts[begin:end])
+            groups = Groups(
+                rows.counts[begin:end], self._streams.upload, block_rows,
+                [np.array(experts[begin:end]), np.array(used), np.arange(end - begin)],
+            )  # fmt: skip
+            numbers, in_slots, in_order = groups.tables
             some = slice(first[begin], first[end])
+            low_rank = [p[:, some] for p in data.low_rank]
             with self._log.chunk(layer, end - begin, first[end] - first[begin]):
                 yield Chunk(
                     first=first[begin],
-                    experts=numbers[begin:end],
-                    groups=Groups(rows.counts[begin:end], self._streams.upload, block_rows),
+                    experts=numbers,
+                    groups=groups,
                     places=rows.places[some],
                     tokens=tokens[some],
                     row_weights=data.row_weights[some],
                     position=rows.position,
-                    weights=self._weights(layer, used),
-                    low_rank=[None if p is None else p[some] for p in data.low_rank],
+                    weights=self._weights(layer, in_slots, in_order),
+                    low_rank_in=low_rank[: len(layer.lora_in)],
+                    low_rank_down=None if layer.lora_down is None else low_rank[-1],
                 )
             slots.release(used)
             begin = end
         self._feed.advance()
 
-    def _end(self, layer: Layer, experts: Sequence[int], counts: Sequence[int], begin: int) -> int:
+    def _end(
+        self, layer: Layer, experts: Sequence[int], counts: Sequence[int], begin: int, backward: bool
+    ) -> int:
         """How far a chunk reaches: bounded by what has to cross, its temporary memory, and the slots."""
         slots, stored = self._slots, self._stored
-        many = self._all_fit or len(slots) >= 2 * len(experts)
+        many = slots.roomy or len(slots) >= 2 * len(experts)
         last = min(len(experts), begin + (len(experts) if many else max(1, len(slots) // 2)))
         decoded = 0 if stored.in_place else 6 * layer.hidden * layer.intermediate
-        row = 4 * layer.hidden + 14 * layer.intermediate
+        row = layer.row_bytes[backward]
         crossing = temporary = 0
         for end in range(begin, last):
             temporary += decoded + row * counts[end]
@@ -109,24 +115,29 @@ class Chunks:
                     return end + 1
         return last
 
-    def _weights(self, layer: Layer, used: Sequence[int]) -> tuple[Matrices, Matrices, Matrices]:
-        """gate, up and down of the experts in some slots in bf16: where they lie, or decoded."""
+    def _weights(self, layer: Layer, in_slots: Tensor, in_order: Tensor) -> tuple[Matrices, ...]:
+        """gate, up and down of the experts in some slots in bf16: where they lie, or decoded.
+
+        Args:
+            in_slots: [n] int32, the slots.
+            in_order: [n] int32, 0 to n - 1.
+        """
         memory, parts = self._slots.memory, self._stored.parts
-        index = self._streams.upload(np.array(used, dtype=np.int32))
         if self._stored.in_place:
-            found = [
-                memory[:, part.codes : part.codes + 2 * part.rows * part.cols]
-                .view(torch.bfloat16)
-                .view(-1, part.rows, part.cols)
+            return tuple(
+                Matrices(
+                    memory[:, part.codes : part.codes + 2 * part.rows * part.cols]
+                    .view(torch.bfloat16)
+                    .view(-1, part.rows, part.cols),
+                    in_slots,
+                )
                 for part in parts
-            ]
-        else:
-            shapes = ((layer.intermediate, layer.hidden),) * 2 + ((layer.hidden, layer.intermediate),)
-            found = [memory.new_empty(len(used), *shape, dtype=torch.bfloat16) for shape in shapes]
-            for part in parts:
-                along = 2 if part.projection == 2 else 1
-                width = part.cols if part.projection == 2 else part.rows
-                dequantize(memory, index, part, found[part.projection].narrow(along, part.first, width))
-            index = torch.arange(len(used), dtype=torch.int32, device=memory.device)
-        gate, up, down = (Matrices(matrices, index) for matrices in found)
-        return gate, up, down
+            )
+        shapes = ((layer.intermediate, layer.hidden),) * 2 + ((layer.hidden, layer.intermediate),)
+        found = [memory.new_empty(len(in_slots), *shape, dtype=torch.bfloat16) for shape in shapes]
+        for part in parts:
+            along = 2 if part.projection == 2 else 1
+            width = part.cols if part.projection == 2 else part.rows
+            to = found[part.projection].narrow(along, part.first, width)
+            layer.products.dequantize(memory, in_slots, part, to)
+        return tuple(Matrices(matrices, in_order) for matrices in found)

@@ -19,7 +19,6 @@ from torch import Tensor
 from kt_moe import _core
 from kt_moe.gpu import lora as lora_transfer
 from kt_moe.gpu.lora import LoraCall
-from kt_moe.gpu.products import add_from_host
 from kt_moe.gpu.streams import Event, Streams
 from kt_moe.tensors import empty, on_cpu
 
@@ -163,7 +162,7 @@ def send(
         on_cpu: the CPU's experts, at least one.
         ids: [T, K] on the host.
         x, weights: [T, H] bf16 and [T, K] fp32 on the device.
-        matrices: LoRA's on the device, as `lora.to_device` has them.
+        matrices: LoRA's on the device, as `lora.each_tensor` has them.
         save: whether a backward will follow.
     """
     here = np.zeros(experts.num_experts + 1, dtype=bool)
@@ -269,5 +268,5 @@ def submit_backward(
 
 def _add_rows(to: Tensor, rows: Tensor, part: CpuPart, streams: Streams) -> None:
     with streams.span("uplink", "copy_in", rows.nbytes):
-        add_from_host(to, rows, part.tokens)
+        streams.products.add_from_host(to, rows, part.tokens)
     streams.keep(rows)

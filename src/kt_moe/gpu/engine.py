@@ -27,18 +27,18 @@ from torch import Tensor
 
 from kt_moe.gpu import cpu_part
 from kt_moe.gpu import lora as lora_transfer
-from kt_moe.gpu.chunk import Chunk, Gradients, Layer, LoraMatrices, backward_chunk, forward_chunk
+from kt_moe.gpu.chunk import Chunk, Gradients, Layer, backward_chunk, forward_chunk
 from kt_moe.gpu.chunks import Chunks, PassData
 from kt_moe.gpu.cpu_part import CpuPart, Worker
 from kt_moe.gpu.layers import Identity, Layers
-from kt_moe.gpu.lora import LoraCall, LoraOptions
+from kt_moe.gpu.lora import LoraCall, LoraOptions, LoraStack, each_tensor, split_down
 from kt_moe.gpu.pass_log import PassLog
 from kt_moe.gpu.plan import Cut, cut, cut_by_share, layer_costs
 from kt_moe.gpu.prefetch import Feed, Pass, PassOrder, Wanted
 from kt_moe.gpu.routes import Rows, count_routes, sort_routes
 from kt_moe.gpu.slots import Slots
 from kt_moe.gpu.stored import StoredExperts
-from kt_moe.gpu.streams import streams_of
+from kt_moe.gpu.streams import Event, streams_of
 
 if TYPE_CHECKING:
     from kt_moe.experts import Experts
@@ -77,7 +77,8 @@ class SavedCall:
         whole: what the core's forward said (`CpuPart`).
         options: scalings, dropout and its seed.
         tensors: apart from the rest, for `save_for_backward`. `Rows` without counts; [rows] fp32, the routing
-            weights; of gate, up and down [rows, r] bf16 (see `Chunk`); and if there is one, `CpuPart`'s.
+            weights; of each stack of LoRA matrices [jobs, rows, r] bf16 (see `Chunk`); and if there is one,
+            `CpuPart`'s.
     """
 
     cut: Cut
@@ -90,7 +91,8 @@ class SavedCall:
         """For backward, of a call whose tensors are there."""
         places, position, row_weights, *rest = self.tensors
         rows = Rows(self.counts, cast(Tensor, places), cast(Tensor, position))
-        low_rank, of_part = rest[:3], rest[3:]
+        stacks = len(lora.stacks)
+        low_rank, of_part = cast("list[Tensor]", rest[:stacks]), rest[stacks:]
         part = CpuPart.from_tensors(of_part, lora, self.whole) if of_part else None
         return PassData(self.cut.gpu, rows, cast(Tensor, row_weights), low_rank), part
 
@@ -136,27 +138,29 @@ class Engine:
         """
         streams, share = self._streams, self._layers.cpu_share
         with self.lock, self._one_pass(experts) as held:
-            matrices = lora_transfer.to_device(lora, share != 1.0, streams)
+            stacks = lora_transfer.to_device(lora, share != 1.0, streams)
             counted = count_routes(ids, experts.num_experts, streams)
             plan = self._cut(experts, held, counted.counts, share, lora, train)
             self._start(held, plan, backward=False)
             part = add_cpu_rows = None
             if plan.cpu:
                 part = cpu_part.send(
-                    experts, plan.cpu, counted.host_ids, x, weights, lora, matrices, train, streams
+                    experts, plan.cpu, counted.host_ids, x, weights, lora, each_tensor(stacks), train, streams
                 )
                 add_cpu_rows = cpu_part.submit_forward(experts, part, self._worker, streams)
             feed = self._feed(held, plan, backward=False)
             rows = sort_routes(counted, plan.gpu, streams)
+            # As `Chunk.empty_jobs` has it: strides that do not depend on the rows.
             low_rank = [
-                torch.empty(len(rows.places), rank, dtype=torch.bfloat16, device=x.device) if rank else None
-                for rank in lora.ranks
-            ]
+                torch.empty(len(rows.places), len(stack.projections), lora.ranks[stack.projections[0]],
+                            dtype=torch.bfloat16, device=x.device).transpose(0, 1)
+                for stack in stacks
+            ]  # fmt: skip
             row_weights = weights.reshape(-1).index_select(0, rows.places)
             data = PassData(plan.gpu, rows, row_weights, low_rank)
-            layer = _layer(experts, held, lora, matrices)
+            layer = self._layer(experts, held, lora, stacks)
             out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-            for chunk in self._chunks(held, feed, layer, data):
+            for chunk in self._chunks(held, feed, layer, data, backward=False):
                 forward_chunk(layer, chunk, x, out)
             if add_cpu_rows is not None:
                 add_cpu_rows(out)
@@ -181,8 +185,10 @@ class Engine:
         lora: LoraCall,
         dout: Tensor,
         needs: tuple[bool, bool, tuple[bool, ...]],
-    ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], Event | None]:
         """Gradients of x [T, H] fp32, of weights [T, K] fp32, and of the LoRA matrices, each like its matrix.
+
+        The event, if there is one, is when those of the host are there.
 
         Args:
             x, weights, lora: as in forward.
@@ -202,14 +208,17 @@ class Engine:
                     experts, part, dout, needs_x, needs_weights, of_host, only_cpu, self._worker, streams
                 )
             feed = self._feed(held, plan, backward=True)
-            layer = _layer(experts, held, lora, lora_transfer.to_device(lora, bool(plan.gpu), streams))
-            of_gpu = lora_transfer.device_gradients(lora, [n and not only_cpu for n in needs_lora], streams)
+            stacks = lora_transfer.to_device(lora, bool(plan.gpu), streams)
+            layer = self._layer(experts, held, lora, stacks)
+            of_gpu = lora_transfer.device_gradients(
+                lora, [n and not only_cpu for n in needs_lora], len(plan.gpu) == experts.num_experts, streams
+            )
             grads = Gradients(
                 torch.zeros(x.shape, dtype=torch.float32, device=x.device) if needs_x else None,
                 torch.zeros_like(data.row_weights) if needs_weights else None,
-                of_gpu,
+                *split_down(of_gpu),
             )
-            for chunk in self._chunks(held, feed, layer, data):
+            for chunk in self._chunks(held, feed, layer, data, backward=True):
                 backward_chunk(layer, chunk, x, dout, grads)
             dweights = None
             if grads.row_weights is not None:
@@ -218,8 +227,10 @@ class Engine:
                 dweights = dweights.view(weights.shape)
             if add_cpu_rows is not None:
                 add_cpu_rows(grads.hidden_states, dweights)
-            of_lora = lora_transfer.join_gradients(lora, plan.cpu, of_gpu, of_host, streams)
-        return grads.hidden_states, dweights, of_lora
+            of_lora, arrived = lora_transfer.join_gradients(
+                lora, plan.cpu, each_tensor(of_gpu), of_host, streams
+            )
+        return grads.hidden_states, dweights, of_lora, arrived
 
     def drop_slots(self) -> None:
         """Give the GPU memory of experts back; the next call takes what it needs."""
@@ -329,7 +340,7 @@ class Engine:
             )
         if self._slots is None or self._slots.memory.shape != (number, slot_bytes):
             self._drop_slots()  # before the memory of new ones is taken
-            self._slots = Slots(self._streams, slot_bytes, number)
+            self._slots = Slots(self._streams, slot_bytes, number, roomy=number == every)
         return self._slots
 
     def _start(self, held: _Held, plan: Cut, *, backward: bool) -> None:
@@ -366,23 +377,19 @@ class Engine:
         feed.advance()
         return feed
 
-    def _chunks(self, held: _Held, feed: Feed | None, layer: Layer, data: PassData) -> Iterator[Chunk]:
+    def _chunks(
+        self, held: _Held, feed: Feed | None, layer: Layer, data: PassData, *, backward: bool
+    ) -> Iterator[Chunk]:
         if feed is None or self._slots is None:
             return iter(())
-        all_fit = len(self._slots) == self._layers.sizes()[1]
-        chunks = Chunks(held.number, held.stored, self._slots, feed, all_fit, self._streams, self.log)
-        return chunks.of(layer, data)
+        chunks = Chunks(held.number, held.stored, self._slots, feed, self._streams, self.log)
+        return chunks.of(layer, data, backward)
 
-
-def _layer(experts: Experts, held: _Held, lora: LoraCall, matrices: Sequence[Tensor | None]) -> Layer:
-    pairs = [
-        None if a is None or b is None else LoraMatrices(a, b, scaling / (1.0 - lora.dropout))
-        for a, b, scaling in zip(matrices[::2], matrices[1::2], lora.scalings, strict=True)
-    ]
-    return Layer(
-        experts.hidden_size, experts.intermediate_size, experts.activation, held.biases, pairs, lora.dropout,
-        lora.seed,
-    )  # fmt: skip
+    def _layer(self, experts: Experts, held: _Held, lora: LoraCall, stacks: Sequence[LoraStack]) -> Layer:
+        return Layer(
+            self._streams.products, experts.hidden_size, experts.intermediate_size, experts.activation,
+            held.biases, *split_down(stacks), lora.scalings, lora.dropout, lora.seed,
+        )  # fmt: skip
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

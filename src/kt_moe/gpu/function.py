@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kt_moe.experts import Experts
 from kt_moe.gpu.engine import Engine, SavedCall
 from kt_moe.gpu.lora import LoraCall, LoraOptions
+from kt_moe.gpu.streams import Event
 
 _PROJECTIONS = ("gate", "up", "down")
 
@@ -39,6 +41,49 @@ def forward(
     return out.to(hidden_states.dtype), saved
 
 
+class Arrival:
+    """When the LoRA gradients of a call's backward are in host memory."""
+
+    def __init__(self) -> None:
+        self._event: Event | None = None
+
+    def set(self, event: Event | None) -> None:
+        """Say so, once all copies have begun."""
+        self._event = event
+
+    def wait(self) -> None:
+        """Let the calling thread wait until they are."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
+class _Arriving(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, arrival: Arrival, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.arrival = arrival
+        return tuple(None if t is None else t.view_as(t) for t in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.arrival.wait()
+        return None, *grads
+
+
+def arriving(tensors: Sequence[Tensor | None]) -> tuple[Sequence[Tensor | None], Arrival | None]:
+    """LoRA tensors of the host through an autograd node that waits for their gradients.
+
+    Autograd runs this node in its thread for tensors of the host, so that the thread for the device goes on
+    with the next layer meanwhile. None instead of an `Arrival`: there is nothing to wait for.
+    """
+    on_host = [t if t is not None and t.is_cpu and t.requires_grad else None for t in tensors]
+    if not torch.is_grad_enabled() or all(t is None for t in on_host):
+        return tensors, None
+    arrival = Arrival()
+    through = _Arriving.apply(arrival, *on_host)  # type: ignore[no-untyped-call]
+    return [t if mine is None else mine for t, mine in zip(tensors, through, strict=True)], arrival
+
+
 def save(
     ctx: Any,
     saved: SavedCall,
@@ -46,7 +91,7 @@ def save(
     topk_weights: Tensor,
     lora_tensors: Sequence[Tensor | None],
 ) -> None:
-    """Give an autograd node, which has `engine` and `experts`, what `backward` needs."""
+    """Give an autograd node, which has `engine`, `experts` and `arrival`, what `backward` needs."""
     ctx.saved_call = replace(saved, tensors=())
     ctx.save_for_backward(hidden_states, topk_weights, *lora_tensors, *saved.tensors)
 
@@ -56,8 +101,8 @@ def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     hidden_states, topk_weights, *rest = ctx.saved_tensors
     lora_tensors, tensors = rest[: 2 * len(_PROJECTIONS)], rest[2 * len(_PROJECTIONS) :]
     engine: Engine = ctx.engine
-    needs_x, _, needs_weights, _, _, _, *needs_lora = ctx.needs_input_grad
-    dx, dweights, lora_grads = engine.backward(
+    needs_x, _, needs_weights, _, _, _, _, *needs_lora = ctx.needs_input_grad
+    dx, dweights, lora_grads, arrived = engine.backward(
         ctx.experts,
         replace(ctx.saved_call, tensors=tuple(tensors)),
         _rows(hidden_states, torch.bfloat16, engine.device),
@@ -66,10 +111,15 @@ def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         _rows(grad_out, torch.bfloat16, engine.device),
         (needs_x, needs_weights, tuple(needs_lora)),
     )
+    arrival = ctx.arrival or Arrival()
+    arrival.set(arrived)
+    if ctx.arrival is None:
+        arrival.wait()
     return (
         None if dx is None else dx.to(hidden_states.device, hidden_states.dtype),
         None,
         None if dweights is None else dweights.to(topk_weights.device, topk_weights.dtype),
+        None,
         None,
         None,
         None,

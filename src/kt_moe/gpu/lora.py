@@ -3,21 +3,23 @@
 What the GPU needs of matrices on the host, and the CPU of matrices on the GPU, crosses the link once a pass,
 in bf16. A gradient comes back once, to the device and in the dtype of its matrix; each expert's rows of it
 are written where the expert was computed.
+
+On the device the matrices of gate and up lie in one tensor, as two jobs of every product, where they are of
+one shape.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kt_moe import _core
-from kt_moe.gpu.products import copy_from_host
-from kt_moe.gpu.streams import Streams
+from kt_moe.gpu.streams import Event, Streams
 from kt_moe.tensors import on_cpu
 
 LoraOptions = tuple[tuple[float, float, float], float, int]  # scalings, dropout and its seed
@@ -37,8 +39,48 @@ class LoraCall:
         """Of gate, up and down; 0 where there is none."""
         return tuple(0 if a is None else a.shape[1] for a in self.tensors[::2])
 
+    @property
+    def stacks(self) -> list[tuple[int, ...]]:
+        """The projections that have LoRA, by the tensor that they lie in on the device."""
+        gate, up, down = ((i,) if rank else () for i, rank in enumerate(self.ranks))
+        kinds = [None if t is None else (t.shape, t.dtype, t.device) for t in self.tensors]
+        # Dropout has other masks for gate and up.
+        as_one = gate and up and kinds[:2] == kinds[2:4] and self.dropout == 0
+        return [stack for stack in ((gate + up, down) if as_one else (gate, up, down)) if stack]
 
-def to_device(lora: LoraCall, wanted: bool, streams: Streams) -> list[Tensor | None]:
+
+class LoraStack(NamedTuple):
+    """LoRA of one projection or of two on the device, or the gradients of it.
+
+    Attributes:
+        projections: gate, up and down are 0, 1, 2.
+        a: [jobs, E, r, in], a job for each projection; None: it is on the host alone, or not wanted.
+        b: [jobs, E, out, r], likewise.
+    """
+
+    projections: tuple[int, ...]
+    a: Tensor | None
+    b: Tensor | None
+
+
+def split_down(stacks: Sequence[LoraStack]) -> tuple[Sequence[LoraStack], LoraStack | None]:
+    """Those of gate and up, and that of down, which is the last one."""
+    if stacks and stacks[-1].projections == (2,):
+        return stacks[:-1], stacks[-1]
+    return stacks, None
+
+
+def each_tensor(stacks: Sequence[LoraStack]) -> list[Tensor | None]:
+    """A and B of gate, up and down."""
+    found: list[Tensor | None] = [None] * 6
+    for stack in stacks:
+        for side, of_all in enumerate((stack.a, stack.b)):
+            for job, projection in enumerate(stack.projections):
+                found[2 * projection + side] = None if of_all is None else of_all[job]
+    return found
+
+
+def to_device(lora: LoraCall, wanted: bool, streams: Streams) -> list[LoraStack]:
     """The matrices in bf16 on the device; the current stream waits for those that have to cross.
 
     Every pass copies them anew: fused optimizers change parameters without counting up their versions.
@@ -46,31 +88,49 @@ def to_device(lora: LoraCall, wanted: bool, streams: Streams) -> list[Tensor | N
     Args:
         wanted: False leaves out those that lie on the host.
     """
-    found: list[Tensor | None] = []
+    stacks = []
+    to: list[Tensor] = []
+    source: list[Tensor] = []
     crossed = False
-    for tensor in lora.tensors:
-        if tensor is not None and tensor.device == streams.device:
-            found.append(tensor.detach().to(torch.bfloat16).contiguous())
-        elif tensor is None or not wanted:
-            found.append(None)
-        else:
-            host = streams.host_empty(tuple(tensor.shape), torch.bfloat16)
-            host.copy_(tensor.detach())
-            streams.note("uplink", "copy_lora", host.nbytes)
-            with streams.on("uplink"):  # whose memory needs no wait for work of the current stream
-                matrix = torch.empty_like(host, device=streams.device)
-                copy_from_host(matrix, host)
-            streams.keep(host, "uplink")
-            streams.used_by(matrix)
-            found.append(matrix)
-            crossed = True
+    for projections in lora.stacks:
+        sides: list[Tensor | None] = []
+        for side in range(2):
+            tensors = [cast(Tensor, lora.tensors[2 * i + side]).detach() for i in projections]
+            shape, on_device = (len(tensors), *tensors[0].shape), tensors[0].device == streams.device
+            stack = None
+            if on_device:
+                stack = torch.empty(shape, dtype=torch.bfloat16, device=streams.device)
+                to += stack.unbind()
+                source += tensors
+            elif wanted:
+                stack = _cross(shape, tensors, streams)
+                crossed = True
+            sides.append(stack)
+        stacks.append(LoraStack(projections, *sides))
+    if to:
+        torch._foreach_copy_(to, source)
     if crossed:
         streams.wait(streams.record("uplink"))
-    return found
+    return stacks
+
+
+def _cross(shape: tuple[int, ...], tensors: Sequence[Tensor], streams: Streams) -> Tensor:
+    """Tensors of the host, one above the other, in bf16 on the device, with uplink's work."""
+    host = streams.host_empty(shape, torch.bfloat16)
+    for to, tensor in zip(host, tensors, strict=True):
+        to.copy_(tensor)
+    streams.note("uplink", "copy_lora", host.nbytes)
+    with streams.on("uplink"):  # whose memory needs no wait for work of the current stream
+        stack = torch.empty_like(host, device=streams.device)
+        streams.products.copy_from_host(stack, host)
+    streams.keep(host, "uplink")
+    streams.used_by(stack)
+    return stack
 
 
 def to_host(lora: LoraCall, on_device: Sequence[Tensor | None], streams: Streams) -> _core.LoraTensors:
-    """The matrices for the core; copies of those on the device, from `to_device`, arrive with downlink."""
+    """The matrices for the core; copies of those on the device, from `to_device`
+    and `each_tensor`, arrive with downlink."""
     found: list[Tensor | None] = []
     for tensor, bf16 in zip(lora.tensors, on_device, strict=True):
         if tensor is None or bf16 is None or tensor.is_cpu:
@@ -92,14 +152,25 @@ def host_gradients(
     ]
 
 
-def device_gradients(lora: LoraCall, needed: Sequence[bool], streams: Streams) -> list[Tensor | None]:
-    """Zeros on the device, for the gradients that are wanted."""
-    return [
-        torch.zeros(tensor.shape, dtype=tensor.dtype, device=streams.device)
-        if tensor is not None and wanted
-        else None
-        for tensor, wanted in zip(lora.tensors, needed, strict=True)
-    ]
+def device_gradients(
+    lora: LoraCall, needed: Sequence[bool], every_expert: bool, streams: Streams
+) -> list[LoraStack]:
+    """Tensors on the device for the gradients that are wanted, each like its matrix.
+
+    Args:
+        every_expert: all experts' rows will be written; otherwise they are zeros now.
+    """
+    make = torch.empty if every_expert else torch.zeros
+    stacks = []
+    for projections in lora.stacks:
+        sides: list[Tensor | None] = []
+        for side in range(2):
+            tensor = cast(Tensor, lora.tensors[2 * projections[0] + side])
+            shape = len(projections), *tensor.shape
+            wanted = any(needed[2 * i + side] for i in projections)
+            sides.append(make(shape, dtype=tensor.dtype, device=streams.device) if wanted else None)
+        stacks.append(LoraStack(projections, *sides))
+    return stacks
 
 
 def join_gradients(
@@ -108,8 +179,8 @@ def join_gradients(
     of_gpu: Sequence[Tensor | None],
     of_host: Sequence[Tensor | None],
     streams: Streams,
-) -> list[Tensor | None]:
-    """One gradient for each matrix, where the matrix is.
+) -> tuple[list[Tensor | None], Event | None]:
+    """One gradient for each matrix, where the matrix is; an event behind the last copy to the host.
 
     Args:
         on_cpu: experts whose rows the core has written in `of_host`; it has written no other rows.
@@ -134,13 +205,10 @@ def join_gradients(
             if index is None:
                 index = streams.upload(np.array(on_cpu, dtype=np.int32))
             with streams.span("uplink", "copy_lora", len(on_cpu) * (host.nbytes // len(host))):
-                copy_from_host(gpu, host, index)
+                streams.products.copy_from_host(gpu, host, index)
             streams.keep(host)
             joined.append(gpu)
-    if sent:
-        with streams.span("host", "wait_lora"):
-            streams.record("downlink").synchronize()
-    return joined
+    return joined, streams.record("downlink") if sent else None
 
 
 def others(experts: Sequence[int], count: int) -> list[slice]:

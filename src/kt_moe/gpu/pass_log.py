@@ -111,7 +111,10 @@ _NOTHING = nullcontext()
 
 def _flops_of_row(layer: Layer, backward: bool) -> int:
     """Of the products of `forward_chunk` or `backward_chunk`."""
-    ranks = [0 if pair is None else pair.a.shape[1] for pair in layer.lora]
+    ranks = [0, 0, 0]
+    for stack in (*layer.lora_in, *([] if layer.lora_down is None else [layer.lora_down])):
+        for projection in stack.projections:
+            ranks[projection] = 0 if stack.a is None else stack.a.shape[2]
     product, low_rank = 2 * layer.hidden * layer.intermediate, 2 * (layer.hidden + layer.intermediate)
     if not backward:
         return 3 * product + sum(ranks) * low_rank

@@ -63,7 +63,8 @@ class Feed:
     def __init__(self, slots: Slots, wanted: Sequence[Wanted]) -> None:
         self._slots, self._wanted = slots, wanted
         self._layer = self._claimed = 0  # place in `wanted`, and how many of its experts are claimed
-        slots.release_all()  # what the last pass has guessed
+        if not slots.roomy:
+            slots.release_all()  # what the last pass has guessed
 
     def advance(self) -> None:
         """Claim what there is room for, and start the copies."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kt_moe import _core
 from kt_moe.gpu.plan import Rates
-from kt_moe.gpu.products import Groups, Matrices, Term, grouped_gemm
+from kt_moe.gpu.products import Groups, Matrices, Term
 from kt_moe.gpu.streams import streams_of
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _gpu(experts: Experts, device: torch.device) -> tuple[float, float, float]:
 
     def multiply(_: int) -> None:
         for _ in range(_PRODUCTS):
-            grouped_gemm([Term(x, matrices, True)], groups, out)
+            streams.products.grouped_gemm([Term(x, matrices, True)], groups, out)
 
     flops = _PRODUCTS * 2 * groups.rows * width * hidden / _best(multiply, finish)
 

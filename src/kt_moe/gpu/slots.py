@@ -27,13 +27,15 @@ class Slots:
         streams: of the device.
         slot_bytes: size of a slot, at least that of any expert to be fetched.
         count: number of slots, at least 1.
+        roomy: whether every expert of every layer can have a slot: then none is taken back from its expert.
 
     Attributes:
         memory: [count, slot_bytes] uint8 on the device.
         bytes_moved: over the link so far.
     """
 
-    def __init__(self, streams: Streams, slot_bytes: int, count: int) -> None:
+    def __init__(self, streams: Streams, slot_bytes: int, count: int, roomy: bool = False) -> None:
+        self.roomy = roomy
         self.memory = torch.empty(count, slot_bytes, dtype=torch.uint8, device=streams.device)
         self.bytes_moved = 0
         self._streams = streams
@@ -70,6 +72,10 @@ class Slots:
         """
         fresh: list[int] = []
         done = 0
+        if self.roomy:
+            slot_of, every = self._slot_of, len(experts)
+            experts = [expert for expert in experts if (layer, expert) not in slot_of]
+            done = every - len(experts)
         try:
             for expert in experts:
                 slot = self._slot_of.get((layer, expert))
@@ -145,8 +151,10 @@ class Slots:
         used = self._streams.record()
         for slot in slots:
             self._used[slot] = used
-            self._unclaimed.pop(slot, None)
-            self._unclaimed[slot] = None
+        if not self.roomy:
+            for slot in slots:
+                self._unclaimed.pop(slot, None)
+                self._unclaimed[slot] = None
 
     def release_all(self) -> None:
         """Take all claims back."""

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kt_moe.gpu.products import copy_from_host
+from kt_moe.gpu.products import Products, products_for
 
 if TYPE_CHECKING:
     from kt_moe.gpu.spans import Mark, Recorder
@@ -37,11 +37,13 @@ class Streams:
     to the device; for `downlink`, of results to the host. The stream None is the caller's current one.
 
     Attributes:
+        products: the code that computes on the device.
         recorder: of the profile that records the present pass, or None.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.products: Products = products_for(device)
         self.recorder: Recorder | None = None
 
     def on(self, name: str) -> AbstractContextManager[object]:
@@ -102,7 +104,7 @@ class Streams:
         host = self.host_empty(values.shape, torch.from_numpy(values).dtype)
         host.numpy()[...] = values
         to = torch.empty_like(host, device=self.device)
-        copy_from_host(to, host)
+        self.products.copy_from_host(to, host)
         self.keep(host)
         return to
 

@@ -1,6 +1,6 @@
-"""The functions of `products` in plain PyTorch, group by group: for CPU tensors, and for GPUs without Triton.
+"""`Products` in plain PyTorch, group by group: for CPU tensors, and for GPUs without Triton.
 
-Operands are widened to fp32, so products of bf16 numbers are exact and sums are fp32. `products` describes
+Operands are widened to fp32, so products of bf16 numbers are exact and sums are fp32. `Products` describes
 the arguments. On a GPU, each call waits for the device: it reads the groups' matrices' numbers.
 """
 
@@ -27,12 +27,22 @@ def grouped_gemm(
     terms: Sequence[Term],
     groups: Groups,
     out: Tensor,
-    scale: float,
-    row_scale: Tensor | None,
-    bias: Tensor | None,
-    bias_index: Tensor | None,
-    accumulate: bool,
+    *,
+    scale: float | Sequence[float] = 1.0,
+    row_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_index: Tensor | None = None,
+    accumulate: bool = False,
+    weighted: tuple[Tensor, Tensor] | None = None,
 ) -> None:
+    if not isinstance(scale, float):
+        for job, factor in enumerate(scale):
+            grouped_gemm(
+                [_job(term, job) for term in terms], groups, out[job], scale=factor, row_scale=row_scale,
+                bias=bias, bias_index=bias_index, accumulate=accumulate,
+                weighted=None if weighted is None else (weighted[0], weighted[1][job]),
+            )  # fmt: skip
+        return
     for rows, sums in _sums(terms, groups):
         at = slice(rows.start, rows.stop)
         sums *= scale
@@ -40,7 +50,11 @@ def grouped_gemm(
             sums += bias[bias_index[rows.group]].float()
         if row_scale is not None:
             sums *= row_scale[at, None]
-        out[at] = sums + out[at].float() if accumulate else sums
+        if accumulate:
+            sums += out[at].float()
+        out[at] = sums
+        if weighted is not None:
+            weighted[1][at] = weighted[0][at, None] * sums
 
 
 def gate_up(
@@ -48,11 +62,12 @@ def gate_up(
     up: Sequence[Term],
     groups: Groups,
     activation: str,
-    h: Tensor | None,
-    saved: tuple[Tensor, Tensor] | None,
-    bias_gate: Tensor | None,
-    bias_up: Tensor | None,
-    bias_index: Tensor | None,
+    *,
+    h: Tensor | None = None,
+    saved: tuple[Tensor, Tensor] | None = None,
+    bias_gate: Tensor | None = None,
+    bias_up: Tensor | None = None,
+    bias_index: Tensor | None = None,
 ) -> None:
     for (rows, G), (_, U) in zip(_sums(gate, groups), _sums(up, groups), strict=True):
         at = slice(rows.start, rows.stop)
@@ -110,18 +125,23 @@ def grouped_outer(
     groups: Groups,
     out: Tensor,
     index: Tensor,
-    a_rows: Tensor | None,
-    b_rows: Tensor | None,
-    scale: float,
+    *,
+    a_rows: Tensor | None = None,
+    b_rows: Tensor | None = None,
 ) -> None:
+    if out.dim() == 4:
+        for job in range(len(out)):
+            left, right = (x[job] if x.dim() == 3 else x for x in (a, b))
+            grouped_outer(left, right, groups, out[job], index, a_rows=a_rows, b_rows=b_rows)
+        return
     matrices, end = index.tolist(), 0
     for matrix, count in zip(matrices, groups.counts, strict=True):
         begin, end = end, end + count
         A, B = (_take(x, rows, begin, end) for x, rows in ((a, a_rows), (b, b_rows)))
-        out[matrix] = scale * (A.mT @ B)
+        out[matrix] = A.mT @ B
 
 
-def copy_from_host(to: Tensor, source: Tensor, index: Tensor | None) -> None:
+def copy_from_host(to: Tensor, source: Tensor, index: Tensor | None = None) -> None:
     if index is None:
         to.copy_(source, non_blocking=True)
     else:
@@ -129,7 +149,7 @@ def copy_from_host(to: Tensor, source: Tensor, index: Tensor | None) -> None:
             to[array].copy_(source[array], non_blocking=True)
 
 
-def add_from_host(to: Tensor, source: Tensor, rows: Tensor | None) -> None:
+def add_from_host(to: Tensor, source: Tensor, rows: Tensor | None = None) -> None:
     source = source.to(to.device, non_blocking=True)
     if rows is None:
         to += source
@@ -154,6 +174,12 @@ class _Rows:
 
     def __init__(self, group: int, start: int, stop: int) -> None:
         self.group, self.start, self.stop = group, start, stop
+
+
+def _job(term: Term, job: int) -> Term:
+    a, (data, index) = term.a, term.b
+    matrices = term.b._replace(data=data[job] if data.dim() == 4 else data, index=index)
+    return term._replace(a=a[job] if a.dim() == 3 else a, b=matrices)
 
 
 def _sums(terms: Sequence[Term], groups: Groups) -> Iterator[tuple[_Rows, Tensor]]:

@@ -116,20 +116,28 @@ def _biased(acc, bias, bias_index, group, cols, N: tl.constexpr):
 
 # Of each term: row stride of a; strides of b between matrices and between rows; transposed; columns of a.
 @triton.jit(do_not_specialize=[
-    "tiles", "row_scale", "bias_index",
+    "tiles", "row_scale", "bias_index", "weights",
     "rows0", "index0", "rows1", "index1", "rows2", "index2", "rows3", "index3",
 ])  # fmt: skip
 def grouped_gemm(
-    tiles, out, scale, row_scale, bias, bias_index,
+    tiles, out, scale, scale_1, row_scale, bias, bias_index, weights, weighted,
     a0, rows0, b0, index0, a1, rows1, b1, index1, a2, rows2, b2, index2, a3, rows3, b3, index3,
     A0: tl.constexpr, M0: tl.constexpr, B0: tl.constexpr, T0: tl.constexpr, K0: tl.constexpr,
     A1: tl.constexpr, M1: tl.constexpr, B1: tl.constexpr, T1: tl.constexpr, K1: tl.constexpr,
     A2: tl.constexpr, M2: tl.constexpr, B2: tl.constexpr, T2: tl.constexpr, K2: tl.constexpr,
     A3: tl.constexpr, M3: tl.constexpr, B3: tl.constexpr, T3: tl.constexpr, K3: tl.constexpr,
-    TERMS: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, ACCUMULATE: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TERMS: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, WEIGHTED_STRIDE: tl.constexpr,
+    A_JOB: tl.constexpr, OUT_JOB: tl.constexpr, WEIGHTED_JOB: tl.constexpr, B_JOB: tl.constexpr,
+    ACCUMULATE: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows times a block of columns, all terms in one accumulator. See `products.grouped_gemm`."""
+    """A tile of rows times a block of columns, all terms in one accumulator. See `Products.grouped_gemm`."""
+    job = tl.program_id(1)
+    a0 += job * A_JOB
+    b0 += job.to(tl.int64) * B_JOB
+    out += job * OUT_JOB
+    if job > 0:
+        scale = scale_1
     group, first, count, col = _tile(tiles, N, SPLIT, BLOCK_M, BLOCK_N)
     if count <= 0:
         return
@@ -158,6 +166,10 @@ def grouped_gemm(
     if ACCUMULATE:
         acc += tl.load(at, mask=mask, other=0.0).to(tl.float32)
     tl.store(at, acc.to(out.dtype.element_ty), mask=mask)
+    if weights is not None:
+        acc *= tl.load(weights + rows)[:, None]
+        at = weighted + job * WEIGHTED_JOB + rows.to(tl.int64)[:, None] * WEIGHTED_STRIDE + cols[None, :]
+        tl.store(at, acc.to(tl.bfloat16), mask=mask)
 
 
 @triton.jit
@@ -192,7 +204,7 @@ def gate_up(
     N: tl.constexpr, H_STRIDE: tl.constexpr, G_STRIDE: tl.constexpr, U_STRIDE: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """G and U of a tile in two accumulators; a block of X is read once for both. See `products.gate_up`."""
+    """G and U of a tile in two accumulators; a block of X is read once for both. See `Products.gate_up`."""
     group, first, count, col = _tile(tiles, N, 1, BLOCK_M, BLOCK_N)
     i = tl.arange(0, BLOCK_M)
     row = first + tl.minimum(i, count - 1)
@@ -252,13 +264,17 @@ def gate_up(
 
 @triton.jit(do_not_specialize=["offsets", "index", "a_rows", "b_rows"])
 def grouped_outer(
-    a, a_rows, b, b_rows, offsets, out, index, scale,
+    a, a_rows, b, b_rows, offsets, out, index,
     A_STRIDE: tl.constexpr, B_STRIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     OUT_MATRIX: tl.constexpr, OUT_STRIDE_M: tl.constexpr, OUT_STRIDE_N: tl.constexpr,
+    A_JOB: tl.constexpr, B_JOB: tl.constexpr, OUT_JOB: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A block of one group's a' b, its rows added up in order. See `products.grouped_outer`."""
-    group = tl.program_id(1)
+    """A block of one group's a' b, its rows added up in order. See `Products.grouped_outer`."""
+    group, job = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    a += job * A_JOB
+    b += job * B_JOB
+    out += job * OUT_JOB
     BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     m = tl.program_id(0) // BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -276,4 +292,4 @@ def grouped_outer(
         acc = tl.dot(left, right, acc)
     to = out + tl.load(index + group).to(tl.int64) * OUT_MATRIX
     to = to + m[:, None] * OUT_STRIDE_M + n[None, :] * OUT_STRIDE_N
-    tl.store(to, (acc * scale).to(out.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+    tl.store(to, acc.to(out.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))

@@ -1,6 +1,6 @@
-"""The functions of `products` by Triton kernels: which tiles, which grid, and the launch.
+"""`Products` by Triton kernels: which tiles, which grid, and the launch.
 
-`products` describes the arguments. Tensors are on the current CUDA device. Tiles are looked up, not measured:
+`Products` describes the arguments. Tensors are on the current CUDA device. Tiles are looked up, not measured:
 the same shapes give the same bits on every run, and nothing is compiled but what is used.
 """
 
@@ -64,23 +64,30 @@ def grouped_gemm(
     terms: Sequence[Term],
     groups: Groups,
     out: Tensor,
-    scale: float,
-    row_scale: Tensor | None,
-    bias: Tensor | None,
-    bias_index: Tensor | None,
-    accumulate: bool,
+    *,
+    scale: float | Sequence[float] = 1.0,
+    row_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_index: Tensor | None = None,
+    accumulate: bool = False,
+    weighted: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     if groups.rows == 0:
         return
-    count, columns, unused = len(terms), out.shape[1], 4 - len(terms)
+    count, columns, unused = len(terms), out.shape[-1], 4 - len(terms)
+    jobs = out.shape[0] if out.dim() == 3 else 1
+    scales = (scale, scale) if isinstance(scale, float) else (scale[0], scale[-1])
+    weights, to = weighted or (None, None)
     tile, split = _gemm_tile(groups.block_rows, columns, accumulate, out.device)
     pointers = [p for term in terms for p in _pointers(term)] + [None] * (4 * unused)
     shapes = [s for term in terms for s in _shape(term)] + [0] * (5 * unused)
-    grid = (groups.tiles.shape[0] * split * -(-columns // tile.n),)
+    grid = (groups.tiles.shape[0] * split * -(-columns // tile.n), jobs)
     launch(
         triton_gemm.grouped_gemm, grid,
-        (groups.tiles, out, float(scale), row_scale, bias, bias_index, *pointers),
-        (*shapes, count, columns, out.stride(0), accumulate, split, tile.m, tile.n, tile.k),
+        (groups.tiles, out, *map(float, scales), row_scale, bias, bias_index, weights, to, *pointers),
+        (*shapes, count, columns, out.stride(-2), 0 if to is None else to.stride(-2),
+         *(0 if x is None else _job_stride(x, 3) for x in (terms[0].a, out, to)),
+         _job_stride(terms[0].b.data, 4), accumulate, split, tile.m, tile.n, tile.k),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -90,11 +97,12 @@ def gate_up(
     up: Sequence[Term],
     groups: Groups,
     activation: str,
-    h: Tensor | None,
-    saved: tuple[Tensor, Tensor] | None,
-    bias_gate: Tensor | None,
-    bias_up: Tensor | None,
-    bias_index: Tensor | None,
+    *,
+    h: Tensor | None = None,
+    saved: tuple[Tensor, Tensor] | None = None,
+    bias_gate: Tensor | None = None,
+    bias_up: Tensor | None = None,
+    bias_index: Tensor | None = None,
 ) -> None:
     if groups.rows == 0:
         return
@@ -162,19 +170,20 @@ def grouped_outer(
     groups: Groups,
     out: Tensor,
     index: Tensor,
-    a_rows: Tensor | None,
-    b_rows: Tensor | None,
-    scale: float,
+    *,
+    a_rows: Tensor | None = None,
+    b_rows: Tensor | None = None,
 ) -> None:
-    stride_m, stride_n = out.stride(1), out.stride(2)
-    if a.shape[1] < b.shape[1]:  # the longer side is the rows of tiles
+    stride_m, stride_n = out.stride(-2), out.stride(-1)
+    if a.shape[-1] < b.shape[-1]:  # the longer side is the rows of tiles
         a, b, a_rows, b_rows, stride_m, stride_n = b, a, b_rows, a_rows, stride_n, stride_m
-    M, N = a.shape[1], b.shape[1]
+    M, N, jobs = a.shape[-1], b.shape[-1], out.shape[0] if out.dim() == 4 else 1
     tile = _fitted(_OUTER, N, out.device)
-    grid = (-(-M // tile.m) * -(-N // tile.n), len(groups.counts))
+    grid = (-(-M // tile.m) * -(-N // tile.n), len(groups.counts), jobs)
     launch(
-        triton_gemm.grouped_outer, grid, (a, a_rows, b, b_rows, groups.offsets, out, index, float(scale)),
-        (a.stride(0), b.stride(0), M, N, out.stride(0), stride_m, stride_n, tile.m, tile.n, tile.k),
+        triton_gemm.grouped_outer, grid, (a, a_rows, b, b_rows, groups.offsets, out, index),
+        (a.stride(-2), b.stride(-2), M, N, out.stride(-3), stride_m, stride_n,
+         _job_stride(a, 3), _job_stride(b, 3), _job_stride(out, 4), tile.m, tile.n, tile.k),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -205,7 +214,7 @@ def dequantize(raw: Tensor, index: Tensor, part: StoredPart, out: Tensor) -> Non
     )  # fmt: skip
 
 
-def copy_from_host(to: Tensor, source: Tensor, index: Tensor | None) -> None:
+def copy_from_host(to: Tensor, source: Tensor, index: Tensor | None = None) -> None:
     arrays = 1 if index is None else len(index)
     if to.numel() == 0 or arrays == 0:
         return
@@ -219,7 +228,7 @@ def copy_from_host(to: Tensor, source: Tensor, index: Tensor | None) -> None:
     )  # fmt: skip
 
 
-def add_from_host(to: Tensor, source: Tensor, rows: Tensor | None) -> None:
+def add_from_host(to: Tensor, source: Tensor, rows: Tensor | None = None) -> None:
     count, columns = source.shape
     if count == 0:
         return
@@ -236,7 +245,12 @@ def _pointers(term: Term) -> tuple[Tensor | None, ...]:
 
 def _shape(term: Term) -> tuple[int, int, int, bool, int]:
     matrices = term.b.data
-    return term.a.stride(0), matrices.stride(0), matrices.stride(1), term.transposed, term.a.shape[1]
+    return term.a.stride(-2), matrices.stride(-3), matrices.stride(-2), term.transposed, term.a.shape[-1]
+
+
+def _job_stride(x: Tensor, dimensions: int) -> int:
+    """From one job to the next; 0 if the tensor has no dimension for them, or one job alone."""
+    return x.stride(0) if x.dim() == dimensions and x.shape[0] > 1 else 0
 
 
 @functools.cache

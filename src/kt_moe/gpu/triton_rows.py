@@ -20,7 +20,7 @@ def activation_grad(
     DG_STRIDE: tl.constexpr, DU_STRIDE: tl.constexpr, H_STRIDE: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row. See `products.activation_grad`."""
+    """One row. See `Products.activation_grad`."""
     row = tl.program_id(0).to(tl.int64)
     weight = tl.load(weights + row)
     dot = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -48,7 +48,7 @@ def combine(
     H: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, Y_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token; SLOTS is the power of two from K on. See `products.combine`."""
+    """One token; SLOTS is the power of two from K on. See `Products.combine`."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, SLOTS)
     rows = tl.load(position + token * K + slot, mask=slot < K, other=-1) - first
@@ -80,7 +80,7 @@ def drop(
     N: tl.constexpr, STRIDE: tl.constexpr, PROJECTION: tl.constexpr, THRESHOLD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of columns of one row. See `products.drop`."""
+    """A block of columns of one row. See `Products.drop`."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     stream = tl.load(places + row).to(tl.uint64) * 3 + PROJECTION
@@ -93,7 +93,7 @@ def drop(
 
 @triton.jit(do_not_specialize=["words", "index"])
 def copy_from_host(to, source, words, index, BLOCK: tl.constexpr):
-    """Words of one of several arrays. See `products.copy_from_host`."""
+    """Words of one of several arrays. See `Products.copy_from_host`."""
     array = tl.program_id(1)
     if index is not None:
         array = tl.load(index + array)
@@ -106,7 +106,7 @@ def copy_from_host(to, source, words, index, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def add_from_host(to, source, rows, N: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """One row. See `products.add_from_host`."""
+    """One row. See `Products.add_from_host`."""
     i = tl.program_id(0).to(tl.int64)
     row = i if rows is None else tl.load(rows + i).to(tl.int64)
     for begin in range(0, N, BLOCK):
