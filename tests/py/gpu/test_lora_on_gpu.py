@@ -129,3 +129,45 @@ def test_retained_experts_on_a_gpu(reentrant: bool, choice: str, checkpoint: Pat
         assert torch.equal(again, loss)
         for name, gradient in expected.items():
             assert torch.equal(ours[name], gradient), (mode, name)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_gradients_in_host_memory_are_there_when_they_are_read(steps: int) -> None:
+    """By sums with other uses of a parameter, by accumulation, by hooks: all in backward, none of ours."""
+    import kt_moe
+
+    E, H, inner, T, r = 16, 512, 256, 600, 16
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return 0.05 * torch.randn(*shape, generator=random)
+
+    weights = [normal(E, inner, H), normal(E, inner, H), normal(E, H, inner)]
+    layers = [kt_moe.Experts(*(w.bfloat16() for w in weights), gpu=kt_moe.Gpu(cpu_share=0.3)) for _ in "ab"]
+    sizes = {"gate": (H, inner), "up": (H, inner), "down": (inner, H)}
+    lora = {}
+    for name, (into, out) in sizes.items():
+        lora[f"{name}_lora_a"], lora[f"{name}_lora_b"] = normal(E, r, into), normal(E, out, r)
+    inputs = [normal(T, H) for _ in range(steps)]
+    ids = torch.stack([torch.randperm(E, generator=random)[:4] for _ in range(T)]).cuda()
+    scores = torch.rand(T, 4, generator=random).cuda()
+
+    def run(device: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        leaves = {k: v.clone().to(device).requires_grad_() for k, v in lora.items()}
+        seen: dict[str, torch.Tensor] = {}
+        for name, leaf in leaves.items():
+            leaf.register_hook(lambda grad, name=name: seen.__setitem__(name, grad.clone().cpu()))
+        for x in inputs:
+            y = x.cuda().requires_grad_()
+            for experts in layers:
+                y = y + kt_moe.moe(y, ids, scores, experts, leaves)
+            penalty = sum((leaf * leaf).sum().to("cuda") for leaf in leaves.values())
+            (y.square().sum() + penalty).backward()
+        return {k: v.grad.cpu() for k, v in leaves.items()}, seen
+
+    truth, truth_seen = run("cuda")
+    for _ in range(3):
+        grads, seen = run("cpu")
+        for name in lora:
+            torch.testing.assert_close(grads[name], truth[name], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(seen[name], truth_seen[name], rtol=1e-5, atol=1e-6)
