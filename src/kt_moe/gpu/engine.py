@@ -43,10 +43,12 @@ from kt_moe.gpu.streams import Event, streams_of
 if TYPE_CHECKING:
     from kt_moe.experts import Experts
 
-# Of the next forward, whose routes are not known yet, where the last guess was poor: about what the link
-# brings before they are.
+# The routes of a next forward are not known yet. Guessed are experts that were on the GPU in so many of the
+# last ones (a forward counts as much as all before it together); all of them where so many of the last guess
+# were right, otherwise about as many as the link brings before the routes are known.
+_LIKELY = 0.7
+_GOOD_GUESS = 0.85
 _GUESS_BYTES = 256 << 20
-_GOOD_GUESS = 0.9
 
 
 @dataclass(eq=False)
@@ -56,16 +58,30 @@ class _Held:
     Attributes:
         biases: of gate, up and down on the device, or None.
         not_locked: why its memory cannot be page-locked; None: it was not tried, or is.
-        planned: experts on the GPU in the last forward, the guess for the next.
-        guessed: the part of them that the forward before had as well.
+        planned: experts on the GPU in the last forward, which its backward wants again.
+        popular: [E] how often each of them was, an average over the last forwards.
+        likely: the guess for the next one, the most popular first.
+        right: the part of the last guess that was right.
     """
 
     stored: StoredExperts
     biases: Sequence[Tensor | None]
     number: int
+    popular: NDArray[np.float64]
     not_locked: str | None = None
     planned: tuple[int, ...] = ()
-    guessed: float = 0.0
+    likely: tuple[int, ...] = ()
+    right: float = 0.0
+
+    def plan(self, experts: tuple[int, ...]) -> None:
+        """Take note of a forward's plan."""
+        self.right = len(set(self.likely) & set(experts)) / max(len(self.likely), 1)
+        here = np.zeros_like(self.popular)
+        here[list(experts)] = 1.0
+        self.popular = here if not self.planned else (self.popular + here) / 2
+        order = np.argsort(-self.popular, kind="stable")
+        self.likely = tuple(int(e) for e in order if self.popular[e] >= _LIKELY)
+        self.planned = experts
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,7 @@ class SavedCall:
         counts: rows of each of the GPU's experts.
         whole: what the core's forward said (`CpuPart`).
         options: scalings, dropout and its seed.
+        crossed: of each stack of LoRA matrices, see `LoraStack`.
         tensors: apart from the rest, for `save_for_backward`. `Rows` without counts; [rows] fp32, the routing
             weights; of each stack of LoRA matrices [jobs, rows, r] bf16 (see `Chunk`); and if there is one,
             `CpuPart`'s.
@@ -85,6 +102,7 @@ class SavedCall:
     counts: tuple[int, ...]
     whole: bool
     options: LoraOptions
+    crossed: tuple[tuple[Tensor | None, Tensor | None], ...]
     tensors: tuple[Tensor | None, ...]
 
     def pass_data(self, lora: LoraCall) -> tuple[PassData, CpuPart | None]:
@@ -170,6 +188,7 @@ class Engine:
                 rows.counts,
                 part is not None and part.whole,
                 (lora.scalings, lora.dropout, lora.seed),
+                tuple(stack.crossed for stack in stacks),
                 tensors if part is None else (*tensors, *part.tensors()),
             )
             on_gpu = list(plan.gpu)
@@ -208,7 +227,8 @@ class Engine:
                     experts, part, dout, needs_x, needs_weights, of_host, only_cpu, self._worker, streams
                 )
             feed = self._feed(held, plan, backward=True)
-            stacks = lora_transfer.to_device(lora, bool(plan.gpu), streams)
+            crossed = saved.crossed if plan.gpu else ((None, None),) * len(saved.crossed)
+            stacks = lora_transfer.to_device_again(lora, crossed, streams)
             layer = self._layer(experts, held, lora, stacks)
             of_gpu = lora_transfer.device_gradients(
                 lora, [n and not only_cpu for n in needs_lora], len(plan.gpu) == experts.num_experts, streams
@@ -283,7 +303,9 @@ class Engine:
         if held is None:
             stored = self._layers.stored(experts)
             biases = [None if bias is None else bias.to(self.device) for bias in stored.biases()]
-            held = self._held[identity] = _Held(stored, biases, next(self._numbers))
+            held = self._held[identity] = _Held(
+                stored, biases, next(self._numbers), popular=np.zeros(experts.num_experts)
+            )
             # Garbage collection may run anywhere, so that it only takes note.
             weakref.finalize(identity, self._gone.append, held.number).atexit = False
         return held
@@ -349,8 +371,7 @@ class Engine:
         self._order.begin(this)
         self.log.begin(this, plan, self._slots)
         if not backward:
-            held.guessed = len(set(held.planned) & set(plan.gpu)) / max(len(plan.gpu), 1)
-            held.planned = plan.gpu
+            held.plan(plan.gpu)
 
     def _feed(self, held: _Held, plan: Cut, *, backward: bool) -> Feed | None:
         """Start the copies of a pass, and of those to come as there will be room."""
@@ -364,9 +385,9 @@ class Engine:
             other = by_number.get(after.layer)
             if room <= 0 or other is None:
                 break
-            sure = after.backward or other.guessed >= _GOOD_GUESS
+            sure = after.backward or other.right >= _GOOD_GUESS
             most = room if sure else min(room, max(1, _GUESS_BYTES // other.stored.slot_bytes))
-            guess = other.planned[:most]
+            guess = (other.planned if after.backward else other.likely)[:most]
             wanted.append(Wanted(other.number, other.stored, guess))
             room -= len(guess)
             if not sure:

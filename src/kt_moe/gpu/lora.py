@@ -56,11 +56,13 @@ class LoraStack(NamedTuple):
         projections: gate, up and down are 0, 1, 2.
         a: [jobs, E, r, in], a job for each projection; None: it is on the host alone, or not wanted.
         b: [jobs, E, out, r], likewise.
+        crossed: what has crossed for a and for b, in page-locked memory of the host; None: nothing has.
     """
 
     projections: tuple[int, ...]
     a: Tensor | None
     b: Tensor | None
+    crossed: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
 def split_down(stacks: Sequence[LoraStack]) -> tuple[Sequence[LoraStack], LoraStack | None]:
@@ -81,9 +83,9 @@ def each_tensor(stacks: Sequence[LoraStack]) -> list[Tensor | None]:
 
 
 def to_device(lora: LoraCall, wanted: bool, streams: Streams) -> list[LoraStack]:
-    """The matrices in bf16 on the device; the current stream waits for those that have to cross.
+    """The matrices in bf16 on the device, for a forward; the current stream waits for those that cross.
 
-    Every pass copies them anew: fused optimizers change parameters without counting up their versions.
+    Every forward copies them anew: fused optimizers change parameters without counting up their versions.
 
     Args:
         wanted: False leaves out those that lie on the host.
@@ -94,19 +96,24 @@ def to_device(lora: LoraCall, wanted: bool, streams: Streams) -> list[LoraStack]
     crossed = False
     for projections in lora.stacks:
         sides: list[Tensor | None] = []
+        hosts: list[Tensor | None] = []
         for side in range(2):
             tensors = [cast(Tensor, lora.tensors[2 * i + side]).detach() for i in projections]
             shape, on_device = (len(tensors), *tensors[0].shape), tensors[0].device == streams.device
-            stack = None
+            stack = host = None
             if on_device:
                 stack = torch.empty(shape, dtype=torch.bfloat16, device=streams.device)
                 to += stack.unbind()
                 source += tensors
             elif wanted:
-                stack = _cross(shape, tensors, streams)
+                host = streams.host_empty(shape, torch.bfloat16)
+                for row, tensor in zip(host, tensors, strict=True):
+                    row.copy_(tensor)
+                stack = _cross(host, streams)
                 crossed = True
             sides.append(stack)
-        stacks.append(LoraStack(projections, *sides))
+            hosts.append(host)
+        stacks.append(LoraStack(projections, sides[0], sides[1], (hosts[0], hosts[1])))
     if to:
         torch._foreach_copy_(to, source)
     if crossed:
@@ -114,11 +121,27 @@ def to_device(lora: LoraCall, wanted: bool, streams: Streams) -> list[LoraStack]
     return stacks
 
 
-def _cross(shape: tuple[int, ...], tensors: Sequence[Tensor], streams: Streams) -> Tensor:
-    """Tensors of the host, one above the other, in bf16 on the device, with uplink's work."""
-    host = streams.host_empty(shape, torch.bfloat16)
-    for to, tensor in zip(host, tensors, strict=True):
-        to.copy_(tensor)
+def to_device_again(
+    lora: LoraCall, crossed: Sequence[tuple[Tensor | None, Tensor | None]], streams: Streams
+) -> list[LoraStack]:
+    """The matrices for the backward of a forward whose stacks had this `crossed`.
+
+    What crossed for the forward does so again as it was: the CPU, which may be computing, converts nothing.
+    """
+    stacks = [
+        stack._replace(
+            a=_cross(a, streams) if a is not None else stack.a,
+            b=_cross(b, streams) if b is not None else stack.b,
+        )
+        for stack, (a, b) in zip(to_device(lora, False, streams), crossed, strict=True)
+    ]
+    if any(host is not None for pair in crossed for host in pair):
+        streams.wait(streams.record("uplink"))
+    return stacks
+
+
+def _cross(host: Tensor, streams: Streams) -> Tensor:
+    """A copy on the device, as uplink's work."""
     streams.note("uplink", "copy_lora", host.nbytes)
     with streams.on("uplink"):  # whose memory needs no wait for work of the current stream
         stack = torch.empty_like(host, device=streams.device)
@@ -169,7 +192,7 @@ def device_gradients(
             shape = len(projections), *tensor.shape
             wanted = any(needed[2 * i + side] for i in projections)
             sides.append(make(shape, dtype=tensor.dtype, device=streams.device) if wanted else None)
-        stacks.append(LoraStack(projections, *sides))
+        stacks.append(LoraStack(projections, sides[0], sides[1]))
     return stacks
 
 
@@ -190,15 +213,20 @@ def join_gradients(
     joined: list[Tensor | None] = []
     streams.wait(streams.record(), "downlink")
     index: Tensor | None = None
+    rest: Sequence[tuple[int, int]] = ()
     sent = False
     for tensor, gpu, host in zip(lora.tensors, of_gpu, of_host, strict=True):
         if gpu is None or host is None:
             joined.append(host if gpu is None else gpu)
         elif tensor is not None and tensor.is_cpu:
-            streams.note("downlink", "copy_lora", (len(host) - len(on_cpu)) * (host.nbytes // len(host)))
-            for rows in others(on_cpu, len(host)):
-                streams.copy_tensor(host[rows], gpu[rows], "downlink")
+            rest = rest or others(on_cpu, len(host))
+            size = host.nbytes // len(host)
+            streams.note("downlink", "copy_lora", (len(host) - len(on_cpu)) * size)
+            for first, end in rest:
+                at = first * size
+                streams.copy(host.data_ptr() + at, gpu.data_ptr() + at, (end - first) * size, "downlink")
             streams.used_by(gpu, "downlink")
+            streams.keep(host, "downlink")
             sent = True
             joined.append(host)
         else:
@@ -211,9 +239,9 @@ def join_gradients(
     return joined, streams.record("downlink") if sent else None
 
 
-def others(experts: Sequence[int], count: int) -> list[slice]:
-    """The numbers in [0, count) that are not among `experts`, neighbours as one slice."""
+def others(experts: Sequence[int], count: int) -> list[tuple[int, int]]:
+    """The numbers in [0, count) that are not among `experts`: first and end of every run of neighbours."""
     chosen = np.ones(count, dtype=bool)
     chosen[list(experts)] = False
     edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8)))
-    return [slice(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]

@@ -66,21 +66,35 @@ class _TorchTrainer:
             model = gpu_model.kt_model(weights, settings, job.format, gpu)
         self._model = gpu_model.with_checkpoints(model)
         trained = [p for p in model.parameters() if p.requires_grad]
-        self._optimizers = [
-            torch.optim.AdamW([p for p in trained if p.device == device], lr=LEARNING_RATE, fused=True)
-            for device in {p.device for p in trained}
-        ]
+        on_device = [p for p in trained if p.device == self._device]
+        self._optimizer = torch.optim.AdamW(on_device, lr=LEARNING_RATE, fused=True)
+        for parameter in trained:
+            if parameter.device != self._device:
+                _update_in_backward(parameter)
 
     def step(self, ids: Tensor) -> float:
         ids = ids.to(self._device)
         hidden = self._model.model(input_ids=ids).last_hidden_state
         loss = self._loss(hidden, self._model.lm_head.weight, ids)
         torch.autograd.backward(loss)
-        for optimizer in self._optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
         synchronize(self._device)
         return float(loss.detach())
+
+
+def _update_in_backward(parameter: Tensor) -> None:
+    """Let backward update a parameter of the host as soon as its gradient is there.
+
+    The GPU goes on with the layers before it meanwhile. Backward reads the parameter no more.
+    """
+    optimizer = torch.optim.AdamW([parameter], lr=LEARNING_RATE, fused=True)
+
+    def update(_: Tensor) -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    parameter.register_post_accumulate_grad_hook(update)  # type: ignore[no-untyped-call]
 
 
 def run_job(job: StepJob) -> list[dict[str, Any]]:
