@@ -66,10 +66,10 @@ class _TorchTrainer:
             model = gpu_model.kt_model(weights, settings, job.format, gpu)
         self._model = gpu_model.with_checkpoints(model)
         trained = [p for p in model.parameters() if p.requires_grad]
-        on_device = [p for p in trained if p.device == self._device]
+        on_device = [p for p in trained if p.device.type == self._device.type]
         self._optimizer = torch.optim.AdamW(on_device, lr=LEARNING_RATE, fused=True)
         for parameter in trained:
-            if parameter.device != self._device:
+            if parameter.device.type != self._device.type:
                 _update_in_backward(parameter)
 
     def step(self, ids: Tensor) -> float:
