@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kt_moe.gpu.chunk import Chunk, Layer
 from kt_moe.gpu.pass_log import PassLog
+from kt_moe.gpu.plan import bf16_bytes
 from kt_moe.gpu.prefetch import Feed
 from kt_moe.gpu.products import Groups, Matrices
 from kt_moe.gpu.routes import Rows
@@ -102,7 +103,7 @@ class Chunks:
         slots, stored = self._slots, self._stored
         many = slots.roomy or len(slots) >= 2 * len(experts)
         last = min(len(experts), begin + (len(experts) if many else max(1, len(slots) // 2)))
-        decoded = 0 if stored.in_place else 6 * layer.hidden * layer.intermediate
+        decoded = 0 if stored.in_place else bf16_bytes(layer.hidden, layer.intermediate)
         row = layer.row_bytes[backward]
         crossing = temporary = 0
         for end in range(begin, last):

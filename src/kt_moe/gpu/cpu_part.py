@@ -193,10 +193,30 @@ def send(
     )
 
 
-def submit_forward(
-    experts: Experts, part: CpuPart, worker: Worker, streams: Streams
-) -> Callable[[Tensor], None]:
-    """Start the forward; what comes back waits for it and adds its rows to `out`, [T, H] fp32."""
+class Pending:
+    """A forward or backward of the core that is under way in the worker.
+
+    Args:
+        job: which it is.
+        results: rows in host memory that it writes, or None.
+    """
+
+    def __init__(self, job: Job, part: CpuPart, results: Sequence[Tensor | None], streams: Streams) -> None:
+        self._job, self._part, self._results, self._streams = job, part, results, streams
+
+    def add_to(self, *totals: Tensor | None) -> None:
+        """Wait for it and add its rows to fp32 tensors of all T tokens on the device, one for each result."""
+        with self._streams.span("host", "wait_cpu"):
+            self._job.wait()
+        for total, rows in zip(totals, self._results, strict=True):
+            if total is not None and rows is not None:
+                with self._streams.span("uplink", "copy_in", rows.nbytes):
+                    self._streams.products.add_from_host(total, rows, self._part.tokens)
+                self._streams.keep(rows)
+
+
+def submit_forward(experts: Experts, part: CpuPart, worker: Worker, streams: Streams) -> Pending:
+    """Start the forward, whose result is out [T, H]."""
     out = streams.host_empty(tuple(part.x.shape), torch.float32)
 
     def compute() -> None:
@@ -209,14 +229,7 @@ def submit_forward(
                 part.lora.dropout, part.lora.seed, part.saved, out,
             )  # fmt: skip
 
-    done = worker.submit(compute)
-
-    def add_to(total: Tensor) -> None:
-        with streams.span("host", "wait_cpu"):
-            done.wait()
-        _add_rows(total, out, part, streams)
-
-    return add_to
+    return Pending(worker.submit(compute), part, [out], streams)
 
 
 def submit_backward(
@@ -229,8 +242,8 @@ def submit_backward(
     clear_idle: bool,
     worker: Worker,
     streams: Streams,
-) -> Callable[[Tensor | None, Tensor | None], None]:
-    """Start the backward; what comes back waits for it and adds its rows to dX [T, H] and dw [T, K], fp32.
+) -> Pending:
+    """Start the backward, whose results are dX [T, H] and dw [T, K].
 
     Args:
         dout: [T, H] bf16 on the device.
@@ -254,19 +267,4 @@ def submit_backward(
                 cast("_core.LoraTensors", tuple(lora_grads)), clear_idle=clear_idle,
             )  # fmt: skip
 
-    done = worker.submit(compute)
-
-    def add_to(total_x: Tensor | None, total_weights: Tensor | None) -> None:
-        with streams.span("host", "wait_cpu"):
-            done.wait()
-        for total, rows in ((total_x, dx), (total_weights, dw)):
-            if total is not None and rows is not None:
-                _add_rows(total, rows, part, streams)
-
-    return add_to
-
-
-def _add_rows(to: Tensor, rows: Tensor, part: CpuPart, streams: Streams) -> None:
-    with streams.span("uplink", "copy_in", rows.nbytes):
-        streams.products.add_from_host(to, rows, part.tokens)
-    streams.keep(rows)
+    return Pending(worker.submit(compute), part, [dx, dw], streams)

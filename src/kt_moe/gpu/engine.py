@@ -160,12 +160,12 @@ class Engine:
             counted = count_routes(ids, experts.num_experts, streams)
             plan = self._cut(experts, held, counted.counts, share, lora, train)
             self._start(held, plan, backward=False)
-            part = add_cpu_rows = None
+            part = pending = None
             if plan.cpu:
                 part = cpu_part.send(
                     experts, plan.cpu, counted.host_ids, x, weights, lora, each_tensor(stacks), train, streams
                 )
-                add_cpu_rows = cpu_part.submit_forward(experts, part, self._worker, streams)
+                pending = cpu_part.submit_forward(experts, part, self._worker, streams)
             feed = self._feed(held, plan, backward=False)
             rows = sort_routes(counted, plan.gpu, streams)
             # As `Chunk.empty_jobs` has it: strides that do not depend on the rows.
@@ -180,8 +180,8 @@ class Engine:
             out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
             for chunk in self._chunks(held, feed, layer, data, backward=False):
                 forward_chunk(layer, chunk, x, out)
-            if add_cpu_rows is not None:
-                add_cpu_rows(out)
+            if pending is not None:
+                pending.add_to(out)
             tensors = rows.places, rows.position, row_weights, *low_rank
             saved = SavedCall(
                 plan,
@@ -221,9 +221,9 @@ class Engine:
         with self.lock, self._one_pass(experts) as held:
             self._start(held, plan, backward=True)
             of_host = lora_transfer.host_gradients(lora, needs_lora, part is not None, streams)
-            add_cpu_rows = None
+            pending = None
             if part is not None:
-                add_cpu_rows = cpu_part.submit_backward(
+                pending = cpu_part.submit_backward(
                     experts, part, dout, needs_x, needs_weights, of_host, only_cpu, self._worker, streams
                 )
             feed = self._feed(held, plan, backward=True)
@@ -245,8 +245,8 @@ class Engine:
                 dweights = torch.zeros(weights.numel(), dtype=torch.float32, device=x.device)
                 dweights.index_copy_(0, data.rows.places.long(), grads.row_weights)
                 dweights = dweights.view(weights.shape)
-            if add_cpu_rows is not None:
-                add_cpu_rows(grads.hidden_states, dweights)
+            if pending is not None:
+                pending.add_to(grads.hidden_states, dweights)
             of_lora, arrived = lora_transfer.join_gradients(
                 lora, plan.cpu, each_tensor(of_gpu), of_host, streams
             )

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kt_moe.gpu.plan import Cut
+from kt_moe.gpu.plan import Cut, row_flops
 from kt_moe.gpu.prefetch import Pass
 
 if TYPE_CHECKING:
@@ -99,7 +99,10 @@ class PassLog:
         if recorder is None or report is None:
             return _NOTHING
         name = "backward_chunk" if report.backward else "forward_chunk"
-        return recorder.span("GPU", name, experts, rows, rows * _flops_of_row(layer, report.backward))
+        stacks = [*layer.lora_in, *([] if layer.lora_down is None else [layer.lora_down])]
+        rank = sum(len(stack.projections) * stack.a.shape[2] for stack in stacks if stack.a is not None)
+        flops = row_flops(layer.hidden, layer.intermediate, rank, report.backward, again=True)
+        return recorder.span("GPU", name, experts, rows, rows * flops)
 
     def forget(self, layer: int) -> None:
         """Drop a layer that is gone."""
@@ -107,16 +110,3 @@ class PassLog:
 
 
 _NOTHING = nullcontext()
-
-
-def _flops_of_row(layer: Layer, backward: bool) -> int:
-    """Of the products of `forward_chunk` or `backward_chunk`."""
-    ranks = [0, 0, 0]
-    for stack in (*layer.lora_in, *([] if layer.lora_down is None else [layer.lora_down])):
-        for projection in stack.projections:
-            ranks[projection] = 0 if stack.a is None else stack.a.shape[2]
-    product, low_rank = 2 * layer.hidden * layer.intermediate, 2 * (layer.hidden + layer.intermediate)
-    if not backward:
-        return 3 * product + sum(ranks) * low_rank
-    # G and U again, with P that forward kept; dh and dX; Q, Q A, and the gradients of A and B.
-    return 5 * product + 2 * sum(ranks) * low_rank + 2 * sum(ranks[:2]) * layer.intermediate

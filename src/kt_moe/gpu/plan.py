@@ -92,21 +92,42 @@ def layer_costs(
         train: whether a backward follows.
         in_place: whether products read the stored weights, which are not decoded before.
     """
-    product = 2 * hidden * intermediate
-    low_rank = 2 * rank * (hidden + intermediate)
-    decoded = 0 if in_place else 6 * hidden * intermediate
-    # Products with a weight a row: 3 in forward; backward has 3 more and on the GPU 2 of G and U again.
-    cpu_products, gpu_products, low_ranks, passes = (6, 8, 4, 2) if train else (3, 3, 1, 1)
+    decoded = 0 if in_place else bf16_bytes(hidden, intermediate)
+    passes = (False, True) if train else (False,)
+    gpu_flops, cpu_flops = (
+        sum(row_flops(hidden, intermediate, rank, backward, again) for backward in passes)
+        for again in (True, False)
+    )
     row_bytes = 12 * hidden + 14 * intermediate  # of fp32 and bf16 rows that kernels write and read again
     return Costs(
-        link_expert=passes * stored_bytes * missing / rates.link,
-        gpu_expert=passes * (stored_bytes + 2 * decoded) / rates.gpu_bytes,
-        gpu_row=(gpu_products * product + low_ranks * low_rank) / rates.gpu_flops
-        + passes * row_bytes / rates.gpu_bytes,
-        cpu_expert=passes * stored_bytes / rates.cpu_bytes,
-        cpu_row=(cpu_products * product + low_ranks * low_rank) / rates.cpu_flops,
-        cpu_call=passes * _CPU_CALL,
+        link_expert=len(passes) * stored_bytes * missing / rates.link,
+        gpu_expert=len(passes) * (stored_bytes + 2 * decoded) / rates.gpu_bytes,
+        gpu_row=gpu_flops / rates.gpu_flops + len(passes) * row_bytes / rates.gpu_bytes,
+        cpu_expert=len(passes) * stored_bytes / rates.cpu_bytes,
+        cpu_row=cpu_flops / rates.cpu_flops,
+        cpu_call=len(passes) * _CPU_CALL,
     )
+
+
+def bf16_bytes(hidden: int, intermediate: int) -> int:
+    """Of the three matrices of an expert."""
+    return 2 * 3 * hidden * intermediate
+
+
+def row_flops(hidden: int, intermediate: int, rank: int, backward: bool, again: bool) -> int:
+    """Floating-point operations of the products of one row of an expert.
+
+    Args:
+        rank: the three LoRA ranks together.
+        backward: of that, instead of the forward.
+        again: whether backward computes G and U again, with the low-rank products that forward kept.
+    """
+    product, low_rank = 2 * hidden * intermediate, 2 * rank * (hidden + intermediate)
+    if not backward:
+        return 3 * product + low_rank
+    # dh and dX; Q and Q A, and the gradients of A and B.
+    flops = 3 * product + 2 * low_rank
+    return flops + (2 * product + 2 * rank * intermediate if again else 0)
 
 
 def cut(counts: NDArray[np.integer], costs: Costs) -> Cut:

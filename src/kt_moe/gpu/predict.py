@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from kt_moe.gpu.plan import Costs, Rates, cut, cut_by_share, layer_costs, seconds_of
+from kt_moe.gpu.plan import Costs, Rates, bf16_bytes, cut, cut_by_share, layer_costs, seconds_of
 
 ROUTINGS = ("even", "skewed")
 _SKEW = 1.5  # popularity is rank ** -1.5, as in `kt-moe bench --routing skewed`
@@ -154,7 +154,7 @@ def reference_machine(link: str = "PCIe 5 x16", cpus: int = _REFERENCE_CPUS) -> 
 
 
 def _costs(work: Workload, rates: Rates, missing: float, train: bool) -> Costs:
-    in_place = work.stored_bytes == 6 * work.hidden * work.intermediate  # bf16
+    in_place = work.stored_bytes == bf16_bytes(work.hidden, work.intermediate)
     return layer_costs(
         rates, work.hidden, work.intermediate, work.stored_bytes, work.rank, missing, train, in_place
     )

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Time a layer, or with --gpu layers and training steps on CPU and GPU; the exit status."""
     if not args.gpu:
-        gpu_options.refuse_without_gpu(args)
+        gpu_options.refuse_gpu_options(args)
         return session.run(args)
     from kt_moe.cli.bench import gpu  # imports what only it needs
 

@@ -106,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gpu.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help=argparse.SUPPRESS)
 
 
-def refuse_without_gpu(args: argparse.Namespace) -> None:
+def refuse_gpu_options(args: argparse.Namespace) -> None:
     """UserError where an option was given that only --gpu uses."""
     for name in _OURS:
         if getattr(args, name):

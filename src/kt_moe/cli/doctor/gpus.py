@@ -20,7 +20,7 @@ from kt_moe.gpu.page_lock import PageLockError, lock
 from kt_moe.gpu.plan import Rates
 from kt_moe.gpu.streams import streams_of
 
-PCI = Path("/sys/bus/pci/devices")
+PCI = "sys/bus/pci/devices"  # under the root
 _NVIDIA = "0x10de"
 _DISPLAY = "0x03"  # the class of VGA and 3D controllers
 COPY_BYTES = 64 << 20  # of a measurement
@@ -123,7 +123,7 @@ def read_gpus() -> Gpus:
 
 def nvidia_links(root: Path) -> list[Link]:
     """The connections of NVIDIA's GPUs, by address."""
-    folder = root / "sys/bus/pci/devices"
+    folder = root / PCI
     try:
         devices = sorted(path.name for path in folder.iterdir())
     except OSError:
@@ -138,7 +138,7 @@ def nvidia_links(root: Path) -> list[Link]:
 
 def read_link(root: Path, address: str) -> Link:
     """One connection; the speed is the present one."""
-    folder = root / "sys/bus/pci/devices" / address
+    folder = root / PCI / address
     generation, most_generation = (
         _generation(_read(folder / f"{which}_link_speed")) for which in ("current", "max")
     )
@@ -154,8 +154,9 @@ def _measured(device: torch.device, properties: Any, address: str) -> Gpu:
 
     def look() -> None:
         nonlocal link
-        there = address and (PCI / address).exists()
-        link = read_link(Path("/"), address) if there else _nvml_link(properties)
+        root = Path("/")
+        there = address and (root / PCI / address).exists()
+        link = read_link(root, address) if there else _nvml_link(properties)
 
     rates: tuple[float | None, float | None] = None, None
     try:

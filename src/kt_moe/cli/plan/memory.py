@@ -178,7 +178,8 @@ def make_plan(
         gradients = Part("gradients of it", sum(experts.gradients), "computed")
         on_gpu = [*experts.lora, gradients, *on_gpu]
     else:
-        host = (process, weights, *experts.lora, experts.saved_with_gradients(results=False), *call)
+        saved = experts.saved_with_gradients(results=False)
+        host = (process, weights, *experts.lora, saved, experts.lora_for_backward(), *call)
         on_gpu.insert(0, copies)
     there = weights_on_gpu(weights.nbytes, run.gpu_memory, free)
     if there:
@@ -226,6 +227,11 @@ class _Sizes:
         """Where the gradients are elsewhere."""
         most = backward_bytes(self.saved, [0] * len(self.saved), self.one_layer)
         return Part("saved for backward", most, "computed", self._note)
+
+    def lora_for_backward(self) -> Part:
+        """What a forward has sent to the GPU of LoRA in host memory, and its backward sends again."""
+        numbers = max(self.numbers) if self.one_layer else sum(self.numbers)
+        return Part("LoRA for backward", 2 * numbers, "computed", "bf16, page-locked")
 
     def saved_with_gradients(self, *, results: bool) -> Part:
         """results: whether those that are kept are in the same memory."""
