@@ -21,6 +21,7 @@ from test_layer import ALL, assert_as_good_as_eager, assert_formula
 import kt_moe
 from kt_moe.gpu import Gpu, Rates
 from kt_moe.gpu.cpu_part import Worker
+from kt_moe.gpu.streams import Streams
 
 SHARES = (0.0, 0.3, 0.7, 1.0)
 FORMATS = ("bf16", "int8", "int4", "fp8", "mxfp4")
@@ -99,6 +100,33 @@ def test_bits_do_not_depend_on_slots_or_what_lies_in_them():
         experts = experts_of(problem, Gpu("cpu", few_slots(problem, slots), 0.25))
         for _ in range(3):
             same(run_ours(problem, experts.runtime, experts=experts), first)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_lora_that_crosses_gives_the_same_bits(share, dropout, monkeypatch):
+    problem = make_problem(50, 64, 48, 6, 2, ALL)
+    expected = run(problem, Gpu("cpu", cpu_share=share), dropout=dropout, seed=5)
+    monkeypatch.setattr(Streams, "has", lambda self, tensor: False)  # as if it were on the host
+    same(run(problem, Gpu("cpu", cpu_share=share), dropout=dropout, seed=5), expected)
+
+
+def test_backward_has_the_lora_that_its_forward_sent(monkeypatch):
+    """Fused optimizers change parameters without a sign that autograd would see."""
+    monkeypatch.setattr(Streams, "has", lambda self, tensor: False)
+    problem = make_problem(50, 64, 48, 6, 2, ALL)
+    experts = experts_of(problem, Gpu("cpu", cpu_share=0.0))
+    expected = run_ours(problem, experts.runtime, experts=experts)
+    leaves = {k: v.clone().requires_grad_() for k, v in problem.leaves().items()}
+    lora = {k: leaves[k] for k in problem.lora}
+    out = kt_moe.moe(
+        leaves["hidden_states"], problem.topk_ids, leaves["topk_weights"], experts, lora,
+        scaling=problem.scaling,
+    )  # fmt: skip
+    for leaf in lora.values():
+        leaf.data.fill_(1.0)
+    out.backward(problem.grad_out)
+    same({name: leaf.grad for name, leaf in leaves.items()}, {k: expected[k] for k in leaves})
 
 
 def test_layers_prefetch_and_repeat_bit_for_bit():

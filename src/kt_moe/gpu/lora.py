@@ -99,7 +99,7 @@ def to_device(lora: LoraCall, wanted: bool, streams: Streams) -> list[LoraStack]
         hosts: list[Tensor | None] = []
         for side in range(2):
             tensors = [cast(Tensor, lora.tensors[2 * i + side]).detach() for i in projections]
-            shape, on_device = (len(tensors), *tensors[0].shape), tensors[0].device == streams.device
+            shape, on_device = (len(tensors), *tensors[0].shape), streams.has(tensors[0])
             stack = host = None
             if on_device:
                 stack = torch.empty(shape, dtype=torch.bfloat16, device=streams.device)

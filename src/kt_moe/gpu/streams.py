@@ -46,6 +46,10 @@ class Streams:
         self.products: Products = products_for(device)
         self.recorder: Recorder | None = None
 
+    def has(self, tensor: Tensor) -> bool:
+        """Whether the tensor is on the device."""
+        return tensor.device == self.device
+
     def on(self, name: str) -> AbstractContextManager[object]:
         """Make the stream of that name current."""
         return nullcontext()
