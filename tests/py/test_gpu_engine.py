@@ -344,6 +344,7 @@ def test_worker_does_jobs_in_order_and_hands_on_exceptions():
     [
         ({"memory": np.ones(2)}, "memory is array"),
         ({"cpu_share": np.ones(2)}, "cpu_share is array"),
+        ({"memory": "8"}, "memory is '8', wanted a positive number of bytes"),
         ({"memory": "lots"}, "memory is 'lots', wanted a positive number of bytes"),
         ({"memory": 0}, "memory is 0"),
         ({"memory": True}, "memory is True"),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Gpu", "Rates"]
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
 
@@ -142,14 +142,14 @@ class Gpu:
 
 
 def parse_bytes(name: str, value: int | str) -> int:
-    """A number of bytes from itself or from text such as "6GiB" or "500 MB".
+    """A number of bytes from itself or from text with a unit, such as "6GiB" or "500 MB".
 
     Raises:
         ValueError: it is neither, or not positive; names it.
     """
     number: float = -1
     if isinstance(value, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?i?B?)\s*", value, re.IGNORECASE)
+        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?i?B)\s*", value, re.IGNORECASE)
         unit = None if found is None else found[2].upper()
         if found is not None and unit in _UNITS:
             number = float(found[1]) * _UNITS[unit]
@@ -157,7 +157,7 @@ def parse_bytes(name: str, value: int | str) -> int:
         number = float(value)
     if not 1 <= number < 2**63:
         raise ValueError(
-            f'{name} is {value!r}, wanted a positive number of bytes, such as 6442450944 or "6GiB"'
+            f'{name} is {value!r}, wanted a positive number of bytes, such as "6GiB", "500 MB" or 6442450944'
         )
     return int(number)
 
