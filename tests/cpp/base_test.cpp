@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <locale>
 #include <new>
 #include <set>
 #include <thread>
@@ -14,6 +15,18 @@
 #include "base/split.h"
 
 using namespace kt;
+
+TEST_CASE("messages have the same numbers in every locale") {
+  struct Grouped : std::numpunct<char> {
+    char do_thousands_sep() const override { return ','; }
+    std::string do_grouping() const override { return "\3"; }
+    char do_decimal_point() const override { return ';'; }
+  };
+  const std::locale before = std::locale::global(std::locale(std::locale::classic(), new Grouped));
+  const std::string text = message("{} of {}", 12345, 0.5);
+  std::locale::global(before);
+  CHECK(text == "12345 of 0.5");
+}
 
 TEST_CASE("split: parts cover everything once, in order, cut on the alignment, sizes even") {
   for (const index_t n : {0, 1, 7, 12, 64, 100, 767, 768})
