@@ -169,13 +169,15 @@ Runtime::Lease::Lease(Runtime& runtime) : runtime_(runtime), claim_(runtime.pool
   for (Arena& arena : runtime_.scratch_) arena.reset_peak();
 }
 
-void Runtime::Lease::parallel_for(index_t tasks, const std::function<void(index_t, Arena&)>& body) {
-  runtime_.pool_.parallel_for(static_cast<int>(tasks), [&](int task, int worker) {
+void Runtime::Lease::parallel_for(index_t tasks, const std::function<void(index_t, Arena&)>& body,
+                                  const std::function<void()>& between) {
+  const auto with_scratch = [&](int task, int worker) {
     Arena& scratch = runtime_.scratch_[static_cast<std::size_t>(worker)];
     scratch.reset();
     const UsualFloats floats;
     body(task, scratch);
-  });
+  };
+  runtime_.pool_.parallel_for(static_cast<int>(tasks), with_scratch, between);
 }
 
 void Runtime::Lease::parallel_for_teams(std::span<const index_t> tasks, const TeamBody& body) {

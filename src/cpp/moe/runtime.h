@@ -75,7 +75,9 @@ class Runtime {
     }
 
     // body(task, scratch) for every task in [0, tasks); scratch is the task's alone until it returns.
-    void parallel_for(index_t tasks, const std::function<void(index_t task, Arena& scratch)>& body);
+    // `between` as WorkerPool::parallel_for has it.
+    void parallel_for(index_t tasks, const std::function<void(index_t task, Arena& scratch)>& body,
+                      const std::function<void()>& between = {});
     // The same for every team, with tasks[team] tasks of its own.
     using TeamBody = std::function<void(std::size_t team, index_t task, Arena& scratch)>;
     void parallel_for_teams(std::span<const index_t> tasks, const TeamBody& body);
