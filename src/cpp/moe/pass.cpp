@@ -21,7 +21,6 @@ Pass::Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& in
     : lease_(runtime),
       call_(lease_.profile(), direction),
       threads_(runtime.threads()),
-      inputs_ahead_(static_cast<std::size_t>(std::max(2, runtime.threads() / 2))),
       experts_(experts),
       inputs_(inputs),
       activation_(kernels_of(kernels(), experts.activation)),

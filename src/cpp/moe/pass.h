@@ -159,8 +159,8 @@ class Pass {
   // Adds for every block that packs for its siblings a task to do so, `home` the group that packs at home, or
   // null if it is this one; and for every block tasks that wait for it and multiply slice i of its shard's
   // `slices`, of which `next` follows; done[b] becomes the group of the latter. Packing runs some blocks
-  // ahead, so that products seldom wait, in a ring of pieces of `bytes`, each free again when its products
-  // are done.
+  // ahead, by a team's threads, so that products seldom wait, in a ring of pieces of `bytes`, each free again
+  // when its products are done.
   struct WithInput {
     std::function<void(Block block, char* memory, const Group* home, Arena& scratch)> pack;
     std::function<void(Block block, index_t i, Range slice, Range next, Arena& scratch)> multiply;
@@ -242,7 +242,6 @@ class Pass {
   Runtime::Lease lease_;
   Call call_;
   int threads_;
-  std::size_t inputs_ahead_;  // routes' blocks whose input is packed ahead of their products
   const ExpertWeights& experts_;
   const LayerInputs& inputs_;
   const ActivationKernels& activation_;
