@@ -26,10 +26,12 @@ const KernelEntry& kernel_entry(std::string_view isa);
 std::string availability(const KernelEntry& entry, unsigned features);
 
 // The fastest available one.
+// The same, but of those that the operating system permits; which it is asked for that one alone.
+std::string_view best_permitted_isa(unsigned features);
 std::string_view best_isa(unsigned features);
 
 // The table of `isa`: slots it leaves empty come from the sets before it. ValueError when unknown or not
-// available.
+// available, or not permitted by the operating system, which is asked.
 KernelSet kernel_set(std::string_view isa, unsigned features);
 
 }  // namespace kt

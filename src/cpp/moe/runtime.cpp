@@ -46,7 +46,7 @@ ShardLayout choose_layout(const Topology& topology, std::optional<int> threads, 
 
 std::string choose_isa(const std::optional<std::string>& argument) {
   if (argument) return *argument;
-  return environment("KT_MOE_ISA").value_or(std::string(best_isa(cpu_features())));
+  return environment("KT_MOE_ISA").value_or(std::string(best_permitted_isa(cpu_features())));
 }
 
 constexpr double kCoreBytes = 6e9;  // bytes/s of memory a core where all read, about
