@@ -112,7 +112,7 @@ class _MoE(torch.autograd.Function):
                 experts, hidden_states, topk_ids, topk_weights, lora_tensors, options,
                 train and not experts.recompute,
             )  # fmt: skip
-            saved, ctx.whole, ctx.lora_options = state
+            saved, ctx.lora_options = state
             ctx.save_for_backward(hidden_states, topk_ids, topk_weights, saved, *lora_tensors)
         else:
             from kt_moe.gpu import function as on_device
@@ -149,7 +149,7 @@ class _MoE(torch.autograd.Function):
         )
         _core.backward(
             ctx.experts._core, x, ids, weights, pairs, scalings, dropout, seed,
-            saved, ctx.whole, on_cpu(grad_out, torch.bfloat16),
+            saved, on_cpu(grad_out, torch.bfloat16),
             grad_x, grad_weights, cast("_core.LoraTensors", grads),
         )  # fmt: skip
         return (
@@ -267,8 +267,8 @@ def _compute(
     lora_tensors: Sequence[Tensor | None],
     options: _Options,
     save: bool,
-) -> tuple[Tensor, tuple[Tensor | None, bool, _Options]]:
-    """The result; and for backward what the core saves if `save`, whether it went whole, the options."""
+) -> tuple[Tensor, tuple[Tensor | None, _Options]]:
+    """The result; and for backward what the core saves if `save`, and the options."""
     x, ids, weights, pairs = _for_core(hidden_states, topk_ids, topk_weights, lora_tensors)
     runtime = experts.runtime._core
     saved = None
@@ -277,8 +277,8 @@ def _compute(
         ranks = sum(a.shape[1] for a in pairs[::2] if a is not None and a.ndim == 3)
         saved = empty((routes, 2 * experts.intermediate_size + ranks), torch.bfloat16, runtime)
     out = empty(x.shape, _result_dtype(hidden_states), runtime)
-    whole = _core.forward(experts._core, x, ids, weights, pairs, *options, saved, out)
-    return _like(out, hidden_states), (saved, whole, options)
+    _core.forward(experts._core, x, ids, weights, pairs, *options, saved, out)
+    return _like(out, hidden_states), (saved, options)
 
 
 def _for_core(

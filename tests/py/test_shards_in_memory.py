@@ -242,14 +242,14 @@ def test_popularity_that_makes_no_sense(
 
 
 def test_options_that_make_no_sense(checkpoint: Path) -> None:
-    wanted = r"placement is 'numa', wanted one of \['tensor', 'expert', 'auto'\]"
+    wanted = r"placement is 'auto', wanted one of \['tensor', 'expert'\]"
     with pytest.raises(ValueError, match=wanted):
-        kt_moe.Experts(*weights(), placement="numa")
+        kt_moe.Experts(*weights(), placement="auto")
     with pytest.raises(ValueError, match=wanted):
-        kt_moe.Experts.from_checkpoint(checkpoint, 0, placement="numa")
+        kt_moe.Experts.from_checkpoint(checkpoint, 0, placement="auto")
     with pytest.raises(ValueError, match=f"KtMoeConfig: {wanted}"):
-        kt_moe.KtMoeConfig(placement="numa")
-    assert kt_moe.KtMoeConfig(placement="auto").to_dict()["placement"] == "auto"
+        kt_moe.KtMoeConfig(placement="auto")
+    assert kt_moe.KtMoeConfig(placement="expert").to_dict()["placement"] == "expert"
     with pytest.raises(ValueError, match='popularity is given, but placement is "tensor"'):
         kt_moe.Experts(*weights(), popularity=[1, 2, 3])
     with pytest.raises(ValueError, match='popularity is given, but placement is "tensor"'):

@@ -17,12 +17,12 @@
 
 namespace kt {
 
+// The longest sum of products: the gradient of the hidden states, over gate and up of all shards, and LoRA.
+static_assert(2 * kMostShards + 2 <= kMostTerms);
+
 class Pass {
  public:
-  // `whole`: whether every expert is computed by its home shard alone, as if there were one shard; none: as
-  // the experts' placement says, or is sooner.
-  Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, std::optional<bool> whole,
-       Direction direction);
+  Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, Direction direction);
 
  protected:
   using Group = TaskList::Group;
@@ -246,7 +246,7 @@ class Pass {
   const LayerInputs& inputs_;
   const ActivationKernels& activation_;
   Routing routing_;
-  bool whole_;
+  bool whole_;  // every expert is computed by its home shard alone, as if there were one shard
   std::vector<Portion> shards_;      // those that have some of the intermediate dimension
   std::vector<Block> blocks_;        // every route once a shard, experts in order
   index_t most_rows_ = 0;            // of a block
@@ -287,7 +287,6 @@ class Pass {
   }
 
   Routing find_routes();
-  bool sooner_whole() const;
   void add_blocks();
   void add_siblings(Block block);
   void gate_up(Block block, Range slice, Range next, const ForwardInput& in, Arena& scratch) const;

@@ -74,7 +74,6 @@ class SavedCall:
 
     Attributes:
         counts: rows of each of the GPU's experts.
-        whole: what the core's forward said (`CpuPart`).
         options: scalings, dropout and its seed.
         tensors: apart from the rest, for `save_for_backward`. `Rows` without counts; [rows] fp32, the routing
             weights; of gate, up and down [rows, r] bf16 (see `Chunk`); and if there is one, `CpuPart`'s.
@@ -82,7 +81,6 @@ class SavedCall:
 
     cut: Cut
     counts: tuple[int, ...]
-    whole: bool
     options: LoraOptions
     tensors: tuple[Tensor | None, ...]
 
@@ -91,7 +89,7 @@ class SavedCall:
         places, position, row_weights, *rest = self.tensors
         rows = Rows(self.counts, cast(Tensor, places), cast(Tensor, position))
         low_rank, of_part = rest[:3], rest[3:]
-        part = CpuPart.from_tensors(of_part, lora, self.whole) if of_part else None
+        part = CpuPart.from_tensors(of_part, lora) if of_part else None
         return PassData(self.cut.gpu, rows, cast(Tensor, row_weights), low_rank), part
 
 
@@ -164,7 +162,6 @@ class Engine:
             saved = SavedCall(
                 plan,
                 rows.counts,
-                part is not None and part.whole,
                 (lora.scalings, lora.dropout, lora.seed),
                 tensors if part is None else (*tensors, *part.tensors()),
             )
