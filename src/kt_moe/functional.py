@@ -9,6 +9,7 @@ For expert e with routed tokens X (Hu et al. 2021 for LoRA, Shazeer 2020 for the
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,6 +82,24 @@ def _in_torch_profile(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R
         return call
 
     return decorate
+
+
+def _uncompiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`torch.compiler.disable` without its import of torch._dynamo, which is left to those who compile."""
+    disabled: list[Callable[_P, _R]] = []
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+        return disabled[0](*args, **kwargs)
+
+    # What Dynamo looks for where it meets a call: it breaks the graph there.
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    call._torchdynamo_disable_msg = "experts are computed outside of torch"  # type: ignore[attr-defined]
+    return call
 
 
 class _MoE(torch.autograd.Function):
@@ -170,7 +189,7 @@ class MoEFunction:
     """
 
     @staticmethod
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_uncompiled
     def apply(
         hidden_states: Tensor,
         topk_ids: Tensor,
