@@ -9,7 +9,6 @@ from kt_moe.experts import Experts
 from kt_moe.functional import Lora, MoEFunction, moe
 from kt_moe.gpu import Gpu, Rates
 from kt_moe.layer import MoELayer
-from kt_moe.profiler import Profile, profile
 from kt_moe.runtime import Runtime, cpu_info, default_runtime
 
 if TYPE_CHECKING:  # the lazy names below, for type checkers
@@ -17,6 +16,7 @@ if TYPE_CHECKING:  # the lazy names below, for type checkers
     from kt_moe.adapters import load_adapter, merge_adapter, save_adapter
     from kt_moe.hf import KtMoeConfig
     from kt_moe.models import model_experts
+    from kt_moe.profiler import Profile, profile
     from kt_moe.routing_stats import RoutingHistory, plot_routing, routing_counts
 
 __all__ = [
@@ -45,8 +45,11 @@ __all__ = [
     "save_adapter",
 ]
 
-# These need transformers and PEFT, which take seconds to import: fetched when first asked for.
+# Fetched when first asked for: most need transformers and PEFT, which take seconds to import, and not every
+# program profiles.
 _LAZY = {
+    "Profile": "kt_moe.profiler",
+    "profile": "kt_moe.profiler",
     "hf": "kt_moe.hf",
     "KtMoeConfig": "kt_moe.hf",
     "save_adapter": "kt_moe.adapters",

@@ -176,65 +176,6 @@ def measure_ceilings(runtime: Runtime, seconds: float, read_bytes: int) -> dict[
     read from `read_bytes` of memory.
     """
 
-def measure_read(runtime: Runtime, nodes: list[int], seconds: float, read_bytes: int) -> list[float]:
-    """Bytes/s that all threads read from memory of those NUMA nodes, again and again; [] where the kernel
-    refuses to place memory there.
-    """
-
-@final
-class LayerCall:
-    """A call of a layer for the scaling model; docs/numa.md."""
-
-    def __init__(
-        self,
-        *,
-        tokens: int,
-        hidden: int,
-        intermediate: int,
-        routes: list[int],  # of each expert
-        ranks: tuple[int, int, int],  # LoRA of gate, up, down
-        weight_bytes: tuple[float, float, float],  # of one expert's gate, up, down
-        lora_bytes: int,  # of a LoRA parameter
-        backward: bool,
-        saved: bool,
-    ) -> None: ...
-
-def layer_traffic(
-    call: LayerCall,
-    cores: list[int],  # of each shard's node
-    homes: list[int],  # of each expert whole in a shard's memory; []: each has its own slice
-    whole: bool,  # each expert is computed at home; or by every shard its slice
-    align: int = 1,  # of the cuts of the intermediate dimension
-) -> dict[str, list[dict[str, float]]]:
-    """By stage of the profile that it has, for each shard: "local", "remote" and "served" bytes, "rows" (the
-    local bytes of routes' fp32 results), "flops".
-    """
-
-def layer_time(
-    call: LayerCall,
-    cores: list[int],
-    homes: list[int],
-    nodes: list[tuple[float, float, float, float]],  # local and remote bytes/s, FLOP/s, bytes of cache
-    whole: bool,
-    align: int = 1,
-) -> dict[str, Any]:
-    """seconds, limit ("compute" | "memory" | "remote" | "overhead"), overhead, node_seconds, traffic."""
-
-def whole_is_sooner(
-    call: LayerCall,
-    cores: list[int],
-    homes: list[int],
-    nodes: list[tuple[float, float, float, float]],
-    align: int = 1,
-) -> bool:
-    """Whether a call is done sooner by the homes alone than by all shards, which read from the homes."""
-
-def cut_align(format: str, intermediate: int) -> int:
-    """What the cuts of the intermediate dimension are multiples of, in a format weights are quantised to."""
-
-def assign_homes(experts: int, cores: list[int], popularity: list[float]) -> list[int]:
-    """A shard for each expert, as `Experts` chooses it; popularity []: not known."""
-
 def forward(
     experts: Experts,
     hidden_states: Tensor,  # [T, H] bf16
@@ -246,7 +187,7 @@ def forward(
     seed: int,
     saved: Tensor | None,  # [routes, 2 I + ranks] bf16, written: G, U and the P of each LoRA
     out: Tensor,  # [T, H] bf16 | fp32, written
-) -> bool: ...  # whether every expert was computed whole, on its home shard
+) -> None: ...
 def backward(
     experts: Experts,
     hidden_states: Tensor,
@@ -257,7 +198,6 @@ def backward(
     dropout: float,
     seed: int,
     saved: Tensor | None,  # what forward wrote, or None: recompute it
-    whole: bool,  # what forward returned
     grad_out: Tensor,  # [T, H] bf16
     grad_hidden: Tensor | None,  # [T, H] bf16 | fp32, written
     grad_weights: Tensor | None,  # [T, K] fp32, written

@@ -21,7 +21,7 @@ from kt_moe.tensors import check_tensor, numbers, on_cpu
 
 FORMATS = ("bf16", "int8", "int4", "fp8", "mxfp4")  # of weights in memory
 CHECKPOINT_FORMATS = ("as-stored", *FORMATS)
-PLACEMENTS = ("tensor", "expert", "auto")  # of experts on shards
+PLACEMENTS = ("tensor", "expert")  # of experts on shards
 
 
 class Experts:
@@ -37,10 +37,9 @@ class Experts:
             (groups of 32), "fp8" (blocks of 128 x 128) or "mxfp4"; docs/formats.md has bytes and errors.
         runtime: None means `default_runtime()`.
         placement: how experts are spread over the runtime's shards. "tensor": each has a slice of every
-            expert. "expert": each has whole experts, computed there. "auto": whole experts, computed there or
-            by all shards, whichever a call will do sooner: homes can change how results are rounded.
-        popularity: [E], how often each expert is routed to, in any unit, for "expert" and "auto" to share out
-            the work; None, or nothing but zeros: neighbours lie together.
+            expert. "expert": each has whole experts, computed there.
+        popularity: [E], how often each expert is routed to, in any unit, for "expert" to share out the work;
+            None, or nothing but zeros: neighbours lie together.
         gpu: how calls with hidden states on a GPU use it: a `kt_moe.Gpu` that layers of a model share, "auto"
             for the default one, "off": the CPU computes all experts, or a device, "cuda:0". Hidden states on
             the CPU are computed there.

@@ -9,6 +9,7 @@ For expert e with routed tokens X (Hu et al. 2021 for LoRA, Shazeer 2020 for the
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,6 +87,24 @@ def _in_torch_profile(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R
     return decorate
 
 
+def _uncompiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`torch.compiler.disable` without its import of torch._dynamo, which is left to those who compile."""
+    disabled: list[Callable[_P, _R]] = []
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+        return disabled[0](*args, **kwargs)
+
+    # What Dynamo looks for where it meets a call: it breaks the graph there.
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    call._torchdynamo_disable_msg = "experts are computed outside of torch"  # type: ignore[attr-defined]
+    return call
+
+
 class _MoE(torch.autograd.Function):
     @staticmethod
     @_in_torch_profile("kt_moe.forward")
@@ -117,7 +136,7 @@ class _MoE(torch.autograd.Function):
                 experts, hidden_states, topk_ids, topk_weights, lora_tensors, options,
                 train and not experts.recompute,
             )  # fmt: skip
-            saved, ctx.whole, ctx.lora_options = state
+            saved, ctx.lora_options = state
             ctx.save_for_backward(hidden_states, topk_ids, topk_weights, saved, *lora_tensors)
         else:
             from kt_moe.gpu import function as on_device
@@ -154,7 +173,7 @@ class _MoE(torch.autograd.Function):
         )
         _core.backward(
             ctx.experts._core, x, ids, weights, pairs, scalings, dropout, seed,
-            saved, ctx.whole, on_cpu(grad_out, torch.bfloat16),
+            saved, on_cpu(grad_out, torch.bfloat16),
             grad_x, grad_weights, cast("_core.LoraTensors", grads),
         )  # fmt: skip
         return (
@@ -176,7 +195,7 @@ class MoEFunction:
     """
 
     @staticmethod
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_uncompiled
     def apply(
         hidden_states: Tensor,
         topk_ids: Tensor,
@@ -280,8 +299,8 @@ def _compute(
     lora_tensors: Sequence[Tensor | None],
     options: _Options,
     save: bool,
-) -> tuple[Tensor, tuple[Tensor | None, bool, _Options]]:
-    """The result; and for backward what the core saves if `save`, whether it went whole, the options."""
+) -> tuple[Tensor, tuple[Tensor | None, _Options]]:
+    """The result; and for backward what the core saves if `save`, and the options."""
     x, ids, weights, pairs = _for_core(hidden_states, topk_ids, topk_weights, lora_tensors)
     runtime = experts.runtime._core
     saved = None
@@ -290,8 +309,8 @@ def _compute(
         ranks = sum(a.shape[1] for a in pairs[::2] if a is not None and a.ndim == 3)
         saved = empty((routes, 2 * experts.intermediate_size + ranks), torch.bfloat16, runtime)
     out = empty(x.shape, _result_dtype(hidden_states), runtime)
-    whole = _core.forward(experts._core, x, ids, weights, pairs, *options, saved, out)
-    return _like(out, hidden_states), (saved, whole, options)
+    _core.forward(experts._core, x, ids, weights, pairs, *options, saved, out)
+    return _like(out, hidden_states), (saved, options)
 
 
 def _for_core(

@@ -2,6 +2,8 @@
 
 #include <atomic>
 #include <cstring>
+#include <locale>
+#include <mutex>
 #include <new>
 #include <set>
 #include <thread>
@@ -11,9 +13,24 @@
 #include "base/arena.h"
 #include "base/buffer_pool.h"
 #include "base/error.h"
+#include "base/per_process.h"
 #include "base/split.h"
+#include "forks.h"
 
 using namespace kt;
+using kt::test::true_in_children;
+
+TEST_CASE("messages have the same numbers in every locale") {
+  struct Grouped : std::numpunct<char> {
+    char do_thousands_sep() const override { return ','; }
+    std::string do_grouping() const override { return "\3"; }
+    char do_decimal_point() const override { return ';'; }
+  };
+  const std::locale before = std::locale::global(std::locale(std::locale::classic(), new Grouped));
+  const std::string text = message("{} of {}", 12345, 0.5);
+  std::locale::global(before);
+  CHECK(text == "12345 of 0.5");
+}
 
 TEST_CASE("split: parts cover everything once, in order, cut on the alignment, sizes even") {
   for (const index_t n : {0, 1, 7, 12, 64, 100, 767, 768})
@@ -157,4 +174,19 @@ TEST_CASE("format fills holes in order") {
   CHECK(message("{} of {}", 3, "x") == "3 of x");
   CHECK(message("{} left", 1, 2) == "1 left");
   CHECK_THROWS_WITH_AS([] { KT_CHECK(1 > 2, "r is {}", 0); }(), "r is 0", ValueError);
+}
+
+TEST_CASE("a forked child has a state of its own, whatever another thread did with the parent's") {
+  struct State {
+    std::mutex mutex;
+    int value = 1;
+  };
+  const PerProcess<State> state;
+  CHECK(state.get().value == 1);
+  CHECK(&state.get() == &state.get());
+  const auto set = [&](int value) {
+    const std::lock_guard lock(state.get().mutex);
+    return std::exchange(state.get().value, value);
+  };
+  CHECK(true_in_children([&] { return set(3) == 1 && set(1) == 3; }, [&] { set(2); }));
 }

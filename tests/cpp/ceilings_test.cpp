@@ -30,11 +30,3 @@ TEST_CASE("memory to read: at least a chunk for every thread") {
   Runtime runtime(2, std::nullopt, "scalar");
   CHECK(measure_ceilings(runtime, 0.001, 0).read_all.front() > 0);
 }
-
-TEST_CASE("memory of a node is read, and of one that cannot be there nothing is") {
-  Runtime runtime(2, std::nullopt, "scalar");
-  const std::vector<double> rates = measure_read(runtime, {}, 0.001, 0);
-  REQUIRE_FALSE(rates.empty());
-  for (const double rate : rates) CHECK((std::isfinite(rate) && rate > 0));
-  CHECK(measure_read(runtime, std::vector{4096}, 0.001, 0).empty());
-}

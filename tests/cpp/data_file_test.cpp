@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "forks.h"
 #include "temp_files.h"
 
 using namespace kt;
@@ -132,4 +133,22 @@ TEST_CASE("of many files few stay open, whoever reads them") {
   const auto first = open_files.open(files[0], "t");
   CHECK(open_files.open(files[0], "t") == first);
   CHECK((::fcntl(first->descriptor(), F_GETFD) & FD_CLOEXEC) != 0);
+}
+
+TEST_CASE("a child that is forked while another thread opens files") {
+  const TempDir dir;
+  const DataFile file = found(write(dir / "f", "0123456789"));
+  OpenFiles files;
+  const auto open = [&] { return text(*files.open(file, "t"), 3, 4) == "3456"; };
+  CHECK(true_in_children(open, [&] { open(); }));
+}
+
+TEST_CASE("a child that is forked while another thread maps files") {
+  const TempDir dir;
+  const fs::path path = write(dir / "f", "0123456789");
+  const DataFile file = found(path);
+  const DataFile gone(dir / "gone", file.stamp());  // tried again by every call
+  const auto map = [&](const DataFile& what) { return what.map("t").size() == 10; };
+  const auto refused = [&] { return !message_of<NotFoundError>([&] { map(gone); }).empty(); };
+  CHECK(true_in_children([&] { return refused() && map(file); }, refused));
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "forks.h"
 #include "temp_files.h"
 
 using namespace kt;
@@ -300,4 +301,14 @@ TEST_CASE("a tensor that its elements cannot be used from in place is not mapped
   const auto source = index_of_path(writer.write_to(dir / "m.safetensors")).open(3);
   CHECK_FALSE(source->info().mappable);
   CHECK(contains(message_of<ValueError>([&] { source->map(0, Projection::up); }), "aligned"));
+}
+
+TEST_CASE("a child that is forked while another thread opens a layer") {
+  const TempDir dir;
+  Writer writer = per_expert(qwen, proj);
+  add_expert(writer, "model.layers.4.mlp.experts.1.", proj);  // without expert 0: refused by every call
+  const auto path = writer.write_to(dir / "model.safetensors");
+  const ExpertIndex index = index_of_path(path);
+  const auto refused = [&] { return !refusal(index, 4).empty(); };
+  CHECK(true_in_children([&] { return refused() && index.layer(3).num_experts == E; }, refused));
 }

@@ -108,8 +108,7 @@ class Layer {
       bf16_t* next = saved.up + routes * n;
       for (std::size_t i = 0; i < 3; next += routes * ranks[i++]) saved.low_rank[i] = next;
     }
-    saved.whole =
-        forward(runtime, experts_, inputs_, saved, {result("out", t * h, options_.result), options_.result});
+    forward(runtime, experts_, inputs_, saved, {result("out", t * h, options_.result), options_.result});
 
     LayerGradients gradients;
     gradients.hidden_states = {result("hidden_states", t * h, options_.result), options_.result};

@@ -206,8 +206,8 @@ TEST_CASE("popularity that makes no sense is refused") {
                   ValueError);
   for (const double bad : {-1.0, nan, inf})
     CHECK_THROWS_AS(assign_homes(2, even, std::vector{1.0, bad}), ValueError);
-  CHECK(placement_from("auto") == Placement::automatic);
-  CHECK_THROWS_AS(placement_from("numa"), ValueError);
+  CHECK(placement_from("expert") == Placement::expert);
+  CHECK_THROWS_AS(placement_from("auto"), ValueError);
 }
 
 TEST_CASE("whole experts begin on pages") {

@@ -1,16 +1,36 @@
 #include "cpu/worker_pool.h"
 
 #include <doctest/doctest.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <array>
 #include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <new>
 #include <stdexcept>
 #include <thread>
 #include <vector>
 
+#include "cpu/affinity.h"
+#include "forks.h"
+
 using namespace kt;
+using kt::test::true_in_child;
+
+namespace {
+
+thread_local int allocations_left = -1;  // of this thread, before one fails; negative: none does
+
+}  // namespace
+
+void* operator new(std::size_t bytes) {
+  if (allocations_left == 0) throw std::bad_alloc();
+  if (allocations_left > 0) --allocations_left;
+  if (void* memory = std::malloc(bytes == 0 ? 1 : bytes)) return memory;
+  throw std::bad_alloc();
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 
 namespace {
 
@@ -92,6 +112,47 @@ TEST_CASE("the first exception reaches the caller and the pool stays usable") {
   check_loop(pool, 100);
 }
 
+TEST_CASE("a loop that finds no memory does not begin") {
+  WorkerPool pool({{3, {0, 1}, affinity()}});
+  const auto claim = pool.claim();
+  for (int allocations = 0, failures = 1; failures == 1; ++allocations) {
+    std::atomic<int> sum{0};
+    failures = 0;
+    allocations_left = allocations;
+    try {
+      pool.parallel_for(100, [&](int, int) { ++sum; });
+    } catch (const std::bad_alloc&) {
+      failures = 1;
+    }
+    allocations_left = -1;
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));  // the time a loop that began would need
+    CHECK(sum == (failures == 0 ? 100 : 0));
+  }
+}
+
+TEST_CASE("between its tasks the caller is where it was before") {
+  const std::vector<int> before = affinity();
+  WorkerPool pool({{2, {0, 1}, {before.front()}}});
+  const auto claim = pool.claim();
+  int calls = 0, wrong = 0;
+  std::atomic<int> pinned{0};
+  const auto body = [&](int, int) { pinned += affinity() == std::vector{before.front()}; };
+  const auto caller = std::this_thread::get_id();
+  pool.parallel_for(1000, body, [&] {
+    ++calls;
+    if (std::this_thread::get_id() != caller || affinity() != before) ++wrong;
+    std::thread([&] { wrong += affinity() != before; }).join();
+  });
+  CHECK(pinned == 1000);
+  CHECK(calls > 0);
+  CHECK(wrong == 0);
+  CHECK(affinity() == before);
+
+  const auto stop = [] { throw std::runtime_error("stop"); };
+  CHECK_THROWS_WITH_AS(pool.parallel_for(1000, body, stop), "stop", std::runtime_error);
+  CHECK(affinity() == before);
+}
+
 TEST_CASE("callers from several threads take turns") {
   WorkerPool pool(2);
   std::vector<std::thread> callers;
@@ -113,9 +174,7 @@ TEST_CASE("callers from several threads take turns") {
 TEST_CASE("a forked child has threads of its own") {
   WorkerPool pool(3);
   check_loop(pool, 10);
-  const pid_t child = fork();
-  if (child == 0) {
-    alarm(20);  // a hang ends the child, not the test
+  CHECK(true_in_child([&] {
     std::atomic<int> sum{0};
     const auto work = [&] {
       const auto claim = pool.claim();
@@ -125,11 +184,7 @@ TEST_CASE("a forked child has threads of its own") {
     for (int i = 0; i < kOthers; ++i) others.emplace_back(work);
     work();
     for (std::thread& other : others) other.join();
-    _exit(sum == (1 + kOthers) * 4950 ? 0 : 1);
-  }
-  int status = 0;
-  waitpid(child, &status, 0);
-  CHECK(WIFEXITED(status));
-  CHECK(WEXITSTATUS(status) == 0);
+    return sum == (1 + kOthers) * 4950;
+  }));
   check_loop(pool, 10);
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from strategies import make_problem
 import kt_moe
 
 ALL = {"gate": 4, "up": 4, "down": 4}
+CPU_FLAGS = set(Path("/proc/cpuinfo").read_text().split())
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +204,25 @@ class TestRuntime:
     def test_environment_chooses(self):
         code = "import kt_moe as k; r=k.default_runtime(); print(r.isa, r.threads, k.cpu_info()['selected'])"
         assert _python(code, {"KT_MOE_ISA": "scalar", "KT_MOE_THREADS": "3"}).stdout == "scalar 3 scalar\n"
+
+    @pytest.mark.skipif(not {"amx_tile", "amx_bf16"} <= CPU_FLAGS, reason="a CPU without AMX")
+    def test_the_kernel_is_asked_for_amx_when_amx_is_chosen(self):
+        code = """if True:
+            import ctypes, kt_moe
+            def permitted():
+                bits = ctypes.c_uint64()
+                ARCH_PRCTL, ARCH_GET_XCOMP_PERM, TILE_DATA = 158, 0x1022, 18
+                assert ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_GET_XCOMP_PERM, ctypes.byref(bits)) == 0
+                return bool(bits.value >> TILE_DATA & 1)
+            found = [permitted()]
+            kt_moe.cpu_info()
+            kt_moe.Runtime(threads=1, isa="avx2")
+            found.append(permitted())
+            kt_moe.Runtime(threads=1, isa="amx")
+            found.append(permitted())
+            print(found)
+        """
+        assert _python(code, {"KT_MOE_ISA": "avx512"}).stdout == "[False, False, True]\n"
 
     def test_threads_that_cannot_be_started(self):
         code = """if True:

@@ -129,7 +129,7 @@ def test_whole_experts_by_an_earlier_run(
     assert json.loads((tmp_path / "out" / "run.json").read_text())["placement"] == "expert"
     capsys.readouterr()
     assert cli(tmp_path / "tensor", "--popularity", routing) != 0
-    assert "error: --popularity is for --placement expert or auto" in capsys.readouterr().err
+    assert "error: --popularity is for --placement expert" in capsys.readouterr().err
     assert cli(tmp_path / "absent", *more, "--popularity", str(tmp_path / "absent")) != 0
     assert f"error: --popularity {tmp_path / 'absent'}: " in capsys.readouterr().err
     assert not (tmp_path / "tensor").exists()

@@ -142,7 +142,7 @@ def skewed(names: list[str], experts: int = E) -> RoutingHistory:
 
 
 def test_homes_by_an_earlier_run(checkpoint: Path, tmp_path: Path) -> None:
-    config = kt_moe.KtMoeConfig(threads=2, shards=2, placement="auto")
+    config = kt_moe.KtMoeConfig(threads=2, shards=2, placement="expert")
     model = load(checkpoint, quantization_config=config)
     names = list(routing_counts(model))
     file = tmp_path / "routing.safetensors"

@@ -242,14 +242,14 @@ def test_popularity_that_makes_no_sense(
 
 
 def test_options_that_make_no_sense(checkpoint: Path) -> None:
-    wanted = r"placement is 'numa', wanted one of \['tensor', 'expert', 'auto'\]"
+    wanted = r"placement is 'auto', wanted one of \['tensor', 'expert'\]"
     with pytest.raises(ValueError, match=wanted):
-        kt_moe.Experts(*weights(), placement="numa")
+        kt_moe.Experts(*weights(), placement="auto")
     with pytest.raises(ValueError, match=wanted):
-        kt_moe.Experts.from_checkpoint(checkpoint, 0, placement="numa")
+        kt_moe.Experts.from_checkpoint(checkpoint, 0, placement="auto")
     with pytest.raises(ValueError, match=f"KtMoeConfig: {wanted}"):
-        kt_moe.KtMoeConfig(placement="numa")
-    assert kt_moe.KtMoeConfig(placement="auto").to_dict()["placement"] == "auto"
+        kt_moe.KtMoeConfig(placement="auto")
+    assert kt_moe.KtMoeConfig(placement="expert").to_dict()["placement"] == "expert"
     with pytest.raises(ValueError, match='popularity is given, but placement is "tensor"'):
         kt_moe.Experts(*weights(), popularity=[1, 2, 3])
     with pytest.raises(ValueError, match='popularity is given, but placement is "tensor"'):
@@ -288,3 +288,17 @@ def test_a_refusal_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         experts_module._warn_refused()
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_place_packs_ahead_for_its_own_threads(placement: str) -> None:
+    E, H, rows = 80, 1024, 16
+    made, ids = weights(E, H, 32), torch.arange(E * rows).remainder(E).unsqueeze(1)
+
+    def scratch(places: int) -> int:
+        runtime = kt_moe.Runtime(threads=64, shards=places, nodes=[EVEN.nodes[0]] * places)
+        experts = kt_moe.Experts(*made, runtime=runtime, placement=placement)
+        kt_moe.moe(torch.randn(E * rows, H).bfloat16(), ids, torch.ones(E * rows, 1), experts)
+        return runtime.scratch_bytes
+
+    assert scratch(places=4) < 1.6 * scratch(places=1)

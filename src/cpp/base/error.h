@@ -1,6 +1,7 @@
 // Errors and the check at the door. Every message names the argument, what it was and what was wanted.
 #pragma once
 
+#include <locale>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -40,10 +41,12 @@ void append(std::ostringstream& out, std::string_view text, const First& first, 
 
 }  // namespace detail
 
-// message("{} of {}", 3, 7) == "3 of 7"
+// message("{} of {}", 3, 7) == "3 of 7". Names of files are made with it too, so that another library's
+// std::locale::global, under which 12345 may be "12,345", has no say.
 template <class... Args>
 std::string message(std::string_view text, const Args&... args) {
   std::ostringstream out;
+  out.imbue(std::locale::classic());
   detail::append(out, text, args...);
   return out.str();
 }

@@ -31,17 +31,8 @@ py::dict measure_ceilings(const std::shared_ptr<kt::Runtime>& runtime, double se
   return lists;
 }
 
-std::vector<double> measure_read(const std::shared_ptr<kt::Runtime>& runtime, const std::vector<int>& nodes,
-                                 double seconds, std::size_t read_bytes) {
-  KT_CHECK(seconds > 0, "seconds is {}, wanted more than 0", seconds);
-  const kt::ReleaseGil release;
-  return kt::measure_read(*runtime, nodes, seconds, read_bytes);
-}
-
 }  // namespace
 
 void bind_bench(py::module_& m) {
   m.def("measure_ceilings", &measure_ceilings, py::arg("runtime"), py::arg("seconds"), py::arg("read_bytes"));
-  m.def("measure_read", &measure_read, py::arg("runtime"), py::arg("nodes"), py::arg("seconds"),
-        py::arg("read_bytes"));
 }

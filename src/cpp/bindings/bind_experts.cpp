@@ -79,8 +79,7 @@ std::shared_ptr<Experts> from_tensors(py::handle gate, py::handle up, py::handle
 
 // A Report of no bytes: lets Ctrl-C end the work.
 void check_signals(std::size_t) {
-  const py::gil_scoped_acquire acquire;
-  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  with_gil([] { return PyErr_CheckSignals() == 0 ? Py_NewRef(Py_None) : nullptr; });
 }
 
 std::shared_ptr<Experts> from_checkpoint(std::shared_ptr<const ExpertIndex> index, int layer,
@@ -96,13 +95,15 @@ std::shared_ptr<Experts> from_checkpoint(std::shared_ptr<const ExpertIndex> inde
   options.paged = paged;
   options.spread = spread_options(placement, std::move(popularity));
   options.warn = [](const std::string& text) {
-    const py::gil_scoped_acquire acquire;
-    if (PyErr_WarnEx(PyExc_UserWarning, text.c_str(), /*stack_level=*/2) != 0) throw py::error_already_set();
+    with_gil([&] {
+      const bool warned = PyErr_WarnEx(PyExc_UserWarning, text.c_str(), /*stack_level=*/2) == 0;
+      return warned ? Py_NewRef(Py_None) : nullptr;
+    });
   };
   const Report report = [&](std::size_t bytes) {
     check_signals(0);
-    const py::gil_scoped_acquire acquire;
-    if (bytes > 0 && !progress.is_none()) progress(bytes);
+    if (bytes == 0 || progress.is_none()) return;
+    with_gil([&] { return PyObject_CallFunction(progress.ptr(), "n", static_cast<Py_ssize_t>(bytes)); });
   };
   const kt::ReleaseGil release;
   return experts_from_checkpoint(std::move(runtime), std::move(index), layer, options, report);

@@ -70,8 +70,8 @@ LayerInputs read_inputs(const ExpertWeights& w, py::handle hidden_states, py::ha
   return inputs;
 }
 
-Saved read_saved(const py::object& saved, const ExpertWeights& w, const LayerInputs& inputs, bool whole) {
-  if (saved.is_none()) return {.whole = whole};
+Saved read_saved(const py::object& saved, const ExpertWeights& w, const LayerInputs& inputs) {
+  if (saved.is_none()) return {};
   const Tensor t = read_tensor(saved, "saved", {DType::bf16}, 2);
   const index_t routes = count_routes(inputs.topk_ids, w.num_experts);
   index_t ranks = 0;
@@ -79,7 +79,7 @@ Saved read_saved(const py::object& saved, const ExpertWeights& w, const LayerInp
   check_shape(t, "saved", {routes, 2 * w.intermediate + ranks}, "[routes, 2 I + the three ranks]");
   auto* rest = static_cast<bf16_t*>(t.data);
   const auto take = [&](index_t width) { return std::exchange(rest, rest + routes * width); };
-  Saved kept{take(w.intermediate), take(w.intermediate), {}, whole};
+  Saved kept{take(w.intermediate), take(w.intermediate), {}};
   for (const Projection p : projections) kept.low_rank[index_of(p)] = take(inputs.of(p).rank());
   return kept;
 }
@@ -91,30 +91,29 @@ Result read_result(const py::object& tensor, const std::string& name, const std:
   return {t.data, t.dtype};
 }
 
-// Whether each expert was computed whole, on its home shard: backward has to know.
-bool run_forward(const Experts& experts, py::handle hidden_states, py::handle topk_ids,
+void run_forward(const Experts& experts, py::handle hidden_states, py::handle topk_ids,
                  py::handle topk_weights, const LoraTensors& lora, const Scaling& scaling, double dropout,
                  std::uint64_t seed, const py::object& saved, const py::object& out) {
   const ExpertWeights& w = experts.weights();
   std::vector<char> kept_ids;
   const LayerInputs inputs =
       read_inputs(w, hidden_states, topk_ids, topk_weights, lora, scaling, dropout, seed, kept_ids);
-  const Saved kept = read_saved(saved, w, inputs, false);
+  const Saved kept = read_saved(saved, w, inputs);
   const Result result = read_result(out, "out", {inputs.hidden_states.rows, w.hidden});
   const kt::ReleaseGil release;
-  return forward(experts.runtime(), w, inputs, kept, result);
+  forward(experts.runtime(), w, inputs, kept, result);
 }
 
 void run_backward(const Experts& experts, py::handle hidden_states, py::handle topk_ids,
                   py::handle topk_weights, const LoraTensors& lora, const Scaling& scaling, double dropout,
-                  std::uint64_t seed, const py::object& saved, bool whole, py::handle grad_out,
+                  std::uint64_t seed, const py::object& saved, py::handle grad_out,
                   const py::object& grad_hidden, const py::object& grad_weights, const LoraTensors& grad_lora,
                   bool clear_idle) {
   const ExpertWeights& w = experts.weights();
   std::vector<char> kept_ids;
   const LayerInputs inputs =
       read_inputs(w, hidden_states, topk_ids, topk_weights, lora, scaling, dropout, seed, kept_ids);
-  const Saved kept = read_saved(saved, w, inputs, whole);
+  const Saved kept = read_saved(saved, w, inputs);
   const Tensor dout = read_tensor(grad_out, "grad_out", {DType::bf16}, 2);
   check_shape(dout, "grad_out", {inputs.hidden_states.rows, w.hidden}, "[T, H]");
 
@@ -155,6 +154,6 @@ void bind_layer(py::module_& m) {
         py::arg("saved"), py::arg("out"));
   m.def("backward", &kt::run_backward, py::arg("experts"), py::arg("hidden_states"), py::arg("topk_ids"),
         py::arg("topk_weights"), py::arg("lora"), py::arg("scaling"), py::arg("dropout"), py::arg("seed"),
-        py::arg("saved"), py::arg("whole"), py::arg("grad_out"), py::arg("grad_hidden"),
-        py::arg("grad_weights"), py::arg("grad_lora"), py::arg("clear_idle") = true);
+        py::arg("saved"), py::arg("grad_out"), py::arg("grad_hidden"), py::arg("grad_weights"),
+        py::arg("grad_lora"), py::arg("clear_idle") = true);
 }

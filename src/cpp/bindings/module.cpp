@@ -12,7 +12,6 @@ void bind_checkpoint(py::module_& m);
 void bind_experts(py::module_& m);
 void bind_layer(py::module_& m);
 void bind_bench(py::module_& m);
-void bind_cost(py::module_& m);
 void bind_profile(py::module_& m);
 
 PYBIND11_MODULE(_core, m) {
@@ -36,6 +35,5 @@ PYBIND11_MODULE(_core, m) {
   bind_experts(m);
   bind_layer(m);
   bind_bench(m);
-  bind_cost(m);
   bind_profile(m);
 }

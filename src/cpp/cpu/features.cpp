@@ -44,14 +44,6 @@ std::uint64_t saved_registers() {
   return (std::uint64_t{high} << 32) | low;
 }
 
-// Linux lets a process use tiles after it has asked (Documentation/arch/x86/xstate.rst); threads inherit the
-// leave.
-bool tiles_granted() {
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  return granted;
-}
-
 }  // namespace
 
 unsigned cpu_features() {
@@ -66,9 +58,13 @@ unsigned cpu_features() {
       bit(seven.ebx, 16) && bit(seven.ebx, 17) && bit(seven.ebx, 30) && bit(seven.ebx, 31);
   if (zmm && f_dq_bw_vl) features = features | Feature::avx512;
   if (zmm && bit(seven_one.eax, 5)) features = features | Feature::avx512_bf16;
-  if (tiles && bit(seven.edx, 22) && bit(seven.edx, 24) && tiles_granted())
-    features = features | Feature::amx_bf16;
+  if (tiles && bit(seven.edx, 22) && bit(seven.edx, 24)) features = features | Feature::amx_bf16;
   return features;
+}
+
+bool request_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
 std::vector<std::string> feature_names(unsigned features) {

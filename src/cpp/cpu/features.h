@@ -22,6 +22,10 @@ constexpr unsigned operator|(unsigned a, Feature b) { return a | static_cast<uns
 // Bits of Feature; a bit is set only when the registers it needs are saved by the operating system too.
 unsigned cpu_features();
 
+// Linux lets a process use AMX tiles after it has asked (Documentation/arch/x86/xstate.rst), and from then on
+// keeps 8 KiB more for every thread that uses them. Threads inherit the leave. False: it refuses.
+bool request_tiles();
+
 std::vector<std::string> feature_names(unsigned features);
 
 // What /proc/cpuinfo calls the instructions behind them.

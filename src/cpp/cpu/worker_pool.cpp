@@ -1,7 +1,6 @@
 #include "cpu/worker_pool.h"
 
 #include <immintrin.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <cassert>
@@ -35,13 +34,13 @@ void wait_while(const std::atomic<unsigned>& word, unsigned old) {
   while (word.load(std::memory_order_acquire) == old) word.wait(old, std::memory_order_acquire);
 }
 
-// The calling thread on some CPUs during its life, where the operating system allows it.
+// The calling thread on some CPUs during its life, where the operating system allows it, also to go back.
 class OnCpus {
  public:
-  explicit OnCpus(std::span<const int> cpus) {
+  explicit OnCpus(std::span<const int> cpus) : cpus_(cpus) {
     if (cpus.empty()) return;
     before_ = affinity();
-    moved_ = set_affinity(cpus);
+    moved_ = !before_.empty() && set_affinity(cpus);
   }
   ~OnCpus() {
     if (moved_) set_affinity(before_);
@@ -49,7 +48,15 @@ class OnCpus {
   OnCpus(const OnCpus&) = delete;
   OnCpus& operator=(const OnCpus&) = delete;
 
+  // Calls f where the thread was before.
+  void leave_for(const std::function<void()>& f) const {
+    if (moved_) set_affinity(before_);
+    f();
+    if (moved_) set_affinity(cpus_);
+  }
+
  private:
+  std::span<const int> cpus_;
   std::vector<int> before_;
   bool moved_ = false;
 };
@@ -62,9 +69,9 @@ int sum_of_threads(std::span<const Team> teams) {
 
 }  // namespace
 
-// The threads of one process: after a fork there is another crew.
+// The threads of one process.
 struct WorkerPool::Crew {
-  explicit Crew(std::span<const Team> teams) : queues(teams.size()), process(getpid()) {
+  explicit Crew(std::span<const Team> teams) : queues(teams.size()) {
     for (std::size_t t = 0; t < teams.size(); ++t) {
       queues[t].cpus = teams[t].cpus;
       team_of.insert(team_of.end(), static_cast<std::size_t>(teams[t].threads), static_cast<int>(t));
@@ -103,13 +110,15 @@ struct WorkerPool::Crew {
     }
   }
 
-  void work(int worker) {
+  // `between` is called after each task.
+  void work(int worker, const std::function<void()>& between = {}) {
     inside_task = true;
     const int team = shared ? 0 : team_of[static_cast<std::size_t>(worker)];
     Queue& queue = queues[static_cast<std::size_t>(team)];
     for (int task; (task = queue.next.fetch_add(1, std::memory_order_relaxed)) < queue.tasks;) {
       try {
         (*body)(team, task, worker);
+        if (between) between();
       } catch (...) {
         const std::lock_guard lock(error_mutex);
         if (!error) error = std::current_exception();
@@ -120,7 +129,12 @@ struct WorkerPool::Crew {
   }
 
   // `share`: all threads take tasks from the first queue.
-  void run(std::span<const int> tasks, bool share, const TeamBody& f) {
+  void run(std::span<const int> tasks, bool share, const TeamBody& f, const std::function<void()>& between) {
+    // What can throw comes first: from the moment when the members see the loop until they are done with it,
+    // this frame has to stay.
+    const OnCpus here(queues.front().cpus);
+    std::function<void()> after;
+    if (between) after = [&] { here.leave_for(between); };
     shared = share;
     body = &f;
     for (std::size_t t = 0; t < tasks.size(); ++t) {
@@ -131,10 +145,7 @@ struct WorkerPool::Crew {
     const unsigned before = done.load(std::memory_order_relaxed);
     loop.fetch_add(1, std::memory_order_release);
     loop.notify_all();
-    {
-      const OnCpus here(queues.front().cpus);
-      work(0);
-    }
+    work(0, after);
     if (!members.empty()) wait_while(done, before);
     if (error) std::rethrow_exception(std::exchange(error, nullptr));
   }
@@ -147,7 +158,6 @@ struct WorkerPool::Crew {
   std::vector<Queue> queues;  // one a team
   std::vector<int> team_of;   // of every worker
 
-  const pid_t process;
   std::mutex claimed;
   std::atomic<unsigned> loop{0}, done{0};
   std::atomic<bool> stopping{false};
@@ -160,21 +170,11 @@ struct WorkerPool::Crew {
 };
 
 WorkerPool::WorkerPool(std::vector<Team> teams)
-    : teams_(std::move(teams)), threads_(sum_of_threads(teams_)), crew_(new Crew(teams_)) {}
+    : teams_(std::move(teams)),
+      threads_(sum_of_threads(teams_)),
+      crew_([this] { return std::make_unique<Crew>(teams_); }) {}
 
-WorkerPool::~WorkerPool() {
-  // After a fork the members' threads do not exist; joining them would wait for ever.
-  if (Crew* crew = crew_.load(); crew->process == getpid()) delete crew;
-}
-
-// After a fork the parent's crew is left where it is and a new one takes its place; of several threads of the
-// child that come at once, one replaces it.
-WorkerPool::Crew& WorkerPool::crew() {
-  Crew* crew = crew_.load();
-  if (crew->process == getpid()) return *crew;
-  auto fresh = std::make_unique<Crew>(teams_);
-  return crew_.compare_exchange_strong(crew, fresh.get()) ? *fresh.release() : *crew;
-}
+WorkerPool::~WorkerPool() = default;
 
 WorkerPool::Claim::Claim(std::mutex& claimed) : outer_(mine) {
   if (mine == &claimed)
@@ -186,23 +186,28 @@ WorkerPool::Claim::Claim(std::mutex& claimed) : outer_(mine) {
 
 WorkerPool::Claim::~Claim() { mine = outer_; }
 
-WorkerPool::Claim WorkerPool::claim() { return Claim(crew().claimed); }
+WorkerPool::Claim WorkerPool::claim() { return Claim(crew_.get().claimed); }
 
-void WorkerPool::parallel_for(int tasks, const std::function<void(int, int)>& body) {
-  run({&tasks, 1}, /*share=*/true, [&](int, int task, int worker) { body(task, worker); });
+void WorkerPool::parallel_for(int tasks, const std::function<void(int, int)>& body,
+                              const std::function<void()>& between) {
+  run({&tasks, 1}, /*share=*/true, [&](int, int task, int worker) { body(task, worker); }, between);
 }
 
 void WorkerPool::parallel_for_teams(std::span<const int> tasks, const TeamBody& body) {
   assert(tasks.size() == teams_.size());
-  run(tasks, /*share=*/false, body);
+  run(tasks, /*share=*/false, body, {});
 }
 
-void WorkerPool::run(std::span<const int> tasks, bool share, const TeamBody& body) {
+void WorkerPool::run(std::span<const int> tasks, bool share, const TeamBody& body,
+                     const std::function<void()>& between) {
   assert(!inside_task);
   if (std::accumulate(tasks.begin(), tasks.end(), index_t{0}) > 1)
-    return crew_.load()->run(tasks, share, body);
+    return crew_.get().run(tasks, share, body, between);
   for (std::size_t team = 0; team < tasks.size(); ++team)  // not worth waking anyone
-    if (tasks[team] > 0) body(static_cast<int>(team), 0, 0);
+    if (tasks[team] > 0) {
+      body(static_cast<int>(team), 0, 0);
+      if (between) between();
+    }
 }
 
 }  // namespace kt

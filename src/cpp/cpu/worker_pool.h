@@ -2,12 +2,12 @@
 // Owns its threads and nothing else. A task starts no loop of its own.
 #pragma once
 
-#include <atomic>
 #include <functional>
 #include <mutex>
 #include <span>
 #include <vector>
 
+#include "base/per_process.h"
 #include "cpu/layout.h"
 
 namespace kt {
@@ -45,7 +45,10 @@ class WorkerPool {
   // Runs body(task, worker) for every task in [0, tasks), worker in [0, threads()), each worker one task at a
   // time; returns when all are done. Tasks start in order, so put the longest first. The first exception of a
   // task ends the loop early and is rethrown here. The caller holds the claim.
-  void parallel_for(int tasks, const std::function<void(int task, int worker)>& body);
+  // `between`, where it is given, is called on the calling thread after each task of its own, on the CPUs
+  // that it had before: it may call strangers, whose threads inherit them. What it throws is as a task's.
+  void parallel_for(int tasks, const std::function<void(int task, int worker)>& body,
+                    const std::function<void()>& between = {});
 
   // The same with a loop for each team, over tasks[team] tasks that only its own threads run.
   using TeamBody = std::function<void(int team, int task, int worker)>;
@@ -53,13 +56,13 @@ class WorkerPool {
 
  private:
   struct Crew;
-  Crew& crew();
   // `share`: all threads take tasks of the first and only loop.
-  void run(std::span<const int> tasks, bool share, const TeamBody& body);
+  void run(std::span<const int> tasks, bool share, const TeamBody& body,
+           const std::function<void()>& between);
 
   std::vector<Team> teams_;
   int threads_;
-  std::atomic<Crew*> crew_;
+  PerProcess<Crew> crew_;
 };
 
 }  // namespace kt

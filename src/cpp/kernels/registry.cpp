@@ -30,15 +30,19 @@ namespace {
 constexpr unsigned kAvx2 = Feature::none | Feature::avx2;
 constexpr unsigned kAvx512 = kAvx2 | Feature::avx512;
 constexpr unsigned kAvx512Bf16 = kAvx512 | Feature::avx512_bf16;
-constexpr unsigned kAmx = kAvx512Bf16 | Feature::amx_bf16;
+constexpr unsigned kTiles = Feature::none | Feature::amx_bf16;
+constexpr unsigned kAmx = kAvx512Bf16 | kTiles;
 
 constexpr std::array kRegistry = {
-    KernelEntry{"scalar", 0, 0.005e12, &scalar::table},
-    KernelEntry{"avx2", kAvx2, 0.07e12, &avx2::table},
-    KernelEntry{"avx512", kAvx512, 0.15e12, &avx512::table},
-    KernelEntry{"avx512_bf16", kAvx512Bf16, 0.4e12, &avx512_bf16::table},
-    KernelEntry{"amx", kAmx, 1.5e12, &amx::table},
+    KernelEntry{"scalar", 0, &scalar::table},
+    KernelEntry{"avx2", kAvx2, &avx2::table},
+    KernelEntry{"avx512", kAvx512, &avx512::table},
+    KernelEntry{"avx512_bf16", kAvx512Bf16, &avx512_bf16::table},
+    KernelEntry{"amx", kAmx, &amx::table},
 };
+
+// Whether the operating system lets this process use the entry's registers: it is asked.
+bool permitted(const KernelEntry& entry) { return (entry.needs & kTiles) == 0 || request_tiles(); }
 
 std::string known_names() {
   std::string names;
@@ -98,9 +102,17 @@ std::string_view best_isa(unsigned features) {
   return best;
 }
 
+std::string_view best_permitted_isa(unsigned features) {
+  const std::string_view best = best_isa(features);
+  if (permitted(kernel_entry(best))) return best;
+  return best_isa(features & ~kTiles);
+}
+
 KernelSet kernel_set(std::string_view isa, unsigned features) {
   const std::string verdict = availability(kernel_entry(isa), features);
   KT_CHECK(verdict == "available", "isa is \"{}\": {}", isa, verdict);
+  KT_CHECK(permitted(kernel_entry(isa)),
+           "isa is \"{}\": the operating system refuses its registers to this process", isa);
   KernelSet set{};
   for (const KernelEntry& entry : kRegistry) {
     if (entry.own != nullptr) overlay(set, *entry.own);

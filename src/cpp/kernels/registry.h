@@ -12,7 +12,6 @@ namespace kt {
 struct KernelEntry {
   std::string_view name;
   unsigned needs;        // bits of Feature
-  double core_flops;     // about: FLOP/s of a core's products
   const KernelSet* own;  // the slots it fills; null while its kernels are not written
 };
 
@@ -27,9 +26,11 @@ std::string availability(const KernelEntry& entry, unsigned features);
 
 // The fastest available one.
 std::string_view best_isa(unsigned features);
+// The same, but of those that the operating system permits; which it is asked for that one alone.
+std::string_view best_permitted_isa(unsigned features);
 
 // The table of `isa`: slots it leaves empty come from the sets before it. ValueError when unknown or not
-// available.
+// available, or not permitted by the operating system, which is asked.
 KernelSet kernel_set(std::string_view isa, unsigned features);
 
 }  // namespace kt

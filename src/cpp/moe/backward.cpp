@@ -288,7 +288,7 @@ void Backward::multiply_backward(std::span<const BackwardTerm> weights, Block pa
 
 void backward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, const Saved& saved,
               const MatView& grad_out, const LayerGradients& gradients) {
-  Backward(runtime, experts, inputs, saved.whole, grad_out, gradients).run(saved);
+  Backward(runtime, experts, inputs, grad_out, gradients).run(saved);
 }
 
 }  // namespace kt

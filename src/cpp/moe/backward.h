@@ -7,11 +7,9 @@ namespace kt {
 
 class Backward : Pass {
  public:
-  Backward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, bool whole,
-           const MatView& grad_out, const LayerGradients& gradients)
-      : Pass(runtime, experts, inputs, whole, Direction::backward),
-        grad_out_(grad_out),
-        gradients_(gradients) {}
+  Backward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, const MatView& grad_out,
+           const LayerGradients& gradients)
+      : Pass(runtime, experts, inputs, Direction::backward), grad_out_(grad_out), gradients_(gradients) {}
 
   void run(const Saved& saved);
 

@@ -148,12 +148,9 @@ std::uint64_t read_chunk(const std::uint64_t* words) {
   return sums[0];
 }
 
-// From memory of `nodes`, or of the threads' own.
-std::vector<double> read_rates(Runtime::Lease& lease, int threads, double seconds, std::size_t bytes,
-                               std::span<const int> nodes = {}) {
+std::vector<double> read_rates(Runtime::Lease& lease, int threads, double seconds, std::size_t bytes) {
   const std::size_t chunks = std::max<std::size_t>(1, bytes / kChunk / static_cast<std::size_t>(threads));
-  const Buffer buffer(chunks * kChunk * static_cast<std::size_t>(threads), nodes);
-  if (buffer.refused()) return {};
+  const Buffer buffer(chunks * kChunk * static_cast<std::size_t>(threads));
   auto* const words = static_cast<std::uint64_t*>(buffer.data());
   const auto slice = [&](index_t thread) {
     return words + static_cast<std::size_t>(thread) * chunks * (kChunk / kWord);
@@ -200,12 +197,6 @@ Ceilings measure_ceilings(Runtime& runtime, double seconds, std::size_t read_byt
   ceilings.read_one = read_rates(lease, 1, seconds, read_bytes);
   ceilings.read_all = read_rates(lease, threads, seconds, read_bytes);
   return ceilings;
-}
-
-std::vector<double> measure_read(Runtime& runtime, std::span<const int> nodes, double seconds,
-                                 std::size_t read_bytes) {
-  Runtime::Lease lease(runtime);
-  return read_rates(lease, runtime.threads(), seconds, read_bytes, nodes);
 }
 
 }  // namespace kt

@@ -25,9 +25,4 @@ struct Ceilings {
 // least one a thread), which should be several times the caches.
 Ceilings measure_ceilings(Runtime& runtime, double seconds, std::size_t read_bytes);
 
-// Bytes/s read from memory of those NUMA nodes by all threads, likewise. None where the kernel refuses to
-// place memory there.
-std::vector<double> measure_read(Runtime& runtime, std::span<const int> nodes, double seconds,
-                                 std::size_t read_bytes);
-
 }  // namespace kt

@@ -7,9 +7,9 @@ namespace {
 class Forward : Pass {
  public:
   Forward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs)
-      : Pass(runtime, experts, inputs, std::nullopt, Direction::forward) {}
+      : Pass(runtime, experts, inputs, Direction::forward) {}
 
-  bool run(const Saved& saved, const Result& out) {
+  void run(const Saved& saved, const Result& out) {
     constexpr Projection down = Projection::down;
     hidden_ = take_inner();
     for (const Projection p : kGateUp)
@@ -23,7 +23,6 @@ class Forward : Pass {
     run_tasks();
     for (int e = 0; experts_.routed != nullptr && e < experts_.num_experts; ++e)
       experts_.routed[e] += routing_.count(e);
-    return whole_;
   }
 
  private:
@@ -73,10 +72,9 @@ class Forward : Pass {
 
 }  // namespace
 
-bool forward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, const Saved& saved,
+void forward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, const Saved& saved,
              Result out) {
-  Forward pass(runtime, experts, inputs);
-  return pass.run(saved, out);
+  Forward(runtime, experts, inputs).run(saved, out);
 }
 
 }  // namespace kt

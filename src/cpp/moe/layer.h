@@ -27,9 +27,9 @@ Activation activation_from(std::string_view name);
 std::string_view name_of(Activation activation);
 const ActivationKernels& kernels_of(const KernelSet& kernels, Activation activation);
 
-// How experts are spread over shards: a slice of each to every shard; each whole to one shard, its home,
-// where it is computed; or whole, and computed at home or by all shards, whichever a call will do sooner.
-enum class Placement : std::uint8_t { tensor, expert, automatic };
+// How experts are spread over shards: a slice of each to every shard; or each whole to one shard, its home,
+// where it is computed.
+enum class Placement : std::uint8_t { tensor, expert };
 
 // E matrices of one shape, one behind the other.
 struct Stack {
@@ -106,7 +106,6 @@ struct LayerInputs {
 struct Saved {
   bf16_t *gate = nullptr, *up = nullptr;
   std::array<bf16_t*, 3> low_rank{};
-  bool whole = false;  // what forward returned: how G and U lie
 
   explicit operator bool() const { return gate != nullptr; }
 };
@@ -126,9 +125,8 @@ struct LayerGradients {
   bool clear_idle = true;  // LoRA gradients of experts without routes become zero; false: stay as they are
 };
 
-// out [T, H]. `saved` may be null pointers: nothing is kept; its `whole` is not looked at. Returns whether
-// each expert was computed whole, on its home shard: backward has to know.
-bool forward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, const Saved& saved,
+// out [T, H]. `saved` may be null pointers: nothing is kept.
+void forward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, const Saved& saved,
              Result out);
 
 // Gradients of sum(grad_out * out), grad_out [T, H] bf16. With `saved` null pointers it is computed again.

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "moe/cost.h"
-
 namespace kt {
 
 namespace {
@@ -16,21 +14,19 @@ constexpr index_t kFewCols = 128;       // at least, of a slice for few rows: ru
 
 }  // namespace
 
-Pass::Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs,
-           std::optional<bool> whole, Direction direction)
+Pass::Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, Direction direction)
     : lease_(runtime),
       call_(lease_.profile(), direction),
       threads_(runtime.threads()),
-      inputs_ahead_(static_cast<std::size_t>(std::max(2, runtime.threads() / 2))),
       experts_(experts),
       inputs_(inputs),
       activation_(kernels_of(kernels(), experts.activation)),
       routing_(find_routes()),
+      whole_(experts.placement == Placement::expert),
       tasks_(lease_.teams()) {
   if (experts.fetch)
     tasks_.add(Stage::fetch, 0, std::ssize(routing_.experts),
                [this](index_t i, Arena&) { experts_.fetch(routing_.experts[static_cast<std::size_t>(i)]); });
-  whole_ = whole.value_or(sooner_whole());
   add_blocks();
   const auto* weights = static_cast<const float*>(inputs.topk_weights.data);
   for (const std::int32_t slot : routing_.slot) weight_.push_back(weights[slot]);
@@ -54,20 +50,6 @@ void Pass::run_tasks() {
 Label Pass::label(Stage stage, Block block) const {
   const int shard = shards_.size() > 1 ? to_int(static_cast<index_t>(shards_[block.shard].number)) : -1;
   return {stage, {shard, block.expert, to_int(block.count)}};
-}
-
-// Where experts lie whole: whether a call with these routes is done sooner at their homes.
-bool Pass::sooner_whole() const {
-  if (experts_.placement != Placement::automatic) return experts_.placement == Placement::expert;
-  LayerCall call;
-  call.tokens = inputs_.hidden_states.rows;
-  call.hidden = experts_.hidden, call.intermediate = experts_.intermediate;
-  for (int e = 0; e < experts_.num_experts; ++e) call.routes.push_back(routing_.count(e));
-  for (const Projection p : projections) {
-    call.ranks[index_of(p)] = inputs_.of(p).rank();
-    call.weight_bytes[index_of(p)] = static_cast<double>(experts_.of(p, 0).bytes());
-  }
-  return whole_is_sooner(call, {experts_.shards, experts_.homes}, lease_.rates());
 }
 
 void Pass::add_blocks() {

@@ -17,12 +17,12 @@
 
 namespace kt {
 
+// The longest sum of products: the gradient of the hidden states, over gate and up of all shards, and LoRA.
+static_assert(2 * kMostShards + 2 <= kMostTerms);
+
 class Pass {
  public:
-  // `whole`: whether every expert is computed by its home shard alone, as if there were one shard; none: as
-  // the experts' placement says, or is sooner.
-  Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, std::optional<bool> whole,
-       Direction direction);
+  Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, Direction direction);
 
  protected:
   using Group = TaskList::Group;
@@ -159,8 +159,8 @@ class Pass {
   // Adds for every block that packs for its siblings a task to do so, `home` the group that packs at home, or
   // null if it is this one; and for every block tasks that wait for it and multiply slice i of its shard's
   // `slices`, of which `next` follows; done[b] becomes the group of the latter. Packing runs some blocks
-  // ahead, so that products seldom wait, in a ring of pieces of `bytes`, each free again when its products
-  // are done.
+  // ahead, by a team's threads, so that products seldom wait, in a ring of pieces of `bytes`, each free again
+  // when its products are done.
   struct WithInput {
     std::function<void(Block block, char* memory, const Group* home, Arena& scratch)> pack;
     std::function<void(Block block, index_t i, Range slice, Range next, Arena& scratch)> multiply;
@@ -242,12 +242,11 @@ class Pass {
   Runtime::Lease lease_;
   Call call_;
   int threads_;
-  std::size_t inputs_ahead_;  // routes' blocks whose input is packed ahead of their products
   const ExpertWeights& experts_;
   const LayerInputs& inputs_;
   const ActivationKernels& activation_;
   Routing routing_;
-  bool whole_;
+  bool whole_;  // every expert is computed by its home shard alone, as if there were one shard
   std::vector<Portion> shards_;      // those that have some of the intermediate dimension
   std::vector<Block> blocks_;        // every route once a shard, experts in order
   index_t most_rows_ = 0;            // of a block
@@ -288,7 +287,6 @@ class Pass {
   }
 
   Routing find_routes();
-  bool sooner_whole() const;
   void add_blocks();
   void add_siblings(Block block);
   void gate_up(Block block, Range slice, Range next, const ForwardInput& in, Arena& scratch) const;

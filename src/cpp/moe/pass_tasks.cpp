@@ -51,28 +51,37 @@ void Pass::add_reduced(Stage stage, const std::vector<const Group*>& ready, Redu
 void Pass::add_with_input(Stage stage, index_t bytes, const std::vector<Slices>& slices, WithInput steps,
                           std::vector<const Group*>& done) {
   const auto shared = std::make_shared<const WithInput>(std::move(steps));
+  // A team's inputs, in order: pieces of its memory that they are packed into, again and again.
   struct Ring {
+    std::size_t ahead, kept;  // inputs packed before the first is multiplied; pieces
     char* memory;
-    std::vector<std::size_t> inputs = {};  // the blocks that packed into it, in order
+    std::vector<std::size_t> inputs = {};  // the blocks that packed into it
+    std::size_t multiplied = 0;            // of them have their products
   };
-  const std::size_t siblings = shards_.size(), blocks = blocks_.size();
-  const std::size_t kept = std::min(blocks / siblings, 2 * inputs_ahead_);
   std::vector<Ring> rings;
-  for (std::size_t team = 0; team < lease_.teams(); ++team)
-    rings.push_back({lease_.memory(team).take<char>(static_cast<index_t>(kept) * bytes)});
-  std::vector<const Group*> packed(blocks);
-  done.resize(blocks);
-  const auto add_pack = [&](std::size_t b) {
+  for (std::size_t team = 0; team < lease_.teams(); ++team) {
+    const auto ahead = static_cast<std::size_t>(std::max(2, lease_.threads(team) / 2));
+    const auto packing = static_cast<std::size_t>(std::ranges::count_if(
+        blocks_, [&](const Block& block) { return block.team == team && block.input == block.index; }));
+    const std::size_t kept = std::min(packing, 2 * ahead);
+    rings.push_back({ahead, kept, lease_.memory(team).take<char>(static_cast<index_t>(kept) * bytes)});
+  }
+  std::vector<const Group*> packed(blocks_.size());
+  done.resize(blocks_.size());
+  // Calls body(block) for the siblings that read an input.
+  const auto for_readers = [&](std::size_t input, const auto& body) {
+    for (std::size_t i = 0; i < shards_.size(); ++i)
+      if (const Block& block = blocks_[home_of(blocks_[input]) + i]; block.input == input) body(block);
+  };
+  const auto add_pack = [&](std::size_t b, Ring& ring) {
     const Block block = blocks_[b];
-    Ring& ring = rings[block.team];
     const std::size_t turn = ring.inputs.size();
     std::vector<const Group*> emptied;
-    if (turn >= kept)
-      for (std::size_t i = 0, before = ring.inputs[turn - kept]; i < siblings; ++i)
-        if (const Block& other = blocks_[home_of(blocks_[before]) + i]; other.input == before)
-          emptied.push_back(done[other.index]);
+    if (turn >= ring.kept)
+      for_readers(ring.inputs[turn - ring.kept],
+                  [&](const Block& reader) { emptied.push_back(done[reader.index]); });
     ring.inputs.push_back(b);
-    char* piece = ring.memory + static_cast<index_t>(turn % kept) * bytes;
+    char* piece = ring.memory + static_cast<index_t>(turn % ring.kept) * bytes;
     const Group* home = at_home(block) ? nullptr : packed[home_of(block)];
     packed[b] = tasks_.add(
         label(Stage::gather, block), block.team, 1,
@@ -82,24 +91,27 @@ void Pass::add_with_input(Stage stage, index_t bytes, const std::vector<Slices>&
           shared->pack(block, piece, home, scratch);
         });
   };
-  const auto add_products = [&](std::size_t b) {
-    const Block block = blocks_[b];
+  const auto add_products = [&](const Block& of) {
+    const Block block = of;
     const Slices cut = slices[block.shard];
     const index_t run = slices_per_task(cut);
-    done[b] = tasks_.add(label(stage, block), block.team, ceil_div(cut.count, run),
-                         [=, this, input = packed[block.input]](index_t task, Arena& scratch) {
-                           tasks_.wait(input, scratch);
-                           for_slices(cut, task, run, [&](index_t i, Range slice, Range next) {
-                             const Arena::Frame frame(scratch);
-                             shared->multiply(block, i, slice, next, scratch);
-                           });
-                         });
+    done[block.index] = tasks_.add(label(stage, block), block.team, ceil_div(cut.count, run),
+                                   [=, this, input = packed[block.input]](index_t task, Arena& scratch) {
+                                     tasks_.wait(input, scratch);
+                                     for_slices(cut, task, run, [&](index_t i, Range slice, Range next) {
+                                       const Arena::Frame frame(scratch);
+                                       shared->multiply(block, i, slice, next, scratch);
+                                     });
+                                   });
   };
-  for (std::size_t home = 0; home < blocks + inputs_ahead_ * siblings; home += siblings)
-    for (std::size_t i = 0; i < siblings; ++i) {
-      if (home < blocks && blocks_[home + i].input == home + i) add_pack(home + i);
-      if (home >= inputs_ahead_ * siblings) add_products(home + i - inputs_ahead_ * siblings);
-    }
+  for (const Block& block : blocks_) {
+    if (block.input != block.index) continue;
+    Ring& ring = rings[block.team];
+    add_pack(block.index, ring);
+    if (ring.inputs.size() > ring.ahead) for_readers(ring.inputs[ring.multiplied++], add_products);
+  }
+  for (Ring& ring : rings)
+    while (ring.multiplied < ring.inputs.size()) for_readers(ring.inputs[ring.multiplied++], add_products);
 }
 
 }  // namespace kt

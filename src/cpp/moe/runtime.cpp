@@ -18,7 +18,6 @@ namespace {
 
 constexpr std::size_t kUsualL2 = std::size_t{1} << 20;
 constexpr int kMostThreads = 4096;
-constexpr int kMostShards = 64;
 
 // The argument, else the environment variable, else the fallback.
 int number(const char* what, std::optional<int> argument, const char* variable, int fallback, int most) {
@@ -46,30 +45,7 @@ ShardLayout choose_layout(const Topology& topology, std::optional<int> threads, 
 
 std::string choose_isa(const std::optional<std::string>& argument) {
   if (argument) return *argument;
-  return environment("KT_MOE_ISA").value_or(std::string(best_isa(cpu_features())));
-}
-
-constexpr double kCoreBytes = 6e9;  // bytes/s of memory a core where all read, about
-
-// A shard's part of its place. Links are as much slower than memory as they are longer.
-std::vector<NodeRates> estimate_rates(const Topology& topology, const ShardLayout& layout,
-                                      const std::string& isa) {
-  constexpr double kUsualDistance = 21, kOwnDistance = 10;
-  int farthest = 0;
-  for (const NumaNode& node : topology.nodes)
-    for (const int distance : node.distances) farthest = std::max(farthest, distance);
-  const double far = farthest > kOwnDistance ? farthest : kUsualDistance;
-  double all = 0;
-  for (const Shard& shard : layout.shards) all += static_cast<double>(shard.weight);
-  const double core_flops = kernel_entry(isa).core_flops;
-  std::vector<NodeRates> rates;
-  for (const Shard& shard : layout.shards) {
-    const double cores = topology.cores * static_cast<double>(shard.weight) / all;
-    const double local = kCoreBytes * cores;
-    rates.push_back(
-        {cores, local, local * kOwnDistance / far, core_flops * cores, static_cast<double>(topology.l3)});
-  }
-  return rates;
+  return environment("KT_MOE_ISA").value_or(std::string(best_permitted_isa(cpu_features())));
 }
 
 std::vector<int> node_list(const std::string& text) {
@@ -110,7 +86,6 @@ Runtime::Runtime(std::optional<int> threads, std::optional<int> shards, std::opt
       kernels_(kernel_set(isa_, cpu_features())),
       topology_(std::move(topology)),
       layout_(choose_layout(topology_, threads, shards)),
-      rates_(estimate_rates(topology_, layout_, isa_)),
       pool_(layout_.teams) {
   // The first cache level has a way for each 4 KiB of its size, and lines that lie a multiple of 4 KiB apart
   // share a set. With fewer ways than a tile has rows, these would drive each other out where they lie.
@@ -169,13 +144,15 @@ Runtime::Lease::Lease(Runtime& runtime) : runtime_(runtime), claim_(runtime.pool
   for (Arena& arena : runtime_.scratch_) arena.reset_peak();
 }
 
-void Runtime::Lease::parallel_for(index_t tasks, const std::function<void(index_t, Arena&)>& body) {
-  runtime_.pool_.parallel_for(static_cast<int>(tasks), [&](int task, int worker) {
+void Runtime::Lease::parallel_for(index_t tasks, const std::function<void(index_t, Arena&)>& body,
+                                  const std::function<void()>& between) {
+  const auto with_scratch = [&](int task, int worker) {
     Arena& scratch = runtime_.scratch_[static_cast<std::size_t>(worker)];
     scratch.reset();
     const UsualFloats floats;
     body(task, scratch);
-  });
+  };
+  runtime_.pool_.parallel_for(static_cast<int>(tasks), with_scratch, between);
 }
 
 void Runtime::Lease::parallel_for_teams(std::span<const index_t> tasks, const TeamBody& body) {

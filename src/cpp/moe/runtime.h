@@ -15,10 +15,11 @@
 #include "cpu/topology.h"
 #include "cpu/worker_pool.h"
 #include "kernels/kernel_set.h"
-#include "moe/cost.h"
 #include "moe/profile.h"
 
 namespace kt {
+
+inline constexpr int kMostShards = 64;
 
 // What read_topology() says, but of some nodes alone: those given, or named by KT_MOE_NODES ("0,2-3").
 Topology usable_topology(const std::optional<std::vector<int>>& nodes);
@@ -62,8 +63,6 @@ class Runtime {
     int threads(std::size_t team) const { return runtime_.pool_.teams()[team].threads; }
     std::size_t team_of(std::size_t shard) const { return runtime_.team_of_[shard]; }
     std::size_t place_of(std::size_t shard) const { return runtime_.layout_.shards[shard].place; }
-    // What each shard's cores, memory and links can do, roughly: enough to choose between two ways.
-    const std::vector<NodeRates>& rates() const { return runtime_.rates_; }
     // Of a team, on its nodes.
     Arena& memory(std::size_t team) { return runtime_.memory_[team]; }
     // Null: nothing is recorded.
@@ -75,7 +74,9 @@ class Runtime {
     }
 
     // body(task, scratch) for every task in [0, tasks); scratch is the task's alone until it returns.
-    void parallel_for(index_t tasks, const std::function<void(index_t task, Arena& scratch)>& body);
+    // `between` as WorkerPool::parallel_for has it.
+    void parallel_for(index_t tasks, const std::function<void(index_t task, Arena& scratch)>& body,
+                      const std::function<void()>& between = {});
     // The same for every team, with tasks[team] tasks of its own.
     using TeamBody = std::function<void(std::size_t team, index_t task, Arena& scratch)>;
     void parallel_for_teams(std::span<const index_t> tasks, const TeamBody& body);
@@ -90,7 +91,6 @@ class Runtime {
   KernelSet kernels_;
   Topology topology_;
   ShardLayout layout_;
-  std::vector<NodeRates> rates_;
   std::size_t l2_bytes_;
   WorkerPool pool_;
   std::vector<std::size_t> team_of_;  // of every shard

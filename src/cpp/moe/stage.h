@@ -1,5 +1,4 @@
-// The steps of a layer's forward and backward pass, as the profiler times them and the scaling model counts
-// their bytes.
+// The steps of a layer's forward and backward pass, as the profiler times them.
 #pragma once
 
 #include <array>

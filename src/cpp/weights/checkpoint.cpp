@@ -124,8 +124,9 @@ void Checkpoint::check_unchanged() const {
 }
 
 std::uint64_t Checkpoint::fingerprint() const {
-  std::call_once(fingerprinted_, [this] { fingerprint_ = fingerprint_of(table_); });
-  return fingerprint_;
+  auto& [made, value] = fingerprint_.get();
+  std::call_once(made, [&, this] { value = fingerprint_of(table_); });
+  return value;
 }
 
 std::span<const std::byte> Checkpoint::map(const Entry& entry) const {

@@ -11,6 +11,7 @@
 #include <span>
 #include <string_view>
 
+#include "base/per_process.h"
 #include "weights/data_file.h"
 #include "weights/tensor_table.h"
 
@@ -58,8 +59,11 @@ class Checkpoint {
   std::filesystem::path path_;
   TensorTable table_;
   mutable OpenFiles open_files_;
-  mutable std::once_flag fingerprinted_;  // asked for by every layer
-  mutable std::uint64_t fingerprint_ = 0;
+  struct Fingerprint {
+    std::once_flag made;
+    std::uint64_t value = 0;
+  };
+  PerProcess<Fingerprint> fingerprint_;  // asked for by every layer
 };
 
 }  // namespace kt

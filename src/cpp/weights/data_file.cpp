@@ -85,8 +85,8 @@ void OpenFile::read_ahead(std::uint64_t offset, std::uint64_t bytes) const noexc
   ::posix_fadvise(descriptor_, static_cast<off_t>(offset), static_cast<off_t>(bytes), POSIX_FADV_WILLNEED);
 }
 
-DataFile::~DataFile() {
-  if (!mapped_.empty()) ::munmap(const_cast<std::byte*>(mapped_.data()), mapped_.size());
+DataFile::Mapping::~Mapping() {
+  if (!bytes.empty()) ::munmap(const_cast<std::byte*>(bytes.data()), bytes.size());
 }
 
 std::shared_ptr<const OpenFile> DataFile::open(std::string_view tensor) const {
@@ -103,8 +103,9 @@ std::shared_ptr<const OpenFile> DataFile::open(std::string_view tensor) const {
 }
 
 std::span<const std::byte> DataFile::map(std::string_view tensor) const {
-  const std::lock_guard lock(mapping_);
-  if (mapped_.empty() && stamp_.size > 0) {  // mmap refuses an empty range
+  Mapping& mapping = mapping_.get();
+  const std::lock_guard lock(mapping.making);
+  if (mapping.bytes.empty() && stamp_.size > 0) {  // mmap refuses an empty range
     const auto opened = open(tensor);
     const auto size = static_cast<std::size_t>(stamp_.size);
     void* data = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, opened->descriptor(), 0);
@@ -112,22 +113,23 @@ std::span<const std::byte> DataFile::map(std::string_view tensor) const {
       const int error = errno;
       throw_errno(subject(path_, tensor), "cannot map the file", error);
     }
-    mapped_ = {static_cast<const std::byte*>(data), size};
+    mapping.bytes = {static_cast<const std::byte*>(data), size};
   }
-  return mapped_;
+  return mapping.bytes;
 }
 
 std::shared_ptr<const OpenFile> OpenFiles::open(const DataFile& file, std::string_view tensor) {
-  const std::lock_guard lock(mutex_);
-  auto use = std::ranges::find(uses_, &file, &Use::file);
-  if (use == uses_.end()) {
+  auto& [mutex, uses] = uses_.get();
+  const std::lock_guard lock(mutex);
+  auto use = std::ranges::find(uses, &file, &Use::file);
+  if (use == uses.end()) {
     auto opened = file.open(tensor);
-    if (uses_.size() == kMostOpen) uses_.pop_back();
-    uses_.push_back({&file, std::move(opened)});
-    use = uses_.end() - 1;
+    if (uses.size() == kMostOpen) uses.pop_back();
+    uses.push_back({&file, std::move(opened)});
+    use = uses.end() - 1;
   }
-  std::rotate(uses_.begin(), use, use + 1);
-  return uses_.front().opened;
+  std::rotate(uses.begin(), use, use + 1);
+  return uses.front().opened;
 }
 
 }  // namespace kt

@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "base/per_process.h"
+
 namespace kt {
 
 // Tells versions of a file apart.
@@ -56,10 +58,6 @@ class OpenFile {
 class DataFile {
  public:
   DataFile(std::filesystem::path path, const FileStamp& stamp) : path_(std::move(path)), stamp_(stamp) {}
-  ~DataFile();
-  DataFile(const DataFile&) = delete;
-  DataFile& operator=(const DataFile&) = delete;
-
   const std::filesystem::path& path() const { return path_; }
   const FileStamp& stamp() const { return stamp_; }
 
@@ -74,10 +72,16 @@ class DataFile {
   std::span<const std::byte> map(std::string_view tensor) const;
 
  private:
+  struct Mapping {
+    ~Mapping();
+
+    std::mutex making;
+    std::span<const std::byte> bytes;  // none: not made yet
+  };
+
   std::filesystem::path path_;
   FileStamp stamp_;
-  mutable std::mutex mapping_;
-  mutable std::span<const std::byte> mapped_;
+  PerProcess<Mapping> mapping_;
 };
 
 // The files being read at a time: opening one for each read would cost more than a small read, and a large
@@ -94,8 +98,11 @@ class OpenFiles {
     const DataFile* file;
     std::shared_ptr<const OpenFile> opened;
   };
-  std::mutex mutex_;
-  std::vector<Use> uses_;  // the latest first
+  struct Uses {
+    std::mutex mutex;
+    std::vector<Use> list;  // the latest first
+  };
+  PerProcess<Uses> uses_;
 };
 
 }  // namespace kt

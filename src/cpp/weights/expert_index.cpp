@@ -62,9 +62,10 @@ std::shared_ptr<const LayerSource> ExpertIndex::open(int layer) const {
   KT_CHECK(at != layers_.end(), "{}: no experts in layer {}; layers with experts: {}", where(), layer,
            ranges_text(layers()));
   const Layer& found = at->second;
-  const std::lock_guard lock(found.opening);
-  if (!found.source) found.source = open_source(LayerTensors(checkpoint_, layer, home(layer, found).members));
-  return found.source;
+  auto& [opening, source] = found.opened.get();
+  const std::lock_guard lock(opening);
+  if (!source) source = open_source(LayerTensors(checkpoint_, layer, home(layer, found).members));
+  return source;
 }
 
 }  // namespace kt

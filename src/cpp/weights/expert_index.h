@@ -8,6 +8,7 @@
 #include <string_view>
 #include <vector>
 
+#include "base/per_process.h"
 #include "weights/checkpoint.h"
 #include "weights/layer_source.h"
 #include "weights/layer_tensors.h"
@@ -36,9 +37,12 @@ class ExpertIndex {
     std::string_view foreign;  // a tensor among the experts that nobody knows
   };
   struct Layer {
+    struct Opened {
+      std::mutex opening;
+      std::shared_ptr<const LayerSource> source;  // none: not opened yet
+    };
     std::map<std::string_view, Home> homes;  // by root
-    mutable std::mutex opening;
-    mutable std::shared_ptr<const LayerSource> source;  // once it was opened
+    PerProcess<Opened> opened;
   };
 
   std::string where() const;  // opens every message

@@ -1,7 +1,6 @@
 #include "weights/fill.h"
 
 #include <atomic>
-#include <thread>
 #include <utility>
 
 #include "weights/cut.h"
@@ -41,16 +40,17 @@ std::array<QuantError, 3> fill_all(Runtime& runtime, const LayerPlan& plan, std:
     report(now - std::exchange(reported, now));
   };
   std::vector<QuantError> errors(tasks);
-  const auto caller = std::this_thread::get_id();
   {
     Runtime::Lease lease(runtime);
-    lease.parallel_for(static_cast<index_t>(tasks), [&](index_t task, Arena& scratch) {
+    const auto fill_task = [&](index_t task, Arena& scratch) {
       const Matrix& m = order[static_cast<std::size_t>(task)];
       const auto place = static_cast<std::size_t>(m.expert) * projections.size() + index_of(m.projection);
       errors[place] = fill_one(m, plan, pieces, fill, lease.kernels(), scratch);
       ++done;
-      if (report && std::this_thread::get_id() == caller) tell();
-    });
+    };
+    std::function<void()> between;
+    if (report) between = tell;
+    lease.parallel_for(static_cast<index_t>(tasks), fill_task, between);
     if (report) tell();
   }
   std::array<QuantError, 3> sums{};

@@ -1,7 +1,6 @@
 #include "weights/homes.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <functional>
 #include <numeric>
@@ -12,8 +11,6 @@
 namespace kt {
 
 namespace {
-
-constexpr std::array placements{Placement::tensor, Placement::expert, Placement::automatic};
 
 void check(int experts, std::span<const double> popularity) {
   KT_CHECK(std::ssize(popularity) == experts, "popularity has {} numbers, wanted {}: one an expert",
@@ -26,19 +23,12 @@ void check(int experts, std::span<const double> popularity) {
 }  // namespace
 
 Placement placement_from(std::string_view name) {
-  for (const Placement placement : placements)
+  for (const Placement placement : {Placement::tensor, Placement::expert})
     if (name == name_of(placement)) return placement;
-  throw ValueError(message("placement is \"{}\", wanted \"tensor\", \"expert\" or \"auto\"", name));
+  throw ValueError(message("placement is \"{}\", wanted \"tensor\" or \"expert\"", name));
 }
 
-std::string_view name_of(Placement placement) {
-  switch (placement) {
-    case Placement::tensor: return "tensor";
-    case Placement::expert: return "expert";
-    case Placement::automatic: return "auto";
-  }
-  return "unknown";
-}
+std::string_view name_of(Placement placement) { return placement == Placement::tensor ? "tensor" : "expert"; }
 
 std::vector<index_t> weights_of(const Runtime& runtime) {
   std::vector<index_t> weights;

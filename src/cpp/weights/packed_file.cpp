@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <chrono>
 #include <cstring>
+#include <functional>
 #include <span>
 #include <string_view>
 #include <system_error>
@@ -79,14 +80,15 @@ bool same_layer(const Header& a, const Header& b) {
 std::uint64_t weights_checksum(Runtime& runtime, const LayerPlan& plan, const std::byte* weights,
                                const Report& report) {
   const auto each = static_cast<std::size_t>(plan.bytes() / plan.num_experts);
-  const auto caller = std::this_thread::get_id();
   std::vector<std::uint64_t> sums(static_cast<std::size_t>(plan.num_experts));
   Runtime::Lease lease(runtime);
-  lease.parallel_for(plan.num_experts, [&](index_t expert, Arena&) {
+  const auto sum = [&](index_t expert, Arena&) {
     const auto e = static_cast<std::size_t>(expert);
     sums[e] = checksum({weights + e * each, each});
-    if (report && std::this_thread::get_id() == caller) report(0);
-  });
+  };
+  std::function<void()> between;
+  if (report) between = [&] { report(0); };
+  lease.parallel_for(plan.num_experts, sum, between);
   return checksum(std::as_bytes(std::span(sums)));
 }
 

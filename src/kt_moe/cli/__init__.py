@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from kt_moe import __version__
-from kt_moe.cli import bench, doctor, finetune, info, inspect, numa, options, pack, plan, trace_view
+from kt_moe.cli import bench, doctor, finetune, info, inspect, options, pack, plan, trace_view
 from kt_moe.cli.errors import UserError
 
 __all__ = ["main"]
@@ -57,7 +57,6 @@ def _parser() -> argparse.ArgumentParser:
         ("inspect", inspect.add_arguments, inspect, "show what a checkpoint holds of experts"),
         ("pack", pack.add_arguments, pack, "write experts to a directory from which they are mapped"),
         ("plan", plan.add_arguments, plan, "tell the memory and speed of a run before it is started"),
-        ("numa", numa.add_arguments, numa, "predict the speed of machines with several memory nodes"),
         ("trace-view", trace_view.add_arguments, trace_view, "draw a profile's trace as a timeline"),
         ("bench", bench.add_arguments, bench, "time a layer against this machine's ceilings and its rivals"),
     ):

@@ -59,7 +59,7 @@ class Settings:
             raise UserError("--targets is empty, wanted names separated by commas")
         if args.popularity is not None:
             if args.placement == "tensor":
-                raise UserError("--popularity is for --placement expert or auto")
+                raise UserError("--popularity is for --placement expert")
             values["popularity"] = str(args.popularity.resolve())
         return cls(**{**values, "model": str(args.model.resolve()), "targets": targets})
 
@@ -102,8 +102,7 @@ def _add_experts(add: Callable[..., Any]) -> None:
         "--placement",
         choices=PLACEMENTS,
         default="tensor",
-        help="on several memory nodes: a slice of every expert on each, whole experts, or, auto, what a call "
-        "will do sooner; default: tensor",
+        help="on several memory nodes: a slice of every expert on each, or whole experts; default: tensor",
     )
     routing = "routing.safetensors of an earlier run: whole experts are shared out by it"
     add("--popularity", type=Path, metavar="FILE", help=routing)

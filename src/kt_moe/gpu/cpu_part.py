@@ -110,7 +110,7 @@ class CpuPart:
         weights: [T', K] fp32.
         matrices: LoRA A and B.
         arrived: behind the copies of x, weights and matrices; None once a forward has used them.
-        saved, whole: what the core's forward keeps for its backward.
+        saved: what the core's forward keeps for its backward.
     """
 
     tokens: Tensor | None
@@ -121,7 +121,6 @@ class CpuPart:
     matrices: _core.LoraTensors
     arrived: Event | None
     saved: Tensor | None
-    whole: bool = False
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All but the user's own LoRA matrices, for `from_tensors`."""
@@ -132,7 +131,7 @@ class CpuPart:
         return self.tokens, self.x, self.ids, self.weights, self.saved, *copies
 
     @classmethod
-    def from_tensors(cls, tensors: Sequence[Tensor | None], lora: LoraCall, whole: bool) -> CpuPart:
+    def from_tensors(cls, tensors: Sequence[Tensor | None], lora: LoraCall) -> CpuPart:
         """A part for backward."""
         tokens, x, ids, weights, saved, *copies = tensors
         matrices = tuple(
@@ -141,7 +140,7 @@ class CpuPart:
         )
         return cls(
             tokens, cast(Tensor, x), cast(Tensor, ids), cast(Tensor, weights), lora,
-            cast("_core.LoraTensors", matrices), None, saved, whole,
+            cast("_core.LoraTensors", matrices), None, saved,
         )  # fmt: skip
 
 
@@ -224,7 +223,7 @@ def submit_forward(experts: Experts, part: CpuPart, worker: Worker, streams: Str
             with streams.span("CPU part", "wait_rows"):
                 part.arrived.synchronize()
         with streams.span("CPU part", "cpu_forward"):
-            part.whole = _core.forward(
+            _core.forward(
                 experts._core, part.x, part.ids, part.weights, part.matrices, part.lora.scalings,
                 part.lora.dropout, part.lora.seed, part.saved, out,
             )  # fmt: skip
@@ -263,7 +262,7 @@ def submit_backward(
         with streams.span("CPU part", "cpu_backward"):
             _core.backward(
                 experts._core, part.x, part.ids, part.weights, part.matrices, part.lora.scalings,
-                part.lora.dropout, part.lora.seed, part.saved, part.whole, dout_host, dx, dw,
+                part.lora.dropout, part.lora.seed, part.saved, dout_host, dx, dw,
                 cast("_core.LoraTensors", tuple(lora_grads)), clear_idle=clear_idle,
             )  # fmt: skip
 

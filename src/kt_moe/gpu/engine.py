@@ -90,7 +90,6 @@ class SavedCall:
 
     Attributes:
         counts: rows of each of the GPU's experts.
-        whole: what the core's forward said (`CpuPart`).
         options: scalings, dropout and its seed.
         crossed: of each stack of LoRA matrices, see `LoraStack`.
         tensors: apart from the rest, for `save_for_backward`. `Rows` without counts; [rows] fp32, the routing
@@ -100,7 +99,6 @@ class SavedCall:
 
     cut: Cut
     counts: tuple[int, ...]
-    whole: bool
     options: LoraOptions
     crossed: tuple[tuple[Tensor | None, Tensor | None], ...]
     tensors: tuple[Tensor | None, ...]
@@ -111,7 +109,7 @@ class SavedCall:
         rows = Rows(self.counts, cast(Tensor, places), cast(Tensor, position))
         stacks = len(lora.stacks)
         low_rank, of_part = cast("list[Tensor]", rest[:stacks]), rest[stacks:]
-        part = CpuPart.from_tensors(of_part, lora, self.whole) if of_part else None
+        part = CpuPart.from_tensors(of_part, lora) if of_part else None
         return PassData(self.cut.gpu, rows, cast(Tensor, row_weights), low_rank), part
 
 
@@ -186,7 +184,6 @@ class Engine:
             saved = SavedCall(
                 plan,
                 rows.counts,
-                part is not None and part.whole,
                 (lora.scalings, lora.dropout, lora.seed),
                 tuple(stack.crossed for stack in stacks),
                 tensors if part is None else (*tensors, *part.tensors()),

@@ -70,9 +70,9 @@ def _pass_seconds(experts: Experts, number: int, rows: int) -> float:
 
     def work(run: int) -> None:
         ids = ((first + run * number) % experts.num_experts).contiguous()
-        whole = _core.forward(experts._core, x, ids, weights, _NO_LORA, scalings, 0.0, 0, saved, out)
+        _core.forward(experts._core, x, ids, weights, _NO_LORA, scalings, 0.0, 0, saved, out)
         _core.backward(
-            experts._core, x, ids, weights, _NO_LORA, scalings, 0.0, 0, saved, whole, out, dx, None, _NO_LORA
+            experts._core, x, ids, weights, _NO_LORA, scalings, 0.0, 0, saved, out, dx, None, _NO_LORA
         )
 
     before = experts.routed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ NAME = "kt_moe"
 
 Load = Callable[["KtExperts", Callable[[int], object] | None], Experts]
 _loading = threading.Lock()
+os.register_at_fork(after_in_child=_loading._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 class KtExperts(nn.Module):

@@ -40,7 +40,7 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
             are converted while they are loaded.
         cache_dir, paged: see `kt_moe.Experts.from_checkpoint`.
         lazy: False loads all experts in from_pretrained, True those of a layer when they are first used.
-        placement: how experts are spread over shards: "tensor", "expert" or "auto" (see `kt_moe.Experts`).
+        placement: how experts are spread over shards: "tensor" or "expert" (see `kt_moe.Experts`).
         gpu, gpu_memory, cpu_share: device, memory and cpu_share of the `kt_moe.Gpu` that all layers share;
             gpu is "auto", "cuda:0" or the like, or "off", which leaves all experts to the CPU.
         lora_device: where LoRA parameters of the experts lie, with their gradients and optimizer state.
