@@ -18,6 +18,9 @@ class ExpertIndex {
  public:
   explicit ExpertIndex(std::shared_ptr<const Checkpoint> checkpoint);
 
+  // Of the same checkpoint, with the experts that somebody who knows the model names: each list is a layer.
+  ExpertIndex(const ExpertIndex& by_tables, const std::map<int, ExpertList>& lists);
+
   const Checkpoint& checkpoint() const { return *checkpoint_; }
 
   // Layers that hold experts, ascending, whether or not we can read their format.
@@ -28,6 +31,8 @@ class ExpertIndex {
   // Thread-safe; opens a layer once.
   std::shared_ptr<const LayerSource> open(int layer) const;
   LayerInfo layer(int layer) const { return open(layer)->info(); }
+  // Tells the layer from others of its number in the same checkpoint; empty if the tables find the same one.
+  std::string tag(int layer) const { return layers_.at(layer).tag; }
 
  private:
   // The experts under one root, e.g. "model.layers.3.mlp".
@@ -37,12 +42,16 @@ class ExpertIndex {
   };
   struct Layer {
     std::map<std::string_view, Home> homes;  // by root
+    ExpertList list;                         // if it was given, with views of it in the members
+    Spelling spelling;
+    std::string tag;
     mutable std::mutex opening;
     mutable std::shared_ptr<const LayerSource> source;  // once it was opened
   };
 
   std::string where() const;  // opens every message
   const Home& home(int layer, const Layer& of) const;
+  void add(int number, const ExpertList& list, const ExpertIndex& by_tables);
 
   std::shared_ptr<const Checkpoint> checkpoint_;
   std::map<int, Layer> layers_;

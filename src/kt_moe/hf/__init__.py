@@ -17,10 +17,11 @@ import inspect
 
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.integrations import moe as _moe
 from transformers.quantizers import register_quantization_config, register_quantizer
 
-from kt_moe.hf.experts import NAME, KtExperts, kt_moe_experts_forward
+from kt_moe.hf.experts import NAME, KtExperts, kt_moe_experts_forward, refuse_at_construction
 from kt_moe.hf.lora import KtLoraExperts, KtLoraModel
 from kt_moe.hf.quantizer import KtMoeConfig, KtMoeQuantizer
 
@@ -34,6 +35,7 @@ def _register() -> None:
     used = inspect.signature(_moe.use_experts_implementation).parameters["experts_interface"].default
     for interface in (_moe.ExpertsInterface, type(used)):
         interface.register(NAME, kt_moe_experts_forward)
+    register_module_module_registration_hook(refuse_at_construction)
     # A subclass that only differs on models with kt_moe experts.
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = KtLoraModel
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from kt_moe.architectures import Architecture, architecture_of
+from kt_moe.architectures import Architecture, ExpertModule, refuse_unless_computed
+from kt_moe.computation import Computation, computation_of, is_experts
 from kt_moe.experts import Experts
 from kt_moe.functional import MoEFunction
 
@@ -30,22 +31,22 @@ class KtExperts(nn.Module):
 
     Args:
         architecture: of the model.
-        layer: number of the decoder layer in the checkpoint.
-        num_experts, hidden_dim, intermediate_dim: E, H, I by the model's config.
+        module: the experts it stands for, one of the architecture's.
 
     Attributes:
+        layer: number of the decoder layer (see `ExpertModule.number`).
+        num_experts, hidden_dim, intermediate_dim: E, H, I by the model's config.
         lora_device: where LoRA on them goes, "auto", "cpu" or "cuda"; see `KtMoeConfig`.
     """
 
     _is_hf_initialized = True
     lora_device = "auto"
 
-    def __init__(
-        self, architecture: Architecture, layer: int, num_experts: int, hidden_dim: int, intermediate_dim: int
-    ) -> None:
+    def __init__(self, architecture: Architecture, module: ExpertModule) -> None:
         super().__init__()
-        self.architecture, self.layer = architecture, layer
-        self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden_dim, intermediate_dim
+        self.architecture, self.expert_module, self.layer = architecture, module, module.number
+        self.num_experts, self.hidden_dim = module.num_experts, module.hidden_size
+        self.intermediate_dim = module.intermediate_size
         self._experts: Experts | None = None
         self._load: Load | None = None
 
@@ -80,9 +81,7 @@ class KtExperts(nn.Module):
         return out
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KtExperts:
-        copy = KtExperts(
-            self.architecture, self.layer, self.num_experts, self.hidden_dim, self.intermediate_dim
-        )
+        copy = KtExperts(self.architecture, self.expert_module)
         copy._load = self._load  # first: a thread that loads sets the experts before it drops this
         copy._experts = self._experts
         copy.training, copy.lora_device = self.training, self.lora_device
@@ -121,7 +120,7 @@ def is_kt_experts(module: nn.Module) -> bool:
     if isinstance(module, KtExperts):
         return True
     config = getattr(module, "config", None)
-    return hasattr(module, "is_concatenated") and getattr(config, "_experts_implementation", None) == NAME
+    return is_experts(module) and getattr(config, "_experts_implementation", None) == NAME
 
 
 def experts_of(module: nn.Module) -> Experts:
@@ -166,7 +165,7 @@ def loaded_experts(module: nn.Module) -> Experts | None:
 
 def _pack(module: nn.Module, gate_up: Tensor, down: Tensor, *biases: Tensor) -> Experts:
     """From weights [E, out, in] or [E, in, out], gate first or alternating with up."""
-    activation = architecture_of(module.config).activation
+    activation = _computation(module).activation
     if module.is_transposed:
         gate_up, down = gate_up.mT, down.mT
     gate, up = _split(module, gate_up)
@@ -187,10 +186,27 @@ def _split(module: nn.Module, gate_up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dims_of(module: Any) -> tuple[int, int, int]:
-    """E, H and I of a module that `is_kt_experts`, or of transformers' that is to become one."""
-    if hasattr(module, "hidden_dim"):
+    """E, H and I of a module that `is_kt_experts`."""
+    if isinstance(module, KtExperts):
         return module.num_experts, module.hidden_dim, module.intermediate_dim
-    return module.num_experts, module.hidden_size, module.intermediate_size
+    found = computation_of(module)
+    return found.num_experts, found.hidden_size, found.intermediate_size
+
+
+def refuse_at_construction(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """A hook on the registration of every module: experts set to "kt_moe" that the core lacks something for.
+
+    So from_pretrained refuses them while it builds the model, before it reads a weight.
+
+    Raises:
+        ValueError: as `refuse_unless_computed`.
+    """
+    if module is not None and is_kt_experts(module) and not isinstance(module, KtExperts):
+        _computation(module)
+
+
+def _computation(module: Any) -> Computation:
+    return refuse_unless_computed(module, module.config.model_type)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
