@@ -143,6 +143,10 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
             ours = KtExperts(architecture, module)
             ours.lora_device = self.quantization_config.lora_device
             model.set_submodule(module.path, ours)
+            # Some families initialise the experts' parameters from the block they are in.
+            block = model.get_submodule(module.path.rpartition(".")[0])
+            if not [*block.parameters(recurse=False), *block.buffers(recurse=False)]:
+                block._is_hf_initialized = True
         # The checkpoint's expert tensors have no place in the model now, which is no reason to warn.
         inside = {module.path.removeprefix(f"{model.base_model_prefix}.") for module in architecture.modules}
         ignored = {rf"(^|\.){re.escape(path)}\." for path in inside}
