@@ -7,6 +7,7 @@ see the gradients of hidden states, routers those of routing weights), and LoRA 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tiny_families import families, tiny_family
+from tiny_families import tiny_family
 from tiny_models import PEFT_WARNINGS, error
 from torch import Tensor, nn
 
 import kt_moe
+from kt_moe import cli
 from kt_moe.computation import is_experts
+from kt_moe.families import decorated
 from kt_moe.hf import KtExperts, KtLoraExperts, KtMoeConfig
 
 pytestmark = [*PEFT_WARNINGS, pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")]
@@ -34,7 +37,7 @@ REFUSED = {
     "muse_spark": r"a norm on each expert's output \(MuseSparkTextInputScaledRMSNorm\)",
     "nemotron_h": r"experts without a gate \(ReLUSquaredActivation of up_proj alone\)",
 }
-COMPUTED = sorted(set(families()) - set(REFUSED))
+COMPUTED = sorted(set(decorated()) - set(REFUSED))
 SCALING = 2.0
 # Relative L2: weights are exact in bf16, what flows between products is rounded.
 LOGITS, GRADIENTS = 1e-2, 2e-2
@@ -258,3 +261,29 @@ def test_one_expert_wrong_is_seen(family: Family) -> None:
         module.down_proj[wrong] = module.down_proj[wrong - 1]
     out, _ = family.run(model)
     assert error(out, wanted) > 3 * LOGITS
+
+
+def test_the_command_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models"]) == 0
+    *lines, _, summary = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines[1:]]
+    assert sorted({name for name, works, *_ in rows if works == "no"}) == sorted(REFUSED)
+    assert sorted({name for name, works, *_ in rows if works == "yes"}) == COMPUTED
+    assert summary.endswith(f"{len(COMPUTED)} of {len(COMPUTED) + len(REFUSED)} families work")
+    for line in lines[1:]:
+        name = line.split()[0]
+        assert name not in REFUSED or re.search(REFUSED[name], line)
+
+
+def test_the_command_shows_named_families(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models", "mixtral", "granitemoe"]) == 0
+    first, second = capsys.readouterr().out.splitlines()[1:3]
+    assert first.split()[-1] == "model.layers.N.block_sparse_moe.{input_linear.weight,output_linear.weight}"
+    assert second.split() == [
+        "mixtral",
+        "yes",
+        "silu",
+        "model.layers.N.block_sparse_moe.experts.E.{w1,w3,w2}",
+    ]
+    assert cli.main(["models", "llama"]) == 2
+    assert "has no experts in llama" in capsys.readouterr().err

@@ -1,23 +1,16 @@
-"""Tiny random models of every family of transformers whose experts others may compute, found by looking."""
+"""A tiny random model of any family of transformers whose experts others may compute."""
 
 from __future__ import annotations
 
-import inspect
-import pkgutil
 import re
-from functools import cache
 from typing import Any
 
 import torch
-import transformers
 from transformers import PretrainedConfig
-from transformers.models.auto.configuration_auto import (
-    CONFIG_MAPPING,
-    CONFIG_MAPPING_NAMES,
-    model_type_to_module_name,
-)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kt_moe.computation import is_experts
+from kt_moe.families import model_class, model_types
 
 # Sizes by the options' names; H, I of experts, I of others and head sizes all differ.
 _SIZES: list[tuple[str, Any]] = [
@@ -46,19 +39,18 @@ _ATTENTION = {"layer_types": ["linear_attention", "full_attention"]}  # two line
 _SPARSE = {"mlp_layer_types": ["sparse", "sparse"]}
 
 # What looking cannot tell: which of a family's model types, and options that fit together.
-_CHOSEN: dict[str, tuple[str, str | None, dict[str, Any]]] = {
-    "aria": ("aria_text", None, {"intermediate_size": 24}),
-    "beam": ("beam", None, _SPARSE),
-    "deepseek_v2": ("deepseek_v2", None, {"num_experts_per_tok": 4}),
-    "dots1": ("dots1", None, {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 4}),
-    "dots3_note": ("dots3_note_text", None, {}),
-    "flint": ("flint", None, {"mlp_only_layers": []}),
-    "gemma4": ("gemma4_text", None, {"enable_moe_block": True, **_MOE}),
-    "deepseek_ocr2": ("deepseek_ocr2", None, {"text_config": _SPARSE | {"num_experts_per_tok": 4}}),
-    "diffusion_gemma": ("diffusion_gemma", None, {"text_config": _MOE}),
+_CHOSEN: dict[str, tuple[str, dict[str, Any]]] = {
+    "aria": ("aria_text", {"intermediate_size": 24}),
+    "beam": ("beam", _SPARSE),
+    "deepseek_v2": ("deepseek_v2", {"num_experts_per_tok": 4}),
+    "dots1": ("dots1", {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 4}),
+    "dots3_note": ("dots3_note_text", {}),
+    "flint": ("flint", {"mlp_only_layers": []}),
+    "gemma4": ("gemma4_text", {"enable_moe_block": True, **_MOE}),
+    "deepseek_ocr2": ("deepseek_ocr2", {"text_config": _SPARSE | {"num_experts_per_tok": 4}}),
+    "diffusion_gemma": ("diffusion_gemma", {"text_config": _MOE}),
     "ernie4_5_vl_moe": (
         "ernie4_5_vl_moe",
-        None,
         {
             "text_config": {
                 "moe_intermediate_size": [24, 16],
@@ -68,51 +60,35 @@ _CHOSEN: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     ),
     "glm4v_moe": (
         "glm4v_moe",
-        None,
         {
             "text_config": {
                 "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]},
             }
         },
     ),
-    "glm5_next": ("glm5_next_text", None, {"qk_rope_head_dim": 0, "head_dim": 0, **_SPARSE}),
-    "granitemoehybrid": ("granitemoehybrid", None, {"mamba_n_heads": 8, "mamba_d_state": 16}),
-    "hunyuan_v1_moe": ("hunyuan_v1_moe", None, {"head_dim": 8}),
-    "inkling": ("inkling_text", None, {}),
-    "inkling2": ("inkling2_text", None, {}),
-    "lfm2_moe": ("lfm2_moe", None, {"layer_types": ["conv", "full_attention"]}),
-    "mimo_v2_flash": ("mimo_v2_flash", None, {"num_key_value_heads": 2}),
-    "mistral4": ("mistral4", None, {"head_dim": 16, "qk_head_dim": 16}),
-    "minimax_m3_vl": ("minimax_m3_vl_text", None, {}),
-    "muse_spark": ("muse_spark_text", None, {}),
-    "qwen3_5_moe": ("qwen3_5_moe_text", None, _ATTENTION),
-    "qwen3_next": ("qwen3_next", None, _ATTENTION),
-    "qwen3_omni_moe": ("qwen3_omni_moe_thinker", None, {"audio_config": {"downsample_hidden_size": 8}}),
-    "qwen4_exp": ("qwen4_exp_text", None, {}),
-    "zaya": ("zaya", None, {"num_experts_per_tok": 1, "router_hidden_size": 16}),
+    "glm5_next": ("glm5_next_text", {"qk_rope_head_dim": 0, "head_dim": 0, **_SPARSE}),
+    "granitemoehybrid": ("granitemoehybrid", {"mamba_n_heads": 8, "mamba_d_state": 16}),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", {"head_dim": 8}),
+    "inkling": ("inkling_text", {}),
+    "inkling2": ("inkling2_text", {}),
+    "lfm2_moe": ("lfm2_moe", {"layer_types": ["conv", "full_attention"]}),
+    "mimo_v2_flash": ("mimo_v2_flash", {"num_key_value_heads": 2}),
+    "mistral4": ("mistral4", {"head_dim": 16, "qk_head_dim": 16}),
+    "minimax_m3_vl": ("minimax_m3_vl_text", {}),
+    "muse_spark": ("muse_spark_text", {}),
+    "qwen3_5_moe": ("qwen3_5_moe_text", _ATTENTION),
+    "qwen3_next": ("qwen3_next", _ATTENTION),
+    "qwen3_omni_moe": ("qwen3_omni_moe_thinker", {"audio_config": {"downsample_hidden_size": 8}}),
+    "qwen4_exp": ("qwen4_exp_text", {}),
+    "zaya": ("zaya", {"num_experts_per_tok": 1, "router_hidden_size": 16}),
 }
-
-
-@cache
-def families() -> tuple[str, ...]:
-    """Names of the installed transformers' packages with a decorated experts module."""
-    found = []
-    for package in pkgutil.iter_modules(transformers.models.__path__):
-        folder = f"{transformers.models.__path__[0]}/{package.name}/modeling_{package.name}.py"
-        try:
-            with open(folder) as file:
-                if re.search(r"^@use_experts_implementation", file.read(), re.MULTILINE):
-                    found.append(package.name)
-        except FileNotFoundError:
-            continue
-    return tuple(found)
 
 
 def tiny_family(family: str, *, seed: int = 0) -> Any:
     """A random fp32 model whose weights are exact in bf16, every expert chosen for every token."""
-    config, model_class = _config_and_class(family)
+    config, made = _config_and_class(family)
     torch.manual_seed(seed)
-    model = model_class(config)
+    model = made(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -126,20 +102,15 @@ def tiny_family(family: str, *, seed: int = 0) -> Any:
 
 
 def _config_and_class(family: str) -> tuple[Any, Any]:
-    own = [t for t in CONFIG_MAPPING_NAMES if model_type_to_module_name(t) == family]
-    model_type, class_name, changes = _CHOSEN.get(family, (family if family in own else own[0], None, {}))
+    own = model_types(family)
+    model_type, changes = _CHOSEN.get(family, (family if family in own else own[0], {}))
     config_class = CONFIG_MAPPING[model_type]
     options = _merged(_shrunk(config_class()) | {"use_cache": False}, changes)
     config = config_class(**options)
-    if class_name is not None:
-        module = inspect.getmodule(config_class)
-        return config, getattr(transformers, class_name, None) or getattr(module, class_name)
-    for auto in ("CausalLM", "ImageTextToText", "MultimodalLM", "TokenClassification", ""):
-        mapping = getattr(transformers, f"AutoModelFor{auto}" if auto else "AutoModel")._model_mapping
-        if config_class in mapping:
-            found = mapping[config_class]
-            return config, found[0] if isinstance(found, tuple) else found
-    raise LookupError(f"no class of models for {model_type}")
+    found = model_class(config)
+    if found is None:
+        raise LookupError(f"no class of models for {model_type}")
+    return config, found
 
 
 def _merged(options: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
