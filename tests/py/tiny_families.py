@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import torch
+import transformers
 from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -84,9 +85,16 @@ _CHOSEN: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def tiny_family(family: str, *, seed: int = 0) -> Any:
-    """A random fp32 model whose weights are exact in bf16, every expert chosen for every token."""
-    config, made = _config_and_class(family)
+# Composite models whose text model alone is chosen above, where the Auto classes do not lead to them.
+_WHOLE = {"qwen3_5_moe": transformers.Qwen3_5MoeForConditionalGeneration}
+
+
+def tiny_family(family: str, model_type: str | None = None, *, seed: int = 0) -> Any:
+    """A random fp32 model whose weights are exact in bf16, every expert chosen for every token.
+
+    model_type: where the family has several, one that is not that of the text model.
+    """
+    config, made = _config_and_class(family, model_type)
     torch.manual_seed(seed)
     model = made(config)
     with torch.no_grad():
@@ -101,13 +109,16 @@ def tiny_family(family: str, *, seed: int = 0) -> Any:
     return model.eval()
 
 
-def _config_and_class(family: str) -> tuple[Any, Any]:
+def _config_and_class(family: str, wanted: str | None) -> tuple[Any, Any]:
     own = model_types(family)
-    model_type, changes = _CHOSEN.get(family, (family if family in own else own[0], {}))
+    chosen, changes = _CHOSEN.get(family, (family if family in own else own[0], {}))
+    model_type = wanted or chosen
+    if model_type != chosen:
+        changes = {"text_config": changes}
     config_class = CONFIG_MAPPING[model_type]
     options = _merged(_shrunk(config_class()) | {"use_cache": False}, changes)
     config = config_class(**options)
-    found = model_class(config)
+    found = _WHOLE.get(model_type) or model_class(config)
     if found is None:
         raise LookupError(f"no class of models for {model_type}")
     return config, found
