@@ -15,7 +15,7 @@ from kt_moe.runtime import Runtime, cpu_info, default_runtime
 if TYPE_CHECKING:  # the lazy names below, for type checkers
     from kt_moe import hf
     from kt_moe.adapters import load_adapter, merge_adapter, save_adapter
-    from kt_moe.hf import KtMoeConfig
+    from kt_moe.hf import KtMoeConfig, wrap
     from kt_moe.models import model_experts
     from kt_moe.routing_stats import RoutingHistory, plot_routing, routing_counts
 
@@ -43,12 +43,14 @@ __all__ = [
     "profile",
     "routing_counts",
     "save_adapter",
+    "wrap",
 ]
 
 # These need transformers and PEFT, which take seconds to import: fetched when first asked for.
 _LAZY = {
     "hf": "kt_moe.hf",
     "KtMoeConfig": "kt_moe.hf",
+    "wrap": "kt_moe.hf",
     "save_adapter": "kt_moe.adapters",
     "load_adapter": "kt_moe.adapters",
     "merge_adapter": "kt_moe.adapters",

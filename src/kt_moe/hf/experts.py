@@ -32,6 +32,7 @@ class KtExperts(nn.Module):
     Args:
         architecture: of the model.
         module: the experts it stands for, one of the architecture's.
+        experts: their weights; None: `load_with` says how they are loaded.
 
     Attributes:
         layer: number of the decoder layer (see `ExpertModule.number`).
@@ -42,12 +43,14 @@ class KtExperts(nn.Module):
     _is_hf_initialized = True
     lora_device = "auto"
 
-    def __init__(self, architecture: Architecture, module: ExpertModule) -> None:
+    def __init__(
+        self, architecture: Architecture, module: ExpertModule, experts: Experts | None = None
+    ) -> None:
         super().__init__()
         self.architecture, self.expert_module, self.layer = architecture, module, module.number
         self.num_experts, self.hidden_dim = module.num_experts, module.hidden_size
         self.intermediate_dim = module.intermediate_size
-        self._experts: Experts | None = None
+        self._experts = experts
         self._load: Load | None = None
 
     def load_with(self, load: Load) -> None:
@@ -133,15 +136,7 @@ def experts_of(module: nn.Module) -> Experts:
     """
     if isinstance(module, KtExperts):
         return module.experts
-    if parametrize.is_parametrized(module):
-        raise ValueError(
-            "the experts' parameters are parametrized (PEFT target_parameters), which kt_moe cannot compute: "
-            'put LoRA on them with LoraConfig(target_modules=["experts"])'
-        )
-    names = ["gate_up_proj", "down_proj"]
-    if module.has_bias:
-        names += ["gate_up_proj_bias", "down_proj_bias"]
-    parameters: list[Tensor] = [getattr(module, name) for name in names]
+    names, parameters = expert_parameters(module)
     if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
         raise ValueError(
             f"one of {', '.join(names)} requires a gradient, kt_moe computes frozen experts only: call "
@@ -150,7 +145,7 @@ def experts_of(module: nn.Module) -> Experts:
     tensors = tuple(p.detach() for p in parameters)
     packed = _packed.get(module)
     if packed is None or not packed.made_from(tensors):
-        experts = _pack(module, *tensors)
+        experts = pack(module)
         packed = _packed[module] = _Packed(tensors, tuple(t._version for t in tensors), experts)
     return packed.experts
 
@@ -163,18 +158,38 @@ def loaded_experts(module: nn.Module) -> Experts | None:
     return None if packed is None else packed.experts
 
 
-def _pack(module: nn.Module, gate_up: Tensor, down: Tensor, *biases: Tensor) -> Experts:
-    """From weights [E, out, in] or [E, in, out], gate first or alternating with up."""
-    activation = _computation(module).activation
+def expert_parameters(module: Any) -> tuple[list[str], list[Tensor]]:
+    """Names and tensors of a module that transformers lets others compute: weights, and biases if it has any.
+
+    Raises:
+        ValueError: they are parametrized.
+    """
+    if parametrize.is_parametrized(module):
+        raise ValueError(
+            "the experts' parameters are parametrized (PEFT target_parameters), which kt_moe cannot compute: "
+            'put LoRA on them with LoraConfig(target_modules=["experts"])'
+        )
+    names = ["gate_up_proj", "down_proj"]
+    if module.has_bias:
+        names += ["gate_up_proj_bias", "down_proj_bias"]
+    return names, [getattr(module, name) for name in names]
+
+
+def pack(module: nn.Module, **options: Any) -> Experts:
+    """From weights [E, out, in] or [E, in, out], gate first or alternating with up.
+
+    Args:
+        options: of `Experts`, beside its weights and activation.
+    """
+    gate_up, down, *biases = (p.detach() for p in expert_parameters(module)[1])
+    options["activation"] = _computation(module).activation
     if module.is_transposed:
         gate_up, down = gate_up.mT, down.mT
     gate, up = _split(module, gate_up)
-    if not biases:
-        return Experts(gate, up, down, activation=activation)
-    gate_bias, up_bias = _split(module, biases[0])
-    return Experts(
-        gate, up, down, gate_bias=gate_bias, up_bias=up_bias, down_bias=biases[1], activation=activation
-    )
+    if biases:
+        options["gate_bias"], options["up_bias"] = _split(module, biases[0])
+        options["down_bias"] = biases[1]
+    return Experts(gate, up, down, **options)
 
 
 def _split(module: nn.Module, gate_up: Tensor) -> tuple[Tensor, Tensor]:

@@ -161,7 +161,7 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
             module.load_with(_Loader(self._checkpoint, self._runtime, self._gpu, self.quantization_config))
         if not self.quantization_config.lazy:
             _load_all(modules, self._checkpoint)
-        model.load_adapter = _no_load_adapter
+        guard_loaded_model(model)
         # The model keeps its quantizer, and must stay copyable.
         del self._checkpoint, self._runtime, self._gpu
         return model
@@ -228,6 +228,19 @@ def _load_all(modules: Sequence[KtExperts], checkpoint: Checkpoint) -> None:
     with logging.tqdm(total=total, desc="Loading experts", unit="B", unit_scale=True) as bar:
         for module in modules:
             module.load(bar.update)
+
+
+def guard_loaded_model(model: Any, quantizer: KtMoeQuantizer | None = None) -> None:
+    """What transformers would do wrongly with experts that it does not see is refused when it is tried.
+
+    Args:
+        quantizer: for a model that has none yet: it refuses to save the model without its experts, and has
+            Trainer train adapters alone.
+    """
+    model.load_adapter = _no_load_adapter
+    if quantizer is not None and getattr(model, "hf_quantizer", None) is None:
+        model.hf_quantizer = quantizer
+        model.is_quantized, model.quantization_method = True, NAME
 
 
 def _no_load_adapter(*args: Any, **kwargs: Any) -> None:
