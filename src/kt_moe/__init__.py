@@ -15,7 +15,7 @@ from kt_moe.runtime import Runtime, cpu_info, default_runtime
 if TYPE_CHECKING:  # the lazy names below, for type checkers
     from kt_moe import hf
     from kt_moe.adapters import load_adapter, merge_adapter, save_adapter
-    from kt_moe.hf import KtMoeConfig, wrap
+    from kt_moe.hf import KTConfig, KtMoeConfig, wrap
     from kt_moe.models import model_experts
     from kt_moe.routing_stats import RoutingHistory, plot_routing, routing_counts
 
@@ -23,6 +23,7 @@ __all__ = [
     "Checkpoint",
     "Experts",
     "Gpu",
+    "KTConfig",
     "KtMoeConfig",
     "Lora",
     "MoEFunction",
@@ -49,6 +50,7 @@ __all__ = [
 # These need transformers and PEFT, which take seconds to import: fetched when first asked for.
 _LAZY = {
     "hf": "kt_moe.hf",
+    "KTConfig": "kt_moe.hf",
     "KtMoeConfig": "kt_moe.hf",
     "wrap": "kt_moe.hf",
     "save_adapter": "kt_moe.adapters",
