@@ -14,7 +14,7 @@ from kt_moe.runtime import Runtime, cpu_info, default_runtime
 if TYPE_CHECKING:  # the lazy names below, for type checkers
     from kt_moe import hf
     from kt_moe.adapters import load_adapter, merge_adapter, save_adapter
-    from kt_moe.hf import KtMoeConfig
+    from kt_moe.hf import KTConfig, KtMoeConfig, wrap
     from kt_moe.models import model_experts
     from kt_moe.profiler import Profile, profile
     from kt_moe.routing_stats import RoutingHistory, plot_routing, routing_counts
@@ -23,6 +23,7 @@ __all__ = [
     "Checkpoint",
     "Experts",
     "Gpu",
+    "KTConfig",
     "KtMoeConfig",
     "Lora",
     "MoEFunction",
@@ -43,6 +44,7 @@ __all__ = [
     "profile",
     "routing_counts",
     "save_adapter",
+    "wrap",
 ]
 
 # Fetched when first asked for: most need transformers and PEFT, which take seconds to import, and not every
@@ -51,7 +53,9 @@ _LAZY = {
     "Profile": "kt_moe.profiler",
     "profile": "kt_moe.profiler",
     "hf": "kt_moe.hf",
+    "KTConfig": "kt_moe.hf",
     "KtMoeConfig": "kt_moe.hf",
+    "wrap": "kt_moe.hf",
     "save_adapter": "kt_moe.adapters",
     "load_adapter": "kt_moe.adapters",
     "merge_adapter": "kt_moe.adapters",

@@ -88,6 +88,10 @@ class Checkpoint:
     def layers(self) -> list[int]: ...
     def layer(self, layer: int) -> dict[str, Any]:
         """num_experts, hidden_size, intermediate_size, dtype, layout ('per-expert' | 'fused'), nbytes"""
+    def with_lists(
+        self, lists: dict[int, tuple[str, bool, tuple[str, str, str], int, int, bool | None]]
+    ) -> Checkpoint:
+        """Fields of `kt_moe.checkpoint.ExpertList`"""
 
 @final
 class Experts:

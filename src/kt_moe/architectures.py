@@ -1,86 +1,173 @@
-"""Which models have experts we can compute, one row a family.
+"""Which experts a model has, what they compute and what checkpoints call them: derived, not listed.
 
-A row says how the family's experts are called in the module tree and in its checkpoints. Every family listed
-routes with its own code. All but gpt-oss have experts of one kind: `down(silu(gate(x)) * up(x))`, no biases,
-no clamps, held by transformers as `gate_up_proj` [E, 2I, H] (gate first) and `down_proj` [E, H, I]. gpt-oss
-has biases and an activation of its own, and is held as [E, H, 2I] (gate and up alternating) and [E, I, H].
+A module itself tells what it computes (`computation`); what its tensors are called on disk is in
+transformers' own conversion mapping (`conversion`). A family that transformers adds works without a line here
+if its experts compute something that the core knows.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from kt_moe.checkpoint import ExpertList
+from kt_moe.computation import Computation, computation_of, is_experts
+from kt_moe.conversion import saved_lists
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_GATED = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class ExpertModule:
+    """The routed experts of one layer, or of one of several lists in a layer.
+
+    Attributes:
+        path: of the module in its model.
+        number: of the decoder layer; of the second list of a layer, a number beyond those of all layers.
+        num_experts, hidden_size, intermediate_size: E, H, I.
+        activation: as `kt_moe.Experts` takes it.
+        interleaved: whether gate and up alternate in the module's own parameters.
+        saved: what transformers calls its tensors when it saves the model; None where it stores them in a way
+            that the core does not read.
+    """
+
+    path: str
+    number: int
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    activation: str
+    interleaved: bool
+    saved: ExpertList | None
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One family of models.
+    """The routed experts of one model.
 
-    Args:
+    Attributes:
         model_type: as in config.json.
-        module: path of the experts module inside a decoder layer.
-        on_disk: the same path in checkpoints and in portable adapters.
-        projections: names of gate, up and down of one expert on disk.
-        activation: name of the activation, as `kt_moe.Experts` takes it.
-        fused_on_disk: its checkpoints have no key an expert, so that PEFT does not know one either.
-        fixed: options of the config, and the only values with which it is that activation.
+        modules: in the model's order; at least one.
     """
 
     model_type: str
-    module: str = "mlp.experts"
-    on_disk: str = "mlp.experts"
-    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    activation: str = "silu"
-    fused_on_disk: bool = False
-    fixed: tuple[tuple[str, Any], ...] = (("hidden_act", "silu"),)
+    modules: tuple[ExpertModule, ...]
 
-    def disk_path(self, module_path: str) -> str:
-        """`...layers.0.mlp.experts` of the module tree, as checkpoints call it."""
-        return module_path.removesuffix(self.module) + self.on_disk
+    @property
+    def projections(self) -> tuple[str, str, str]:
+        """Names of gate, up and down of one expert on disk; the usual ones where no key is an expert's."""
+        saved = self.modules[0].saved
+        return _GATED if saved is None or saved.fused else saved.words
+
+    @property
+    def fused_on_disk(self) -> bool:
+        """Whether its checkpoints have no key an expert, so that PEFT does not know one either."""
+        saved = self.modules[0].saved
+        return saved is None or saved.fused
+
+    def module_at(self, path: str) -> ExpertModule | None:
+        """The module of this path, before which there may be a wrapper's; None when none has it."""
+        return next((m for m in self.modules if path == m.path or path.endswith(f".{m.path}")), None)
 
     def layer_of(self, module_path: str) -> int | None:
         """Number of the layer whose routed experts live at this path; None when none do."""
-        found = re.search(rf"(?:^|\.)layers\.(\d+)\.{re.escape(self.module)}$", module_path)
-        return int(found[1]) if found else None
+        found = self.module_at(module_path)
+        return None if found is None else found.number
+
+    def disk_path(self, module_path: str) -> str:
+        """`...layers.0.mlp.experts` of the module tree, as checkpoints with a key an expert call it."""
+        found = self.module_at(module_path)
+        if found is None or found.saved is None or found.saved.fused:
+            return module_path
+        return module_path.removesuffix(found.path) + found.saved.prefix
 
 
-ARCHITECTURES: dict[str, Architecture] = {
-    row.model_type: row
-    for row in (
-        Architecture("qwen3_moe"),
-        Architecture("qwen2_moe"),
-        Architecture("olmoe"),
-        Architecture("deepseek_v2"),
-        Architecture("deepseek_v3"),
-        Architecture("glm4_moe"),
-        Architecture("dots1"),
-        Architecture("mixtral", on_disk="block_sparse_moe.experts", projections=("w1", "w3", "w2")),
-        Architecture(
-            "gpt_oss",
-            activation="gpt_oss",
-            fused_on_disk=True,
-            fixed=(("hidden_act", "silu"), ("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)),
-        ),
-    )
-}
+_known: WeakKeyDictionary[nn.Module, Architecture] = WeakKeyDictionary()
 
 
-def architecture_of(config: Any) -> Architecture:
-    """The row of a transformers config.
+def architecture_of(model: nn.Module) -> Architecture:
+    """The experts of a transformers model, or of one inside wrappers such as PEFT's. Reads no weights.
 
     Raises:
-        ValueError: no row for this model type, or another activation; the message names what was found.
+        ValueError: the model has no routed experts that transformers lets others compute, or some that the
+            core cannot; the message names the model type and what is missing.
     """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    model_type = getattr(text, "model_type", None)
-    row = ARCHITECTURES.get(model_type or "")
-    if row is None:
+    inner = _transformers_model(model)
+    if inner not in _known:
+        _known[inner] = _derive(inner)
+    return _known[inner]
+
+
+def refuse_unless_computed(module: nn.Module, model_type: str) -> Computation:
+    """What a module that `is_experts` computes.
+
+    Raises:
+        ValueError: something that the core lacks; names it, and the model type.
+    """
+    found = computation_of(module)
+    if found.lacks:
         raise ValueError(
-            f"model type {model_type!r} is not supported by kt_moe, only {sorted(ARCHITECTURES)}"
+            f"kt_moe cannot compute the experts of model type {model_type!r} ({type(module).__name__}): "
+            f"it lacks {' and '.join(found.lacks)}"
         )
-    for option, wanted in row.fixed:
-        found = getattr(text, option, wanted)
-        if found != wanted:
-            raise ValueError(f"{option} is {found!r}, kt_moe computes {wanted!r} for {model_type}")
-    return row
+    return found
+
+
+def _derive(model: PreTrainedModel) -> Architecture:
+    model_type = getattr(model.config.get_text_config(), "model_type", None) or model.config.model_type
+    experts = dict(_experts_in(model))
+    if not experts:
+        if getattr(type(model), "_can_set_experts_implementation", lambda: False)():
+            raise ValueError(f"model type {model_type!r} with this config has no layer with routed experts")
+        raise ValueError(
+            f"model type {model_type!r} is not supported by kt_moe: {type(model).__name__} has no experts "
+            "that transformers lets others compute (use_experts_implementation)"
+        )
+    computed = {path: refuse_unless_computed(module, model_type) for path, module in experts.items()}
+    lists = saved_lists(model, experts)
+    numbers = _numbers(list(experts))
+    modules = []
+    for path, c in computed.items():
+        sizes = c.num_experts, c.hidden_size, c.intermediate_size
+        interleaved = not experts[path].is_concatenated
+        modules.append(ExpertModule(path, numbers[path], *sizes, c.activation, interleaved, lists[path]))
+    return Architecture(model_type, tuple(modules))
+
+
+def _transformers_model(model: nn.Module) -> PreTrainedModel:
+    from transformers import PreTrainedModel
+
+    found = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if found is None:
+        raise ValueError(f"{type(model).__name__} is no transformers model, nor has one inside")
+    return found
+
+
+def _experts_in(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Paths and modules, in the model's order; LoRA layers around them are looked through."""
+    for name, module in model.named_modules():
+        if is_experts(module):
+            yield name.removesuffix(".base_layer"), module
+
+
+def _numbers(paths: list[str]) -> dict[str, int]:
+    """For each path the last number in it, or where another has that, one beyond all."""
+    own = {path: int(([0, *re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)])[-1]) for path in paths}
+    beyond = max(own.values()) + 1
+    numbers: dict[str, int] = {}
+    taken: set[int] = set()
+    for path in paths:
+        number = own[path]
+        if number in taken:
+            number, beyond = beyond, beyond + 1
+        numbers[path] = number
+        taken.add(number)
+    return numbers

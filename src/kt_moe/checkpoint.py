@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -54,6 +54,27 @@ class LayerInfo:
     """Whether the files' layout is the one in memory, as `paged` wants it."""
     memory_bytes: Mapping[str, int]
     """Bytes in memory as stored, of all experts' "gate", "up" and "down"."""
+
+
+@dataclass(frozen=True)
+class ExpertList:
+    """What checkpoints call the tensors of one module's experts.
+
+    Attributes:
+        prefix: what all names begin with, up to a dot: "model.layers.3.mlp.experts".
+        fused: `{prefix}.{word}` holds all experts, gate and up together; else each matrix has a tensor
+            `{prefix}.{expert}.{word}.weight`. Quantised weights have other tails.
+        words: of gate, up and down; those of gate and up are the same where fused.
+        first_expert, num_experts: which numbers are those of the module, where there are numbers.
+        interleaved: whether gate and up alternate, where fused; None: as the files tell.
+    """
+
+    prefix: str
+    fused: bool
+    words: tuple[str, str, str]
+    first_expert: int
+    num_experts: int
+    interleaved: bool | None = None
 
 
 class Checkpoint:
@@ -117,6 +138,16 @@ class Checkpoint:
         """
         check_layer(layer)
         return LayerInfo(**self._core.layer(layer))
+
+    def with_lists(self, lists: Mapping[int, ExpertList]) -> Checkpoint:
+        """The same checkpoint, whose layers are these lists of experts and no others.
+
+        Raises:
+            ValueError: a list of whose tensors the checkpoint has none; names it.
+        """
+        twin = Checkpoint.__new__(Checkpoint)
+        twin._core = self._core.with_lists({number: astuple(one) for number, one in lists.items()})
+        return twin
 
     def __repr__(self) -> str:
         parts = [

@@ -96,10 +96,16 @@ def test_refused_biases() -> None:
         kt_moe.Experts(*PROBLEM.weights, down_bias=[0.0])
 
 
-@pytest.mark.parametrize("option", ["swiglu_alpha", "swiglu_limit"])
-def test_another_activation_is_refused(option: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "what"),
+    [
+        ("swiglu_alpha", r"of GptOssExperts._apply_gate \(alpha 2.5, limit 7\)"),
+        ("swiglu_limit", "gpt_oss with gate and up clamped to 2.5"),
+    ],
+)
+def test_another_activation_is_refused(option: str, what: str, tmp_path: Path) -> None:
     save_tiny_checkpoint(tmp_path, "gpt_oss", **{option: 2.5})
-    with pytest.raises(ValueError, match=f"{option} is 2.5, kt_moe computes .* for gpt_oss"):
+    with pytest.raises(ValueError, match=f"'gpt_oss' .*: it lacks the activation {what}"):
         load(tmp_path)
 
 

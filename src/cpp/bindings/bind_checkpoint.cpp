@@ -3,9 +3,13 @@
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 
+#include <array>
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
 #include <vector>
 
 #include "bindings/gil.h"
@@ -62,6 +66,21 @@ py::dict layer(const kt::ExpertIndex& index, int number) {
   return out;
 }
 
+// The fields of `kt_moe.checkpoint.ExpertList`.
+using Fields = std::tuple<std::string, bool, std::array<std::string, 3>, int, int, std::optional<bool>>;
+
+std::shared_ptr<kt::ExpertIndex> with_lists(const kt::ExpertIndex& index,
+                                            const std::map<int, Fields>& numbered) {
+  std::map<int, kt::ExpertList> lists;
+  for (const auto& [number, fields] : numbered) {
+    const auto& [prefix, fused, words, first, experts, interleaved] = fields;
+    lists[number] = {prefix,     fused ? kt::Form::fused : kt::Form::per_expert, words, first, experts,
+                     interleaved};
+  }
+  const kt::ReleaseGil release;
+  return std::make_shared<kt::ExpertIndex>(index, lists);
+}
+
 }  // namespace
 
 void bind_checkpoint(py::module_& m) {
@@ -71,5 +90,6 @@ void bind_checkpoint(py::module_& m) {
       .def_property_readonly("files", &files)
       .def("tensors", &tensors)
       .def_property_readonly("layers", &kt::ExpertIndex::layers)
-      .def("layer", &layer, py::arg("layer"));
+      .def("layer", &layer, py::arg("layer"))
+      .def("with_lists", &with_lists, py::arg("lists"));
 }

@@ -1,9 +1,11 @@
 #include "weights/expert_index.h"
 
+#include <algorithm>
 #include <iterator>
 #include <utility>
 
 #include "base/error.h"
+#include "weights/checksum.h"
 #include "weights/text.h"
 
 namespace kt {
@@ -39,6 +41,39 @@ ExpertIndex::ExpertIndex(std::shared_ptr<const Checkpoint> checkpoint) : checkpo
   }
 }
 
+ExpertIndex::ExpertIndex(const ExpertIndex& by_tables, const std::map<int, ExpertList>& lists)
+    : checkpoint_(by_tables.checkpoint_) {
+  for (const auto& [number, list] : lists) add(number, list, by_tables);
+}
+
+void ExpertIndex::add(int number, const ExpertList& list, const ExpertIndex& by_tables) {
+  Layer& layer = layers_[number];
+  layer.list = list, layer.spelling = layer.list.spelling();
+  const std::string begin = list.prefix + '.';
+  const auto entries = checkpoint_->tensors();
+  for (auto at = std::ranges::lower_bound(entries, begin, {}, &Checkpoint::Entry::name);
+       at != entries.end() && at->name.starts_with(begin); ++at) {
+    auto parsed = parse_listed_name(at->name, layer.list, layer.spelling);
+    if (!parsed) continue;
+    parsed->layer = number;
+    Home& home = layer.homes[layer.list.prefix];
+    if (parsed->tail == nullptr) {
+      if (home.foreign.empty()) home.foreign = at->name;
+    } else {
+      home.members.push_back({&*at, *parsed});
+    }
+  }
+  KT_CHECK(!layer.homes.empty(), "{}: layer {} has no tensor {}", where(), number, quote(begin + "*"));
+  const auto same = by_tables.layers_.find(number);
+  const bool found_by_tables =
+      same != by_tables.layers_.end() && same->second.homes.size() == 1 &&
+      same->second.homes.begin()->second.members.size() == layer.homes.begin()->second.members.size() &&
+      list.prefix == message("{}.experts", same->second.homes.begin()->first);
+  if (found_by_tables) return;
+  const std::string name = message("{}.{}", list.prefix, list.first_expert);
+  layer.tag = std::to_string(checksum(std::as_bytes(std::span(name))));
+}
+
 std::string ExpertIndex::where() const { return quote(checkpoint_->path().native()); }
 
 std::vector<int> ExpertIndex::layers() const {
@@ -64,7 +99,9 @@ std::shared_ptr<const LayerSource> ExpertIndex::open(int layer) const {
   const Layer& found = at->second;
   auto& [opening, source] = found.opened.get();
   const std::lock_guard lock(opening);
-  if (!source) source = open_source(LayerTensors(checkpoint_, layer, home(layer, found).members));
+  if (!source)
+    source =
+        open_source(LayerTensors(checkpoint_, layer, home(layer, found).members, found.list.interleaved));
   return source;
 }
 

@@ -19,6 +19,9 @@ class ExpertIndex {
  public:
   explicit ExpertIndex(std::shared_ptr<const Checkpoint> checkpoint);
 
+  // Of the same checkpoint, with the experts that somebody who knows the model names: each list is a layer.
+  ExpertIndex(const ExpertIndex& by_tables, const std::map<int, ExpertList>& lists);
+
   const Checkpoint& checkpoint() const { return *checkpoint_; }
 
   // Layers that hold experts, ascending, whether or not we can read their format.
@@ -29,6 +32,8 @@ class ExpertIndex {
   // Thread-safe; opens a layer once.
   std::shared_ptr<const LayerSource> open(int layer) const;
   LayerInfo layer(int layer) const { return open(layer)->info(); }
+  // Tells the layer from others of its number in the same checkpoint; empty if the tables find the same one.
+  std::string tag(int layer) const { return layers_.at(layer).tag; }
 
  private:
   // The experts under one root, e.g. "model.layers.3.mlp".
@@ -42,11 +47,15 @@ class ExpertIndex {
       std::shared_ptr<const LayerSource> source;  // none: not opened yet
     };
     std::map<std::string_view, Home> homes;  // by root
+    ExpertList list;                         // if it was given, with views of it in the members
+    Spelling spelling;
+    std::string tag;
     PerProcess<Opened> opened;
   };
 
   std::string where() const;  // opens every message
   const Home& home(int layer, const Layer& of) const;
+  void add(int number, const ExpertList& list, const ExpertIndex& by_tables);
 
   std::shared_ptr<const Checkpoint> checkpoint_;
   std::map<int, Layer> layers_;

@@ -9,15 +9,13 @@
 namespace kt {
 namespace {
 
-using Words = std::array<std::string_view, projections.size()>;  // gate, up, down
-
 // Qwen, DeepSeek, GLM, Kimi and most others on the hub; Mixtral, MiniMax, LFM2.
-constexpr Words kGateUpDown{"gate_proj", "up_proj", "down_proj"};
-constexpr Words kW1W3W2{"w1", "w3", "w2"};
+constexpr Spelling kGateUpDown{Form::per_expert, {"gate_proj", "up_proj", "down_proj"}};
+constexpr Spelling kW1W3W2{Form::per_expert, {"w1", "w3", "w2"}};
 // transformers 5, gpt-oss, Llama 4.
-constexpr Words kFused{"gate_up_proj", "gate_up_proj", "down_proj"};
+constexpr Spelling kFused{Form::fused, {"gate_up_proj", "gate_up_proj", "down_proj"}};
 // Files that kt-kernel writes.
-constexpr Words kKtWords{"ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"};
+constexpr Spelling kKt{Form::kt, {"ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"}};
 
 // experts.{expert}.{word}.{tail}
 constexpr std::array kExpertTails{
@@ -87,21 +85,32 @@ const Tail* find_tail(std::span<const Tail> tails, std::string_view text) {
   return at == tails.end() ? nullptr : &*at;
 }
 
-bool find_word(const Words& words, Naming naming, std::string_view word, ExpertName& found) {
-  const auto at = std::ranges::find(words, word);
-  if (at == words.end()) return false;
-  found.naming = naming;
-  found.first = found.last = projections[static_cast<std::size_t>(at - words.begin())];
+bool find_word(const Spelling& spelling, std::string_view word, ExpertName& found) {
+  const auto at = std::ranges::find(spelling.words, word);
+  if (at == spelling.words.end()) return false;
+  found.spelling = &spelling;
+  found.first = found.last = projections[static_cast<std::size_t>(at - spelling.words.begin())];
+  return true;
+}
+
+// `last` is a word of the spelling and a tail.
+bool find_fused(const Spelling& spelling, std::string_view last, ExpertName& found) {
+  const auto both = spelling.words.front(), down_word = spelling.words.back();
+  const bool down = last.starts_with(down_word);
+  if (!down && !last.starts_with(both)) return false;
+  found.tail = find_tail(kFusedTails, last.substr((down ? down_word : both).size()));
+  found.spelling = &spelling;
+  found.first = down ? Projection::down : Projection::gate;
+  found.last = down ? Projection::down : Projection::up;
   return true;
 }
 
 bool parse_per_expert(std::string_view name, ExpertName& found) {
   const auto tail = take_last(name), word = take_last(name);
   const auto expert = number(take_last(name));
+  found.list = name;
   if (!expert || take_last(name) != "experts") return false;
-  if (!find_word(kGateUpDown, Naming::gate_up_down, word, found) &&
-      !find_word(kW1W3W2, Naming::w1_w3_w2, word, found))
-    return false;
+  if (!find_word(kGateUpDown, word, found) && !find_word(kW1W3W2, word, found)) return false;
   found.tail = find_tail(kExpertTails, tail);
   found.expert = *expert;
   found.root = name;
@@ -110,13 +119,8 @@ bool parse_per_expert(std::string_view name, ExpertName& found) {
 
 bool parse_fused(std::string_view name, ExpertName& found) {
   const auto last = take_last(name);
-  if (take_last(name) != "experts") return false;
-  const bool down = last.starts_with(kFused.back());
-  if (!down && !last.starts_with(kFused.front())) return false;
-  found.tail = find_tail(kFusedTails, last.substr((down ? kFused.back() : kFused.front()).size()));
-  found.naming = Naming::fused;
-  found.first = down ? Projection::down : Projection::gate;
-  found.last = down ? Projection::down : Projection::up;
+  found.list = name;
+  if (take_last(name) != "experts" || !find_fused(kFused, last, found)) return false;
   found.root = name;
   return found.tail != nullptr;
 }
@@ -126,11 +130,11 @@ bool parse_kt(std::string_view name, ExpertName& found) {
   const auto part = number(take_last(name));
   if (!part || take_last(name) != "numa") return false;
   const auto expert = number(take_last(name));
-  if (!expert || !find_word(kKtWords, Naming::kt, take_last(name), found)) return false;
+  if (!expert || !find_word(kKt, take_last(name), found)) return false;
   found.tail = find_tail(kKtTails, tail);
   found.expert = *expert;
   found.part = *part;
-  found.root = name;
+  found.root = found.list = name;
   return found.tail != nullptr;
 }
 
@@ -150,7 +154,7 @@ std::optional<int> layer_of(std::string_view root) {
 std::string_view root_of(std::string_view name) {
   while (!name.empty()) {
     const auto segment = take_last(name);
-    if (segment == "experts" || std::ranges::find(kKtWords, segment) != kKtWords.end()) return name;
+    if (segment == "experts" || std::ranges::find(kKt.words, segment) != kKt.words.end()) return name;
   }
   return {};
 }
@@ -170,15 +174,32 @@ std::optional<ExpertName> parse_expert_name(std::string_view name) {
   return found;
 }
 
+std::optional<ExpertName> parse_listed_name(std::string_view name, const ExpertList& list,
+                                            const Spelling& spelling) {
+  ExpertName found{};
+  found.root = found.list = name.substr(0, list.prefix.size());
+  auto rest = name.substr(list.prefix.size() + 1);
+  if (spelling.form == Form::fused) {
+    if (!find_fused(spelling, rest, found)) return std::nullopt;
+    return found;
+  }
+  const auto dot = std::min(rest.find('.'), rest.size());
+  const auto expert = number(rest.substr(0, dot));
+  if (!expert || *expert < list.first_expert || *expert >= list.first_expert + list.num_experts)
+    return std::nullopt;
+  rest.remove_prefix(std::min(dot + 1, rest.size()));
+  const auto tail = take_last(rest);
+  if (find_word(spelling, rest, found)) found.tail = find_tail(kExpertTails, tail);
+  found.expert = *expert - list.first_expert;
+  return found;
+}
+
 std::string tensor_name(const ExpertName& like, Projection p, int expert, int part) {
-  const auto tail = like.tail->text;
-  const auto at = index_of(p);
-  switch (like.naming) {
-    case Naming::gate_up_down:
-      return message("{}.experts.{}.{}.{}", like.root, expert, kGateUpDown[at], tail);
-    case Naming::w1_w3_w2: return message("{}.experts.{}.{}.{}", like.root, expert, kW1W3W2[at], tail);
-    case Naming::fused: return message("{}.experts.{}{}", like.root, kFused[at], tail);
-    case Naming::kt: return message("{}.{}.{}.numa.{}.{}", like.root, kKtWords[at], expert, part, tail);
+  const auto tail = like.tail->text, word = like.spelling->words[index_of(p)];
+  switch (like.spelling->form) {
+    case Form::per_expert: return message("{}.{}.{}.{}", like.list, expert, word, tail);
+    case Form::fused: return message("{}.{}{}", like.list, word, tail);
+    case Form::kt: return message("{}.{}.{}.numa.{}.{}", like.list, word, expert, part, tail);
   }
   return {};
 }

@@ -6,8 +6,8 @@
 namespace kt {
 
 LayerTensors::LayerTensors(std::shared_ptr<const Checkpoint> checkpoint, int layer,
-                           std::span<const Member> members)
-    : checkpoint_(std::move(checkpoint)), layer_(layer) {
+                           std::span<const Member> members, std::optional<bool> interleaved)
+    : checkpoint_(std::move(checkpoint)), layer_(layer), interleaved_(interleaved) {
   decide_layout(members);
   fill(members);
   KT_CHECK(has(Role::weight), "{}: layer {} has tensors such as {} but no weights beside them",
@@ -21,11 +21,11 @@ std::string LayerTensors::where(std::string_view tensor) const {
 }
 
 void LayerTensors::decide_layout(std::span<const Member> members) {
-  naming_ = members.front().name.naming;
+  spelling_ = members.front().name.spelling;
   for (const auto& [entry, name] : members) {
     const Encoding encoding = name.tail->encoding;
     if (encoding_ == Encoding::any) encoding_ = encoding;
-    KT_CHECK(name.naming == naming_ && (encoding == Encoding::any || encoding == encoding_),
+    KT_CHECK(name.spelling == spelling_ && (encoding == Encoding::any || encoding == encoding_),
              "{}: layer {} is stored in two layouts; {} belongs to the second",
              quote(checkpoint_->path().native()), layer_, quote(entry->name));
   }

@@ -28,12 +28,15 @@ class LayerTensors {
     ExpertName name;
   };
 
-  // Of one root; every name is known to a table. Throws ValueError.
-  LayerTensors(std::shared_ptr<const Checkpoint> checkpoint, int layer, std::span<const Member> members);
+  // Of one root; every name is known to a table. `interleaved`: that gate and up alternate in fused tensors,
+  // or not, where somebody knows. Throws ValueError.
+  LayerTensors(std::shared_ptr<const Checkpoint> checkpoint, int layer, std::span<const Member> members,
+               std::optional<bool> interleaved = std::nullopt);
 
   const Checkpoint& checkpoint() const { return *checkpoint_; }
   int layer() const { return layer_; }
-  bool fused() const { return naming_ == Naming::fused; }
+  bool fused() const { return spelling_->form == Form::fused; }
+  std::optional<bool> interleaved() const { return interleaved_; }
   Encoding encoding() const { return encoding_; }
   int experts() const { return experts_; }  // 1 where fused: the names do not tell
   int parts() const { return parts_; }      // of every matrix
@@ -77,7 +80,8 @@ class LayerTensors {
 
   std::shared_ptr<const Checkpoint> checkpoint_;
   int layer_;
-  Naming naming_{};
+  const Spelling* spelling_ = nullptr;
+  std::optional<bool> interleaved_;
   Encoding encoding_ = Encoding::any;
   int experts_ = 1, parts_ = 1;
   std::size_t nbytes_ = 0;

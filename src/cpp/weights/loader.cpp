@@ -195,10 +195,12 @@ class CheckpointLayer {
     const fs::path from = fs::weakly_canonical(index_->checkpoint().path());
     const std::string& text = from.native();
     constexpr std::size_t kMostName = 200;  // of the 255 bytes a name may have
+    const std::string tag = index_->tag(layer_);
     return *options_.cache_dir /
            message("{}-{}", from.filename().native().substr(0, kMostName),
                    checksum(std::as_bytes(std::span(text)))) /
-           message("layer-{}.{}.ktmoe", layer_, name_of(plan_.types.front().format));
+           message("layer-{}{}{}.{}.ktmoe", layer_, tag.empty() ? "" : "-", tag,
+                   name_of(plan_.types.front().format));
   }
 
   std::array<QuantError, 3> fill(std::span<const Piece> pieces) {

@@ -14,6 +14,9 @@ SourcePointer open_mxfp4(LayerTensors tensors) {
   want_type(tensors, Role::weight, "U8");
   tensors.want_role(Role::scale, "_scales");
   want_type(tensors, Role::scale, "U8 F8_E8M0");
+  if (!tensors.interleaved().value_or(true))
+    tensors.fail(tensors.first(Projection::gate, Role::weight),
+                 "has gate before up: not supported, wanted that they alternate");
   const auto& both = shape_of(tensors, Projection::gate, Role::weight, 4);
   const auto& down = shape_of(tensors, Projection::down, Role::weight, 4);
   LayerInfo info;

@@ -55,9 +55,12 @@ SourcePointer open_floats(LayerTensors tensors, Sizes sizes) {
     tensors.fail(tensors.first(Projection::gate, Role::scale), "is a scale, but the weights are {}",
                  tensors.first(Projection::gate, Role::weight).tensor.type->name);
   sizes.info.types.fill({});
-  if (!sizes.transposed) return rows_source(std::move(tensors), sizes.info, false);
   // Of all that store [E, H, 2I], gpt-oss has biases, and lets gate and up alternate.
-  const bool interleaved = tensors.has(Role::bias);
+  const bool interleaved = tensors.interleaved().value_or(sizes.transposed && tensors.has(Role::bias));
+  if (!sizes.transposed) {
+    if (interleaved) sizes.info.layout = "fused, interleaved";
+    return rows_source(std::move(tensors), sizes.info, interleaved);
+  }
   if (interleaved) sizes.info.layout = "fused, transposed, interleaved";
   return open_transposed(std::move(tensors), sizes.info, interleaved);
 }
@@ -123,6 +126,9 @@ WeightType coded_type(const LayerTensors& tensors, const LayerInfo& info, Projec
 SourcePointer open_coded(LayerTensors tensors, Sizes sizes, Format format) {
   const Entry& entry = tensors.first(Projection::gate, Role::weight);
   tensors.want_role(Role::scale, "weight_scale_inv or weight_scale");
+  if (tensors.interleaved().value_or(false))
+    tensors.fail(entry, "is {}, and gate and up alternate in it: not supported, wanted gate first",
+                 entry.tensor.type->name);
   if (sizes.transposed)
     tensors.fail(entry, "is {} of shape {}, rows along the outputs: not supported, wanted [E, 2I, H]",
                  entry.tensor.type->name, shape_text(entry.tensor.shape));
@@ -136,7 +142,7 @@ SourcePointer open_coded(LayerTensors tensors, Sizes sizes, Format format) {
 SourcePointer open_plain(LayerTensors tensors) {
   want_type(tensors, Role::weight, "BF16 F16 F32 F8_E4M3 I8");
   const Sizes sizes = tensors.fused() ? fused_sizes(tensors) : per_expert_sizes(tensors);
-  if (tensors.fused() && tensors.has(Role::bias) && !sizes.transposed)
+  if (tensors.fused() && tensors.has(Role::bias) && !sizes.transposed && !tensors.interleaved())
     tensors.fail(tensors.first(Projection::gate, Role::bias),
                  "stands beside gate_up_proj [E, 2I, H]: whether gate and up alternate cannot be known");
   const StoredType& type = *tensors.first(Projection::gate, Role::weight).tensor.type;

@@ -2,6 +2,7 @@
 
 - `from_pretrained(..., quantization_config=kt_moe.KtMoeConfig())`: the experts go from the checkpoint
   straight to `kt_moe.Experts` and never become torch parameters;
+- `kt_moe.wrap(model)`: the experts of a model in memory go there, and torch's are freed;
 - `from_pretrained(..., experts_implementation="kt_moe")`: an ordinarily loaded model whose frozen experts are
   computed by kt_moe (they are then in memory twice);
 - `peft.LoraConfig(target_modules=[..., "experts"])` on either puts LoRA on the experts.
@@ -17,14 +18,17 @@ import inspect
 
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.integrations import moe as _moe
 from transformers.quantizers import register_quantization_config, register_quantizer
 
-from kt_moe.hf.experts import NAME, KtExperts, kt_moe_experts_forward
+from kt_moe.hf.experts import NAME, KtExperts, kt_moe_experts_forward, refuse_at_construction
+from kt_moe.hf.kt_config import KTConfig
+from kt_moe.hf.loaded import wrap
 from kt_moe.hf.lora import KtLoraExperts, KtLoraModel
 from kt_moe.hf.quantizer import KtMoeConfig, KtMoeQuantizer
 
-__all__ = ["KtExperts", "KtLoraExperts", "KtLoraModel", "KtMoeConfig", "KtMoeQuantizer"]
+__all__ = ["KTConfig", "KtExperts", "KtLoraExperts", "KtLoraModel", "KtMoeConfig", "KtMoeQuantizer", "wrap"]
 
 
 def _register() -> None:
@@ -34,6 +38,7 @@ def _register() -> None:
     used = inspect.signature(_moe.use_experts_implementation).parameters["experts_interface"].default
     for interface in (_moe.ExpertsInterface, type(used)):
         interface.register(NAME, kt_moe_experts_forward)
+    register_module_module_registration_hook(refuse_at_construction)
     # A subclass that only differs on models with kt_moe experts.
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = KtLoraModel
 

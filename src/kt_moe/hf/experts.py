@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from kt_moe.architectures import Architecture, architecture_of
+from kt_moe.architectures import Architecture, ExpertModule, refuse_unless_computed
+from kt_moe.computation import Computation, computation_of, is_experts
 from kt_moe.experts import Experts
 from kt_moe.functional import MoEFunction
 
@@ -32,10 +33,12 @@ class KtExperts(nn.Module):
 
     Args:
         architecture: of the model.
-        layer: number of the decoder layer in the checkpoint.
-        num_experts, hidden_dim, intermediate_dim: E, H, I by the model's config.
+        module: the experts it stands for, one of the architecture's.
+        experts: their weights; None: `load_with` says how they are loaded.
 
     Attributes:
+        layer: number of the decoder layer (see `ExpertModule.number`).
+        num_experts, hidden_dim, intermediate_dim: E, H, I by the model's config.
         lora_device: where LoRA on them goes, "auto", "cpu" or "cuda"; see `KtMoeConfig`.
     """
 
@@ -43,12 +46,13 @@ class KtExperts(nn.Module):
     lora_device = "auto"
 
     def __init__(
-        self, architecture: Architecture, layer: int, num_experts: int, hidden_dim: int, intermediate_dim: int
+        self, architecture: Architecture, module: ExpertModule, experts: Experts | None = None
     ) -> None:
         super().__init__()
-        self.architecture, self.layer = architecture, layer
-        self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden_dim, intermediate_dim
-        self._experts: Experts | None = None
+        self.architecture, self.expert_module, self.layer = architecture, module, module.number
+        self.num_experts, self.hidden_dim = module.num_experts, module.hidden_size
+        self.intermediate_dim = module.intermediate_size
+        self._experts = experts
         self._load: Load | None = None
 
     def load_with(self, load: Load) -> None:
@@ -82,9 +86,7 @@ class KtExperts(nn.Module):
         return out
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KtExperts:
-        copy = KtExperts(
-            self.architecture, self.layer, self.num_experts, self.hidden_dim, self.intermediate_dim
-        )
+        copy = KtExperts(self.architecture, self.expert_module)
         copy._load = self._load  # first: a thread that loads sets the experts before it drops this
         copy._experts = self._experts
         copy.training, copy.lora_device = self.training, self.lora_device
@@ -123,7 +125,7 @@ def is_kt_experts(module: nn.Module) -> bool:
     if isinstance(module, KtExperts):
         return True
     config = getattr(module, "config", None)
-    return hasattr(module, "is_concatenated") and getattr(config, "_experts_implementation", None) == NAME
+    return is_experts(module) and getattr(config, "_experts_implementation", None) == NAME
 
 
 def experts_of(module: nn.Module) -> Experts:
@@ -136,15 +138,7 @@ def experts_of(module: nn.Module) -> Experts:
     """
     if isinstance(module, KtExperts):
         return module.experts
-    if parametrize.is_parametrized(module):
-        raise ValueError(
-            "the experts' parameters are parametrized (PEFT target_parameters), which kt_moe cannot compute: "
-            'put LoRA on them with LoraConfig(target_modules=["experts"])'
-        )
-    names = ["gate_up_proj", "down_proj"]
-    if module.has_bias:
-        names += ["gate_up_proj_bias", "down_proj_bias"]
-    parameters: list[Tensor] = [getattr(module, name) for name in names]
+    names, parameters = expert_parameters(module)
     if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
         raise ValueError(
             f"one of {', '.join(names)} requires a gradient, kt_moe computes frozen experts only: call "
@@ -153,7 +147,7 @@ def experts_of(module: nn.Module) -> Experts:
     tensors = tuple(p.detach() for p in parameters)
     packed = _packed.get(module)
     if packed is None or not packed.made_from(tensors):
-        experts = _pack(module, *tensors)
+        experts = pack(module)
         packed = _packed[module] = _Packed(tensors, tuple(t._version for t in tensors), experts)
     return packed.experts
 
@@ -166,18 +160,38 @@ def loaded_experts(module: nn.Module) -> Experts | None:
     return None if packed is None else packed.experts
 
 
-def _pack(module: nn.Module, gate_up: Tensor, down: Tensor, *biases: Tensor) -> Experts:
-    """From weights [E, out, in] or [E, in, out], gate first or alternating with up."""
-    activation = architecture_of(module.config).activation
+def expert_parameters(module: Any) -> tuple[list[str], list[Tensor]]:
+    """Names and tensors of a module that transformers lets others compute: weights, and biases if it has any.
+
+    Raises:
+        ValueError: they are parametrized.
+    """
+    if parametrize.is_parametrized(module):
+        raise ValueError(
+            "the experts' parameters are parametrized (PEFT target_parameters), which kt_moe cannot compute: "
+            'put LoRA on them with LoraConfig(target_modules=["experts"])'
+        )
+    names = ["gate_up_proj", "down_proj"]
+    if module.has_bias:
+        names += ["gate_up_proj_bias", "down_proj_bias"]
+    return names, [getattr(module, name) for name in names]
+
+
+def pack(module: nn.Module, **options: Any) -> Experts:
+    """From weights [E, out, in] or [E, in, out], gate first or alternating with up.
+
+    Args:
+        options: of `Experts`, beside its weights and activation.
+    """
+    gate_up, down, *biases = (p.detach() for p in expert_parameters(module)[1])
+    options["activation"] = _computation(module).activation
     if module.is_transposed:
         gate_up, down = gate_up.mT, down.mT
     gate, up = _split(module, gate_up)
-    if not biases:
-        return Experts(gate, up, down, activation=activation)
-    gate_bias, up_bias = _split(module, biases[0])
-    return Experts(
-        gate, up, down, gate_bias=gate_bias, up_bias=up_bias, down_bias=biases[1], activation=activation
-    )
+    if biases:
+        options["gate_bias"], options["up_bias"] = _split(module, biases[0])
+        options["down_bias"] = biases[1]
+    return Experts(gate, up, down, **options)
 
 
 def _split(module: nn.Module, gate_up: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,10 +203,27 @@ def _split(module: nn.Module, gate_up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dims_of(module: Any) -> tuple[int, int, int]:
-    """E, H and I of a module that `is_kt_experts`, or of transformers' that is to become one."""
-    if hasattr(module, "hidden_dim"):
+    """E, H and I of a module that `is_kt_experts`."""
+    if isinstance(module, KtExperts):
         return module.num_experts, module.hidden_dim, module.intermediate_dim
-    return module.num_experts, module.hidden_size, module.intermediate_size
+    found = computation_of(module)
+    return found.num_experts, found.hidden_size, found.intermediate_size
+
+
+def refuse_at_construction(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """A hook on the registration of every module: experts set to "kt_moe" that the core lacks something for.
+
+    So from_pretrained refuses them while it builds the model, before it reads a weight.
+
+    Raises:
+        ValueError: as `refuse_unless_computed`.
+    """
+    if module is not None and is_kt_experts(module) and not isinstance(module, KtExperts):
+        _computation(module)
+
+
+def _computation(module: Any) -> Computation:
+    return refuse_unless_computed(module, module.config.model_type)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

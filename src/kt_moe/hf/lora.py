@@ -239,7 +239,7 @@ def _architecture(model: nn.Module) -> Architecture | None:
     if experts is None:
         return None
     row = getattr(experts, "architecture", None)
-    return row if isinstance(row, Architecture) else architecture_of(experts.config)
+    return row if isinstance(row, Architecture) else architecture_of(model)
 
 
 def _place_of(model: nn.Module) -> LoraPlace:

@@ -14,8 +14,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kt_moe import checkpointing
 from kt_moe import lora_device as lora_devices
-from kt_moe.architectures import architecture_of
+from kt_moe.architectures import Architecture, architecture_of
 from kt_moe.checkpoint import Checkpoint
+from kt_moe.conversion import stored_lists
 from kt_moe.experts import CHECKPOINT_FORMATS, PLACEMENTS, Experts
 from kt_moe.gpu import Gpu, Rates, as_gpu
 from kt_moe.hf.experts import NAME, KtExperts, dims_of
@@ -135,22 +136,20 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
-        architecture = architecture_of(model.config)
-        self._checkpoint = _open(checkpoint_files)
+        architecture = architecture_of(model)
+        self._checkpoint = _with_experts(_open(checkpoint_files), model, architecture)
         self._runtime, self._gpu = self.quantization_config.runtime(), self.quantization_config.make_gpu()
-        paths = [name for name, _ in model.named_modules() if architecture.layer_of(name) is not None]
-        if not paths:
-            raise ValueError(
-                f"{type(model).__name__} has no layer with routed experts at {architecture.module!r}"
-            )
-        for path in paths:
-            theirs, layer = model.get_submodule(path), architecture.layer_of(path)
-            assert layer is not None
-            ours = KtExperts(architecture, layer, *dims_of(theirs))
+        for module in architecture.modules:
+            ours = KtExperts(architecture, module)
             ours.lora_device = self.quantization_config.lora_device
-            model.set_submodule(path, ours)
+            model.set_submodule(module.path, ours)
+            # Some families initialise the experts' parameters from the block they are in.
+            block = model.get_submodule(module.path.rpartition(".")[0])
+            if not [*block.parameters(recurse=False), *block.buffers(recurse=False)]:
+                block._is_hf_initialized = True
         # The checkpoint's expert tensors have no place in the model now, which is no reason to warn.
-        ignored = {rf"\.{re.escape(path)}\." for path in (architecture.module, architecture.on_disk)}
+        inside = {module.path.removeprefix(f"{model.base_model_prefix}.") for module in architecture.modules}
+        ignored = {rf"(^|\.){re.escape(path)}\." for path in inside}
         model._keys_to_ignore_on_load_unexpected = ignored | set(
             model._keys_to_ignore_on_load_unexpected or ()
         )
@@ -162,7 +161,7 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
             module.load_with(_Loader(self._checkpoint, self._runtime, self._gpu, self.quantization_config))
         if not self.quantization_config.lazy:
             _load_all(modules, self._checkpoint)
-        model.load_adapter = _no_load_adapter
+        guard_loaded_model(model)
         # The model keeps its quantizer, and must stay copyable.
         del self._checkpoint, self._runtime, self._gpu
         return model
@@ -210,7 +209,7 @@ class _Loader:
         experts = Experts.from_checkpoint(
             self.checkpoint,
             module.layer,
-            activation=module.architecture.activation,
+            activation=module.expert_module.activation,
             format=self.config.format,
             runtime=self.runtime,
             cache_dir=self.config.cache_dir,
@@ -231,12 +230,30 @@ def _load_all(modules: Sequence[KtExperts], checkpoint: Checkpoint) -> None:
             module.load(bar.update)
 
 
+def guard_loaded_model(model: Any, quantizer: KtMoeQuantizer | None = None) -> None:
+    """What transformers would do wrongly with experts that it does not see is refused when it is tried.
+
+    Args:
+        quantizer: for a model that has none yet: it refuses to save the model without its experts, and has
+            Trainer train adapters alone.
+    """
+    model.load_adapter = _no_load_adapter
+    if quantizer is not None and getattr(model, "hf_quantizer", None) is None:
+        model.hf_quantizer = quantizer
+        model.is_quantized, model.quantization_method = True, NAME
+
+
 def _no_load_adapter(*args: Any, **kwargs: Any) -> None:
     # transformers would fuse the per-expert keys, find no parameters of that form, and only log it.
     raise NotImplementedError(
         "transformers' own load_adapter cannot load an adapter onto kt_moe experts: use "
         "peft.PeftModel.from_pretrained(model, directory) or kt_moe.load_adapter(model, directory)"
     )
+
+
+def _with_experts(checkpoint: Checkpoint, model: Any, architecture: Architecture) -> Checkpoint:
+    """The checkpoint whose layers are the experts of the model's modules."""
+    return checkpoint.with_lists(stored_lists(model, architecture, checkpoint.tensors))
 
 
 def _open(files: Sequence[str] | None) -> Checkpoint:

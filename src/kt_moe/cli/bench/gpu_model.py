@@ -44,6 +44,7 @@ def skeleton(settings: GpuSettings) -> Any:
     )
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM(config).bfloat16()
+    architecture_of(model)  # remembered for the model without experts
     for layer in model.model.layers:
         layer.mlp.experts = nn.Identity()
     model.to_empty(device=device)
@@ -57,13 +58,12 @@ def skeleton(settings: GpuSettings) -> Any:
 
 def kt_model(weights: Weights, settings: GpuSettings, format: str, gpu: Gpu | str) -> Any:
     """The model with kt_moe's experts, and LoRA on them and on attention; `gpu` as for `kt_moe.Experts`."""
-    shape, model, runtime = settings.shape, skeleton(settings), settings.runtime()
-    for number, layer in enumerate(model.model.layers):
+    model, runtime = skeleton(settings), settings.runtime()
+    architecture = architecture_of(model)
+    for module, layer in zip(architecture.modules, model.model.layers, strict=True):
         held = kt_moe.Experts(*weights, format=format, runtime=runtime, gpu=gpu)
         held.recompute, held.checkpoint_experts = settings.recompute, settings.checkpoint_experts
-        experts = KtExperts(
-            architecture_of(model.config), number, shape.experts, shape.hidden, shape.intermediate
-        )
+        experts = KtExperts(architecture, module)
         experts.lora_device = "cpu" if gpu == "off" else settings.lora_device
         experts.load_with(lambda module, progress, held=held: held)  # type: ignore[misc]
         experts.load()

@@ -25,6 +25,7 @@ from kt_moe.cli.plan.shapes import Activations, ExpertLayer, Outline
 from kt_moe.hf import KtExperts, KtLoraExperts
 
 _ATTENTION = "kt_moe_plan"
+_TOPK = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")  # K, by config
 DTYPE = torch.bfloat16  # of the rest of the model, as `kt-moe finetune` loads it
 
 
@@ -40,7 +41,6 @@ def read_config(path: Path) -> Any:
         raise UserError(f"there is no {file}{'' if path.exists() else advice}")
     with blamed_on(file):
         config = AutoConfig.from_pretrained(file)
-        architecture_of(config)
     return config
 
 
@@ -62,13 +62,11 @@ def outline(config: Any, run: Run) -> Outline:
     Raises:
         UserError: no layer with routed experts, or a target that the model lacks.
     """
-    architecture = architecture_of(config)
     AttentionInterface.register(_ATTENTION, _attention)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPE, attn_implementation=_ATTENTION)
+        architecture = architecture_of(model)
         layers = _take_out_experts(model, architecture)
-        if not layers:
-            raise UserError(f"a {architecture.model_type} of this config has no layer with routed experts")
         rest = sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
         targets = [*run.modules, *(["experts"] if run.projections else [])]
         model = add_lora(model, rank=run.rank, alpha=run.rank, dropout=0.0, targets=targets, seed=0)
@@ -83,19 +81,14 @@ def outline(config: Any, run: Run) -> Outline:
 
 
 def _take_out_experts(model: nn.Module, architecture: Architecture) -> list[ExpertLayer]:
-    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    topk = next(int(value) for name in _TOPK if (value := getattr(config, name, None)) is not None)
     layers = []
-    for path in [name for name, _ in model.named_modules() if architecture.layer_of(name) is not None]:
-        theirs, number = model.get_submodule(path), architecture.layer_of(path)
-        assert number is not None
-        experts, hidden = int(theirs.num_experts), int(config.hidden_size)  # type: ignore[arg-type]
-        intermediate = theirs.down_proj.numel() // (experts * hidden)  # type: ignore[operator]
-        topk, biases = int(config.num_experts_per_tok), hasattr(theirs, "down_proj_bias")
-        layers.append(
-            ExpertLayer(number, experts, hidden, intermediate, topk, architecture.activation, biases)
-        )
-        ours = KtExperts(architecture, number, experts, hidden, intermediate)
-        model.set_submodule(path, ours)
+    for module in architecture.modules:
+        biases = hasattr(model.get_submodule(module.path), "down_proj_bias")
+        sizes = module.num_experts, module.hidden_size, module.intermediate_size
+        layers.append(ExpertLayer(module.number, *sizes, topk, module.activation, biases))
+        model.set_submodule(module.path, KtExperts(architecture, module))
     return layers
 
 

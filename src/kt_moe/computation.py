@@ -1,0 +1,134 @@
+"""What an experts module of transformers computes, asked of the module itself.
+
+transformers marks experts that others may compute with `use_experts_implementation`. The flags it leaves on
+the module say how the weights are laid out, and `_apply_gate` what happens between the two products.
+These are functions of numbers alone, so they are tried on a grid and compared with what the core computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Activation = Callable[[Tensor, Tensor], Tensor]
+
+_BIASES = ("gate_up_proj_bias", "down_proj_bias")
+_ALPHA, _LIMIT = 1.702, 7.0  # gpt-oss's, as src/cpp/kernels/kernel_set.h has them
+
+
+def _gpt_oss(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.clamp(max=_LIMIT), up.clamp(-_LIMIT, _LIMIT)
+    return (up + 1) * gate * torch.sigmoid(_ALPHA * gate)
+
+
+# Those of `kt_moe.Experts`.
+COMPUTED: dict[str, Activation] = {"silu": lambda g, u: functional.silu(g) * u, "gpt_oss": _gpt_oss}
+
+# Known well enough to be named in a refusal.
+_NAMED: dict[str, Activation] = {
+    "exact GELU": lambda g, u: functional.gelu(g) * u,
+    "GELU by tanh": lambda g, u: functional.gelu(g, approximate="tanh") * u,
+    "ReLU": lambda g, u: functional.relu(g) * u,
+    "squared ReLU": lambda g, u: functional.relu(g).square() * u,
+}
+
+
+@dataclass(frozen=True)
+class Computation:
+    """What a module computes, and how its parameters are laid out.
+
+    Attributes:
+        num_experts, hidden_size, intermediate_size: E, H, I by its parameters' shapes.
+        activation: as `kt_moe.Experts` takes it; "" where the core lacks something.
+        lacks: what the core lacks, in words; empty if it can compute the module.
+    """
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    activation: str
+    lacks: tuple[str, ...] = ()
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether transformers lets others compute this module."""
+    return hasattr(module, "is_concatenated") and hasattr(module, "is_transposed")
+
+
+def computation_of(module: Any) -> Computation:
+    """Ask a module that `is_experts`, with parameters on any device, meta included."""
+    gated = getattr(module, "has_gate", True)
+    down = module.down_proj
+    experts, rows, columns = (int(n) for n in down.shape)
+    hidden, intermediate = (columns, rows) if module.is_transposed else (rows, columns)
+    lacks, activation = [], ""
+    if not gated:
+        lacks.append(f"experts without a gate ({_name_of(getattr(module, 'act_fn', None))} of up_proj alone)")
+    else:
+        activation = next((name for name, known in COMPUTED.items() if _computes(module, known)), "")
+        if not activation:
+            lacks.append(f"the activation {_describe(module)}")
+    if getattr(module, "has_post_expert_norm", False):
+        lacks.append(f"a norm on each expert's output ({_name_of(module.post_expert_norm)})")
+    known_names = {"gate_up_proj" if gated else "up_proj", "down_proj", *(_BIASES if module.has_bias else ())}
+    if others := sorted(set(dict(module.named_parameters(recurse=False))) - known_names):
+        lacks.append(f"the parameters {', '.join(others)}")
+    return Computation(experts, hidden, intermediate, "" if lacks else activation, tuple(lacks))
+
+
+def _grid() -> tuple[Tensor, Tensor]:
+    """Values of gate and up, [N, 1] each, that tell activations and their limits apart."""
+    gates = torch.cat([torch.linspace(-12, 12, 97), torch.tensor([-1e4, -60.0, 60.0, 1e4])])
+    ups = torch.tensor([-1e4, -60.0, -12, -7.5, -7, -3, -1, -0.25, 0, 0.25, 1, 3, 7, 7.5, 12, 60.0, 1e4])
+    gate, up = torch.meshgrid(gates.double(), ups.double(), indexing="ij")
+    return gate.reshape(-1, 1), up.reshape(-1, 1)
+
+
+def _computes(module: Any, known: Activation) -> bool:
+    """Whether the module's gating is this activation, on the grid."""
+    with torch.no_grad(), torch.device("cpu"):  # a model may be under construction on meta
+        gate, up = _grid()
+        # Two columns, so that gate and up alternate differently from standing side by side.
+        gates, ups = torch.cat([gate, up], dim=1), torch.cat([up, gate], dim=1)
+        both = torch.cat([gates, ups], dim=1)
+        if not module.is_concatenated:
+            both = torch.stack([gates, ups], dim=2).flatten(1)
+        try:
+            found = module._apply_gate(both)
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            return False
+        wanted = known(gates, ups)
+        return found.shape == wanted.shape and torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def _describe(module: Any) -> str:
+    """The activation of a module, for a message."""
+    for name, known in _NAMED.items():
+        if _computes(module, known):
+            return name
+    limit = next((getattr(module, n) for n in ("swiglu_limit", "limit") if hasattr(module, n)), None)
+    if limit is not None:
+        for name, known in COMPUTED.items():
+            if _computes(module, _clamped(known, float(limit))):
+                return f"{name} with gate and up clamped to {limit:g}"
+    act = getattr(module, "act_fn", None)
+    own = type(module)._apply_gate.__module__ == type(module).__module__
+    options = {n: v for n, v in vars(module).items() if n.removeprefix("swiglu_") in ("alpha", "limit")}
+    text = f"of {type(module).__name__}._apply_gate" if own else _name_of(act)
+    details = [f"{name} {value:g}" for name, value in options.items()]
+    details += [f"act_fn {_name_of(act)}"] if own and act is not None else []
+    return f"{text} ({', '.join(details)})" if details else text
+
+
+def _clamped(known: Activation, limit: float) -> Activation:
+    return lambda gate, up: known(gate.clamp(max=limit), up.clamp(-limit, limit))
+
+
+def _name_of(function: Any) -> str:
+    name = getattr(function, "__name__", None)
+    return name if isinstance(name, str) else type(function).__name__

@@ -1,0 +1,153 @@
+"""The families of the installed transformers that have experts others may compute, and whether the core can.
+
+Nothing is listed here: packages are searched for decorated experts, and a model of each is made on the meta
+device, with its default config.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.models.auto.configuration_auto import (
+    CONFIG_MAPPING,
+    CONFIG_MAPPING_NAMES,
+    model_type_to_module_name,
+)
+
+from kt_moe.checkpoint import ExpertList
+from kt_moe.computation import Computation, computation_of, is_experts
+from kt_moe.conversion import saved_lists
+
+_DECORATED = re.compile(r"^@use_experts_implementation.*\nclass (\w+)", re.MULTILINE)
+# Options of default configs that have no value where a model must, and one that will do.
+_UNSET = dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts"), 4)
+_UNSET |= {"num_experts_per_tok": 2, "top_k_experts": 2, "moe_intermediate_size": 64, "n_shared_experts": 1}
+_HEADS = ("CausalLM", "ImageTextToText", "MultimodalLM", "TokenClassification")  # by preference
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family's experts of one class.
+
+    Attributes:
+        name: of its package in transformers.
+        experts: name of the class.
+        computation: what a module of it computes, with the default config; None where none could be made.
+        saved: what a checkpoint calls one module's tensors; None where the default config has no such module,
+            or the core cannot read them.
+    """
+
+    name: str
+    experts: str
+    computation: Computation | None
+    saved: ExpertList | None
+
+    @property
+    def works(self) -> bool:
+        """Whether a model of it loads through both doors."""
+        return self.computation is not None and not self.computation.lacks
+
+    @property
+    def on_disk(self) -> str:
+        """`layers.N.mlp.experts.E.{gate_proj,up_proj,down_proj}`; "" where it is not known."""
+        if self.saved is None:
+            return ""
+        words = dict.fromkeys(self.saved.words)
+        prefix = re.sub(r"(^|\.)\d+(?=\.)", r"\1N", self.saved.prefix)
+        return f"{prefix}.{'' if self.saved.fused else 'E.'}{{{','.join(words)}}}"
+
+
+def decorated() -> dict[str, list[str]]:
+    """Names of the classes that transformers marks with `use_experts_implementation`, by package."""
+    found = {}
+    (root,) = (Path(path) for path in transformers.models.__path__)
+    for package in pkgutil.iter_modules([str(root)]):
+        file = root / package.name / f"modeling_{package.name}.py"
+        classes = _DECORATED.findall(file.read_text(encoding="utf-8")) if file.is_file() else []
+        if classes:
+            found[package.name] = classes
+    return found
+
+
+def families(names: Collection[str] = ()) -> Iterator[Family]:
+    """One for each decorated class, in alphabetical order of the packages; of those named, or of all."""
+    for name, classes in decorated().items():
+        if names and name not in names:
+            continue
+        made: dict[str, Family] = {}
+        for found in _from_models(name):
+            made.setdefault(found.experts, found)
+            if len(made) == len(classes):
+                break
+        for experts in classes:
+            yield made.get(experts) or Family(name, experts, _alone(name, experts), None)
+
+
+def model_types(family: str) -> list[str]:
+    """Of a package, those first whose models have most parts."""
+    return [t for t in CONFIG_MAPPING_NAMES if model_type_to_module_name(t) == family]
+
+
+def model_class(config: PretrainedConfig) -> Any:
+    """The class of models for a config, with a head if there is one; None if the Auto classes know none."""
+    for auto in (*(f"AutoModelFor{head}" for head in _HEADS), "AutoModel"):
+        mapping = getattr(getattr(transformers, auto, None), "_model_mapping", {})
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    return None
+
+
+def _from_models(family: str) -> Iterator[Family]:
+    for model_type in model_types(family):
+        model = _on_meta(model_type)
+        modules = {} if model is None else {n: m for n, m in model.named_modules() if is_experts(m)}
+        if model is None or not modules:
+            continue
+        lists = saved_lists(model, modules)
+        for path, module in modules.items():
+            experts = type(module).__name__
+            yield Family(family, experts, computation_of(module), lists[path])
+
+
+def _default_config(model_type: str) -> PretrainedConfig:
+    config = CONFIG_MAPPING[model_type]()
+    for name, value in _UNSET.items():
+        if getattr(config, name, value) is None:
+            setattr(config, name, value)
+    return config
+
+
+def _on_meta(model_type: str) -> Any:
+    """A model with the default config; None if none can be made of it."""
+    try:
+        config = _default_config(model_type)
+        made = model_class(config)
+        with torch.device("meta"):
+            return None if made is None else made(config)
+    except Exception:  # a default config need not be one of a model
+        return None
+
+
+def _alone(family: str, experts: str) -> Computation | None:
+    """What a module computes that is made without a model, of one of the package's default configs."""
+    code = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    for model_type in model_types(family):
+        try:
+            config = _default_config(model_type)
+            with torch.device("meta"):
+                module: nn.Module = getattr(code, experts)(config)
+            return computation_of(module)
+        except Exception:  # the config of another part
+            continue
+    return None

@@ -1,0 +1,123 @@
+"""`kt_moe.wrap(model)`: experts of a loaded model are taken over, layer by layer, and theirs are freed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from kt_moe.architectures import architecture_of
+from kt_moe.computation import is_experts
+from kt_moe.hf.experts import KtExperts, expert_parameters, pack
+from kt_moe.hf.quantizer import KtMoeConfig, KtMoeQuantizer, guard_loaded_model
+
+_OF_CHECKPOINTS = ("cache_dir", "paged", "lazy")
+
+
+def wrap(model: nn.Module, config: KtMoeConfig | None = None) -> nn.Module:
+    """Let kt_moe compute the routed experts of a model that is in memory; the model itself is changed.
+
+    ::
+
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="bfloat16")
+        kt_moe.wrap(model, kt_moe.KtMoeConfig(format="int4", gpu_memory="6GiB"))
+        model = peft.get_peft_model(model, LoraConfig(target_modules=["q_proj", "experts"]))
+
+    Layer after layer is packed and its parameters are dropped, so that memory never holds more than one layer
+    twice, unless something else refers to the parameters, as an optimizer does that was made before. Experts
+    are frozen from then on. The model is what `from_pretrained(..., quantization_config=config)` gives, but
+    from weights in memory: `kt_moe.KtMoeConfig` needs no memory for torch's experts in between.
+
+    Args:
+        model: a transformers model, or one inside wrappers such as PEFT's whose adapters are elsewhere.
+            Experts may be on any device, in bf16, fp16 or fp32; what is not bf16 is rounded to it. Under FSDP
+            or ZeRO-3 call it where the parameters are gathered.
+        config: how experts are held and computed; those of its options that are about checkpoints have to be
+            at their defaults. Format "as-stored" is bf16.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: model or config is something else.
+        ValueError: the model has no experts, or some that the core cannot compute; an adapter or a
+            parametrization on them; parameters that are not here (on "meta", sharded, partitioned); options
+            about checkpoints. Nothing has been changed then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, wanted a torch.nn.Module")
+    config = KtMoeConfig() if config is None else config
+    if not isinstance(config, KtMoeConfig):
+        raise TypeError(f"config is a {type(config).__name__}, wanted kt_moe.KtMoeConfig or None")
+    if given := [name for name in _OF_CHECKPOINTS if getattr(config, name)]:
+        raise ValueError(f"config has {', '.join(given)}, which is for experts from a checkpoint")
+    architecture = architecture_of(model)
+    inner = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
+    theirs = {m.path: inner.get_submodule(m.path) for m in architecture.modules}
+    left = {path: module for path, module in theirs.items() if not isinstance(module, KtExperts)}
+    if not left:
+        raise ValueError("the experts of this model are kt_moe's already")
+    for path, module in left.items():
+        _refuse_unless_here(path, module)
+
+    options = {
+        "format": "bf16" if config.format == "as-stored" else config.format,
+        "placement": config.placement, "runtime": config.runtime(), "gpu": config.make_gpu(),
+    }  # fmt: skip
+    size = sum(_nbytes(module) for module in left.values())
+    del theirs, module
+    with logging.tqdm(total=size, desc="Packing experts", unit="B", unit_scale=True) as bar:
+        for described in architecture.modules:
+            if described.path in left:
+                module = left.pop(described.path)
+                ours = KtExperts(architecture, described, pack(module, **options))
+                ours.experts.recompute = config.recompute
+                ours.experts.checkpoint_experts = config.checkpoint_experts
+                ours.lora_device, ours.training = config.lora_device, module.training
+                for parent, name in list(_places(inner, module)):
+                    setattr(parent, name, ours)
+                bar.update(_nbytes(module))
+                del module  # and with it the last reference to the parameters
+    guard_loaded_model(inner, KtMoeQuantizer(config))
+    return model
+
+
+def _places(model: nn.Module, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """The parents of a module, of which models that tie layers have several, and its name there."""
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if child is module:
+                yield parent, name
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def _refuse_unless_here(path: str, module: nn.Module) -> None:
+    """ValueError unless these are experts of transformers whose parameters are in this process."""
+    if not is_experts(module):
+        raise ValueError(
+            f"{path} is a {type(module).__name__}, which has an adapter on the experts: call kt_moe.wrap "
+            'before PEFT, and put LoRA on them with LoraConfig(target_modules=["experts"])'
+        )
+    for name, parameter in _parameters(path, module):
+        if parameter.is_meta:
+            raise ValueError(f"{name} is on meta, wanted loaded weights")
+        if isinstance(parameter, DTensor):
+            raise ValueError(f"{name} is sharded by fully_shard, wanted it whole: call kt_moe.wrap before")
+        if hasattr(parameter, "ds_id") and parameter.numel() == 0:
+            raise ValueError(
+                f"{name} is partitioned by ZeRO-3, wanted it whole: call kt_moe.wrap within "
+                "deepspeed.zero.GatheredParameters"
+            )
+
+
+def _parameters(path: str, module: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in zip(*expert_parameters(module), strict=True):
+        yield f"{path}.{name}", parameter

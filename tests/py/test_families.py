@@ -1,0 +1,289 @@
+"""Every family of the installed transformers through both doors, against transformers' eager experts.
+
+A checkpoint is what transformers itself saves, so that its experts have the names and the layout of published
+ones. Whole models are compared: logits, the gradient of every parameter that is not an expert's (embeddings
+see the gradients of hidden states, routers those of routing weights), and LoRA on the experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tiny_families import tiny_family
+from tiny_models import PEFT_WARNINGS, error
+from torch import Tensor, nn
+
+import kt_moe
+from kt_moe import cli
+from kt_moe.computation import is_experts
+from kt_moe.families import decorated
+from kt_moe.hf import KtExperts, KtLoraExperts, KtMoeConfig
+
+pytestmark = [*PEFT_WARNINGS, pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")]
+
+REFUSED = {
+    "deepseek_v4": "silu with gate and up clamped to 10",
+    "diffusion_gemma": "GELU by tanh",
+    "gemma4": "GELU by tanh",
+    "glm5_next": "silu with gate and up clamped to 10",
+    "hy_v4": "silu with gate and up clamped to 10",
+    "inkling2": r"of Inkling2Experts._apply_gate \(act_fn Inkling2SoftcappedSwiGLU\)",
+    "muse_spark": r"a norm on each expert's output \(MuseSparkTextInputScaledRMSNorm\)",
+    "nemotron_h": r"experts without a gate \(ReLUSquaredActivation of up_proj alone\)",
+}
+COMPUTED = sorted(set(decorated()) - set(REFUSED))
+SCALING = 2.0
+# Relative L2: weights are exact in bf16, what flows between products is rounded.
+LOGITS, GRADIENTS = 1e-2, 2e-2
+
+
+class Family:
+    """A tiny checkpoint, and what eager transformers makes of it."""
+
+    def __init__(self, family: str, path: Path) -> None:
+        model = tiny_family(family)
+        model.save_pretrained(path)
+        self.path, self.model_class = path, type(model)
+        self.ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(1))
+
+    def load(self, **options: Any) -> Any:
+        return self.model_class.from_pretrained(self.path, dtype=torch.float32, **options).eval()
+
+    def eager(self) -> Any:
+        return self.load(experts_implementation="eager")
+
+    def rounded(self) -> Any:
+        return with_bf16_experts(self.load(experts_implementation="batched_mm"))
+
+    def by_config(self) -> Any:
+        return self.load(quantization_config=KtMoeConfig())
+
+    def by_implementation(self) -> Any:
+        model = self.load(experts_implementation="kt_moe")
+        for module in expert_modules(model).values():
+            module.requires_grad_(False)
+        return model
+
+    def run(self, model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The output, and the gradients of all parameters that are not experts' for a fixed one of it."""
+        out = model(input_ids=self.ids)[0]
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+        out.backward(grad)
+        gradients = {
+            name: parameter.grad
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None and ".experts." not in name
+        }
+        return out.detach(), gradients
+
+
+@pytest.fixture(scope="module", params=COMPUTED)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return Family(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def expert_modules(model: nn.Module) -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if is_experts(module)}
+
+
+def natural(module: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """gate, up [E, I, H] and down [E, H, I] of transformers' module."""
+    both, down = module.gate_up_proj, module.down_proj
+    if module.is_transposed:
+        both, down = both.mT, down.mT
+    gate, up = both.chunk(2, dim=1) if module.is_concatenated else (both[:, ::2], both[:, 1::2])
+    return gate, up, down
+
+
+def set_weights(module: Any, gate: Tensor, up: Tensor, down: Tensor) -> None:
+    """Put matrices of `natural` into a module, with their autograd history."""
+    both = torch.cat([gate, up], 1) if module.is_concatenated else torch.stack([gate, up], 2).flatten(1, 2)
+    for name, weight in (("gate_up_proj", both), ("down_proj", down)):
+        del module._parameters[name]
+        setattr(module, name, weight.mT if module.is_transposed else weight)
+
+
+def with_bf16_experts(model: Any) -> Any:
+    """The model, whose experts compute in bf16: a measure of what rounding alone does."""
+    for module in expert_modules(model).values():
+
+        def forward(
+            hidden: Tensor, ids: Tensor, weights: Tensor, module: Any = module, inner: Any = module.forward
+        ) -> Tensor:
+            names = ["gate_up_proj", "down_proj"]
+            names += ["gate_up_proj_bias", "down_proj_bias"] if module.has_bias else []
+            kept = {name: getattr(module, name) for name in names}
+            for name, weight in kept.items():
+                module._parameters.pop(name, None)
+                setattr(module, name, weight.bfloat16())
+            out = inner(hidden.bfloat16(), ids, weights.bfloat16()).to(hidden.dtype)
+            for name, weight in kept.items():
+                setattr(module, name, weight)
+            return out
+
+        module.forward = forward
+    return model
+
+
+def check_gradients(
+    ours: dict[str, Tensor], reference: dict[str, Tensor], rounded: Callable[[], dict[str, Tensor]]
+) -> None:
+    """Errors are small, or where a model amplifies rounding, at most twice those of experts in bf16."""
+    assert ours.keys() == reference.keys()
+    largest = max(float(g.norm()) for g in reference.values())
+    # of smaller ones the sums cancel, and rounding is all there is
+    errors = {n: error(ours[n], g) for n, g in reference.items() if float(g.norm()) > 1e-4 * largest}
+    large = {name: value for name, value in errors.items() if value > GRADIENTS}
+    if large:
+        theirs = rounded()
+        for name, value in large.items():
+            assert value < 2 * error(theirs[name], reference[name]), name
+
+
+@pytest.mark.timeout(120)
+def test_logits_and_gradients(family: Family) -> None:
+    wanted, gradients = family.run(family.eager())
+    outputs = []
+    for model in (family.by_config(), family.by_implementation()):
+        out, found = family.run(model)
+        assert error(out, wanted) < LOGITS
+        check_gradients(found, gradients, lambda: family.run(family.rounded())[1])
+        outputs.append(out)
+    assert torch.equal(*outputs)
+
+
+def test_weights_are_those_of_the_checkpoint(family: Family) -> None:
+    theirs = expert_modules(family.eager())
+    ours = {name: m for name, m in family.by_config().named_modules() if isinstance(m, KtExperts)}
+    assert ours.keys() == theirs.keys()
+    for name, module in ours.items():
+        for found, wanted in zip(module.experts.dequantize(), natural(theirs[name]), strict=True):
+            assert torch.equal(found.float(), wanted), name
+
+
+def merge_lora(
+    modules: dict[str, Any], layers: dict[str, KtLoraExperts]
+) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+    """Make the weights of transformers' modules W + s B A; the leaves A and B, by path and projection."""
+    pairs = {}
+    for name, module in modules.items():
+        weights = []
+        for projection, weight in zip(("gate", "up", "down"), natural(module), strict=True):
+            a, b = (
+                getattr(layers[name], matrix)["default"][projection].detach().clone().requires_grad_()
+                for matrix in ("lora_A", "lora_B")
+            )
+            pairs[name, projection] = a, b
+            weights.append(weight + SCALING * b @ a)
+        set_weights(module, *weights)
+    return pairs
+
+
+def lora_gradients(pairs: dict[tuple[str, str], tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    return {
+        f"{name}.{projection}.{matrix}": leaf.grad
+        for (name, projection), leaves in pairs.items()
+        for matrix, leaf in zip(("lora_A", "lora_B"), leaves, strict=True)
+        if leaf.grad is not None
+    }
+
+
+def test_lora(family: Family) -> None:
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=2, lora_alpha=2 * SCALING, target_modules=["experts"], init_lora_weights=False)
+    ours = peft.inject_adapter_in_model(config, family.by_config()).requires_grad_(True)
+    layers = {name: m for name, m in ours.named_modules() if isinstance(m, KtLoraExperts)}
+    reference = family.eager()
+    modules = expert_modules(reference)
+    assert layers.keys() == modules.keys()
+    pairs = merge_lora(modules, layers)
+    wanted, gradients = family.run(reference)
+    out, found = family.run(ours)
+    assert error(out, wanted) < LOGITS
+
+    def rounded() -> dict[str, Tensor]:
+        model = family.rounded()
+        copies = merge_lora(expert_modules(model), layers)
+        _, gradients = family.run(model)
+        return gradients | lora_gradients(copies)
+
+    of_lora = lora_gradients(pairs)
+    assert of_lora  # a list of experts may get no tokens, not all
+    for name, layer in layers.items():
+        for matrix in ("lora_A", "lora_B"):
+            for projection, parameter in getattr(layer, matrix)["default"].items():
+                key = f"{name}.{projection}.{matrix}"
+                if key in of_lora:
+                    found[key] = parameter.grad
+    found = {name: grad for name, grad in found.items() if ".default." not in name}
+    check_gradients(found, gradients | of_lora, rounded)
+
+
+@pytest.mark.parametrize("family", sorted(REFUSED), indirect=False)
+def test_refused_by_name_before_anything_is_read(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = Family(family, tmp_path)
+    monkeypatch.setattr(kt_moe.hf.quantizer, "Checkpoint", None)
+    monkeypatch.setattr(saved.model_class, "_load_pretrained_model", None)
+    message = f"'{family}.*it lacks (the activation )?{REFUSED[family]}"
+    for options in ({"quantization_config": KtMoeConfig()}, {"experts_implementation": "kt_moe"}):
+        with pytest.raises(ValueError, match=message):
+            saved.load(**options)
+
+
+def test_clamps_are_at_work(family: Family) -> None:
+    wanted, _ = family.run(family.eager())
+    model = family.eager()
+    limited = [m for m in expert_modules(model).values() if hasattr(m, "limit")]
+    if not limited:
+        pytest.skip("experts without limits")
+    for module in limited:
+        module.limit = module.swiglu_limit = 1e9
+    out, _ = family.run(model)
+    assert error(out, wanted) > LOGITS
+
+
+def test_one_expert_wrong_is_seen(family: Family) -> None:
+    # The comparison itself: with another expert's weights in one place the error is far beyond the tolerance.
+    wanted, _ = family.run(family.eager())
+    model = family.by_implementation()
+    family.run(model)
+    name, experts = next(iter(kt_moe.model_experts(model).items()))
+    module, wrong = model.get_submodule(name), int(experts.routed.argmax())
+    with torch.no_grad():
+        module.down_proj[wrong] = module.down_proj[wrong - 1]
+    out, _ = family.run(model)
+    assert error(out, wanted) > 3 * LOGITS
+
+
+def test_the_command_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models"]) == 0
+    *lines, _, summary = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines[1:]]
+    assert sorted({name for name, works, *_ in rows if works == "no"}) == sorted(REFUSED)
+    assert sorted({name for name, works, *_ in rows if works == "yes"}) == COMPUTED
+    assert summary.endswith(f"{len(COMPUTED)} of {len(COMPUTED) + len(REFUSED)} families work")
+    for line in lines[1:]:
+        name = line.split()[0]
+        assert name not in REFUSED or re.search(REFUSED[name], line)
+
+
+def test_the_command_shows_named_families(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models", "mixtral", "granitemoe"]) == 0
+    first, second = capsys.readouterr().out.splitlines()[1:3]
+    assert first.split()[-1] == "model.layers.N.block_sparse_moe.{input_linear.weight,output_linear.weight}"
+    assert second.split() == [
+        "mixtral",
+        "yes",
+        "silu",
+        "model.layers.N.block_sparse_moe.experts.E.{w1,w3,w2}",
+    ]
+    assert cli.main(["models", "llama"]) == 2
+    assert "has no experts in llama" in capsys.readouterr().err
