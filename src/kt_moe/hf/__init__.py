@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import inspect
 
-from peft import PeftType
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from transformers.integrations import moe as _moe
 from transformers.quantizers import register_quantization_config, register_quantizer
 
+from kt_moe.hf import tuner
 from kt_moe.hf.experts import NAME, KtExperts, kt_moe_experts_forward
-from kt_moe.hf.lora import KtLoraExperts, KtLoraModel
+from kt_moe.hf.lora import KtLoraExperts
 from kt_moe.hf.quantizer import KtMoeConfig, KtMoeQuantizer
+from kt_moe.hf.tuner import KtLoraModel
 
 __all__ = ["KtExperts", "KtLoraExperts", "KtLoraModel", "KtMoeConfig", "KtMoeQuantizer"]
 
@@ -34,8 +34,7 @@ def _register() -> None:
     used = inspect.signature(_moe.use_experts_implementation).parameters["experts_interface"].default
     for interface in (_moe.ExpertsInterface, type(used)):
         interface.register(NAME, kt_moe_experts_forward)
-    # A subclass that only differs on models with kt_moe experts.
-    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = KtLoraModel
+    tuner.register()
 
 
 _register()

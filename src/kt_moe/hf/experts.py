@@ -35,10 +35,13 @@ class KtExperts(nn.Module):
 
     Attributes:
         lora_device: where LoRA on them goes, "auto", "cpu" or "cuda"; see `KtMoeConfig`.
+        is_concatenated: whether the rows of gate_up_proj in the module that this one replaces are gate, then
+            up; False: they alternate. Fused adapters have the same rows.
     """
 
     _is_hf_initialized = True
     lora_device = "auto"
+    is_concatenated = True
 
     def __init__(
         self, architecture: Architecture, layer: int, num_experts: int, hidden_dim: int, intermediate_dim: int
@@ -86,6 +89,7 @@ class KtExperts(nn.Module):
         copy._load = self._load  # first: a thread that loads sets the experts before it drops this
         copy._experts = self._experts
         copy.training, copy.lora_device = self.training, self.lora_device
+        copy.is_concatenated = self.is_concatenated
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kt_moe import checkpointing
 from kt_moe import lora_device as lora_devices
-from kt_moe.architectures import architecture_of
+from kt_moe.architectures import Architecture, architecture_of
 from kt_moe.checkpoint import Checkpoint
 from kt_moe.experts import CHECKPOINT_FORMATS, PLACEMENTS, Experts
 from kt_moe.gpu import Gpu, Rates, as_gpu
@@ -138,17 +138,7 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
         architecture = architecture_of(model.config)
         self._checkpoint = _open(checkpoint_files)
         self._runtime, self._gpu = self.quantization_config.runtime(), self.quantization_config.make_gpu()
-        paths = [name for name, _ in model.named_modules() if architecture.layer_of(name) is not None]
-        if not paths:
-            raise ValueError(
-                f"{type(model).__name__} has no layer with routed experts at {architecture.module!r}"
-            )
-        for path in paths:
-            theirs, layer = model.get_submodule(path), architecture.layer_of(path)
-            assert layer is not None
-            ours = KtExperts(architecture, layer, *dims_of(theirs))
-            ours.lora_device = self.quantization_config.lora_device
-            model.set_submodule(path, ours)
+        put_experts(model, architecture, self.quantization_config.lora_device)
         # The checkpoint's expert tensors have no place in the model now, which is no reason to warn.
         ignored = {rf"\.{re.escape(path)}\." for path in (architecture.module, architecture.on_disk)}
         model._keys_to_ignore_on_load_unexpected = ignored | set(
@@ -185,6 +175,26 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """Adapters can be trained on it."""
         return True
+
+
+def put_experts(model: Any, architecture: Architecture, lora_device: str = "auto") -> None:
+    """Replace every experts module of a transformers model by ours, without weights yet.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    paths = [name for name, _ in model.named_modules() if architecture.layer_of(name) is not None]
+    if not paths:
+        raise ValueError(
+            f"{type(model).__name__} has no layer with routed experts at {architecture.module!r}"
+        )
+    for path in paths:
+        theirs, layer = model.get_submodule(path), architecture.layer_of(path)
+        assert layer is not None
+        ours = KtExperts(architecture, layer, *dims_of(theirs))
+        ours.lora_device = lora_device
+        ours.is_concatenated = getattr(theirs, "is_concatenated", True)
+        model.set_submodule(path, ours)
 
 
 @dataclass(frozen=True)
