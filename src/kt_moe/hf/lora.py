@@ -201,20 +201,20 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
             for projection in self.lora_A[name]:
                 tensors[f"{projection}_lora_a"] = self.lora_A[name][projection]
                 tensors[f"{projection}_lora_b"] = self.lora_B[name][projection]
-            scalings = [self._scaling(name, p) if p in self.lora_A[name] else 1.0 for p in PROJECTIONS]
+            scalings = [self.scaling_of(name, p) if p in self.lora_A[name] else 1.0 for p in PROJECTIONS]
             return Lora(scalings, dropout), tensors
         for projection in PROJECTIONS:
             names = [name for name in active if projection in self.lora_A[name]]
             if names:
                 a = [self.lora_A[name][projection] for name in names]
-                b = [self.lora_B[name][projection] * self._scaling(name, projection) for name in names]
+                b = [self.lora_B[name][projection] * self.scaling_of(name, projection) for name in names]
                 # adapters may lie on different devices, and have different dtypes
                 tensors[f"{projection}_lora_a"] = torch.cat([t.to(a[0]) for t in a], dim=1)
                 tensors[f"{projection}_lora_b"] = torch.cat([t.to(b[0]) for t in b], dim=2)
         return Lora(1.0, dropout), tensors
 
-    def _scaling(self, adapter_name: str, projection: str) -> float:
-        """That of the adapter, which PEFT may change, times what this projection has above the first."""
+    def scaling_of(self, adapter_name: str, projection: str) -> float:
+        """That of a projection: the adapter's, which PEFT may change, times what it has above the first."""
         pairs = self.pairs[adapter_name].pairs
         first, own = next(iter(pairs.values())).scaling, pairs[projection].scaling
         scaling = float(self.scaling[adapter_name])

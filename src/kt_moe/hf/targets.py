@@ -68,6 +68,13 @@ class Targets:
     parameters: frozenset[str]
     experts: Mapping[str, ExpertPairs]
 
+    def names(self) -> set[str]:
+        """The same as a list in target_modules says it, parameters apart."""
+        return {
+            *self.modules,
+            *(f"{path}.{p}_proj" for path, pairs in self.experts.items() for p in pairs.pairs),
+        }
+
     def __str__(self) -> str:
         names = {path.rpartition(".")[2] for path in self.modules}
         names |= {path.rpartition(".")[0].rpartition(".")[2] for path in self.parameters}

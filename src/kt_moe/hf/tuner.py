@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
@@ -24,6 +25,7 @@ from kt_moe.hf.experts import KtExperts, dims_of, is_kt_experts
 from kt_moe.hf.lora import NO_MERGE, KtLoraExperts
 from kt_moe.hf.portable import PREFIX, ExpertsForm, Matrices, is_per_expert, renamed_by_peft, stacked
 from kt_moe.hf.targets import FUSED, Targets, find_targets, free_modules, is_experts, shortest
+from kt_moe.hf.weighted import KINDS, combine
 from kt_moe.lora_device import LoraPlace
 from kt_moe.patterns import first_match
 
@@ -59,6 +61,8 @@ class KtLoraConfig(LoraConfig):  # type: ignore[misc]
 class KtLoraModel(LoraModel):  # type: ignore[misc]
     """PEFT's LoRA tuner for models with kt_moe experts. For another model it makes PEFT's own."""
 
+    _kt_held: dict[KtLoraExperts, tuple[Any, Any]] | None = None  # new LoRA that PEFT is not to see
+
     def __new__(cls, model: Any = None, *args: Any, **kwargs: Any) -> Any:
         if isinstance(model, nn.Module) and _architecture(model) is None:
             return LoraModel(model, *args, **kwargs)
@@ -84,6 +88,14 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
             raise
         _move_to_their_models(model, adapter_name)
         config.kt_moe_saved = saved_config(model, config, adapter_name)
+        if config.target_parameters:  # PEFT's functions for several adapters want names of modules
+            config.target_modules, config.target_parameters = (
+                targets.names(),
+                sorted(targets.parameters) or None,
+            )
+        if self._kt_held is not None:
+            for _, layer in list(lora_layers(model, adapter_name)):
+                self._kt_held[layer] = layer.lora_A.pop(adapter_name), layer.lora_B.pop(adapter_name)
 
     def _inject(
         self, model: nn.Module, adapter_name: str, config: KtLoraConfig, *args: Any, **kwargs: Any
@@ -99,6 +111,77 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
         finally:
             for name, value in words.items():
                 setattr(config, name, value)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_clamp: float | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        **options: Any,
+    ) -> None:
+        """Add the weighted sum of adapters as a further one; see `peft.LoraModel.add_weighted_adapter`.
+
+        Raises:
+            ValueError: a combination that does not work on experts; names it.
+        """
+        if adapter_name in self.peft_config:
+            return
+        kind = "linear" if len(adapters) == 1 else combination_type  # as PEFT has it
+        if kind not in KINDS:
+            raise ValueError(f"combination_type is {kind!r}, kt_moe experts know {list(KINDS)}")
+        if svd_clamp is not None:
+            raise ValueError(f"svd_clamp is {svd_clamp}, which does not work on kt_moe experts")
+        shared = {"density": density, "majority_sign_method": majority_sign_method}
+        self._kt_held = held = dict[KtLoraExperts, tuple[Any, Any]]()
+        try:
+            super().add_weighted_adapter(
+                adapters, weights, adapter_name, combination_type=combination_type, **shared, **options
+            )
+        finally:
+            del self._kt_held
+        for layer, (layer.lora_A[adapter_name], layer.lora_B[adapter_name]) in held.items():
+            self._combine(layer, adapters, weights, adapter_name, kind, shared)
+
+    @torch.no_grad()
+    def _combine(
+        self,
+        layer: KtLoraExperts,
+        adapters: list[str],
+        weights: list[float],
+        new: str,
+        kind: str,
+        shared: Any,
+    ) -> None:
+        """Give a layer's new adapter the values of the sum."""
+        for projection, pair in layer.pairs[new].pairs.items():
+            a, b = layer.lora_A[new][projection], layer.lora_B[new][projection]
+            parts = [
+                (
+                    layer.lora_A[n][projection],
+                    layer.lora_B[n][projection],
+                    weight * layer.scaling_of(n, projection),
+                )
+                for n, weight in zip(adapters, weights, strict=True)
+                if n in layer.pairs and projection in layer.pairs[n].pairs
+            ]
+            names = [str(number) for number in range(len(parts))]
+
+            def of_matrices(one: Any, names: list[str] = names) -> Any:
+                return self._generalized_task_arithmetic_weighted_adapter(
+                    kind, names, [1.0] * len(names), one, **shared
+                )
+
+            b.zero_()
+            if parts:
+                values = combine(parts, pair.rank, kind, of_matrices)
+                a.copy_(values[0])
+                b.copy_(values[1] / pair.scaling)
+            for parameter in (a, b):
+                parameter.requires_grad_(False)
 
     def _check_new_adapter_config(self, config: KtLoraConfig) -> None:
         super()._check_new_adapter_config(config)
