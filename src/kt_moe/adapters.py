@@ -11,8 +11,9 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from torch import Tensor, nn
 
 from kt_moe.adapter_files import read_adapter, write_adapter
+from kt_moe.hf.config import KtLoraConfig
+from kt_moe.hf.lora import lora_layers
 from kt_moe.hf.portable import PREFIX, expert_major
-from kt_moe.hf.tuner import KtLoraConfig, form_of, lora_layers
 
 StrPath = str | os.PathLike[str]
 _LAYOUTS = ("peft", "expert-major")
@@ -108,7 +109,7 @@ def fill(model: Any, tensors: dict[str, Tensor], adapter_name: str, path: Path, 
     """
     if layout == "expert-major":
         layers = lora_layers(model, adapter_name)
-        tensors = expert_major(tensors, [form_of(name.removeprefix(PREFIX), x) for name, x in layers])
+        tensors = expert_major(tensors, [x.form(name.removeprefix(PREFIX)) for name, x in layers])
     try:
         result: Any = set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
     except RuntimeError as error:  # torch's, of other shapes

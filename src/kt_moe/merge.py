@@ -29,7 +29,6 @@ from kt_moe.hf.lora import KtLoraExperts
 from kt_moe.hf.portable import PREFIX, ExpertsForm
 from kt_moe.hf.quantizer import put_experts
 from kt_moe.hf.targets import FUSED
-from kt_moe.hf.tuner import form_of
 
 _NAME = "merged"  # of the adapter in the model without weights
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -230,7 +229,7 @@ def _of_layer(path: str, module: Any) -> _Change:
 
 
 def _of_experts(path: str, module: KtLoraExperts, checkpoint: Checkpoint) -> dict[str, _Change]:
-    form = form_of(path, module)
+    form = module.form(path)
     pairs = {
         projection: [
             _Pair(a, b, pair.scaling)

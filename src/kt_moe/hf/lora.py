@@ -6,7 +6,7 @@ its form on disk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,10 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from kt_moe.architectures import Architecture, architecture_of
 from kt_moe.functional import PROJECTIONS, Lora, MoEFunction
-from kt_moe.hf.experts import dims_of, experts_of
+from kt_moe.hf.experts import dims_of, experts_of, is_kt_experts
+from kt_moe.hf.portable import ExpertsForm, Matrices
 from kt_moe.hf.targets import FUSED, ExpertPairs, Pair
 from kt_moe.lora_device import LoraParameters, LoraPlace
 
@@ -223,6 +225,42 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
     def _dropout(self, adapter_name: str) -> float:
         return float(getattr(self.lora_dropout[adapter_name], "p", 0.0)) if self.training else 0.0
 
+    def form(self, path: str) -> ExpertsForm:
+        """The form on disk of this layer's tensors; `path` is the layer's."""
+        architecture = experts_architecture(self.base_layer)
+        assert architecture is not None
+        is_concatenated = self.base_layer.is_concatenated
+        return ExpertsForm(path, architecture, *dims_of(self.base_layer), is_concatenated=is_concatenated)
+
+    def fused_ranks(self, adapter_name: str) -> dict[str, int]:
+        """Rank of an adapter's LoRA of each fused parameter as it is written."""
+        own = self.pairs[adapter_name].pairs
+        ranks = {name: sum(own[p].rank for p in parts if p in own) for name, parts in FUSED.items()}
+        return {name: rank for name, rank in ranks.items() if rank}
+
+    def fused_scaling(self, adapter_name: str, fused: str) -> float:
+        """Scaling of an adapter's LoRA of a fused parameter as it is written: of gate_up that of gate."""
+        own = self.pairs[adapter_name].pairs
+        return next(own[p].scaling for p in FUSED[fused] if p in own)
+
+    def has_one_scaling(self, adapter_name: str) -> bool:
+        """Whether gate and up of an adapter have the same one."""
+        pairs = self.pairs[adapter_name].pairs
+        return len({pair.scaling for p, pair in pairs.items() if p != "down"}) < 2
+
+    def tensors(
+        self, adapter_name: str, path: str, matrices: Matrices, per_expert: bool
+    ) -> dict[str, Tensor]:
+        """An adapter's tensors in the form on disk, keys without ".weight"."""
+        form = self.form(path)
+        if per_expert and self.has_one_scaling(adapter_name):
+            return form.split(matrices)
+        if not self.has_one_scaling(adapter_name):  # a fused tensor has one: the rest of up's goes into its B
+            a, b = matrices["up"]
+            own = self.pairs[adapter_name].pairs["up"].scaling
+            matrices = {**matrices, "up": (a, b * (own / self.fused_scaling(adapter_name, "gate_up_proj")))}
+        return form.fuse(matrices)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """NotImplementedError: the experts are frozen in packed form."""
         raise NotImplementedError(NO_MERGE)
@@ -230,6 +268,22 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
     def unmerge(self) -> None:
         """NotImplementedError: nothing was merged."""
         raise NotImplementedError(NO_MERGE)
+
+
+def experts_architecture(model: nn.Module) -> Architecture | None:
+    """The architecture of a model with kt_moe experts; None for other models."""
+    experts = next((module for module in model.modules() if is_kt_experts(module)), None)
+    if experts is None:
+        return None
+    row = getattr(experts, "architecture", None)
+    return row if isinstance(row, Architecture) else architecture_of(experts.config)
+
+
+def lora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, KtLoraExperts]]:
+    """The layers of experts that have this adapter, by path."""
+    for path, module in model.named_modules():
+        if isinstance(module, KtLoraExperts) and adapter_name in module.pairs:
+            yield path.removeprefix("_fsdp_wrapped_module."), module
 
 
 def _refuse_options(config: LoraConfig) -> None:

@@ -1,4 +1,4 @@
-"""PEFT's LoRA tuner for models with kt_moe experts, and the config of their adapters.
+"""PEFT's LoRA tuner for models with kt_moe experts.
 
 PEFT has one tuner class for LoRA. `KtLoraModel` stands in its registry and leaves every model without kt_moe
 experts to the class that stood there. It overrides what PEFT calls to add an adapter (`inject_adapter`, and
@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftType
+from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
-from kt_moe.architectures import Architecture, architecture_of
-from kt_moe.hf.experts import KtExperts, dims_of, is_kt_experts
-from kt_moe.hf.lora import NO_MERGE, KtLoraExperts
-from kt_moe.hf.portable import PREFIX, ExpertsForm, Matrices, is_per_expert, renamed_by_peft, stacked
-from kt_moe.hf.targets import FUSED, Targets, find_targets, free_modules, is_experts, shortest
+from kt_moe.hf.config import KtLoraConfig, saved_config
+from kt_moe.hf.experts import KtExperts, is_kt_experts
+from kt_moe.hf.lora import NO_MERGE, KtLoraExperts, experts_architecture, lora_layers
+from kt_moe.hf.portable import PREFIX, is_per_expert, stacked
+from kt_moe.hf.targets import find_targets
 from kt_moe.hf.weighted import KINDS, combine
 from kt_moe.lora_device import LoraPlace
 from kt_moe.patterns import first_match
@@ -33,38 +31,13 @@ _logger = logging.getLogger(__name__)
 _NOTHING = "(?!)"  # a pattern without matches: PEFT's conversion of names of older models leaves it alone
 
 
-class KtLoraConfig(LoraConfig):  # type: ignore[misc]
-    """A LoraConfig in a model with kt_moe experts: what the user wrote, saved as what plain PEFT reads.
-
-    kt_moe_targets: what it targets in that model.
-    kt_moe_saved: the config that is saved; the file has no other.
-    """
-
-    kt_moe_targets: Targets
-    kt_moe_saved: LoraConfig
-
-    @classmethod
-    def of(cls, config: LoraConfig) -> KtLoraConfig:
-        """A copy; the caller's config stays as it is."""
-        result: Any = copy.deepcopy(config)
-        result.__class__ = cls
-        return result  # type: ignore[no-any-return]
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json for plain PEFT."""
-        saved = copy.copy(self.kt_moe_saved)
-        for field in ("base_model_name_or_path", "inference_mode", "revision", "task_type", "auto_mapping"):
-            setattr(saved, field, getattr(self, field))
-        saved.save_pretrained(save_directory, **kwargs)
-
-
 class KtLoraModel(LoraModel):  # type: ignore[misc]
     """PEFT's LoRA tuner for models with kt_moe experts. For another model it makes PEFT's own."""
 
     _kt_held: dict[KtLoraExperts, tuple[Any, Any]] | None = None  # new LoRA that PEFT is not to see
 
     def __new__(cls, model: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(model, nn.Module) and _architecture(model) is None:
+        if isinstance(model, nn.Module) and experts_architecture(model) is None:
             return LoraModel(model, *args, **kwargs)
         return super().__new__(cls)
 
@@ -74,7 +47,7 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
         Raises:
             ValueError: a target that matches nothing, an option that does not work on experts; names it.
         """
-        architecture = _architecture(model)
+        architecture = experts_architecture(model)
         assert architecture is not None
         config = self.peft_config[adapter_name] = KtLoraConfig.of(self.peft_config[adapter_name])
         self._kt_place = _place_of(model)
@@ -225,11 +198,8 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
             key = stacked(path, adapter_name)
             own = {m.groups(): found.pop(m[0]) for m in filter(None, map(key.match, list(found)))}
             matrices = {p: (own["A", p], own["B", p]) for m, p in own if m == "A"}
-            form = form_of(path, layer)
-            if is_per_expert(model, layer.pairs[adapter_name].pairs) and _one_scaling(layer, adapter_name):
-                tensors = form.split(matrices)
-            else:
-                tensors = form.fuse(_scaled_alike(matrices, layer, adapter_name))
+            per_expert = is_per_expert(model, layer.pairs[adapter_name].pairs)
+            tensors = layer.tensors(adapter_name, path, matrices, per_expert)
             found |= {f"{k}.{adapter_name}.weight": t for k, t in tensors.items()}
         return found
 
@@ -240,8 +210,8 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
         result: dict[str, Tensor] = {}
         state_dict = dict(state_dict)
         for path, layer in lora_layers(model, adapter_name):
-            form = form_of(path.removeprefix(PREFIX), layer)
-            pairs, ranks = layer.pairs[adapter_name], fused_ranks(layer, adapter_name)
+            form = layer.form(path.removeprefix(PREFIX))
+            pairs, ranks = layer.pairs[adapter_name], layer.fused_ranks(adapter_name)
             allowed = {name: {rank, pairs.fused.get(name, rank)} for name, rank in ranks.items()}
             own = {projection: pair.rank for projection, pair in pairs.pairs.items()}
             matrices = form.take(state_dict, allowed, own)
@@ -267,135 +237,8 @@ def register() -> None:
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = KtLoraModel
 
 
-def lora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, KtLoraExperts]]:
-    """The layers of experts that have this adapter, by path."""
-    for path, module in model.named_modules():
-        if isinstance(module, KtLoraExperts) and adapter_name in module.pairs:
-            yield path.removeprefix("_fsdp_wrapped_module."), module
-
-
-def form_of(path: str, layer: KtLoraExperts) -> ExpertsForm:
-    """The form on disk of a layer's tensors."""
-    base = layer.base_layer
-    architecture = _architecture(base)
-    assert architecture is not None
-    return ExpertsForm(path, architecture, *dims_of(base), is_concatenated=base.is_concatenated)
-
-
-def fused_ranks(layer: KtLoraExperts, adapter_name: str) -> dict[str, int]:
-    """Rank of the LoRA of each fused parameter as it is written."""
-    own = layer.pairs[adapter_name].pairs
-    ranks = {name: sum(own[p].rank for p in parts if p in own) for name, parts in FUSED.items()}
-    return {name: rank for name, rank in ranks.items() if rank}
-
-
-def saved_config(model: nn.Module, config: KtLoraConfig, adapter_name: str) -> LoraConfig:
-    """The config with which plain PEFT puts the same LoRA on the same model.
-
-    It says what is there: names that end no other module's path, and patterns where ranks differ. Names that
-    PEFT would take for routed experts are given as parameters, which it leaves alone.
-    """
-    saved: Any = copy.deepcopy(config)
-    saved.__class__ = LoraConfig
-    modules, parameters = [], []  # all there are, in plain transformers
-    wanted: dict[str, tuple[int, float]] = {}  # rank and alpha
-    old_names = renamed_by_peft(model)
-    experts: dict[str, KtLoraExperts] = {}
-    for name, module in free_modules(model):
-        base = module.get_base_layer() if isinstance(module, LoraLayer) else module
-        modules.append(name)
-        if is_experts(module):
-            parameters += [f"{name}.{fused}" for fused in FUSED]
-        else:
-            parameters += [f"{name}.{parameter}" for parameter, _ in base.named_parameters(recurse=False)]
-        if isinstance(module, KtLoraExperts) and adapter_name in module.pairs:
-            experts[name] = module
-        elif isinstance(module, LoraLayer) and adapter_name in module.r:
-            rank = module.r[adapter_name]
-            alpha = module.lora_alpha[adapter_name] * (rank**0.5 if module.use_rslora[adapter_name] else 1)
-            as_parameter = isinstance(module, ParamWrapper) or name.rpartition(".")[2] in old_names
-            wanted[f"{name}.{getattr(module, 'parameter_name', 'weight')}" if as_parameter else name] = (
-                rank,
-                alpha,
-            )
-    saved.lora_alpha = config.lora_alpha * (config.r**0.5 if config.use_rslora else 1)
-    saved.use_rslora = False
-    names = _names_of_all_experts(model, experts, adapter_name, saved)
-    for path, layer in {} if names else experts.items():
-        for fused, rank in fused_ranks(layer, adapter_name).items():
-            wanted[f"{path}.{fused}"] = rank, rank * _scaling_of(layer, adapter_name, fused)
-    as_parameters = [name for name in wanted if name in set(parameters)]
-    of_experts = [n if not any(m.endswith(f".{n}") for m in modules) else f"experts.{n}" for n in names]
-    saved.target_modules = sorted([*shortest(wanted.keys() - set(as_parameters), modules), *of_experts])
-    saved.target_parameters = shortest(as_parameters, parameters) or None
-    saved.rank_pattern = _pattern({name: rank for name, (rank, _) in wanted.items()}, saved.r)
-    saved.alpha_pattern = _pattern({name: alpha for name, (_, alpha) in wanted.items()}, saved.lora_alpha)
-    saved.layers_to_transform = saved.layers_pattern = saved.exclude_modules = None
-    if experts or as_parameters:
-        saved.lora_dropout, saved.init_lora_weights = 0.0, True  # PEFT has no dropout on parameters
-    return saved
-
-
-def _names_of_all_experts(
-    model: nn.Module, experts: dict[str, KtLoraExperts], adapter_name: str, saved: LoraConfig
-) -> list[str]:
-    """The names of projections on disk, if they say all: the same LoRA, of r and alpha, in every layer."""
-    layers = [name for name, module in free_modules(model) if is_experts(module)]
-    pairs = [layer.pairs[adapter_name].pairs for layer in experts.values()]
-    if not experts or len(experts) != len(layers) or not is_per_expert(model, pairs[0]):
-        return []
-    uniform = all(
-        p.rank == saved.r and p.scaling == saved.lora_alpha / saved.r for x in pairs for p in x.values()
-    )
-    if not uniform or any(other.keys() != pairs[0].keys() for other in pairs):
-        return []
-    form = form_of("", next(iter(experts.values())))
-    on_disk = dict(
-        zip(FUSED["gate_up_proj"] + FUSED["down_proj"], form.architecture.projections, strict=True)
-    )
-    return [on_disk[p] for p in pairs[0]]
-
-
-def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:
-    """Shortest patterns for the names whose value is not the default."""
-    result: dict[str, Any] = {}
-    for value in dict.fromkeys(values.values()):
-        if value != default:
-            same = [name for name, own in values.items() if own == value]
-            result |= dict.fromkeys(shortest(same, values), value)
-    return result
-
-
-def _one_scaling(layer: KtLoraExperts, adapter_name: str) -> bool:
-    pairs = layer.pairs[adapter_name].pairs
-    return len({pair.scaling for p, pair in pairs.items() if p != "down"}) < 2
-
-
-def _scaled_alike(matrices: Matrices, layer: KtLoraExperts, adapter_name: str) -> Matrices:
-    """With the scaling of gate in the B of up: a fused tensor has one."""
-    if _one_scaling(layer, adapter_name):
-        return matrices
-    a, b = matrices["up"]
-    own = layer.pairs[adapter_name].pairs["up"].scaling
-    return {**matrices, "up": (a, b * (own / _scaling_of(layer, adapter_name, "gate_up_proj")))}
-
-
-def _scaling_of(layer: KtLoraExperts, adapter_name: str, fused: str) -> float:
-    pairs = layer.pairs[adapter_name].pairs
-    return next(pairs[p].scaling for p in FUSED[fused] if p in pairs)
-
-
 def _matching(patterns: dict[str, Any], names: list[str]) -> dict[str, Any]:
     return {k: v for k, v in patterns.items() if first_match({k: v}, names) is not None}
-
-
-def _architecture(model: nn.Module) -> Architecture | None:
-    """The architecture of a model with kt_moe experts; None for other models."""
-    experts = next((module for module in model.modules() if is_kt_experts(module)), None)
-    if experts is None:
-        return None
-    row = getattr(experts, "architecture", None)
-    return row if isinstance(row, Architecture) else architecture_of(experts.config)
 
 
 def _place_of(model: nn.Module) -> LoraPlace:
