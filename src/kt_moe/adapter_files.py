@@ -88,7 +88,7 @@ def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
             )
         time.sleep(0.01)
     _check_numbers(directory, options)
-    config = _config(directory, text)
+    config = _config(directory, options, text)
     _check_tensors(directory, tensors)
     return config, tensors
 
@@ -182,9 +182,16 @@ def _check_numbers(directory: Path, options: dict[str, Any]) -> None:
             raise ValueError(f"{where} has lora_alpha {alpha!r}{_of(key)}, wanted a finite number")
 
 
-def _config(directory: Path, text: bytes) -> LoraConfig:
+def _config(directory: Path, options: dict[str, Any], text: bytes) -> LoraConfig:
     """PEFT's config of this file."""
     where = f"{CONFIG_NAME} in {directory}"
+    for name in _WORDS:
+        value = options.get(name)
+        if not (value is None or isinstance(value, str) or _all(value, str)):
+            raise ValueError(f"{where} has {name} {value!r}, wanted names")
+    layers = options.get("layers_to_transform")
+    if not (layers is None or isinstance(layers, int) or _all(layers, int)):
+        raise ValueError(f"{where} has layers_to_transform {layers!r}, wanted integers")
     with tempfile.TemporaryDirectory() as snapshot:  # the file itself may change meanwhile
         (Path(snapshot) / CONFIG_NAME).write_bytes(text)
         try:
@@ -196,6 +203,7 @@ def _config(directory: Path, text: bytes) -> LoraConfig:
     return config
 
 
+_WORDS = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_pattern")
 _NUMBERS = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
 
 
@@ -204,6 +212,10 @@ def _numbers(where: str, options: dict[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{where} has {name} {value!r}, wanted an object")
     return value
+
+
+def _all(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(one, kind) for one in value)
 
 
 def _of(key: str) -> str:

@@ -7,13 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from kt_moe.adapter_files import read_adapter, write_adapter
 from kt_moe.hf.config import KtLoraConfig
-from kt_moe.hf.lora import lora_layers
+from kt_moe.hf.lora import experts_architecture, lora_layers
 from kt_moe.hf.portable import PREFIX, expert_major
+from kt_moe.hf.targets import check_config_patterns
 
 StrPath = str | os.PathLike[str]
 _LAYOUTS = ("peft", "expert-major")
@@ -90,7 +91,7 @@ def load_adapter(
         if is_trainable:
             model.set_requires_grad(adapter_name)
     else:
-        model = get_peft_model(model, config, adapter_name=adapter_name)
+        model = wrap(model, config, adapter_name)
         try:
             fill(model, tensors, adapter_name, path, layout)
         except ValueError:
@@ -99,6 +100,13 @@ def load_adapter(
     if not is_trainable:
         model.eval()
     return model
+
+
+def wrap(model: Any, config: LoraConfig, adapter_name: str) -> PeftModel:
+    """PEFT's model with an adapter by a config from a file. ValueError if that does not fit the model."""
+    if experts_architecture(model) is None:  # else the tuner does it
+        check_config_patterns(config, [name for name, _ in model.named_modules()])
+    return get_peft_model(model, config, adapter_name=adapter_name)
 
 
 def fill(model: Any, tensors: dict[str, Tensor], adapter_name: str, path: Path, layout: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.lora import Embedding, Linear, LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from kt_moe.adapter_files import read_adapter, save_tensors, scratch
-from kt_moe.adapters import StrPath, fill
+from kt_moe.adapters import StrPath, fill, wrap
 from kt_moe.architectures import ARCHITECTURES, architecture_of
 from kt_moe.checkpoint import Checkpoint
 from kt_moe.functional import PROJECTIONS
@@ -149,9 +149,9 @@ def _changes(base: Path, adapter: Path, checkpoint: Checkpoint) -> dict[str, _Ch
 
     Every part of it must find its tensor, or the merge would silently leave it out.
     """
-    model = _hollow(base, adapter)
-    changes: dict[str, _Change] = {}
+    model, replaced = _hollow(base, adapter)
     core = model.get_base_model()
+    changes: dict[str, _Change] = {_on_disk(core, name): _Replaced(t) for name, t in replaced.items()}
     for path, module in model.named_modules():
         path = path.removeprefix(PREFIX)
         if isinstance(module, KtLoraExperts):
@@ -176,8 +176,8 @@ def _changes(base: Path, adapter: Path, checkpoint: Checkpoint) -> dict[str, _Ch
     return changes
 
 
-def _hollow(base: Path, adapter: Path) -> PeftModel:
-    """The base model without weights, with the adapter's."""
+def _hollow(base: Path, adapter: Path) -> tuple[PeftModel, dict[str, Tensor]]:
+    """The base model without weights, with the adapter's; and base weights that the adapter's file has."""
     config, tensors = read_adapter(adapter)
     for option in _REFUSED:
         if getattr(config, option, None):
@@ -203,13 +203,16 @@ def _hollow(base: Path, adapter: Path) -> PeftModel:
     if text.model_type in ARCHITECTURES:
         put_experts(model, architecture_of(model_config), "cpu")
     config.lora_dropout, config.inference_mode, config.base_model_name_or_path = 0.0, True, None
-    wrapped = get_peft_model(model, config, adapter_name=_NAME)
+    wrapped = wrap(model, config, _NAME)
     for path, module in wrapped.named_modules():  # PEFT has put the adapter where the model is
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta and f".{_NAME}." in f"{path}.{name}.":
                 module.register_parameter(name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu")))
+    # PEFT saves embeddings whole where their size was changed, and those that have LoRA.
+    hollow = {name for name, parameter in wrapped.named_parameters() if parameter.is_meta}
+    whole = {name: tensors.pop(name) for name in hollow & tensors.keys()}
     fill(wrapped, tensors, _NAME, adapter, "peft")
-    return wrapped
+    return wrapped, {n.removeprefix(PREFIX): t for n, t in whole.items() if ".base_layer." not in n}
 
 
 def _on_disk(model: Any, name: str) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -92,16 +92,7 @@ def find_targets(model: nn.Module, config: LoraConfig, architecture: Architectur
     paths = [name for name, module in modules.items() if is_experts(module)]
     names = {path: _names(path, architecture) for path in paths}
     known = [*modules, *(name for found in names.values() for keys in found.values() for name in keys)]
-    check_patterns(
-        [
-            *(t for t in (config.target_modules, config.exclude_modules) if isinstance(t, str)),
-            *(config.rank_pattern or ()),
-            *(config.alpha_pattern or ()),
-            *(config.modules_to_save or ()),
-            *_as_list(config.layers_pattern),
-        ],
-        known,
-    )
+    check_config_patterns(config, known)
     matched: set[str] = set()
     whole: dict[str, set[str]] = {path: set() for path in paths}
     missing = []
@@ -134,6 +125,17 @@ def find_targets(model: nn.Module, config: LoraConfig, architecture: Architectur
     return Targets(
         frozenset(matched - weights), frozenset(parameters | {f"{name}.weight" for name in weights}), experts
     )
+
+
+def check_config_patterns(config: LoraConfig, names: Sequence[str]) -> None:
+    """ValueError for a pattern that is none, or takes too long on these names; see `check_patterns`."""
+    words = (config.target_modules, config.exclude_modules, config.layers_pattern)
+    patterns = [word for word in words if isinstance(word, str)]
+    for some in (config.rank_pattern, config.alpha_pattern, config.modules_to_save):
+        patterns += some or ()
+    if not isinstance(config.layers_pattern, str):
+        patterns += config.layers_pattern or ()
+    check_patterns(patterns, names)
 
 
 def free_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -268,10 +270,6 @@ def shortest(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
     wanted = set(wanted)
     taken = {end for name in others if name not in wanted for end in _ends(name)}
     return sorted({next(end for end in (*_ends(name), name) if end not in taken) for name in wanted})
-
-
-def _as_list(value: str | list[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or ())
 
 
 def _ends(name: str) -> Iterator[str]:
