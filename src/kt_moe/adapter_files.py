@@ -1,8 +1,9 @@
 """An adapter's two files: written together, and read as what a stranger wrote.
 
-adapter_config.json and adapter_model.safetensors belong together. The weights are replaced first and repeat
-in their metadata, as `kt_moe_config`, the config that they were saved with: a reader that comes between the
-two, or after a process was killed there, sees that they differ.
+adapter_config.json and adapter_model.safetensors belong together. Old weights are replaced before the config,
+and weights repeat in their metadata, as `kt_moe_config`, the config that they were saved with: a reader that
+comes between the two, or after a process was killed there, sees that they differ. Where no weights were, they
+come last: where they lie, the adapter is complete.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def write_adapter(directory: Path, config: PeftConfig, tensors: dict[str, Tensor
         text = (new / CONFIG_NAME).read_text()
         metadata = {"format": "pt", _CONFIG: json.dumps(_compared(json.loads(text)))}
         save_tensors(tensors, new / SAFETENSORS_WEIGHTS_NAME, metadata)
-        files = sorted(new.iterdir(), key=lambda file: file.name != SAFETENSORS_WEIGHTS_NAME)
+        first = (directory / SAFETENSORS_WEIGHTS_NAME).exists()
+        files = sorted(new.iterdir(), key=lambda file: (file.name == SAFETENSORS_WEIGHTS_NAME) != first)
         for file in files:
             _sync(file)
         for file in files:
