@@ -15,6 +15,7 @@ from kt_moe.runtime import Runtime, cpu_info, default_runtime
 if TYPE_CHECKING:  # the lazy names below, for type checkers
     from kt_moe import hf
     from kt_moe.adapters import load_adapter, save_adapter
+    from kt_moe.export import export_adapter
     from kt_moe.hf import KtMoeConfig
     from kt_moe.merge import merge_checkpoint
     from kt_moe.merge import merge_checkpoint as merge_adapter
@@ -36,6 +37,7 @@ __all__ = [
     "__version__",
     "cpu_info",
     "default_runtime",
+    "export_adapter",
     "hf",
     "load_adapter",
     "merge_adapter",
@@ -53,6 +55,7 @@ _LAZY = {
     "hf": "kt_moe.hf",
     "KtMoeConfig": "kt_moe.hf",
     "save_adapter": "kt_moe.adapters",
+    "export_adapter": "kt_moe.export",
     "load_adapter": "kt_moe.adapters",
     "merge_adapter": "kt_moe.merge",
     "merge_checkpoint": "kt_moe.merge",

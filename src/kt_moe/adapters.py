@@ -35,16 +35,21 @@ def save_adapter(model: nn.Module, directory: StrPath, *, adapter_name: str = "d
         ValueError: the model has no adapter of this name.
         OSError: the files cannot be written; those of an older adapter are intact.
     """
-    configs = getattr(model, "peft_config", {})
-    if adapter_name not in configs:
-        raise ValueError(f"adapter_name is {adapter_name!r}, the model's adapters are {sorted(configs)}")
-    config = copy.copy(configs[adapter_name])
+    config = copy.copy(check_adapter_name(model, adapter_name))
     config.inference_mode = True
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None)
     state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
     tensors = {key: tensor.detach().to("cpu").contiguous() for key, tensor in state_dict.items()}
     write_adapter(Path(directory), config, tensors)
+
+
+def check_adapter_name(model: Any, adapter_name: str) -> Any:
+    """The config of an adapter. ValueError if the model has none of this name."""
+    configs = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        raise ValueError(f"adapter_name is {adapter_name!r}, the model's adapters are {sorted(configs)}")
+    return configs[adapter_name]
 
 
 def load_adapter(

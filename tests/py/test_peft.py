@@ -145,6 +145,13 @@ def test_a_target_without_match(targets: Any, message: str, checkpoint: Path) ->
         with_lora(checkpoint, targets)
 
 
+def test_a_pattern_without_match(checkpoint: Path) -> None:
+    with pytest.warns(RuntimeWarning, match=r"alpha_pattern has \['xproj'\], which match nothing"):
+        with_lora(
+            checkpoint, ["experts", "q_proj"], alpha_pattern={"xproj": 1, "experts.up_proj": 2, "q_proj": 3}
+        )
+
+
 def test_one_meaning_of_a_name(tmp_path: Path) -> None:
     """gate_proj and so on are those of routed experts, shared experts and dense layers, in every family."""
     for family in ("deepseek_v3", "qwen2_moe", "glm4_moe"):

@@ -9,9 +9,9 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
-from kt_moe.hf.lora import KtLoraExperts
+from kt_moe.hf.lora import KtLoraExperts, experts_architecture
 from kt_moe.hf.portable import is_per_expert, renamed_by_peft
-from kt_moe.hf.targets import FUSED, Targets, free_modules, is_experts, shortest
+from kt_moe.hf.targets import FUSED, Targets, free_modules, is_experts, names_of, shortest
 
 
 class KtLoraConfig(LoraConfig):  # type: ignore[misc]
@@ -47,7 +47,10 @@ def saved_config(model: nn.Module, config: KtLoraConfig, adapter_name: str) -> L
     """
     saved: Any = copy.deepcopy(config)
     saved.__class__ = LoraConfig
+    architecture = experts_architecture(model)
+    assert architecture is not None
     modules, parameters = [], []  # all there are, in plain transformers
+    projections: list[str] = []  # names of experts' projections, which no other name may be read as
     wanted: dict[str, tuple[int, float]] = {}  # rank and alpha
     old_names = renamed_by_peft(model)
     experts: dict[str, KtLoraExperts] = {}
@@ -56,6 +59,7 @@ def saved_config(model: nn.Module, config: KtLoraConfig, adapter_name: str) -> L
         modules.append(name)
         if is_experts(module):
             parameters += [f"{name}.{fused}" for fused in FUSED]
+            projections += [alias for some in names_of(name, architecture).values() for alias in some]
         else:
             parameters += [f"{name}.{parameter}" for parameter, _ in base.named_parameters(recurse=False)]
         if isinstance(module, KtLoraExperts) and adapter_name in module.pairs:
@@ -63,20 +67,19 @@ def saved_config(model: nn.Module, config: KtLoraConfig, adapter_name: str) -> L
         elif isinstance(module, LoraLayer) and adapter_name in module.r:
             rank = module.r[adapter_name]
             alpha = module.lora_alpha[adapter_name] * (rank**0.5 if module.use_rslora[adapter_name] else 1)
-            as_parameter = isinstance(module, ParamWrapper) or name.rpartition(".")[2] in old_names
-            wanted[f"{name}.{getattr(module, 'parameter_name', 'weight')}" if as_parameter else name] = (
-                rank,
-                alpha,
-            )
+            if isinstance(module, ParamWrapper) or name.rpartition(".")[2] in old_names:
+                name = f"{name}.{getattr(module, 'parameter_name', 'weight')}"
+            wanted[name] = rank, alpha
     saved.lora_alpha = config.lora_alpha * (config.r**0.5 if config.use_rslora else 1)
     saved.use_rslora = False
     names = _names_of_all_experts(model, experts, adapter_name, saved)
     for path, layer in {} if names else experts.items():
         for fused, rank in layer.fused_ranks(adapter_name).items():
             wanted[f"{path}.{fused}"] = rank, rank * layer.fused_scaling(adapter_name, fused)
-    as_parameters = [name for name in wanted if name in set(parameters)]
+    as_parameters = wanted.keys() & set(parameters)
     of_experts = [n if not any(m.endswith(f".{n}") for m in modules) else f"experts.{n}" for n in names]
-    saved.target_modules = sorted([*shortest(wanted.keys() - set(as_parameters), modules), *of_experts])
+    by_name = shortest(wanted.keys() - as_parameters, [*modules, *projections])
+    saved.target_modules = sorted([*by_name, *of_experts])
     saved.target_parameters = shortest(as_parameters, parameters) or None
     saved.rank_pattern = _pattern({name: rank for name, (rank, _) in wanted.items()}, saved.r)
     saved.alpha_pattern = _pattern({name: alpha for name, (_, alpha) in wanted.items()}, saved.lora_alpha)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -90,9 +91,10 @@ def find_targets(model: nn.Module, config: LoraConfig, architecture: Architectur
     """
     modules = {name: module for name, module in free_modules(model) if name}
     paths = [name for name, module in modules.items() if is_experts(module)]
-    names = {path: _names(path, architecture) for path in paths}
+    names = {path: names_of(path, architecture) for path in paths}
     known = [*modules, *(name for found in names.values() for keys in found.values() for name in keys)]
     check_config_patterns(config, known)
+    _warn_of_patterns(config, known)
     matched: set[str] = set()
     whole: dict[str, set[str]] = {path: set() for path in paths}
     missing = []
@@ -136,6 +138,18 @@ def check_config_patterns(config: LoraConfig, names: Sequence[str]) -> None:
     if not isinstance(config.layers_pattern, str):
         patterns += config.layers_pattern or ()
     check_patterns(patterns, names)
+
+
+def _warn_of_patterns(config: LoraConfig, names: list[str]) -> None:
+    """As PEFT does, of patterns that match no module or weight of one."""
+    names = [*names, *(f"{name}.weight" for name in names)]
+    for option in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, option) or {}
+        missing = [key for key in patterns if first_match({key: True}, names) is None]
+        if missing:
+            warnings.warn(
+                f"{option} has {missing}, which match nothing in this model", RuntimeWarning, stacklevel=4
+            )
 
 
 def free_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -184,7 +198,7 @@ def _excludes(config: LoraConfig, name: str) -> bool:
     return isinstance(check_target_module_exists(one, name), _ExcludedModule)
 
 
-def _names(path: str, architecture: Architecture) -> dict[str, list[str]]:
+def names_of(path: str, architecture: Architecture) -> dict[str, list[str]]:
     """What one may call each projection of the experts at `path`, and "" for all of them."""
     places = dict.fromkeys((path, architecture.disk_path(path)))
     names: dict[str, list[str]] = {"": list(places)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from kt_moe.hf.config import KtLoraConfig, saved_config
 from kt_moe.hf.experts import KtExperts, is_kt_experts
 from kt_moe.hf.lora import NO_MERGE, KtLoraExperts, experts_architecture, lora_layers
 from kt_moe.hf.portable import PREFIX, is_per_expert, stacked
-from kt_moe.hf.targets import find_targets
+from kt_moe.hf.targets import Targets, find_targets
 from kt_moe.hf.weighted import KINDS, combine
 from kt_moe.lora_device import LoraPlace
 from kt_moe.patterns import first_match
@@ -77,8 +78,8 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
         targets = config.kt_moe_targets
         words = {name: getattr(config, name) for name in ("target_modules", "target_parameters", *_PATTERNS)}
         config.target_modules, config.target_parameters = _NOTHING, None
-        for name in _PATTERNS:  # those of experts are not PEFT's to match
-            setattr(config, name, _matching(words[name] or {}, [*targets.modules, *targets.parameters]))
+        for name in _PATTERNS:
+            setattr(config, name, _by_name(words[name] or {}, targets))
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
@@ -237,8 +238,12 @@ def register() -> None:
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = KtLoraModel
 
 
-def _matching(patterns: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    return {k: v for k, v in patterns.items() if first_match({k: v}, names) is not None}
+def _by_name(patterns: dict[str, Any], targets: Targets) -> dict[str, Any]:
+    """Values by full name, for PEFT to match; those of experts are not."""
+    names = {name: [name, f"{name}.weight"] for name in targets.modules}
+    names |= {name: [name] for name in targets.parameters}
+    found = {re.escape(name): first_match(patterns, both) for name, both in names.items() if patterns}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _place_of(model: nn.Module) -> LoraPlace:
