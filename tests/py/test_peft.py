@@ -39,11 +39,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_peft_has_what_we_hook_into() -> None:
-    """The private parts of PEFT that kt_moe.hf.lora overrides or relies on."""
+    """The private parts of PEFT that kt_moe.hf.tuner overrides or relies on."""
     tuner = peft.tuners.lora.LoraModel
     for name in (
-        "inject_adapter", "_prepare_adapter_config", "_create_new_module", "_replace_module",
-        "_check_merge_allowed", "_get_adapter_state_dict", "_remap_adapter_state_dict_for_load",
+        "inject_adapter", "_prepare_adapter_config", "_check_new_adapter_config", "_create_new_module",
+        "_replace_module", "_check_merge_allowed", "_get_adapter_state_dict", "add_weighted_adapter",
+        "_remap_adapter_state_dict_for_load", "_generalized_task_arithmetic_weighted_adapter",
     ):  # fmt: skip
         assert callable(getattr(tuner, name)), name
     assert issubclass(peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA], tuner)
@@ -184,6 +185,7 @@ def test_the_callers_config_is_not_changed(checkpoint: Path) -> None:
         before = copy.deepcopy(config.to_dict())
         model = get_peft_model(load(checkpoint), config)
         after = config.to_dict()
+        assert type(config) is LoraConfig
         assert {**after, "base_model_name_or_path": None} == before  # which PEFT itself sets
         assert model.peft_config["default"].target_modules == config.target_modules
 

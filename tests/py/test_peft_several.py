@@ -90,6 +90,12 @@ def test_fused_adapters_of_plain_peft(
     base = load(bases[family], kt=False)(tokens()).logits
     assert error(ours(tokens()).logits, plain) < 2e-2 < error(base, plain)
 
+    low = PeftModel.from_pretrained(load(bases[family]), tmp_path / "theirs", low_cpu_mem_usage=True)
+    assert torch.equal(low(tokens()).logits, ours(tokens()).logits)
+    for layer in lora_layers(low):
+        pointers = [a.data_ptr() for a in layer.lora_A["default"].values()]
+        assert len(set(pointers)) == len(pointers)  # gate and up are trained apart
+
     ours.save_pretrained(tmp_path / "ours")  # with gate and up apart
     again = PeftModel.from_pretrained(load(bases[family], kt=False), tmp_path / "ours").eval()
     assert error(again(tokens()).logits, plain) < 1e-5
