@@ -198,6 +198,19 @@ def test_a_batch_of_several_adapters(bases: dict[str, Path]) -> None:
                               adapter_names=["default"] * 3)  # fmt: skip
 
 
+def test_active_adapters_on_different_devices(bases: dict[str, Path]) -> None:
+    """The sum is where the first is; the meta device stands for a GPU here."""
+    layer = lora_layers(two(bases["qwen3_moe"]))[0]
+    layer.lora_A["default"].to("meta")
+    layer.lora_B["default"].to(device="meta", dtype=torch.bfloat16)
+    _, tensors = layer._combined(["default", "second"])
+    for name, tensor in tensors.items():
+        is_a = name.endswith("a")
+        assert tensor.is_meta
+        assert tensor.dtype is (torch.float32 if is_a else torch.bfloat16)
+        assert tensor.shape[1 if is_a else 2] == 4 + 4
+
+
 def test_values_replaced_by_those_of_a_directory(bases: dict[str, Path], tmp_path: Path) -> None:
     other = with_lora(bases["qwen3_moe"], ["q_proj", "experts"], seed=3).eval()
     other.save_pretrained(tmp_path / "other")
