@@ -22,7 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from kt_moe.adapter_files import read_adapter, save_tensors, scratch
 from kt_moe.adapters import StrPath, fill, wrap
-from kt_moe.architectures import ARCHITECTURES, architecture_of
+from kt_moe.architectures import Architecture, architecture_of
 from kt_moe.checkpoint import Checkpoint
 from kt_moe.functional import PROJECTIONS
 from kt_moe.hf.lora import KtLoraExperts
@@ -199,9 +199,12 @@ def _hollow(base: Path, adapter: Path) -> tuple[PeftModel, dict[str, Tensor]]:
     make = cls._from_config if hasattr(cls, "_from_config") else cls.from_config
     with torch.device("meta"):
         model = make(model_config)
-    text = model_config.get_text_config()
-    if text.model_type in ARCHITECTURES:
-        put_experts(model, architecture_of(model_config), "cpu")
+    try:
+        architecture: Architecture | None = architecture_of(model_config)
+    except ValueError:  # a model without experts, or with others than ours; LoRA on those is refused below
+        architecture = None
+    if architecture is not None:
+        put_experts(model, architecture)
     config.lora_dropout, config.inference_mode, config.base_model_name_or_path = 0.0, True, None
     wrapped = wrap(model, config, _NAME)
     for path, module in wrapped.named_modules():  # PEFT has put the adapter where the model is
@@ -226,7 +229,7 @@ def _of_layer(path: str, module: Any) -> _Change:
     if isinstance(module, Embedding):
         pair = _Pair(module.lora_embedding_A[_NAME], module.lora_embedding_B[_NAME], scaling)
         return _Matrix(pair, transposed=True)
-    if not isinstance(module, Linear | ParamWrapper) or module.lora_A[_NAME].weight.dim() != 2:
+    if not isinstance(module, Linear | ParamWrapper) or getattr(module, "num_experts", 1) != 1:
         raise ValueError(f"the adapter has LoRA on {path}, a {type(module).__name__}, which cannot be merged")
     return _Matrix(_Pair(module.lora_A[_NAME].weight, module.lora_B[_NAME].weight, scaling))
 

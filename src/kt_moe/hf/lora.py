@@ -56,11 +56,12 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         adapter_name: str,
         config: LoraConfig,
         pairs: ExpertPairs,
+        architecture: Architecture,
         place: LoraPlace,
     ) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer)
-        self.place = place
+        self.architecture, self.place = architecture, place
         self.pairs: dict[str, ExpertPairs] = {}
         self._active_adapter = adapter_name
         self.add_pairs(adapter_name, config, pairs)
@@ -227,10 +228,10 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
 
     def form(self, path: str) -> ExpertsForm:
         """The form on disk of this layer's tensors; `path` is the layer's."""
-        architecture = experts_architecture(self.base_layer)
-        assert architecture is not None
         is_concatenated = self.base_layer.is_concatenated
-        return ExpertsForm(path, architecture, *dims_of(self.base_layer), is_concatenated=is_concatenated)
+        return ExpertsForm(
+            path, self.architecture, *dims_of(self.base_layer), is_concatenated=is_concatenated
+        )
 
     def fused_ranks(self, adapter_name: str) -> dict[str, int]:
         """Rank of an adapter's LoRA of each fused parameter as it is written."""

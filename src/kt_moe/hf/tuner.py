@@ -51,7 +51,7 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
         architecture = experts_architecture(model)
         assert architecture is not None
         config = self.peft_config[adapter_name] = KtLoraConfig.of(self.peft_config[adapter_name])
-        self._kt_place = _place_of(model)
+        self._kt_architecture, self._kt_place = architecture, _place_of(model)
         try:
             config = self._prepare_adapter_config(config, self.get_model_config(model))
             config.kt_moe_targets = targets = find_targets(model, config, architecture)
@@ -169,7 +169,9 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
     ) -> nn.Module:
         if is_kt_experts(target):
             pairs = lora_config.kt_moe_targets.experts[kwargs["target_name"]]
-            return KtLoraExperts(target, adapter_name, lora_config, pairs, self._kt_place)
+            return KtLoraExperts(
+                target, adapter_name, lora_config, pairs, self._kt_architecture, self._kt_place
+            )
         if kwargs.get("parameter_name") is not None and lora_config.lora_dropout:
             lora_config = copy.copy(lora_config)
             lora_config.lora_dropout = 0.0  # PEFT has none for parameters, such as a router's
