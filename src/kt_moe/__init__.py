@@ -13,8 +13,11 @@ from kt_moe.runtime import Runtime, cpu_info, default_runtime
 
 if TYPE_CHECKING:  # the lazy names below, for type checkers
     from kt_moe import hf
-    from kt_moe.adapters import load_adapter, merge_adapter, save_adapter
+    from kt_moe.adapters import load_adapter, save_adapter
+    from kt_moe.export import export_adapter
     from kt_moe.hf import KTConfig, KtMoeConfig, wrap
+    from kt_moe.merge import merge_checkpoint
+    from kt_moe.merge import merge_checkpoint as merge_adapter
     from kt_moe.models import model_experts
     from kt_moe.profiler import Profile, profile
     from kt_moe.routing_stats import RoutingHistory, plot_routing, routing_counts
@@ -35,9 +38,11 @@ __all__ = [
     "__version__",
     "cpu_info",
     "default_runtime",
+    "export_adapter",
     "hf",
     "load_adapter",
     "merge_adapter",
+    "merge_checkpoint",
     "model_experts",
     "moe",
     "plot_routing",
@@ -57,8 +62,10 @@ _LAZY = {
     "KtMoeConfig": "kt_moe.hf",
     "wrap": "kt_moe.hf",
     "save_adapter": "kt_moe.adapters",
+    "export_adapter": "kt_moe.export",
     "load_adapter": "kt_moe.adapters",
-    "merge_adapter": "kt_moe.adapters",
+    "merge_adapter": "kt_moe.merge",
+    "merge_checkpoint": "kt_moe.merge",
     "model_experts": "kt_moe.models",
     "RoutingHistory": "kt_moe.routing_stats",
     "plot_routing": "kt_moe.routing_stats",

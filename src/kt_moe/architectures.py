@@ -35,6 +35,7 @@ class ExpertModule:
         num_experts, hidden_size, intermediate_size: E, H, I.
         activation: as `kt_moe.Experts` takes it.
         interleaved: whether gate and up alternate in the module's own parameters.
+        transposed: whether these are [E, in, out].
         saved: what transformers calls its tensors when it saves the model; None where it stores them in a way
             that the core does not read.
     """
@@ -46,6 +47,7 @@ class ExpertModule:
     intermediate_size: int
     activation: str
     interleaved: bool
+    transposed: bool
     saved: ExpertList | None
 
 
@@ -137,8 +139,8 @@ def _derive(model: PreTrainedModel) -> Architecture:
     modules = []
     for path, c in computed.items():
         sizes = c.num_experts, c.hidden_size, c.intermediate_size
-        interleaved = not experts[path].is_concatenated
-        modules.append(ExpertModule(path, numbers[path], *sizes, c.activation, interleaved, lists[path]))
+        layout = not experts[path].is_concatenated, bool(experts[path].is_transposed)
+        modules.append(ExpertModule(path, numbers[path], *sizes, c.activation, *layout, lists[path]))
     return Architecture(model_type, tuple(modules))
 
 

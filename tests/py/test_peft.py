@@ -39,11 +39,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_peft_has_what_we_hook_into() -> None:
-    """The private parts of PEFT that kt_moe.hf.lora overrides or relies on."""
+    """The private parts of PEFT that kt_moe.hf.tuner overrides or relies on."""
     tuner = peft.tuners.lora.LoraModel
     for name in (
-        "inject_adapter", "_prepare_adapter_config", "_create_new_module", "_replace_module",
-        "_check_merge_allowed", "_get_adapter_state_dict", "_remap_adapter_state_dict_for_load",
+        "inject_adapter", "_prepare_adapter_config", "_check_new_adapter_config", "_create_new_module",
+        "_replace_module", "_check_merge_allowed", "_get_adapter_state_dict", "add_weighted_adapter",
+        "_remap_adapter_state_dict_for_load", "_generalized_task_arithmetic_weighted_adapter",
     ):  # fmt: skip
         assert callable(getattr(tuner, name)), name
     assert issubclass(peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA], tuner)
@@ -129,16 +130,71 @@ def test_targets(targets: Any, projections: tuple[str, ...], checkpoint: Path) -
     assert len(lora_layers(model)) == 2
     for layer in lora_layers(model):
         assert tuple(layer.lora_A["default"]) == projections
-    saved = model.peft_config["default"].target_modules
-    assert {f"{p}_proj" for p in projections} <= saved
-    assert not any("experts" in name for name in saved)
 
 
-def test_gate_needs_up(checkpoint: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"Cannot convert PEFT target.* gate_proj without also targeting up_proj"
-    ):
-        with_lora(checkpoint, ["gate_proj"])
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["experts", "shared_experts.up_proj"], r"targets \['shared_experts.up_proj'\], which match nothing"),
+        (["q_proj", "qproj"], r"targets \['qproj'\].*it has .*'experts.gate_proj'.*'q_proj'"),
+        (r".*\.nothing", r"targets \['.*nothing'\], which match nothing"),
+    ],
+    ids=str,
+)
+def test_a_target_without_match(targets: Any, message: str, checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_lora(checkpoint, targets)
+
+
+def test_a_pattern_without_match(checkpoint: Path) -> None:
+    with pytest.warns(RuntimeWarning, match=r"alpha_pattern has \['xproj'\], which match nothing"):
+        with_lora(
+            checkpoint, ["experts", "q_proj"], alpha_pattern={"xproj": 1, "experts.up_proj": 2, "q_proj": 3}
+        )
+
+
+def test_one_meaning_of_a_name(tmp_path: Path) -> None:
+    """gate_proj and so on are those of routed experts, shared experts and dense layers, in every family."""
+    for family in ("deepseek_v3", "qwen2_moe", "glm4_moe"):
+        save_tiny_checkpoint(tmp_path / family, family)
+        for targets, routed, others in (
+            (["down_proj"], True, True),
+            (["experts.down_proj"], True, False),
+            (["experts"], True, False),
+            (["shared_expert.down_proj", "shared_experts.down_proj"], False, True),
+        ):
+            names = [
+                t
+                for t in targets
+                if not t.startswith("shared") or ("expert." in t) == (family == "qwen2_moe")
+            ]
+            model = with_lora(tmp_path / family, names)
+            assert bool(lora_layers(model)) == routed, (family, targets)
+            linear = [n for n, m in model.named_modules() if isinstance(m, peft.tuners.lora.Linear)]
+            assert any(n.endswith("down_proj") and "shared" in n for n in linear) == others
+            assert any(n.endswith("layers.0.mlp.down_proj") for n in linear) == (
+                targets == ["down_proj"] and family != "qwen2_moe"
+            )
+
+
+def test_the_callers_config_is_not_changed(checkpoint: Path) -> None:
+    for targets in (["experts", "q_proj"], "all-linear"):
+        config = LoraConfig(
+            target_modules=targets, rank_pattern={"experts": 3}, use_rslora=True, lora_dropout=0.1
+        )
+        before = copy.deepcopy(config.to_dict())
+        model = get_peft_model(load(checkpoint), config)
+        after = config.to_dict()
+        assert type(config) is LoraConfig
+        assert {**after, "base_model_name_or_path": None} == before  # which PEFT itself sets
+        assert model.peft_config["default"].target_modules == config.target_modules
+
+
+def test_other_models_have_pefts_own_tuner(checkpoint: Path) -> None:
+    plain = get_peft_model(load(checkpoint, kt=False), LoraConfig(target_modules=["q_proj"]))
+    assert type(plain.base_model) is peft.tuners.lora.LoraModel
+    assert type(plain.peft_config["default"]) is LoraConfig
+    copy.deepcopy(with_lora(checkpoint))
 
 
 def test_some_layers_only(checkpoint: Path) -> None:
@@ -306,10 +362,7 @@ def test_deepcopy(checkpoint: Path) -> None:
         ({"use_dora": True}, "use_dora does not work on kt_moe experts"),
         ({"lora_bias": True}, "lora_bias does not work on kt_moe experts"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' does not work on kt_moe experts"),
-        ({"rank_pattern": {"experts": 2}}, "rank_pattern or alpha_pattern matches kt_moe experts"),
-        ({"alpha_pattern": {"mlp.experts": 2}}, "rank_pattern or alpha_pattern matches kt_moe experts"),
-        ({"use_rslora": True, "rank_pattern": {"q_proj": 2}}, "use_rslora with rank_pattern"),
-        ({"target_parameters": ["mlp.experts.down_proj"]}, r'use target_modules=\["experts"\]'),
+        ({"rank_pattern": {"experts": 0}}, "the rank of experts is 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )  # fmt: skip

@@ -16,17 +16,17 @@ from __future__ import annotations
 
 import inspect
 
-from peft import PeftType
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.integrations import moe as _moe
 from transformers.quantizers import register_quantization_config, register_quantizer
 
+from kt_moe.hf import tuner
 from kt_moe.hf.experts import NAME, KtExperts, kt_moe_experts_forward, refuse_at_construction
 from kt_moe.hf.kt_config import KTConfig
 from kt_moe.hf.loaded import wrap
-from kt_moe.hf.lora import KtLoraExperts, KtLoraModel
+from kt_moe.hf.lora import KtLoraExperts
 from kt_moe.hf.quantizer import KtMoeConfig, KtMoeQuantizer
+from kt_moe.hf.tuner import KtLoraModel
 
 __all__ = ["KTConfig", "KtExperts", "KtLoraExperts", "KtLoraModel", "KtMoeConfig", "KtMoeQuantizer", "wrap"]
 
@@ -39,8 +39,7 @@ def _register() -> None:
     for interface in (_moe.ExpertsInterface, type(used)):
         interface.register(NAME, kt_moe_experts_forward)
     register_module_module_registration_hook(refuse_at_construction)
-    # A subclass that only differs on models with kt_moe experts.
-    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = KtLoraModel
+    tuner.register()
 
 
 _register()

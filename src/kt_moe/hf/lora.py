@@ -1,28 +1,31 @@
-"""LoRA on kt_moe experts as a PEFT tuner layer, and the tuner that dispatches to it.
+"""LoRA on kt_moe experts as a PEFT tuner layer.
 
-In memory the adapter of a layer is one tensor a projection for all experts ([E, r, in] and [E, out, r]). In
-PEFT's adapter files it has one key an expert, `...experts.{e}.gate_proj.lora_A.weight`: the form that servers
-read, and that plain PEFT fuses on loading.
+The adapter of a layer is one tensor a projection for all experts, [E, r, in] and [E, out, r]; `portable` has
+its form on disk.
 """
 
 from __future__ import annotations
 
-import math
-import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from kt_moe.architectures import Architecture, architecture_of
 from kt_moe.functional import PROJECTIONS, Lora, MoEFunction
-from kt_moe.hf.experts import KtExperts, dims_of, experts_of, is_kt_experts
-from kt_moe.hf.portable import fused_to_stacked, per_expert_to_stacked, split_by_expert
+from kt_moe.hf.experts import dims_of, experts_of, is_kt_experts
+from kt_moe.hf.portable import ExpertsForm, Matrices
+from kt_moe.hf.targets import FUSED, ExpertPairs, Pair
 from kt_moe.lora_device import LoraParameters, LoraPlace
 
-_FUSED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # what PEFT rewrites target_modules to
+_BASE = "__base__"  # PEFT's name, in adapter_names, for no adapter
+NO_MERGE = (
+    "kt_moe experts cannot take an adapter in: they are frozen in packed form. Save the adapter and use "
+    "kt_moe.merge_adapter(base_dir, adapter_dir, output_dir), which writes a merged checkpoint"
+)
 
 
 class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
@@ -52,54 +55,96 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         base_layer: nn.Module,
         adapter_name: str,
         config: LoraConfig,
-        r: int,
-        lora_alpha: float,
+        pairs: ExpertPairs,
+        architecture: Architecture,
         place: LoraPlace,
     ) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer)
-        self.place = place
+        self.architecture, self.place = architecture, place
+        self.pairs: dict[str, ExpertPairs] = {}
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, lora_alpha, config)
+        self.add_pairs(adapter_name, config, pairs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         _, hidden, _ = dims_of(module)
         return hidden, hidden
 
     def update_layer(
-        self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any
+        self, adapter_name: str, r: int, lora_alpha: float, config: Any, target_name: str = "", **kwargs: Any
     ) -> None:
-        """Add an adapter; PEFT calls this.
+        """Add a further adapter, with the pairs that the tuner found for `target_name`; PEFT calls this."""
+        self.add_pairs(adapter_name, config, config.kt_moe_targets.experts[target_name])
+
+    def add_pairs(self, adapter_name: str, config: LoraConfig, pairs: ExpertPairs) -> None:
+        """Add an adapter.
 
         Raises:
             ValueError: an option of LoraConfig that does not work on experts; names it.
         """
-        _refuse_options(config, r, lora_alpha)
-        base = self.base_layer
-        self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
-        self.scaling[adapter_name] = lora_alpha / r
+        _refuse_options(config)
+        self.pairs[adapter_name] = pairs
+        self.r[adapter_name] = max(pair.rank for pair in pairs.pairs.values())
+        self.scaling[adapter_name] = next(iter(pairs.pairs.values())).scaling
+        self.lora_alpha[adapter_name] = self.scaling[adapter_name] * self.r[adapter_name]
         self.use_rslora[adapter_name] = self.use_dora[adapter_name] = self.lora_bias[adapter_name] = False
         self.lora_dropout[adapter_name] = (
             nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         )
-        a, b = LoraParameters(self.place), LoraParameters(self.place)
-        for projection in config._kt_moe_projections:
-            num_experts, into, out = dims_of(base)
-            if projection == "down":
-                into, out = out, into
-            a[projection] = nn.Parameter(torch.empty(num_experts, r, into, dtype=torch.float32))
-            b[projection] = nn.Parameter(torch.empty(num_experts, out, r, dtype=torch.float32))
-        self.lora_A[adapter_name], self.lora_B[adapter_name] = a, b
-        self.place.numbers += sum(p.numel() for p in (*a.parameters(), *b.parameters()))
+        self.lora_A[adapter_name] = LoraParameters(self.place)
+        self.lora_B[adapter_name] = LoraParameters(self.place)
+        for projection, pair in pairs.pairs.items():
+            self._new_pair(adapter_name, projection, pair.rank)
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _new_pair(self, adapter_name: str, projection: str, rank: int) -> None:
+        """Parameters without values; PEFT makes new modules on the meta device where it is to load them."""
+        num_experts, into, out = dims_of(self.base_layer)
+        if projection == "down":
+            into, out = out, into
+        for matrices, shape in ((self.lora_A, (rank, into)), (self.lora_B, (out, rank))):
+            old = matrices[adapter_name].get(projection)
+            device, trained = (None, True) if old is None else (old.device, old.requires_grad)
+            new = nn.Parameter(
+                torch.empty(num_experts, *shape, dtype=torch.float32, device=device), requires_grad=trained
+            )
+            matrices[adapter_name][projection] = new
+            self.place.numbers += new.numel() - (0 if old is None else old.numel())
+
+    def fit(self, adapter_name: str, ranks: dict[str, int]) -> None:
+        """Give an adapter the projections and ranks of tensors that are about to be loaded into it.
+
+        Only gate and up of a fused tensor can have others than the config says: how they share its rank is
+        in the tensor.
+        """
+        pairs = dict(self.pairs[adapter_name].pairs)
+        for projection in FUSED["gate_up_proj"]:
+            if projection not in pairs or not {"gate", "up"} & ranks.keys():
+                continue
+            if projection not in ranks:
+                del pairs[projection]
+                for matrices in (self.lora_A[adapter_name], self.lora_B[adapter_name]):
+                    self.place.numbers -= matrices.pop(projection).numel()
+            elif ranks[projection] != pairs[projection].rank:
+                pairs[projection] = Pair(ranks[projection], pairs[projection].scaling)
+                self._new_pair(adapter_name, projection, ranks[projection])
+        self.pairs[adapter_name] = ExpertPairs(pairs, self.pairs[adapter_name].fused)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter."""
+        self.place.numbers -= sum(
+            p.numel() for m in (self.lora_A, self.lora_B) for p in m[adapter_name].parameters()
+        )
+        super().delete_adapter(adapter_name)
+        self.pairs.pop(adapter_name)
 
     @torch.no_grad()
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         """Initialise as PEFT does each expert's pair: True, False or "gaussian"."""
         for a in self.lora_A[adapter_name].values():
             if init_lora_weights == "gaussian":
-                a.normal_(std=1 / self.r[adapter_name])
+                a.normal_(std=1 / a.shape[1])
             else:
                 a.uniform_(-(a.shape[2] ** -0.5), a.shape[2] ** -0.5)  # Kaiming with a = sqrt(5)
         for b in self.lora_B[adapter_name].values():
@@ -108,14 +153,43 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
             else:
                 b.uniform_(-(b.shape[2] ** -0.5), b.shape[2] ** -0.5)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[T, H], [T, K], [T, K] -> [T, H]; see `kt_moe.MoEFunction.apply`."""
-        active = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or not active:
-            return self.base_layer(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        adapter_names: Sequence[str] | None = None,
+    ) -> Tensor:
+        """[T, H], [T, K], [T, K] -> [T, H]; see `kt_moe.MoEFunction.apply`.
+
+        Args:
+            adapter_names: one for each sample of the batch, whose tokens follow one another; "__base__" for
+                none. None: the active adapters.
+        """
+        inputs = hidden_states, top_k_index, top_k_weights
+        if adapter_names is not None and not self.disable_adapters:
+            return self._mixed(adapter_names, *inputs)
+        return self._adapted([] if self.disable_adapters else self.active_adapters, *inputs)
+
+    def _adapted(self, adapters: Sequence[str], *inputs: Tensor) -> Tensor:
+        active = [name for name in adapters if name in self.lora_A]
+        if not active:
+            return self.base_layer(*inputs)  # type: ignore[no-any-return]
         lora, tensors = self._combined(active)
-        experts = experts_of(self.base_layer)
-        out: Tensor = MoEFunction.apply(hidden_states, top_k_index, top_k_weights, experts, lora, **tensors)
+        out: Tensor = MoEFunction.apply(*inputs, experts_of(self.base_layer), lora, **tensors)
+        return out
+
+    def _mixed(self, adapter_names: Sequence[str], *inputs: Tensor) -> Tensor:
+        tokens, samples = len(inputs[0]), len(adapter_names)
+        if not samples or tokens % samples:
+            raise ValueError(
+                f"adapter_names has {samples} names for {tokens} tokens, wanted one for each sample"
+            )
+        out = torch.empty_like(inputs[0])
+        for name in dict.fromkeys(adapter_names):
+            chosen = torch.tensor([n == name for n in adapter_names], device=out.device)
+            rows = chosen.repeat_interleave(tokens // samples)
+            out[rows] = self._adapted([] if name == _BASE else [name], *(t[rows] for t in inputs))
         return out
 
     def _combined(self, active: list[str]) -> tuple[Lora, dict[str, Tensor]]:
@@ -130,110 +204,74 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
             for projection in self.lora_A[name]:
                 tensors[f"{projection}_lora_a"] = self.lora_A[name][projection]
                 tensors[f"{projection}_lora_b"] = self.lora_B[name][projection]
-            return Lora(float(self.scaling[name]), dropout), tensors
+            scalings = [self.scaling_of(name, p) if p in self.lora_A[name] else 1.0 for p in PROJECTIONS]
+            return Lora(scalings, dropout), tensors
         for projection in PROJECTIONS:
             names = [name for name in active if projection in self.lora_A[name]]
             if names:
                 a = [self.lora_A[name][projection] for name in names]
-                b = [self.lora_B[name][projection] * self.scaling[name] for name in names]
-                tensors[f"{projection}_lora_a"] = torch.cat(a, dim=1)
-                tensors[f"{projection}_lora_b"] = torch.cat(b, dim=2)
+                b = [self.lora_B[name][projection] * self.scaling_of(name, projection) for name in names]
+                # adapters may lie on different devices, and have different dtypes
+                tensors[f"{projection}_lora_a"] = torch.cat([t.to(a[0]) for t in a], dim=1)
+                tensors[f"{projection}_lora_b"] = torch.cat([t.to(b[0]) for t in b], dim=2)
         return Lora(1.0, dropout), tensors
+
+    def scaling_of(self, adapter_name: str, projection: str) -> float:
+        """That of a projection: the adapter's, which PEFT may change, times what it has above the first."""
+        pairs = self.pairs[adapter_name].pairs
+        first, own = next(iter(pairs.values())).scaling, pairs[projection].scaling
+        scaling = float(self.scaling[adapter_name])
+        return scaling if own == first or not first else scaling * own / first
 
     def _dropout(self, adapter_name: str) -> float:
         return float(getattr(self.lora_dropout[adapter_name], "p", 0.0)) if self.training else 0.0
 
+    def form(self, path: str) -> ExpertsForm:
+        """The form on disk of this layer's tensors; `path` is the layer's."""
+        is_concatenated = self.base_layer.is_concatenated
+        return ExpertsForm(
+            path, self.architecture, *dims_of(self.base_layer), is_concatenated=is_concatenated
+        )
+
+    def fused_ranks(self, adapter_name: str) -> dict[str, int]:
+        """Rank of an adapter's LoRA of each fused parameter as it is written."""
+        own = self.pairs[adapter_name].pairs
+        ranks = {name: sum(own[p].rank for p in parts if p in own) for name, parts in FUSED.items()}
+        return {name: rank for name, rank in ranks.items() if rank}
+
+    def fused_scaling(self, adapter_name: str, fused: str) -> float:
+        """Scaling of an adapter's LoRA of a fused parameter as it is written: of gate_up that of gate."""
+        own = self.pairs[adapter_name].pairs
+        return next(own[p].scaling for p in FUSED[fused] if p in own)
+
+    def has_one_scaling(self, adapter_name: str) -> bool:
+        """Whether gate and up of an adapter have the same one."""
+        pairs = self.pairs[adapter_name].pairs
+        return len({pair.scaling for p, pair in pairs.items() if p != "down"}) < 2
+
+    def tensors(
+        self, adapter_name: str, path: str, matrices: Matrices, per_expert: bool
+    ) -> dict[str, Tensor]:
+        """An adapter's tensors in the form on disk, keys without ".weight"."""
+        form = self.form(path)
+        if per_expert and self.has_one_scaling(adapter_name):
+            return form.split(matrices)
+        if not self.has_one_scaling(adapter_name):  # a fused tensor has one: the rest of up's goes into its B
+            a, b = matrices["up"]
+            own = self.pairs[adapter_name].pairs["up"].scaling
+            matrices = {**matrices, "up": (a, b * (own / self.fused_scaling(adapter_name, "gate_up_proj")))}
+        return form.fuse(matrices)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """NotImplementedError: the experts are frozen in packed form."""
-        raise NotImplementedError(_NO_MERGE)
+        raise NotImplementedError(NO_MERGE)
 
     def unmerge(self) -> None:
         """NotImplementedError: nothing was merged."""
-        raise NotImplementedError(_NO_MERGE)
+        raise NotImplementedError(NO_MERGE)
 
 
-_NO_MERGE = (
-    "kt_moe experts cannot take an adapter in: they are frozen in packed form. Save the adapter and use "
-    "kt_moe.merge_adapter(base_dir, adapter_dir, output_dir), which writes a merged checkpoint"
-)
-
-
-class KtLoraModel(LoraModel):  # type: ignore[misc]
-    """PEFT's LoRA tuner, which also knows kt_moe experts. On a model without them it is PEFT's, unchanged."""
-
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter to the model, which may have kt_moe experts."""
-        architecture = self._kt_architecture = _architecture(model)
-        config = self.peft_config[adapter_name]
-        if architecture is not None:
-            _refuse_fused(config)
-            self._kt_place = _place_of(model)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        _move_to_their_models(model, adapter_name)
-        if architecture is not None and config._kt_moe_projections:
-            # From here on the config says what plain PEFT is to read beside the per-expert keys.
-            names = dict(zip(PROJECTIONS, architecture.projections, strict=True))
-            others = {t for t in config.target_modules if not _is_experts(t)}
-            config.target_modules = others | {names[p] for p in config._kt_moe_projections}
-
-    def _prepare_adapter_config(self, peft_config: LoraConfig, model_config: dict[str, Any]) -> LoraConfig:
-        config = super()._prepare_adapter_config(peft_config, model_config)
-        if self._kt_architecture is not None:
-            _target_experts(config, self._kt_architecture)
-        return config
-
-    def _create_new_module(
-        self, lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
-    ) -> nn.Module:
-        if is_kt_experts(target):
-            r, alpha = kwargs["r"], kwargs["lora_alpha"]
-            return KtLoraExperts(target, adapter_name, lora_config, r, alpha, self._kt_place)
-        return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)  # type: ignore[no-any-return]
-
-    def _replace_module(
-        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
-    ) -> None:
-        if isinstance(new_module, KtLoraExperts):
-            setattr(parent, child_name, new_module)  # no base weight has the dtype or device it should have
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
-
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        if any(isinstance(module, KtLoraExperts) for module in self.model.modules()):
-            raise NotImplementedError(_NO_MERGE)
-
-    @classmethod
-    def _get_adapter_state_dict(cls, model: nn.Module, config: Any, adapter_name: str, **kwargs: Any) -> Any:
-        found = super()._get_adapter_state_dict(
-            model=model, config=config, adapter_name=adapter_name, **kwargs
-        )
-        architecture = _architecture(model)
-        return found if architecture is None else split_by_expert(found, architecture, adapter_name)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        architecture = _architecture(model)
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, KtLoraExperts)}
-        stacked: dict[str, Tensor] = {}
-        for name, layer in layers.items():
-            if adapter_name in layer.r:
-                experts, _, inner = dims_of(layer.base_layer)
-                rank = layer.r[adapter_name]
-                stacked |= fused_to_stacked(state_dict, name, experts, inner, rank, adapter_name)
-                if architecture is not None and architecture.fused_on_disk:
-                    stacked |= per_expert_to_stacked(state_dict, name, architecture, experts, adapter_name)
-        # Tensors may become parameters as they are; those that stay in host memory are not to be elsewhere.
-        place = next((layer.place for layer in layers.values()), None)
-        if place is not None:
-            stacked = {key: t.cpu() if place.stays(t.device) else t for key, t in stacked.items()}
-        rest = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        return {**rest, **stacked}
-
-
-def _architecture(model: nn.Module) -> Architecture | None:
+def experts_architecture(model: nn.Module) -> Architecture | None:
     """The architecture of a model with kt_moe experts; None for other models."""
     experts = next((module for module in model.modules() if is_kt_experts(module)), None)
     if experts is None:
@@ -242,84 +280,14 @@ def _architecture(model: nn.Module) -> Architecture | None:
     return row if isinstance(row, Architecture) else architecture_of(model)
 
 
-def _place_of(model: nn.Module) -> LoraPlace:
-    """That of the layers which have LoRA; else a new one, with the choice of the model's `KtMoeConfig`."""
-    modules = list(model.modules())
-    found = next((m.place for m in modules if isinstance(m, KtLoraExperts)), None)
-    if found is not None:
-        return found
-    return LoraPlace(next((m.lora_device for m in modules if isinstance(m, KtExperts)), "auto"))
+def lora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, KtLoraExperts]]:
+    """The layers of experts that have this adapter, by path."""
+    for path, module in model.named_modules():
+        if isinstance(module, KtLoraExperts) and adapter_name in module.pairs:
+            yield path.removeprefix("_fsdp_wrapped_module."), module
 
 
-def _move_to_their_models(model: nn.Module, adapter_name: str) -> None:
-    """Move new LoRA of experts to the device of the layer, which is that of the router beside them."""
-    for block in list(model.modules()):
-        for layer in [m for m in block.children() if isinstance(m, KtLoraExperts)]:
-            own = {id(p) for p in layer.parameters()}
-            router = next((p for p in block.parameters() if id(p) not in own), None)
-            if router is None or adapter_name not in layer.lora_A:
-                continue
-            for pairs in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
-                if not any(p.is_meta for p in (router, *pairs.parameters())):
-                    pairs.to(router.device)
-
-
-def _is_experts(target: str) -> bool:
-    return target == "experts" or target.endswith(".experts")
-
-
-def _refuse_fused(config: LoraConfig) -> None:
-    fused = [t for t in config.target_parameters or () if t.rpartition(".")[2] in _FUSED]
-    if fused:
-        raise ValueError(
-            f"target_parameters has {sorted(fused)}, which kt_moe experts do not have as parameters: "
-            'use target_modules=["experts"]'
-        )
-
-
-def _target_experts(config: LoraConfig, architecture: Architecture) -> None:
-    """Aim a config at the experts modules, after PEFT has rewritten gate_proj and so on to fused names."""
-    config._kt_moe_projections = ()
-    if isinstance(config.target_modules, str):
-        return  # a pattern that PEFT could not resolve to names; it will say that nothing matches
-    modules, parameters = set(config.target_modules or ()), set(config.target_parameters or ())
-    named: tuple[str, ...] = PROJECTIONS if any(_is_experts(t) for t in modules) else ()
-    if architecture.fused_on_disk and not named:  # names that PEFT does not rewrite
-        names = dict(zip(architecture.projections, PROJECTIONS, strict=True))
-        named = tuple(names[t] for t in names if t in modules)
-        modules = modules - set(names) | ({"experts"} if named else set())
-    fused = [p for name, parts in _FUSED.items() if name in parameters for p in parts]
-    projections = tuple(p for p in PROJECTIONS if p in named or p in fused)
-    config._kt_moe_projections = projections
-    if not projections:
-        return
-    for name in _FUSED:
-        for pattern in (config.rank_pattern, config.alpha_pattern):
-            pattern.pop(rf".*\.{re.escape(name)}", None)
-    config.target_modules = modules if named else modules | {"experts"}
-    config.target_parameters = parameters - set(_FUSED) or None
-    if config.use_rslora:
-        _linear_scaling(config)
-
-
-def _linear_scaling(config: LoraConfig) -> None:
-    """Write alpha / sqrt(r) as alpha' / r.
-
-    Plain PEFT doubles r and alpha when it fuses gate and up, which keeps alpha / r but not alpha / sqrt(r).
-    """
-    if config.rank_pattern or config.alpha_pattern:
-        raise ValueError("use_rslora with rank_pattern or alpha_pattern is not supported on kt_moe experts")
-    config.lora_alpha, config.use_rslora = config.lora_alpha * math.sqrt(config.r), False
-
-
-def _refuse_options(config: LoraConfig, r: int, lora_alpha: float) -> None:
-    if r < 1:
-        raise ValueError(f"LoraConfig: r is {r}, wanted at least 1")
-    if r != config.r or lora_alpha != config.lora_alpha:
-        raise ValueError(
-            "LoraConfig: rank_pattern or alpha_pattern matches kt_moe experts, which all take r and "
-            "lora_alpha, so that other programs can read the adapter"
-        )
+def _refuse_options(config: LoraConfig) -> None:
     variants = [
         f for f, field in config.__dataclass_fields__.items() if field.metadata.get("is_lora_variant")
     ]

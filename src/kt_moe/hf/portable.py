@@ -1,130 +1,247 @@
-"""Adapter tensors of experts between their two forms: stacked in memory, one key an expert on disk.
+"""Adapter tensors of experts between memory and disk, in the form that plain transformers and PEFT read.
 
-Plain PEFT fuses per-expert keys on loading before our tuner sees them; the fused form is undone here. For
-gpt-oss, whose checkpoints have no key an expert, it does not, and cannot read such an adapter. The fused form
-stores gate_up's A [E, 2r, H] as `lora_A` [E * 2r, H], expert-major, and its block-diagonal B [E, 2I, 2r] as
-`lora_B` [2I, 2r * E], expert fastest.
+In memory each projection has A [E, r, in] and B [E, out, r]. On disk there are two forms:
+
+- per expert: `{experts}.{e}.gate_proj.lora_A.weight` [r, in], by the names of the family's checkpoints.
+  PEFT's table of conversions (`peft.utils.transformers_weight_conversion`) fuses them on loading, for the
+  families that it has, where down has LoRA and gate and up have it both or neither. Servers read this form.
+- fused: the LoRA of the parameters `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I] as PEFT's
+  `target_parameters` has it: A [E * r, in], expert-major, and B [out, r * E], expert fastest. That of gate_up
+  has the ranks of gate and up one after the other, and a B that is zero where they would mix. The last of the
+  parameters is at `{experts}`, the one before at `{experts}.base_layer`.
+
+A family outside that table gets the fused form. Both forms of every family are read.
 """
 
 from __future__ import annotations
 
 import re
-import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from peft.utils.transformers_weight_conversion import (
+    _MODEL_TO_CONVERSION_PATTERN,
+    _MOE_FUSED_TARGETS,
+    _MOE_TARGET_MODULE_MAPPING,
+)
 from torch import Tensor
 
 from kt_moe.architectures import Architecture
 from kt_moe.functional import PROJECTIONS
+from kt_moe.hf.targets import FUSED
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+Matrices = dict[str, tuple[Tensor, Tensor]]  # A [E, r, in] and B [E, out, r] by projection
 
 
-def split_by_expert(
-    state_dict: dict[str, Tensor], architecture: Architecture, adapter_name: str
-) -> dict[str, Tensor]:
-    """Replace stacked `{path}.lora_A.{adapter}.gate` by `{path}.{e}.gate_proj.lora_A.{adapter}.weight`."""
-    stacked = re.compile(rf"(.+)\.(lora_[AB])\.{re.escape(adapter_name)}\.({'|'.join(PROJECTIONS)})$")
-    names = dict(zip(PROJECTIONS, architecture.projections, strict=True))
-    result = {}
-    if architecture.fused_on_disk and any(map(stacked.match, state_dict)):
-        warnings.warn(
-            f"adapters of {architecture.model_type} experts are written with a key an expert, which kt_moe "
-            "reads again; plain PEFT and vLLM know none for this family, and would leave the experts out",
-            stacklevel=2,
-        )
-    for key, tensor in state_dict.items():
-        found = stacked.match(key)
-        if found is None:
-            result[key] = tensor
-            continue
-        path, matrix, projection = architecture.disk_path(found[1]), found[2], names[found[3]]
-        for e, one in enumerate(tensor):
-            result[f"{path}.{e}.{projection}.{matrix}.{adapter_name}.weight"] = one.clone()
+def renamed_by_peft(model: Any) -> set[str]:
+    """Last parts of names that PEFT takes for routed experts or routers in this model, whatever has them."""
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    family = _MODEL_TO_CONVERSION_PATTERN.get(model_type, "")
+    return set(_MOE_TARGET_MODULE_MAPPING.get(family, ())) if family in _MOE_FUSED_TARGETS else set()
+
+
+def is_per_expert(model: Any, projections: Mapping[str, Any]) -> bool:
+    """Whether LoRA on these projections is written per expert: whether PEFT converts it then."""
+    return (
+        bool(renamed_by_peft(model))
+        and "down" in projections
+        and ("gate" in projections) == ("up" in projections)
+    )
+
+
+@dataclass(frozen=True)
+class ExpertsForm:
+    """What the tensors of one layer's experts look like.
+
+    Args:
+        path: of the experts in the model, as in the keys of the state dict.
+        architecture: of the model; names on disk.
+        num_experts, hidden, intermediate: E, H, I.
+        is_concatenated: rows of gate_up_proj are gate, then up; False: they alternate.
+    """
+
+    path: str
+    architecture: Architecture
+    num_experts: int
+    hidden: int
+    intermediate: int
+    is_concatenated: bool = True
+
+    def size(self, projection: str) -> tuple[int, int]:
+        """Input and output dimension of a projection or fused parameter."""
+        if projection in ("down", "down_proj"):
+            return self.intermediate, self.hidden
+        return self.hidden, self.intermediate * (2 if projection == "gate_up_proj" else 1)
+
+    def split(self, matrices: Matrices) -> dict[str, Tensor]:
+        """Per-expert tensors, keys without ".weight"."""
+        names = dict(zip(PROJECTIONS, self.architecture.projections, strict=True))
+        place = self.architecture.disk_path(self.path)
+        return {
+            f"{place}.{e}.{names[projection]}.lora_{matrix}": one.clone()
+            for projection, pair in matrices.items()
+            for matrix, tensor in zip("AB", pair, strict=True)
+            for e, one in enumerate(tensor)
+        }
+
+    def fuse(self, matrices: Matrices) -> dict[str, Tensor]:
+        """Fused tensors, keys without ".weight"."""
+        parts = {name: [p for p in found if p in matrices] for name, found in FUSED.items()}
+        places = self.places([name for name, found in parts.items() if found])
+        result = {}
+        for name, place in places.items():
+            a = torch.cat([matrices[p][0] for p in parts[name]], dim=1)
+            b = a.new_zeros(self.num_experts, self.size(name)[1], a.shape[1])
+            column = 0
+            for projection in parts[name]:
+                own = matrices[projection][1]
+                self.rows(b, projection)[:, :, column : column + own.shape[2]] = own
+                column += own.shape[2]
+            result[f"{place}.lora_A"] = a.flatten(0, 1)
+            result[f"{place}.lora_B"] = b.permute(1, 2, 0).flatten(1, 2)
+        return result
+
+    def places(self, fused: list[str]) -> dict[str, str]:
+        """Where PEFT nests the LoRA of each of these parameters."""
+        return {n: self.path + ".base_layer" * (len(fused) - 1 - i) for i, n in enumerate(fused)}
+
+    def rows(self, gate_up: Tensor, projection: str) -> Tensor:
+        """A view of the rows [E, I, r] of a projection in B [E, 2I, r]; of down all of them."""
+        if projection == "down":
+            return gate_up
+        odd = projection == "up"
+        if not self.is_concatenated:
+            return gate_up[:, odd::2]
+        return gate_up[:, self.intermediate :] if odd else gate_up[:, : self.intermediate]
+
+    def take(
+        self, state_dict: dict[str, Tensor], fused: Mapping[str, set[int]], own: Mapping[str, int]
+    ) -> Matrices:
+        """Take the tensors of these experts, in either form, out of `state_dict`.
+
+        Args:
+            state_dict: keys end in ".lora_A.weight" and so on, with or without PEFT's prefix.
+            fused: ranks that each fused tensor with LoRA may have, by the config and by what is in memory.
+            own: rank in memory of each projection with LoRA.
+
+        Raises:
+            ValueError: tensors of another rank or number of experts, or only some of them; names them.
+        """
+        matrices: Matrices = {}
+        for name, place in self.places([name for name in FUSED if name in fused]).items():
+            pair = _pop_pair(state_dict, place)
+            if pair is None and name == "gate_up_proj":  # where PEFT's conversion puts it, down or not
+                place = f"{self.path}.base_layer"
+                pair = _pop_pair(state_dict, place)
+            if pair is not None:
+                matrices |= self._unfuse(name, place, *pair, ranks=fused[name], own=own)
+        for projection, on_disk in zip(PROJECTIONS, self.architecture.projections, strict=True):
+            pairs = self._pop_experts(state_dict, on_disk)
+            if pairs:
+                a, b = zip(*pairs, strict=True)
+                matrices[projection] = torch.stack(a), torch.stack(b)
+        return matrices
+
+    def _pop_experts(self, state_dict: dict[str, Tensor], name: str) -> list[tuple[Tensor, Tensor]]:
+        for place in dict.fromkeys((self.path, self.architecture.disk_path(self.path))):
+            keys = [f"{place}.{e}.{name}" for e in range(self.num_experts)]
+            found = [pair for key in keys if (pair := _pop_pair(state_dict, key)) is not None]
+            if found and len(found) != self.num_experts:
+                raise ValueError(
+                    f"the adapter has {name} of {len(found)} experts at {place}, wanted {self.num_experts}"
+                )
+            if len({(a.shape, b.shape) for a, b in found}) > 1:
+                raise ValueError(
+                    f"the adapter's {name} at {place} has different shapes for different experts"
+                )
+            if found:
+                return found
+        return []
+
+    def _unfuse(
+        self, name: str, place: str, a: Tensor, b: Tensor, *, ranks: set[int], own: Mapping[str, int]
+    ) -> Matrices:
+        into, out = self.size(name)
+        rank = a.shape[0] // self.num_experts
+        total = rank * self.num_experts
+        if into != out and (a.shape, b.shape) == (
+            (total, out),
+            (into, total),
+        ):  # PEFT before 0.19: W transposed
+            a, b = b.view(into, -1, self.num_experts).permute(2, 1, 0), a.view(self.num_experts, -1, out).mT
+            a, b = a.reshape(-1, into), b.permute(1, 2, 0).reshape(out, -1)
+        if rank not in ranks or a.shape != (total, into) or b.shape != (out, total):
+            shapes = [(r * self.num_experts, into, out) for r in sorted(ranks)]
+            raise ValueError(
+                f"the adapter's {name} at {place} has another rank or number of experts than its config and "
+                f"the model: A {list(a.shape)} and B {list(b.shape)}, wanted "
+                f"{' or '.join(f'A {[n, i]} and B {[o, n]}' for n, i, o in shapes)}"
+            )
+        a = a.view(self.num_experts, rank, into)
+        b = b.view(out, rank, self.num_experts).permute(2, 0, 1)
+        if name == "down_proj":
+            return {"down": (a.contiguous(), b.contiguous())}
+        gate, up = self.rows(b, "gate"), self.rows(b, "up")
+        cut = _first_of_up(gate, up, own)
+        if cut is None:  # trained fused: gate and up share one A, and each gets its own
+            pairs = {"gate": (a, gate), "up": (a.clone(), up)}
+        else:
+            pairs = {"gate": (a[:, :cut], gate[..., :cut]), "up": (a[:, cut:], up[..., cut:])}
+        pairs = {p: (x.contiguous(), y.contiguous()) for p, (x, y) in pairs.items() if x.shape[1]}
+        for projection in pairs.keys() - own.keys():
+            raise ValueError(f"the adapter's {name} at {place} has LoRA on {projection}, the model has none")
+        return pairs
+
+
+def _first_of_up(gate: Tensor, up: Tensor, own: Mapping[str, int]) -> int | None:
+    """Where in the rank the columns of up begin, if those of gate are before them; None: they mix.
+
+    Zeros in B leave a choice: what is in memory already, or half.
+    """
+    of_gate, of_up = (torch.nonzero(rows.any(dim=0).any(dim=0)).flatten().tolist() for rows in (gate, up))
+    rank = gate.shape[2]
+    first, last = (max(of_gate) + 1 if of_gate else 0), (min(of_up) if of_up else rank)
+    if first > last:
+        return None
+    of_own = own.get("gate", 0)
+    cuts = [of_own] if of_own + own.get("up", 0) == rank else []
+    cuts += [rank // 2] if rank % 2 == 0 else []
+    cuts += [first] if of_gate or of_up else []
+    return next((cut for cut in cuts if first <= cut <= last), None)
+
+
+def expert_major(state_dict: dict[str, Tensor], forms: list[ExpertsForm]) -> dict[str, Tensor]:
+    """The same tensors with fused B's that had their columns by expert first, as Unsloth writes them."""
+    result = dict(state_dict)
+    for form in forms:
+        for place in (form.path, f"{form.path}.base_layer"):
+            for key in (f"{place}.lora_B.weight", f"{PREFIX}{place}.lora_B.weight"):
+                b = result.get(key)
+                if b is not None and b.shape[1] % form.num_experts == 0:
+                    result[key] = b.view(len(b), form.num_experts, -1).mT.reshape(b.shape)
     return result
 
 
-def fused_to_stacked(
-    state_dict: dict[str, Tensor],
-    path: str,
-    num_experts: int,
-    intermediate: int,
-    rank: int,
-    adapter_name: str,
-) -> dict[str, Tensor]:
-    """Take the fused tensors of the experts at `path` out of `state_dict`.
-
-    Args:
-        state_dict: as PEFT converted it; the tensors found are removed.
-        path: of the tuner layer in the model.
-        num_experts, intermediate: E and I.
-        rank: r of the adapter.
-
-    Returns:
-        the same tensors under the model's keys, `{path}.lora_A.{adapter}.gate` and so on.
-
-    Raises:
-        ValueError: an adapter of another rank or number of experts, or one trained fused that does not split.
-    """
-    e, i, r = num_experts, intermediate, rank
-    stacked: dict[tuple[str, str], Tensor] = {}
-    for prefix in (path, _PREFIX + path):
-        gate_up = _pop_pair(state_dict, f"{prefix}.base_layer", e * 2 * r)
-        down = _pop_pair(state_dict, prefix, e * r)
-        if gate_up is not None:
-            a, b = _unflatten(*gate_up, e)
-            if b[:, :i, r:].any() or b[:, i:, :r].any():
-                raise ValueError(
-                    f"the adapter of {path} was trained on fused experts: gate and up share a LoRA"
-                )
-            stacked["A", "gate"], stacked["A", "up"] = a[:, :r], a[:, r:]
-            stacked["B", "gate"], stacked["B", "up"] = b[:, :i, :r], b[:, i:, r:]
-        if down is not None:
-            stacked["A", "down"], stacked["B", "down"] = _unflatten(*down, e)
-    return {f"{path}.lora_{m}.{adapter_name}.{p}": t.contiguous() for (m, p), t in stacked.items()}
+def stacked(path: str, adapter_name: str) -> re.Pattern[str]:
+    """Matches the model's keys of one layer's LoRA; groups: matrix and projection."""
+    name, projections = re.escape(adapter_name), "|".join(PROJECTIONS)
+    return re.compile(rf"{re.escape(path)}\.lora_([AB])\.{name}\.({projections})$")
 
 
-def per_expert_to_stacked(
-    state_dict: dict[str, Tensor], path: str, architecture: Architecture, num_experts: int, adapter_name: str
-) -> dict[str, Tensor]:
-    """Take the per-expert tensors of the experts at `path`, left as they are by PEFT, out of `state_dict`.
-
-    Returns:
-        the same tensors under the model's keys, `{path}.lora_A.{adapter}.gate` and so on.
-
-    Raises:
-        ValueError: an adapter that lacks some of the experts.
-    """
-    stacked = {}
-    for prefix in (path, _PREFIX + path):
-        for projection, name in zip(PROJECTIONS, architecture.projections, strict=True):
-            for matrix in ("lora_A", "lora_B"):
-                keys = [f"{prefix}.{e}.{name}.{matrix}.weight" for e in range(num_experts)]
-                found = [state_dict.pop(key) for key in keys if key in state_dict]
-                if found and len(found) != num_experts:
+def _pop_pair(state_dict: dict[str, Tensor], place: str) -> tuple[Tensor, Tensor] | None:
+    for prefix in ("", PREFIX):
+        keys = [f"{prefix}{place}.lora_{matrix}.weight" for matrix in "AB"]
+        found = [state_dict.pop(key) for key in keys if key in state_dict]
+        if len(found) == 1:
+            raise ValueError(f"the adapter has one of {keys}, wanted both")
+        if found:
+            for key, tensor in zip(keys, found, strict=True):
+                if tensor.dim() != 2:
                     raise ValueError(
-                        f"the adapter of {path} has {name}.{matrix} of {len(found)} experts, "
-                        f"wanted {num_experts}"
+                        f"the adapter's {key} has shape {list(tensor.shape)}, wanted two dimensions"
                     )
-                if found:
-                    stacked[f"{path}.{matrix}.{adapter_name}.{projection}"] = torch.stack(found)
-    return stacked
-
-
-def _pop_pair(state_dict: dict[str, Tensor], path: str, total_rank: int) -> tuple[Tensor, Tensor] | None:
-    a = state_dict.pop(f"{path}.lora_A.weight", None)
-    b = state_dict.pop(f"{path}.lora_B.weight", None)
-    if a is None or b is None:
-        return None
-    if not a.shape[0] == b.shape[1] == total_rank:
-        raise ValueError(
-            f"the adapter of {path} has another rank or number of experts than the model: all experts' ranks "
-            f"together are {a.shape[0]}, wanted {total_rank}"
-        )
-    return a, b
-
-
-def _unflatten(a: Tensor, b: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """[r * E, in] expert-major and [out, r * E] expert fastest -> [E, r, in] and [E, out, r]."""
-    a = a.view(num_experts, -1, a.shape[1])
-    return a, b.reshape(b.shape[0], a.shape[1], num_experts).permute(2, 0, 1)
+            return found[0], found[1]
+    return None

@@ -139,14 +139,7 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
         architecture = architecture_of(model)
         self._checkpoint = _with_experts(_open(checkpoint_files), model, architecture)
         self._runtime, self._gpu = self.quantization_config.runtime(), self.quantization_config.make_gpu()
-        for module in architecture.modules:
-            ours = KtExperts(architecture, module)
-            ours.lora_device = self.quantization_config.lora_device
-            model.set_submodule(module.path, ours)
-            # Some families initialise the experts' parameters from the block they are in.
-            block = model.get_submodule(module.path.rpartition(".")[0])
-            if not [*block.parameters(recurse=False), *block.buffers(recurse=False)]:
-                block._is_hf_initialized = True
+        put_experts(model, architecture, self.quantization_config.lora_device)
         # The checkpoint's expert tensors have no place in the model now, which is no reason to warn.
         inside = {module.path.removeprefix(f"{model.base_model_prefix}.") for module in architecture.modules}
         ignored = {rf"(^|\.){re.escape(path)}\." for path in inside}
@@ -184,6 +177,18 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """Adapters can be trained on it."""
         return True
+
+
+def put_experts(model: Any, architecture: Architecture, lora_device: str = "auto") -> None:
+    """Replace every experts module of a transformers model by ours, without weights yet."""
+    for module in architecture.modules:
+        ours = KtExperts(architecture, module)
+        ours.lora_device = lora_device
+        model.set_submodule(module.path, ours)
+        # Some families initialise the experts' parameters from the block they are in.
+        block = model.get_submodule(module.path.rpartition(".")[0])
+        if not [*block.parameters(recurse=False), *block.buffers(recurse=False)]:
+            block._is_hf_initialized = True
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,121 @@
+"""Adapters for programs that serve models, which read less than PEFT does.
+
+vLLM, SGLang and llama.cpp want one rank and one alpha, and experts with LoRA on gate, up and down. An
+exported adapter computes the same: ranks are filled with zeros, scalings go into B, and projections without
+LoRA get zeros.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, nn
+
+from kt_moe.adapter_files import write_adapter
+from kt_moe.adapters import StrPath, check_adapter_name, save_adapter
+from kt_moe.functional import PROJECTIONS
+from kt_moe.hf.experts import dims_of
+from kt_moe.hf.lora import KtLoraExperts
+from kt_moe.hf.portable import PREFIX, Matrices
+
+# Programs, and whether they read LoRA on experts that checkpoints hold fused, as PEFT writes it.
+_SERVERS = {"vllm": True, "sglang": False, "llamacpp": False}
+TARGETS = ("peft", *_SERVERS)
+
+
+def export_adapter(
+    model: Any, directory: StrPath, *, target: str = "peft", adapter_name: str = "default"
+) -> None:
+    """Write one adapter of a model for another program.
+
+    Args:
+        model: a PeftModel with kt_moe experts, or a transformers model with an adapter added.
+        directory: made if it does not exist; other files in it stay.
+        target: "peft": as `save_adapter`. "vllm", "sglang": what these load. "llamacpp": what
+            convert_lora_to_gguf.py reads.
+
+    Raises:
+        ValueError: an unknown target or adapter, or something in the adapter that the program does not have;
+            names it.
+        OSError: the files cannot be written; those of an older adapter are intact.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target is {target!r}, wanted one of {list(TARGETS)}")
+    if target == "peft":
+        save_adapter(model, directory, adapter_name=adapter_name)
+        return
+    config = check_adapter_name(model, adapter_name)
+    if config.modules_to_save or config.trainable_token_indices:
+        raise ValueError(f"the adapter has modules_to_save or trainable tokens, which {target} does not read")
+    layers = {
+        name.removeprefix(PREFIX): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and adapter_name in layer.r
+    }
+    rank = max(int(layer.r[adapter_name]) for layer in layers.values())
+    tensors: dict[str, Tensor] = {}
+    modules = set()
+    for name, layer in layers.items():
+        if isinstance(layer, KtLoraExperts):
+            found = _of_experts(name, layer, adapter_name, rank, target)
+        elif isinstance(layer, Linear) or (target == "llamacpp" and isinstance(layer, ParamWrapper)):
+            scaling = float(layer.scaling[adapter_name])
+            a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+            found = dict(
+                zip(
+                    (f"{name}.lora_A.weight", f"{name}.lora_B.weight"),
+                    _filled(a, b, rank, scaling),
+                    strict=True,
+                )
+            )
+        else:
+            raise ValueError(
+                f"the adapter has LoRA on {name}, a {type(layer).__name__}, which {target} lacks"
+            )
+        tensors |= found
+        modules |= {key.rpartition(".lora_")[0].rpartition(".")[2] for key in found}
+    saved = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(modules),
+        task_type=config.task_type,
+        inference_mode=True,
+        base_model_name_or_path=config.base_model_name_or_path or getattr(model, "name_or_path", None),
+    )
+    if any(".experts.base_layer." in key for key in tensors):
+        saved.rank_pattern = saved.alpha_pattern = {"gate_up_proj": 2 * rank}
+    write_adapter(Path(directory), saved, {f"{PREFIX}{k}": t.contiguous() for k, t in tensors.items()})
+
+
+def _of_experts(
+    name: str, layer: KtLoraExperts, adapter_name: str, rank: int, target: str
+) -> dict[str, Tensor]:
+    """All three projections, with scaling 1 at this rank."""
+    form = layer.form(name)
+    fused = form.architecture.fused_on_disk
+    if fused and not _SERVERS[target]:
+        raise ValueError(f"{target} reads no LoRA on experts of {form.architecture.model_type}")
+    experts, hidden, inner = dims_of(layer.base_layer)
+    matrices: Matrices = {}
+    for projection in PROJECTIONS:
+        into, out = (inner, hidden) if projection == "down" else (hidden, inner)
+        if projection in layer.pairs[adapter_name].pairs:
+            a, b = layer.lora_A[adapter_name][projection], layer.lora_B[adapter_name][projection]
+            matrices[projection] = _filled(a, b, rank, layer.scaling_of(adapter_name, projection))
+        else:
+            matrices[projection] = torch.zeros(experts, rank, into), torch.zeros(experts, out, rank)
+    tensors = form.fuse(matrices) if fused else form.split(matrices)
+    return {f"{key}.weight": tensor for key, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def _filled(a: Tensor, b: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """A [.., rank, in] and B [.., out, rank] with scaling 1, on the CPU."""
+    missing = rank - a.shape[-2]
+    a, b = a.detach().cpu(), b.detach().cpu() * scaling
+    return nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))

@@ -1,0 +1,291 @@
+"""What a LoraConfig targets in a model with kt_moe experts: one rule for every family.
+
+A name matches as in PEFT: the end of a module's path. The projections of routed experts have paths too,
+`...mlp.experts.gate_proj`, though in memory all experts' are one tensor, and perhaps under another name:
+
+- "experts", or a longer end of that path, is all three projections of the routed experts;
+- "gate_proj", "up_proj", "down_proj", or the names that the family's checkpoints have for them, are every
+  projection so called: of routed experts, shared experts and dense layers; "experts.down_proj" is that of the
+  routed ones alone;
+- "all-linear" is every nn.Linear but the output layer, and the routed experts;
+- `target_parameters` may name `gate_up_proj` and `down_proj` of the fused experts, as PEFT's adapters do.
+
+A name that matches nothing is an error.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from kt_moe.architectures import Architecture
+from kt_moe.functional import PROJECTIONS
+from kt_moe.hf.experts import is_kt_experts
+from kt_moe.patterns import check_patterns, first_match
+
+FUSED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # tensors of all experts, in PEFT's order
+_ALL_LINEAR = "all-linear"
+_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, Conv1D)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Rank and scaling (alpha / r) of the LoRA of one projection."""
+
+    rank: int
+    scaling: float
+
+
+@dataclass(frozen=True)
+class ExpertPairs:
+    """The LoRA of one layer's experts.
+
+    pairs: by projection. fused: ranks that the config gives to fused tensors, by their name.
+    """
+
+    pairs: Mapping[str, Pair]
+    fused: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Full paths of what gets LoRA: modules, other modules' weights (as parameters), layers of experts."""
+
+    modules: frozenset[str]
+    parameters: frozenset[str]
+    experts: Mapping[str, ExpertPairs]
+
+    def names(self) -> set[str]:
+        """The same as a list in target_modules says it, parameters apart."""
+        return {
+            *self.modules,
+            *(f"{path}.{p}_proj" for path, pairs in self.experts.items() for p in pairs.pairs),
+        }
+
+    def __str__(self) -> str:
+        names = {path.rpartition(".")[2] for path in self.modules}
+        names |= {path.rpartition(".")[0].rpartition(".")[2] for path in self.parameters}
+        names |= {f"experts.{p}_proj" for pairs in self.experts.values() for p in pairs.pairs}
+        return ", ".join(sorted(names))
+
+
+def find_targets(model: nn.Module, config: LoraConfig, architecture: Architecture) -> Targets:
+    """All that `config` targets.
+
+    Raises:
+        ValueError: a target that matches nothing, a pattern that takes too long; names it.
+    """
+    modules = {name: module for name, module in free_modules(model) if name}
+    paths = [name for name, module in modules.items() if is_experts(module)]
+    names = {path: names_of(path, architecture) for path in paths}
+    known = [*modules, *(name for found in names.values() for keys in found.values() for name in keys)]
+    check_config_patterns(config, known)
+    _warn_of_patterns(config, known)
+    matched: set[str] = set()
+    whole: dict[str, set[str]] = {path: set() for path in paths}
+    missing = []
+    for target, matches in _matchers(model, config, paths):
+        found = {name for name in modules if matches(name)}
+        hits = {(path, p) for path in paths for p in PROJECTIONS if any(map(matches, names[path][p]))}
+        for path, projection in hits:
+            whole[path].add(projection)
+        matched |= found
+        if not found and not hits:
+            missing.append(target)
+    fused, parameters = _parameters(config, modules, paths, matched, missing)
+    if missing:
+        have = {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, (*_LAYERS, BaseTunerLayer))}
+        have |= {f"experts.{p}_proj" for p in PROJECTIONS}
+        raise ValueError(
+            f"LoraConfig targets {sorted(missing)}, which match nothing in this model; it has {sorted(have)}"
+        )
+    for path in paths:
+        if path in matched:
+            whole[path] |= set(PROJECTIONS)
+    excluded = {name for name in modules if _excludes(config, name)}
+    matched -= set(paths) | excluded
+    weights = {name for name in matched if _only_a_weight(modules[name])}
+    experts = {
+        path: _pairs(config, names[path], whole[path], fused[path])
+        for path in paths
+        if path not in excluded and (whole[path] or fused[path])
+    }
+    return Targets(
+        frozenset(matched - weights), frozenset(parameters | {f"{name}.weight" for name in weights}), experts
+    )
+
+
+def check_config_patterns(config: LoraConfig, names: Sequence[str]) -> None:
+    """ValueError for a pattern that is none, or takes too long on these names; see `check_patterns`."""
+    words = (config.target_modules, config.exclude_modules, config.layers_pattern)
+    patterns = [word for word in words if isinstance(word, str)]
+    for some in (config.rank_pattern, config.alpha_pattern, config.modules_to_save):
+        patterns += some or ()
+    if not isinstance(config.layers_pattern, str):
+        patterns += config.layers_pattern or ()
+    check_patterns(patterns, names)
+
+
+def _warn_of_patterns(config: LoraConfig, names: list[str]) -> None:
+    """As PEFT does, of patterns that match no module or weight of one."""
+    names = [*names, *(f"{name}.weight" for name in names)]
+    for option in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, option) or {}
+        missing = [key for key in patterns if first_match({key: True}, names) is None]
+        if missing:
+            warnings.warn(
+                f"{option} has {missing}, which match nothing in this model", RuntimeWarning, stacklevel=4
+            )
+
+
+def free_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by name, without those inside tuner layers."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside = (f"{name}.",)  # a module's children follow it at once
+        yield name, module
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether these are kt_moe experts, with or without LoRA."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return is_kt_experts(base)
+
+
+def _matchers(
+    model: nn.Module, config: LoraConfig, experts: list[str]
+) -> Iterator[tuple[str, Callable[[str], bool]]]:
+    """Each entry of target_modules, and whether a name is meant by it."""
+    targets = config.target_modules
+    if isinstance(targets, str) and targets.lower() == _ALL_LINEAR:
+        linear = _maybe_include_all_linear_layers(copy.copy(config), model).target_modules
+        yield targets, {*linear, *experts}.__contains__
+        return
+    entries = [targets] if isinstance(targets, str) else [{target} for target in sorted(targets or ())]
+    for entry in entries:
+        one = SimpleNamespace(
+            target_modules=entry,
+            target_parameters=None,
+            layers_to_transform=config.layers_to_transform,
+            layers_pattern=config.layers_pattern,
+        )
+        text = entry if isinstance(entry, str) else next(iter(entry))
+        yield text, lambda name, one=one: bool(check_target_module_exists(one, name))  # type: ignore[misc]
+
+
+def _excludes(config: LoraConfig, name: str) -> bool:
+    """Whether exclude_modules or modules_to_save keep LoRA off a module."""
+    one = SimpleNamespace(
+        target_modules=(), exclude_modules=config.exclude_modules, modules_to_save=config.modules_to_save
+    )
+    return isinstance(check_target_module_exists(one, name), _ExcludedModule)
+
+
+def names_of(path: str, architecture: Architecture) -> dict[str, list[str]]:
+    """What one may call each projection of the experts at `path`, and "" for all of them."""
+    places = dict.fromkeys((path, architecture.disk_path(path)))
+    names: dict[str, list[str]] = {"": list(places)}
+    for projection, on_disk in zip(PROJECTIONS, architecture.projections, strict=True):
+        fused = next(name for name, parts in FUSED.items() if projection in parts)
+        aliases = dict.fromkeys((f"{projection}_proj", on_disk, fused))
+        names[projection] = [f"{place}{of}.{a}" for place in places for a in aliases for of in ("", ".0")]
+        names[projection] += [place for place in places if place != path]
+    return names
+
+
+def _parameters(
+    config: LoraConfig, modules: dict[str, nn.Module], paths: list[str], matched: set[str], missing: list[str]
+) -> tuple[dict[str, set[str]], set[str]]:
+    """target_parameters: fused tensors of each layer of experts, and others; adds to `matched`, `missing`.
+
+    The weight of a layer that PEFT knows is the layer: its LoRA has the same keys and values.
+    """
+    fused: dict[str, set[str]] = {path: set() for path in paths}
+    others: set[str] = set()
+    for target in sorted(config.target_parameters or ()):
+        found = False
+        for path in paths:
+            hits = {n for n in FUSED if f"{path}.{n}" == target or f"{path}.{n}".endswith(f".{target}")}
+            fused[path] |= hits
+            found |= bool(hits)
+        for name, module in modules.items():
+            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            for parameter, _ in base.named_parameters(recurse=False):
+                full = f"{name}.{parameter}"
+                if is_experts(module) or not (full == target or full.endswith(f".{target}")):
+                    continue
+                found = True
+                if parameter == "weight" and not _only_a_weight(module):
+                    matched.add(name)
+                else:
+                    others.add(full)
+        if not found:
+            missing.append(target)
+    return fused, others
+
+
+def _only_a_weight(module: nn.Module) -> bool:
+    """Whether PEFT can adapt this module only by its parameter, as transformers' routers."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    weight = base._parameters.get("weight")
+    return weight is not None and weight.dim() == 2 and not isinstance(base, _LAYERS)
+
+
+def _pairs(
+    config: LoraConfig, names: dict[str, list[str]], by_name: set[str], fused: set[str]
+) -> ExpertPairs:
+    """Ranks and scalings of the projections of one layer, by name or by fused tensor."""
+    pairs: dict[str, Pair] = {}
+    ranks = {}
+    for name in fused:
+        key = [f"{names[''][0]}.{name}"]
+        of_pattern = first_match(config.rank_pattern, key)
+        rank = config.r if of_pattern is None else int(of_pattern)
+        ranks[name] = rank
+        scaling = _scaling(config, rank, first_match(config.alpha_pattern, key))
+        # What PEFT makes of separate gate and up has twice the rank; what the file has decides later.
+        halved = len(FUSED[name]) == 2 and rank == 2 * config.r
+        pairs |= {p: Pair(rank // 2 if halved else rank, scaling) for p in FUSED[name]}
+    for projection in sorted(by_name - pairs.keys()):
+        key = [n for n in names[projection] if not n.endswith(".gate_up_proj")] + names[""]
+        of_pattern = first_match(config.rank_pattern, key)
+        rank = config.r if of_pattern is None else int(of_pattern)
+        pairs[projection] = Pair(rank, _scaling(config, rank, first_match(config.alpha_pattern, key)))
+    ordered = {p: pairs[p] for p in PROJECTIONS if p in pairs}
+    return ExpertPairs(ordered, ranks)
+
+
+def _scaling(config: LoraConfig, rank: int, alpha: float | None) -> float:
+    if rank < 1:
+        raise ValueError(f"LoraConfig: the rank of experts is {rank}, wanted at least 1")
+    alpha = config.lora_alpha if alpha is None else alpha
+    return float(alpha / (math.sqrt(rank) if config.use_rslora else rank))
+
+
+def shortest(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
+    """The shortest ends of the dotted names `wanted` that are the end of no other name in `others`."""
+    wanted = set(wanted)
+    taken = {end for name in others if name not in wanted for end in _ends(name)}
+    return sorted({next(end for end in (*_ends(name), name) if end not in taken) for name in wanted})
+
+
+def _ends(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[-n:]) for n in range(1, len(parts) + 1))

@@ -1,0 +1,270 @@
+"""PEFT's LoRA tuner for models with kt_moe experts.
+
+PEFT has one tuner class for LoRA. `KtLoraModel` stands in its registry and leaves every model without kt_moe
+experts to the class that stood there. It overrides what PEFT calls to add an adapter (`inject_adapter`, and
+`_create_new_module` for one module), and to name the tensors of one (`_get_adapter_state_dict`,
+`_remap_adapter_state_dict_for_load`).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from typing import Any
+
+import torch
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraModel
+from torch import Tensor, nn
+
+from kt_moe.hf.config import KtLoraConfig, saved_config
+from kt_moe.hf.experts import KtExperts, is_kt_experts
+from kt_moe.hf.lora import NO_MERGE, KtLoraExperts, experts_architecture, lora_layers
+from kt_moe.hf.portable import PREFIX, is_per_expert, stacked
+from kt_moe.hf.targets import Targets, find_targets
+from kt_moe.hf.weighted import KINDS, combine
+from kt_moe.lora_device import LoraPlace
+from kt_moe.patterns import first_match
+
+_logger = logging.getLogger(__name__)
+_NOTHING = "(?!)"  # a pattern without matches: PEFT's conversion of names of older models leaves it alone
+
+
+class KtLoraModel(LoraModel):  # type: ignore[misc]
+    """PEFT's LoRA tuner for models with kt_moe experts. For another model it makes PEFT's own."""
+
+    _kt_held: dict[KtLoraExperts, tuple[Any, Any]] | None = None  # new LoRA that PEFT is not to see
+
+    def __new__(cls, model: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(model, nn.Module) and experts_architecture(model) is None:
+            return LoraModel(model, *args, **kwargs)
+        return super().__new__(cls)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter.
+
+        Raises:
+            ValueError: a target that matches nothing, an option that does not work on experts; names it.
+        """
+        architecture = experts_architecture(model)
+        assert architecture is not None
+        config = self.peft_config[adapter_name] = KtLoraConfig.of(self.peft_config[adapter_name])
+        self._kt_architecture, self._kt_place = architecture, _place_of(model)
+        try:
+            config = self._prepare_adapter_config(config, self.get_model_config(model))
+            config.kt_moe_targets = targets = find_targets(model, config, architecture)
+            _logger.info("LoRA %r is on %s", adapter_name, targets)
+            self._inject(model, adapter_name, config, *args, **kwargs)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        _move_to_their_models(model, adapter_name)
+        config.kt_moe_saved = saved_config(model, config, adapter_name)
+        if config.target_parameters:  # PEFT's functions for several adapters want names of modules
+            config.target_modules, config.target_parameters = (
+                targets.names(),
+                sorted(targets.parameters) or None,
+            )
+        if self._kt_held is not None:
+            for _, layer in list(lora_layers(model, adapter_name)):
+                self._kt_held[layer] = layer.lora_A.pop(adapter_name), layer.lora_B.pop(adapter_name)
+
+    def _inject(
+        self, model: nn.Module, adapter_name: str, config: KtLoraConfig, *args: Any, **kwargs: Any
+    ) -> None:
+        """PEFT's injection at the targets that were found; afterwards the config has the user's words."""
+        targets = config.kt_moe_targets
+        words = {name: getattr(config, name) for name in ("target_modules", "target_parameters", *_PATTERNS)}
+        config.target_modules, config.target_parameters = _NOTHING, None
+        for name in _PATTERNS:
+            setattr(config, name, _by_name(words[name] or {}, targets))
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            for name, value in words.items():
+                setattr(config, name, value)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_clamp: float | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        **options: Any,
+    ) -> None:
+        """Add the weighted sum of adapters as a further one; see `peft.LoraModel.add_weighted_adapter`.
+
+        Raises:
+            ValueError: a combination that does not work on experts; names it.
+        """
+        if adapter_name in self.peft_config:
+            return
+        kind = "linear" if len(adapters) == 1 else combination_type  # as PEFT has it
+        if kind not in KINDS:
+            raise ValueError(f"combination_type is {kind!r}, kt_moe experts know {list(KINDS)}")
+        if svd_clamp is not None:
+            raise ValueError(f"svd_clamp is {svd_clamp}, which does not work on kt_moe experts")
+        shared = {"density": density, "majority_sign_method": majority_sign_method}
+        self._kt_held = held = dict[KtLoraExperts, tuple[Any, Any]]()
+        try:
+            super().add_weighted_adapter(
+                adapters, weights, adapter_name, combination_type=combination_type, **shared, **options
+            )
+        finally:
+            del self._kt_held
+        for layer, (layer.lora_A[adapter_name], layer.lora_B[adapter_name]) in held.items():
+            self._combine(layer, adapters, weights, adapter_name, kind, shared)
+
+    @torch.no_grad()
+    def _combine(
+        self,
+        layer: KtLoraExperts,
+        adapters: list[str],
+        weights: list[float],
+        new: str,
+        kind: str,
+        shared: Any,
+    ) -> None:
+        """Give a layer's new adapter the values of the sum."""
+        for projection, pair in layer.pairs[new].pairs.items():
+            a, b = layer.lora_A[new][projection], layer.lora_B[new][projection]
+            parts = [
+                (
+                    layer.lora_A[n][projection],
+                    layer.lora_B[n][projection],
+                    weight * layer.scaling_of(n, projection),
+                )
+                for n, weight in zip(adapters, weights, strict=True)
+                if n in layer.pairs and projection in layer.pairs[n].pairs
+            ]
+            names = [str(number) for number in range(len(parts))]
+
+            def of_matrices(one: Any, names: list[str] = names) -> Any:
+                return self._generalized_task_arithmetic_weighted_adapter(
+                    kind, names, [1.0] * len(names), one, **shared
+                )
+
+            b.zero_()
+            if parts:
+                values = combine(parts, pair.rank, kind, of_matrices)
+                a.copy_(values[0])
+                b.copy_(values[1] / pair.scaling)
+            for parameter in (a, b):
+                parameter.requires_grad_(False)
+
+    def _check_new_adapter_config(self, config: KtLoraConfig) -> None:
+        super()._check_new_adapter_config(config)
+        if config.target_modules == _NOTHING:  # PEFT has done with old names
+            targets = config.kt_moe_targets
+            config.target_modules = {*targets.modules, *targets.experts}
+            config.target_parameters = sorted(targets.parameters) or None
+
+    def _create_new_module(
+        self, lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any
+    ) -> nn.Module:
+        if is_kt_experts(target):
+            pairs = lora_config.kt_moe_targets.experts[kwargs["target_name"]]
+            return KtLoraExperts(
+                target, adapter_name, lora_config, pairs, self._kt_architecture, self._kt_place
+            )
+        if kwargs.get("parameter_name") is not None and lora_config.lora_dropout:
+            lora_config = copy.copy(lora_config)
+            lora_config.lora_dropout = 0.0  # PEFT has none for parameters, such as a router's
+        return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)  # type: ignore[no-any-return]
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        if is_kt_experts(child) or isinstance(new_module, KtLoraExperts) or is_kt_experts(new_module):
+            setattr(parent, child_name, new_module)  # no base weight has the dtype or device it should have
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        if any(isinstance(module, KtLoraExperts) for module in self.model.modules()):
+            raise NotImplementedError(NO_MERGE)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
+        )
+        for path, layer in lora_layers(model, adapter_name):
+            key = stacked(path, adapter_name)
+            own = {m.groups(): found.pop(m[0]) for m in filter(None, map(key.match, list(found)))}
+            matrices = {p: (own["A", p], own["B", p]) for m, p in own if m == "A"}
+            per_expert = is_per_expert(model, layer.pairs[adapter_name].pairs)
+            tensors = layer.tensors(adapter_name, path, matrices, per_expert)
+            found |= {f"{k}.{adapter_name}.weight": t for k, t in tensors.items()}
+        return found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        result: dict[str, Tensor] = {}
+        state_dict = dict(state_dict)
+        for path, layer in lora_layers(model, adapter_name):
+            form = layer.form(path.removeprefix(PREFIX))
+            pairs, ranks = layer.pairs[adapter_name], layer.fused_ranks(adapter_name)
+            allowed = {name: {rank, pairs.fused.get(name, rank)} for name, rank in ranks.items()}
+            own = {projection: pair.rank for projection, pair in pairs.pairs.items()}
+            matrices = form.take(state_dict, allowed, own)
+            layer.fit(adapter_name, {p: a.shape[1] for p, (a, _) in matrices.items()})
+            for projection, pair in matrices.items():
+                for matrix, tensor in zip("AB", pair, strict=True):
+                    # Tensors may become parameters as they are; those of host memory are not to be elsewhere.
+                    held = tensor.cpu() if layer.place.stays(tensor.device) else tensor
+                    result[f"{path}.lora_{matrix}.{adapter_name}.{projection}"] = held
+        if result:  # ranks may have changed
+            base: Any = model
+            base = base.get_base_model() if hasattr(model, "get_base_model") else model
+            config.kt_moe_saved = saved_config(base, config, adapter_name)
+        rest = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return {**rest, **result}
+
+
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+
+
+def register() -> None:
+    """Put the tuner into PEFT's registry."""
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = KtLoraModel
+
+
+def _by_name(patterns: dict[str, Any], targets: Targets) -> dict[str, Any]:
+    """Values by full name, for PEFT to match; those of experts are not."""
+    names = {name: [name, f"{name}.weight"] for name in targets.modules}
+    names |= {name: [name] for name in targets.parameters}
+    found = {re.escape(name): first_match(patterns, both) for name, both in names.items() if patterns}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _place_of(model: nn.Module) -> LoraPlace:
+    """That of the layers which have LoRA; else a new one, with the choice of the model's `KtMoeConfig`."""
+    modules = list(model.modules())
+    found = next((m.place for m in modules if isinstance(m, KtLoraExperts)), None)
+    if found is not None:
+        return found
+    return LoraPlace(next((m.lora_device for m in modules if isinstance(m, KtExperts)), "auto"))
+
+
+def _move_to_their_models(model: nn.Module, adapter_name: str) -> None:
+    """Move new LoRA of experts to the device of the layer, which is that of the router beside them."""
+    for block in list(model.modules()):
+        for layer in [m for m in block.children() if isinstance(m, KtLoraExperts)]:
+            own = {id(p) for p in layer.parameters()}
+            router = next((p for p in block.parameters() if id(p) not in own), None)
+            if router is None or adapter_name not in layer.lora_A:
+                continue
+            for pairs in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
+                if not any(p.is_meta for p in (router, *pairs.parameters())):
+                    pairs.to(router.device)

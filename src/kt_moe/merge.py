@@ -1,0 +1,308 @@
+"""An adapter merged into a checkpoint: W + s B A, shard by shard, and what was written checked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from peft.tuners.lora import Embedding, Linear, LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import safe_open
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+
+from kt_moe.adapter_files import read_adapter, save_tensors, scratch
+from kt_moe.adapters import StrPath, fill, wrap
+from kt_moe.architectures import Architecture, architecture_of
+from kt_moe.checkpoint import Checkpoint
+from kt_moe.functional import PROJECTIONS
+from kt_moe.hf.lora import KtLoraExperts
+from kt_moe.hf.portable import PREFIX, ExpertsForm
+from kt_moe.hf.quantizer import put_experts
+from kt_moe.hf.targets import FUSED
+
+_NAME = "merged"  # of the adapter in the model without weights
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_REFUSED = ("use_dora", "lora_bias", "fan_in_fan_out", "layer_replication", "trainable_token_indices")
+
+
+def merge_checkpoint(base: StrPath, adapter: StrPath, output: StrPath) -> None:
+    """Write the checkpoint W + s B A, shard by shard, and check what was written.
+
+    The adapter is read as onto a model, by `load_adapter`'s rules: experts per expert or fused, shared
+    experts, routers, modules_to_save.
+
+    Args:
+        base: directory of a safetensors checkpoint with bf16, fp16 or fp32 weights, experts one by one or
+            fused.
+        adapter: directory of an adapter of it.
+        output: must not exist or be empty. It gets the shards and the other files of `base` (tokenizer ...),
+            but no symbolic links that lead out of it.
+
+    Raises:
+        FileNotFoundError: a directory without a checkpoint or adapter.
+        ValueError: an adapter that is not plain LoRA on weights of this checkpoint, a checkpoint that is
+            malformed or quantised, or output is taken.
+        OSError: what was read back is not what was to be written, or the disk is full; no output is left.
+    """
+    base, output = Path(base), Path(output)
+    if not base.is_dir():
+        raise FileNotFoundError(f"base is {base}, wanted the directory of a checkpoint")
+    checkpoint = Checkpoint(base)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output is {output}, which exists already")
+    changes = _changes(base, Path(adapter), checkpoint)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with scratch(output.parent, f".{output.name}-") as new:
+        _copy_others(base, new, checkpoint)
+        for shard in checkpoint.files:
+            _merge_shard(shard, new / shard.name, changes)
+            _verify_shard(shard, new / shard.name, changes)
+        new.chmod(0o755)
+        os.replace(new, output)
+
+
+merge_adapter = merge_checkpoint  # the older name
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """s B A, of a matrix: A [r, in], B [out, r]."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+    def delta(self) -> Tensor:
+        return self.scaling * (self.b.float() @ self.a.float())
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """W + s B A for one matrix [out, in], or [in, out] if `transposed`."""
+
+    pair: _Pair
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.pair.b.shape[0], self.pair.a.shape[1]
+        return shape[::-1] if self.transposed else shape
+
+    def apply(self, weight: Tensor) -> Tensor:
+        delta = self.pair.delta()
+        return (weight.float() + (delta.T if self.transposed else delta)).to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """The same for all experts in one tensor: pairs by projection, each on its rows."""
+
+    pairs: dict[str, list[_Pair]]
+    form: ExpertsForm
+    name: str
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        into, out = self.form.size(self.name)
+        return (self.form.num_experts, *((into, out) if self.transposed else (out, into)))
+
+    def apply(self, weight: Tensor) -> Tensor:
+        result = weight.clone()
+        view = result.mT if self.transposed else result
+        for projection, pairs in self.pairs.items():
+            rows = self.form.rows(view, projection)
+            for own, pair in zip(rows, pairs, strict=True):
+                own.copy_(own.float() + pair.delta())
+        return result
+
+
+@dataclass(frozen=True)
+class _Replaced:
+    """Another tensor in its place, of modules_to_save."""
+
+    value: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+    def apply(self, weight: Tensor) -> Tensor:
+        return self.value.to(weight.dtype)
+
+
+_Change = _Matrix | _Fused | _Replaced
+
+
+def _changes(base: Path, adapter: Path, checkpoint: Checkpoint) -> dict[str, _Change]:
+    """What the adapter does to the checkpoint's tensors, by their names.
+
+    Every part of it must find its tensor, or the merge would silently leave it out.
+    """
+    model, replaced = _hollow(base, adapter)
+    core = model.get_base_model()
+    changes: dict[str, _Change] = {_on_disk(core, name): _Replaced(t) for name, t in replaced.items()}
+    for path, module in model.named_modules():
+        path = path.removeprefix(PREFIX)
+        if isinstance(module, KtLoraExperts):
+            changes |= _of_experts(path, module, checkpoint)
+        elif isinstance(module, LoraLayer) and _NAME in module.r:
+            name = f"{path.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}"
+            changes[_on_disk(core, name)] = _of_layer(path, module)
+        elif isinstance(module, ModulesToSaveWrapper) and _NAME in module.modules_to_save:
+            for name, value in module.modules_to_save[_NAME].state_dict().items():
+                changes[_on_disk(core, f"{path}.{name}")] = _Replaced(value)
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            raise ValueError(f"the adapter has {type(module).__name__} at {path}, which cannot be merged")
+    missing = sorted(changes.keys() - checkpoint.tensors.keys())
+    if missing:
+        raise ValueError(
+            f"the checkpoint lacks {len(missing)} weights that the adapter changes: {missing[:3]}"
+        )
+    for name, change in changes.items():
+        shape = checkpoint.tensors[name].shape
+        if shape != change.shape:
+            raise ValueError(f"{name} is {list(shape)}, the adapter is for {list(change.shape)}")
+    return changes
+
+
+def _hollow(base: Path, adapter: Path) -> tuple[PeftModel, dict[str, Tensor]]:
+    """The base model without weights, with the adapter's; and base weights that the adapter's file has."""
+    config, tensors = read_adapter(adapter)
+    for option in _REFUSED:
+        if getattr(config, option, None):
+            raise ValueError(f"the adapter in {adapter} has {option}, which merge_adapter does not know")
+    if config.bias != "none":
+        raise ValueError(
+            f"the adapter in {adapter} has bias {config.bias!r}, which merge_adapter does not know"
+        )
+    try:
+        model_config = transformers.AutoConfig.from_pretrained(base)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"config.json in {base} is of no model of transformers: {error}") from error
+    if getattr(model_config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"the checkpoint in {base} is quantised, merge_adapter needs bfloat16, float16 or float32"
+        )
+    class_name = next(iter(model_config.architectures or ()), "")
+    cls = getattr(transformers, class_name, transformers.AutoModelForCausalLM)
+    make = cls._from_config if hasattr(cls, "_from_config") else cls.from_config
+    with torch.device("meta"):
+        model = make(model_config)
+    try:
+        architecture: Architecture | None = architecture_of(model)
+    except ValueError:  # a model without experts, or with others than ours; LoRA on those is refused below
+        architecture = None
+    if architecture is not None:
+        put_experts(model, architecture)
+    config.lora_dropout, config.inference_mode, config.base_model_name_or_path = 0.0, True, None
+    wrapped = wrap(model, config, _NAME)
+    for path, module in wrapped.named_modules():  # PEFT has put the adapter where the model is
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta and f".{_NAME}." in f"{path}.{name}.":
+                module.register_parameter(name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu")))
+    # PEFT saves embeddings whole where their size was changed, and those that have LoRA.
+    hollow = {name for name, parameter in wrapped.named_parameters() if parameter.is_meta}
+    whole = {name: tensors.pop(name) for name in hollow & tensors.keys()}
+    fill(wrapped, tensors, _NAME, adapter, "peft")
+    return wrapped, {n.removeprefix(PREFIX): t for n, t in whole.items() if ".base_layer." not in n}
+
+
+def _on_disk(model: Any, name: str) -> str:
+    """A parameter's name as transformers' conversion writes it."""
+    found = revert_weight_conversion(model, {name: torch.empty(0, device="meta")})
+    return str(next(iter(found), name)) if len(found) == 1 else name
+
+
+def _of_layer(path: str, module: Any) -> _Change:
+    scaling = float(module.scaling[_NAME])
+    if isinstance(module, Embedding):
+        pair = _Pair(module.lora_embedding_A[_NAME], module.lora_embedding_B[_NAME], scaling)
+        return _Matrix(pair, transposed=True)
+    if not isinstance(module, Linear | ParamWrapper) or getattr(module, "num_experts", 1) != 1:
+        raise ValueError(f"the adapter has LoRA on {path}, a {type(module).__name__}, which cannot be merged")
+    return _Matrix(_Pair(module.lora_A[_NAME].weight, module.lora_B[_NAME].weight, scaling))
+
+
+def _of_experts(path: str, module: KtLoraExperts, checkpoint: Checkpoint) -> dict[str, _Change]:
+    form = module.form(path)
+    pairs = {
+        projection: [
+            _Pair(a, b, pair.scaling)
+            for a, b in zip(module.lora_A[_NAME][projection], module.lora_B[_NAME][projection], strict=True)
+        ]
+        for projection, pair in module.pairs[_NAME].pairs.items()
+    }
+    place = form.architecture.disk_path(path)
+    names = dict(zip(PROJECTIONS, form.architecture.projections, strict=True))
+    if not any(f"{place}.{fused}" in checkpoint.tensors for fused in FUSED):
+        return {
+            f"{place}.{e}.{names[projection]}.weight": _Matrix(pair)
+            for projection, of_experts in pairs.items()
+            for e, pair in enumerate(of_experts)
+        }
+    result: dict[str, _Change] = {}
+    for fused, parts in FUSED.items():
+        own = {p: pairs[p] for p in parts if p in pairs}
+        if own:
+            name = f"{place}.{fused}"
+            into, out = form.size(fused)
+            stored = checkpoint.tensors[name].shape if name in checkpoint.tensors else ()
+            # [E, in, out], as gpt-oss has it; where both are the same the family's own module decides
+            transposed = stored[1:] == (into, out) and (
+                into != out or module.base_layer.expert_module.transposed
+            )
+            result[name] = _Fused(own, form, fused, transposed)
+    return result
+
+
+def _copy_others(base: Path, new: Path, checkpoint: Checkpoint) -> None:
+    """The files beside the shards; of a symbolic link what it leads to, if that belongs to `base`."""
+    root = base.resolve()
+    # a snapshot in the hub's cache is made of links into the blobs beside it
+    allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    for file in base.iterdir():
+        if not file.is_file() or file in checkpoint.files:
+            continue
+        if not any(file.resolve().is_relative_to(folder) for folder in allowed):
+            warnings.warn(f"{file} leads out of {base} and is not copied", stacklevel=3)
+            continue
+        shutil.copyfile(file, new / file.name)
+
+
+def _merged(name: str, weight: Tensor, changes: dict[str, _Change]) -> Tensor:
+    if name not in changes:
+        return weight
+    if weight.dtype not in _FLOATS:
+        raise ValueError(f"{name} is {weight.dtype}, merge_adapter needs bfloat16, float16 or float32")
+    with torch.no_grad():
+        return changes[name].apply(weight)
+
+
+def _merge_shard(source: Path, target: Path, changes: dict[str, _Change]) -> None:
+    with safe_open(source, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: _merged(name, file.get_tensor(name), changes) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, target, metadata)
+
+
+def _verify_shard(source: Path, target: Path, changes: dict[str, _Change]) -> None:
+    with safe_open(source, "pt") as old, safe_open(target, "pt") as new:
+        if set(old.keys()) != set(new.keys()):
+            raise OSError(f"{target.name} was written with other tensors than {source}")
+        for name in old.keys():  # noqa: SIM118
+            wanted, found = _merged(name, old.get_tensor(name), changes), new.get_tensor(name)
+            if not torch.equal(
+                wanted.contiguous().view(torch.uint8), found.view(torch.uint8)
+            ):  # bytes: a NaN equals itself
+                raise OSError(f"{name} reads back from {target.name} differently from what was written")

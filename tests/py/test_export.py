@@ -1,0 +1,143 @@
+"""Adapters for servers: what they require of keys, ranks and alphas, and the same function in plain PEFT.
+
+With KT_MOE_LLAMA_CPP, the directory of llama.cpp with convert_lora_to_gguf.py, its converter reads them too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from peft import PeftModel
+from tiny_models import ALL_EXPERTS, PEFT_WARNINGS, error, load, save_tiny_checkpoint, tokens, with_lora
+
+import kt_moe
+
+pytestmark = PEFT_WARNINGS
+
+CASES: dict[str, dict[str, Any]] = {
+    "all": {"targets": ["experts", "q_proj"]},
+    "down": {"targets": ["experts.down_proj", "o_proj"]},
+    "gate, ranks and alphas": {
+        "targets": ["experts.gate_proj", "experts.down_proj", "q_proj"],
+        "rank_pattern": {"experts.down_proj": 3, "q_proj": 6},
+        "alpha_pattern": {"experts.down_proj": 9, "q_proj": 1},
+        "use_rslora": True,
+    },
+    "one layer": {"targets": ["layers.0.mlp.experts"]},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("bases")
+    sizes = {
+        "qwen3_moe": ALL_EXPERTS,
+        "qwen2_moe": ALL_EXPERTS,
+        "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 4},
+    }
+    return {name: save_tiny_checkpoint(root / name, name, **s) for name, s in sizes.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("target", ["vllm", "sglang", "llamacpp"])
+def test_per_expert(target: str, case: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    options = dict(CASES[case])
+    model = with_lora(bases["qwen3_moe"], options.pop("targets"), **options).eval()
+    kt_moe.export_adapter(model, tmp_path, target=target)
+    tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == ({}, {}, False)
+    assert config["lora_dropout"] == 0
+    assert {t.shape[0 if "lora_A" in key else 1] for key, t in tensors.items()} == {config["r"]}
+    experts = {key for key in tensors if ".experts." in key}
+    layers = (0,) if case == "one layer" else (0, 1)
+    assert experts == {
+        f"base_model.model.model.layers.{layer}.mlp.experts.{e}.{p}_proj.lora_{m}.weight"
+        for layer in layers for e in range(4) for p in ("gate", "up", "down") for m in "AB"
+    }  # fmt: skip
+    if case != "one layer":  # PEFT would want the other layer too
+        plain = PeftModel.from_pretrained(load(bases["qwen3_moe"], kt=False), tmp_path)
+        assert error(model(tokens()).logits, plain(tokens()).logits) < 1e-2
+
+
+def test_families(bases: dict[str, Path], tmp_path: Path) -> None:
+    ours = with_lora(bases["qwen2_moe"], ["experts.down_proj", "shared_expert.up_proj"]).eval()
+    kt_moe.export_adapter(ours, tmp_path / "qwen2", target="vllm")
+    keys = safetensors.torch.load_file(tmp_path / "qwen2" / "adapter_model.safetensors").keys()
+    assert sum(".experts.3.gate_proj." in key for key in keys) == 2 * 2
+    kt_moe.export_adapter(ours, tmp_path / "peft", target="peft")
+    again = kt_moe.load_adapter(load(bases["qwen2_moe"]), tmp_path / "peft")
+    assert torch.equal(again(tokens()).logits, ours(tokens()).logits)
+
+    oss = with_lora(bases["gpt_oss"], ["experts.down_proj", "q_proj"]).eval()
+    kt_moe.export_adapter(oss, tmp_path / "oss", target="vllm")
+    tensors = safetensors.torch.load_file(tmp_path / "oss" / "adapter_model.safetensors")
+    prefix = "base_model.model.model.layers.1.mlp.experts"
+    assert tensors[f"{prefix}.base_layer.lora_A.weight"].shape == (4 * 8, 32)
+    assert tensors[f"{prefix}.lora_B.weight"].shape == (32, 4 * 4)
+    for target in ("sglang", "llamacpp"):
+        with pytest.raises(ValueError, match=f"{target} reads no LoRA on experts of gpt_oss"):
+            kt_moe.export_adapter(oss, tmp_path / "x", target=target)
+
+
+def test_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    model = with_lora(bases["qwen3_moe"], ["experts", "mlp.gate"])
+    with pytest.raises(
+        ValueError, match=r"LoRA on model\.layers\.0\.mlp\.gate, a ParamWrapper, which vllm lacks"
+    ):
+        kt_moe.export_adapter(model, tmp_path, target="vllm")
+    with pytest.raises(ValueError, match="target is 'x', wanted one of"):
+        kt_moe.export_adapter(model, tmp_path, target="x")
+    with pytest.raises(ValueError, match="adapter_name is 'x'"):
+        kt_moe.export_adapter(model, tmp_path, target="vllm", adapter_name="x")
+    saved = with_lora(bases["qwen3_moe"], modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match="modules_to_save or trainable tokens, which sglang"):
+        kt_moe.export_adapter(saved, tmp_path, target="sglang")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif("KT_MOE_LLAMA_CPP" not in os.environ, reason="KT_MOE_LLAMA_CPP is not set")
+@pytest.mark.parametrize("case", CASES)
+def test_llama_cpp_converts_it(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    options = dict(CASES[case])
+    model = with_lora(bases["qwen3_moe"], options.pop("targets"), **options)
+    kt_moe.export_adapter(model, tmp_path / "adapter", target="llamacpp")
+    llama = Path(os.environ["KT_MOE_LLAMA_CPP"])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(llama / "gguf-py"), str(llama)])}
+    command = [
+        str(llama / "convert_lora_to_gguf.py"),
+        "--base",
+        str(bases["qwen3_moe"]),
+        str(tmp_path / "adapter"),
+    ]
+    subprocess.run(
+        [sys.executable, *command, "--outfile", str(tmp_path / "out.gguf")], check=True, env=environment
+    )
+    code = (
+        "import gguf, sys, torch; r = gguf.GGUFReader(sys.argv[1])\n"
+        "alpha = float(r.fields['adapter.lora.alpha'].contents())\n"
+        "torch.save((alpha, {t.name: torch.from_numpy(t.data.copy()) for t in r.tensors}), sys.argv[2])"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out.gguf"), str(tmp_path / "t.pt")],
+        check=True,
+        env=environment,
+    )
+    alpha, tensors = torch.load(tmp_path / "t.pt")
+    layer = next(m for m in model.modules() if isinstance(m, kt_moe.hf.KtLoraExperts))
+    for projection in ("gate", "up", "down"):
+        a, b = (tensors[f"blk.0.ffn_{projection}_exps.weight.lora_{m}"] for m in "ab")
+        delta = alpha / a.shape[1] * b @ a  # as llama.cpp scales it
+        if projection not in layer.lora_A["default"]:
+            assert not delta.any()
+            continue
+        mine = layer.lora_B["default"][projection] @ layer.lora_A["default"][projection]
+        assert error(delta, mine * layer.scaling_of("default", projection)) < 1e-5

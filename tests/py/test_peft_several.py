@@ -1,0 +1,242 @@
+"""PEFT's operations on several adapters, fused adapters of others, and what layers with LoRA are to PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
+from tiny_models import (
+    ALL_EXPERTS,
+    PEFT_WARNINGS,
+    error,
+    load,
+    lora_layers,
+    save_tiny_checkpoint,
+    tokens,
+    with_lora,
+)
+from torch import Tensor
+
+import kt_moe
+
+pytestmark = PEFT_WARNINGS
+
+WEIGHTS = "adapter_model.safetensors"
+SIZES = {
+    "qwen3_moe": ALL_EXPERTS,
+    "qwen2_moe": ALL_EXPERTS,
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("bases")
+    return {name: save_tiny_checkpoint(root / name, name, **sizes) for name, sizes in SIZES.items()}
+
+
+def two(base: Path, **second: Any) -> Any:
+    model = with_lora(base, ["q_proj", "experts"]).eval()
+    torch.manual_seed(1)
+    options = {
+        "target_modules": ["q_proj", "experts"],
+        "r": 4,
+        "lora_alpha": 12,
+        "init_lora_weights": False,
+        **second,
+    }
+    model.add_adapter("second", LoraConfig(**options))
+    return model
+
+
+# Adapters that others trained on fused experts
+
+
+@pytest.mark.parametrize("family", SIZES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        {"target_parameters": ["experts.gate_up_proj"]},
+        {"target_parameters": ["layers.1.mlp.experts.down_proj"]},
+        {
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+            "rank_pattern": {"experts.gate_up_proj": 6},
+            "alpha_pattern": {"experts.gate_up_proj": 5},
+            "use_rslora": True,
+        },
+    ],
+    ids=["both", "gate_up", "one layer", "patterns"],
+)
+def test_fused_adapters_of_plain_peft(
+    family: str, options: dict[str, Any], bases: dict[str, Path], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["q_proj"], r=3, lora_alpha=6, init_lora_weights=False, **options)
+    theirs = get_peft_model(load(bases[family], kt=False), config)
+    for name, parameter in theirs.named_parameters():
+        if (
+            "lora_" in name
+        ):  # as nn.Linear starts, that of all experts is as small as that of one large matrix
+            parameter.data.mul_(2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = kt_moe.load_adapter(load(bases[family]), tmp_path / "theirs")
+    plain = theirs.eval()(tokens()).logits
+    base = load(bases[family], kt=False)(tokens()).logits
+    assert error(ours(tokens()).logits, plain) < 2e-2 < error(base, plain)
+
+    low = PeftModel.from_pretrained(load(bases[family]), tmp_path / "theirs", low_cpu_mem_usage=True)
+    assert torch.equal(low(tokens()).logits, ours(tokens()).logits)
+    for layer in lora_layers(low):
+        pointers = [a.data_ptr() for a in layer.lora_A["default"].values()]
+        assert len(set(pointers)) == len(pointers)  # gate and up are trained apart
+
+    ours.save_pretrained(tmp_path / "ours")  # with gate and up apart
+    again = PeftModel.from_pretrained(load(bases[family], kt=False), tmp_path / "ours").eval()
+    assert error(again(tokens()).logits, plain) < 1e-5
+    twice = kt_moe.load_adapter(load(bases[family]), tmp_path / "ours")
+    assert torch.equal(twice(tokens()).logits, ours(tokens()).logits)
+
+
+def test_expert_major_adapters(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Columns of B as Unsloth orders them; A and B in each other's roles, as PEFT before 0.19 had them."""
+    base = bases["qwen2_moe"]
+    ours = with_lora(base).eval()
+    wanted = ours(tokens()).logits
+    for name, layout in (("unsloth", "expert-major"), ("old", "peft")):
+        ours.save_pretrained(tmp_path / name)
+        tensors = safetensors.torch.load_file(tmp_path / name / WEIGHTS)
+        for key in [key for key in tensors if "lora_A" in key]:
+            other = key.replace("lora_A", "lora_B")
+            a, b = tensors[key], tensors[other]
+            if layout == "expert-major":
+                tensors[other] = b.view(len(b), -1, 4).mT.reshape(b.shape).contiguous()
+            else:  # delta = (B A) of W transposed
+                swapped = b.view(len(b), -1, 4).permute(2, 1, 0).reshape(-1, len(b))
+                old_b = a.view(4, -1, a.shape[1]).permute(2, 1, 0).reshape(a.shape[1], -1)
+                tensors[other] = old_b.contiguous()
+                tensors[key] = swapped.contiguous()
+        safetensors.torch.save_file(tensors, tmp_path / name / WEIGHTS)
+        again = kt_moe.load_adapter(load(base), tmp_path / name, layout=layout)
+        assert torch.equal(again(tokens()).logits, wanted), name
+    other = kt_moe.load_adapter(load(base), tmp_path / "unsloth")
+    assert error(other(tokens()).logits, wanted) > 1e-2
+    with pytest.raises(ValueError, match=r"layout is 'x', wanted one of \['peft', 'expert-major'\]"):
+        kt_moe.load_adapter(load(base), tmp_path / "old", layout="x")
+
+
+# Several adapters
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd", "linear", "ties", "dare_linear", "magnitude_prune"])
+def test_add_weighted_adapter(kind: str, bases: dict[str, Path]) -> None:
+    """The same combination by plain PEFT of each expert as a linear layer of its own."""
+    model = two(bases["qwen3_moe"])
+    options: dict[str, Any] = {} if kind in ("cat", "svd", "linear") else {"density": 0.5}
+    torch.manual_seed(5)
+    model.add_weighted_adapter(["default", "second"], [0.7, -0.4], "sum", kind, **options)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".sum." in n)
+    layer = lora_layers(model)[1]
+    linear = torch.nn.Module()
+    linear.x = torch.nn.Linear(32, 24, bias=False)
+    for projection in ("gate", "down"):
+        into, out = (24, 32) if projection == "down" else (32, 24)
+        one = torch.nn.Sequential(torch.nn.Linear(into, out, bias=False))
+        reference = get_peft_model(one, LoraConfig(target_modules=["0"], r=4, lora_alpha=8))
+        reference.add_adapter("second", LoraConfig(target_modules=["0"], r=4, lora_alpha=12))
+        theirs = reference.base_model.model[0]
+        for name in ("default", "second"):
+            theirs.lora_A[name].weight.data = layer.lora_A[name][projection][2].detach().clone()
+            theirs.lora_B[name].weight.data = layer.lora_B[name][projection][2].detach().clone()
+        reference.add_weighted_adapter(["default", "second"], [0.7, -0.4], "sum", kind, **options)
+        mine = layer.lora_B["sum"][projection][2] @ layer.lora_A["sum"][projection][2]
+        mine = mine * layer.scaling_of("sum", projection)
+        if kind.startswith("dare"):  # random
+            assert mine.shape == (out, into)
+            assert mine.any()
+        else:
+            assert error(mine, theirs.get_delta_weight("sum")) < 1e-5, projection
+    model.set_adapter("sum")
+    assert model(tokens()).logits.isfinite().all()
+
+
+def test_weighted_sum_of_loaded_fused_adapters(bases: dict[str, Path], tmp_path: Path) -> None:
+    model = two(bases["gpt_oss"], target_modules=["down_proj"])
+    model.save_pretrained(tmp_path)
+    model = kt_moe.load_adapter(load(bases["gpt_oss"]), tmp_path)
+    kt_moe.load_adapter(model, tmp_path / "second", adapter_name="second")
+    model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", "cat")
+    model.set_adapter("sum")
+    mine = model(tokens()).logits
+    model.base_model.set_adapter(["default", "second"])
+    assert error(mine, model(tokens()).logits) < 1e-2
+    for kind in ("ties_svd", "nothing"):
+        with pytest.raises(ValueError, match=f"combination_type is '{kind}'"):
+            model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "more", kind)
+
+
+def test_a_batch_of_several_adapters(bases: dict[str, Path]) -> None:
+    model = two(bases["qwen3_moe"])
+    x = tokens(4)
+    names = ["second", "__base__", "default", "second"]
+    mixed = model(x, adapter_names=names).logits
+    for i, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                alone = model(x[i : i + 1]).logits
+        else:
+            model.set_adapter(name)
+            alone = model(x[i : i + 1]).logits
+        assert error(mixed[i : i + 1], alone) < 1e-5, name
+    with pytest.raises(ValueError, match="adapter_names has 3 names for 8 tokens"):
+        lora_layers(model)[0](torch.ones(8, 32), *[torch.zeros(8, 2, dtype=t) for t in (torch.int64, None)],
+                              adapter_names=["default"] * 3)  # fmt: skip
+
+
+def test_active_adapters_on_different_devices(bases: dict[str, Path]) -> None:
+    """The sum is where the first is; the meta device stands for a GPU here."""
+    layer = lora_layers(two(bases["qwen3_moe"]))[0]
+    layer.lora_A["default"].to("meta")
+    layer.lora_B["default"].to(device="meta", dtype=torch.bfloat16)
+    _, tensors = layer._combined(["default", "second"])
+    for name, tensor in tensors.items():
+        is_a = name.endswith("a")
+        assert tensor.is_meta
+        assert tensor.dtype is (torch.float32 if is_a else torch.bfloat16)
+        assert tensor.shape[1 if is_a else 2] == 4 + 4
+
+
+def test_values_replaced_by_those_of_a_directory(bases: dict[str, Path], tmp_path: Path) -> None:
+    other = with_lora(bases["qwen3_moe"], ["q_proj", "experts"], seed=3).eval()
+    other.save_pretrained(tmp_path / "other")
+    with_lora(bases["qwen3_moe"], ["q_proj", "experts"], lora_alpha=9).save_pretrained(tmp_path / "alpha")
+    model = with_lora(bases["qwen3_moe"], ["q_proj", "experts"]).eval()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(RuntimeError, match="unexpected keys found"):  # PEFT's own: nothing was changed
+        hotswap_adapter(model, str(tmp_path / "other"), "default", torch_device="cpu")
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    with pytest.raises(ValueError, match="has lora_alpha 8, the one to be loaded 9"):
+        kt_moe.load_adapter(model, tmp_path / "alpha")
+    kt_moe.load_adapter(model, tmp_path / "other")
+    assert torch.equal(model(tokens()).logits, other(tokens()).logits)
+
+
+def scaled(layer: Any, factor: float) -> Tensor:
+    layer.scale_layer(factor)
+    x, ids, weights = torch.ones(3, 32), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
+    out: Tensor = layer(x, ids, weights)
+    layer.unscale_layer(factor)
+    return out
+
+
+def test_scaling_by_peft(bases: dict[str, Path]) -> None:
+    model = with_lora(bases["qwen3_moe"], alpha_pattern={"experts.down_proj": 4}).eval()
+    layer = lora_layers(model)[0]
+    once, twice = scaled(layer, 1), scaled(layer, 2)
+    assert error(twice, once) > 1e-2
+    assert (layer.scaling_of("default", "gate"), layer.scaling_of("default", "down")) == (2.0, 1.0)
