@@ -171,25 +171,25 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
             return self._mixed(adapter_names, *inputs)
         return self._adapted([] if self.disable_adapters else self.active_adapters, *inputs)
 
-    def _adapted(self, adapters: Sequence[str], *inputs: Tensor) -> Tensor:
+    def _adapted(self, adapters: Sequence[str], x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         active = [name for name in adapters if name in self.lora_A]
         if not active:
-            return self.base_layer(*inputs)  # type: ignore[no-any-return]
+            return self.base_layer(x, ids, weights)  # type: ignore[no-any-return]
         lora, tensors = self._combined(active)
-        out: Tensor = MoEFunction.apply(*inputs, experts_of(self.base_layer), lora, **tensors)
-        return out
+        return MoEFunction.apply(x, ids, weights, experts_of(self.base_layer), lora, **tensors)
 
-    def _mixed(self, adapter_names: Sequence[str], *inputs: Tensor) -> Tensor:
-        tokens, samples = len(inputs[0]), len(adapter_names)
+    def _mixed(self, adapter_names: Sequence[str], x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        tokens, samples = len(x), len(adapter_names)
         if not samples or tokens % samples:
             raise ValueError(
                 f"adapter_names has {samples} names for {tokens} tokens, wanted one for each sample"
             )
-        out = torch.empty_like(inputs[0])
+        out = torch.empty_like(x)
         for name in dict.fromkeys(adapter_names):
             chosen = torch.tensor([n == name for n in adapter_names], device=out.device)
             rows = chosen.repeat_interleave(tokens // samples)
-            out[rows] = self._adapted([] if name == _BASE else [name], *(t[rows] for t in inputs))
+            adapters = [] if name == _BASE else [name]
+            out[rows] = self._adapted(adapters, x[rows], ids[rows], weights[rows])
         return out
 
     def _combined(self, active: list[str]) -> tuple[Lora, dict[str, Tensor]]:
