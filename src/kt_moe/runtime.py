@@ -19,8 +19,8 @@ class Runtime:
     """A pool of worker threads and the kernels chosen for this CPU.
 
     Args:
-        threads: number of threads, the calling one included. None: KT_MOE_THREADS, or the cores this process
-            may use (affinity mask and cgroup limit).
+        threads: number of threads, the calling one included. None: KT_MOE_THREADS (or KT_NUM_THREADS, as
+            kt-kernel calls it), or the cores this process may use (affinity mask and cgroup limit).
         shards: slices of the intermediate dimension, at most 64, each with memory on NUMA nodes of its own
             while there are enough. None: KT_MOE_SHARDS, or the number of nodes, at most that of threads.
         isa: "scalar", "avx2", "avx512", "avx512_bf16" or "amx". None: KT_MOE_ISA, or the best this CPU has.
@@ -46,6 +46,7 @@ class Runtime:
         threads, shards = _whole_number("threads", threads), _whole_number("shards", shards)
         if isa is not None and not isinstance(isa, str):
             raise TypeError(f"isa is {isa!r}, wanted a name or None")
+        threads = _threads_for_kt_kernel() if threads is None else threads
         self._core = _core.Runtime(threads, shards, isa, _node_list(nodes))
         self._profile: Profile | None = None  # that records what it does
         _live.add(self)
@@ -97,6 +98,16 @@ def _whole_number(name: str, value: int | None) -> int | None:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} is {value!r}, wanted a whole number or None") from None
+
+
+def _threads_for_kt_kernel() -> int | None:
+    """KT_NUM_THREADS where KT_MOE_THREADS is not set; ValueError if they differ or it is no number."""
+    theirs, ours = (os.environ.get(name, "").strip() for name in ("KT_NUM_THREADS", "KT_MOE_THREADS"))
+    if theirs and not theirs.isdecimal():
+        raise ValueError(f"KT_NUM_THREADS is {theirs!r}, wanted a whole number")
+    if theirs and ours and theirs != ours:
+        raise ValueError(f"KT_NUM_THREADS is {theirs} and KT_MOE_THREADS is {ours}, wanted one of them")
+    return int(theirs) if theirs and not ours else None
 
 
 def _node_list(nodes: Sequence[int] | None) -> list[int] | None:

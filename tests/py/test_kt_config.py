@@ -134,6 +134,21 @@ def test_environment(monkeypatch):
     assert KTConfig.from_env().experts.threads == 7
 
 
+def test_threads_of_kt_kernel_are_ours(monkeypatch):
+    monkeypatch.delenv("KT_MOE_THREADS", raising=False)
+    monkeypatch.setenv("KT_NUM_THREADS", "2")
+    assert kt_moe.Runtime().threads == 2
+    assert kt_moe.Runtime(threads=1).threads == 1
+    monkeypatch.setenv("KT_MOE_THREADS", "2")
+    assert kt_moe.Runtime().threads == 2
+    monkeypatch.setenv("KT_MOE_THREADS", "1")
+    with pytest.raises(ValueError, match="KT_NUM_THREADS is 2 and KT_MOE_THREADS is 1"):
+        kt_moe.Runtime()
+    monkeypatch.setenv("KT_NUM_THREADS", "two")
+    with pytest.raises(ValueError, match="KT_NUM_THREADS is 'two', wanted a whole number"):
+        kt_moe.Runtime(threads=None)
+
+
 def test_the_document_has_every_name():
     text = DOCS.read_text()
     missing = [name for name in kt_config._OLD if f"`{name}`" not in text]
