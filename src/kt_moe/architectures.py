@@ -36,7 +36,8 @@ class ExpertModule:
         activation: as `kt_moe.Experts` takes it.
         interleaved: whether gate and up alternate in the module's own parameters.
         saved: what transformers calls its tensors when it saves the model; None where it stores them in a way
-            that the core does not read.
+            that the core does not read, or does not store them.
+        same_as: path of the module whose parameters it shares; None where it has its own.
     """
 
     path: str
@@ -47,6 +48,7 @@ class ExpertModule:
     activation: str
     interleaved: bool
     saved: ExpertList | None
+    same_as: str | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,10 @@ def _derive(model: PreTrainedModel) -> Architecture:
     for path, c in computed.items():
         sizes = c.num_experts, c.hidden_size, c.intermediate_size
         interleaved = not experts[path].is_concatenated
-        modules.append(ExpertModule(path, numbers[path], *sizes, c.activation, interleaved, lists[path]))
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        same_as = tied.get(f"{path}.down_proj", "").removesuffix(".down_proj") or None
+        saved = None if same_as else lists[path]
+        modules.append(ExpertModule(path, numbers[path], *sizes, c.activation, interleaved, saved, same_as))
     return Architecture(model_type, tuple(modules))
 
 

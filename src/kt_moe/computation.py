@@ -27,12 +27,16 @@ def _gpt_oss(gate: Tensor, up: Tensor) -> Tensor:
 
 
 # Those of `kt_moe.Experts`.
-COMPUTED: dict[str, Activation] = {"silu": lambda g, u: functional.silu(g) * u, "gpt_oss": _gpt_oss}
+COMPUTED: dict[str, Activation] = {
+    "silu": lambda g, u: functional.silu(g) * u,
+    "gpt_oss": _gpt_oss,
+    "clamped_silu": lambda g, u: functional.silu(g.clamp(max=10.0)) * u.clamp(-10.0, 10.0),
+    "gelu_tanh": lambda g, u: functional.gelu(g, approximate="tanh") * u,
+}
 
 # Known well enough to be named in a refusal.
 _NAMED: dict[str, Activation] = {
     "exact GELU": lambda g, u: functional.gelu(g) * u,
-    "GELU by tanh": lambda g, u: functional.gelu(g, approximate="tanh") * u,
     "ReLU": lambda g, u: functional.relu(g) * u,
     "squared ReLU": lambda g, u: functional.relu(g).square() * u,
 }
