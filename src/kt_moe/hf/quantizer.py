@@ -139,17 +139,7 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
         architecture = architecture_of(model)
         self._checkpoint = _with_experts(_open(checkpoint_files), model, architecture)
         self._runtime, self._gpu = self.quantization_config.runtime(), self.quantization_config.make_gpu()
-        for module in architecture.modules:
-            ours = KtExperts(architecture, module)
-            ours.lora_device = self.quantization_config.lora_device
-            model.set_submodule(module.path, ours)
-            # Some families initialise the experts' parameters from the block they are in.
-            block = model.get_submodule(module.path.rpartition(".")[0])
-            if not [*block.parameters(recurse=False), *block.buffers(recurse=False)]:
-                block._is_hf_initialized = True
-        if tied := getattr(model, "all_tied_weights_keys", None):
-            paths = {module.path for module in architecture.modules}
-            model.all_tied_weights_keys = {a: b for a, b in tied.items() if a.rpartition(".")[0] not in paths}
+        put_experts(model, architecture, self.quantization_config.lora_device)
         # The checkpoint's expert tensors have no place in the model now, which is no reason to warn.
         inside = {module.path.removeprefix(f"{model.base_model_prefix}.") for module in architecture.modules}
         ignored = {rf"(^|\.){re.escape(path)}\." for path in inside}
@@ -253,6 +243,21 @@ def _no_load_adapter(*args: Any, **kwargs: Any) -> None:
         "transformers' own load_adapter cannot load an adapter onto kt_moe experts: use "
         "peft.PeftModel.from_pretrained(model, directory) or kt_moe.load_adapter(model, directory)"
     )
+
+
+def put_experts(model: Any, architecture: Architecture, lora_device: str = "auto") -> None:
+    """Replace the experts modules of a transformers model by `KtExperts` that have yet to load."""
+    for module in architecture.modules:
+        ours = KtExperts(architecture, module)
+        ours.lora_device = lora_device
+        model.set_submodule(module.path, ours)
+        # Some families initialise the experts' parameters from the block they are in.
+        block = model.get_submodule(module.path.rpartition(".")[0])
+        if not [*block.parameters(recurse=False), *block.buffers(recurse=False)]:
+            block._is_hf_initialized = True
+    if tied := getattr(model, "all_tied_weights_keys", None):
+        paths = {module.path for module in architecture.modules}
+        model.all_tied_weights_keys = {a: b for a, b in tied.items() if a.rpartition(".")[0] not in paths}
 
 
 def _with_experts(checkpoint: Checkpoint, model: Any, architecture: Architecture) -> Checkpoint:
