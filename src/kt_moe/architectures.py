@@ -37,7 +37,8 @@ class ExpertModule:
         interleaved: whether gate and up alternate in the module's own parameters.
         transposed: whether these are [E, in, out].
         saved: what transformers calls its tensors when it saves the model; None where it stores them in a way
-            that the core does not read.
+            that the core does not read, or does not store them.
+        same_as: path of the module whose parameters it shares; None where it has its own.
     """
 
     path: str
@@ -49,6 +50,7 @@ class ExpertModule:
     interleaved: bool
     transposed: bool
     saved: ExpertList | None
+    same_as: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,10 @@ def _derive(model: PreTrainedModel) -> Architecture:
     for path, c in computed.items():
         sizes = c.num_experts, c.hidden_size, c.intermediate_size
         layout = not experts[path].is_concatenated, bool(experts[path].is_transposed)
-        modules.append(ExpertModule(path, numbers[path], *sizes, c.activation, *layout, lists[path]))
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        same_as = tied.get(f"{path}.down_proj", "").removesuffix(".down_proj") or None
+        saved = None if same_as else lists[path]
+        modules.append(ExpertModule(path, numbers[path], *sizes, c.activation, *layout, saved, same_as))
     return Architecture(model_type, tuple(modules))
 
 

@@ -35,7 +35,8 @@ class LayerInfo:
     """Of the weights, as the file names it: "BF16", "F8_E4M3", "I32", ..."""
     layout: str
     """"per-expert" (tensors of its own for each), "fused" (of all experts), "fused, transposed", "fused,
-    transposed, interleaved", "compressed-tensors", "gptq", "awq", "mxfp4" or "kt"; see docs/formats.md."""
+    interleaved", "fused, transposed, interleaved", "compressed-tensors", "gptq", "awq", "mxfp4" or "kt"; see
+    docs/formats.md."""
     nbytes: int
     """Bytes of all experts in the files."""
     format: str

@@ -27,12 +27,16 @@ def _gpt_oss(gate: Tensor, up: Tensor) -> Tensor:
 
 
 # Those of `kt_moe.Experts`.
-COMPUTED: dict[str, Activation] = {"silu": lambda g, u: functional.silu(g) * u, "gpt_oss": _gpt_oss}
+COMPUTED: dict[str, Activation] = {
+    "silu": lambda g, u: functional.silu(g) * u,
+    "gpt_oss": _gpt_oss,
+    "clamped_silu": lambda g, u: functional.silu(g.clamp(max=10.0)) * u.clamp(-10.0, 10.0),
+    "gelu_tanh": lambda g, u: functional.gelu(g, approximate="tanh") * u,
+}
 
 # Known well enough to be named in a refusal.
 _NAMED: dict[str, Activation] = {
     "exact GELU": lambda g, u: functional.gelu(g) * u,
-    "GELU by tanh": lambda g, u: functional.gelu(g, approximate="tanh") * u,
     "ReLU": lambda g, u: functional.relu(g) * u,
     "squared ReLU": lambda g, u: functional.relu(g).square() * u,
 }
@@ -63,9 +67,6 @@ def is_experts(module: nn.Module) -> bool:
 def computation_of(module: Any) -> Computation:
     """Ask a module that `is_experts`, with parameters on any device, meta included."""
     gated = getattr(module, "has_gate", True)
-    down = module.down_proj
-    experts, rows, columns = (int(n) for n in down.shape)
-    hidden, intermediate = (columns, rows) if module.is_transposed else (rows, columns)
     lacks, activation = [], ""
     if not gated:
         lacks.append(f"experts without a gate ({_name_of(getattr(module, 'act_fn', None))} of up_proj alone)")
@@ -78,7 +79,13 @@ def computation_of(module: Any) -> Computation:
     known_names = {"gate_up_proj" if gated else "up_proj", "down_proj", *(_BIASES if module.has_bias else ())}
     if others := sorted(set(dict(module.named_parameters(recurse=False))) - known_names):
         lacks.append(f"the parameters {', '.join(others)}")
-    return Computation(experts, hidden, intermediate, "" if lacks else activation, tuple(lacks))
+    return Computation(*sizes_of(module), "" if lacks else activation, tuple(lacks))
+
+
+def sizes_of(module: Any) -> tuple[int, int, int]:
+    """E, H and I of a module that `is_experts`."""
+    experts, rows, columns = (int(n) for n in module.down_proj.shape)
+    return (experts, columns, rows) if module.is_transposed else (experts, rows, columns)
 
 
 def _grid() -> tuple[Tensor, Tensor]:

@@ -169,6 +169,10 @@ def stored_lists(
         model: as it is before it is loaded, with its experts.
         names: of all tensors of the checkpoint.
 
+    Returns:
+        a list for each module with parameters of its own; nothing if transformers knows none of the names, as
+        those of kt-kernel's files.
+
     Raises:
         ValueError: the experts of a module are not there, are there twice, or are stored in a way that the
             core does not read; names the module.
@@ -188,7 +192,13 @@ def stored_lists(
                 for owner, _, _ in renamer.targets(name):
                     if one := _fused_list(owner, name, converted):
                         found[owner.path].add(one)
-    return {module.number: _the_only(module, found[module.path]) for module in architecture.modules}
+    if not found:
+        return {}
+    for module in architecture.modules:  # a checkpoint may have those of either
+        if module.same_as is not None and not found[module.same_as]:
+            found[module.same_as] = found[module.path]
+    own = [module for module in architecture.modules if module.same_as is None]
+    return {module.number: _the_only(module, found[module.path]) for module in own}
 
 
 def _by_last_number(names: Iterable[str]) -> Iterator[tuple[str, list[int], str]]:

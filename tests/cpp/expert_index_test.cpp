@@ -122,6 +122,52 @@ TEST_CASE("per-expert tensors of every naming are found") {
   }
 }
 
+TEST_CASE("experts that are named for the index are found under those names, and no others") {
+  const TempDir dir;
+  const std::string block = "decoder.4.block.";
+  auto writer = per_expert(block, {"a", "b", "c"});
+  writer.add(block + "router.weight", "BF16", {E, H}, 2);
+  writer.add("decoder.4.blocks.0.a.weight", "BF16", {I, H}, 2);
+  const auto tables = index_of_path(writer.write_to(dir / "m.safetensors"));
+  CHECK(tables.layers().empty());
+
+  ExpertList list{"decoder.4.block", Form::per_expert, {"a", "b", "c"}, 0, E};
+  const ExpertIndex index(tables, {{4, list}});
+  CHECK(index.layers() == std::vector{4});
+  CHECK(!index.tag(4).empty());
+  const auto source = index.open(4);
+  CHECK(source->info().num_experts == E);
+  for (int e = 0; e < E; ++e) {
+    const auto name = block + std::to_string(e) + ".b.weight";
+    check_mapped(source->map(e, Projection::up), bytes_of(index.checkpoint(), name), I, H);
+  }
+
+  list.first_expert = 1, list.num_experts = E - 1;  // the second list of two
+  const ExpertIndex second(tables, {{9, list}});
+  CHECK(second.layer(9).num_experts == E - 1);
+  CHECK(second.tag(9) != index.tag(4));
+  check_mapped(second.open(9)->map(0, Projection::up), bytes_of(index.checkpoint(), block + "1.b.weight"), I,
+               H);
+
+  list.num_experts = E;  // one more than there are
+  CHECK(ExpertIndex(tables, {{9, list}}).layer(9).num_experts == E - 1);
+  list.words[1] = "up";
+  CHECK_THROWS_WITH_AS(ExpertIndex(tables, {{9, list}}).layer(9),
+                       doctest::Contains("has the tensor \"decoder.4.block.1.b.weight\""), ValueError);
+  list.prefix = "decoder.5.block";
+  CHECK_THROWS_WITH_AS(ExpertIndex(tables, {{9, list}}),
+                       doctest::Contains("layer 9 has no tensor \"decoder.5.block.*\""), ValueError);
+}
+
+TEST_CASE("the tables' own experts keep the name of their packed files") {
+  const TempDir dir;
+  const auto tables = index_of_path(per_expert(qwen, proj).write_to(dir / "m.safetensors"));
+  const ExpertList list{"model.layers.3.mlp.experts", Form::per_expert, {proj[0], proj[1], proj[2]}, 0, E};
+  const ExpertIndex index(tables, {{3, list}, {4, list}});
+  CHECK(index.tag(3).empty());
+  CHECK(!index.tag(4).empty());
+}
+
 TEST_CASE("a layer is opened once, a refused one is refused again") {
   const TempDir dir;
   auto writer = per_expert(qwen, proj);

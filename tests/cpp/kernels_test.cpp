@@ -31,7 +31,8 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 using Slot = ActivationKernels EpilogueKernels::*;
-constexpr Slot kActivations[] = {&EpilogueKernels::silu, &EpilogueKernels::gpt_oss};
+constexpr Slot kActivations[] = {&EpilogueKernels::silu, &EpilogueKernels::gpt_oss,
+                                 &EpilogueKernels::clamped_silu, &EpilogueKernels::gelu_tanh};
 
 const KernelSet& scalar_set() {
   static const KernelSet set = kernel_set("scalar", cpu_features());
@@ -403,9 +404,10 @@ void check_like_scalar(Slot activation) {
                                    -1e4f, -1e30f, 1e30f, 3e38f,  -3e38f, kNan,   kInf,  -kInf};
   std::copy(special.begin(), special.end(), g.begin() + 20);
   std::copy(special.begin(), special.end(), u.begin() + 120);
-  const std::vector<float> limits{6.96875f, 7.0f, 7.03125f, -6.96875f, -7.0f, -7.03125f};
+  const std::vector<float> limits{6.96875f, 7.0f,  7.03125f, -6.96875f, -7.0f,  -7.03125f,
+                                  9.9375f,  10.0f, 10.0625f, -9.9375f,  -10.0f, -10.0625f};
   std::copy(limits.begin(), limits.end(), g.begin() + 60);
-  std::copy(limits.begin(), limits.end(), u.begin() + 70);
+  std::copy(limits.begin(), limits.end(), u.begin() + 80);
   struct alignas(64) Row {  // on a cache line: whole lines may be stored in another way than parts of one
     bf16_t data[205];
   };
@@ -452,28 +454,65 @@ TEST_CASE("activations forward and backward agree with the scalar set, also far 
   for (const Slot activation : kActivations) check_like_scalar(activation);
 }
 
-TEST_CASE("gpt-oss's activation: no gradient beyond a limit, however little, one on it") {
+namespace {
+
+// Activations with limits: gradients are those of an h that is constant beyond them.
+void check_limits(Slot activation, float limit, double (*act)(double g, double u)) {
+  const float over = limit + limit / 128;  // the next bf16 number or so
   struct {
     float g, u;
     bool gate_moves, up_moves;
-  } cases[] = {{1.0f, 1.0f, true, true},       {7.0f, 7.0f, true, true},   {7.0f, -7.0f, true, true},
-               {7.03125f, 2.0f, false, true},  {-50.0f, 2.0f, true, true}, {2.0f, 7.03125f, true, false},
-               {2.0f, -7.03125f, true, false}, {9.0f, 9.0f, false, false}, {7.001f, -7.001f, false, false},
-               {6.999f, 6.999f, true, true}};
+  } cases[] = {{1.0f, 1.0f, true, true},
+               {limit, limit, true, true},
+               {limit, -limit, true, true},
+               {over, 2.0f, false, true},
+               {-5 * limit, 2.0f, true, true},
+               {2.0f, over, true, false},
+               {2.0f, -over, true, false},
+               {2 * limit, 2 * limit, false, false},
+               {limit * 1.0002f, limit * -1.0002f, false, false},
+               {limit * 0.9998f, limit * 0.9998f, true, true}};
   for_every_set([&](const KernelSet& set) {
     for (const auto& [g, u, gate_moves, up_moves] : cases) {
       CAPTURE(g);
       CAPTURE(u);
       const float dh = 1e30f;
       bf16_t gate, up, h[3], dg, du;
-      set.epilogue.gpt_oss.forward(1, &g, &u, &gate, &up, h);
-      set.epilogue.gpt_oss.backward(1, &dh, 1.0f, &gate, &up, &dg, &du, h + 1);
-      const double x = std::min(g, 7.0f), y = std::clamp(u, -7.0f, 7.0f);
-      h[2] = to_bf16(static_cast<float>((y + 1) * x / (1 + std::exp(-1.702 * x))));
+      (set.epilogue.*activation).forward(1, &g, &u, &gate, &up, h);
+      (set.epilogue.*activation).backward(1, &dh, 1.0f, &gate, &up, &dg, &du, h + 1);
+      h[2] = to_bf16(static_cast<float>(act(std::min(g, limit), std::clamp(u, -limit, limit))));
       check_same_bf16(h[0], h[2], 1);
       check_same_bf16(h[1], h[2], 1);
       CHECK((to_float(dg) != 0.0f) == gate_moves);
       CHECK((to_float(du) != 0.0f) == up_moves);
+    }
+  });
+}
+
+}  // namespace
+
+TEST_CASE("limited activations: no gradient beyond a limit, however little, one on it") {
+  check_limits(&EpilogueKernels::gpt_oss, 7.0f,
+               [](double g, double u) { return (u + 1) * g / (1 + std::exp(-1.702 * g)); });
+  check_limits(&EpilogueKernels::clamped_silu, 10.0f,
+               [](double g, double u) { return u * g / (1 + std::exp(-g)); });
+}
+
+TEST_CASE("GELU by tanh is that of its definition, and its slope the difference of neighbours") {
+  const auto gelu = [](double g) {
+    return 0.5 * g * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (g + 0.044715 * g * g * g)));
+  };
+  for_every_set([&](const KernelSet& set) {
+    for (const float g : {-20.0f, -5.0f, -3.0f, -1.0f, -0.75f, -0.25f, 0.0f, 0.5f, 1.0f, 2.0f, 4.0f, 30.0f}) {
+      CAPTURE(g);
+      const float u = 1.5f, dh = 1.0f;
+      bf16_t gate, up, h[2], dg, du;
+      set.epilogue.gelu_tanh.forward(1, &g, &u, &gate, &up, h);
+      set.epilogue.gelu_tanh.backward(1, &dh, 1.0f, &gate, &up, &dg, &du, h + 1);
+      const double slope = (gelu(g + 1e-4) - gelu(g - 1e-4)) / 2e-4;
+      for (const auto& [found, wanted] :
+           {std::pair{h[0], u * gelu(g)}, {h[1], u * gelu(g)}, {du, gelu(g)}, {dg, u * slope}})
+        CHECK(to_float(found) == doctest::Approx(wanted).epsilon(0.005).scale(1e-4));
     }
   });
 }

@@ -384,8 +384,8 @@ TEST_CASE(
   }
 }
 
-TEST_CASE("biases and gpt-oss's activation: the bits of any number of threads, close to the scalar set") {
-  for (const Activation activation : {Activation::silu, Activation::gpt_oss})
+TEST_CASE("biases and other activations: the bits of any number of threads, close to the scalar set") {
+  for (const Activation activation : kActivations)
     for (const std::array<bool, 3>& biases : {std::array{true, true, true}, {false, true, false}, {}}) {
       CAPTURE(std::string(name_of(activation)));
       CAPTURE(biases[0]);

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import gelu, linear, silu
 
 PROJECTIONS = ("gate", "up", "down")
 LORA_NAMES = tuple(f"{p}_lora_{m}" for p in PROJECTIONS for m in "ab")
@@ -47,14 +47,17 @@ def gpt_oss(G: Tensor, U: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": lambda G, U: silu(G) * U,
     "gpt_oss": gpt_oss,
+    "clamped_silu": lambda G, U: silu(G.clamp(max=10.0)) * U.clamp(-10.0, 10.0),
+    "gelu_tanh": lambda G, U: gelu(G, approximate="tanh") * U,
 }
+LIMITS = {"gpt_oss": 7.0, "clamped_silu": 10.0}  # beyond which there is no gradient
 
 
 def _saved(activation: str, G: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
     """What backward gets of G and U: rounded, and still beyond a limit that they were beyond."""
-    if activation == "gpt_oss":
-        G = torch.where(G > 7.0, G * (1 + 2**-8), G)
-        U = torch.where(U.abs() > 7.0, U * (1 + 2**-8), U)
+    if limit := LIMITS.get(activation):
+        G = torch.where(G.gt(limit), G * (1 + 2**-8), G)
+        U = torch.where(U.abs() > limit, U * (1 + 2**-8), U)
     return _round(G), _round(U)
 
 

@@ -14,9 +14,11 @@ from typing import Any
 
 import peft
 import pytest
+import safetensors.torch
 import torch
+import transformers
 from tiny_families import tiny_family
-from tiny_models import PEFT_WARNINGS, error
+from tiny_models import PEFT_WARNINGS, error, tiny_config, tokens
 from torch import Tensor, nn
 
 import kt_moe
@@ -28,16 +30,12 @@ from kt_moe.hf import KtExperts, KtLoraExperts, KtMoeConfig
 pytestmark = [*PEFT_WARNINGS, pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")]
 
 REFUSED = {
-    "deepseek_v4": "silu with gate and up clamped to 10",
-    "diffusion_gemma": "GELU by tanh",
-    "gemma4": "GELU by tanh",
-    "glm5_next": "silu with gate and up clamped to 10",
-    "hy_v4": "silu with gate and up clamped to 10",
     "inkling2": r"of Inkling2Experts._apply_gate \(act_fn Inkling2SoftcappedSwiGLU\)",
     "muse_spark": r"a norm on each expert's output \(MuseSparkTextInputScaledRMSNorm\)",
     "nemotron_h": r"experts without a gate \(ReLUSquaredActivation of up_proj alone\)",
 }
 COMPUTED = sorted(set(decorated()) - set(REFUSED))
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
 SCALING = 2.0
 # Relative L2: weights are exact in bf16, what flows between products is rounded.
 LOGITS, GRADIENTS = 1e-2, 2e-2
@@ -72,6 +70,7 @@ class Family:
 
     def run(self, model: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The output, and the gradients of all parameters that are not experts' for a fixed one of it."""
+        torch.manual_seed(0)  # of models that start from noise
         out = model(input_ids=self.ids)[0]
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
         out.backward(grad)
@@ -134,7 +133,7 @@ def with_bf16_experts(model: Any) -> Any:
 def check_gradients(
     ours: dict[str, Tensor], reference: dict[str, Tensor], rounded: Callable[[], dict[str, Tensor]]
 ) -> None:
-    """Errors are small, or where a model amplifies rounding, at most twice those of experts in bf16."""
+    """Errors are small, or where a model amplifies rounding, at most three times those of experts in bf16."""
     assert ours.keys() == reference.keys()
     largest = max(float(g.norm()) for g in reference.values())
     # of smaller ones the sums cancel, and rounding is all there is
@@ -143,7 +142,7 @@ def check_gradients(
     if large:
         theirs = rounded()
         for name, value in large.items():
-            assert value < 2 * error(theirs[name], reference[name]), name
+            assert value < 3 * error(theirs[name], reference[name]), name
 
 
 @pytest.mark.timeout(120)
@@ -238,6 +237,41 @@ def test_refused_by_name_before_anything_is_read(
             saved.load(**options)
 
 
+class NewConfig(transformers.Qwen3MoeConfig):  # type: ignore[misc]
+    model_type = "brand_new"
+
+
+class NewModel(transformers.Qwen3MoeForCausalLM):  # type: ignore[misc]
+    config_class = NewConfig
+
+
+def test_a_family_that_nobody_knows_works_if_it_computes_what_we_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save() -> Any:
+        model = NewModel(NewConfig(**tiny_config().to_diff_dict() | {"model_type": "brand_new"})).eval()
+        model.save_pretrained(tmp_path)
+        return model
+
+    model = save()
+    names = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert "model.layers.0.mlp.experts.gate_up_proj" in names  # no conversions for this name
+    with torch.no_grad():
+        wanted = model(tokens()).logits
+        for options in ({"quantization_config": KtMoeConfig()}, {"experts_implementation": "kt_moe"}):
+            ours = NewModel.from_pretrained(tmp_path, **options).requires_grad_(False)
+            assert error(ours(tokens()).logits, wanted) < LOGITS
+
+    def other_way_round(self: Any, both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        return gate * self.act_fn(up)
+
+    monkeypatch.setattr(type(model.model.layers[0].mlp.experts), "_apply_gate", other_way_round)
+    for options in ({"quantization_config": KtMoeConfig()}, {"experts_implementation": "kt_moe"}):
+        with pytest.raises(ValueError, match=r"'brand_new' \(Qwen3MoeExperts\): it lacks the activation"):
+            NewModel.from_pretrained(tmp_path, **options)
+
+
 def test_clamps_are_at_work(family: Family) -> None:
     wanted, _ = family.run(family.eager())
     model = family.eager()
@@ -273,6 +307,8 @@ def test_the_command_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     for line in lines[1:]:
         name = line.split()[0]
         assert name not in REFUSED or re.search(REFUSED[name], line)
+    if summary in DOCUMENT:  # it is of the installed version
+        assert "\n".join([*lines, "", summary]) in DOCUMENT
 
 
 def test_the_command_shows_named_families(capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,9 +82,11 @@ def test_error_is_no_larger_than_bf16_eager(runtime, T, H, inner, E, K, ranks, r
 
 
 @pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("activation", ["gpt_oss", "clamped_silu", "gelu_tanh"])
 @pytest.mark.parametrize("T", [100, 700])
-def test_a_layer_like_those_of_gpt_oss(runtime, T, recompute):
-    problem = make_problem(T, 96, 80, 4, 2, ALL, biased=reference.PROJECTIONS, activation="gpt_oss")
+def test_a_layer_with_another_activation_and_biases(runtime, T, activation, recompute):
+    # Not seed 0: a G of it lies so near a limit that the rounding of its LoRA product decides its gradient.
+    problem = make_problem(T, 96, 80, 4, 2, ALL, seed=1, biased=reference.PROJECTIONS, activation=activation)
     ours = run_ours(problem, runtime, recompute=recompute)
     assert_as_good_as_eager(ours, problem)
     assert_formula(ours, problem)

@@ -186,6 +186,7 @@ def test_refused_checkpoints() -> None:
         for word in GATED
     ]
     assert set(stored_lists(model, architecture, names)) == {0, 1}
+    assert stored_lists(model, architecture, ["blk.0.ffn_gate_exps.0.numa.0.weight"]) == {}
     with pytest.raises(ValueError, match=r"has no tensors for the experts at model\.layers\.1\.mlp\.experts"):
         stored_lists(model, architecture, [name for name in names if ".layers.0." in name])
     with pytest.raises(ValueError, match=r"has the experts at model\.layers\.0\.mlp\.experts twice"):

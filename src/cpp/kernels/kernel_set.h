@@ -130,10 +130,16 @@ using ActivationForward = void(int n, const float* g, const float* u, uint16_t* 
 using ActivationBackward = float(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u,
                                  uint16_t* dg, uint16_t* du, uint16_t* h);
 
-// gpt-oss: h = (clamp(U, -limit, limit) + 1) * g * sigmoid(alpha * g), g = min(G, limit). What lies beyond a
-// limit gets no gradient, what lies on it does; so a G or U beyond is saved times kGptOssBeyond, or rounding
-// might put it on the limit. Its own value matters no more.
-constexpr float kGptOssAlpha = 1.702f, kGptOssLimit = 7.0f, kGptOssBeyond = 1.00390625f;
+// gpt-oss: h = (clamp(U, -limit, limit) + 1) * g * sigmoid(alpha * g), g = min(G, limit).
+constexpr float kGptOssAlpha = 1.702f, kGptOssLimit = 7.0f;
+// Clamped SiLU, DeepSeek-V4's: h = silu(min(G, limit)) * clamp(U, -limit, limit).
+constexpr float kClampedSiluLimit = 10.0f;
+// What lies beyond a limit gets no gradient, what lies on it does; so a G or U beyond is saved times this, or
+// rounding might put it on the limit. Its own value matters no more.
+constexpr float kBeyondLimit = 1.00390625f;
+// GELU by tanh: h = g * (1 + tanh(sqrt(2 / pi) * (g + cubic * g^3))) / 2 * U, which is g * sigmoid(slope * (g
+// + cubic * g^3)) * U with slope = 2 * sqrt(2 / pi). From `far` on the sigmoid is 0 or 1.
+constexpr float kGeluSlope = 1.5957691216f, kGeluCubic = 0.044715f, kGeluFar = 16.0f;
 
 struct ActivationKernels {
   ActivationForward* forward;
@@ -152,7 +158,7 @@ struct EpilogueKernels {
   SumScaled* sum_scaled;
   RoundScaled* round_scaled;
   ActivationKernels silu;  // h = silu(G) * U
-  ActivationKernels gpt_oss;
+  ActivationKernels gpt_oss, clamped_silu, gelu_tanh;
 };
 
 // Stored weights and parameters to bf16, one row at a time.

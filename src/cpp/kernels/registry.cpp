@@ -68,6 +68,8 @@ void overlay(KernelSet& set, const KernelSet& own) {
   fill(set.epilogue.round_scaled, own.epilogue.round_scaled);
   overlay(set.epilogue.silu, own.epilogue.silu);
   overlay(set.epilogue.gpt_oss, own.epilogue.gpt_oss);
+  overlay(set.epilogue.clamped_silu, own.epilogue.clamped_silu);
+  overlay(set.epilogue.gelu_tanh, own.epilogue.gelu_tanh);
   fill(set.decode.from_f32, own.decode.from_f32);
   fill(set.decode.from_f16, own.decode.from_f16);
   fill(set.decode.from_int8, own.decode.from_int8);

@@ -1,21 +1,27 @@
 #include "moe/layer.h"
 
 #include <cstdlib>
+#include <string>
 
 #include "base/error.h"
 
 namespace kt {
 
 Activation activation_from(std::string_view name) {
-  for (const Activation activation : {Activation::silu, Activation::gpt_oss})
+  std::string known;
+  for (const Activation activation : kActivations) {
     if (name == name_of(activation)) return activation;
-  throw ValueError(message("activation is \"{}\", wanted \"silu\" or \"gpt_oss\"", name));
+    known += (known.empty() ? "" : ", ") + std::string(name_of(activation));
+  }
+  throw ValueError(message("activation is \"{}\", wanted one of {}", name, known));
 }
 
 std::string_view name_of(Activation activation) {
   switch (activation) {
     case Activation::silu: return "silu";
     case Activation::gpt_oss: return "gpt_oss";
+    case Activation::clamped_silu: return "clamped_silu";
+    case Activation::gelu_tanh: return "gelu_tanh";
   }
   return "unknown";
 }
@@ -24,6 +30,8 @@ const ActivationKernels& kernels_of(const KernelSet& kernels, Activation activat
   switch (activation) {
     case Activation::silu: return kernels.epilogue.silu;
     case Activation::gpt_oss: return kernels.epilogue.gpt_oss;
+    case Activation::clamped_silu: return kernels.epilogue.clamped_silu;
+    case Activation::gelu_tanh: return kernels.epilogue.gelu_tanh;
   }
   std::abort();  // every Activation has its case
 }

@@ -20,7 +20,10 @@
 
 namespace kt {
 
-enum class Activation : std::uint8_t { silu, gpt_oss };
+enum class Activation : std::uint8_t { silu, gpt_oss, clamped_silu, gelu_tanh };
+
+inline constexpr std::array kActivations{Activation::silu, Activation::gpt_oss, Activation::clamped_silu,
+                                         Activation::gelu_tanh};
 
 // ValueError for a name that is not known.
 Activation activation_from(std::string_view name);

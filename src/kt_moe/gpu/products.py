@@ -158,9 +158,9 @@ class Products(Protocol):
             gate, up: 1 or 2 products each. The first ones have the same a and rows, and matrices of one
                 shape; both or none are transposed.
             groups: the rows by group.
-            activation: "silu" or "gpt_oss".
+            activation: as `kt_moe.Experts` takes it.
             h: [m, I] bf16, or None.
-            saved: G and U for backward, [m, I] bf16 each, or None. With "gpt_oss", what is beyond a limit is
+            saved: G and U for backward, [m, I] bf16 each, or None. What is beyond an activation's limit is
                 saved times 1 + 2^-8, so that rounding cannot put it on the limit.
             bias_gate, bias_up: [S, I] bf16, contiguous; None means 0.
             bias_index: [n] int32: which biases each group adds.
@@ -184,7 +184,7 @@ class Products(Protocol):
             dh: [m, I] fp32, the gradient of h without the routing weights.
             g, u: [m, I] bf16, as `gate_up` saves them.
             weights: [m] fp32, contiguous: the routing weights.
-            activation: "silu" or "gpt_oss", where what is beyond a limit gets no gradient.
+            activation: as `kt_moe.Experts` takes it. What is beyond a limit gets no gradient.
             dg, du, h: [m, I] bf16, written.
             dweights: [m] fp32, contiguous, written.
         """

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from kt_moe.gpu.products import Groups, Term
     from kt_moe.gpu.stored import StoredPart
 
-# Of the activation of gpt-oss, as src/cpp/kernels/kernel_set.h has them.
-GPT_OSS_ALPHA, GPT_OSS_LIMIT, GPT_OSS_BEYOND = 1.702, 7.0, 1.0 + 2.0**-8
+# Of the activations, as src/cpp/kernels/kernel_set.h has them.
+_GPT_OSS_ALPHA, _BEYOND = 1.702, 1.0 + 2.0**-8
+_LIMITS = {"gpt_oss": 7.0, "clamped_silu": 10.0}
+_GELU_SLOPE, _GELU_CUBIC, _GELU_FAR = 1.5957691216, 0.044715, 16.0
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -97,9 +99,9 @@ def activation_grad(
     weighted = weights[:, None] * dh
     dg.copy_(weighted * dG)
     du.copy_(weighted * dU)
-    if activation == "gpt_oss":
-        dg.masked_fill_(G > GPT_OSS_LIMIT, 0.0)
-        du.masked_fill_(U.abs() > GPT_OSS_LIMIT, 0.0)
+    if limit := _LIMITS.get(activation):
+        dg.masked_fill_(G.gt(limit), 0.0)
+        du.masked_fill_(U.abs() > limit, 0.0)
     h.copy_(act)
 
 
@@ -204,21 +206,27 @@ def _take(x: Tensor, rows: Tensor | None, begin: int, end: int) -> Tensor:
 
 
 def _activate(activation: str, G: Tensor, U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """act(G, U) and its derivatives, which do not heed gpt-oss's limits."""
+    """act(G, U) and its derivatives, which do not heed limits."""
+    if limit := _LIMITS.get(activation):
+        G, U = G.clamp(max=limit), U.clamp(-limit, limit)
     if activation == "gpt_oss":
-        gate, up = G.clamp(max=GPT_OSS_LIMIT), U.clamp(-GPT_OSS_LIMIT, GPT_OSS_LIMIT) + 1.0
-        s = torch.sigmoid(GPT_OSS_ALPHA * gate)
-        act = gate * s
-        return act * up, up * (s + GPT_OSS_ALPHA * act * (1.0 - s)), act
+        s = torch.sigmoid(_GPT_OSS_ALPHA * G)
+        act, up = G * s, U + 1.0
+        return act * up, up * (s + _GPT_OSS_ALPHA * act * (1.0 - s)), act
+    if activation == "gelu_tanh":
+        near = G.clamp(-_GELU_FAR, _GELU_FAR)  # so that no infinity meets a 0
+        s = torch.sigmoid(_GELU_SLOPE * near * (1.0 + _GELU_CUBIC * near * near))
+        act, slope = G * s, _GELU_SLOPE * (1.0 + 3.0 * _GELU_CUBIC * near * near)
+        return act * U, U * (s + act * (1.0 - s) * slope), act
     s = torch.sigmoid(G)
     act = G * s
     return act * U, U * (s * (1.0 + G * (1.0 - s))), act
 
 
 def _to_save(activation: str, G: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
-    if activation == "gpt_oss":
-        G = torch.where(G > GPT_OSS_LIMIT, G * GPT_OSS_BEYOND, G)
-        U = torch.where(U.abs() > GPT_OSS_LIMIT, U * GPT_OSS_BEYOND, U)
+    if limit := _LIMITS.get(activation):
+        G = torch.where(G.gt(limit), G * _BEYOND, G)
+        U = torch.where(U.abs() > limit, U * _BEYOND, U)
     return G, U
 
 

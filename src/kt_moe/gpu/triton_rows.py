@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kt_moe.gpu.triton_gemm import _LIMIT, activate
+from kt_moe.gpu.triton_gemm import activate, limited_grad
 
 
 @triton.jit(do_not_specialize=["weights", "dweights"])
@@ -33,9 +33,7 @@ def activation_grad(
         act, up, slope = activate(G, U, ACTIVATION)
         dot += d * (act * up)
         dG, dU = weight * d * up * slope, weight * d * act
-        if ACTIVATION == "gpt_oss":
-            dG = tl.where(G > _LIMIT, 0.0, dG)
-            dU = tl.where(tl.abs(U) > _LIMIT, 0.0, dU)
+        dG, dU = limited_grad(G, U, dG, dU, ACTIVATION)
         tl.store(dg + row * DG_STRIDE + col, dG.to(tl.bfloat16), mask=mask)
         tl.store(du + row * DU_STRIDE + col, dU.to(tl.bfloat16), mask=mask)
         tl.store(h + row * H_STRIDE + col, (act * up).to(tl.bfloat16), mask=mask)

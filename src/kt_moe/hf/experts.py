@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from kt_moe.architectures import Architecture, ExpertModule, refuse_unless_computed
-from kt_moe.computation import Computation, computation_of, is_experts
+from kt_moe.computation import Computation, is_experts, sizes_of
 from kt_moe.experts import Experts
 from kt_moe.functional import MoEFunction
 
@@ -208,8 +208,7 @@ def dims_of(module: Any) -> tuple[int, int, int]:
     """E, H and I of a module that `is_kt_experts`."""
     if isinstance(module, KtExperts):
         return module.num_experts, module.hidden_dim, module.intermediate_dim
-    found = computation_of(module)
-    return found.num_experts, found.hidden_size, found.intermediate_size
+    return sizes_of(module)
 
 
 def refuse_at_construction(parent: nn.Module, name: str, module: nn.Module | None) -> None:

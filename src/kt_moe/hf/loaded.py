@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from kt_moe.architectures import architecture_of
 from kt_moe.computation import is_experts
+from kt_moe.experts import Experts
 from kt_moe.hf.experts import KtExperts, expert_parameters, pack
 from kt_moe.hf.quantizer import KtMoeConfig, KtMoeQuantizer, guard_loaded_model
 
@@ -71,11 +72,14 @@ def wrap(model: nn.Module, config: KtMoeConfig | None = None) -> nn.Module:
     }  # fmt: skip
     size = sum(_nbytes(module) for module in left.values())
     del theirs, module
+    packed: dict[str | None, Experts] = {}
     with logging.tqdm(total=size, desc="Packing experts", unit="B", unit_scale=True) as bar:
         for described in architecture.modules:
             if described.path in left:
                 module = left.pop(described.path)
-                ours = KtExperts(architecture, described, pack(module, **options))
+                shared = packed.get(described.same_as)  # where a model ties the parameters of two modules
+                ours = KtExperts(architecture, described, shared or pack(module, **options))
+                packed[described.path] = ours.experts
                 ours.experts.recompute = config.recompute
                 ours.experts.checkpoint_experts = config.checkpoint_experts
                 ours.lora_device, ours.training = config.lora_device, module.training

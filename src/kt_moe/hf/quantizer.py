@@ -149,11 +149,13 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        modules = [m for m in model.modules() if isinstance(m, KtExperts)]
-        for module in modules:
-            module.load_with(_Loader(self._checkpoint, self._runtime, self._gpu, self.quantization_config))
+        modules = {m.expert_module.path: m for m in model.modules() if isinstance(m, KtExperts)}
+        load = _Loader(self._checkpoint, self._runtime, self._gpu, self.quantization_config)
+        for module in modules.values():
+            same_as = module.expert_module.same_as
+            module.load_with(load if same_as is None else _Shared(modules[same_as]))
         if not self.quantization_config.lazy:
-            _load_all(modules, self._checkpoint)
+            _load_all(list(modules.values()), self._checkpoint)
         guard_loaded_model(model)
         # The model keeps its quantizer, and must stay copyable.
         del self._checkpoint, self._runtime, self._gpu
@@ -177,18 +179,6 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """Adapters can be trained on it."""
         return True
-
-
-def put_experts(model: Any, architecture: Architecture, lora_device: str = "auto") -> None:
-    """Replace every experts module of a transformers model by ours, without weights yet."""
-    for module in architecture.modules:
-        ours = KtExperts(architecture, module)
-        ours.lora_device = lora_device
-        model.set_submodule(module.path, ours)
-        # Some families initialise the experts' parameters from the block they are in.
-        block = model.get_submodule(module.path.rpartition(".")[0])
-        if not [*block.parameters(recurse=False), *block.buffers(recurse=False)]:
-            block._is_hf_initialized = True
 
 
 @dataclass(frozen=True)
@@ -228,8 +218,20 @@ class _Loader:
         return experts
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """Takes the experts of another module, whose parameters are its own too."""
+
+    other: KtExperts
+
+    def __call__(self, module: KtExperts, progress: Callable[[int], object] | None = None) -> Experts:
+        self.other.load(progress)
+        return self.other.experts
+
+
 def _load_all(modules: Sequence[KtExperts], checkpoint: Checkpoint) -> None:
-    total = sum(checkpoint.layer(module.layer).nbytes for module in modules)
+    own = [module for module in modules if module.expert_module.same_as is None]
+    total = sum(checkpoint.layer(module.layer).nbytes for module in own)
     with logging.tqdm(total=total, desc="Loading experts", unit="B", unit_scale=True) as bar:
         for module in modules:
             module.load(bar.update)
@@ -256,9 +258,25 @@ def _no_load_adapter(*args: Any, **kwargs: Any) -> None:
     )
 
 
+def put_experts(model: Any, architecture: Architecture, lora_device: str = "auto") -> None:
+    """Replace the experts modules of a transformers model by `KtExperts` that have yet to load."""
+    for module in architecture.modules:
+        ours = KtExperts(architecture, module)
+        ours.lora_device = lora_device
+        model.set_submodule(module.path, ours)
+        # Some families initialise the experts' parameters from the block they are in.
+        block = model.get_submodule(module.path.rpartition(".")[0])
+        if not [*block.parameters(recurse=False), *block.buffers(recurse=False)]:
+            block._is_hf_initialized = True
+    if tied := getattr(model, "all_tied_weights_keys", None):
+        paths = {module.path for module in architecture.modules}
+        model.all_tied_weights_keys = {a: b for a, b in tied.items() if a.rpartition(".")[0] not in paths}
+
+
 def _with_experts(checkpoint: Checkpoint, model: Any, architecture: Architecture) -> Checkpoint:
     """The checkpoint whose layers are the experts of the model's modules."""
-    return checkpoint.with_lists(stored_lists(model, architecture, checkpoint.tensors))
+    lists = stored_lists(model, architecture, checkpoint.tensors)
+    return checkpoint.with_lists(lists) if lists else checkpoint
 
 
 def _open(files: Sequence[str] | None) -> Checkpoint:

@@ -76,7 +76,7 @@ Pair within(Pair x, Pair limited, Pair y) {
 // x, but away from 0 where a limit has changed it.
 __m256 beyond(__m256 x, __m256 limited) {
   const __m256 changed = _mm256_cmp_ps(x, limited, _CMP_NEQ_OQ);
-  return _mm256_blendv_ps(x, _mm256_mul_ps(x, _mm256_set1_ps(kGptOssBeyond)), changed);
+  return _mm256_blendv_ps(x, _mm256_mul_ps(x, _mm256_set1_ps(kBeyondLimit)), changed);
 }
 
 Pair beyond(Pair x, Pair limited) { return {beyond(x.low, limited.low), beyond(x.high, limited.high)}; }
@@ -241,6 +241,26 @@ void gpt_oss_forward(int n, const float* g, const float* u, uint16_t* g_saved, u
 float gpt_oss_backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u,
                        uint16_t* dg, uint16_t* du, uint16_t* h) {
   return backward<GptOss<Pair>>(n, dh, weight, g, u, dg, du, h);
+}
+
+void clamped_silu_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
+                          uint16_t* h) {
+  forward<ClampedSilu<Pair>>(n, g, u, g_saved, u_saved, h);
+}
+
+float clamped_silu_backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u,
+                            uint16_t* dg, uint16_t* du, uint16_t* h) {
+  return backward<ClampedSilu<Pair>>(n, dh, weight, g, u, dg, du, h);
+}
+
+void gelu_tanh_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
+                       uint16_t* h) {
+  forward<GeluTanh<Pair>>(n, g, u, g_saved, u_saved, h);
+}
+
+float gelu_tanh_backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u,
+                         uint16_t* dg, uint16_t* du, uint16_t* h) {
+  return backward<GeluTanh<Pair>>(n, dh, weight, g, u, dg, du, h);
 }
 
 }  // namespace kt::avx2

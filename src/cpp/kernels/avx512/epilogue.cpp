@@ -83,7 +83,7 @@ Pair within(Pair x, Pair limited, Pair y) {
 
 // x, but away from 0 where a limit has changed it.
 Pair beyond(Pair x, Pair limited) {
-  const __m512 factor = _mm512_set1_ps(kGptOssBeyond);
+  const __m512 factor = _mm512_set1_ps(kBeyondLimit);
   return {_mm512_mask_mul_ps(x.low, _mm512_cmp_ps_mask(x.low, limited.low, _CMP_NEQ_OQ), x.low, factor),
           _mm512_mask_mul_ps(x.high, _mm512_cmp_ps_mask(x.high, limited.high, _CMP_NEQ_OQ), x.high, factor)};
 }
@@ -191,6 +191,26 @@ void gpt_oss_forward(int n, const float* g, const float* u, uint16_t* g_saved, u
 float gpt_oss_backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u,
                        uint16_t* dg, uint16_t* du, uint16_t* h) {
   return backward<GptOss<Pair>>(n, dh, weight, g, u, dg, du, h);
+}
+
+void clamped_silu_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
+                          uint16_t* h) {
+  forward<ClampedSilu<Pair>>(n, g, u, g_saved, u_saved, h);
+}
+
+float clamped_silu_backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u,
+                            uint16_t* dg, uint16_t* du, uint16_t* h) {
+  return backward<ClampedSilu<Pair>>(n, dh, weight, g, u, dg, du, h);
+}
+
+void gelu_tanh_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
+                       uint16_t* h) {
+  forward<GeluTanh<Pair>>(n, g, u, g_saved, u_saved, h);
+}
+
+float gelu_tanh_backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u,
+                         uint16_t* dg, uint16_t* du, uint16_t* h) {
+  return backward<GeluTanh<Pair>>(n, dh, weight, g, u, dg, du, h);
 }
 
 }  // namespace kt::avx512

@@ -68,4 +68,39 @@ struct GptOss {
   }
 };
 
+template <class Pair>
+struct ClampedSilu {
+  static Pair limited_gate(Pair g) { return at_most(g, kClampedSiluLimit); }
+  static Pair limited_up(Pair u) { return at_least(at_most(u, kClampedSiluLimit), -kClampedSiluLimit); }
+  static Activated<Pair> forward(Pair g, Pair u) {
+    const Pair gate = limited_gate(g), up = limited_up(u);
+    return {beyond(g, gate), beyond(u, up), mul(times_sigmoid(gate, gate), up)};
+  }
+  static Derived<Pair> backward(Pair g, Pair u) {
+    const Pair gate = limited_gate(g), up = limited_up(u);
+    const Pair s = sigmoid(gate), act = mul(gate, s), slope = mul_add(act, sub(Pair::both(1.0f), s), s);
+    return {mul(act, up), within(g, gate, mul(up, slope)), within(u, up, act)};
+  }
+};
+
+// As scalar/epilogue.cpp has it.
+template <class Pair>
+struct GeluTanh {
+  static Pair near(Pair g) { return at_least(at_most(g, kGeluFar), -kGeluFar); }
+  static Pair z_of(Pair x, Pair square) {
+    return mul(mul(Pair::both(kGeluSlope), x), mul_add(square, Pair::both(kGeluCubic), Pair::both(1.0f)));
+  }
+  static Activated<Pair> forward(Pair g, Pair u) {
+    const Pair x = near(g);
+    return {g, u, mul(times_sigmoid(g, z_of(x, mul(x, x))), u)};
+  }
+  static Derived<Pair> backward(Pair g, Pair u) {
+    const Pair x = near(g), square = mul(x, x), one = Pair::both(1.0f);
+    const Pair z_by_g = mul(Pair::both(kGeluSlope), mul_add(square, Pair::both(3.0f * kGeluCubic), one));
+    const Pair s = sigmoid(z_of(x, square)), act = mul(g, s);
+    const Pair slope = mul_add(mul(act, sub(one, s)), z_by_g, s);
+    return {mul(act, u), mul(u, slope), act};
+  }
+};
+
 }  // namespace kt

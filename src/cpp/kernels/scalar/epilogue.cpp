@@ -59,8 +59,8 @@ void gpt_oss_forward(int n, const float* g, const float* u, uint16_t* g_saved, u
                      uint16_t* h) {
   for (int i = 0; i < n; ++i) {
     const float gate = at_most(g[i], kGptOssLimit), up = clamp(u[i], kGptOssLimit) + 1.0f;
-    g_saved[i] = round(g[i] > kGptOssLimit ? g[i] * kGptOssBeyond : g[i]);
-    u_saved[i] = round(fabsf(u[i]) > kGptOssLimit ? u[i] * kGptOssBeyond : u[i]);
+    g_saved[i] = round(g[i] > kGptOssLimit ? g[i] * kBeyondLimit : g[i]);
+    u_saved[i] = round(fabsf(u[i]) > kGptOssLimit ? u[i] * kBeyondLimit : u[i]);
     h[i] = round(gate * sigmoid(kGptOssAlpha * gate) * up);
   }
 }
@@ -77,6 +77,63 @@ float gpt_oss_backward(int n, const float* dh, float weight, const uint16_t* g_s
     dg[i] = g > kGptOssLimit ? 0 : round(weight * dh[i] * up * slope);
     du[i] = fabsf(u) > kGptOssLimit ? 0 : round(weight * dh[i] * act);
     h[i] = round(act * up);
+  }
+  return dot;
+}
+
+void clamped_silu_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
+                          uint16_t* h) {
+  for (int i = 0; i < n; ++i) {
+    const float gate = at_most(g[i], kClampedSiluLimit), up = clamp(u[i], kClampedSiluLimit);
+    g_saved[i] = round(g[i] > kClampedSiluLimit ? g[i] * kBeyondLimit : g[i]);
+    u_saved[i] = round(fabsf(u[i]) > kClampedSiluLimit ? u[i] * kBeyondLimit : u[i]);
+    h[i] = round(gate * sigmoid(gate) * up);
+  }
+}
+
+float clamped_silu_backward(int n, const float* dh, float weight, const uint16_t* g_saved,
+                            const uint16_t* u_saved, uint16_t* dg, uint16_t* du, uint16_t* h) {
+  float dot = 0.0f;
+  for (int i = 0; i < n; ++i) {
+    const float g = widen(g_saved[i]), u = widen(u_saved[i]);
+    const float gate = at_most(g, kClampedSiluLimit), up = clamp(u, kClampedSiluLimit);
+    const float s = sigmoid(gate), act = gate * s;
+    const float slope = s + act * (1.0f - s);
+    dot += dh[i] * (act * up);
+    dg[i] = g > kClampedSiluLimit ? 0 : round(weight * dh[i] * up * slope);
+    du[i] = fabsf(u) > kClampedSiluLimit ? 0 : round(weight * dh[i] * act);
+    h[i] = round(act * up);
+  }
+  return dot;
+}
+
+// The derivative of g * sigmoid(z), z = slope * (g + cubic * g^3), is s + g * s * (1 - s) * dz / dg. z is
+// taken of a g that is not far, so that no infinity meets the 0 of s or 1 - s.
+void gelu_tanh_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
+                       uint16_t* h) {
+  for (int i = 0; i < n; ++i) {
+    const float near = clamp(g[i], kGeluFar);
+    const float z = kGeluSlope * near * (1.0f + kGeluCubic * near * near);
+    g_saved[i] = round(g[i]);
+    u_saved[i] = round(u[i]);
+    h[i] = round(g[i] * sigmoid(z) * u[i]);
+  }
+}
+
+float gelu_tanh_backward(int n, const float* dh, float weight, const uint16_t* g_saved,
+                         const uint16_t* u_saved, uint16_t* dg, uint16_t* du, uint16_t* h) {
+  float dot = 0.0f;
+  for (int i = 0; i < n; ++i) {
+    const float g = widen(g_saved[i]), u = widen(u_saved[i]), near = clamp(g, kGeluFar);
+    const float square = near * near;
+    const float z = kGeluSlope * near * (1.0f + kGeluCubic * square);
+    const float z_by_g = kGeluSlope * (1.0f + 3.0f * kGeluCubic * square);
+    const float s = sigmoid(z), act = g * s;
+    const float slope = s + act * (1.0f - s) * z_by_g;
+    dot += dh[i] * (act * u);
+    dg[i] = round(weight * dh[i] * u * slope);
+    du[i] = round(weight * dh[i] * act);
+    h[i] = round(act * u);
   }
   return dot;
 }

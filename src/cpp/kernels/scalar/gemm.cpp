@@ -27,7 +27,9 @@ const KernelSet table = {
                  sum_scaled,
                  round_scaled,
                  {silu_forward, silu_backward},
-                 {gpt_oss_forward, gpt_oss_backward}},
+                 {gpt_oss_forward, gpt_oss_backward},
+                 {clamped_silu_forward, clamped_silu_backward},
+                 {gelu_tanh_forward, gelu_tanh_backward}},
     .decode = {from_f32, from_f16, from_int8, from_int4, from_fp8, from_mxfp4},
 };
 
