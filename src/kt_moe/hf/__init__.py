@@ -7,8 +7,8 @@
   computed by kt_moe (they are then in memory twice);
 - `peft.LoraConfig(target_modules=[..., "experts"])` on either puts LoRA on the experts.
 
-What PEFT's own `save_pretrained` writes for such a model has one key an expert and loads into plain
-transformers and PEFT; `kt_moe.save_adapter` writes the same atomically. Load adapters with PEFT or with
+What PEFT's own `save_pretrained` writes for such a model loads into plain transformers and PEFT;
+`kt_moe.save_adapter` writes the same atomically. Load adapters with PEFT or with
 `kt_moe.load_adapter`, not with transformers' own `model.load_adapter`, which only knows fused experts.
 """
 
