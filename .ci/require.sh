@@ -12,7 +12,10 @@ has_headers() {
   "$BASE_PYTHON" -c 'import os, sysconfig as s; os.stat(os.path.join(s.get_path("include"), "Python.h"))'
 }
 has_doctest() { echo '#include <doctest/doctest.h>' | "$CXX" -E -x c++ -; }
-has_clang() { echo 'int main() {}' | clang++ -fsanitize=address,undefined -x c++ - -o /dev/null; }
+has_clang() {
+  echo 'extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }' |
+    clang++ -fsanitize=fuzzer,address,undefined -x c++ - -o /dev/null
+}
 has_qemu() { command -v qemu-system-x86_64 && command -v cpio && ! ldd "$(command -v busybox)"; }
 
 apt_install() {
@@ -43,7 +46,10 @@ for name in "$@"; do
     python) require python "Python 3.11 or newer with venv ($BASE_PYTHON)" python3 python3-venv ;;
     headers) require headers "Python.h of $BASE_PYTHON" python3-dev ;;
     doctest) require doctest "doctest, which the C++ tests use," doctest-dev ;;
-    clang) require clang "clang++ with its sanitizers, which the fuzz targets use," clang llvm-dev ;;
+    clang)
+      require clang "clang++ with libFuzzer and its sanitizers, which the fuzz targets use," \
+        clang llvm-dev libclang-rt-dev
+      ;;
     qemu) require qemu "QEMU for x86, or cpio or busybox, which \`make numa\` uses," qemu-system-x86 cpio busybox-static ;;
     *) echo "error: $0 knows no $name" >&2; exit 2 ;;
   esac

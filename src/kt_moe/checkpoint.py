@@ -84,10 +84,6 @@ class Checkpoint:
     Headers are read and checked when it is made, the tensors' data when it is used; a file that was changed,
     replaced or shortened in between is a ValueError then. Safe to use from several threads.
 
-    What a directory's headers of 1 MiB and more together say is kept in $XDG_CACHE_HOME/kt_moe, or
-    ~/.cache/kt_moe, and holds as long as the files' names, sizes, modification times and inodes do.
-    KT_MOE_INDEX_CACHE=0 turns it off.
-
     Args:
         path: a .safetensors file, or a directory. Of a directory it reads what model.safetensors.index.json
             names, else what the only *.safetensors.index.json names, else every *.safetensors.

@@ -1,5 +1,5 @@
-// Fuzzes what parses files: the first byte picks safetensors header, model index or index cache, the rest is
-// the input. Refusals are expected; what is accepted must keep every promise that later code relies on.
+// Fuzzes what parses files: the first byte picks safetensors header or model index, the rest is the
+// input. Refusals are expected; what is accepted must keep every promise that later code relies on.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -9,7 +9,6 @@
 
 #include "base/error.h"
 #include "weights/safetensors.h"
-#include "weights/table_codec.h"
 #include "weights/weight_map.h"
 
 namespace {
@@ -44,22 +43,10 @@ void model_index(std::string_view input) {
   promise(std::ranges::is_sorted(map));
 }
 
-// The body of a cache file; its checksum is made to fit, or else nothing behind it would be reached.
-void index_cache(std::string_view input) {
-  const auto whole = kt::table_preamble(input).append(input);
-  const auto table = kt::decode_table(whole, "dir", "key");
-  if (!table) return;
-  for (const auto& [name, tensor, file] : table->entries) {
-    const auto size = file->stamp().size;
-    promise(tensor.offset <= size && tensor.nbytes <= size - tensor.offset);
-  }
-  promise(kt::decode_table(kt::encode_table(*table, "dir", "key"), "dir", "key").has_value());
-}
-
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-  constexpr void (*parsers[])(std::string_view) = {header, model_index, index_cache};
+  constexpr void (*parsers[])(std::string_view) = {header, model_index};
   if (size == 0) return 0;
   const std::string_view input(reinterpret_cast<const char*>(data) + 1, size - 1);
   try {

@@ -27,23 +27,6 @@ def model_index(weight_map: object) -> bytes:
     return b"\1" + json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}).encode()
 
 
-def text(value: bytes) -> bytes:
-    return struct.pack("<Q", len(value)) + value
-
-
-def index_cache(tensors: list[tuple[bytes, int, tuple[int, ...]]], key: bytes = b"key") -> bytes:
-    """The format is described in table_codec.cpp; each tensor is (name, offset, shape of U8)."""
-    body = text(key) + struct.pack("<QqQ", 10, 1, 2)
-    body += struct.pack("<Q", 2)
-    for file in (b"one.safetensors", b"sub/two.safetensors"):
-        body += text(file) + struct.pack("<QqQ", 1 << 20, 3, 4)
-    body += struct.pack("<Q", len(tensors))
-    for number, (name, offset, shape) in enumerate(tensors):
-        body += struct.pack("<QIIHHI", offset, len(name), number % 2, 4, len(shape), 0)
-        body += struct.pack(f"<{len(shape)}q", *shape)
-    return b"\2" + body + b"".join(name for name, _, _ in tensors)
-
-
 def headers() -> dict[str, bytes]:
     return {
         "header-empty": header(0, {}),
@@ -58,11 +41,6 @@ def headers() -> dict[str, bytes]:
         "index": model_index({"a": "one.safetensors", "b": "sub/two.safetensors"}),
         "index-escape": model_index({"a": "../one.safetensors"}),
         "index-array": model_index(["a"]),
-        "cache-empty": index_cache([]),
-        "cache": index_cache([(b"a", 100, (2, 3)), (b"b", 1 << 19, (7,)), (b"c", 8, ())]),
-        "cache-unsorted": index_cache([(b"b", 100, (2, 3)), (b"a", 106, (7,))]),
-        "cache-beyond": index_cache([(b"a", 1 << 20, (1,))]),
-        "cache-other-key": index_cache([], b"other"),
     }
 
 

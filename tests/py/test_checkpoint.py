@@ -293,35 +293,6 @@ def test_a_file_that_changes_after_it_was_indexed_is_refused(tmp_path: Path, cha
         Experts.from_checkpoint(checkpoint, 0)
 
 
-def test_the_index_of_a_large_model_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, cache = tmp_path / "model", tmp_path / "cache"
-    model.mkdir()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    save_file(qwen(), model / "m.safetensors")
-    small = Checkpoint(model)
-    tensors, layer = small.tensors, small.layer(0)
-    assert not cache.exists()
-
-    save_file(qwen(), model / "m.safetensors", metadata={"padding": " " * 2**20})
-    monkeypatch.setenv("KT_MOE_INDEX_CACHE", "0")
-    assert Checkpoint(model).tensors == tensors
-    assert not cache.exists()
-
-    monkeypatch.delenv("KT_MOE_INDEX_CACHE")
-    fresh, cached = Checkpoint(model), Checkpoint(model)
-    assert fresh.tensors == cached.tensors == tensors
-    assert fresh.layer(0) == cached.layer(0) == layer
-    [file] = (cache / "kt_moe").iterdir()
-    good = file.read_bytes()
-    for damaged in (b"", good[:-1], good[:100], b"x" + good, good.replace(b"gate", b"Gate")):
-        file.write_bytes(damaged)
-        assert Checkpoint(model).tensors == tensors
-        assert file.read_bytes() == good
-
-    save_file(fused(3), model / "m.safetensors")
-    assert Checkpoint(model).layers == [3]
-
-
 @pytest.mark.parametrize("escape", ["../m.safetensors", "/etc/hostname", "x/../../m.safetensors", ""])
 def test_an_index_may_not_leave_its_directory(tmp_path: Path, escape: str) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "m.safetensors")

@@ -360,11 +360,11 @@ def test_incomplete_checkpoints_are_passed_over(tmp_path: Path) -> None:
 
 def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KT_MOE_THREADS", "1")
-    monkeypatch.setenv("KT_MOE_INDEX_CACHE", "0")
+    monkeypatch.setenv("KT_MOE_SHARDS", "1")
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert "KT_MOE_THREADS: 1" in text
-    assert "KT_MOE_INDEX_CACHE: 0" in text
+    assert "KT_MOE_SHARDS: 1" in text
     assert "threads        1\n" in text
     assert f"kt_moe: {kt_moe.__version__}" in text
     assert main(["info", "--json"]) == 0

@@ -184,7 +184,7 @@ def test_amx_that_the_kernel_refuses(tmp_path: Path) -> None:
         ({"KT_MOE_SHARDS": "2"}, {"shards": 2}, False),
         ({"KT_MOE_THREADS": "2"}, {"threads": 2}, True),
         ({"KT_MOE_THREADS": "8"}, {}, False),
-        ({"KT_MOE_INDEX_CACHE": "0"}, {}, False),
+        ({"KT_MOE_PROFILE": "trace.json"}, {}, False),
     ],
 )
 def test_overrides(overrides: dict[str, str], changes: dict[str, Any], slow: bool, tmp_path: Path) -> None:
@@ -362,14 +362,14 @@ def test_an_override_that_does_not_hold(
 
 
 def test_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KT_MOE_INDEX_CACHE", "0")
+    monkeypatch.setenv("KT_MOE_SHARDS", "1")
     status = main(["doctor"])
     text = capsys.readouterr().out
     slow = [f for f in findings.find(read_machine()) if f.slow]
     assert status == (1 if slow else 0)
     assert "\nnode 0 " in text
     assert "\nmemory   " in text
-    assert "\nset      KT_MOE_INDEX_CACHE=0\n" in text
+    assert "\nset      KT_MOE_SHARDS=1\n" in text
     assert "\nGPU " in text
     assert main(["doctor", "--json"]) == status
     record = json.loads(capsys.readouterr().out)

@@ -68,7 +68,7 @@ inline MatView share(const MatView& next, Range part, index_t whole) {
   return next.block(begin, 0, end - begin, next.cols);
 }
 
-inline constexpr std::size_t kMostTerms = 132;
+inline constexpr std::size_t kMostTerms = 132;  // of one sum
 
 // c[a.rows x b.cols] = (accumulate ? c : 0) + sum of the terms, which agree in a.rows and in b.cols.
 // Rows of c are `stride` floats apart, at least result_stride(kernels, b.cols); those behind b.cols are

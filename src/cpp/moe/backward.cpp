@@ -238,10 +238,11 @@ void Backward::input_gradient(const BackwardWeights& weights, Block part, Range 
   if (!inputs_.dropout.active()) return multiply_backward(weights, part, result, stride, scratch);
 
   BackwardWeights frozen = weights, loras;
-  const auto behind =
-      std::ranges::stable_partition(frozen, [](const BackwardTerm& term) { return !term.lora; });
-  loras.assign(behind.begin(), behind.end());
-  frozen.erase(behind.begin(), behind.end());
+  // Not std::ranges::stable_partition: clang 14 does not compile libstdc++'s std::ranges::subrange.
+  const auto behind = std::stable_partition(frozen.begin(), frozen.end(),
+                                            [](const BackwardTerm& term) { return !term.lora; });
+  loras.assign(behind, frozen.end());
+  frozen.erase(behind, frozen.end());
   multiply_backward(frozen, part, result, stride, scratch);
   auto* product = scratch.take<float>(part.count * stride);
   for (const BackwardTerm& term : loras) {  // what was dropped gets no gradient

@@ -8,7 +8,6 @@
 
 #include "base/error.h"
 #include "weights/checksum.h"
-#include "weights/index_cache.h"
 #include "weights/text.h"
 
 namespace kt {
@@ -50,28 +49,20 @@ bool names_directory(const fs::path& path) {
   return fs::is_directory(status);
 }
 
-// With an index, or else all safetensors files.
-ModelFiles files_of(const fs::path& directory) {
+// What its index names, or else all safetensors files.
+TensorTable read_directory(const fs::path& directory) {
   const auto paths = list(directory);
   const auto indexes = with_suffix(paths, kIndexSuffix);
   const auto preferred = std::ranges::find(indexes, directory / kPreferredIndex);
-  if (preferred != indexes.end()) return {directory, *preferred, {}};
+  if (preferred != indexes.end()) return read_indexed_tensors(*preferred);
   KT_CHECK(indexes.size() <= 1, "{}: several indexes, such as {} and {}, and none is {}",
            quote(directory.native()), quote(indexes[0].filename().native()),
            quote(indexes[1].filename().native()), kPreferredIndex);
-  if (!indexes.empty()) return {directory, indexes.front(), {}};
-  auto files = with_suffix(paths, kDataSuffix);
+  if (!indexes.empty()) return read_indexed_tensors(indexes.front());
+  const auto files = with_suffix(paths, kDataSuffix);
   if (files.empty())
     throw NotFoundError(message("{}: no .safetensors file in it", quote(directory.native())));
-  return {directory, {}, std::move(files)};
-}
-
-TensorTable read_directory(const fs::path& directory) {
-  const ModelFiles model = files_of(directory);
-  if (auto cached = load_table(model)) return std::move(*cached);
-  auto table = model.index.empty() ? read_tensors(model.files) : read_indexed_tensors(model.index);
-  store_table(model, table);
-  return table;
+  return read_tensors(files);
 }
 
 TensorTable read_path(const fs::path& path) {
@@ -124,9 +115,9 @@ void Checkpoint::check_unchanged() const {
 }
 
 std::uint64_t Checkpoint::fingerprint() const {
-  auto& [made, value] = fingerprint_.get();
-  std::call_once(made, [&, this] { value = fingerprint_of(table_); });
-  return value;
+  Fingerprint& own = fingerprint_.get();
+  std::call_once(own.made, [&, this] { own.value = fingerprint_of(table_); });
+  return own.value;
 }
 
 std::span<const std::byte> Checkpoint::map(const Entry& entry) const {

@@ -35,12 +35,6 @@ FileStamp stamp_of(const struct stat& info) {
 
 }  // namespace
 
-std::optional<FileStamp> stamp_of(const std::filesystem::path& path) {
-  struct stat info{};
-  if (::stat(path.c_str(), &info) != 0 || !S_ISREG(info.st_mode)) return std::nullopt;
-  return stamp_of(info);
-}
-
 // O_NONBLOCK: opening a FIFO must not wait for a writer. It means nothing for a regular file.
 OpenFile::OpenFile(std::filesystem::path path)
     : path_(std::move(path)), descriptor_(::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {

@@ -7,7 +7,6 @@
 #include <filesystem>
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <span>
 #include <string_view>
 #include <utility>
@@ -25,9 +24,6 @@ struct FileStamp {
 
   bool operator==(const FileStamp&) const = default;
 };
-
-// nullopt for what is no regular file or cannot be found.
-std::optional<FileStamp> stamp_of(const std::filesystem::path& path);
 
 // An open file. `tensor` is whom a call serves, named in messages.
 class OpenFile {

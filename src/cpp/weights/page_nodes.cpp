@@ -46,7 +46,7 @@ PageNodes sample_pages(const ExpertWeights& weights, std::size_t shard, std::spa
     at -= here;
   }
   std::ranges::sort(pages);
-  pages.erase(std::ranges::unique(pages).begin(), pages.end());
+  pages.erase(std::unique(pages.begin(), pages.end()), pages.end());
 
   PageNodes count;
   for (const int node : nodes_of(pages)) {

@@ -21,7 +21,6 @@ std::vector<SafetensorsHeader> read_headers(const std::vector<fs::path>& paths, 
     const OpenFile opened(path);
     headers.push_back(read_safetensors_header(opened));
     table.files.emplace_back(path, opened.stamp());
-    table.header_bytes += headers.back().data_offset;
   }
   return headers;
 }
@@ -73,7 +72,6 @@ TensorTable read_indexed_tensors(const fs::path& index) {
   for (const auto name : names) paths.push_back(index.parent_path() / name);
 
   TensorTable table;
-  table.index = opened.stamp();
   auto headers = read_headers(paths, table);
   std::vector<Found> found;
   found.reserve(map.size());

@@ -1,7 +1,6 @@
 // The tensors of a set of safetensors files, from their headers.
 #pragma once
 
-#include <cstdint>
 #include <deque>
 #include <filesystem>
 #include <string_view>
@@ -23,8 +22,6 @@ struct TensorTable {
   std::deque<DataFile> files;        // in the order of their names; entries point into it
   std::vector<char> names;           // and into this
   std::vector<TensorEntry> entries;  // in the order of their names
-  FileStamp index{};                 // of the index that says which tensors these are, if there is one
-  std::uint64_t header_bytes = 0;    // of all files
 };
 
 // Reads the headers of `files`, ascending. Throws NotFoundError, IoError, or ValueError for a malformed file

@@ -17,7 +17,6 @@ OVERRIDES = (
     "KT_MOE_SHARDS",
     "KT_MOE_NODES",
     "KT_MOE_PROFILE",
-    "KT_MOE_INDEX_CACHE",
 )
 _LABELS = {
     "threads_per_core": "CPUs a core",
