@@ -49,6 +49,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, o
         kt_moe.save_adapter(model, path / "adapter")
         with torch.no_grad():
             ours[name] = model(input_ids=family.ids)[0]
+            again = kt_moe.load_adapter(family.by_config(), path / "adapter").eval()
+            assert torch.equal(again(input_ids=family.ids)[0], ours[name]), name
         paths = str(family.path), str(path / "adapter")
         work[name] = (family.model_class.__name__, *paths, family.ids)
     file = tmp_path_factory.mktemp("work") / "work.pt"

@@ -27,6 +27,8 @@ from peft.utils.transformers_weight_conversion import (
     _MOE_TARGET_MODULE_MAPPING,
 )
 from torch import Tensor
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from kt_moe.architectures import Architecture
 from kt_moe.functional import PROJECTIONS
@@ -50,6 +52,24 @@ def is_per_expert(model: Any, projections: Mapping[str, Any]) -> bool:
         and "down" in projections
         and ("gate" in projections) == ("up" in projections)
     )
+
+
+def path_to_save(model: Any, path: str, architecture: Architecture) -> str:
+    """What an adapter has to call experts at a path, so that PEFT finds them again.
+
+    On loading, PEFT renames the keys of LoRA as transformers renames those of the model's checkpoints, for some
+    families the module's own path as well, to one that there is not. Those need the checkpoint's path.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if get_checkpoint_conversion_mapping(getattr(base.config, "model_type", None)) is None:
+        return path
+    renamings = [one for one in get_model_conversion_mapping(base) if isinstance(one, WeightRenaming)]
+    prefix = PREFIX if path.startswith(PREFIX) else ""
+    own = path.removeprefix(prefix)
+    for name in (own, architecture.disk_path(own)):
+        if rename_source_key(f"{name}.lora_A.weight", renamings, [])[0] == f"{own}.lora_A.weight":
+            return prefix + name
+    return path
 
 
 @dataclass(frozen=True)
@@ -131,13 +151,15 @@ class ExpertsForm:
             ValueError: tensors of another rank or number of experts, or only some of them; names them.
         """
         matrices: Matrices = {}
+        stored = self.architecture.disk_path(self.path)
         for name, place in self.places([name for name in FUSED if name in fused]).items():
-            pair = _pop_pair(state_dict, place)
-            if pair is None and name == "gate_up_proj":  # where PEFT's conversion puts it, down or not
-                place = f"{self.path}.base_layer"
-                pair = _pop_pair(state_dict, place)
-            if pair is not None:
-                matrices |= self._unfuse(name, place, *pair, ranks=fused[name], own=own)
+            places = [place, stored + place.removeprefix(self.path)]
+            if name == "gate_up_proj":  # where PEFT's conversion puts it, down or not
+                places += [f"{self.path}.base_layer", f"{stored}.base_layer"]
+            for there in dict.fromkeys(places):
+                if (pair := _pop_pair(state_dict, there)) is not None:
+                    matrices |= self._unfuse(name, there, *pair, ranks=fused[name], own=own)
+                    break
         for projection, on_disk in zip(PROJECTIONS, self.architecture.projections, strict=True):
             pairs = self._pop_experts(state_dict, on_disk)
             if pairs:
