@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_families import COMPUTED, Family
 from tiny_models import PEFT_WARNINGS, error
-from torch import Tensor
+from torch import Tensor, nn
 
 import kt_moe
 
@@ -20,20 +20,32 @@ pytestmark = [*PEFT_WARNINGS, pytest.mark.filterwarnings("ignore:.*is deprecated
 
 PLAIN = """
 import sys, torch, transformers, peft
+
+@torch.no_grad()
+def output(model, ids):
+    torch.manual_seed(4)  # which a diffusion model begins with
+    return model(input_ids=ids)[0]
+
 work = torch.load(sys.argv[1])
 for name, (class_name, base, adapter, ids) in work.items():
     try:
         made = getattr(transformers, class_name)
         model = made.from_pretrained(base, dtype=torch.float32, experts_implementation="eager").eval()
-        with torch.no_grad():
-            before = model(input_ids=ids)[0]
-            model = peft.PeftModel.from_pretrained(model, adapter).eval()
-            work[name] = before, model(input_ids=ids)[0]
+        before = output(model, ids)
+        work[name] = before, output(peft.PeftModel.from_pretrained(model, adapter).eval(), ids)
     except Exception as problem:
         work[name] = f"{type(problem).__name__}: {problem}"
 assert "kt_moe" not in sys.modules
 torch.save(work, sys.argv[1])
 """
+
+
+@torch.no_grad()
+def output(model: nn.Module, ids: Tensor) -> Tensor:
+    """The same in both processes."""
+    torch.manual_seed(4)
+    out: Tensor = model(input_ids=ids)[0]
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +59,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, o
         torch.manual_seed(3)
         model = peft.get_peft_model(family.by_config(), config).eval()
         kt_moe.save_adapter(model, path / "adapter")
-        with torch.no_grad():
-            ours[name] = model(input_ids=family.ids)[0]
-            again = kt_moe.load_adapter(family.by_config(), path / "adapter").eval()
-            assert torch.equal(again(input_ids=family.ids)[0], ours[name]), name
+        ours[name] = output(model, family.ids)
+        again = kt_moe.load_adapter(family.by_config(), path / "adapter").eval()
+        assert torch.equal(output(again, family.ids), ours[name]), name
         paths = str(family.path), str(path / "adapter")
         work[name] = (family.model_class.__name__, *paths, family.ids)
     file = tmp_path_factory.mktemp("work") / "work.pt"
