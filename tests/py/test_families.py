@@ -157,6 +157,15 @@ def test_logits_and_gradients(family: Family) -> None:
     assert torch.equal(*outputs)
 
 
+def test_a_loaded_model_is_taken_over(family: Family) -> None:
+    out, found = family.run(kt_moe.wrap(family.eager()))
+    expected, gradients = family.run(family.by_config())
+    assert torch.equal(out, expected)
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():  # torch's own may differ in their last bits, as Jamba's do
+        assert float((found[name] - gradient).norm()) <= 1e-5 * float(gradient.norm()), name
+
+
 def test_weights_are_those_of_the_checkpoint(family: Family) -> None:
     theirs = expert_modules(family.eager())
     ours = {name: m for name, m in family.by_config().named_modules() if isinstance(m, KtExperts)}
