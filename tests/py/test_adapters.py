@@ -17,6 +17,7 @@ from tiny_models import ALL_EXPERTS, PEFT_WARNINGS, error, load, save_tiny_check
 from torch import Tensor
 
 import kt_moe
+from kt_moe import cli
 from kt_moe.hf import KtLoraExperts
 
 pytestmark = PEFT_WARNINGS
@@ -238,6 +239,21 @@ def test_merged_checkpoint(checkpoint: Path, adapter: Path, tmp_path: Path) -> N
     assert error(load(out)(tokens()).logits, plain) < 2e-2
     assert error(load(checkpoint, kt=False)(tokens()).logits, plain) > 0.1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "merged"]
+
+
+def test_the_merge_command(
+    checkpoint: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "merged"
+    assert cli.main(["merge", str(checkpoint), str(adapter), str(out)]) == 0
+    assert f"in {out}" in capsys.readouterr().out
+    kt_moe.merge_checkpoint(checkpoint, adapter, tmp_path / "same")
+    for file in out.iterdir():
+        assert file.read_bytes() == (tmp_path / "same" / file.name).read_bytes()
+    assert cli.main(["merge", str(checkpoint), str(adapter), str(out)]) == 2
+    assert f"output is {out}, which exists already" in capsys.readouterr().err
+    assert cli.main(["merge", str(tmp_path / "nowhere"), str(adapter), str(tmp_path / "new")]) == 2
+    assert not (tmp_path / "new").exists()
 
 
 def test_merge_with_patterns_and_rslora(checkpoint: Path, tmp_path: Path) -> None:

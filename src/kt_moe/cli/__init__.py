@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from kt_moe import __version__
-from kt_moe.cli import bench, doctor, finetune, info, inspect, models, options, pack, plan, trace_view
+from kt_moe.cli import bench, doctor, finetune, info, inspect, merge, models, options, pack, plan, trace_view
 from kt_moe.cli.errors import UserError
 
 __all__ = ["main"]
@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
             "find what about this machine costs speed, and what mends it",
         ),
         ("inspect", inspect.add_arguments, inspect, "show what a checkpoint holds of experts"),
+        ("merge", merge.add_arguments, merge, "write a checkpoint with an adapter merged in"),
         ("models", models.add_arguments, models, "list the families of models whose experts work"),
         ("pack", pack.add_arguments, pack, "write experts to a directory from which they are mapped"),
         ("plan", plan.add_arguments, plan, "tell the memory and speed of a run before it is started"),

@@ -57,8 +57,8 @@ def is_per_expert(model: Any, projections: Mapping[str, Any]) -> bool:
 def path_to_save(model: Any, path: str, architecture: Architecture) -> str:
     """What an adapter has to call experts at a path, so that PEFT finds them again.
 
-    On loading, PEFT renames the keys of LoRA as transformers renames those of the model's checkpoints, for some
-    families the module's own path as well, to one that there is not. Those need the checkpoint's path.
+    On loading, PEFT renames the keys of LoRA as transformers renames those of the model's checkpoints, for
+    some families the module's own path as well, to one that there is not. Those need the checkpoint's path.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if get_checkpoint_conversion_mapping(getattr(base.config, "model_type", None)) is None:
