@@ -9,6 +9,7 @@ come last: where they lie, the adapter is complete.
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import math
 import os
@@ -45,7 +46,7 @@ def write_adapter(directory: Path, config: PeftConfig, tensors: dict[str, Tensor
         OSError: the files cannot be written; those of an older adapter are intact.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with scratch(directory, ".new-") as new:
+    with scratch(directory, "new") as new:
         config.save_pretrained(str(new))
         text = (new / CONFIG_NAME).read_text()
         metadata = {"format": "pt", _CONFIG: json.dumps(_compared(json.loads(text)))}
@@ -96,15 +97,18 @@ def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
 
 
 @contextmanager
-def scratch(directory: Path, prefix: str) -> Iterator[Path]:
-    """A new directory in `directory`, gone at the end; those of killed processes are removed first.
+def scratch(directory: Path, name: str) -> Iterator[Path]:
+    """A new directory `.kt_moe-{name}-...`, gone at the end; those of killed processes are removed first.
 
     It is locked while it is in use.
     """
     with _locked(directory):
-        for old in directory.glob(f"{prefix}*"):
+        for old in directory.glob(f".kt_moe-{glob.escape(name)}-*"):
             if old.is_dir() and not old.is_symlink():
-                descriptor = os.open(old, os.O_RDONLY)
+                try:
+                    descriptor = os.open(old, os.O_RDONLY)
+                except FileNotFoundError:  # its owner has just removed it
+                    continue
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(old, ignore_errors=True)
@@ -112,7 +116,7 @@ def scratch(directory: Path, prefix: str) -> Iterator[Path]:
                     pass  # in use
                 finally:
                     os.close(descriptor)
-        new = Path(tempfile.mkdtemp(dir=directory, prefix=prefix))
+        new = Path(tempfile.mkdtemp(dir=directory, prefix=f".kt_moe-{name}-"))
         lock = os.open(new, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX)
     try:

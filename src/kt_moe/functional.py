@@ -1,8 +1,8 @@
-"""The differentiable layer: routed experts on the CPU with LoRA fused in.
+"""The differentiable layer: routed experts with LoRA fused in, on the CPU and, if there is one, the GPU.
 
 For expert e with routed tokens X (Hu et al. 2021 for LoRA, Shazeer 2020 for the gated unit)::
 
-    G = X Wg' + s (X Ag') Bg'      U = X Wu' + s (X Au') Bu'      h = act(G) * U
+    G = X Wg' + s (X Ag') Bg'      U = X Wu' + s (X Au') Bu'      h = act(G, U)
     Y = h Wd' + s (h Ad') Bd'      out[t] = sum over k of topk_weights[t, k] * Y[route (t, k)]
 """
 

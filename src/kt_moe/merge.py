@@ -62,7 +62,7 @@ def merge_checkpoint(base: StrPath, adapter: StrPath, output: StrPath) -> None:
         raise ValueError(f"output is {output}, which exists already")
     changes = _changes(base, Path(adapter), checkpoint)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with scratch(output.parent, f".{output.name}-") as new:
+    with scratch(output.parent, output.name) as new:
         _copy_others(base, new, checkpoint)
         for shard in checkpoint.files:
             _merge_shard(shard, new / shard.name, changes)

@@ -18,11 +18,13 @@ import json, re, sys
 patterns, names = json.load(sys.stdin)
 for number, pattern in enumerate(patterns):
     print(number, flush=True)
-    for name in names:
-        re.fullmatch(pattern, name)
-        re.match(rf"(.*\\.)?({pattern})$", name)
-        re.match(rf"(^|.*\\.){pattern}($|\\..*)", name)
-        re.match(rf"(?:^|.*?\\.){pattern}\\.[0-9]+\\.", name)
+    for form in "{}", r"(.*\\.)?({})$", r"(^|.*\\.){}($|\\..*)", r"(?:^|.*?\\.){}\\.[0-9]+\\.":
+        try:
+            compiled = re.compile(form.format(pattern))
+        except re.error:  # of this form alone, as (?i) is in the middle
+            continue
+        for name in names:
+            compiled.fullmatch(name) if form == "{}" else compiled.match(name)
 """
 
 

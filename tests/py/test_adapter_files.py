@@ -21,6 +21,7 @@ from torch import Tensor
 
 import kt_moe
 from kt_moe.adapter_files import read_adapter, scratch
+from kt_moe.patterns import check_patterns
 
 pytestmark = PEFT_WARNINGS
 
@@ -220,6 +221,10 @@ def test_a_changed_base_model_is_no_other_config(checkpoint: Path, tmp_path: Pat
     assert read_adapter(tmp_path)[0].base_model_name_or_path == "other"
 
 
+def test_patterns_that_stand_alone_pass() -> None:
+    check_patterns(["(?i).*q_proj", r".*\.[0-3]\..*"], ["layers.0.q_proj"] * 3)
+
+
 def test_leftovers_of_killed_processes(checkpoint: Path, tmp_path: Path) -> None:
     adapter, output = tmp_path / "adapter", tmp_path / "out"
     code = """
@@ -227,7 +232,7 @@ import os, sys
 from pathlib import Path
 from kt_moe.adapter_files import scratch
 first, second = Path(sys.argv[1]), Path(sys.argv[2])
-with scratch(first, ".new-") as new, scratch(second, ".out-") as other:
+with scratch(first, "new") as new, scratch(second, "out") as other:
     for directory in (new, other):
         (directory / "half").write_bytes(b"x" * 1000)
     os._exit(9)
@@ -235,13 +240,14 @@ with scratch(first, ".new-") as new, scratch(second, ".out-") as other:
     adapter.mkdir()
     done = subprocess.run([sys.executable, "-c", code, str(adapter), str(tmp_path)], check=False)
     assert done.returncode == 9
-    assert list(adapter.glob(".new-*/half"))
-    assert list(tmp_path.glob(".out-*/half"))
-    with scratch(adapter, ".new-") as in_use:  # of another writer, which is alive
+    assert list(adapter.glob(".kt_moe-new-*/half"))
+    assert list(tmp_path.glob(".kt_moe-out-*/half"))
+    with scratch(adapter, "new") as in_use:  # of another writer, which is alive
         kt_moe.save_adapter(with_lora(checkpoint), adapter)
         assert sorted(p.name for p in adapter.iterdir()) == sorted([in_use.name, CONFIG, WEIGHTS])
+    (tmp_path / ".out-backup").mkdir()  # the user's own
     kt_moe.merge_checkpoint(checkpoint, adapter, output)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out-backup", "adapter", "out"]
 
 
 # Merges

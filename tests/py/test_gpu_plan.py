@@ -138,6 +138,27 @@ def test_slots_hold_what_was_claimed_until_it_is_released(data, count, kind):
             del claimed[key]
 
 
+@pytest.mark.parametrize("roomy", [False, True])
+def test_an_interrupted_claim_loses_no_slot(roomy):
+    slots = Slots(Streams(torch.device("cpu")), 64, 8, roomy=roomy)
+    layer = Stored(0)
+    copy, done = slots._copy, []
+
+    def interrupted(*args):
+        done.append(args)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        copy(*args)
+
+    slots._copy = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        slots.claim(0, layer, range(8))
+    slots.release_all()
+    assert slots.claim(0, layer, range(8)) == 8
+    for expert, slot in enumerate(slots.use(0, range(8))):
+        assert (slots.memory[slot] == expert).all()
+
+
 def test_the_least_recently_used_slot_goes_first():
     slots = make_slots(3)
     layer = Stored(0)

@@ -96,6 +96,8 @@ def test_refusals(settings, says):
 
 
 def test_no_mapping():
+    with pytest.raises(TypeError, match="kt_config is a list"):
+        KTConfig.from_dict({"kt_config": []})
     with pytest.raises(TypeError, match="settings is a list"):
         KTConfig.from_dict([])
 

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from kt_moe.gpu.lora import LoraStack
-from kt_moe.gpu.products import Groups, Matrices, Products, Term
-
-GATE, UP, DOWN = range(3)
+from kt_moe.gpu.products import DOWN, GATE, UP, Groups, Matrices, Products, Term
 
 
 @dataclass(frozen=True)
@@ -90,12 +88,17 @@ class Chunk:
         return torch.empty(self.groups.rows, columns, dtype=dtype, device=self.tokens.device)
 
     def empty_jobs(self, jobs: int, columns: int) -> Tensor:
-        """[jobs, m, columns] bf16 for a result; its strides, for which kernels are compiled, know no m."""
-        return self.empty(jobs * columns).view(-1, jobs, columns).transpose(0, 1)
+        """[jobs, m, columns] bf16 for a result."""
+        return empty_jobs(jobs, self.groups.rows, columns, self.tokens)
 
     def lora(self, matrices: Tensor | None) -> Matrices:
         """LoRA matrices of this chunk's experts."""
         return Matrices(cast(Tensor, matrices), self.experts)
+
+
+def empty_jobs(jobs: int, rows: int, columns: int, like: Tensor) -> Tensor:
+    """[jobs, rows, columns] bf16 where `like` is; strides, for which kernels are compiled, know no rows."""
+    return torch.empty(rows, jobs, columns, dtype=torch.bfloat16, device=like.device).transpose(0, 1)
 
 
 def forward_chunk(layer: Layer, chunk: Chunk, x: Tensor, out: Tensor) -> None:

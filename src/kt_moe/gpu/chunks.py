@@ -14,7 +14,7 @@ from kt_moe.gpu.chunk import Chunk, Layer
 from kt_moe.gpu.pass_log import PassLog
 from kt_moe.gpu.plan import bf16_bytes
 from kt_moe.gpu.prefetch import Feed
-from kt_moe.gpu.products import Groups, Matrices
+from kt_moe.gpu.products import DOWN, Groups, Matrices
 from kt_moe.gpu.routes import Rows
 from kt_moe.gpu.slots import Slots
 from kt_moe.gpu.stored import StoredExperts
@@ -137,8 +137,8 @@ class Chunks:
         shapes = ((layer.intermediate, layer.hidden),) * 2 + ((layer.hidden, layer.intermediate),)
         found = [memory.new_empty(len(in_slots), *shape, dtype=torch.bfloat16) for shape in shapes]
         for part in parts:
-            along = 2 if part.projection == 2 else 1
-            width = part.cols if part.projection == 2 else part.rows
+            along = 2 if part.projection == DOWN else 1
+            width = part.cols if part.projection == DOWN else part.rows
             to = found[part.projection].narrow(along, part.first, width)
             layer.products.dequantize(memory, in_slots, part, to)
         return tuple(Matrices(matrices, in_order) for matrices in found)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kt_moe.gpu import cpu_part
 from kt_moe.gpu import lora as lora_transfer
-from kt_moe.gpu.chunk import Chunk, Gradients, Layer, backward_chunk, forward_chunk
+from kt_moe.gpu.chunk import Chunk, Gradients, Layer, backward_chunk, empty_jobs, forward_chunk
 from kt_moe.gpu.chunks import Chunks, PassData
 from kt_moe.gpu.cpu_part import CpuPart, Worker
 from kt_moe.gpu.layers import Identity, Layers
@@ -107,7 +107,7 @@ class SavedCall:
         """For backward, of a call whose tensors are there."""
         places, position, row_weights, *rest = self.tensors
         rows = Rows(self.counts, cast(Tensor, places), cast(Tensor, position))
-        stacks = len(lora.stacks)
+        stacks = len(lora.together)
         low_rank, of_part = cast("list[Tensor]", rest[:stacks]), rest[stacks:]
         part = CpuPart.from_tensors(of_part, lora) if of_part else None
         return PassData(self.cut.gpu, rows, cast(Tensor, row_weights), low_rank), part
@@ -166,12 +166,10 @@ class Engine:
                 pending = cpu_part.submit_forward(experts, part, self._worker, streams)
             feed = self._feed(held, plan, backward=False)
             rows = sort_routes(counted, plan.gpu, streams)
-            # As `Chunk.empty_jobs` has it: strides that do not depend on the rows.
             low_rank = [
-                torch.empty(len(rows.places), len(stack.projections), lora.ranks[stack.projections[0]],
-                            dtype=torch.bfloat16, device=x.device).transpose(0, 1)
+                empty_jobs(len(stack.projections), len(rows.places), lora.ranks[stack.projections[0]], x)
                 for stack in stacks
-            ]  # fmt: skip
+            ]
             row_weights = weights.reshape(-1).index_select(0, rows.places)
             data = PassData(plan.gpu, rows, row_weights, low_rank)
             layer = self._layer(experts, held, lora, stacks)
@@ -357,7 +355,8 @@ class Engine:
                 f"the GPU memory for experts is {budget} bytes, wanted at least {slot_bytes}, which one "
                 'expert takes: give kt_moe.Gpu a larger memory, or the experts gpu="off"'
             )
-        if self._slots is None or self._slots.memory.shape != (number, slot_bytes):
+        kind = (number, slot_bytes), number == every
+        if self._slots is None or (self._slots.memory.shape, self._slots.roomy) != kind:
             self._drop_slots()  # before the memory of new ones is taken
             self._slots = Slots(self._streams, slot_bytes, number, roomy=number == every)
         return self._slots

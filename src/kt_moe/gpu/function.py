@@ -111,10 +111,10 @@ def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         _rows(grad_out, torch.bfloat16, engine.device),
         (needs_x, needs_weights, tuple(needs_lora)),
     )
-    arrival = ctx.arrival or Arrival()
-    arrival.set(arrived)
-    if ctx.arrival is None:
-        arrival.wait()
+    if ctx.arrival is not None:
+        ctx.arrival.set(arrived)
+    elif arrived is not None:
+        arrived.synchronize()
     return (
         None if dx is None else dx.to(hidden_states.device, hidden_states.dtype),
         None,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kt_moe import _core
+from kt_moe.gpu.products import DOWN
 from kt_moe.gpu.streams import Event, Streams
 from kt_moe.tensors import on_cpu
 
@@ -40,7 +41,7 @@ class LoraCall:
         return tuple(0 if a is None else a.shape[1] for a in self.tensors[::2])
 
     @property
-    def stacks(self) -> list[tuple[int, ...]]:
+    def together(self) -> list[tuple[int, ...]]:
         """The projections that have LoRA, by the tensor that they lie in on the device."""
         gate, up, down = ((i,) if rank else () for i, rank in enumerate(self.ranks))
         kinds = [None if t is None else (t.shape, t.dtype, t.device) for t in self.tensors]
@@ -53,7 +54,7 @@ class LoraStack(NamedTuple):
     """LoRA of one projection or of two on the device, or the gradients of it.
 
     Attributes:
-        projections: gate, up and down are 0, 1, 2.
+        projections: of GATE, UP and DOWN.
         a: [jobs, E, r, in], a job for each projection; None: it is on the host alone, or not wanted.
         b: [jobs, E, out, r], likewise.
         crossed: what has crossed for a and for b, in page-locked memory of the host; None: nothing has.
@@ -67,7 +68,7 @@ class LoraStack(NamedTuple):
 
 def split_down(stacks: Sequence[LoraStack]) -> tuple[Sequence[LoraStack], LoraStack | None]:
     """Those of gate and up, and that of down, which is the last one."""
-    if stacks and stacks[-1].projections == (2,):
+    if stacks and stacks[-1].projections == (DOWN,):
         return stacks[:-1], stacks[-1]
     return stacks, None
 
@@ -94,7 +95,7 @@ def to_device(lora: LoraCall, wanted: bool, streams: Streams) -> list[LoraStack]
     to: list[Tensor] = []
     source: list[Tensor] = []
     crossed = False
-    for projections in lora.stacks:
+    for projections in lora.together:
         sides: list[Tensor | None] = []
         hosts: list[Tensor | None] = []
         for side in range(2):
@@ -185,7 +186,7 @@ def device_gradients(
     """
     make = torch.empty if every_expert else torch.zeros
     stacks = []
-    for projections in lora.stacks:
+    for projections in lora.together:
         sides: list[Tensor | None] = []
         for side in range(2):
             tensor = cast(Tensor, lora.tensors[2 * projections[0] + side])

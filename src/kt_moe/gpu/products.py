@@ -22,6 +22,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from kt_moe.gpu.stored import StoredPart
 
+GATE, UP, DOWN = range(3)  # projections of an expert
+
 # What a tile of so many rows costs, against one of 128. Up to 64 rows a tile takes as long as its part of the
 # weight takes from the L2 cache, so a few large tiles beat many small ones.
 _TILE_COSTS = {16: 0.60, 32: 0.64, 64: 0.72, 128: 1.0}
@@ -233,7 +235,7 @@ class Products(Protocol):
         Args:
             rows: [m, n] bf16 or fp32, inputs of a LoRA A product; the last dimension is contiguous.
             places: [m] int32 or int64, contiguous: token * K + slot of each row.
-            projection: 0 gate, 1 up, 2 down.
+            projection: GATE, UP or DOWN.
             probability: of dropping, in [0, 1).
             seed: in [0, 2**63).
         """

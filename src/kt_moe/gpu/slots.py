@@ -95,6 +95,7 @@ class Slots:
                 if (key := self._holds[slot]) is not None:
                     self._holds[slot] = None
                     self._slot_of.pop(key, None)
+                self._unclaimed[slot] = None
             raise
         return done
 

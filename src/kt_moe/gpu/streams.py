@@ -89,10 +89,6 @@ class Streams:
         """
         ctypes.memmove(to, source, size)
 
-    def copy_tensor(self, to: Tensor, source: Tensor, name: str) -> None:
-        """The same with contiguous tensors of one dtype and size; that on the host is kept meanwhile."""
-        self.copy(to.data_ptr(), source.data_ptr(), to.nbytes, name)
-
     def finish(self) -> None:
         """Let the calling thread wait until the link has brought what it was asked for."""
 
@@ -123,7 +119,8 @@ class Streams:
         host = self.host_empty(tuple(tensor.shape), tensor.dtype)
         assert tensor.is_contiguous()  # a copy of it would be behind what the stream waits for
         self.note("downlink", "copy_out", tensor.nbytes)
-        self.copy_tensor(host, tensor, "downlink")
+        self.copy(host.data_ptr(), tensor.data_ptr(), tensor.nbytes, "downlink")
+        self.keep(host, "downlink")
         self.used_by(tensor, "downlink")
         return host
 
@@ -181,10 +178,6 @@ class CudaStreams(Streams):
         error = _driver().cuMemcpyAsync(to, source, size, self._handles[name])
         if error:
             raise RuntimeError(f"cuMemcpyAsync of {size} bytes failed with CUDA error {error}")
-
-    def copy_tensor(self, to: Tensor, source: Tensor, name: str) -> None:
-        super().copy_tensor(to, source, name)
-        self.keep(to if to.is_cpu else source, name)
 
     def keep(self, host: Tensor, name: str | None = None) -> None:
         self._in_use[name].append(host)

@@ -72,6 +72,8 @@ class KTConfig:
         if not isinstance(settings, Mapping):
             raise TypeError(f"settings is a {type(settings).__name__}, wanted a mapping")
         nested = settings.get("kt_config")
+        if nested is not None and not isinstance(nested, Mapping):
+            raise TypeError(f"kt_config is a {type(nested).__name__}, wanted a mapping")
         given = {k: v for k, v in (settings if nested is None else nested).items() if v is not None}
         if given.pop("enabled", True) is not True:
             raise ValueError("enabled is not true: these settings turn kt-kernel off")

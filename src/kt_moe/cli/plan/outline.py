@@ -23,6 +23,7 @@ from kt_moe.cli.model import add_lora
 from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.shapes import Activations, ExpertLayer, Outline
 from kt_moe.hf import KtExperts, KtLoraExperts
+from kt_moe.hf.quantizer import put_experts
 
 _ATTENTION = "kt_moe_plan"
 _TOPK = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")  # K, by config
@@ -82,13 +83,16 @@ def outline(config: Any, run: Run) -> Outline:
 
 def _take_out_experts(model: nn.Module, architecture: Architecture) -> list[ExpertLayer]:
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    topk = next(int(value) for name in _TOPK if (value := getattr(config, name, None)) is not None)
+    chosen = [int(value) for name in _TOPK if (value := getattr(config, name, None)) is not None]
+    if not chosen:
+        raise UserError(f"the config of {architecture.model_type} has none of {', '.join(_TOPK)}")
     layers = []
     for module in architecture.modules:
-        biases = hasattr(model.get_submodule(module.path), "down_proj_bias")
-        sizes = module.num_experts, module.hidden_size, module.intermediate_size
-        layers.append(ExpertLayer(module.number, *sizes, topk, module.activation, biases))
-        model.set_submodule(module.path, KtExperts(architecture, module))
+        if module.same_as is None:  # else its weights are another's
+            biases = hasattr(model.get_submodule(module.path), "down_proj_bias")
+            sizes = module.num_experts, module.hidden_size, module.intermediate_size
+            layers.append(ExpertLayer(module.number, *sizes, chosen[0], module.activation, biases))
+    put_experts(model, architecture)
     return layers
 
 
