@@ -55,8 +55,9 @@ def write_adapter(directory: Path, config: PeftConfig, tensors: dict[str, Tensor
         files = sorted(new.iterdir(), key=lambda file: (file.name == SAFETENSORS_WEIGHTS_NAME) != first)
         for file in files:
             _sync(file)
-        for file in files:
-            os.replace(file, directory / file.name)
+        with _locked(directory):  # of two writers' pairs one is there in the end, not a part of each
+            for file in files:
+                os.replace(file, directory / file.name)
     _sync(directory)
 
 
@@ -91,9 +92,9 @@ def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
             )
         time.sleep(0.01)
     _check_numbers(directory, options)
-    config = _config(directory, options, text)
     _check_tensors(directory, tensors)
-    return config, tensors
+    _check_ranks(directory, options, tensors)
+    return _config(directory, options, text), tensors
 
 
 @contextmanager
@@ -183,9 +184,33 @@ def _check_numbers(directory: Path, options: dict[str, Any]) -> None:
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise ValueError(f"{where} has rank {rank!r}{_of(key)}, wanted an integer of at least 1")
     for key, alpha in alphas.items():
-        number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-        if alpha is not None and not (number and math.isfinite(alpha)):
+        if alpha is not None and not _is_finite(alpha):
             raise ValueError(f"{where} has lora_alpha {alpha!r}{_of(key)}, wanted a finite number")
+    dropout = options.get("lora_dropout", 0.0)
+    if not (_is_finite(dropout) and 0.0 <= dropout < 1.0):
+        raise ValueError(f"{where} has lora_dropout {dropout!r}, wanted a probability in [0, 1)")
+    if (bias := options.get("bias", "none")) not in ("none", "all", "lora_only"):
+        raise ValueError(f"{where} has bias {bias!r}, wanted none, all or lora_only")
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _check_ranks(directory: Path, options: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """ValueError for a rank that no tensor has room for: memory is taken by the config's ranks."""
+    where = f"{CONFIG_NAME} in {directory}"
+    most = max((max(tensor.shape) for key, tensor in tensors.items() if ".lora_" in key), default=0)
+    for key, rank in {"": options.get("r"), **_numbers(where, options, "rank_pattern")}.items():
+        if most and rank is not None and rank > most:
+            raise ValueError(
+                f"{where} has rank {rank}{_of(key)}, and no LoRA tensor has more than {most} rows"
+            )
 
 
 def _config(directory: Path, options: dict[str, Any], text: bytes) -> LoraConfig:
@@ -245,10 +270,16 @@ def _check_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
     def refuse(key: str, what: str, wanted: str) -> None:
         raise ValueError(f"{key} of the adapter in {directory} {what}, wanted {wanted}")
 
+    if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
+        raise ValueError(f"the weights of the adapter in {directory} are no tensors by name")
     for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             refuse(key, f"is a {type(tensor).__name__}", "a tensor")
+        if tensor.layout is not torch.strided:
+            refuse(key, f"is {tensor.layout}", "a dense tensor")
         lora = re.search(r"\.lora_(?:embedding_)?[AB](?:\.|$)", key)
+        if key.endswith(".bias"):  # of lora_bias: a vector
+            lora = None
         if lora and tensor.dtype not in _FLOATS:
             refuse(key, f"is {tensor.dtype}", "a floating-point tensor")
         if tensor.dtype.is_complex:

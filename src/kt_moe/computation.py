@@ -77,7 +77,8 @@ def computation_of(module: Any) -> Computation:
     if getattr(module, "has_post_expert_norm", False):
         lacks.append(f"a norm on each expert's output ({_name_of(module.post_expert_norm)})")
     known_names = {"gate_up_proj" if gated else "up_proj", "down_proj", *(_BIASES if module.has_bias else ())}
-    if others := sorted(set(dict(module.named_parameters(recurse=False))) - known_names):
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    if others := sorted({name for name, _ in own} - known_names):
         lacks.append(f"the parameters {', '.join(others)}")
     return Computation(*sizes_of(module), "" if lacks else activation, tuple(lacks))
 

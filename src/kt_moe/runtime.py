@@ -103,7 +103,7 @@ def _whole_number(name: str, value: int | None) -> int | None:
 def _threads_for_kt_kernel() -> int | None:
     """KT_NUM_THREADS where KT_MOE_THREADS is not set; ValueError if they differ or it is no number."""
     theirs, ours = (os.environ.get(name, "").strip() for name in ("KT_NUM_THREADS", "KT_MOE_THREADS"))
-    if theirs and not theirs.isdecimal():
+    if theirs and not (theirs.isdecimal() and len(theirs) < 10):
         raise ValueError(f"KT_NUM_THREADS is {theirs!r}, wanted a whole number")
     if theirs and ours and theirs != ours:
         raise ValueError(f"KT_NUM_THREADS is {theirs} and KT_MOE_THREADS is {ours}, wanted one of them")

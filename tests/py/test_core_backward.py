@@ -25,7 +25,7 @@ def backward(
     grads = {name: torch.full(problem.lora[name].shape, start, dtype=dtype) for name in NAMES}
     _core.backward(
         experts._core, problem.hidden_states, problem.topk_ids.contiguous(), problem.topk_weights, lora,
-        problem.scaling, 0.0, 0, None, experts.placement == "expert", problem.grad_out, None, None,
+        problem.scaling, 0.0, 0, None, problem.grad_out, None, None,
         tuple(grads.values()), **options,
     )  # fmt: skip
     return grads

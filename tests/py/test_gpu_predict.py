@@ -150,7 +150,7 @@ def test_no_prediction_without_a_gpu(config: Path, capsys: pytest.CaptureFixture
         (["--rates", "link=0"], "argument --rates: 'link=0'"),
         (["--rates", "link"], "argument --rates: 'link'"),
         (["--rates", "link=nan"], "argument --rates: 'link=nan'"),
-        (["--gpu-memory", "10"], "--gpu-memory: the GPU memory for experts is 10 bytes, wanted at least"),
+        (["--gpu-memory", "10B"], "--gpu-memory: the GPU memory for experts is 10 bytes, wanted at least"),
     ],
 )
 def test_user_errors(

@@ -43,7 +43,8 @@ def options(settings: dict) -> dict:
         ({"gpu_memory": "6GiB", "kt_num_threads": 4}, {"gpu_memory": "6GiB", "threads": 4}),
         ({"kt_config": {"enabled": True, "kt_num_threads": 3}, "mixed_precision": "bf16"}, {"threads": 3}),
         ({"kt_num_threads": None, "kt_weight_path": None}, {}),
-        ({"kt_num_gpu_experts": 0, "kt_train_mode": "lora", "kt_use_lora_experts": "False"}, {}),
+        ({"kt_num_gpu_experts": 0.0, "kt_train_mode": "lora", "kt_use_lora_experts": "False"}, {}),
+        ({"enabled": "true", "kt_wrap_kwargs": "{}"}, {}),
     ],
 )
 def test_settings_are_followed(settings, expected):
@@ -57,6 +58,7 @@ def test_lora():
     assert (config.r, config.lora_alpha, config.lora_dropout) == (8, 4, 0.1)
     assert config.target_modules == {"q_proj", "experts"}
     assert KTConfig.from_dict({}).lora == {}
+    assert found.lora_config("all-linear").target_modules == "all-linear"
 
 
 def test_what_is_not_needed_is_said():
@@ -86,7 +88,15 @@ def test_what_is_not_needed_is_said():
         ({"kt_activation_policy": "retain"}, 'wanted "cpu" and "gpu"'),
         ({"kt_lora_rank": "many"}, "kt_lora_rank is 'many', wanted a whole number"),
         ({"kt_lora_alpha": []}, r"kt_lora_alpha is \[\], wanted a number"),
-        ({"enabled": False}, "enabled is not true"),
+        ({"enabled": False}, "enabled is false"),
+        ({"kt_config": [1]}, r"kt_config is \[1\], wanted names and values"),
+        ({1: 2}, "1 is no name of a setting"),
+        ({"kt_activation_policy": {"cpu": [1], "gpu": "retain"}}, 'wanted "cpu" and "gpu"'),
+        ({"kt_activation_policy": "5"}, 'wanted "cpu" and "gpu"'),
+        ({"kt_activation_policy": "[" * 100_000}, 'wanted "cpu" and "gpu"'),
+        ({"kt_lora_alpha": float("nan")}, "kt_lora_alpha is nan, wanted a number"),
+        ({"kt_lora_dropout": 5}, "kt_lora_dropout is 5, wanted a probability"),
+        ({"recompute": "no"}, "recompute is 'no', wanted True or False"),
         ({"gpu_memory": "lots"}, "gpu_memory is 'lots'"),
     ],
 )
@@ -96,8 +106,6 @@ def test_refusals(settings, says):
 
 
 def test_no_mapping():
-    with pytest.raises(TypeError, match="kt_config is a list"):
-        KTConfig.from_dict({"kt_config": []})
     with pytest.raises(TypeError, match="settings is a list"):
         KTConfig.from_dict([])
 
@@ -108,6 +116,12 @@ def test_files(suffix, tmp_path):
     text = {"json": json.dumps({"kt_num_threads": 5}), "yaml": "kt_config:\n  kt_num_threads: 5\n"}[suffix]
     path.write_text(text)
     assert KTConfig.from_file(path).experts.threads == 5
+    path.write_text('{"gpu_memory": 1e10, \t"cpu_share": 1e-1}')
+    assert KTConfig.from_file(path).experts.cpu_share == 0.1
+    for text in ("[" * 5000, "x: 2024-13-45", "x: " + "9" * 5000):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            KTConfig.from_file(path)
     path.write_text("{[")
     with pytest.raises(ValueError, match="is neither JSON nor YAML"):
         KTConfig.from_file(path)

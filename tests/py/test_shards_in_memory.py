@@ -301,4 +301,4 @@ def test_a_place_packs_ahead_for_its_own_threads(placement: str) -> None:
         kt_moe.moe(torch.randn(E * rows, H).bfloat16(), ids, torch.ones(E * rows, 1), experts)
         return runtime.scratch_bytes
 
-    assert scratch(places=4) < 1.6 * scratch(places=1)
+    assert scratch(places=4) < 2.5 * scratch(places=1)  # with rings for all threads in each place 4 times

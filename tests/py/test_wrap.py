@@ -131,7 +131,7 @@ def test_layers_that_share_experts_share_ours():
     about(logits(model), expected)
 
 
-def test_after_an_interrupt_the_model_works_and_can_be_wrapped(monkeypatch):
+def test_after_an_interrupt_the_model_works_and_can_be_wrapped(monkeypatch, tmp_path):
     model = build()
     expected = logits(model)
     pack, calls = loaded_models.pack, []
@@ -145,6 +145,8 @@ def test_after_an_interrupt_the_model_works_and_can_be_wrapped(monkeypatch):
     monkeypatch.setattr(loaded_models, "pack", interrupted)
     with pytest.raises(KeyboardInterrupt):
         kt_moe.wrap(model)
+    with pytest.raises(ValueError, match="without its experts"):
+        model.save_pretrained(tmp_path)
     for _ in range(2):
         about(logits(model), expected)
         if len(calls) == 2:
@@ -154,6 +156,22 @@ def test_after_an_interrupt_the_model_works_and_can_be_wrapped(monkeypatch):
 
 def _with_target_parameters(model):
     config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"])
+    return peft.get_peft_model(model, config)
+
+
+def _hooked(model):
+    model.model.layers[1].mlp.experts.register_forward_hook(lambda *_: None)
+    return model
+
+
+def _double(model):
+    experts = model.model.layers[2].mlp.experts
+    experts.down_proj = nn.Parameter(experts.down_proj.detach().double())
+    return model
+
+
+def _trained_whole(model):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["experts"])
     return peft.get_peft_model(model, config)
 
 
@@ -169,6 +187,10 @@ def _twice(model):
         (lambda model: model.to("meta"), {}, "gate_up_proj is on meta, wanted loaded weights"),
         (_with_target_parameters, {}, "adapter on the experts|parametrized"),
         (_twice, {}, "kt_moe's already"),
+        (_hooked, {}, "has hooks or a forward of its own"),
+        (_double, {}, "down_proj is torch.float64, wanted bfloat16"),
+        (_trained_whole, {}, "is in modules_to_save"),
+        (lambda model: nn.ModuleList([model, build()]), {}, "several transformers models"),
         (lambda model: model, {"lazy": True}, "config has lazy, which is for experts from a checkpoint"),
         (lambda model: model, {"paged": True}, "config has paged"),
         (lambda model: model, None, "config is a int"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +46,7 @@ class KTConfig:
     lora: Mapping[str, float] = field(default_factory=dict)
     not_needed: Mapping[str, str] = field(default_factory=dict)
 
-    def lora_config(self, target_modules: Sequence[str], **options: Any) -> Any:
+    def lora_config(self, target_modules: str | Sequence[str], **options: Any) -> Any:
         """A `peft.LoraConfig` of these settings.
 
         Args:
@@ -54,7 +55,8 @@ class KTConfig:
         """
         from peft import LoraConfig
 
-        return LoraConfig(target_modules=list(target_modules), **{**self.lora, **options})
+        targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+        return LoraConfig(target_modules=targets, **{**self.lora, **options})
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> KTConfig:
@@ -73,17 +75,19 @@ class KTConfig:
             raise TypeError(f"settings is a {type(settings).__name__}, wanted a mapping")
         nested = settings.get("kt_config")
         if nested is not None and not isinstance(nested, Mapping):
-            raise TypeError(f"kt_config is a {type(nested).__name__}, wanted a mapping")
+            raise ValueError(f"kt_config is {nested!r}, wanted names and values")
         given = {k: v for k, v in (settings if nested is None else nested).items() if v is not None}
-        if given.pop("enabled", True) is not True:
-            raise ValueError("enabled is not true: these settings turn kt-kernel off")
+        if wrong := [name for name in given if not isinstance(name, str)]:
+            raise ValueError(f"{wrong[0]!r} is no name of a setting")
+        if not _bool("enabled", given.pop("enabled", True)):
+            raise ValueError("enabled is false: these settings turn kt-kernel off")
         options: dict[str, Any] = {}
         lora: dict[str, float] = {}
         reasons: dict[str, str] = {}
         for name, value in _joined(given).items():
             if name in _REFUSED:
                 off, text = _REFUSED[name]
-                if value != off and str(value).strip().lower() not in (*_FALSE, off):
+                if value not in (off, 0) and str(value).strip().lower() not in (*_FALSE, str(off)):
                     raise ValueError(f"{name} is {value!r}, {text}")
             elif name in _NOT_NEEDED:
                 reasons[name] = _NOT_NEEDED[name]
@@ -107,8 +111,8 @@ class KTConfig:
             ValueError: it is neither JSON nor YAML, or no mapping.
         """
         try:
-            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            found = _parsed(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is neither JSON nor YAML: {' '.join(str(error).split())}") from None
         if not isinstance(found, Mapping):
             raise ValueError(f"{path} holds a {type(found).__name__}, wanted names and values")
@@ -131,7 +135,8 @@ class KTConfig:
         settings: dict[str, Any] = {}
         for variable, text in variables.items():
             if variable.startswith(_ENVIRONMENT) and text.strip():
-                settings["kt_" + variable.removeprefix(_ENVIRONMENT).lower()] = text
+                name = "kt_" + variable.removeprefix(_ENVIRONMENT).lower()
+                settings["enabled" if name == "kt_enabled" else name] = text
         threads = variables.get("KT_NUM_THREADS", "").strip()
         if threads and settings.setdefault("kt_num_threads", threads) != threads:
             raise ValueError(
@@ -146,6 +151,14 @@ class KTConfig:
             raise ValueError(text) from None
 
 
+def _parsed(text: str) -> Any:
+    """JSON, whose numbers are not all YAML's, or YAML."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return yaml.safe_load(text)
+
+
 def _number(name: str, value: Any) -> int:
     try:
         number = int(str(value))
@@ -158,11 +171,18 @@ def _number(name: str, value: Any) -> int:
 
 def _real(name: str, value: Any) -> float:
     try:
-        if isinstance(value, bool):
-            raise ValueError
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} is {value!r}, wanted a number") from None
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {value!r}, wanted a number")
+    return number
+
+
+def _probability(name: str, value: Any) -> float:
+    if not 0.0 <= (number := _real(name, value)) < 1.0:
+        raise ValueError(f"{name} is {value!r}, wanted a probability in [0, 1)")
+    return number
 
 
 def _bool(name: str, value: Any) -> bool:
@@ -175,7 +195,7 @@ def _bool(name: str, value: Any) -> bool:
 _LORA: dict[str, tuple[str, Callable[[str, Any], float]]] = {
     "kt_lora_rank": ("r", _number),
     "kt_lora_alpha": ("lora_alpha", _real),
-    "kt_lora_dropout": ("lora_dropout", _real),
+    "kt_lora_dropout": ("lora_dropout", _probability),
 }
 _OF_THE_CHECKPOINT = "the model's own checkpoint, which holds attention and experts, is what kt_moe loads"
 # A value that means "off" besides false and 0, and what to do instead of others.
@@ -250,10 +270,14 @@ def _option(name: str, value: Any) -> dict[str, Any]:
 def _activation_policy(name: str, value: Any) -> dict[str, Any]:
     """Of what CPU and GPU keep for backward; with gpu "recompute" a checkpointed layer runs twice."""
     try:
-        policy = json.loads(value) if isinstance(value, str) else dict(value)
-    except (TypeError, ValueError):
-        policy = {}
-    if set(policy) != {"cpu", "gpu"} or not set(policy.values()) <= {"retain", "recompute"}:
+        policy = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        policy = None
+    if (
+        not isinstance(policy, Mapping)
+        or set(policy) != {"cpu", "gpu"}
+        or any(kept not in ("retain", "recompute") for kept in policy.values())
+    ):
         raise ValueError(f'{name} is {value!r}, wanted "cpu" and "gpu", each "retain" or "recompute"')
     again = policy["cpu"] == "recompute"
     kept = not again and policy["gpu"] == "recompute"

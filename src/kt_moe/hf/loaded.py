@@ -18,6 +18,8 @@ from kt_moe.hf.experts import KtExperts, expert_parameters, pack
 from kt_moe.hf.quantizer import KtMoeConfig, KtMoeQuantizer, guard_loaded_model
 
 _OF_CHECKPOINTS = ("cache_dir", "paged", "lazy")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def wrap(model: nn.Module, config: KtMoeConfig | None = None) -> nn.Module:
@@ -48,7 +50,9 @@ def wrap(model: nn.Module, config: KtMoeConfig | None = None) -> nn.Module:
         TypeError: model or config is something else.
         ValueError: the model has no experts, or some that the core cannot compute; an adapter or a
             parametrization on them; parameters that are not here (on "meta", sharded, partitioned); options
-            about checkpoints. Nothing has been changed then.
+            several models at once; hooks on the experts; options about checkpoints. Nothing has been changed
+            then. Also weights that the format cannot hold, which are found when their layer is packed: as
+            after an interrupt, the model works on, with the layers before taken over, and may be given again.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, wanted a torch.nn.Module")
@@ -58,7 +62,7 @@ def wrap(model: nn.Module, config: KtMoeConfig | None = None) -> nn.Module:
     if given := [name for name in _OF_CHECKPOINTS if getattr(config, name)]:
         raise ValueError(f"config has {', '.join(given)}, which is for experts from a checkpoint")
     architecture = architecture_of(model)
-    inner = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
+    inner = _the_model(model)
     theirs = {m.path: inner.get_submodule(m.path) for m in architecture.modules}
     left = {path: module for path, module in theirs.items() if not isinstance(module, KtExperts)}
     if not left:
@@ -83,12 +87,21 @@ def wrap(model: nn.Module, config: KtMoeConfig | None = None) -> nn.Module:
                 ours.experts.recompute = config.recompute
                 ours.experts.checkpoint_experts = config.checkpoint_experts
                 ours.lora_device, ours.training = config.lora_device, module.training
+                guard_loaded_model(inner, KtMoeQuantizer(config))  # from the first layer on
                 for parent, name in list(_places(inner, module)):
                     setattr(parent, name, ours)
                 bar.update(_nbytes(module))
                 del module  # and with it the last reference to the parameters
-    guard_loaded_model(inner, KtMoeQuantizer(config))
     return model
+
+
+def _the_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model in it; ValueError if there are several, none of which is part of another."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, PreTrainedModel)}
+    outer = [n for n in found if not any(n != o and (not o or n.startswith(f"{o}.")) for o in found)]
+    if len(outer) > 1:
+        raise ValueError(f"model has several transformers models, {outer}: wrap them one by one")
+    return found[outer[0]]
 
 
 def _places(model: nn.Module, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -110,7 +123,13 @@ def _refuse_unless_here(path: str, module: nn.Module) -> None:
             f"{path} is a {type(module).__name__}, which has an adapter on the experts: call kt_moe.wrap "
             'before PEFT, and put LoRA on them with LoraConfig(target_modules=["experts"])'
         )
+    if any(part in ("original_module", "modules_to_save") for part in path.split(".")):
+        raise ValueError(f"{path} is in modules_to_save, which trains it: kt_moe's experts are frozen")
+    if any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in vars(module):
+        raise ValueError(f"{path} has hooks or a forward of its own, which kt_moe would not call")
     for name, parameter in _parameters(path, module):
+        if parameter.dtype not in _DTYPES:
+            raise ValueError(f"{name} is {parameter.dtype}, wanted bfloat16, float16 or float32")
         if parameter.is_meta:
             raise ValueError(f"{name} is on meta, wanted loaded weights")
         if isinstance(parameter, DTensor):

@@ -91,6 +91,9 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if unknown:
             options = [name for name in self.to_dict() if name != "quant_method"]
             raise ValueError(f"KtMoeConfig has no option {sorted(unknown)}, only {options}")
+        for name in ("recompute", "paged", "lazy"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"KtMoeConfig: {name} is {value!r}, wanted True or False")
         for name, known in _CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"KtMoeConfig: {name} is {value!r}, wanted one of {list(known)}")
