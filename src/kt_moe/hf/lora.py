@@ -83,10 +83,8 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
             ValueError: an option of LoraConfig that does not work on experts; names it.
         """
         _refuse_options(config)
-        self.pairs[adapter_name] = pairs
-        self.r[adapter_name] = max(pair.rank for pair in pairs.pairs.values())
         self.scaling[adapter_name] = next(iter(pairs.pairs.values())).scaling
-        self.lora_alpha[adapter_name] = self.scaling[adapter_name] * self.r[adapter_name]
+        self._set_pairs(adapter_name, pairs)
         self.use_rslora[adapter_name] = self.use_dora[adapter_name] = self.lora_bias[adapter_name] = False
         self.lora_dropout[adapter_name] = (
             nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
@@ -97,6 +95,13 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
             self._new_pair(adapter_name, projection, pair.rank)
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _set_pairs(self, adapter_name: str, pairs: ExpertPairs) -> None:
+        """Note what an adapter consists of; PEFT's one rank and alpha of it are the largest rank's."""
+        self.pairs[adapter_name] = pairs
+        self.r[adapter_name] = max(pair.rank for pair in pairs.pairs.values())
+        first = next(iter(pairs.pairs.values()))
+        self.lora_alpha[adapter_name] = first.scaling * self.r[adapter_name]
 
     def _new_pair(self, adapter_name: str, projection: str, rank: int) -> None:
         """Parameters without values; PEFT makes new modules on the meta device where it is to load them."""
@@ -129,7 +134,7 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
             elif ranks[projection] != pairs[projection].rank:
                 pairs[projection] = Pair(ranks[projection], pairs[projection].scaling)
                 self._new_pair(adapter_name, projection, ranks[projection])
-        self.pairs[adapter_name] = ExpertPairs(pairs, self.pairs[adapter_name].fused)
+        self._set_pairs(adapter_name, ExpertPairs(pairs, self.pairs[adapter_name].fused))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter."""
