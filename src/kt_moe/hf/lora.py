@@ -249,22 +249,19 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         own = self.pairs[adapter_name].pairs
         return next(own[p].scaling for p in FUSED[fused] if p in own)
 
-    def has_one_scaling(self, adapter_name: str) -> bool:
-        """Whether gate and up of an adapter have the same one."""
-        pairs = self.pairs[adapter_name].pairs
-        return len({pair.scaling for p, pair in pairs.items() if p != "down"}) < 2
-
     def tensors(
         self, adapter_name: str, path: str, matrices: Matrices, per_expert: bool
     ) -> dict[str, Tensor]:
-        """An adapter's tensors in the form on disk, keys without ".weight"."""
+        """An adapter's tensors in the form on disk, keys without ".weight"; see `is_per_expert`."""
         form = self.form(path)
-        if per_expert and self.has_one_scaling(adapter_name):
+        if per_expert:
             return form.split(matrices)
-        if not self.has_one_scaling(adapter_name):  # a fused tensor has one: the rest of up's goes into its B
-            a, b = matrices["up"]
+        if "up" in matrices:
             own = self.pairs[adapter_name].pairs["up"].scaling
-            matrices = {**matrices, "up": (a, b * (own / self.fused_scaling(adapter_name, "gate_up_proj")))}
+            written = self.fused_scaling(adapter_name, "gate_up_proj")
+            if own != written:  # the rest goes into B
+                a, b = matrices["up"]
+                matrices = {**matrices, "up": (a, b * (own / written))}
         return form.fuse(matrices)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

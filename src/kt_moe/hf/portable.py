@@ -15,7 +15,6 @@ A family outside that table gets the fused form. Both forms of every family are 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +31,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from kt_moe.architectures import Architecture
 from kt_moe.functional import PROJECTIONS
-from kt_moe.hf.targets import FUSED
+from kt_moe.hf.targets import FUSED, Pair
 
 PREFIX = "base_model.model."
 Matrices = dict[str, tuple[Tensor, Tensor]]  # A [E, r, in] and B [E, out, r] by projection
@@ -45,13 +44,14 @@ def renamed_by_peft(model: Any) -> set[str]:
     return set(_MOE_TARGET_MODULE_MAPPING.get(family, ())) if family in _MOE_FUSED_TARGETS else set()
 
 
-def is_per_expert(model: Any, projections: Mapping[str, Any]) -> bool:
-    """Whether LoRA on these projections is written per expert: whether PEFT converts it then."""
-    return (
-        bool(renamed_by_peft(model))
-        and "down" in projections
-        and ("gate" in projections) == ("up" in projections)
-    )
+def is_per_expert(model: Any, pairs: Mapping[str, Pair]) -> bool:
+    """Whether LoRA on these projections is written per expert: whether PEFT converts it then.
+
+    PEFT makes one tensor of gate and up, which has one scaling.
+    """
+    scalings = {pair.scaling for projection, pair in pairs.items() if projection != "down"}
+    both_or_neither = ("gate" in pairs) == ("up" in pairs)
+    return bool(renamed_by_peft(model)) and "down" in pairs and both_or_neither and len(scalings) < 2
 
 
 def path_to_save(model: Any, path: str, architecture: Architecture) -> str:
@@ -245,12 +245,6 @@ def expert_major(state_dict: dict[str, Tensor], forms: list[ExpertsForm]) -> dic
                 if b is not None and b.shape[1] % form.num_experts == 0:
                     result[key] = b.view(len(b), form.num_experts, -1).mT.reshape(b.shape)
     return result
-
-
-def stacked(path: str, adapter_name: str) -> re.Pattern[str]:
-    """Matches the model's keys of one layer's LoRA; groups: matrix and projection."""
-    name, projections = re.escape(adapter_name), "|".join(PROJECTIONS)
-    return re.compile(rf"{re.escape(path)}\.lora_([AB])\.{name}\.({projections})$")
 
 
 def _pop_pair(state_dict: dict[str, Tensor], place: str) -> tuple[Tensor, Tensor] | None:
