@@ -63,10 +63,11 @@ def export_adapter(
     for name, layer in layers.items():
         if isinstance(layer, KtLoraExperts):
             form = layer.form(name)
-            if form.architecture.fused_on_disk and not _SERVERS[target]:
-                raise ValueError(f"{target} reads no LoRA on experts of {form.architecture.model_type}")
+            fused_on_disk = form.module.keyed is None
+            if fused_on_disk and not _SERVERS[target]:
+                raise ValueError(f"{target} reads no LoRA on experts of {layer.architecture.model_type}")
             matrices = _all_projections(form, layer, adapter_name, rank)
-            if form.architecture.fused_on_disk:
+            if fused_on_disk:
                 tensors |= _weights(form.fuse(matrices))
                 parameters |= {f"{name}.{fused}" for fused in FUSED}
                 continue

@@ -132,7 +132,7 @@ def test_fused_keys_have_the_path_that_peft_leads_back(
 ) -> None:
     """Also of a family in PEFT's table, where different alphas of gate and up make the form fused."""
     model = with_lora(bases["qwen3_moe"], alpha_pattern={"experts.up_proj": 3})
-    monkeypatch.setattr("kt_moe.hf.tuner.path_to_save", lambda model, path, architecture: f"{path}.there")
+    monkeypatch.setattr("kt_moe.hf.tuner.path_to_save", lambda model, path, module: f"{path}.there")
     kt_moe.save_adapter(model, tmp_path)
     keys = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors").keys()
     places = {key.partition(".layers.")[2].partition(".lora_")[0] for key in keys}

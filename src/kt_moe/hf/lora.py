@@ -233,10 +233,8 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
 
     def form(self, path: str) -> ExpertsForm:
         """The form on disk of this layer's tensors; `path` is the layer's."""
-        is_concatenated = self.base_layer.is_concatenated
-        return ExpertsForm(
-            path, self.architecture, *dims_of(self.base_layer), is_concatenated=is_concatenated
-        )
+        module = getattr(self.base_layer, "expert_module", None)
+        return ExpertsForm(path, module or self.architecture.module_at(path))
 
     def fused_ranks(self, adapter_name: str) -> dict[str, int]:
         """Rank of an adapter's LoRA of each fused parameter as it is written."""

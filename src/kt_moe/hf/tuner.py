@@ -205,7 +205,7 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
                 if keys[0] in found:
                     matrices[projection] = found.pop(keys[0]), found.pop(keys[1])
             per_expert = is_per_expert(model, pairs)
-            place = path if per_expert else path_to_save(model, path, layer.architecture)
+            place = path if per_expert else path_to_save(model, path, layer.form(path).module)
             tensors = layer.tensors(adapter_name, place, matrices, per_expert)
             found |= {f"{k}.{adapter_name}.weight": t for k, t in tensors.items()}
         return found
