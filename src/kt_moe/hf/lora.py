@@ -6,7 +6,7 @@ its form on disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -135,6 +135,21 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
                 pairs[projection] = Pair(ranks[projection], pairs[projection].scaling)
                 self._new_pair(adapter_name, projection, ranks[projection])
         self._set_pairs(adapter_name, ExpertPairs(pairs, self.pairs[adapter_name].fused))
+
+    def remember(self, adapter_name: str) -> Callable[[], None]:
+        """A function that takes back what `fit` changes from now on; values are not copied."""
+        pairs = self.pairs[adapter_name]
+        kept = [(m[adapter_name], dict(m[adapter_name].items())) for m in (self.lora_A, self.lora_B)]
+
+        def take_back() -> None:
+            for parameters, old in kept:
+                self.place.numbers += sum(p.numel() for p in old.values())
+                self.place.numbers -= sum(p.numel() for p in parameters.values())
+                parameters.clear()
+                parameters.update(old)
+            self._set_pairs(adapter_name, pairs)
+
+        return take_back
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter."""
