@@ -84,8 +84,18 @@ def load_adapter(
     config.inference_mode = not is_trainable
     wrapped = isinstance(model, PeftModel)
     if wrapped and adapter_name in model.peft_config:
-        _check_same(model.peft_config[adapter_name], config, adapter_name)
-        fill(model, tensors, adapter_name, path, layout)
+        own = model.peft_config[adapter_name]
+        _check_same(own, config, adapter_name)
+        saved = own.kt_moe_saved if isinstance(own, KtLoraConfig) else None
+        take_back = [layer.remember(adapter_name) for _, layer in lora_layers(model, adapter_name)]
+        try:
+            fill(model, tensors, adapter_name, path, layout)
+        except ValueError:
+            for restore in take_back:
+                restore()
+            if saved is not None:
+                own.kt_moe_saved = saved
+            raise
     elif wrapped:
         model.add_adapter(adapter_name, config)
         try:
@@ -93,8 +103,6 @@ def load_adapter(
         except ValueError:
             model.delete_adapter(adapter_name)
             raise
-        if is_trainable:
-            model.set_requires_grad(adapter_name)
     else:
         model = wrap(model, config, adapter_name)
         try:
@@ -102,6 +110,7 @@ def load_adapter(
         except ValueError:
             model.unload()
             raise
+    model.set_requires_grad(adapter_name, is_trainable)
     if not is_trainable:
         model.eval()
     return model
@@ -118,22 +127,46 @@ def fill(model: Any, tensors: dict[str, Tensor], adapter_name: str, path: Path, 
     """Give an adapter of the model its values.
 
     Raises:
-        ValueError: tensors that the model lacks or that it does not get, or of other shapes; names some.
+        ValueError: tensors that the model lacks or that it does not get, or of other shapes; names some. All
+            values are as they were; ranks of experts may have changed.
     """
     if layout == "expert-major":
         layers = lora_layers(model, adapter_name)
         tensors = expert_major(tensors, [x.form(name.removeprefix(PREFIX)) for name, x in layers])
+
+    def check(_: nn.Module, state_dict: dict[str, Tensor], *__: Any) -> None:
+        _check_fits(model, state_dict, adapter_name, path)
+
+    hook = model.register_load_state_dict_pre_hook(check)  # torch's own checks come after the copies
     try:
-        result: Any = set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
-    except RuntimeError as error:  # torch's, of other shapes
+        set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
+    except RuntimeError as error:  # of tensors of other shapes that PEFT was to make one of
         raise ValueError(f"the adapter in {path} does not fit this model: {error}") from error
     except KeyError as error:  # PEFT's, of a module in modules_to_save
         raise ValueError(f"the adapter in {path} lacks {error} for this model") from error
-    missing = [key for key in result.missing_keys if "lora_" in key and f".{adapter_name}" in key]
-    for what, keys in (("lacks", missing), ("has unknown", result.unexpected_keys)):
+    finally:
+        hook.remove()
+
+
+def _check_fits(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, path: Path) -> None:
+    """ValueError unless the tensors, by the model's names, are those of one of its adapters."""
+    own = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    missing = [
+        key for key in own.keys() - state_dict.keys() if "lora_" in key and f".{adapter_name}." in f"{key}."
+    ]
+    for what, keys in (("lacks", missing), ("has unknown", state_dict.keys() - own.keys())):
         if keys:
             raise ValueError(
                 f"the adapter in {path} {what} {len(keys)} keys for this model: {sorted(keys)[:3]} ..."
+            )
+    for key, tensor in state_dict.items():
+        if tensor.shape != own[key].shape:
+            raise ValueError(
+                f"the adapter in {path} does not fit this model: {key} is {list(tensor.shape)}, wanted "
+                f"{list(own[key].shape)}"
             )
 
 

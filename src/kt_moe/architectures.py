@@ -52,6 +52,20 @@ class ExpertModule:
     saved: ExpertList | None
     same_as: str | None = None
 
+    @property
+    def keyed(self) -> ExpertList | None:
+        """What transformers calls its tensors where each expert has keys of its own."""
+        return None if self.saved is None or self.saved.fused else self.saved
+
+    @property
+    def projections(self) -> tuple[str, str, str]:
+        """Names of gate, up and down of one expert on disk; the usual ones where no key is an expert's."""
+        return _GATED if self.keyed is None else self.keyed.words
+
+    def disk_path(self, path: str) -> str:
+        """What checkpoints with a key an expert call this module at `path`, the end of which is its own."""
+        return path if self.keyed is None else path.removesuffix(self.path) + self.keyed.prefix
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -65,33 +79,12 @@ class Architecture:
     model_type: str
     modules: tuple[ExpertModule, ...]
 
-    @property
-    def projections(self) -> tuple[str, str, str]:
-        """Names of gate, up and down of one expert on disk; the usual ones where no key is an expert's."""
-        saved = self.modules[0].saved
-        return _GATED if saved is None or saved.fused else saved.words
-
-    @property
-    def fused_on_disk(self) -> bool:
-        """Whether its checkpoints have no key an expert, so that PEFT does not know one either."""
-        saved = self.modules[0].saved
-        return saved is None or saved.fused
-
-    def module_at(self, path: str) -> ExpertModule | None:
-        """The module of this path, before which there may be a wrapper's; None when none has it."""
-        return next((m for m in self.modules if path == m.path or path.endswith(f".{m.path}")), None)
-
-    def layer_of(self, module_path: str) -> int | None:
-        """Number of the layer whose routed experts live at this path; None when none do."""
-        found = self.module_at(module_path)
-        return None if found is None else found.number
-
-    def disk_path(self, module_path: str) -> str:
-        """`...layers.0.mlp.experts` of the module tree, as checkpoints with a key an expert call it."""
-        found = self.module_at(module_path)
-        if found is None or found.saved is None or found.saved.fused:
-            return module_path
-        return module_path.removesuffix(found.path) + found.saved.prefix
+    def module_at(self, path: str) -> ExpertModule:
+        """The module of this path, before which there may be a wrapper's. ValueError when none has it."""
+        for module in self.modules:
+            if path == module.path or path.endswith(f".{module.path}"):
+                return module
+        raise ValueError(f"{self.model_type} has no routed experts at {path}")
 
 
 _known: WeakKeyDictionary[nn.Module, Architecture] = WeakKeyDictionary()

@@ -51,14 +51,24 @@ def saved_lists(model: PreTrainedModel, modules: Mapping[str, Any]) -> dict[str,
     by_module: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in saved.items():
         by_module[int(tensor.flatten()[0]) // _MARKS][name] = tensor
-    lists = {}
-    for number, (path, module) in enumerate(modules.items()):
-        found = _recognise(by_module[number], marks[path])
-        lists[path] = None if found is None else replace(found, num_experts=int(module.down_proj.shape[0]))
-        first = lists[path]
-        if first is not None and first.first_expert:  # counted in experts of the marks
-            lists[path] = replace(first, first_expert=first.first_expert // _E * first.num_experts)
-    return lists
+    lists = {path: _recognise(by_module[number], marks[path]) for number, path in enumerate(modules)}
+    sizes = {path: int(module.down_proj.shape[0]) for path, module in modules.items()}
+    return {
+        path: found
+        and replace(found, num_experts=sizes[path], first_expert=_first_expert(path, lists, sizes))
+        for path, found in lists.items()
+    }
+
+
+def _first_expert(path: str, lists: Mapping[str, ExpertList | None], sizes: Mapping[str, int]) -> int:
+    """How many experts the lists that share its numbers have before it; `lists` count those of the marks."""
+    own = lists[path]
+    assert own is not None
+    return sum(
+        sizes[other]
+        for other, one in lists.items()
+        if one is not None and one.prefix == own.prefix and one.first_expert < own.first_expert
+    )
 
 
 _MARKS = 100  # numbers a module has for its marks

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from kt_moe.adapter_files import write_adapter
 from kt_moe.adapters import StrPath, check_adapter_name, save_adapter
 from kt_moe.functional import PROJECTIONS
-from kt_moe.hf.experts import dims_of
 from kt_moe.hf.lora import KtLoraExperts
-from kt_moe.hf.portable import PREFIX, Matrices
+from kt_moe.hf.portable import PREFIX, ExpertsForm, Matrices
+from kt_moe.hf.targets import FUSED, free_modules, is_experts, shortest
 
 # Programs, and whether they read LoRA on experts that checkpoints hold fused, as PEFT writes it.
 _SERVERS = {"vllm": True, "sglang": False, "llamacpp": False}
@@ -59,20 +59,24 @@ def export_adapter(
     }
     rank = max(int(layer.r[adapter_name]) for layer in layers.values())
     tensors: dict[str, Tensor] = {}
-    modules = set()
+    modules, parameters = set(), set()
     for name, layer in layers.items():
         if isinstance(layer, KtLoraExperts):
-            found = _of_experts(name, layer, adapter_name, rank, target)
+            form = layer.form(name)
+            fused_on_disk = form.module.keyed is None
+            if fused_on_disk and not _SERVERS[target]:
+                raise ValueError(f"{target} reads no LoRA on experts of {layer.architecture.model_type}")
+            matrices = _all_projections(form, layer, adapter_name, rank)
+            if fused_on_disk:
+                tensors |= _weights(form.fuse(matrices))
+                parameters |= {f"{name}.{fused}" for fused in FUSED}
+                continue
+            found = _weights(form.split(matrices))
         elif isinstance(layer, Linear) or (target == "llamacpp" and isinstance(layer, ParamWrapper)):
             scaling = float(layer.scaling[adapter_name])
             a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-            found = dict(
-                zip(
-                    (f"{name}.lora_A.weight", f"{name}.lora_B.weight"),
-                    _filled(a, b, rank, scaling),
-                    strict=True,
-                )
-            )
+            a, b = _filled(a, b, rank, scaling)
+            found = _weights({f"{name}.lora_A": a, f"{name}.lora_B": b})
         else:
             raise ValueError(
                 f"the adapter has LoRA on {name}, a {type(layer).__name__}, which {target} lacks"
@@ -83,34 +87,38 @@ def export_adapter(
         r=rank,
         lora_alpha=rank,
         target_modules=sorted(modules),
+        target_parameters=shortest(parameters, _fused_parameters(model)) or None,
         task_type=config.task_type,
         inference_mode=True,
         base_model_name_or_path=config.base_model_name_or_path or getattr(model, "name_or_path", None),
     )
-    if any(".experts.base_layer." in key for key in tensors):
+    if parameters:
         saved.rank_pattern = saved.alpha_pattern = {"gate_up_proj": 2 * rank}
     write_adapter(Path(directory), saved, {f"{PREFIX}{k}": t.contiguous() for k, t in tensors.items()})
 
 
-def _of_experts(
-    name: str, layer: KtLoraExperts, adapter_name: str, rank: int, target: str
-) -> dict[str, Tensor]:
-    """All three projections, with scaling 1 at this rank."""
-    form = layer.form(name)
-    fused = form.architecture.fused_on_disk
-    if fused and not _SERVERS[target]:
-        raise ValueError(f"{target} reads no LoRA on experts of {form.architecture.model_type}")
-    experts, hidden, inner = dims_of(layer.base_layer)
+def _all_projections(form: ExpertsForm, layer: KtLoraExperts, adapter_name: str, rank: int) -> Matrices:
+    """LoRA of gate, up and down, with scaling 1 at this rank."""
     matrices: Matrices = {}
     for projection in PROJECTIONS:
-        into, out = (inner, hidden) if projection == "down" else (hidden, inner)
         if projection in layer.pairs[adapter_name].pairs:
             a, b = layer.lora_A[adapter_name][projection], layer.lora_B[adapter_name][projection]
             matrices[projection] = _filled(a, b, rank, layer.scaling_of(adapter_name, projection))
         else:
+            into, out = form.size(projection)
+            experts = form.num_experts
             matrices[projection] = torch.zeros(experts, rank, into), torch.zeros(experts, out, rank)
-    tensors = form.fuse(matrices) if fused else form.split(matrices)
+    return matrices
+
+
+def _weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{key}.weight": tensor for key, tensor in tensors.items()}
+
+
+def _fused_parameters(model: nn.Module) -> list[str]:
+    """Those of all experts, in plain transformers."""
+    paths = [name.removeprefix(PREFIX) for name, module in free_modules(model) if is_experts(module)]
+    return [f"{path}.{fused}" for path in paths for fused in FUSED]
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from kt_moe.adapter_files import read_adapter, save_tensors, scratch
 from kt_moe.adapters import StrPath, fill, wrap
 from kt_moe.architectures import Architecture, architecture_of
-from kt_moe.checkpoint import Checkpoint
+from kt_moe.checkpoint import Checkpoint, ExpertList
+from kt_moe.conversion import stored_lists
 from kt_moe.functional import PROJECTIONS
-from kt_moe.hf.lora import KtLoraExperts
+from kt_moe.hf.lora import KtLoraExperts, lora_layers
 from kt_moe.hf.portable import PREFIX, ExpertsForm
 from kt_moe.hf.quantizer import put_experts
 from kt_moe.hf.targets import FUSED
@@ -152,11 +153,13 @@ def _changes(base: Path, adapter: Path, checkpoint: Checkpoint) -> dict[str, _Ch
     model, replaced = _hollow(base, adapter)
     core = model.get_base_model()
     changes: dict[str, _Change] = {_on_disk(core, name): _Replaced(t) for name, t in replaced.items()}
+    layers = lora_layers(model, _NAME)
+    changes |= _of_experts(core, {path.removeprefix(PREFIX): layer for path, layer in layers}, checkpoint)
     for path, module in model.named_modules():
         path = path.removeprefix(PREFIX)
         if isinstance(module, KtLoraExperts):
-            changes |= _of_experts(path, module, checkpoint)
-        elif isinstance(module, LoraLayer) and _NAME in module.r:
+            continue
+        if isinstance(module, LoraLayer) and _NAME in module.r:
             name = f"{path.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}"
             changes[_on_disk(core, name)] = _of_layer(path, module)
         elif isinstance(module, ModulesToSaveWrapper) and _NAME in module.modules_to_save:
@@ -234,36 +237,57 @@ def _of_layer(path: str, module: Any) -> _Change:
     return _Matrix(_Pair(module.lora_A[_NAME].weight, module.lora_B[_NAME].weight, scaling))
 
 
-def _of_experts(path: str, module: KtLoraExperts, checkpoint: Checkpoint) -> dict[str, _Change]:
-    form = module.form(path)
-    pairs = {
-        projection: [
-            _Pair(a, b, pair.scaling)
-            for a, b in zip(module.lora_A[_NAME][projection], module.lora_B[_NAME][projection], strict=True)
-        ]
-        for projection, pair in module.pairs[_NAME].pairs.items()
-    }
-    place = form.architecture.disk_path(path)
-    names = dict(zip(PROJECTIONS, form.architecture.projections, strict=True))
-    if not any(f"{place}.{fused}" in checkpoint.tensors for fused in FUSED):
-        return {
-            f"{place}.{e}.{names[projection]}.weight": _Matrix(pair)
-            for projection, of_experts in pairs.items()
-            for e, pair in enumerate(of_experts)
+def _of_experts(model: Any, layers: dict[str, KtLoraExperts], checkpoint: Checkpoint) -> dict[str, _Change]:
+    """What it does to the layers of routed experts, given by path, as the checkpoint stores them."""
+    if not layers:
+        return {}
+    architecture = next(iter(layers.values())).architecture
+    lists = stored_lists(model, architecture, checkpoint.tensors)
+    stored = checkpoint.with_lists(lists)
+    changes: dict[str, _Change] = {}
+    for path, layer in layers.items():
+        form = layer.form(path)
+        together = [m.path for m in architecture.modules if form.module.path in (m.path, m.same_as)]
+        together += [form.module.same_as] if form.module.same_as else []
+        if len(together) > 1:
+            raise ValueError(
+                f"the adapter has LoRA on {path}, which cannot be merged: {sorted(together)} share one set "
+                "of weights"
+            )
+        pairs = {
+            projection: [
+                _Pair(a, b, pair.scaling)
+                for a, b in zip(layer.lora_A[_NAME][projection], layer.lora_B[_NAME][projection], strict=True)
+            ]
+            for projection, pair in layer.pairs[_NAME].pairs.items()
         }
-    result: dict[str, _Change] = {}
+        layout = stored.layer(form.module.number).layout
+        changes |= _of_list(lists[form.module.number], layout, form, pairs)
+    return changes
+
+
+def _of_list(
+    stored: ExpertList, layout: str, form: ExpertsForm, pairs: dict[str, list[_Pair]]
+) -> dict[str, _Change]:
+    words = dict(zip(PROJECTIONS, stored.words, strict=True))
+    if layout == "per-expert":
+        return {
+            f"{stored.prefix}.{e}.{words[projection]}.weight": _Matrix(pair)
+            for projection, of_experts in pairs.items()
+            for e, pair in enumerate(of_experts, stored.first_expert)
+        }
+    if not layout.startswith("fused"):
+        raise ValueError(
+            f"{stored.prefix} is stored as {layout}, merge_adapter needs bfloat16, float16 or float32"
+        )
+    on_disk = replace(form, module=replace(form.module, interleaved="interleaved" in layout))
+    changes: dict[str, _Change] = {}
     for fused, parts in FUSED.items():
         own = {p: pairs[p] for p in parts if p in pairs}
         if own:
-            name = f"{place}.{fused}"
-            into, out = form.size(fused)
-            stored = checkpoint.tensors[name].shape if name in checkpoint.tensors else ()
-            # [E, in, out], as gpt-oss has it; where both are the same the family's own module decides
-            transposed = stored[1:] == (into, out) and (
-                into != out or module.base_layer.expert_module.transposed
-            )
-            result[name] = _Fused(own, form, fused, transposed)
-    return result
+            name = f"{stored.prefix}.{words[parts[0]]}"
+            changes[name] = _Fused(own, on_disk, fused, "transposed" in layout)
+    return changes
 
 
 def _copy_others(base: Path, new: Path, checkpoint: Checkpoint) -> None:

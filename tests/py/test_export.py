@@ -15,8 +15,17 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from peft import PeftModel
-from tiny_models import ALL_EXPERTS, PEFT_WARNINGS, error, load, save_tiny_checkpoint, tokens, with_lora
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import (
+    ALL_EXPERTS,
+    PEFT_WARNINGS,
+    error,
+    load,
+    lora_layers,
+    save_tiny_checkpoint,
+    tokens,
+    with_lora,
+)
 
 import kt_moe
 
@@ -83,9 +92,50 @@ def test_families(bases: dict[str, Path], tmp_path: Path) -> None:
     prefix = "base_model.model.model.layers.1.mlp.experts"
     assert tensors[f"{prefix}.base_layer.lora_A.weight"].shape == (4 * 8, 32)
     assert tensors[f"{prefix}.lora_B.weight"].shape == (32, 4 * 4)
+    config = json.loads((tmp_path / "oss" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj"]
+    assert config["target_parameters"] == ["down_proj", "gate_up_proj"]
+    assert config["rank_pattern"] == config["alpha_pattern"] == {"gate_up_proj": 8}
+    plain = PeftModel.from_pretrained(load(bases["gpt_oss"], kt=False), tmp_path / "oss")
+    wanted = oss(tokens()).logits
+    assert (
+        error(plain(tokens()).logits, wanted) < 1e-2 < error(load(bases["gpt_oss"])(tokens()).logits, wanted)
+    )
+    one = with_lora(bases["gpt_oss"], ["layers.1.mlp.experts"]).eval()
+    kt_moe.export_adapter(one, tmp_path / "one", target="vllm")
+    plain = PeftModel.from_pretrained(load(bases["gpt_oss"], kt=False), tmp_path / "one")
+    assert error(plain(tokens()).logits, one(tokens()).logits) < 1e-2
     for target in ("sglang", "llamacpp"):
         with pytest.raises(ValueError, match=f"{target} reads no LoRA on experts of gpt_oss"):
             kt_moe.export_adapter(oss, tmp_path / "x", target=target)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_the_rank_of_fused_adapters_that_plain_peft_trained(
+    family: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """Gate and up share one A of twice the config's rank: none of it is lost."""
+    theirs = get_peft_model(
+        load(bases[family], kt=False),
+        LoraConfig(
+            target_modules=["q_proj"],
+            target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+            rank_pattern={"experts.gate_up_proj": 6},
+            r=3,
+            lora_alpha=6,
+            init_lora_weights=False,
+        ),
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = kt_moe.load_adapter(load(bases[family]), tmp_path / "theirs")
+    layer = lora_layers(ours)[0]
+    ranks = {p: a.shape[1] for p, a in layer.lora_A["default"].items()}
+    assert ranks == {"gate": 6, "up": 6, "down": 3}
+    assert layer.r["default"] == 6
+    assert layer.lora_alpha["default"] == layer.scaling["default"] * 6
+    kt_moe.export_adapter(ours, tmp_path / "out", target="vllm")
+    again = PeftModel.from_pretrained(load(bases[family], kt=False), tmp_path / "out")
+    assert error(again(tokens()).logits, theirs.eval()(tokens()).logits) < 1e-4
 
 
 def test_refused(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -226,6 +226,82 @@ def test_values_replaced_by_those_of_a_directory(bases: dict[str, Path], tmp_pat
     assert torch.equal(model(tokens()).logits, other(tokens()).logits)
 
 
+def state_of(model: Any) -> Any:
+    layers = [(layer.r["default"], layer.lora_alpha["default"], layer.place.numbers, layer.pairs["default"])
+              for layer in lora_layers(model)]  # fmt: skip
+    parameters = {n: (p.data_ptr(), p.detach().clone(), p.requires_grad) for n, p in model.named_parameters()}
+    return layers, parameters, model.peft_config["default"].kt_moe_saved.to_dict()
+
+
+def check_same_state(model: Any, before: Any) -> None:
+    layers, parameters, saved = state_of(model)
+    assert (layers, saved) == (before[0], before[2])
+    assert parameters.keys() == before[1].keys()
+    for name, (pointer, value, trained) in parameters.items():
+        old_pointer, old, old_trained = before[1][name]
+        assert pointer == old_pointer, name
+        assert torch.equal(value, old), name
+        assert trained == old_trained, name
+
+
+def without_layer_1(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in tensors.items() if ".layers.1." not in key}
+
+
+def with_more(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    more = {f"base_model.model.model.x.lora_{m}.weight": torch.ones(4, 4) for m in "AB"}
+    return {**tensors, **more}
+
+
+def of_another_size(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    key = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    return {**tensors, key: tensors[key][:, 1:].contiguous()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_layer_1, r"lacks 8 keys for this model"),
+        (with_more, r"has unknown 2 keys for this model"),
+        (of_another_size, r"does not fit this model: .*q_proj.* is \[3, 31\], wanted \[3, 32\]"),
+    ],
+)
+def test_values_that_do_not_fit_leave_the_adapter_as_it_was(
+    change: Any, message: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """Also its ranks, which those of a fused adapter may raise."""
+    options = {
+        "r": 3,
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        "rank_pattern": {"gate_up_proj": 6},
+    }
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, **options)
+    get_peft_model(load(bases["qwen3_moe"], kt=False), config).save_pretrained(tmp_path)
+    model = get_peft_model(load(bases["qwen3_moe"]), config)
+    before = state_of(model)
+    tensors = safetensors.torch.load_file(tmp_path / WEIGHTS)
+    safetensors.torch.save_file(change(tensors), tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match=message):
+        kt_moe.load_adapter(model, tmp_path)
+    check_same_state(model, before)
+    safetensors.torch.save_file(tensors, tmp_path / WEIGHTS)
+    kt_moe.load_adapter(model, tmp_path)
+    assert lora_layers(model)[0].r["default"] == 6
+
+
+def test_values_go_into_one_adapter_and_are_trained_or_not(bases: dict[str, Path], tmp_path: Path) -> None:
+    model = with_lora(bases["qwen3_moe"], ["q_proj", "experts"])
+    model.save_pretrained(tmp_path)
+    model.add_adapter("default2", LoraConfig(target_modules=["q_proj", "experts"], init_lora_weights=False))
+    others = {n: p.detach().clone() for n, p in model.named_parameters() if ".default2" in n}
+    for trained in (False, True):
+        kt_moe.load_adapter(model, tmp_path, is_trainable=trained)
+        own = [p for n, p in model.named_parameters() if ".default." in n]
+        assert own
+        assert all(p.requires_grad is trained for p in own)
+    assert all(torch.equal(p, others[n]) for n, p in model.named_parameters() if n in others)
+
+
 def scaled(layer: Any, factor: float) -> Tensor:
     layer.scale_layer(factor)
     x, ids, weights = torch.ones(3, 32), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)

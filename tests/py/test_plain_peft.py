@@ -127,6 +127,18 @@ def test_every_target_in_plain_peft(family: str, bases: dict[str, Path], tmp_pat
         assert error(ours[directory], after) < 2e-2 < error(before, after), directory
 
 
+def test_fused_keys_have_the_path_that_peft_leads_back(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a family in PEFT's table, where different alphas of gate and up make the form fused."""
+    model = with_lora(bases["qwen3_moe"], alpha_pattern={"experts.up_proj": 3})
+    monkeypatch.setattr("kt_moe.hf.tuner.path_to_save", lambda model, path, module: f"{path}.there")
+    kt_moe.save_adapter(model, tmp_path)
+    keys = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors").keys()
+    places = {key.partition(".layers.")[2].partition(".lora_")[0] for key in keys}
+    assert places == {f"{n}.mlp.experts.there{end}" for n in range(2) for end in ("", ".base_layer")}
+
+
 def test_trainer_writes_the_same(bases: dict[str, Path], tmp_path: Path) -> None:
     rows = [{"input_ids": t, "labels": t} for t in tokens(1).expand(8, -1)]
     ours, saved = {}, []

@@ -112,6 +112,16 @@ def test_two_lists_in_a_layer(tmp_path: Path) -> None:
         assert torch.equal(down.float(), plain.down_proj)
 
 
+def test_lists_of_different_lengths_in_a_layer() -> None:
+    model = tiny_family("ernie4_5_vl_moe")
+    modules = {name: module for name, module in model.named_modules() if is_experts(module)}
+    text, vision = modules.values()
+    text.down_proj = torch.nn.Parameter(text.down_proj[:3])
+    vision.down_proj = torch.nn.Parameter(torch.empty(5, *vision.down_proj.shape[1:]))
+    found = [(one.first_expert, one.num_experts) for one in saved_lists(model, modules).values() if one]
+    assert found == [(0, 3), (3, 5)]
+
+
 def test_packed_lists_of_one_layer_are_told_apart(tmp_path: Path) -> None:
     # Two lists of the same shape under the number of one layer, in one cache.
     tensors = {

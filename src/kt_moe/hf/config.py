@@ -9,6 +9,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
+from kt_moe.functional import PROJECTIONS
 from kt_moe.hf.lora import KtLoraExperts, experts_architecture
 from kt_moe.hf.portable import is_per_expert, renamed_by_peft
 from kt_moe.hf.targets import FUSED, Targets, free_modules, is_experts, names_of, shortest
@@ -102,11 +103,11 @@ def _names_of_all_experts(
     )
     if not uniform or any(other.keys() != pairs[0].keys() for other in pairs):
         return []
-    form = next(iter(experts.values())).form("")
-    on_disk = dict(
-        zip(FUSED["gate_up_proj"] + FUSED["down_proj"], form.architecture.projections, strict=True)
-    )
-    return [on_disk[p] for p in pairs[0]]
+    on_disk = [
+        dict(zip(PROJECTIONS, layer.form(path).module.projections, strict=True))
+        for path, layer in experts.items()
+    ]
+    return list(dict.fromkeys(names[p] for names in on_disk for p in pairs[0]))
 
 
 def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:

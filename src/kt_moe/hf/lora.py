@@ -6,7 +6,7 @@ its form on disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -83,10 +83,8 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
             ValueError: an option of LoraConfig that does not work on experts; names it.
         """
         _refuse_options(config)
-        self.pairs[adapter_name] = pairs
-        self.r[adapter_name] = max(pair.rank for pair in pairs.pairs.values())
         self.scaling[adapter_name] = next(iter(pairs.pairs.values())).scaling
-        self.lora_alpha[adapter_name] = self.scaling[adapter_name] * self.r[adapter_name]
+        self._set_pairs(adapter_name, pairs)
         self.use_rslora[adapter_name] = self.use_dora[adapter_name] = self.lora_bias[adapter_name] = False
         self.lora_dropout[adapter_name] = (
             nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
@@ -97,6 +95,13 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
             self._new_pair(adapter_name, projection, pair.rank)
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _set_pairs(self, adapter_name: str, pairs: ExpertPairs) -> None:
+        """Note what an adapter consists of; PEFT's one rank and alpha of it are the largest rank's."""
+        self.pairs[adapter_name] = pairs
+        self.r[adapter_name] = max(pair.rank for pair in pairs.pairs.values())
+        first = next(iter(pairs.pairs.values()))
+        self.lora_alpha[adapter_name] = first.scaling * self.r[adapter_name]
 
     def _new_pair(self, adapter_name: str, projection: str, rank: int) -> None:
         """Parameters without values; PEFT makes new modules on the meta device where it is to load them."""
@@ -129,7 +134,22 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
             elif ranks[projection] != pairs[projection].rank:
                 pairs[projection] = Pair(ranks[projection], pairs[projection].scaling)
                 self._new_pair(adapter_name, projection, ranks[projection])
-        self.pairs[adapter_name] = ExpertPairs(pairs, self.pairs[adapter_name].fused)
+        self._set_pairs(adapter_name, ExpertPairs(pairs, self.pairs[adapter_name].fused))
+
+    def remember(self, adapter_name: str) -> Callable[[], None]:
+        """A function that takes back what `fit` changes from now on; values are not copied."""
+        pairs = self.pairs[adapter_name]
+        kept = [(m[adapter_name], dict(m[adapter_name].items())) for m in (self.lora_A, self.lora_B)]
+
+        def take_back() -> None:
+            for parameters, old in kept:
+                self.place.numbers += sum(p.numel() for p in old.values())
+                self.place.numbers -= sum(p.numel() for p in parameters.values())
+                parameters.clear()
+                parameters.update(old)
+            self._set_pairs(adapter_name, pairs)
+
+        return take_back
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter."""
@@ -228,10 +248,8 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
 
     def form(self, path: str) -> ExpertsForm:
         """The form on disk of this layer's tensors; `path` is the layer's."""
-        is_concatenated = self.base_layer.is_concatenated
-        return ExpertsForm(
-            path, self.architecture, *dims_of(self.base_layer), is_concatenated=is_concatenated
-        )
+        module = getattr(self.base_layer, "expert_module", None)
+        return ExpertsForm(path, module or self.architecture.module_at(path))
 
     def fused_ranks(self, adapter_name: str) -> dict[str, int]:
         """Rank of an adapter's LoRA of each fused parameter as it is written."""
@@ -244,22 +262,19 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         own = self.pairs[adapter_name].pairs
         return next(own[p].scaling for p in FUSED[fused] if p in own)
 
-    def has_one_scaling(self, adapter_name: str) -> bool:
-        """Whether gate and up of an adapter have the same one."""
-        pairs = self.pairs[adapter_name].pairs
-        return len({pair.scaling for p, pair in pairs.items() if p != "down"}) < 2
-
     def tensors(
         self, adapter_name: str, path: str, matrices: Matrices, per_expert: bool
     ) -> dict[str, Tensor]:
-        """An adapter's tensors in the form on disk, keys without ".weight"."""
+        """An adapter's tensors in the form on disk, keys without ".weight"; see `is_per_expert`."""
         form = self.form(path)
-        if per_expert and self.has_one_scaling(adapter_name):
+        if per_expert:
             return form.split(matrices)
-        if not self.has_one_scaling(adapter_name):  # a fused tensor has one: the rest of up's goes into its B
-            a, b = matrices["up"]
+        if "up" in matrices:
             own = self.pairs[adapter_name].pairs["up"].scaling
-            matrices = {**matrices, "up": (a, b * (own / self.fused_scaling(adapter_name, "gate_up_proj")))}
+            written = self.fused_scaling(adapter_name, "gate_up_proj")
+            if own != written:  # the rest goes into B
+                a, b = matrices["up"]
+                matrices = {**matrices, "up": (a, b * (own / written))}
         return form.fuse(matrices)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -15,7 +15,6 @@ A family outside that table gets the fused form. Both forms of every family are 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,9 +29,9 @@ from torch import Tensor
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from kt_moe.architectures import Architecture
+from kt_moe.architectures import ExpertModule
 from kt_moe.functional import PROJECTIONS
-from kt_moe.hf.targets import FUSED
+from kt_moe.hf.targets import FUSED, Pair
 
 PREFIX = "base_model.model."
 Matrices = dict[str, tuple[Tensor, Tensor]]  # A [E, r, in] and B [E, out, r] by projection
@@ -45,16 +44,17 @@ def renamed_by_peft(model: Any) -> set[str]:
     return set(_MOE_TARGET_MODULE_MAPPING.get(family, ())) if family in _MOE_FUSED_TARGETS else set()
 
 
-def is_per_expert(model: Any, projections: Mapping[str, Any]) -> bool:
-    """Whether LoRA on these projections is written per expert: whether PEFT converts it then."""
-    return (
-        bool(renamed_by_peft(model))
-        and "down" in projections
-        and ("gate" in projections) == ("up" in projections)
-    )
+def is_per_expert(model: Any, pairs: Mapping[str, Pair]) -> bool:
+    """Whether LoRA on these projections is written per expert: whether PEFT converts it then.
+
+    PEFT makes one tensor of gate and up, which has one scaling.
+    """
+    scalings = {pair.scaling for projection, pair in pairs.items() if projection != "down"}
+    both_or_neither = ("gate" in pairs) == ("up" in pairs)
+    return bool(renamed_by_peft(model)) and "down" in pairs and both_or_neither and len(scalings) < 2
 
 
-def path_to_save(model: Any, path: str, architecture: Architecture) -> str:
+def path_to_save(model: Any, path: str, module: ExpertModule) -> str:
     """What an adapter has to call experts at a path, so that PEFT finds them again.
 
     On loading, PEFT renames the keys of LoRA as transformers renames those of the model's checkpoints, for
@@ -66,7 +66,7 @@ def path_to_save(model: Any, path: str, architecture: Architecture) -> str:
     renamings = [one for one in get_model_conversion_mapping(base) if isinstance(one, WeightRenaming)]
     prefix = PREFIX if path.startswith(PREFIX) else ""
     own = path.removeprefix(prefix)
-    for name in (own, architecture.disk_path(own)):
+    for name in (own, module.disk_path(own)):
         if rename_source_key(f"{name}.lora_A.weight", renamings, [])[0] == f"{own}.lora_A.weight":
             return prefix + name
     return path
@@ -78,33 +78,33 @@ class ExpertsForm:
 
     Args:
         path: of the experts in the model, as in the keys of the state dict.
-        architecture: of the model; names on disk.
-        num_experts, hidden, intermediate: E, H, I.
-        is_concatenated: rows of gate_up_proj are gate, then up; False: they alternate.
+        module: sizes, names on disk, and whether rows of gate and up alternate in gate_up_proj.
     """
 
     path: str
-    architecture: Architecture
-    num_experts: int
-    hidden: int
-    intermediate: int
-    is_concatenated: bool = True
+    module: ExpertModule
+
+    @property
+    def num_experts(self) -> int:
+        return self.module.num_experts
 
     def size(self, projection: str) -> tuple[int, int]:
         """Input and output dimension of a projection or fused parameter."""
+        hidden, intermediate = self.module.hidden_size, self.module.intermediate_size
         if projection in ("down", "down_proj"):
-            return self.intermediate, self.hidden
-        return self.hidden, self.intermediate * (2 if projection == "gate_up_proj" else 1)
+            return intermediate, hidden
+        return hidden, intermediate * (2 if projection == "gate_up_proj" else 1)
 
     def split(self, matrices: Matrices) -> dict[str, Tensor]:
         """Per-expert tensors, keys without ".weight"."""
-        names = dict(zip(PROJECTIONS, self.architecture.projections, strict=True))
-        place = self.architecture.disk_path(self.path)
+        names = dict(zip(PROJECTIONS, self.module.projections, strict=True))
+        place = self.module.disk_path(self.path)
+        first = self.module.keyed.first_expert if self.module.keyed is not None else 0
         return {
             f"{place}.{e}.{names[projection]}.lora_{matrix}": one.clone()
             for projection, pair in matrices.items()
             for matrix, tensor in zip("AB", pair, strict=True)
-            for e, one in enumerate(tensor)
+            for e, one in enumerate(tensor, first)
         }
 
     def fuse(self, matrices: Matrices) -> dict[str, Tensor]:
@@ -132,10 +132,10 @@ class ExpertsForm:
         """A view of the rows [E, I, r] of a projection in B [E, 2I, r]; of down all of them."""
         if projection == "down":
             return gate_up
-        odd = projection == "up"
-        if not self.is_concatenated:
+        odd, half = projection == "up", self.module.intermediate_size
+        if self.module.interleaved:
             return gate_up[:, odd::2]
-        return gate_up[:, self.intermediate :] if odd else gate_up[:, : self.intermediate]
+        return gate_up[:, half:] if odd else gate_up[:, :half]
 
     def take(
         self, state_dict: dict[str, Tensor], fused: Mapping[str, set[int]], own: Mapping[str, int]
@@ -151,7 +151,7 @@ class ExpertsForm:
             ValueError: tensors of another rank or number of experts, or only some of them; names them.
         """
         matrices: Matrices = {}
-        stored = self.architecture.disk_path(self.path)
+        stored = self.module.disk_path(self.path)
         for name, place in self.places([name for name in FUSED if name in fused]).items():
             places = [place, stored + place.removeprefix(self.path)]
             if name == "gate_up_proj":  # where PEFT's conversion puts it, down or not
@@ -160,7 +160,7 @@ class ExpertsForm:
                 if (pair := _pop_pair(state_dict, there)) is not None:
                     matrices |= self._unfuse(name, there, *pair, ranks=fused[name], own=own)
                     break
-        for projection, on_disk in zip(PROJECTIONS, self.architecture.projections, strict=True):
+        for projection, on_disk in zip(PROJECTIONS, self.module.projections, strict=True):
             pairs = self._pop_experts(state_dict, on_disk)
             if pairs:
                 a, b = zip(*pairs, strict=True)
@@ -168,8 +168,11 @@ class ExpertsForm:
         return matrices
 
     def _pop_experts(self, state_dict: dict[str, Tensor], name: str) -> list[tuple[Tensor, Tensor]]:
-        for place in dict.fromkeys((self.path, self.architecture.disk_path(self.path))):
-            keys = [f"{place}.{e}.{name}" for e in range(self.num_experts)]
+        keyed = self.module.keyed
+        numbers = {self.path: 0}  # of the first expert; on disk another list may come before
+        numbers |= {} if keyed is None else {self.module.disk_path(self.path): keyed.first_expert}
+        for place, first in numbers.items():
+            keys = [f"{place}.{e}.{name}" for e in range(first, first + self.num_experts)]
             found = [pair for key in keys if (pair := _pop_pair(state_dict, key)) is not None]
             if found and len(found) != self.num_experts:
                 raise ValueError(
@@ -245,12 +248,6 @@ def expert_major(state_dict: dict[str, Tensor], forms: list[ExpertsForm]) -> dic
                 if b is not None and b.shape[1] % form.num_experts == 0:
                     result[key] = b.view(len(b), form.num_experts, -1).mT.reshape(b.shape)
     return result
-
-
-def stacked(path: str, adapter_name: str) -> re.Pattern[str]:
-    """Matches the model's keys of one layer's LoRA; groups: matrix and projection."""
-    name, projections = re.escape(adapter_name), "|".join(PROJECTIONS)
-    return re.compile(rf"{re.escape(path)}\.lora_([AB])\.{name}\.({projections})$")
 
 
 def _pop_pair(state_dict: dict[str, Tensor], place: str) -> tuple[Tensor, Tensor] | None:

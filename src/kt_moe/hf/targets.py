@@ -200,9 +200,10 @@ def _excludes(config: LoraConfig, name: str) -> bool:
 
 def names_of(path: str, architecture: Architecture) -> dict[str, list[str]]:
     """What one may call each projection of the experts at `path`, and "" for all of them."""
-    places = dict.fromkeys((path, architecture.disk_path(path)))
+    module = architecture.module_at(path)
+    places = dict.fromkeys((path, module.disk_path(path)))
     names: dict[str, list[str]] = {"": list(places)}
-    for projection, on_disk in zip(PROJECTIONS, architecture.projections, strict=True):
+    for projection, on_disk in zip(PROJECTIONS, module.projections, strict=True):
         fused = next(name for name, parts in FUSED.items() if projection in parts)
         aliases = dict.fromkeys((f"{projection}_proj", on_disk, fused))
         names[projection] = [f"{place}{of}.{a}" for place in places for a in aliases for of in ("", ".0")]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from kt_moe.hf.config import KtLoraConfig, saved_config
 from kt_moe.hf.experts import KtExperts, is_kt_experts
 from kt_moe.hf.lora import NO_MERGE, KtLoraExperts, experts_architecture, lora_layers
-from kt_moe.hf.portable import PREFIX, is_per_expert, path_to_save, stacked
+from kt_moe.hf.portable import PREFIX, Matrices, is_per_expert, path_to_save
 from kt_moe.hf.targets import Targets, find_targets
 from kt_moe.hf.weighted import KINDS, combine
 from kt_moe.lora_device import LoraPlace
@@ -198,11 +198,14 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
         )
         for path, layer in lora_layers(model, adapter_name):
-            key = stacked(path, adapter_name)
-            own = {m.groups(): found.pop(m[0]) for m in filter(None, map(key.match, list(found)))}
-            matrices = {p: (own["A", p], own["B", p]) for m, p in own if m == "A"}
-            per_expert = is_per_expert(model, layer.pairs[adapter_name].pairs)
-            place = path if per_expert else path_to_save(model, path, layer.architecture)
+            pairs = layer.pairs[adapter_name].pairs
+            matrices: Matrices = {}
+            for projection in pairs:
+                keys = [f"{path}.lora_{matrix}.{adapter_name}.{projection}" for matrix in "AB"]
+                if keys[0] in found:
+                    matrices[projection] = found.pop(keys[0]), found.pop(keys[1])
+            per_expert = is_per_expert(model, pairs)
+            place = path if per_expert else path_to_save(model, path, layer.form(path).module)
             tensors = layer.tensors(adapter_name, place, matrices, per_expert)
             found |= {f"{k}.{adapter_name}.weight": t for k, t in tensors.items()}
         return found
