@@ -52,6 +52,14 @@ def export_adapter(
     config = check_adapter_name(model, adapter_name)
     if config.modules_to_save or config.trainable_token_indices:
         raise ValueError(f"the adapter has modules_to_save or trainable tokens, which {target} does not read")
+    for option, off in (("use_dora", False), ("lora_bias", False), ("bias", "none")):
+        if (value := getattr(config, option, off)) != off:
+            raise ValueError(f"the adapter has {option}={value!r}, which {target} does not read")
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(
+            f"the adapter has init_lora_weights={config.init_lora_weights!r}, which may have changed the "
+            "base model's weights: convert it first (path_initial_model_for_weight_conversion of PEFT)"
+        )
     layers = {
         name.removeprefix(PREFIX): layer
         for name, layer in model.named_modules()
@@ -72,7 +80,9 @@ def export_adapter(
                 parameters |= {f"{name}.{fused}" for fused in FUSED}
                 continue
             found = _weights(form.split(matrices))
-        elif isinstance(layer, Linear) or (target == "llamacpp" and isinstance(layer, ParamWrapper)):
+        elif isinstance(layer, Linear) or (
+            target == "llamacpp" and isinstance(layer, ParamWrapper) and layer.num_experts == 1
+        ):
             scaling = float(layer.scaling[adapter_name])
             a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
             a, b = _filled(a, b, rank, scaling)

@@ -167,6 +167,12 @@ def _changes(base: Path, adapter: Path, checkpoint: Checkpoint) -> dict[str, _Ch
                 changes[_on_disk(core, f"{path}.{name}")] = _Replaced(value)
         elif isinstance(module, AuxiliaryTrainingWrapper):
             raise ValueError(f"the adapter has {type(module).__name__} at {path}, which cannot be merged")
+    for name, other in (getattr(core, "all_tied_weights_keys", None) or {}).items():
+        if _on_disk(core, other) in changes and _on_disk(core, name) not in changes:
+            raise ValueError(
+                f"the adapter changes {other} alone, to which the model ties {name}: a merge would change "
+                "both. Give the base model untied weights (tie_word_embeddings=False)"
+            )
     missing = sorted(changes.keys() - checkpoint.tensors.keys())
     if missing:
         raise ValueError(
@@ -184,10 +190,15 @@ def _hollow(base: Path, adapter: Path) -> tuple[PeftModel, dict[str, Tensor]]:
     config, tensors = read_adapter(adapter)
     for option in _REFUSED:
         if getattr(config, option, None):
-            raise ValueError(f"the adapter in {adapter} has {option}, which merge_adapter does not know")
+            raise ValueError(f"the adapter in {adapter} has {option}, which merge_checkpoint does not know")
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(
+            f"the adapter in {adapter} has init_lora_weights {config.init_lora_weights!r}, which "
+            "merge_checkpoint does not know: it may have changed the base model's weights"
+        )
     if config.bias != "none":
         raise ValueError(
-            f"the adapter in {adapter} has bias {config.bias!r}, which merge_adapter does not know"
+            f"the adapter in {adapter} has bias {config.bias!r}, which merge_checkpoint does not know"
         )
     try:
         model_config = transformers.AutoConfig.from_pretrained(base)
@@ -195,7 +206,7 @@ def _hollow(base: Path, adapter: Path) -> tuple[PeftModel, dict[str, Tensor]]:
         raise ValueError(f"config.json in {base} is of no model of transformers: {error}") from error
     if getattr(model_config, "quantization_config", None) is not None:
         raise ValueError(
-            f"the checkpoint in {base} is quantised, merge_adapter needs bfloat16, float16 or float32"
+            f"the checkpoint in {base} is quantised, merge_checkpoint needs bfloat16, float16 or float32"
         )
     class_name = next(iter(model_config.architectures or ()), "")
     cls = getattr(transformers, class_name, transformers.AutoModelForCausalLM)
@@ -278,7 +289,7 @@ def _of_list(
         }
     if not layout.startswith("fused"):
         raise ValueError(
-            f"{stored.prefix} is stored as {layout}, merge_adapter needs bfloat16, float16 or float32"
+            f"{stored.prefix} is stored as {layout}, merge_checkpoint needs bfloat16, float16 or float32"
         )
     on_disk = replace(form, module=replace(form.module, interleaved="interleaved" in layout))
     changes: dict[str, _Change] = {}
@@ -308,9 +319,12 @@ def _merged(name: str, weight: Tensor, changes: dict[str, _Change]) -> Tensor:
     if name not in changes:
         return weight
     if weight.dtype not in _FLOATS:
-        raise ValueError(f"{name} is {weight.dtype}, merge_adapter needs bfloat16, float16 or float32")
+        raise ValueError(f"{name} is {weight.dtype}, merge_checkpoint needs bfloat16, float16 or float32")
     with torch.no_grad():
-        return changes[name].apply(weight)
+        merged = changes[name].apply(weight)
+    if not bool(torch.isfinite(merged).all()) and bool(torch.isfinite(weight).all()):
+        raise ValueError(f"{name} merged is beyond what {weight.dtype} holds")
+    return merged
 
 
 def _merge_shard(source: Path, target: Path, changes: dict[str, _Change]) -> None:

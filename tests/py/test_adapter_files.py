@@ -331,5 +331,5 @@ def test_quantised_bases_are_refused(checkpoint: Path, tmp_path: Path) -> None:
         (base / file.name).write_bytes(file.read_bytes())
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(ValueError, match="is quantised, merge_adapter needs"):
+    with pytest.raises(ValueError, match="is quantised, merge_checkpoint needs"):
         kt_moe.merge_adapter(base, tmp_path / "adapter", tmp_path / "out")

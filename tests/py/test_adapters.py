@@ -280,8 +280,30 @@ def test_merge_refuses(checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
     with_lora(checkpoint).save_pretrained(tmp_path / "dora")
     config = json.loads((tmp_path / "dora" / CONFIG).read_text())
     (tmp_path / "dora" / CONFIG).write_text(json.dumps({**config, "use_dora": True}))
-    with pytest.raises(ValueError, match="has use_dora, which merge_adapter does not know"):
+    with pytest.raises(ValueError, match="has use_dora, which merge_checkpoint does not know"):
         kt_moe.merge_adapter(checkpoint, tmp_path / "dora", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_merge_refuses_tied_embeddings(tmp_path: Path) -> None:
+    base = save_tiny_checkpoint(tmp_path / "base", tie_word_embeddings=True)
+    kt_moe.save_adapter(with_lora(base, ["embed_tokens", "experts"]), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight alone, to which the model ties lm_head"):
+        kt_moe.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_merge_refuses_what_overflows(tmp_path: Path) -> None:
+    base = save_tiny_checkpoint(tmp_path / "base", dtype=torch.float16)
+    model = with_lora(base)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(1e7)
+    kt_moe.save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"merged is beyond what torch\.float16 holds"):
+        kt_moe.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -191,3 +191,22 @@ def test_llama_cpp_converts_it(case: str, bases: dict[str, Path], tmp_path: Path
             continue
         mine = layer.lora_B["default"][projection] @ layer.lora_A["default"][projection]
         assert error(delta, mine * layer.scaling_of("default", projection)) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"use_dora": True}, "use_dora=True, which vllm does not read"),
+        ({"lora_bias": True}, "lora_bias=True, which vllm does not read"),
+        ({"bias": "all"}, "bias='all', which vllm does not read"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which may have changed"),
+    ],
+)
+def test_what_servers_lack_is_refused(
+    options: dict[str, Any], says: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    model = with_lora(bases["qwen3_moe"], ["q_proj"], **options)
+    with pytest.raises(ValueError, match=says):
+        kt_moe.export_adapter(model, tmp_path / "out", target="vllm")
+    assert not (tmp_path / "out").exists()

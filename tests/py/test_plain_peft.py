@@ -46,6 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
         "rank_pattern": {"experts.down_proj": 3, "layers.1.mlp.experts": 5, "o_proj": 2},
         "alpha_pattern": {"experts.up_proj": 7, "o_proj": 1},
     },
+    "gate without effect": {"targets": ["experts"], "alpha_pattern": {"experts.gate_proj": 0}},
     "router": {"targets": ["experts", "mlp.gate"], "lora_dropout": 0.1},
     "shared alone": {"targets": ["shared_experts.gate_proj", "shared_experts.down_proj"]},
     "shared": {"targets": ["experts.down_proj", "shared_experts.up_proj"], "rank_pattern": {"up_proj": 3}},
@@ -116,7 +117,7 @@ def test_every_target_in_plain_peft(family: str, bases: dict[str, Path], tmp_pat
             assert torch.equal(again, ours[str(directory)]), name
         tensors = safetensors.torch.load_file(directory / "adapter_model.safetensors")
         per_expert = any(".experts.0." in key for key in tensors)
-        partly = ("gate", "gate and up", "shared alone", "patterns")
+        partly = ("gate", "gate and up", "gate without effect", "shared alone", "patterns")
         assert per_expert == (family in PER_EXPERT and name not in partly)
         if family in PER_EXPERT and name in ("experts", "rslora"):  # as servers want it
             config = json.loads((directory / "adapter_config.json").read_text())

@@ -6,7 +6,7 @@ its form on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from kt_moe.lora_device import LoraParameters, LoraPlace
 _BASE = "__base__"  # PEFT's name, in adapter_names, for no adapter
 NO_MERGE = (
     "kt_moe experts cannot take an adapter in: they are frozen in packed form. Save the adapter and use "
-    "kt_moe.merge_adapter(base_dir, adapter_dir, output_dir), which writes a merged checkpoint"
+    "kt_moe.merge_checkpoint(base_dir, adapter_dir, output_dir), which writes a merged checkpoint"
 )
 
 
@@ -83,7 +83,7 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
             ValueError: an option of LoraConfig that does not work on experts; names it.
         """
         _refuse_options(config)
-        self.scaling[adapter_name] = next(iter(pairs.pairs.values())).scaling
+        self.scaling[adapter_name] = _first_scaling(pairs.pairs)
         self._set_pairs(adapter_name, pairs)
         self.use_rslora[adapter_name] = self.use_dora[adapter_name] = self.lora_bias[adapter_name] = False
         self.lora_dropout[adapter_name] = (
@@ -239,7 +239,7 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
     def scaling_of(self, adapter_name: str, projection: str) -> float:
         """That of a projection: the adapter's, which PEFT may change, times what it has above the first."""
         pairs = self.pairs[adapter_name].pairs
-        first, own = next(iter(pairs.values())).scaling, pairs[projection].scaling
+        first, own = _first_scaling(pairs), pairs[projection].scaling
         scaling = float(self.scaling[adapter_name])
         return scaling if own == first or not first else scaling * own / first
 
@@ -258,9 +258,10 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         return {name: rank for name, rank in ranks.items() if rank}
 
     def fused_scaling(self, adapter_name: str, fused: str) -> float:
-        """Scaling of an adapter's LoRA of a fused parameter as it is written: of gate_up that of gate."""
+        """Scaling of LoRA of a fused parameter as it is written: for gate_up gate's, if that is not 0."""
         own = self.pairs[adapter_name].pairs
-        return next(own[p].scaling for p in FUSED[fused] if p in own)
+        found = [own[p].scaling for p in FUSED[fused] if p in own]
+        return next((scaling for scaling in found if scaling), found[0])
 
     def tensors(
         self, adapter_name: str, path: str, matrices: Matrices, per_expert: bool
@@ -269,12 +270,12 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         form = self.form(path)
         if per_expert:
             return form.split(matrices)
-        if "up" in matrices:
-            own = self.pairs[adapter_name].pairs["up"].scaling
+        for projection in {"gate", "up"} & matrices.keys():
+            own = self.pairs[adapter_name].pairs[projection].scaling
             written = self.fused_scaling(adapter_name, "gate_up_proj")
             if own != written:  # the rest goes into B
-                a, b = matrices["up"]
-                matrices = {**matrices, "up": (a, b * (own / written))}
+                a, b = matrices[projection]
+                matrices = {**matrices, projection: (a, b * (own / written))}
         return form.fuse(matrices)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -284,6 +285,11 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
     def unmerge(self) -> None:
         """NotImplementedError: nothing was merged."""
         raise NotImplementedError(NO_MERGE)
+
+
+def _first_scaling(pairs: Mapping[str, Pair]) -> float:
+    """That of a layer's first projection whose LoRA has an effect; 0 if none has."""
+    return next((pair.scaling for pair in pairs.values() if pair.scaling), 0.0)
 
 
 def experts_architecture(model: nn.Module) -> Architecture | None:

@@ -175,7 +175,7 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
         raise ValueError(
             "save_pretrained would write this model without its experts, which kt_moe holds outside torch. "
             "The base model is unchanged: keep the checkpoint it was loaded from, save the adapter with "
-            "PeftModel.save_pretrained or kt_moe.save_adapter, and merge with kt_moe.merge_adapter"
+            "PeftModel.save_pretrained or kt_moe.save_adapter, and merge with kt_moe.merge_checkpoint"
         )
 
     @property
