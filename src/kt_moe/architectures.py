@@ -35,7 +35,6 @@ class ExpertModule:
         num_experts, hidden_size, intermediate_size: E, H, I.
         activation: as `kt_moe.Experts` takes it.
         interleaved: whether gate and up alternate in the module's own parameters.
-        transposed: whether these are [E, in, out].
         saved: what transformers calls its tensors when it saves the model; None where it stores them in a way
             that the core does not read, or does not store them.
         same_as: path of the module whose parameters it shares; None where it has its own.
@@ -48,7 +47,6 @@ class ExpertModule:
     intermediate_size: int
     activation: str
     interleaved: bool
-    transposed: bool
     saved: ExpertList | None
     same_as: str | None = None
 
@@ -134,11 +132,11 @@ def _derive(model: PreTrainedModel) -> Architecture:
     modules = []
     for path, c in computed.items():
         sizes = c.num_experts, c.hidden_size, c.intermediate_size
-        layout = not experts[path].is_concatenated, bool(experts[path].is_transposed)
+        interleaved = not experts[path].is_concatenated
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         same_as = tied.get(f"{path}.down_proj", "").removesuffix(".down_proj") or None
         saved = None if same_as else lists[path]
-        modules.append(ExpertModule(path, numbers[path], *sizes, c.activation, *layout, saved, same_as))
+        modules.append(ExpertModule(path, numbers[path], *sizes, c.activation, interleaved, saved, same_as))
     return Architecture(model_type, tuple(modules))
 
 

@@ -40,8 +40,6 @@ class KtExperts(nn.Module):
         layer: number of the decoder layer (see `ExpertModule.number`).
         num_experts, hidden_dim, intermediate_dim: E, H, I by the model's config.
         lora_device: where LoRA on them goes, "auto", "cpu" or "cuda"; see `KtMoeConfig`.
-        is_concatenated: whether the rows of gate_up_proj in the module that this one replaces are gate, then
-            up; False: they alternate. Fused adapters have the same rows.
     """
 
     _is_hf_initialized = True
@@ -53,7 +51,7 @@ class KtExperts(nn.Module):
         super().__init__()
         self.architecture, self.expert_module, self.layer = architecture, module, module.number
         self.num_experts, self.hidden_dim = module.num_experts, module.hidden_size
-        self.intermediate_dim, self.is_concatenated = module.intermediate_size, not module.interleaved
+        self.intermediate_dim = module.intermediate_size
         self._experts = experts
         self._load: Load | None = None
 

@@ -15,7 +15,7 @@ A family outside that table gets the fused form. Both forms of every family are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,16 +60,20 @@ def path_to_save(model: Any, path: str, module: ExpertModule) -> str:
     On loading, PEFT renames the keys of LoRA as transformers renames those of the model's checkpoints, for
     some families the module's own path as well, to one that there is not. Those need the checkpoint's path.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if get_checkpoint_conversion_mapping(getattr(base.config, "model_type", None)) is None:
-        return path
-    renamings = [one for one in get_model_conversion_mapping(base) if isinstance(one, WeightRenaming)]
     prefix = PREFIX if path.startswith(PREFIX) else ""
     own = path.removeprefix(prefix)
-    for name in (own, module.disk_path(own)):
-        if rename_source_key(f"{name}.lora_A.weight", renamings, [])[0] == f"{own}.lora_A.weight":
-            return prefix + name
-    return path
+    renamed = renaming_of(model)
+    return prefix + next((name for name in (own, module.disk_path(own)) if renamed(name) == own), own)
+
+
+def renaming_of(model: Any) -> Callable[[str], str]:
+    """What PEFT makes of a path in the keys of LoRA on loading; paths without its prefix."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if get_checkpoint_conversion_mapping(getattr(base.config, "model_type", None)) is None:
+        return str
+    renamings = [one for one in get_model_conversion_mapping(base) if isinstance(one, WeightRenaming)]
+    tail = ".lora_A.weight"
+    return lambda path: str(rename_source_key(path + tail, renamings, [])[0]).removesuffix(tail)
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,11 @@ class ExpertsForm:
         return gate_up[:, half:] if odd else gate_up[:, :half]
 
     def take(
-        self, state_dict: dict[str, Tensor], fused: Mapping[str, set[int]], own: Mapping[str, int]
+        self,
+        state_dict: dict[str, Tensor],
+        fused: Mapping[str, set[int]],
+        own: Mapping[str, int],
+        renamed: Callable[[str], str] = str,
     ) -> Matrices:
         """Take the tensors of these experts, in either form, out of `state_dict`.
 
@@ -146,31 +154,35 @@ class ExpertsForm:
             state_dict: keys end in ".lora_A.weight" and so on, with or without PEFT's prefix.
             fused: ranks that each fused tensor with LoRA may have, by the config and by what is in memory.
             own: rank in memory of each projection with LoRA.
+            renamed: what the paths that checkpoints have were renamed to, where they were.
 
         Raises:
             ValueError: tensors of another rank or number of experts, or only some of them; names them.
         """
         matrices: Matrices = {}
-        stored = self.module.disk_path(self.path)
+        on_disk = self.module.disk_path(self.path)
+        stored = dict.fromkeys((on_disk, renamed(on_disk)))
         for name, place in self.places([name for name in FUSED if name in fused]).items():
-            places = [place, stored + place.removeprefix(self.path)]
+            places = [place, *(one + place.removeprefix(self.path) for one in stored)]
             if name == "gate_up_proj":  # where PEFT's conversion puts it, down or not
-                places += [f"{self.path}.base_layer", f"{stored}.base_layer"]
+                places += [f"{one}.base_layer" for one in (self.path, *stored)]
             for there in dict.fromkeys(places):
                 if (pair := _pop_pair(state_dict, there)) is not None:
                     matrices |= self._unfuse(name, there, *pair, ranks=fused[name], own=own)
                     break
-        for projection, on_disk in zip(PROJECTIONS, self.module.projections, strict=True):
-            pairs = self._pop_experts(state_dict, on_disk)
+        for projection, word in zip(PROJECTIONS, self.module.projections, strict=True):
+            pairs = self._pop_experts(state_dict, stored, word)
             if pairs:
                 a, b = zip(*pairs, strict=True)
                 matrices[projection] = torch.stack(a), torch.stack(b)
         return matrices
 
-    def _pop_experts(self, state_dict: dict[str, Tensor], name: str) -> list[tuple[Tensor, Tensor]]:
+    def _pop_experts(
+        self, state_dict: dict[str, Tensor], stored: Iterable[str], name: str
+    ) -> list[tuple[Tensor, Tensor]]:
         keyed = self.module.keyed
         numbers = {self.path: 0}  # of the first expert; on disk another list may come before
-        numbers |= {} if keyed is None else {self.module.disk_path(self.path): keyed.first_expert}
+        numbers |= {} if keyed is None else dict.fromkeys(stored, keyed.first_expert)
         for place, first in numbers.items():
             keys = [f"{place}.{e}.{name}" for e in range(first, first + self.num_experts)]
             found = [pair for key in keys if (pair := _pop_pair(state_dict, key)) is not None]

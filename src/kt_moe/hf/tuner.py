@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from kt_moe.hf.config import KtLoraConfig, saved_config
 from kt_moe.hf.experts import KtExperts, is_kt_experts
 from kt_moe.hf.lora import NO_MERGE, KtLoraExperts, experts_architecture, lora_layers
-from kt_moe.hf.portable import PREFIX, Matrices, is_per_expert, path_to_save
+from kt_moe.hf.portable import PREFIX, Matrices, is_per_expert, path_to_save, renaming_of
 from kt_moe.hf.targets import Targets, find_targets
 from kt_moe.hf.weighted import KINDS, combine
 from kt_moe.lora_device import LoraPlace
@@ -216,12 +216,14 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
     ) -> dict[str, Tensor]:
         result: dict[str, Tensor] = {}
         state_dict = dict(state_dict)
-        for path, layer in lora_layers(model, adapter_name):
+        layers = list(lora_layers(model, adapter_name))
+        renamed = renaming_of(model) if layers else str
+        for path, layer in layers:
             form = layer.form(path.removeprefix(PREFIX))
             pairs, ranks = layer.pairs[adapter_name], layer.fused_ranks(adapter_name)
             allowed = {name: {rank, pairs.fused.get(name, rank)} for name, rank in ranks.items()}
             own = {projection: pair.rank for projection, pair in pairs.pairs.items()}
-            matrices = form.take(state_dict, allowed, own)
+            matrices = form.take(state_dict, allowed, own, renamed)
             layer.fit(adapter_name, {p: a.shape[1] for p, (a, _) in matrices.items()})
             for projection, pair in matrices.items():
                 for matrix, tensor in zip("AB", pair, strict=True):
