@@ -114,6 +114,18 @@ def test_a_model_in_peft_keeps_its_adapters():
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+def test_a_model_with_a_device_map():
+    """accelerate gives every module of one a forward of its own, which moves its inputs."""
+    import accelerate
+
+    model = build()
+    expected = logits(model)
+    devices = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    devices |= {f"model.layers.{n}": "cpu" for n in range(3)}
+    accelerate.dispatch_model(model, devices, force_hooks=True)
+    about(logits(kt_moe.wrap(model)), expected)
+
+
 def test_training_mode_and_copies():
     model = build().train()
     kt_moe.wrap(model)

@@ -49,10 +49,11 @@ def wrap(model: nn.Module, config: KtMoeConfig | None = None) -> nn.Module:
     Raises:
         TypeError: model or config is something else.
         ValueError: the model has no experts, or some that the core cannot compute; an adapter or a
-            parametrization on them; parameters that are not here (on "meta", sharded, partitioned); options
-            several models at once; hooks on the experts; options about checkpoints. Nothing has been changed
-            then. Also weights that the format cannot hold, which are found when their layer is packed: as
-            after an interrupt, the model works on, with the layers before taken over, and may be given again.
+            parametrization on them; parameters that are not here (on "meta", sharded, partitioned) or of
+            another dtype; several models at once; hooks on the experts; options about checkpoints. Nothing
+            has been changed then. Also weights that the format cannot hold, which are found when their layer
+            is packed: as after an interrupt, the model works on with the layers before taken over, and may
+            be given again.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, wanted a torch.nn.Module")
@@ -125,7 +126,10 @@ def _refuse_unless_here(path: str, module: nn.Module) -> None:
         )
     if any(part in ("original_module", "modules_to_save") for part in path.split(".")):
         raise ValueError(f"{path} is in modules_to_save, which trains it: kt_moe's experts are frozen")
-    if any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in vars(module):
+    own_forward = "forward" in vars(module) and not hasattr(
+        module, "_hf_hook"
+    )  # accelerate's, of a device_map
+    if own_forward or any(getattr(module, hooks) for hooks in _HOOKS):
         raise ValueError(f"{path} has hooks or a forward of its own, which kt_moe would not call")
     for name, parameter in _parameters(path, module):
         if parameter.dtype not in _DTYPES:
