@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,41 +84,43 @@ def load_adapter(
     path = Path(directory)
     config, tensors = read_adapter(path)
     config.inference_mode = not is_trainable
-    wrapped = isinstance(model, PeftModel)
-    if wrapped and adapter_name in model.peft_config:
-        own = model.peft_config[adapter_name]
-        _check_same(own, config, adapter_name)
-        saved = own.kt_moe_saved if isinstance(own, KtLoraConfig) else None
-        take_back = [layer.remember(adapter_name) for _, layer in lora_layers(model, adapter_name)]
-        try:
-            fill(model, tensors, adapter_name, path, layout)
-        except ValueError:
-            for restore in take_back:
-                restore()
-            if saved is not None:
-                own.kt_moe_saved = saved
-            raise
-    elif wrapped:
+    undo: Callable[[], object]
+    if not isinstance(model, PeftModel):
+        model = with_adapter(model, config, adapter_name)
+        undo = model.unload
+    elif adapter_name not in model.peft_config:
         model.add_adapter(adapter_name, config)
-        try:
-            fill(model, tensors, adapter_name, path, layout)
-        except ValueError:
-            model.delete_adapter(adapter_name)
-            raise
+        undo = partial(model.delete_adapter, adapter_name)
     else:
-        model = wrap(model, config, adapter_name)
-        try:
-            fill(model, tensors, adapter_name, path, layout)
-        except ValueError:
-            model.unload()
-            raise
+        _check_same(model.peft_config[adapter_name], config, adapter_name)
+        undo = _remember(model, adapter_name)
+    try:
+        fill(model, tensors, adapter_name, path, layout)
+    except ValueError:
+        undo()
+        raise
     model.set_requires_grad(adapter_name, is_trainable)
     if not is_trainable:
         model.eval()
     return model
 
 
-def wrap(model: Any, config: LoraConfig, adapter_name: str) -> PeftModel:
+def _remember(model: PeftModel, adapter_name: str) -> Callable[[], None]:
+    """What brings back of an adapter what `fill` changes where it fails."""
+    config = model.peft_config[adapter_name]
+    saved = config.kt_moe_saved if isinstance(config, KtLoraConfig) else None
+    layers = [layer.remember(adapter_name) for _, layer in lora_layers(model, adapter_name)]
+
+    def undo() -> None:
+        for restore in layers:
+            restore()
+        if isinstance(config, KtLoraConfig) and saved is not None:
+            config.kt_moe_saved = saved
+
+    return undo
+
+
+def with_adapter(model: Any, config: LoraConfig, adapter_name: str) -> PeftModel:
     """PEFT's model with an adapter by a config from a file. ValueError if that does not fit the model."""
     if experts_architecture(model) is None:  # else the tuner does it
         check_config_patterns(config, [name for name, _ in model.named_modules()])

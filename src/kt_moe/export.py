@@ -21,7 +21,7 @@ from kt_moe.adapters import StrPath, check_adapter_name, save_adapter
 from kt_moe.functional import PROJECTIONS
 from kt_moe.hf.lora import KtLoraExperts
 from kt_moe.hf.portable import PREFIX, ExpertsForm, Matrices
-from kt_moe.hf.targets import FUSED, free_modules, is_experts, shortest
+from kt_moe.hf.targets import FUSED, free_modules, holds_kt_experts, shortest
 
 # Programs, and whether they read LoRA on experts that checkpoints hold fused, as PEFT writes it.
 _SERVERS = {"vllm": True, "sglang": False, "llamacpp": False}
@@ -127,7 +127,7 @@ def _weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _fused_parameters(model: nn.Module) -> list[str]:
     """Those of all experts, in plain transformers."""
-    paths = [name.removeprefix(PREFIX) for name, module in free_modules(model) if is_experts(module)]
+    paths = [name.removeprefix(PREFIX) for name, module in free_modules(model) if holds_kt_experts(module)]
     return [f"{path}.{fused}" for path in paths for fused in FUSED]
 
 

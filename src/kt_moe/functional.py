@@ -25,6 +25,7 @@ from kt_moe.tensors import check_tensor, empty, on_cpu
 
 if TYPE_CHECKING:
     from kt_moe.gpu.function import Arrival
+    from kt_moe.gpu.lora import LoraOptions
 
 PROJECTIONS = ("gate", "up", "down")
 LORA_NAMES = tuple(f"{p}_lora_{m}" for p in PROJECTIONS for m in "ab")
@@ -288,18 +289,15 @@ def moe(
     return out
 
 
-_Options = tuple[tuple[float, float, float], float, int]  # scalings, dropout and its seed
-
-
 def _compute(
     experts: Experts,
     hidden_states: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
     lora_tensors: Sequence[Tensor | None],
-    options: _Options,
+    options: LoraOptions,
     save: bool,
-) -> tuple[Tensor, tuple[Tensor | None, _Options]]:
+) -> tuple[Tensor, tuple[Tensor | None, LoraOptions]]:
     """The result; and for backward what the core saves if `save`, and the options."""
     x, ids, weights, pairs = _for_core(hidden_states, topk_ids, topk_weights, lora_tensors)
     runtime = experts.runtime._core

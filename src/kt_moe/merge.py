@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from kt_moe.adapter_files import read_adapter, save_tensors, scratch
-from kt_moe.adapters import StrPath, fill, wrap
+from kt_moe.adapters import StrPath, fill, with_adapter
 from kt_moe.architectures import Architecture, architecture_of
 from kt_moe.checkpoint import Checkpoint, ExpertList
 from kt_moe.conversion import stored_lists
@@ -220,7 +220,7 @@ def _hollow(base: Path, adapter: Path) -> tuple[PeftModel, dict[str, Tensor]]:
     if architecture is not None:
         put_experts(model, architecture)
     config.lora_dropout, config.inference_mode, config.base_model_name_or_path = 0.0, True, None
-    wrapped = wrap(model, config, _NAME)
+    wrapped = with_adapter(model, config, _NAME)
     for path, module in wrapped.named_modules():  # PEFT has put the adapter where the model is
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta and f".{_NAME}." in f"{path}.{name}.":

@@ -153,8 +153,11 @@ def _cross(host: Tensor, streams: Streams) -> Tensor:
 
 
 def to_host(lora: LoraCall, on_device: Sequence[Tensor | None], streams: Streams) -> _core.LoraTensors:
-    """The matrices for the core; copies of those on the device, from `to_device`
-    and `each_tensor`, arrive with downlink."""
+    """The matrices for the core. Copies of those on the device arrive with downlink.
+
+    Args:
+        on_device: as `each_tensor` gives them.
+    """
     found: list[Tensor | None] = []
     for tensor, bf16 in zip(lora.tensors, on_device, strict=True):
         if tensor is None or bf16 is None or tensor.is_cpu:

@@ -12,7 +12,7 @@ from torch import nn
 from kt_moe.functional import PROJECTIONS
 from kt_moe.hf.lora import KtLoraExperts, experts_architecture
 from kt_moe.hf.portable import is_per_expert, renamed_by_peft
-from kt_moe.hf.targets import FUSED, Targets, free_modules, is_experts, names_of, shortest
+from kt_moe.hf.targets import FUSED, Targets, free_modules, holds_kt_experts, names_of, shortest
 
 
 class KtLoraConfig(LoraConfig):  # type: ignore[misc]
@@ -58,7 +58,7 @@ def saved_config(model: nn.Module, config: KtLoraConfig, adapter_name: str) -> L
     for name, module in free_modules(model):
         base = module.get_base_layer() if isinstance(module, LoraLayer) else module
         modules.append(name)
-        if is_experts(module):
+        if holds_kt_experts(module):
             parameters += [f"{name}.{fused}" for fused in FUSED]
             projections += [alias for some in names_of(name, architecture).values() for alias in some]
         else:
@@ -94,7 +94,7 @@ def _names_of_all_experts(
     model: nn.Module, experts: dict[str, KtLoraExperts], adapter_name: str, saved: LoraConfig
 ) -> list[str]:
     """The names of projections on disk, if they say all: the same LoRA, of r and alpha, in every layer."""
-    layers = [name for name, module in free_modules(model) if is_experts(module)]
+    layers = [name for name, module in free_modules(model) if holds_kt_experts(module)]
     pairs = [layer.pairs[adapter_name].pairs for layer in experts.values()]
     if not experts or len(experts) != len(layers) or not is_per_expert(model, pairs[0]):
         return []

@@ -54,15 +54,17 @@ def is_per_expert(model: Any, pairs: Mapping[str, Pair]) -> bool:
     return bool(renamed_by_peft(model)) and "down" in pairs and both_or_neither and len(scalings) < 2
 
 
-def path_to_save(model: Any, path: str, module: ExpertModule) -> str:
+def path_to_save(renamed: Callable[[str], str], path: str, module: ExpertModule) -> str:
     """What an adapter has to call experts at a path, so that PEFT finds them again.
 
     On loading, PEFT renames the keys of LoRA as transformers renames those of the model's checkpoints, for
     some families the module's own path as well, to one that there is not. Those need the checkpoint's path.
+
+    Args:
+        renamed: see `renaming_of`.
     """
     prefix = PREFIX if path.startswith(PREFIX) else ""
     own = path.removeprefix(prefix)
-    renamed = renaming_of(model)
     return prefix + next((name for name in (own, module.disk_path(own)) if renamed(name) == own), own)
 
 

@@ -90,7 +90,7 @@ def find_targets(model: nn.Module, config: LoraConfig, architecture: Architectur
         ValueError: a target that matches nothing, a pattern that takes too long; names it.
     """
     modules = {name: module for name, module in free_modules(model) if name}
-    paths = [name for name, module in modules.items() if is_experts(module)]
+    paths = [name for name, module in modules.items() if holds_kt_experts(module)]
     names = {path: names_of(path, architecture) for path in paths}
     known = [*modules, *(name for found in names.values() for keys in found.values() for name in keys)]
     check_config_patterns(config, known)
@@ -163,7 +163,7 @@ def free_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
 
 
-def is_experts(module: nn.Module) -> bool:
+def holds_kt_experts(module: nn.Module) -> bool:
     """Whether these are kt_moe experts, with or without LoRA."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     return is_kt_experts(base)
@@ -230,7 +230,7 @@ def _parameters(
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             for parameter, _ in base.named_parameters(recurse=False):
                 full = f"{name}.{parameter}"
-                if is_experts(module) or not (full == target or full.endswith(f".{target}")):
+                if holds_kt_experts(module) or not (full == target or full.endswith(f".{target}")):
                     continue
                 found = True
                 if parameter == "weight" and not _only_a_weight(module):

@@ -197,7 +197,9 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
         found: dict[str, Tensor] = super()._get_adapter_state_dict(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
         )
-        for path, layer in lora_layers(model, adapter_name):
+        layers = list(lora_layers(model, adapter_name))
+        renamed = renaming_of(model) if layers else str
+        for path, layer in layers:
             pairs = layer.pairs[adapter_name].pairs
             matrices: Matrices = {}
             for projection in pairs:
@@ -205,7 +207,7 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
                 if keys[0] in found:
                     matrices[projection] = found.pop(keys[0]), found.pop(keys[1])
             per_expert = is_per_expert(model, pairs)
-            place = path if per_expert else path_to_save(model, path, layer.form(path).module)
+            place = path if per_expert else path_to_save(renamed, path, layer.form(path).module)
             tensors = layer.tensors(adapter_name, place, matrices, per_expert)
             found |= {f"{k}.{adapter_name}.weight": t for k, t in tensors.items()}
         return found
