@@ -53,7 +53,7 @@ export PYTHONDONTWRITEBYTECODE=1 OMP_WAIT_POLICY=passive
 echo 0 >/proc/sys/kernel/numa_balancing  # it moves pages away
 cp -r $PWD/tests $PWD/pyproject.toml /mnt
 test -d /sys/devices/system/node/node1
-for test in layout worker_pool task_list placed moe; do $PWD/build/cpp/tests/cpp/\${test}_test -m; done
+for test in layout worker_pool task_graph placed moe; do $PWD/build/cpp/tests/cpp/\${test}_test -m; done
 kt-moe doctor || true  # which says what such a machine lacks
 cd /mnt
 python -m pytest -q -p no:cacheprovider tests/py/test_several_nodes.py tests/py/test_shards_in_memory.py

@@ -26,10 +26,10 @@ from kt_moe.experts import PLACEMENTS
 BF16 = 2
 FP32 = 4
 LORA_BYTES = 4  # fp32, the default
-BLOCK_ROWS = 512  # kBlockRows of src/cpp/moe/block.h
+BLOCK_ROWS = 512  # kBlockRows of src/cpp/moe/plan.h
 FEW_ROWS = 8  # kFewRows of src/cpp/kernels/kernel_set.h
 CACHE_BYTES = 512 << 10  # kMostCacheBytes, of a task's weights
-ROW_BYTES = 3 * 256 * FP32  # kSumsKept slices of kSumCols columns of a route's result
+ROW_BYTES = 3 * 256 * FP32  # kChunksInUse chunks of kChunkCols columns of a routed token's result
 TASK, WAIT, FAR_WAIT = 1e-6, 2e-6, 5e-6  # seconds to take a task, to see that others are done, from far
 DRAWS = 32  # of the routes of one token; as many more tokens, as many fewer
 GATE, UP, DOWN = range(3)

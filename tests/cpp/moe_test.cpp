@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "base/error.h"
-#include "moe/dropout.h"
+#include "moe/lora.h"
 #include "moe/routing.h"
 #include "moe/runtime.h"
 

@@ -1,295 +1,327 @@
-#include "moe/backward.h"
-
+// The backward pass of a layer, from dY = dOut[token] (src/cpp/README.md has the formulas):
+//     Q = s dY Bd,  dh' = dY Wd + Q Ad,  dw = <dh', h> + <dY, bd>,  dG and dU from w dh' and the saved G, U
+//     Q = s dG B of gate and up,  dX[t] += dG Wg + dU Wu + Qg Ag + Qu Au,  dA = Q' X,  dB = dOutput' P
+// First the verbs, which compute on one block and know nothing of tasks; then the tasks that name them.
+// lora.cpp has those of Q, dA and dB.
 #include <algorithm>
+
+#include "moe/combine.h"
+#include "moe/cost.h"
+#include "moe/linear.h"
+#include "moe/lora.h"
 
 namespace kt {
 
 namespace {
 
-constexpr index_t kDotCols = 64;  // of h that one dot of few rows sums
+using Groups = TaskGraph::Groups;
+
+constexpr index_t kDotCols = 64;  // of h, that one dot of few rows sums
 constexpr index_t kRowsAhead = 8;
+
+index_t packed_gradient_bytes(const Pass& pass, Projection p, index_t rows, index_t cols) {
+  return packed_a_bytes(pass.kernels(), rows, cols) + packed_a_bytes(pass.kernels(), rows, pass.rank(p));
+}
 
 // Short rows far apart are more than the hardware foresees.
 void prefetch(const bf16_t* row, index_t n) {
   for (index_t i = 0; i < n; i += 64 / static_cast<index_t>(sizeof *row)) __builtin_prefetch(row + i);
 }
 
-}  // namespace
+// The gradients of the routing weights in the making: dots <dh', h> of all routed tokens, row after row.
+// Every row has some columns of h; a shard's rows follow those of the shard before. With a bias of down, <dY,
+// bd> is the last row.
+struct Dots {
+  float* rows;
+  index_t count, routes;
+  std::vector<index_t> first_row;  // of each shard
+  bool by_columns;                 // a row for every kDotCols columns; else for every NC range
+  bool biased;
 
-void Backward::run(const Saved& saved) {
-  const bool recompute = !saved;
-  hidden_ = take_inner();
-  grad_gate_up_ = {take_inner(), take_inner()};
-  saved_gate_ = recompute ? take_inner() : cut_inner(saved.gate);
-  saved_up_ = recompute ? take_inner() : cut_inner(saved.up);
-  for (const Projection p : projections) {
-    const std::size_t i = index_of(p);
-    ByBlock& kept = p == Projection::down ? weighted_low_rank_ : low_rank_[i];
-    kept = recompute ? take_low_rank(p) : cut_low_rank(p, saved.low_rank[i]);
-    grad_low_rank_[i] = {take_low_rank(p), take_low_rank(p)};
-    grad_inputs_[i].resize(blocks_.size());
+  float* row(index_t i) const { return rows + i * routes; }
+  float* of_bias() const { return row(count - 1); }
+};
+
+// The number of threads decides how few rows are cut, but not how their dots are: the sums would differ.
+Dots take_dots(Pass& pass, const std::vector<NcRanges>& ranges) {
+  Dots dots{nullptr,
+            0,
+            pass.routing.routes(),
+            {},
+            pass.plan.all_small_m,
+            pass.experts.biases[index_of(Projection::down)] != nullptr};
+  for (std::size_t s = 0; s < ranges.size(); ++s) {
+    dots.first_row.push_back(dots.count);
+    dots.count += dots.by_columns ? ceil_div(ranges[s].n, kDotCols) : ranges[s].count;
   }
-  if (recompute) {
-    add_gate_up();
-    add_down_low_rank();
-  }
-  add_down();
-  add_gate_up_gradients();
-  if (gradients_.hidden_states) add_hidden_states();
-  add_lora();
-  run_tasks();
+  dots.count += dots.biased;
+  dots.rows = pass.lease.memory(0).take<float>(dots.count * dots.routes);
+  std::fill_n(dots.rows, dots.count * dots.routes, 0.0f);
+  return dots;
 }
 
-void Backward::add_down_low_rank() {
-  constexpr Projection down = Projection::down;
-  add_reduced(Stage::hidden, gate_up_done_,
-              {[this](Block block) { return product_floats(down, block); },
-               [this](Block block, float* product, Arena& scratch) {
-                 if (inputs_.of(down)) multiply_a(down, block, {}, product, scratch);
-               },
-               [this](Block block, float* product, Arena&) { keep_low_rank(down, block, product); }},
-              recomputed_);
+// ---- The verbs
+
+// The gradient of a projection's output, a block's rows, packed. Returns what is behind it in memory.
+char* pack_grad(Pass& pass, Projection p, const Block& block, char* into) {
+  const index_t n = pass.rows(p, block);
+  if (!pass.plan.small_m(block))
+    pass.packed_grad[index_of(p)][block.index].rows =
+        pack_a_into(into, pass.kernels(), pass.grad_output(p, block, {0, n}));
+  return into + packed_a_bytes(pass.kernels(), block.count, n);
 }
 
-void Backward::add_down() {
-  constexpr Projection down = Projection::down;
-  const index_t routes = routing_.routes();
-  // The number of threads decides how few rows are cut, but not how their dots are: the sums would differ.
-  const bool fixed = all_few();
-  const index_t tile = fixed ? kDotCols : kernels().gemm.nr;
-  std::vector<Slices> slices;
-  std::vector<index_t> first_dot;  // of a shard
-  index_t count = 0;
-  for (const Portion& shard : shards_) {
-    slices.push_back(this->slices(shard.inner.size(), tile, experts_.hidden * kernels().gemm.element_bytes));
-    first_dot.push_back(count);
-    count += fixed ? ceil_div(shard.inner.size(), kDotCols) : slices.back().count;
-  }
-  const bool biased = experts_.biases[index_of(down)] != nullptr;
-  const index_t rows = count + biased;
-  auto* dots = lease_.memory(0).take<float>(rows * routes);
-  std::fill_n(dots, rows * routes, 0.0f);
-  const index_t packed_rows = packed_a_bytes(kernels(), most_rows_, experts_.hidden);
-  add_with_input(
-      Stage::grad_down, packed_rows + packed_a_bytes(kernels(), most_rows_, inputs_.of(down).rank()), slices,
-      {[=, this](Block block, char* memory, const Group* home, Arena& scratch) {
-         pack_grad_rows(down, block, memory);
-         if (home != nullptr) tasks_.wait(home, scratch);
-         if (home == nullptr && biased) bias_dots(block, dots + count * routes, scratch);
-         if (!inputs_.of(down)) return;
-         if (home == nullptr) {
-           const Arena::Frame frame(scratch);
-           auto* product = scratch.take<float>(grad_product_floats(down, block));
-           multiply_b(down, block, product, scratch);
-           keep_grad_low_rank(down, block, product, scratch);
-         }
-         pack_grad_low_rank(down, block, memory + packed_rows);
-       },
-       [=, this](Block block, index_t i, Range slice, Range next, Arena& scratch) {
-         if (!recomputed_.empty()) tasks_.wait(recomputed_[block.index], scratch);
-         const index_t dot = first_dot[block.shard] + (fixed ? slice.begin / kDotCols : i);
-         this->down(block, slice, next, dots + dot * routes, fixed ? kDotCols : slice.size(), scratch);
-       }},
-      down_done_);
-  if (gradients_.topk_weights != nullptr)
-    tasks_.add(Stage::dots, 0, 1, [=, this](index_t, Arena& scratch) {
-      for (const Group* done : down_done_) tasks_.wait(done, scratch);
-      sum_dots(dots, rows);
-    });
-}
-
-void Backward::down(Block block, Range slice, Range next, float* dots, index_t dot_cols,
-                    Arena& scratch) const {
-  const index_t n = inner(block);
-  const bf16_t *const gate = saved_gate_[block.index], *const up = saved_up_[block.index];
-  BackwardWeights weights;
-  add_weights(kDown, block, slice, next, weights, scratch);
-  const index_t stored = block.count * slice.size() * index_t{sizeof(bf16_t)};
-  count(scratch, {0, 3 * stored, 0});  // dG, dU, h
-  count(scratch, moved(2 * stored, recomputed_.empty() ? 0 : block.team, block.team));
-  const index_t stride = result_stride(kernels(), slice.size());
-  auto* grad = scratch.take<float>(rows_per_part() * stride);
-  for_parts(block, rows_per_part(), [&](Block part) {
-    const Arena::Frame frame(scratch);
-    input_gradient(weights, part, slice, grad, stride, scratch);
-    const Span span(recorder(scratch), Stage::grad_activation);
-    for (index_t i = 0; i < part.count; ++i) {
-      const index_t row = within(part).begin + i, route = part.first + i;
-      if (const index_t ahead = row + kRowsAhead; ahead < block.count)
-        for (const bf16_t* rows : {gate, up}) prefetch(rows + ahead * n + slice.begin, slice.size());
-      for (index_t j = 0; j < slice.size(); j += dot_cols) {
-        const index_t place = row * n + slice.begin + j;
-        dots[j / dot_cols * routing_.routes() + route] = activation_.backward(
-            static_cast<int>(std::min(dot_cols, slice.size() - j)), grad + i * stride + j, weight(route),
-            gate + place, up + place, grad_gate_up_[0][block.index] + place,
-            grad_gate_up_[1][block.index] + place, hidden_[block.index] + place);
-      }
-    }
+// <dY, bd> of a block's rows: what the bias of down adds to the gradient of their routing weights.
+void bias_dots(const Pass& pass, const Block& block, const Dots& dots, Arena& scratch) {
+  const index_t hidden = pass.experts.hidden;
+  const bf16_t* bias = pass.experts.bias(Projection::down, block.expert);
+  const Rows row{view(bias, DType::bf16, 1, hidden)};
+  for_mc_ranges(block, pass.kernels().few.max_rows, [&](const Block& mc) {
+    multiply_few_transposed(pass.kernels(), pass.grad_output(Projection::down, mc, {0, hidden}), row,
+                            dots.of_bias() + mc.first, /*stride=*/1, /*accumulate=*/false, scratch);
   });
 }
 
-void Backward::bias_dots(Block block, float* dots, Arena& scratch) const {
-  const bf16_t* bias = experts_.bias(Projection::down, block.expert);
-  const Rows row{view(bias, DType::bf16, 1, experts_.hidden)};
-  for_parts(block, kernels().few.max_rows, [&](Block part) {
-    multiply_few_transposed(kernels(), grad_output(Projection::down, part, {0, experts_.hidden}), row,
-                            dots + part.first, /*stride=*/1, /*accumulate=*/false, scratch);
-  });
-}
-
-void Backward::sum_dots(const float* dots, index_t count) const {
-  std::fill_n(gradients_.topk_weights, inputs_.topk_weights.rows * inputs_.topk_weights.cols, 0.0f);
-  for (index_t i = 0; i < count; ++i)
-    for (index_t r = 0; r < routing_.routes(); ++r)
-      gradients_.topk_weights[routing_.slot[static_cast<std::size_t>(r)]] += dots[i * routing_.routes() + r];
-}
-
-void Backward::add_gate_up_gradients() {
-  std::vector<std::array<char*, 2>> into;  // a block each
-  for (const Block block : blocks_) {
-    std::array<char*, 2>& pieces = into.emplace_back();
-    for (const Projection p : kGateUp)
-      pieces[index_of(p)] = memory(block).take<char>(grad_input_bytes(p, block));
-  }
-  const auto floats = [this](Block block) {
-    return grad_product_floats(Projection::gate, block) + grad_product_floats(Projection::up, block);
-  };
-  add_reduced(Stage::gather_grad, down_done_,
-              {floats,
-               [=, this](Block block, float* product, Arena& scratch) {
-                 for (const Projection p : kGateUp) {
-                   pack_grad_rows(p, block, into[block.index][index_of(p)]);
-                   if (inputs_.of(p)) multiply_b(p, block, product, scratch);
-                   product += grad_product_floats(p, block);
-                 }
-               },
-               [=, this](Block block, float* product, Arena& scratch) {
-                 for (const Projection p : kGateUp) {
-                   if (inputs_.of(p)) {
-                     keep_grad_low_rank(p, block, product, scratch);
-                     pack_grad_low_rank(p, block,
-                                        into[block.index][index_of(p)] +
-                                            packed_a_bytes(kernels(), block.count, inner(block)));
-                   }
-                   product += grad_product_floats(p, block);
-                 }
-               }},
-              gradients_done_);
-}
-
-void Backward::add_hidden_states() {
-  const GemmKernels& gemm = kernels().gemm;
-  add_sum(
-      Stage::grad_hidden, gradients_.hidden_states, /*weighted=*/false, gemm.nr, 2 * gemm.element_bytes,
-      gradients_done_,
-      [this](const Siblings& blocks, Range strip, Range next, float* rows, index_t stride, Arena& scratch) {
-        BackwardWeights weights;
-        for (const Block block : blocks) add_weights(kGateUp, block, strip, next, weights, scratch);
-        for_parts(blocks.front(), rows_per_part(), [&](Block part) {
-          const Arena::Frame frame(scratch);
-          input_gradient(weights, part, strip, rows + within(part).begin * stride, stride, scratch);
-        });
-      });
-}
-
-Rows Backward::grad_output(Projection p, Block block, Range cols) const {
-  if (p == Projection::down) return by_token(grad_out_, block, cols);
-  return by_route(grad_gate_up_[index_of(p)], inner(block), block, cols);
-}
-
-index_t Backward::grad_input_bytes(Projection p, Block block) const {
-  return packed_a_bytes(kernels(), block.count, rows(p, block)) +
-         packed_a_bytes(kernels(), block.count, inputs_.of(p).rank());
-}
-
-void Backward::pack_grad_rows(Projection p, Block block, char* into) {
-  if (few(block)) return;
-  grad_inputs_[index_of(p)][block.index].rows =
-      pack_a_into(into, kernels(), grad_output(p, block, {0, rows(p, block)}));
-}
-
-void Backward::pack_grad_low_rank(Projection p, Block block, char* into) {
-  if (few(block)) return;
-  const index_t rank = inputs_.of(p).rank();
-  grad_inputs_[index_of(p)][block.index].low_rank =
-      pack_a_into(into, kernels(), by_route(grad_low_rank_[index_of(p)].rows, rank, block, {0, rank}));
-}
-
-void Backward::add_weights(std::span<const Projection> targets, Block block, Range slice, Range next,
-                           BackwardWeights& weights, Arena& scratch) const {
-  const auto packed = [&](const auto& source) {
-    return few(block) ? PackedB{} : pack_b_rows(kernels(), source, scratch);
-  };
-  for (const Projection p : targets) {
-    const WeightBlock all = weights_of(p, block), w = all.cols_of(slice);
-    count(scratch, {0, bytes_of(w), 0});
-    const Span span(few(block) ? nullptr : recorder(scratch), packing(w));
-    weights.push_back({block, p, false, w, {}, packed(w), codes_of(all.cols_of(next))});
-  }
-  for (const Projection p : targets)
-    if (const LoraPair& lora = inputs_.of(p); lora && (p == Projection::down || at_home(block))) {
-      const Rows a{lora_a(p, block).block(0, slice.begin, lora.rank(), slice.size())};
-      weights.push_back({block, p, true, {}, a, packed(a), {} /* it is small */});
-    }
-}
-
-void Backward::input_gradient(const BackwardWeights& weights, Block part, Range slice, float* result,
-                              index_t stride, Arena& scratch) const {
-  if (!inputs_.dropout.active()) return multiply_backward(weights, part, result, stride, scratch);
-
-  BackwardWeights frozen = weights, loras;
-  // Not std::ranges::stable_partition: clang 14 does not compile libstdc++'s std::ranges::subrange.
-  const auto behind = std::stable_partition(frozen.begin(), frozen.end(),
-                                            [](const BackwardTerm& term) { return !term.lora; });
-  loras.assign(behind, frozen.end());
-  frozen.erase(behind, frozen.end());
-  multiply_backward(frozen, part, result, stride, scratch);
-  auto* product = scratch.take<float>(part.count * stride);
-  for (const BackwardTerm& term : loras) {  // what was dropped gets no gradient
-    multiply_backward({&term, 1}, part, product, stride, scratch);
-    for (index_t row = 0; row < part.count; ++row) {
-      const std::int32_t slot = routing_.slot[static_cast<std::size_t>(part.first + row)];
-      drop(inputs_.dropout, term.projection, slot, first_col(term.projection, part) + slice.begin,
-           slice.size(), product + row * stride);
-      const std::array<const float*, 2> terms{result + row * stride, product + row * stride};
-      constexpr std::array kOnce{1.0f, 1.0f};
-      kernels().epilogue.sum_scaled(static_cast<int>(slice.size()), 2, terms.data(), kOnce.data(),
-                                    result + row * stride);
-    }
-  }
-}
-
-void Backward::multiply_backward(std::span<const BackwardTerm> weights, Block part, float* result,
-                                 index_t stride, Arena& scratch) const {
+// Q = s dY Bd.
+void shrink_dy(Pass& pass, const Block& block, Arena& scratch) {
   const Arena::Frame frame(scratch);
-  auto* terms = scratch.take<Term>(std::ssize(weights));
-  for (std::size_t i = 0; i < weights.size(); ++i) {
-    const auto& [block, p, lora, frozen, lora_a, packed, next] = weights[i];
-    const index_t width = lora ? lora_a.matrix.cols : frozen.cols.size();
-    count(scratch, {2 * part.count * width * (lora ? inputs_.of(p).rank() : rows(p, block)), 0, 0});
-    if (few(part)) {
-      const Block mine = of_sibling(block, part);
-      const index_t rank = inputs_.of(p).rank();
-      const Rows gradient = lora ? by_route(grad_low_rank_[index_of(p)].rows, rank, mine, {0, rank})
-                                 : grad_output(p, mine, {0, rows(p, mine)});
-      if (lora)
-        multiply_few(kernels(), gradient, lora_a, result, stride, /*accumulate=*/i > 0, scratch);
-      else
-        multiply_few(kernels(), gradient, frozen, result, stride, /*accumulate=*/i > 0, scratch);
-    } else {
-      // What gate and up read lies by shard, what down reads by team.
-      const std::size_t packs = p == Projection::down ? block.input : block.index;
-      const GradInput& gradient = grad_inputs_[index_of(p)][packs];
-      terms[i] = {rows_of(kernels(), lora ? gradient.low_rank : gradient.rows, within(part)), packed,
-                  share(next, within(part), blocks_[part.index].count)};
+  auto* product = scratch.take<float>(q_product_floats(pass, Projection::down, block));
+  multiply_b(pass, Projection::down, block, product, scratch);
+  round_q(pass, Projection::down, block, product, scratch);
+}
+
+// dG, dU, h and <dh', h> of an MC range, columns nc, from dh' and the saved G and U.
+void activate_grad(const Pass& pass, const Block& mc, Range nc, const float* dh, index_t stride, float* dots,
+                   index_t dot_cols, Arena& scratch) {
+  const Span span(pass.recorder(scratch), Stage::grad_activation);
+  const std::size_t b = mc.index;
+  const index_t n = pass.plan.width(mc), last = pass.plan.blocks[b].count;
+  for (index_t i = 0; i < mc.count; ++i) {
+    const index_t row = pass.plan.within(mc).begin + i, route = mc.first + i;
+    if (const index_t ahead = row + kRowsAhead; ahead < last)
+      for (const bf16_t* rows : {pass.gate[b], pass.up[b]}) prefetch(rows + ahead * n + nc.begin, nc.size());
+    for (index_t j = 0; j < nc.size(); j += dot_cols) {
+      const index_t at = row * n + nc.begin + j;
+      dots[j / dot_cols * pass.routing.routes() + route] =
+          pass.activation.backward(to_int(std::min(dot_cols, nc.size() - j)), dh + i * stride + j,
+                                   pass.route_weight(route), pass.gate[b] + at, pass.up[b] + at,
+                                   pass.d_gate_up[0][b] + at, pass.d_gate_up[1][b] + at, pass.h[b] + at);
     }
   }
-  if (!few(part)) multiply(kernels(), {terms, weights.size()}, result, stride);
 }
+
+// dh' = dY Wd + Q Ad, and dG, dU, h and <dh', h> from it, columns nc.
+void grad_down(const Pass& pass, const Block& block, Range nc, Range next, float* dots, index_t dot_cols,
+               Arena& scratch) {
+  BackwardWeights weights;
+  add_backward_weights(pass, kDown, block, nc, next, weights, scratch);
+  const index_t stride = result_stride(pass.kernels(), nc.size());
+  auto* dh = scratch.take<float>(backward_mc(pass) * stride);
+  for_mc_ranges(block, backward_mc(pass), [&](const Block& mc) {
+    const Arena::Frame frame(scratch);
+    multiply_backward(pass, weights, mc, nc, dh, stride, scratch);
+    activate_grad(pass, mc, nc, dh, stride, dots, dot_cols, scratch);
+  });
+}
+
+// The gradients of the routing weights, each its dots added in order; 0 where there is no expert.
+void sum_dots(const Pass& pass, const Dots& dots, float* grad_topk_weights) {
+  std::fill_n(grad_topk_weights, pass.inputs.topk_weights.rows * pass.inputs.topk_weights.cols, 0.0f);
+  for (index_t i = 0; i < dots.count; ++i)
+    for (index_t r = 0; r < dots.routes; ++r)
+      grad_topk_weights[pass.routing.slot[static_cast<std::size_t>(r)]] += dots.row(i)[r];
+}
+
+// dG Wg + dU Wu + Qg Ag + Qu Au, columns nc, summed over the shards that are here.
+void grad_gate_up(const Pass& pass, std::span<const Block> blocks, Range nc, Range next, float* rows,
+                  index_t stride, Arena& scratch) {
+  BackwardWeights weights;
+  for (const Block& block : blocks) add_backward_weights(pass, kGateUp, block, nc, next, weights, scratch);
+  for_mc_ranges(blocks.front(), backward_mc(pass), [&](const Block& mc) {
+    const Arena::Frame frame(scratch);
+    multiply_backward(pass, weights, mc, nc, rows + pass.plan.within(mc).begin * stride, stride, scratch);
+  });
+}
+
+// ---- The tasks
+
+// The tasks of all blocks that compute Q of down, dG, dU and h, and the gradients of the routing weights.
+// `recomputed`: what the latter two wait for, by block; empty where forward kept G and U.
+Groups add_grad_down(Pass& pass, const Groups& recomputed, float* grad_topk_weights) {
+  constexpr Projection down = Projection::down;
+  const Plan& plan = pass.plan;
+  const KernelSet& kernels = pass.kernels();
+  const index_t tile = plan.all_small_m ? kDotCols : kernels.gemm.nr;
+  std::vector<NcRanges> ranges;  // by shard
+  for (const ShardSlice& shard : plan.shards)
+    ranges.push_back(
+        plan.nc_ranges(shard.range.size(), tile, pass.experts.hidden * kernels.gemm.element_bytes));
+  const Dots dots = take_dots(pass, ranges);
+  const PackSchedule schedule(plan);
+  const index_t slot_bytes = packed_gradient_bytes(pass, down, plan.most_rows, pass.experts.hidden);
+  const std::vector<char*> rings = pass.take_rings(schedule, slot_bytes);
+  const bool lora{pass.lora(down)};
+  Groups packed(plan.blocks.size()), done(plan.blocks.size());  // by block
+  for (const PackSchedule::Step& step : schedule.steps) {
+    const Block& block = plan.blocks[step.block];
+    if (step.packs) {
+      char* slot = rings[block.team] + step.slot * slot_bytes;
+      packed[block.index] = pass.tasks.add(
+          pass.label(Stage::gather, block), block.team, 1, of_readers(plan, step.emptied, done),
+          [&pass, &block, dots, slot, lora](index_t, Arena& scratch) {
+            char* behind = pack_grad(pass, down, block, slot);
+            if (!pass.plan.is_root(block)) return;
+            if (dots.biased) bias_dots(pass, block, dots, scratch);
+            if (!lora) return;
+            shrink_dy(pass, block, scratch);
+            pass.packed_grad[index_of(down)][block.index].low_rank = pack_q(pass, down, block, behind);
+          },
+          [&pass, &block](index_t) { return cost_of_packing(pass, block); });
+      if (lora && !plan.is_root(block))
+        packed[block.index] = pass.tasks.add(
+            pass.label(Stage::gather, block), block.team, 1,
+            Groups{packed[block.index], packed[plan.root(block).index]},
+            [&pass, &block, behind = slot + packed_a_bytes(kernels, block.count, pass.experts.hidden)](
+                index_t, Arena&) {
+              pass.packed_grad[index_of(down)][block.index].low_rank = pack_q(pass, down, block, behind);
+            });
+    } else {
+      const NcRanges cut = ranges[block.shard];
+      const index_t per_task = plan.ranges_per_task(cut);
+      Groups after{packed[block.packer]};
+      if (!recomputed.empty()) after.push_back(recomputed[block.index]);
+      done[block.index] = pass.tasks.add(
+          pass.label(Stage::grad_down, block), block.team, ceil_div(cut.count, per_task), std::move(after),
+          [&pass, &block, dots, cut, per_task](index_t task, Arena& scratch) {
+            for_nc_ranges(cut, task, per_task, [&](index_t i, Range nc, Range next) {
+              const Arena::Frame frame(scratch);
+              const index_t row = dots.first_row[block.shard] + (dots.by_columns ? nc.begin / kDotCols : i);
+              grad_down(pass, block, nc, next, dots.row(row), dots.by_columns ? kDotCols : nc.size(),
+                        scratch);
+            });
+          },
+          [&pass, &block, cut, per_task, recompute = !recomputed.empty()](index_t task) {
+            return cost_of_grad_down(pass, block, nc_of_task(cut, task, per_task), recompute);
+          });
+    }
+  }
+  if (grad_topk_weights != nullptr)
+    pass.tasks.add(Stage::dots, 0, 1, done, [&pass, dots, grad_topk_weights](index_t, Arena&) {
+      sum_dots(pass, dots, grad_topk_weights);
+    });
+  return done;
+}
+
+// The tasks of all blocks that pack dG and dU, and compute Q of gate and up.
+Groups add_gate_up_low_rank(Pass& pass, const Groups& d_gate_up_done) {
+  const Plan& plan = pass.plan;
+  const bool lora = pass.lora(Projection::gate) || pass.lora(Projection::up),
+             sharded = plan.shards.size() > 1;
+  std::vector<std::array<char*, 2>> into(plan.blocks.size());  // by block: packed dG and dU, each with its Q
+  std::vector<float*> products(plan.blocks.size());            // by block: the partial sums of shards
+  const auto product_floats = [&pass](const Block& block) {
+    return q_product_floats(pass, Projection::gate, block) + q_product_floats(pass, Projection::up, block);
+  };
+  for (const Block& block : plan.blocks) {
+    for (const Projection p : kGateUp)
+      into[block.index][index_of(p)] =
+          pass.memory(block).take<char>(packed_gradient_bytes(pass, p, block.count, plan.width(block)));
+    if (sharded && lora) products[block.index] = pass.memory(block).take<float>(product_floats(block));
+  }
+  const auto finish_q = [&pass, into](const Block& block, float* product, Arena& scratch) {
+    for (const Projection p : kGateUp) {
+      if (pass.lora(p)) {
+        round_q(pass, p, block, product, scratch);
+        char* behind = into[block.index][index_of(p)] +
+                       packed_a_bytes(pass.kernels(), block.count, pass.plan.width(block));
+        pass.packed_grad[index_of(p)][block.index].low_rank = pack_q(pass, p, block, behind);
+      }
+      product += q_product_floats(pass, p, block);
+    }
+  };
+  Groups done(plan.blocks.size());
+  for (const Block& block : plan.blocks)
+    done[block.index] = pass.tasks.add(
+        pass.label(Stage::gather_grad, block), block.team, 1, d_gate_up_done[block.index],
+        [=, &pass, &block, own = into[block.index], partial = products[block.index]](index_t,
+                                                                                     Arena& scratch) {
+          float* const product = sharded || !lora ? partial : scratch.take<float>(product_floats(block));
+          float* next = product;
+          for (const Projection p : kGateUp) {
+            pack_grad(pass, p, block, own[index_of(p)]);
+            if (pass.lora(p)) multiply_b(pass, p, block, next, scratch);
+            if (lora) next += q_product_floats(pass, p, block);
+          }
+          if (lora && !sharded) finish_q(block, product, scratch);
+        });
+  if (!sharded || !lora) return done;
+  for (const Block& block : plan.blocks)
+    if (plan.is_root(block))
+      done[block.index] = pass.tasks.add(
+          pass.label(Stage::merge, block), block.team, 1, of_token_block(plan, block, done),
+          [=, &pass, &block](index_t, Arena& scratch) {
+            finish_q(block, sum_over_shards(pass, block, products, product_floats(block), scratch), scratch);
+          });
+  return done;
+}
+
+void add_grad_gate_up(Pass& pass, Combine& combine) {
+  for (std::size_t c = 0; c < combine.steps(); ++c) {
+    for (std::size_t l = 0; c < combine.chunks() && l < combine.partials().size(); ++l) {
+      const Partial& partial = combine.partials()[l];
+      combine.set_products(
+          c, pass.tasks.add(
+                 {Stage::grad_hidden, {partial.shard}}, partial.team, std::ssize(partial.products),
+                 combine.before_products(c, l),
+                 [&, c, l](index_t task, Arena& scratch) {
+                   const std::vector<Block>& blocks = partial.products[static_cast<std::size_t>(task)];
+                   float* rows = combine.row(c, l, blocks.front().first);
+                   combine.for_chunk_nc_ranges(c, blocks.front(), [&](Range nc, Range next, index_t offset) {
+                     const Arena::Frame frame(scratch);
+                     grad_gate_up(pass, blocks, nc, next, rows + offset, combine.stride(), scratch);
+                   });
+                 },
+                 [&, c](index_t task) {
+                   return cost_of_grad_gate_up(pass, partial.products[static_cast<std::size_t>(task)],
+                                               combine.chunk(c));
+                 }));
+    }
+    combine.add_sums(c);
+  }
+}
+
+}  // namespace
 
 void backward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, const Saved& saved,
               const MatView& grad_out, const LayerGradients& gradients) {
-  Backward(runtime, experts, inputs, grad_out, gradients).run(saved);
+  Pass pass(runtime, experts, inputs, Direction::backward);
+  pass.grad_out = grad_out;
+  const bool recompute = !saved;
+  pass.h = pass.take_inner();
+  pass.d_gate_up = {pass.take_inner(), pass.take_inner()};
+  pass.gate = recompute ? pass.take_inner() : pass.saved_inner(saved.gate);
+  pass.up = recompute ? pass.take_inner() : pass.saved_inner(saved.up);
+  for (const Projection p : projections) {
+    const std::size_t i = index_of(p);
+    ByBlock& kept = p == Projection::down ? pass.weighted_lora_p : pass.lora_p[i];
+    kept = recompute ? pass.take_low_rank(p) : pass.saved_low_rank(p, saved.low_rank[i]);
+    pass.lora_q[i] = pass.take_low_rank(p), pass.lora_q_transposed[i] = pass.take_low_rank(p);
+    pass.packed_grad[i].resize(pass.plan.blocks.size());
+  }
+
+  Groups recomputed;
+  if (recompute) recomputed = add_down_low_rank(pass, add_gate_up(pass), /*pack=*/false);
+  const Groups d_gate_up_done = add_grad_down(pass, recomputed, gradients.topk_weights);
+  const Groups packed = add_gate_up_low_rank(pass, d_gate_up_done);
+  std::optional<Combine> combine;
+  if (gradients.hidden_states) {
+    const GemmKernels& gemm = pass.kernels().gemm;
+    combine.emplace(pass, gradients.hidden_states, /*weighted=*/false, gemm.nr, 2 * gemm.element_bytes,
+                    packed);
+    add_grad_gate_up(pass, *combine);
+  }
+  add_lora_gradients(pass, gradients, packed);
+  pass.run();
 }
 
 }  // namespace kt

@@ -129,7 +129,7 @@ void put_in_l2(Products& products, Runtime::Lease& lease, std::size_t l1) {
   const KernelSet& kernels = lease.kernels();
   const GemmKernels& gemm = kernels.gemm;
   const index_t k = fitting_k(gemm, l1 / 3, std::max(gemm.mr, gemm.nr));
-  const index_t half = static_cast<index_t>(lease.l2_bytes() / 2);
+  const index_t half = static_cast<index_t>(lease.workers().l2_bytes / 2);
   products.k = static_cast<int>(k);
   products.panels = std::max<index_t>(1, half / (gemm.mr * k * gemm.element_bytes));
   const PackedA a = pack_a(kernels, numbers(products.panels * gemm.mr, k, lease.memory(0)), lease.memory(0));

@@ -15,7 +15,6 @@
 #include "base/weight.h"
 #include "gemm/decode.h"
 #include "kernels/kernel_set.h"
-#include "moe/dropout.h"
 #include "moe/runtime.h"
 
 namespace kt {
@@ -91,6 +90,16 @@ struct LoraPair {
 
   index_t rank() const { return a.rows; }
   explicit operator bool() const { return rank() > 0; }
+};
+
+// Of the input of LoRA A, drawn anew by every seed.
+struct Dropout {
+  // Of dropping, in [0, 1). Kept elements are scaled by 1 / (1 - probability), through the LoRA scaling. A
+  // double, because a float just below 1 may be 1.
+  double probability = 0.0;
+  std::uint64_t seed = 0;
+
+  bool active() const { return probability > 0.0; }
 };
 
 struct LayerInputs {

@@ -5,185 +5,147 @@
 
 namespace kt {
 
-namespace {
-
-constexpr index_t kTasksPerThread = 4;  // at least, where they are small
-constexpr index_t kMostSlices = 4;      // of one task: each fetches the next one's weights
-constexpr index_t kLeastCols = 24;      // of a slice, or its input is read too often
-constexpr index_t kFewCols = 128;       // at least, of a slice for few rows: runs of 256 bytes
-
-}  // namespace
-
-Pass::Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, Direction direction)
-    : lease_(runtime),
-      call_(lease_.profile(), direction),
-      threads_(runtime.threads()),
-      experts_(experts),
-      inputs_(inputs),
-      activation_(kernels_of(kernels(), experts.activation)),
-      routing_(find_routes()),
-      whole_(experts.placement == Placement::expert),
-      tasks_(lease_.teams()) {
+Pass::Pass(Runtime& runtime, const ExpertWeights& weights, const LayerInputs& layer_inputs,
+           Direction direction)
+    : lease(runtime),
+      call(lease.profile(), direction),
+      experts(weights),
+      inputs(layer_inputs),
+      activation(kernels_of(kernels(), weights.activation)),
+      routing(find_routes()),
+      plan(routing, weights, kernels(), lease.workers()),
+      tasks(lease.teams()) {
   if (experts.fetch)
-    tasks_.add(Stage::fetch, 0, std::ssize(routing_.experts),
-               [this](index_t i, Arena&) { experts_.fetch(routing_.experts[static_cast<std::size_t>(i)]); });
-  add_blocks();
-  const auto* weights = static_cast<const float*>(inputs.topk_weights.data);
-  for (const std::int32_t slot : routing_.slot) weight_.push_back(weights[slot]);
+    tasks.add(Stage::fetch, 0, std::ssize(routing.experts), {},
+              [this](index_t i, Arena&) { experts.fetch(routing.experts[static_cast<std::size_t>(i)]); });
+  const auto* topk_weights = static_cast<const float*>(inputs.topk_weights.data);
+  for (const std::int32_t slot : routing.slot) route_weights.push_back(topk_weights[slot]);
 }
 
 Routing Pass::find_routes() {
-  const Span span(call_.caller(), Stage::route);
-  Routing routing = route(inputs_.topk_ids, experts_.num_experts);
+  const Span span(call.caller(), Stage::route);
+  Routing found = route(inputs.topk_ids, experts.num_experts);
   index_t most = 0;
-  for (const int e : routing.experts) most = std::max(most, routing.count(e));
-  call_.describe(inputs_.topk_ids.rows, routing.routes(), to_int(std::ssize(routing.experts)), most);
-  return routing;
+  for (const int e : found.experts) most = std::max(most, found.count(e));
+  call.describe(inputs.topk_ids.rows, found.routes(), to_int(std::ssize(found.experts)), most);
+  return found;
 }
 
-void Pass::run_tasks() {
-  call_.begin_tasks();
-  tasks_.run(lease_);
-  call_.end_tasks();
+void Pass::run() {
+  call.begin_tasks();
+  tasks.run(lease);
+  call.end_tasks();
 }
 
-Label Pass::label(Stage stage, Block block) const {
-  const int shard = shards_.size() > 1 ? to_int(static_cast<index_t>(shards_[block.shard].number)) : -1;
+Label Pass::label(Stage stage, const Block& block) const {
+  const int shard =
+      plan.shards.size() > 1 ? to_int(static_cast<index_t>(plan.shards[block.shard].number)) : -1;
   return {stage, {shard, block.expert, to_int(block.count)}};
 }
 
-void Pass::add_blocks() {
-  for (std::size_t s = 0; s < experts_.shards.size() && !whole_; ++s)
-    if (experts_.shards[s].size() > 0)
-      shards_.push_back({experts_.shards[s], s, lease_.team_of(s), lease_.place_of(s)});
-  if (shards_.empty()) shards_.push_back({{0, experts_.intermediate}, 0, 0, 0});
-  for (const int e : routing_.experts) {
-    const index_t count = routing_.count(e), cuts = ceil_div(count, kBlockRows);
-    const index_t each = round_up(ceil_div(count, cuts), kernels().gemm.nr);
-    Block block{e, 0, 0, 0, 0, routing_.first(e), count};
-    if (whole_)
-      block.team = lease_.team_of(static_cast<std::size_t>(experts_.homes[static_cast<std::size_t>(e)]));
-    for_parts(block, each, [&](Block routes) { add_siblings(routes); });
-  }
+WeightBlock Pass::weight(Projection of, const Block& block) const {
+  if (plan.shards.size() == 1 && !experts.split) return whole(experts.of(of, block.expert));
+  return experts.of(of, block.expert, plan.shards[block.shard].number);
 }
 
-void Pass::add_siblings(Block block) {
-  most_rows_ = std::max(most_rows_, block.count);
-  const std::size_t home = blocks_.size();
-  std::vector<std::size_t> packs(lease_.teams(), blocks_.max_size());
-  for (std::size_t i = 0; i < shards_.size(); ++i) {
-    block.index = blocks_.size();
-    block.shard = (home / shards_.size() + i) % shards_.size();  // in turn every shard is at home
-    if (!whole_) block.team = shards_[block.shard].team;
-    std::size_t& first = packs[block.team];
-    block.input = first = std::min(first, block.index);
-    blocks_.push_back(block);
-  }
+MatView Pass::lora_a(Projection of, const Block& block) const {
+  return lora(of).a[block.expert].block(0, first_col(of, block), rank(of), cols(of, block));
 }
 
-Pass::ByBlock Pass::take_inner() {
+MatView Pass::lora_b(Projection of, const Block& block) const {
+  return lora(of).b[block.expert].block(first_row(of, block), 0, rows(of, block), rank(of));
+}
+
+Rows Pass::by_token(const MatView& matrix, const Block& block, Range columns) const {
+  return {matrix.block(0, columns.begin, block.count, columns.size()), routing.token.data() + block.first};
+}
+
+Rows Pass::by_route(const ByBlock& matrices, index_t width, const Block& block, Range columns) const {
+  return {view(matrices[block.index], DType::bf16, plan.blocks[block.index].count, width)
+              .block(plan.within(block).begin, columns.begin, block.count, columns.size())};
+}
+
+Rows Pass::input(Projection of, const Block& block, Range columns) const {
+  return of == Projection::down ? by_route(h, plan.width(block), block, columns)
+                                : by_token(inputs.hidden_states, block, columns);
+}
+
+Rows Pass::grad_output(Projection of, const Block& block, Range columns) const {
+  return of == Projection::down ? by_token(grad_out, block, columns)
+                                : by_route(d_gate_up[index_of(of)], plan.width(block), block, columns);
+}
+
+MatView Pass::low_rank(const ByBlock& matrices, Projection of, const Block& block) const {
+  return view(matrices[block.index], DType::bf16, rank(of), plan.blocks[block.index].count)
+      .block(0, plan.within(block).begin, rank(of), block.count);
+}
+
+ByBlock Pass::take_inner() {
   ByBlock matrices;
-  for (const Block block : blocks_)
-    matrices.push_back(memory(block).take<bf16_t>(block.count * inner(block)));
+  for (const Block& block : plan.blocks)
+    matrices.push_back(memory(block).take<bf16_t>(block.count * plan.width(block)));
   return matrices;
 }
 
-Pass::ByBlock Pass::cut_inner(bf16_t* matrix) const {
+ByBlock Pass::saved_inner(bf16_t* matrix) const {
   ByBlock matrices;
-  for (std::size_t b = 0; matrix != nullptr && b < blocks_.size(); ++b)
-    matrices.push_back(matrix + routing_.routes() * shards_[blocks_[b].shard].inner.begin +
-                       blocks_[b].first * inner(blocks_[b]));
+  if (matrix == nullptr) return matrices;
+  for (const Block& block : plan.blocks)
+    matrices.push_back(matrix + routing.routes() * plan.slice(block).begin + block.first * plan.width(block));
   return matrices;
 }
 
-Pass::ByBlock Pass::take_low_rank(Projection p) {
+ByBlock Pass::take_low_rank(Projection of) {
   ByBlock matrices;
-  for (const Block block : blocks_)
-    matrices.push_back(at_home(block) ? memory(block).take<bf16_t>(inputs_.of(p).rank() * block.count)
-                                      : matrices[home_of(block)]);
+  for (const Block& block : plan.blocks)
+    matrices.push_back(plan.is_root(block) ? memory(block).take<bf16_t>(rank(of) * block.count)
+                                           : matrices[plan.root(block).index]);
   return matrices;
 }
 
-Pass::ByBlock Pass::cut_low_rank(Projection p, bf16_t* matrix) const {
+ByBlock Pass::saved_low_rank(Projection of, bf16_t* matrix) const {
   ByBlock matrices;
-  for (std::size_t b = 0; matrix != nullptr && b < blocks_.size(); ++b)
-    matrices.push_back(matrix + inputs_.of(p).rank() * blocks_[b].first);
+  if (matrix == nullptr) return matrices;
+  for (const Block& block : plan.blocks) matrices.push_back(matrix + rank(of) * block.first);
   return matrices;
 }
 
-WeightBlock Pass::weights_of(Projection p, Block block) const {
-  if (shards_.size() == 1 && !experts_.split) return whole(experts_.of(p, block.expert));
-  return experts_.of(p, block.expert, shards_[block.shard].number);
+std::vector<char*> Pass::take_rings(const PackSchedule& schedule, index_t bytes) {
+  std::vector<char*> rings;
+  for (std::size_t team = 0; team < schedule.slots.size(); ++team)
+    rings.push_back(lease.memory(team).take<char>(schedule.slots[team] * bytes));
+  return rings;
 }
 
-index_t Pass::bytes_of(const WeightBlock& weights) {
-  const index_t all = weights.weight->rows * weights.weight->cols;
-  return weights.weight->bytes() * weights.rows.size() * weights.cols.size() / all;
+void Pass::store(const float* row, index_t n, const Result& result, index_t offset) const {
+  if (result.dtype == DType::f32)
+    std::memcpy(static_cast<float*>(result.data) + offset, row, static_cast<std::size_t>(n) * sizeof(float));
+  else
+    kernels().epilogue.round_scaled(to_int(n), 1.0f, row, static_cast<bf16_t*>(result.data) + offset);
 }
 
-MatView Pass::lora_a(Projection p, Block block) const {
-  const LoraPair& lora = inputs_.of(p);
-  if (p != Projection::down) return lora.a[block.expert];
-  return lora.a[block.expert].block(0, shards_[block.shard].inner.begin, lora.rank(), inner(block));
+TaskGraph::Groups of_token_block(const Plan& plan, const Block& block, const TaskGraph::Groups& groups) {
+  TaskGraph::Groups found;
+  for (const Block& shard : plan.token_block(block)) found.push_back(groups[shard.index]);
+  return found;
 }
 
-MatView Pass::lora_b(Projection p, Block block) const {
-  const LoraPair& lora = inputs_.of(p);
-  if (p == Projection::down) return lora.b[block.expert];
-  return lora.b[block.expert].block(shards_[block.shard].inner.begin, 0, inner(block), lora.rank());
+TaskGraph::Groups of_readers(const Plan& plan, std::size_t packer, const TaskGraph::Groups& groups) {
+  TaskGraph::Groups found;
+  if (packer != PackSchedule::kNone)
+    for_readers(plan, packer, [&](const Block& block) { found.push_back(groups[block.index]); });
+  return found;
 }
 
-Rows Pass::by_token(const MatView& matrix, Block part, Range cols) const {
-  return {matrix.block(0, cols.begin, part.count, cols.size()), routing_.token.data() + part.first};
-}
-
-Rows Pass::by_route(const ByBlock& matrices, index_t row_length, Block part, Range cols) const {
-  return {view(matrices[part.index], DType::bf16, blocks_[part.index].count, row_length)
-              .block(within(part).begin, cols.begin, part.count, cols.size())};
-}
-
-Rows Pass::input(Projection p, Block block, Range cols) const {
-  return p == Projection::down ? by_route(hidden_, inner(block), block, cols)
-                               : by_token(inputs_.hidden_states, block, cols);
-}
-
-Rows Pass::lora_input(Projection p, Block block, Range cols, Arena& scratch) const {
-  const Rows rows = input(p, block, cols);
-  if (!inputs_.dropout.active()) return rows;
-  auto* copy = scratch.take<bf16_t>(block.count * cols.size());
-  for (index_t i = 0; i < block.count; ++i) {
-    bf16_t* row = copy + i * cols.size();
-    const index_t source = rows.index ? rows.index[i] : i;
-    std::memcpy(row, rows.matrix.at(source, 0), static_cast<std::size_t>(cols.size()) * sizeof(bf16_t));
-    drop(inputs_.dropout, p, routing_.slot[static_cast<std::size_t>(block.first + i)],
-         first_col(p, block) + cols.begin, cols.size(), row);
-  }
-  return {view(copy, DType::bf16, block.count, cols.size())};
-}
-
-MatView Pass::low_rank_of(const ByBlock& low_rank, index_t rank, Block part) const {
-  return view(low_rank[part.index], DType::bf16, rank, blocks_[part.index].count)
-      .block(0, within(part).begin, rank, part.count);
-}
-
-Slices Pass::slices(index_t n, index_t tile, index_t bytes) const {
-  const auto cut = [&](index_t count, index_t most) {
-    return Slices{n, std::clamp(count, index_t{1}, most), tile};
-  };
-  if (all_few())
-    return cut(ceil_div(kTasksPerThread * threads_, std::max(std::ssize(blocks_), index_t{1})),
-               ceil_div(n, std::max(tile, kFewCols)));
-  return cut(ceil_div(n, std::max(round_up(kLeastCols, tile), cache_part() / bytes)), ceil_div(n, tile));
-}
-
-index_t Pass::slices_per_task(const Slices& slices) const {
-  return std::clamp(slices.count * std::ssize(blocks_) / (kTasksPerThread * threads_), index_t{1},
-                    kMostSlices);
-}
-
-// Dropped inputs are zeros; the kept ones' factor 1 / (1 - probability) enters here, in fp32.
-float Pass::lora_scale(Projection p) const {
-  return static_cast<float>(inputs_.of(p).scaling / (1.0 - inputs_.dropout.probability));
+float* sum_over_shards(const Pass& pass, const Block& block, const std::vector<float*>& products, index_t n,
+                       Arena& scratch) {
+  const std::size_t shards = pass.plan.shards.size();
+  std::vector<const float*> terms(shards);
+  for (const Block& shard : pass.plan.token_block(block)) terms[shard.shard] = products[shard.index];
+  const std::vector<float> once(shards, 1.0f);
+  auto* sum = scratch.take<float>(n);
+  pass.kernels().epilogue.sum_scaled(to_int(n), to_int(std::ssize(terms)), terms.data(), once.data(), sum);
+  return sum;
 }
 
 }  // namespace kt

@@ -144,6 +144,13 @@ Runtime::Lease::Lease(Runtime& runtime) : runtime_(runtime), claim_(runtime.pool
   for (Arena& arena : runtime_.scratch_) arena.reset_peak();
 }
 
+Workers Runtime::Lease::workers() const {
+  Workers workers{{}, runtime_.team_of_, {}, runtime_.l2_bytes_};
+  for (const Team& team : runtime_.pool_.teams()) workers.threads.push_back(team.threads);
+  for (const Shard& shard : runtime_.layout_.shards) workers.node_of.push_back(shard.place);
+  return workers;
+}
+
 void Runtime::Lease::parallel_for(index_t tasks, const std::function<void(index_t, Arena&)>& body,
                                   const std::function<void()>& between) {
   const auto with_scratch = [&](int task, int worker) {

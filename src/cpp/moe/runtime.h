@@ -21,6 +21,13 @@ namespace kt {
 
 inline constexpr int kMostShards = 64;
 
+// The threads of a runtime and the shards they serve, as plain data.
+struct Workers {
+  std::vector<int> threads;                   // of each team
+  std::vector<std::size_t> team_of, node_of;  // of each shard
+  std::size_t l2_bytes;
+};
+
 // What read_topology() says, but of some nodes alone: those given, or named by KT_MOE_NODES ("0,2-3").
 Topology usable_topology(const std::optional<std::vector<int>>& nodes);
 
@@ -58,11 +65,8 @@ class Runtime {
     explicit Lease(Runtime& runtime);
 
     const KernelSet& kernels() const { return runtime_.kernels_; }
-    std::size_t l2_bytes() const { return runtime_.l2_bytes_; }
     std::size_t teams() const { return runtime_.pool_.teams().size(); }
-    int threads(std::size_t team) const { return runtime_.pool_.teams()[team].threads; }
-    std::size_t team_of(std::size_t shard) const { return runtime_.team_of_[shard]; }
-    std::size_t place_of(std::size_t shard) const { return runtime_.layout_.shards[shard].place; }
+    Workers workers() const;
     // Of a team, on its nodes.
     Arena& memory(std::size_t team) { return runtime_.memory_[team]; }
     // Null: nothing is recorded.

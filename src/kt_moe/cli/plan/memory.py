@@ -12,7 +12,7 @@ from kt_moe.gpu.layers import auto_memory
 from kt_moe.lora_device import auto_moves
 
 _ADAM_8BIT = 2 * (1 + 4 / 256)  # two moments of a byte, and an fp32 scale for 256 of them
-_BLOCK_ROWS = 512  # most routes that share a packing: kBlockRows of src/cpp/moe/block.h
+_BLOCK_ROWS = 512  # most routes that share a packing: kBlockRows of src/cpp/moe/plan.h
 _CACHE_PART = 512 << 10  # most that packed weights take of a thread's cache: kMostCacheBytes there
 MMAP_THRESHOLD = 32 << 20  # the most glibc raises its threshold to by itself
 _ENGINE_BYTES = 1 << 30  # of the GPU, the most that computing experts there takes beside their weights

@@ -1,0 +1,166 @@
+// The plan of a pass: which routed tokens are multiplied together, on which shard and by which team, and into
+// which ranges products are cut. Plain data, made without threads or memory.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <span>
+#include <vector>
+
+#include "base/projection.h"
+#include "base/split.h"
+#include "kernels/kernel_set.h"
+#include "moe/layer.h"
+#include "moe/routing.h"
+
+namespace kt {
+
+// Kernels count the rows and columns of a tile in int.
+inline int to_int(index_t n) { return static_cast<int>(n); }
+
+// A token block has at most so many rows: enough to make the packing of an expert's weights cheap.
+inline constexpr index_t kBlockRows = 512;
+
+// A task keeps at most so many bytes of weights in its L2 cache: virtual machines hide that two of their
+// cores share one of 2 MiB.
+inline constexpr index_t kMostCacheBytes = index_t{512} << 10;
+
+// The projections that read hidden_states, and the one that reads h.
+inline constexpr std::array kGateUp{Projection::gate, Projection::up};
+inline constexpr std::array kDown{Projection::down};
+
+// A token block on one shard, which is what a verb computes: consecutive routed tokens of one expert, and the
+// shard's slice of the intermediate dimension. Or some of its rows. The shards of a token block follow one
+// another, and the first is its root, which computes what all of them need, and reduces their partial sums.
+struct Block {
+  int expert;
+  std::size_t shard, team;  // of those in the plan
+  std::size_t index;        // in the plan
+  std::size_t packer;       // the block of its team that packs the input that they have in common
+  index_t first, count;     // its routed tokens
+};
+
+// A shard of the plan: its slice of the intermediate dimension, its number in the runtime, the NUMA node that
+// owns it and the team that computes it.
+struct ShardSlice {
+  Range range;
+  std::size_t number, node, team;
+};
+
+// The n columns of a product, cut into `count` ranges of NC columns each, on multiples of `tile`. Ranges at
+// the end may be empty.
+struct NcRanges {
+  index_t n, count, tile;
+
+  Range operator[](index_t i) const { return split(n, count, i, tile); }
+};
+
+// The columns that task `task` computes, of tasks that take `per_task` ranges each.
+Range nc_of_task(const NcRanges& ranges, index_t task, index_t per_task);
+
+// Calls body(i, ranges[i], the range after it) for each range of a task; an empty one comes after the last.
+template <class Body>
+void for_nc_ranges(const NcRanges& ranges, index_t task, index_t per_task, const Body& body) {
+  const index_t end = std::min(ranges.count, (task + 1) * per_task);
+  for (index_t i = task * per_task; i < end; ++i) {
+    const Range nc = ranges[i];
+    if (nc.size() > 0) body(i, nc, i + 1 < end ? ranges[i + 1] : Range{nc.end, nc.end});
+  }
+}
+
+// `count` rows of a block from row `first` on.
+inline Block rows_of(Block block, index_t first, index_t count) {
+  block.first += first, block.count = count;
+  return block;
+}
+
+// Cuts a block into MC ranges of at most `rows` rows.
+template <class Body>
+void for_mc_ranges(const Block& block, index_t rows, const Body& body) {
+  for (index_t i = 0; i < block.count; i += rows) body(rows_of(block, i, std::min(rows, block.count - i)));
+}
+
+class Plan {
+ public:
+  Plan(const Routing& routing, const ExpertWeights& experts, const KernelSet& kernels,
+       const Workers& workers);
+
+  std::vector<ShardSlice> shards;  // those that have some of the intermediate dimension
+  std::vector<Block> blocks;       // every token block once a shard, experts in order
+  std::vector<int> team_threads;
+  int threads = 0;
+  index_t most_rows = 0;    // of a block
+  index_t cache_bytes = 0;  // of weights that a task keeps in its L2 cache
+  bool all_small_m = true;  // every block
+
+  // Whether a block has so few rows that its products read the weights where they lie, without packing.
+  bool small_m(const Block& block) const { return blocks[block.index].count <= kernels_.few.max_rows; }
+
+  bool is_root(const Block& block) const { return block.index % shards.size() == 0; }
+  // All shards of the same token block, its root first.
+  std::span<const Block> token_block(const Block& block) const {
+    return std::span(blocks).subspan(block.index - block.index % shards.size(), shards.size());
+  }
+  const Block& root(const Block& block) const { return token_block(block).front(); }
+  // Where some rows lie in their block; and the same rows on another shard.
+  Range within(const Block& rows) const {
+    const index_t begin = rows.first - blocks[rows.index].first;
+    return {begin, begin + rows.count};
+  }
+  Block on_shard_of(const Block& other, const Block& rows) const {
+    return rows_of(other, within(rows).begin, rows.count);
+  }
+  // The columns of the intermediate dimension that a block has.
+  const Range& slice(const Block& block) const { return shards[block.shard].range; }
+  index_t width(const Block& block) const { return slice(block).size(); }
+
+  // Cuts n columns so that `bytes` of weights a column fill a part of the L2 cache; where every block has few
+  // rows, into as many ranges as keep the threads busy.
+  NcRanges nc_ranges(index_t n, index_t tile, index_t bytes) const;
+  // How many ranges of a block one task takes, one after the other.
+  index_t ranges_per_task(const NcRanges& ranges) const;
+
+  // Cuts a block into the MC ranges of forward products, whose tiles hold `nr` rows: whole tiles, and in the
+  // end half a tile or few rows where those save a large part of a tile.
+  template <class Body>
+  void for_forward_mc_ranges(const Block& block, const Body& body) const {
+    const index_t tile = kernels_.gemm.nr, half = tile / 2, tail = kernels_.few.max_tail;
+    for (index_t i = 0, rows; i < block.count; i += rows) {
+      const index_t left = block.count - i;
+      rows = left <= tail || left > half + tail ? std::min(tile, left) : std::min(half, left);
+      body(rows_of(block, i, rows));
+    }
+  }
+
+ private:
+  void add_token_block(Block block, bool expert_parallel);
+
+  const KernelSet& kernels_;
+};
+
+// The order in which a team's inputs are packed and multiplied. Packing runs some blocks ahead, by a team's
+// threads, so that products seldom wait, into a ring of slots, each free again when its products are done.
+struct PackSchedule {
+  struct Step {
+    std::size_t block;
+    bool packs;  // its input; else multiplies it
+    index_t slot = 0;
+    std::size_t emptied =
+        kNone;  // whose products, by the block that packed for them, must be done with the slot
+  };
+  static constexpr std::size_t kNone = ~std::size_t{0};
+
+  explicit PackSchedule(const Plan& plan);
+
+  std::vector<index_t> slots;  // of each team's ring
+  std::vector<Step> steps;
+};
+
+// The blocks that read the input that `packer` packed.
+template <class Body>
+void for_readers(const Plan& plan, std::size_t packer, const Body& body) {
+  for (const Block& block : plan.token_block(plan.blocks[packer]))
+    if (block.packer == packer) body(block);
+}
+
+}  // namespace kt
