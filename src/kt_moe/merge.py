@@ -5,54 +5,62 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from peft import PeftModel
-from peft.tuners.lora import Embedding, Linear, LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
-from peft.utils import ModulesToSaveWrapper
-from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from torch import Tensor
-from transformers.core_model_loading import revert_weight_conversion
 
-from kt_moe.adapter_files import read_adapter, save_tensors, scratch
-from kt_moe.adapters import StrPath, fill, with_adapter
-from kt_moe.architectures import Architecture, architecture_of
-from kt_moe.checkpoint import Checkpoint, ExpertList
-from kt_moe.conversion import stored_lists
-from kt_moe.functional import PROJECTIONS
-from kt_moe.hf.lora import KtLoraExperts, lora_layers
-from kt_moe.hf.portable import PREFIX, ExpertsForm
-from kt_moe.hf.quantizer import put_experts
-from kt_moe.hf.targets import FUSED
-
-_NAME = "merged"  # of the adapter in the model without weights
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_REFUSED = ("use_dora", "lora_bias", "fan_in_fan_out", "layer_replication", "trainable_token_indices")
+from kt_moe.adapter_files import save_tensors, scratch
+from kt_moe.adapters import StrPath
+from kt_moe.checkpoint import Checkpoint
+from kt_moe.merge_changes import Change, Changes, Fused, changes_of
+from kt_moe.requantise import Stored
 
 
-def merge_checkpoint(base: StrPath, adapter: StrPath, output: StrPath) -> None:
+@dataclass(frozen=True)
+class Requantised:
+    """What encoding merged matrices again in their quantised format left of them, all of a format together.
+
+    Attributes:
+        matrices: how many; each expert's counts.
+        error: relative L2 error of what is stored against W + s B A.
+        of_change: the same difference against s B A alone: 0 where all of the adapter arrived, 1 where as
+            much is wrong as it adds.
+    """
+
+    matrices: int
+    error: float
+    of_change: float
+
+
+def merge_checkpoint(base: StrPath, adapter: StrPath, output: StrPath) -> dict[str, Requantised]:
     """Write the checkpoint W + s B A, shard by shard, and check what was written.
 
     The adapter is read as onto a model, by `load_adapter`'s rules: experts per expert or fused, shared
     experts, routers, modules_to_save.
 
     Args:
-        base: directory of a safetensors checkpoint with bf16, fp16 or fp32 weights, experts one by one or
-            fused.
+        base: directory of a safetensors checkpoint, experts one by one or fused. Weights are bf16, fp16 or
+            fp32, or quantised as docs/adapters.md lists; quantised ones are decoded, changed, and encoded
+            again by their format's rule, with scales as fine as they were.
         adapter: directory of an adapter of it.
         output: must not exist or be empty. It gets the shards and the other files of `base` (tokenizer ...),
             but no symbolic links that lead out of it.
 
+    Returns:
+        for each quantised format of a changed matrix ("fp8", "int8", "int4", "gptq", "awq", "mxfp4") how much
+        encoding it again took away; {} where all of them are floats.
+
     Raises:
         FileNotFoundError: a directory without a checkpoint or adapter.
         ValueError: an adapter that is not plain LoRA on weights of this checkpoint, a checkpoint that is
-            malformed or quantised, or output is taken.
+            malformed or quantised in another way, or output is taken.
         OSError: what was read back is not what was to be written, or the disk is full; no output is left.
     """
     base, output = Path(base), Path(output)
@@ -61,244 +69,105 @@ def merge_checkpoint(base: StrPath, adapter: StrPath, output: StrPath) -> None:
     checkpoint = Checkpoint(base)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output is {output}, which exists already")
-    changes = _changes(base, Path(adapter), checkpoint)
+    changes = changes_of(base, Path(adapter), checkpoint)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with scratch(output.parent, output.name) as new:
+    errors: dict[str, _Errors] = {}
+    with ExitStack() as stack, scratch(output.parent, output.name) as new:
+        merger = _Merger(checkpoint, changes, stack, errors)
         _copy_others(base, new, checkpoint)
         for shard in checkpoint.files:
-            _merge_shard(shard, new / shard.name, changes)
-            _verify_shard(shard, new / shard.name, changes)
+            _merge_shard(shard, new / shard.name, merger)
+            _verify_shard(shard, new / shard.name, merger)
         new.chmod(0o755)
         os.replace(new, output)
+    return {format: one.relative() for format, one in errors.items()}
 
 
 merge_adapter = merge_checkpoint  # the older name
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """s B A, of a matrix: A [r, in], B [out, r]."""
+@dataclass
+class _Errors:
+    """Sums of squares."""
 
-    a: Tensor
-    b: Tensor
-    scaling: float
+    matrices: int = 0
+    difference: float = 0.0
+    wanted: float = 0.0
+    change: float = 0.0
 
-    def delta(self) -> Tensor:
-        return self.scaling * (self.b.float() @ self.a.float())
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    """W + s B A for one matrix [out, in], or [in, out] if `transposed`."""
-
-    pair: _Pair
-    transposed: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shape = self.pair.b.shape[0], self.pair.a.shape[1]
-        return shape[::-1] if self.transposed else shape
-
-    def apply(self, weight: Tensor) -> Tensor:
-        delta = self.pair.delta()
-        return (weight.float() + (delta.T if self.transposed else delta)).to(weight.dtype)
-
-
-@dataclass(frozen=True)
-class _Fused:
-    """The same for all experts in one tensor: pairs by projection, each on its rows."""
-
-    pairs: dict[str, list[_Pair]]
-    form: ExpertsForm
-    name: str
-    transposed: bool
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        into, out = self.form.size(self.name)
-        return (self.form.num_experts, *((into, out) if self.transposed else (out, into)))
-
-    def apply(self, weight: Tensor) -> Tensor:
-        result = weight.clone()
-        view = result.mT if self.transposed else result
-        for projection, pairs in self.pairs.items():
-            rows = self.form.rows(view, projection)
-            for own, pair in zip(rows, pairs, strict=True):
-                own.copy_(own.float() + pair.delta())
-        return result
-
-
-@dataclass(frozen=True)
-class _Replaced:
-    """Another tensor in its place, of modules_to_save."""
-
-    value: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.value.shape)
-
-    def apply(self, weight: Tensor) -> Tensor:
-        return self.value.to(weight.dtype)
-
-
-_Change = _Matrix | _Fused | _Replaced
-
-
-def _changes(base: Path, adapter: Path, checkpoint: Checkpoint) -> dict[str, _Change]:
-    """What the adapter does to the checkpoint's tensors, by their names.
-
-    Every part of it must find its tensor, or the merge would silently leave it out.
-    """
-    model, replaced = _hollow(base, adapter)
-    core = model.get_base_model()
-    changes: dict[str, _Change] = {_on_disk(core, name): _Replaced(t) for name, t in replaced.items()}
-    layers = lora_layers(model, _NAME)
-    changes |= _of_experts(core, {path.removeprefix(PREFIX): layer for path, layer in layers}, checkpoint)
-    for path, module in model.named_modules():
-        path = path.removeprefix(PREFIX)
-        if isinstance(module, KtLoraExperts):
-            continue
-        if isinstance(module, LoraLayer) and _NAME in module.r:
-            name = f"{path.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}"
-            changes[_on_disk(core, name)] = _of_layer(path, module)
-        elif isinstance(module, ModulesToSaveWrapper) and _NAME in module.modules_to_save:
-            for name, value in module.modules_to_save[_NAME].state_dict().items():
-                changes[_on_disk(core, f"{path}.{name}")] = _Replaced(value)
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            raise ValueError(f"the adapter has {type(module).__name__} at {path}, which cannot be merged")
-    for name, other in (getattr(core, "all_tied_weights_keys", None) or {}).items():
-        if _on_disk(core, other) in changes and _on_disk(core, name) not in changes:
-            raise ValueError(
-                f"the adapter changes {other} alone, to which the model ties {name}: a merge would change "
-                "both. Give the base model untied weights (tie_word_embeddings=False)"
-            )
-    missing = sorted(changes.keys() - checkpoint.tensors.keys())
-    if missing:
-        raise ValueError(
-            f"the checkpoint lacks {len(missing)} weights that the adapter changes: {missing[:3]}"
+    def relative(self) -> Requantised:
+        error, of_change = (
+            sqrt(self.difference / whole) if whole else 0.0 for whole in (self.wanted, self.change)
         )
-    for name, change in changes.items():
-        shape = checkpoint.tensors[name].shape
-        if shape != change.shape:
-            raise ValueError(f"{name} is {list(shape)}, the adapter is for {list(change.shape)}")
-    return changes
+        return Requantised(self.matrices, error, of_change)
 
 
-def _hollow(base: Path, adapter: Path) -> tuple[PeftModel, dict[str, Tensor]]:
-    """The base model without weights, with the adapter's; and base weights that the adapter's file has."""
-    config, tensors = read_adapter(adapter)
-    for option in _REFUSED:
-        if getattr(config, option, None):
-            raise ValueError(f"the adapter in {adapter} has {option}, which merge_checkpoint does not know")
-    if config.init_lora_weights not in (True, False, "gaussian"):
-        raise ValueError(
-            f"the adapter in {adapter} has init_lora_weights {config.init_lora_weights!r}, which "
-            "merge_checkpoint does not know: it may have changed the base model's weights"
-        )
-    if config.bias != "none":
-        raise ValueError(
-            f"the adapter in {adapter} has bias {config.bias!r}, which merge_checkpoint does not know"
-        )
-    try:
-        model_config = transformers.AutoConfig.from_pretrained(base)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"config.json in {base} is of no model of transformers: {error}") from error
-    if getattr(model_config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"the checkpoint in {base} is quantised, merge_checkpoint needs bfloat16, float16 or float32"
-        )
-    class_name = next(iter(model_config.architectures or ()), "")
-    cls = getattr(transformers, class_name, transformers.AutoModelForCausalLM)
-    make = cls._from_config if hasattr(cls, "_from_config") else cls.from_config
-    with torch.device("meta"):
-        model = make(model_config)
-    try:
-        architecture: Architecture | None = architecture_of(model)
-    except ValueError:  # a model without experts, or with others than ours; LoRA on those is refused below
-        architecture = None
-    if architecture is not None:
-        put_experts(model, architecture)
-    config.lora_dropout, config.inference_mode, config.base_model_name_or_path = 0.0, True, None
-    wrapped = with_adapter(model, config, _NAME)
-    for path, module in wrapped.named_modules():  # PEFT has put the adapter where the model is
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta and f".{_NAME}." in f"{path}.{name}.":
-                module.register_parameter(name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu")))
-    # PEFT saves embeddings whole where their size was changed, and those that have LoRA.
-    hollow = {name for name, parameter in wrapped.named_parameters() if parameter.is_meta}
-    whole = {name: tensors.pop(name) for name in hollow & tensors.keys()}
-    fill(wrapped, tensors, _NAME, adapter, "peft")
-    return wrapped, {n.removeprefix(PREFIX): t for n, t in whole.items() if ".base_layer." not in n}
+class _Merger:
+    """Gives the tensors of a checkpoint their new values; reads those that belong together from any shard."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, changes: Changes, stack: ExitStack, errors: dict[str, _Errors]
+    ) -> None:
+        self._tensors, self._changes, self._stack, self._errors = checkpoint.tensors, changes, stack, errors
+        self._files: dict[Path, Any] = {}
+        self._noted: set[str] = set()  # matrices whose errors are in the sums: each is made more than once
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of the checkpoint."""
+        path = self._tensors[name].file
+        if path not in self._files:
+            self._files[path] = self._stack.enter_context(safe_open(path, "pt"))
+        return self._files[path].get_tensor(name)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def merged(self, name: str) -> dict[str, Tensor]:
+        """The new value of a tensor, and of those that are quantised together with it."""
+        owner = self._changes.owner.get(name)
+        if owner is not None:
+            return self._requantised(owner)
+        weight = self.read(name)
+        if name not in self._changes.of:
+            return {name: weight}
+        merged = self._changes.of[name].apply(weight)
+        if not bool(torch.isfinite(merged).all()) and bool(torch.isfinite(weight).all()):
+            raise ValueError(f"{name} merged is beyond what {weight.dtype} holds")
+        return {name: merged}
+
+    def _requantised(self, owner: str) -> dict[str, Tensor]:
+        change, stored = self._changes.of[owner], self._changes.stored[owner]
+        old = {role: self.read(name) for role, name in stored.names.items()}
+        errors = _Errors() if owner in self._noted else self._errors.setdefault(stored.format, _Errors())
+        self._noted.add(owner)
+        made = [_encoded(stored, one, change, e, errors) for e, one in _matrices(stored, old)]
+        if len(stored.shape) == 2:
+            return {stored.names[role]: tensor for role, tensor in made[0].items()}
+        return {name: torch.stack([one[role] for one in made]) for role, name in stored.names.items()}
 
 
-def _on_disk(model: Any, name: str) -> str:
-    """A parameter's name as transformers' conversion writes it."""
-    found = revert_weight_conversion(model, {name: torch.empty(0, device="meta")})
-    return str(next(iter(found), name)) if len(found) == 1 else name
+def _matrices(
+    stored: Stored, tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[int | None, dict[str, Tensor]]]:
+    """The tensors of each matrix and its expert's number; None where there is one matrix."""
+    if len(stored.shape) == 2:
+        yield None, dict(tensors)
+        return
+    for e in range(stored.shape[0]):
+        yield e, {role: tensor[e] for role, tensor in tensors.items()}
 
 
-def _of_layer(path: str, module: Any) -> _Change:
-    scaling = float(module.scaling[_NAME])
-    if isinstance(module, Embedding):
-        pair = _Pair(module.lora_embedding_A[_NAME], module.lora_embedding_B[_NAME], scaling)
-        return _Matrix(pair, transposed=True)
-    if not isinstance(module, Linear | ParamWrapper) or getattr(module, "num_experts", 1) != 1:
-        raise ValueError(f"the adapter has LoRA on {path}, a {type(module).__name__}, which cannot be merged")
-    return _Matrix(_Pair(module.lora_A[_NAME].weight, module.lora_B[_NAME].weight, scaling))
-
-
-def _of_experts(model: Any, layers: dict[str, KtLoraExperts], checkpoint: Checkpoint) -> dict[str, _Change]:
-    """What it does to the layers of routed experts, given by path, as the checkpoint stores them."""
-    if not layers:
-        return {}
-    architecture = next(iter(layers.values())).architecture
-    lists = stored_lists(model, architecture, checkpoint.tensors)
-    stored = checkpoint.with_lists(lists)
-    changes: dict[str, _Change] = {}
-    for path, layer in layers.items():
-        form = layer.form(path)
-        together = [m.path for m in architecture.modules if form.module.path in (m.path, m.same_as)]
-        together += [form.module.same_as] if form.module.same_as else []
-        if len(together) > 1:
-            raise ValueError(
-                f"the adapter has LoRA on {path}, which cannot be merged: {sorted(together)} share one set "
-                "of weights"
-            )
-        pairs = {
-            projection: [
-                _Pair(a, b, pair.scaling)
-                for a, b in zip(layer.lora_A[_NAME][projection], layer.lora_B[_NAME][projection], strict=True)
-            ]
-            for projection, pair in layer.pairs[_NAME].pairs.items()
-        }
-        layout = stored.layer(form.module.number).layout
-        changes |= _of_list(lists[form.module.number], layout, form, pairs)
-    return changes
-
-
-def _of_list(
-    stored: ExpertList, layout: str, form: ExpertsForm, pairs: dict[str, list[_Pair]]
-) -> dict[str, _Change]:
-    words = dict(zip(PROJECTIONS, stored.words, strict=True))
-    if layout == "per-expert":
-        return {
-            f"{stored.prefix}.{e}.{words[projection]}.weight": _Matrix(pair)
-            for projection, of_experts in pairs.items()
-            for e, pair in enumerate(of_experts, stored.first_expert)
-        }
-    if not layout.startswith("fused"):
-        raise ValueError(
-            f"{stored.prefix} is stored as {layout}, merge_checkpoint needs bfloat16, float16 or float32"
-        )
-    on_disk = replace(form, module=replace(form.module, interleaved="interleaved" in layout))
-    changes: dict[str, _Change] = {}
-    for fused, parts in FUSED.items():
-        own = {p: pairs[p] for p in parts if p in pairs}
-        if own:
-            name = f"{stored.prefix}.{words[parts[0]]}"
-            changes[name] = _Fused(own, on_disk, fused, "transposed" in layout)
-    return changes
+def _encoded(
+    stored: Stored, old: dict[str, Tensor], change: Change, e: int | None, errors: _Errors
+) -> dict[str, Tensor]:
+    before = stored.decode(old)
+    wanted = (
+        change.of_expert(before, e) if isinstance(change, Fused) and e is not None else change.apply(before)
+    )
+    new = stored.encode(wanted, old)
+    errors.matrices += 1
+    errors.difference += float((stored.decode(new) - wanted).double().square().sum())
+    errors.wanted += float(wanted.double().square().sum())
+    errors.change += float((wanted - before).double().square().sum())
+    return new
 
 
 def _copy_others(base: Path, new: Path, checkpoint: Checkpoint) -> None:
@@ -315,32 +184,28 @@ def _copy_others(base: Path, new: Path, checkpoint: Checkpoint) -> None:
         shutil.copyfile(file, new / file.name)
 
 
-def _merged(name: str, weight: Tensor, changes: dict[str, _Change]) -> Tensor:
-    if name not in changes:
-        return weight
-    if weight.dtype not in _FLOATS:
-        raise ValueError(f"{name} is {weight.dtype}, merge_checkpoint needs bfloat16, float16 or float32")
-    with torch.no_grad():
-        merged = changes[name].apply(weight)
-    if not bool(torch.isfinite(merged).all()) and bool(torch.isfinite(weight).all()):
-        raise ValueError(f"{name} merged is beyond what {weight.dtype} holds")
-    return merged
-
-
-def _merge_shard(source: Path, target: Path, changes: dict[str, _Change]) -> None:
+def _merge_shard(source: Path, target: Path, merger: _Merger) -> None:
     with safe_open(source, "pt") as file:
-        metadata = file.metadata()
-        tensors = {name: _merged(name, file.get_tensor(name), changes) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, target, metadata)
+        names, metadata = list(file.keys()), file.metadata()
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        if name not in tensors:
+            found = merger.merged(name)
+            tensors |= {own: found[own].contiguous() for own in names if own in found}
+    save_tensors(tensors, target, metadata)
 
 
-def _verify_shard(source: Path, target: Path, changes: dict[str, _Change]) -> None:
+def _verify_shard(source: Path, target: Path, merger: _Merger) -> None:
     with safe_open(source, "pt") as old, safe_open(target, "pt") as new:
-        if set(old.keys()) != set(new.keys()):
+        names = set(old.keys())
+        if names != set(new.keys()):
             raise OSError(f"{target.name} was written with other tensors than {source}")
-        for name in old.keys():  # noqa: SIM118
-            wanted, found = _merged(name, old.get_tensor(name), changes), new.get_tensor(name)
-            if not torch.equal(
-                wanted.contiguous().view(torch.uint8), found.view(torch.uint8)
-            ):  # bytes: a NaN equals itself
-                raise OSError(f"{name} reads back from {target.name} differently from what was written")
+        while names:
+            for name, wanted in merger.merged(min(names)).items():
+                if name not in names:
+                    continue
+                names.remove(name)
+                found = new.get_tensor(name)
+                # bytes: a NaN equals itself
+                if not torch.equal(wanted.contiguous().view(torch.uint8), found.view(torch.uint8)):
+                    raise OSError(f"{name} reads back from {target.name} differently from what was written")

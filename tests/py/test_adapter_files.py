@@ -321,15 +321,3 @@ def test_a_dense_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "adapter" / CONFIG).write_text(json.dumps({**config, "target_modules": SLOW}))
     with pytest.raises(ValueError, match="takes more than"):
         kt_moe.load_adapter(merged, tmp_path / "adapter")
-
-
-def test_quantised_bases_are_refused(checkpoint: Path, tmp_path: Path) -> None:
-    kt_moe.save_adapter(with_lora(checkpoint), tmp_path / "adapter")
-    base = tmp_path / "base"
-    base.mkdir()
-    for file in checkpoint.iterdir():
-        (base / file.name).write_bytes(file.read_bytes())
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(ValueError, match="is quantised, merge_checkpoint needs"):
-        kt_moe.merge_adapter(base, tmp_path / "adapter", tmp_path / "out")

@@ -1,0 +1,102 @@
+"""Quantised matrices decoded and encoded again: every format, against tensors made from descriptions."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import stored_formats as stored
+import torch
+from torch import Tensor
+
+from kt_moe.checkpoint import TensorInfo
+from kt_moe.requantise import Stored, stored_as
+
+CASES = {
+    "fp8": partial(stored.fp8, 300, 200),
+    "fp8, bf16 scales": partial(stored.fp8, 256, 130, scale_dtype=torch.bfloat16),
+    "fp8, a scale a row": partial(
+        stored.fp8, 30, 200, block=(1, 200), scale_shape=(30, 1), tail="weight_scale"
+    ),
+    "fp8, one scale": partial(stored.fp8, 30, 200, block=(30, 200), scale_shape=(), tail="weight_scale"),
+    "int8": partial(stored.int8_rows, 40, 64),
+    "compressed-tensors": partial(stored.compressed_tensors, 44, 96, group=32),
+    "compressed-tensors, zero points": partial(stored.compressed_tensors, 44, 96, group=32, asymmetric=True),
+    "gptq": partial(stored.gptq, 48, 96, group=32),
+    "gptq, zero points": partial(stored.gptq, 48, 96, group=32, asymmetric=True, g_idx=False),
+    "awq": partial(stored.awq, 48, 96, group=32),
+    "awq, symmetric": partial(stored.awq, 48, 96, group=32, asymmetric=False),
+}
+if hasattr(torch, "float8_e8m0fnu"):
+    CASES["fp8, e8m0 scales"] = partial(stored.fp8, 300, 200, scale_dtype=torch.float8_e8m0fnu)
+ERRORS = {"fp8": 0.03, "int8": 0.01, "int4": 0.1, "gptq": 0.1, "awq": 0.1, "mxfp4": 0.13}
+_DTYPES = {torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8"}
+
+
+def found(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> tuple[Stored, dict[str, Tensor]]:
+    infos = {
+        key: TensorInfo(_DTYPES.get(t.dtype, "other"), tuple(t.shape), t.nbytes, Path("file"))
+        for key, t in tensors.items()
+    }
+    one = stored_as(name, infos, shape)
+    assert one is not None
+    return one, {role: tensors[key] for role, key in one.names.items()}
+
+
+def check(one: Stored, old: dict[str, Tensor], value: Tensor) -> None:
+    decoded = one.decode(old)
+    assert torch.equal(decoded.bfloat16(), value)
+    same = one.encode(decoded, old)
+    assert same.keys() == old.keys()
+    for role, tensor in old.items():  # bytes, so that -0 is not 0
+        assert torch.equal(same[role].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)), role
+    for scale in (0.01, 1.0, 30.0):  # smaller, like and larger than what was there
+        torch.manual_seed(1)
+        wanted = torch.randn(decoded.shape) * decoded.std() * scale
+        new = one.encode(wanted, old)
+        for role, tensor in old.items():
+            assert (new[role].dtype, new[role].shape) == (tensor.dtype, tensor.shape)
+        error = float((one.decode(new) - wanted).norm() / wanted.norm())
+        assert error < ERRORS[one.format], scale
+    with pytest.raises(ValueError, match="merged is not finite"):
+        one.encode(torch.full_like(decoded, torch.inf), old)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_matrices(case: str) -> None:
+    tails, value = CASES[case](seed=3)
+    one, old = found({f"x.{tail}": tensor for tail, tensor in tails.items()}, "x.weight", tuple(value.shape))
+    assert one.format in ERRORS
+    check(one, old, value)
+
+
+def test_mxfp4() -> None:
+    blocks, scales, value = stored.mxfp4(2, 48, 64, seed=3)
+    one, old = found({"x_blocks": blocks, "x_scales": scales}, "x", tuple(value.shape))
+    check(one, {role: tensor[1] for role, tensor in old.items()}, value[1])
+
+
+def test_a_block_of_zeros_and_scales_that_would_be_none() -> None:
+    tails, value = stored.compressed_tensors(8, 64, 3, group=32)
+    one, old = found({f"x.{tail}": tensor for tail, tensor in tails.items()}, "x.weight", tuple(value.shape))
+    wanted = one.decode(old)
+    wanted[:4] = 0
+    wanted[4:] = 1e-44  # so small that its scale is 0
+    new = one.encode(wanted, old)
+    assert bool((new["scales"] > 0).all())
+    assert float((one.decode(new) - wanted).abs().max()) < 1e-40
+
+
+def test_refused() -> None:
+    tails, value = stored.gptq(48, 96, 3, group=32)
+    tails["g_idx"] = tails["g_idx"].flip(0)
+    one, old = found({f"x.{tail}": tensor for tail, tensor in tails.items()}, "x.weight", tuple(value.shape))
+    with pytest.raises(ValueError, match=r"x\.g_idx: columns in act-order"):
+        one.decode(old)
+    with pytest.raises(ValueError, match=r"x\.qweight is \[12, 48\], wanted \[64, 6\] for \[48, 64\]"):
+        found({f"x.{tail}": tensor for tail, tensor in tails.items()}, "x.weight", (48, 64))
+    with pytest.raises(ValueError, match=r"the checkpoint lacks x\.scales"):
+        found({"x.qweight": tails["qweight"]}, "x.weight", (48, 96))
+    with pytest.raises(KeyError):
+        found({}, "x.weight", (48, 96))
