@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # the lazy names below, for type checkers
     from kt_moe import hf
     from kt_moe.adapters import load_adapter, save_adapter
     from kt_moe.export import export_adapter
-    from kt_moe.hf import KTConfig, KtMoeConfig, wrap
+    from kt_moe.hf import KTConfig, KtMoeConfig, repack, wrap
     from kt_moe.merge import merge_checkpoint
     from kt_moe.merge import merge_checkpoint as merge_adapter
     from kt_moe.models import model_experts
@@ -47,6 +47,7 @@ __all__ = [
     "moe",
     "plot_routing",
     "profile",
+    "repack",
     "routing_counts",
     "save_adapter",
     "wrap",
@@ -60,6 +61,7 @@ _LAZY = {
     "hf": "kt_moe.hf",
     "KTConfig": "kt_moe.hf",
     "KtMoeConfig": "kt_moe.hf",
+    "repack": "kt_moe.hf",
     "wrap": "kt_moe.hf",
     "save_adapter": "kt_moe.adapters",
     "export_adapter": "kt_moe.export",

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import Tensor, nn
 
 from kt_moe.adapter_files import read_adapter, write_adapter
-from kt_moe.hf.config import KtLoraConfig
+from kt_moe.hf.config import KtLoraConfig, check_same
 from kt_moe.hf.lora import experts_architecture, lora_layers
 from kt_moe.hf.portable import PREFIX, expert_major
 from kt_moe.hf.targets import check_config_patterns
@@ -92,7 +92,7 @@ def load_adapter(
         model.add_adapter(adapter_name, config)
         undo = partial(model.delete_adapter, adapter_name)
     else:
-        _check_same(model.peft_config[adapter_name], config, adapter_name)
+        check_same(model.get_base_model(), config, adapter_name)
         undo = _remember(model, adapter_name)
     try:
         fill(model, tensors, adapter_name, path, layout)
@@ -171,15 +171,4 @@ def _check_fits(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: s
             raise ValueError(
                 f"the adapter in {path} does not fit this model: {key} is {list(tensor.shape)}, wanted "
                 f"{list(own[key].shape)}"
-            )
-
-
-def _check_same(old: Any, new: Any, adapter_name: str) -> None:
-    """ValueError unless an adapter's values may be replaced by those with another config."""
-    old = old.kt_moe_saved if isinstance(old, KtLoraConfig) else old
-    for option in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
-        if getattr(old, option) != getattr(new, option):
-            raise ValueError(
-                f"the model's adapter {adapter_name!r} has {option} {getattr(old, option)!r}, the one to be "
-                f"loaded {getattr(new, option)!r}: delete_adapter({adapter_name!r}), or use another name"
             )

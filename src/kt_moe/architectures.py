@@ -38,6 +38,7 @@ class ExpertModule:
         saved: what transformers calls its tensors when it saves the model; None where it stores them in a way
             that the core does not read, or does not store them.
         same_as: path of the module whose parameters it shares; None where it has its own.
+        has_bias: whether the projections have biases.
     """
 
     path: str
@@ -48,7 +49,16 @@ class ExpertModule:
     activation: str
     interleaved: bool
     saved: ExpertList | None
-    same_as: str | None = None
+    same_as: str | None
+    has_bias: bool
+
+    @property
+    def numel(self) -> int:
+        """Numbers in its own parameters in plain transformers, biases included."""
+        if self.same_as is not None:
+            return 0
+        biases = 2 * self.intermediate_size + self.hidden_size if self.has_bias else 0
+        return self.num_experts * (3 * self.intermediate_size * self.hidden_size + biases)
 
     @property
     def keyed(self) -> ExpertList | None:
@@ -136,7 +146,11 @@ def _derive(model: PreTrainedModel) -> Architecture:
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         same_as = tied.get(f"{path}.down_proj", "").removesuffix(".down_proj") or None
         saved = None if same_as else lists[path]
-        modules.append(ExpertModule(path, numbers[path], *sizes, c.activation, interleaved, saved, same_as))
+        has_bias = bool(getattr(experts[path], "has_bias", False))
+        module = ExpertModule(
+            path, numbers[path], *sizes, c.activation, interleaved, saved, same_as, has_bias
+        )
+        modules.append(module)
     return Architecture(model_type, tuple(modules))
 
 

@@ -7,11 +7,12 @@ LoRA get zeros.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
@@ -19,13 +20,16 @@ from torch import Tensor, nn
 from kt_moe.adapter_files import write_adapter
 from kt_moe.adapters import StrPath, check_adapter_name, save_adapter
 from kt_moe.functional import PROJECTIONS
-from kt_moe.hf.lora import KtLoraExperts
+from kt_moe.hf.config import Names
+from kt_moe.hf.lora import INITIAL_VALUES, KtLoraExperts
 from kt_moe.hf.portable import PREFIX, ExpertsForm, Matrices
-from kt_moe.hf.targets import FUSED, free_modules, holds_kt_experts, shortest
+from kt_moe.hf.targets import FUSED
 
 # Programs, and whether they read LoRA on experts that checkpoints hold fused, as PEFT writes it.
 _SERVERS = {"vllm": True, "sglang": False, "llamacpp": False}
 TARGETS = ("peft", *_SERVERS)
+# Layers that SGLang 0.5.23 makes one of: it fails, or drops LoRA, where an adapter has some of them only.
+_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
 
 
 def export_adapter(
@@ -55,7 +59,7 @@ def export_adapter(
     for option, off in (("use_dora", False), ("lora_bias", False), ("bias", "none")):
         if (value := getattr(config, option, off)) != off:
             raise ValueError(f"the adapter has {option}={value!r}, which {target} does not read")
-    if config.init_lora_weights not in (True, False, "gaussian"):
+    if config.init_lora_weights not in INITIAL_VALUES:
         raise ValueError(
             f"the adapter has init_lora_weights={config.init_lora_weights!r}, which may have changed the "
             "base model's weights: convert it first (path_initial_model_for_weight_conversion of PEFT)"
@@ -67,7 +71,7 @@ def export_adapter(
     }
     rank = max(int(layer.r[adapter_name]) for layer in layers.values())
     tensors: dict[str, Tensor] = {}
-    modules, parameters = set(), set()
+    modules, parameters, experts = set(), set(), set()  # of what has LoRA; and layers of experts by modules
     for name, layer in layers.items():
         if isinstance(layer, KtLoraExperts):
             form = layer.form(name)
@@ -80,6 +84,8 @@ def export_adapter(
                 parameters |= {f"{name}.{fused}" for fused in FUSED}
                 continue
             found = _weights(form.split(matrices))
+            experts.add(name)
+            modules |= {f"{form.module.disk_path(name)}.{word}" for word in form.module.projections}
         elif isinstance(layer, Linear) or (
             target == "llamacpp" and isinstance(layer, ParamWrapper) and layer.num_experts == 1
         ):
@@ -87,17 +93,23 @@ def export_adapter(
             a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
             a, b = _filled(a, b, rank, scaling)
             found = _weights({f"{name}.lora_A": a, f"{name}.lora_B": b})
+            modules.add(name)
         else:
             raise ValueError(
                 f"the adapter has LoRA on {name}, a {type(layer).__name__}, which {target} lacks"
             )
         tensors |= found
-        modules |= {key.rpartition(".lora_")[0].rpartition(".")[2] for key in found}
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    for name, layer in _partners(base, layers.keys()) if target == "sglang" else ():
+        a, b = torch.zeros(rank, layer.in_features), torch.zeros(layer.out_features, rank)
+        tensors |= _weights({f"{name}.lora_A": a, f"{name}.lora_B": b})
+        modules.add(name)
+    names = Names.of(base)
     saved = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=sorted(modules),
-        target_parameters=shortest(parameters, _fused_parameters(model)) or None,
+        target_modules=names.shortest_modules(modules, experts),
+        target_parameters=names.shortest_parameters(parameters),
         task_type=config.task_type,
         inference_mode=True,
         base_model_name_or_path=config.base_model_name_or_path or getattr(model, "name_or_path", None),
@@ -105,6 +117,21 @@ def export_adapter(
     if parameters:
         saved.rank_pattern = saved.alpha_pattern = {"gate_up_proj": 2 * rank}
     write_adapter(Path(directory), saved, {f"{PREFIX}{k}": t.contiguous() for k, t in tensors.items()})
+
+
+def _partners(model: nn.Module, names: Collection[str]) -> Iterator[tuple[str, nn.Linear]]:
+    """The layers without LoRA that SGLang makes one of with those that have it, once each."""
+    known = dict(model.named_modules())
+    wanted = {
+        f"{name.rpartition('.')[0]}.{other}"
+        for name in names
+        for group in _TOGETHER
+        if name.rpartition(".")[2] in group
+        for other in group
+    }
+    for name in sorted(wanted - set(names)):
+        if isinstance(known.get(name), nn.Linear):
+            yield name, known[name]
 
 
 def _all_projections(form: ExpertsForm, layer: KtLoraExperts, adapter_name: str, rank: int) -> Matrices:
@@ -123,12 +150,6 @@ def _all_projections(form: ExpertsForm, layer: KtLoraExperts, adapter_name: str,
 
 def _weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{key}.weight": tensor for key, tensor in tensors.items()}
-
-
-def _fused_parameters(model: nn.Module) -> list[str]:
-    """Those of all experts, in plain transformers."""
-    paths = [name.removeprefix(PREFIX) for name, module in free_modules(model) if holds_kt_experts(module)]
-    return [f"{path}.{fused}" for path in paths for fused in FUSED]
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from kt_moe import _core, checkpointing
 from kt_moe.experts import Experts
-from kt_moe.tensors import check_tensor, empty, on_cpu
+from kt_moe.tensors import Versions, check_tensor, empty, on_cpu, refuse_tracing
 
 if TYPE_CHECKING:
     from kt_moe.gpu.function import Arrival
@@ -106,6 +106,18 @@ def _uncompiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return call
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What a call's autograd node has beside tensors.
+
+    train: whether gradients are recorded where the call is. arrival: see `kt_moe.gpu.function.arriving`.
+    """
+
+    train: bool
+    versions: Versions
+    arrival: Arrival | None
+
+
 class _MoE(torch.autograd.Function):
     @staticmethod
     @_in_torch_profile("kt_moe.forward")
@@ -116,22 +128,21 @@ class _MoE(torch.autograd.Function):
         topk_weights: Tensor,
         experts: Experts,
         lora: Lora,
-        train: bool,
-        arrival: Arrival | None,
+        made: _Call,
         *lora_tensors: Tensor | None,
     ) -> Tensor:
         call = checkpointing.call(experts) if experts.checkpoint_experts == "retain" else None
         # Also where kept results are taken: torch's generator moves on as it did in the first run.
         dropout, seed = _dropout_and_seed(lora, lora_tensors)
         options = lora.scalings, dropout, seed
-        train = train and any(ctx.needs_input_grad)
+        train = made.train and any(ctx.needs_input_grad)
         kept = None
         if call is not None:
             train = train or call.hides_grad
             inputs = checkpointing.Inputs.of(hidden_states, topk_ids, options[:2], lora_tensors)
             kept = call.take(inputs)
         ctx.experts, ctx.engine = experts, experts.gpu.engine(hidden_states.device)
-        ctx.arrival = arrival
+        ctx.arrival, ctx.versions = made.arrival, made.versions
         if ctx.engine is None:
             out, state = kept or _compute(
                 experts, hidden_states, topk_ids, topk_weights, lora_tensors, options,
@@ -160,10 +171,10 @@ class _MoE(torch.autograd.Function):
             from kt_moe.gpu import function as on_device
 
             return on_device.backward(ctx, grad_out)
-        hidden_states, topk_ids, topk_weights, saved, *lora_tensors = ctx.saved_tensors
+        hidden_states, topk_ids, topk_weights, saved, *lora_tensors = ctx.versions.saved_tensors(ctx)
         x, ids, weights, pairs = _for_core(hidden_states, topk_ids, topk_weights, lora_tensors)
         scalings, dropout, seed = ctx.lora_options
-        needs_x, _, needs_weights, _, _, _, _, *needs_lora = ctx.needs_input_grad
+        needs_x, _, needs_weights, _, _, _, *needs_lora = ctx.needs_input_grad
         runtime = ctx.experts.runtime._core
 
         grad_x = empty(x.shape, _result_dtype(hidden_states), runtime) if needs_x else None
@@ -184,7 +195,6 @@ class _MoE(torch.autograd.Function):
             None,
             None,
             None,
-            None,
             *(None if g is None else _like(g, t) for g, t in zip(grads, lora_tensors, strict=True)),
         )
 
@@ -192,7 +202,8 @@ class _MoE(torch.autograd.Function):
 class MoEFunction:
     """`MoEFunction.apply(...)`: the layer as an autograd function.
 
-    It runs eagerly inside a `torch.compile`d model (a graph break), and cannot be differentiated twice.
+    It runs eagerly inside a `torch.compile`d model (a graph break), and cannot be differentiated twice,
+    traced, or transformed by torch.func.
     """
 
     @staticmethod
@@ -230,6 +241,7 @@ class MoEFunction:
 
         Raises:
             ValueError: an argument has the wrong shape, dtype or range; the message names it.
+            NotImplementedError: torch.func, make_fx, torch.export or torch.jit.trace records the call.
         """
         if not isinstance(experts, Experts):
             raise TypeError(f"experts is a {type(experts).__name__}, wanted kt_moe.Experts")
@@ -238,6 +250,7 @@ class MoEFunction:
         tensors: Sequence[Tensor | None] = (
             gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b
         )  # fmt: skip
+        refuse_tracing((hidden_states, topk_ids, topk_weights, *tensors))
         for name, tensor in zip(_INPUT_NAMES, (hidden_states, topk_ids, topk_weights), strict=True):
             check_tensor(name, tensor)
         for name, lora_tensor in zip(LORA_NAMES, tensors, strict=True):
@@ -247,6 +260,7 @@ class MoEFunction:
             raise ValueError(f"hidden_states is {hidden_states.dtype}, wanted bfloat16, float16 or float32")
         if not topk_weights.is_floating_point():
             raise ValueError(f"topk_weights is {topk_weights.dtype}, wanted a floating-point dtype")
+        versions = Versions((*_INPUT_NAMES, *LORA_NAMES), (hidden_states, topk_ids, topk_weights, *tensors))
         train = torch.is_grad_enabled()
         with checkpointing.unseen():
             arrival = None
@@ -254,8 +268,9 @@ class MoEFunction:
                 from kt_moe.gpu.function import arriving
 
                 tensors, arrival = arriving(tensors)
+            made = _Call(train, versions, arrival)
             out: Tensor = _MoE.apply(  # type: ignore[no-untyped-call]
-                hidden_states, topk_ids, topk_weights, experts, lora or Lora(), train, arrival, *tensors
+                hidden_states, topk_ids, topk_weights, experts, lora or Lora(), made, *tensors
             )
         return out
 

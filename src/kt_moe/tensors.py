@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
+import weakref
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +39,58 @@ def on_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return tensor  # most calls, most tensors: each conversion below costs a microsecond
     # A view with the negative bit (`z.conj().imag`) holds the numbers with the other sign.
     return tensor.detach().to("cpu", wanted).resolve_neg().contiguous()
+
+
+def refuse_tracing(tensors: Iterable[Tensor | None]) -> None:
+    """Refuse calls that torch records or transforms, of which it would see no operation.
+
+    Raises:
+        NotImplementedError: one of torch.func's transforms, make_fx, torch.export or torch.jit.trace calls.
+    """
+    # By the modules that have to be there for it: importing them takes seconds.
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")
+    if torch._C._are_functorch_transforms_active():
+        what = "torch.func"
+    elif proxies is not None and proxies.get_proxy_mode() is not None:
+        what = "make_fx or torch.export"
+    elif fakes is not None and any(isinstance(tensor, fakes.FakeTensor) for tensor in tensors):
+        what = "a FakeTensorMode"
+    elif torch._C._get_tracing_state() is not None:
+        what = "torch.jit.trace"
+    else:
+        return
+    raise NotImplementedError(
+        f"kt_moe computes experts outside of torch, so {what} cannot record or transform a call: call it "
+        "eagerly, also within torch.compile, which breaks the graph here by itself"
+    )
+
+
+class Versions:
+    """Which tensors a call was given, by name, to tell in backward which of them was changed since."""
+
+    def __init__(self, names: Iterable[str], tensors: Iterable[Tensor | None]) -> None:
+        # weak: what is saved for backward, and whether it is, is autograd's and its hooks' to decide
+        self._given = [
+            (name, weakref.ref(tensor), tensor._version)
+            for name, tensor in zip(names, tensors, strict=True)
+            if tensor is not None and not tensor.is_inference()
+        ]
+
+    def saved_tensors(self, ctx: Any) -> tuple[Tensor, ...]:
+        """Those of an autograd node. RuntimeError, naming the tensor, where one was changed in place."""
+        try:
+            return ctx.saved_tensors  # type: ignore[no-any-return]
+        except RuntimeError as error:
+            changed = [
+                n for n, ref, version in self._given if (t := ref()) is not None and t._version != version
+            ]
+            if not changed:
+                raise
+            raise RuntimeError(
+                f"{' and '.join(changed)} changed in place between forward and backward, which needs the "
+                f"values that forward had: {error}"
+            ) from None
 
 
 def numbers(name: str, count: str, values: Iterable[float] | Tensor | None) -> list[float] | None:

@@ -153,13 +153,63 @@ def test_double_backward_raises(problem, experts):
         grad.sum().backward()
 
 
-def test_changing_an_input_before_backward_raises(problem, experts):
+@pytest.mark.parametrize("gpu", [None, kt_moe.Gpu("cpu")], ids=["core", "engine"])
+@pytest.mark.parametrize("name", ["gate_lora_a", "down_lora_b", "hidden_states", "topk_weights"])
+def test_changing_an_input_before_backward_raises(name, gpu, problem, experts):
+    if gpu is not None:
+        experts = kt_moe.Experts(*problem.weights, gpu=gpu)
     leaves = fresh_leaves(problem)
     out = call(problem, experts, leaves)
     with torch.no_grad():
-        leaves["gate_lora_a"].add_(1.0)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        leaves[name].add_(1.0)
+    text = f"^{name} changed in place between forward and backward, which needs .* modified"
+    with pytest.raises(RuntimeError, match=text):
         out.backward(problem.grad_out)
+
+
+def traced_by_make_fx(call, x):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    make_fx(call)(x)
+
+
+def exported(call, x):
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return call(x)
+
+    torch.export.export(Module(), (x,), strict=False)
+
+
+def on_fake_tensors(call, x):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        call(mode.from_tensor(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("trace", "what"),
+    [
+        (lambda call, x: torch.func.grad(lambda x: call(x).sum())(x), "torch.func"),
+        (lambda call, x: torch.func.vmap(call)(x[None]), "torch.func"),
+        (traced_by_make_fx, "make_fx or torch.export"),
+        (exported, "make_fx or torch.export"),
+        (on_fake_tensors, "a FakeTensorMode"),
+        (lambda call, x: torch.jit.trace(call, x), "torch.jit.trace"),
+    ],
+    ids=["grad", "vmap", "make_fx", "export", "fake", "jit"],
+)
+def test_what_cannot_trace_it_is_refused(trace, what, problem, experts):
+    leaves = {**fresh_leaves(problem), "topk_weights": problem.topk_weights}
+
+    def run(x: Tensor) -> Tensor:
+        return call(problem, experts, {**leaves, "hidden_states": x})
+
+    with pytest.raises(NotImplementedError, match=f"outside of torch, so {what} cannot record or transform"):
+        trace(run, problem.hidden_states.detach())
+    assert run(problem.hidden_states).isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own look at a graph break

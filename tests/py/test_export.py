@@ -1,6 +1,7 @@
 """Adapters for servers: what they require of keys, ranks and alphas, and the same function in plain PEFT.
 
-With KT_MOE_LLAMA_CPP, the directory of llama.cpp with convert_lora_to_gguf.py, its converter reads them too.
+With KT_MOE_LLAMA_CPP, the directory of llama.cpp with convert_lora_to_gguf.py, its converter reads them too;
+with KT_MOE_SGLANG, a directory in which SGLang's wheel was unpacked, its loading code does.
 """
 
 from __future__ import annotations
@@ -77,14 +78,114 @@ def test_per_expert(target: str, case: str, bases: dict[str, Path], tmp_path: Pa
         assert error(model(tokens()).logits, plain(tokens()).logits) < 1e-2
 
 
+def test_sglang_gets_all_layers_of_those_it_makes_one_of(bases: dict[str, Path], tmp_path: Path) -> None:
+    model = with_lora(bases["qwen2_moe"], ["experts", "v_proj", "shared_expert.up_proj", "o_proj"]).eval()
+    for target, more in {"vllm": set(), "sglang": {"q_proj", "k_proj", "gate_proj"}}.items():
+        kt_moe.export_adapter(model, tmp_path / target, target=target)
+        tensors = safetensors.torch.load_file(tmp_path / target / "adapter_model.safetensors")
+        layers = {key.rpartition(".lora_")[0] for key in tensors if ".experts." not in key}
+        names = {"v_proj", "o_proj", "up_proj", *more}
+        assert {name.rpartition(".")[2] for name in layers} == names
+        assert len(layers) == 2 * len(names)
+        again = kt_moe.load_adapter(load(bases["qwen2_moe"]), tmp_path / target)
+        assert error(again(tokens()).logits, model(tokens()).logits) < 1e-3
+
+
+SGLANG = """
+import enum, json, sys, types, torch, safetensors.torch
+root, adapter, layers, out = sys.argv[1:]
+
+def stub(name, **members):
+    module = types.ModuleType(name)
+    module.__path__ = [f"{root}/{name.replace('.', '/')}"]
+    vars(module).update(members)
+    sys.modules[name] = module
+
+def get_layer_id(name):  # sglang/srt/layers/utils/common.py: the number after "layers."
+    import re
+    found = re.search(r"layers\\.(\\d+)\\.", name)
+    return int(found[1]) if found else None
+
+for name in ("sglang", "sglang.srt", "sglang.srt.lora", "sglang.srt.lora.backend"):
+    stub(name)
+stub("sglang.srt.configs.load_config", LoadConfig=object)
+stub("sglang.srt.layers.utils", get_layer_id=get_layer_id)
+stub("sglang.srt.lora.backend.base_backend", BaseLoRABackend=object)
+stub("sglang.srt.model_loader.loader", DefaultModelLoader=object)
+stub("sglang.srt.utils.hf_transformers_utils", AutoConfig=object)
+stub("sglang.srt.model_executor.forward_batch_info", ForwardBatch=object)
+from sglang.srt.lora.lora import LoRAAdapter
+from sglang.srt.lora.lora_config import LoRAConfig
+from sglang.srt.lora.utils import get_normalized_target_modules, get_target_module_name
+
+config = LoRAConfig(adapter)
+base = types.SimpleNamespace(num_hidden_layers=int(layers), architectures=[], model_type="")
+loaded = LoRAAdapter("x", config, base, None, None)
+loaded.initialize_weights_from_tensors(safetensors.torch.load_file(f"{adapter}/adapter_model.safetensors"))
+targets = get_normalized_target_modules(config.target_modules)
+found = {name: (get_target_module_name(name, targets), tensor)  # ValueError for what it would skip
+         for layer in loaded.layers for name, tensor in layer.weights.items()}
+torch.save((loaded.scaling, found), out)
+"""
+
+
+@pytest.mark.skipif("KT_MOE_SGLANG" not in os.environ, reason="KT_MOE_SGLANG is not set")
+@pytest.mark.parametrize("case", [*CASES, "v alone"])
+def test_sglang_names_and_stacks_it(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """SGLang's own loading code, with its imports of what needs a GPU replaced."""
+    options = dict(CASES.get(case, {"targets": ["experts", "v_proj"]}))
+    model = with_lora(bases["qwen3_moe"], options.pop("targets"), **options)
+    kt_moe.export_adapter(model, tmp_path / "adapter", target="sglang")
+    arguments = [os.environ["KT_MOE_SGLANG"], str(tmp_path / "adapter"), "2", str(tmp_path / "t.pt")]
+    environment = {**os.environ, "PYTHONPATH": os.environ["KT_MOE_SGLANG"]}
+    subprocess.run([sys.executable, "-c", SGLANG, *arguments], check=True, env=environment)
+    scaling, found = torch.load(tmp_path / "t.pt")
+    names = {name.partition(".lora_")[0].rpartition(".")[2] for name in found}
+    assert names <= {"gate_up_proj", "down_proj", "qkv_proj", "o_proj"}  # as its layers are called
+    for name, layer in model.named_modules():
+        if not isinstance(layer, kt_moe.hf.KtLoraExperts):
+            continue
+        for e in range(4):
+            stacked = {}
+            for projection, own in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",))):
+                key = f"{name}.{e}.{projection}.lora_"
+                (target, a), (_, b) = (found[f"{key}{m}.weight"] for m in "AB")
+                assert target == projection
+                stacked |= dict(zip(own, zip(a.chunk(len(own)), b.chunk(len(own)), strict=True), strict=True))
+            for projection, (a, b) in stacked.items():
+                if projection not in layer.lora_A["default"]:
+                    assert not b.any()
+                    continue
+                mine = layer.lora_B["default"][projection][e] @ layer.lora_A["default"][projection][e]
+                assert error(scaling * b @ a, mine * layer.scaling_of("default", projection)) < 1e-5
+    attention = model.get_base_model().model.layers[1].self_attn
+    for part, name in enumerate(("q_proj", "k_proj", "v_proj")):
+        if "default" not in getattr(getattr(attention, name), "lora_A", {}):
+            continue
+        key = "base_model.model.model.layers.1.self_attn.qkv_proj.lora_"
+        a, b = found[f"{key}A.weight"][1].chunk(3)[part], found[f"{key}B.weight"][1].split([32, 16, 16])[part]
+        delta = getattr(attention, name).get_delta_weight("default").detach()
+        assert error(scaling * b @ a, delta) < 1e-5
+
+
 def test_families(bases: dict[str, Path], tmp_path: Path) -> None:
     ours = with_lora(bases["qwen2_moe"], ["experts.down_proj", "shared_expert.up_proj"]).eval()
     kt_moe.export_adapter(ours, tmp_path / "qwen2", target="vllm")
     keys = safetensors.torch.load_file(tmp_path / "qwen2" / "adapter_model.safetensors").keys()
     assert sum(".experts.3.gate_proj." in key for key in keys) == 2 * 2
+    config = json.loads((tmp_path / "qwen2" / "adapter_config.json").read_text())
+    # gate and down of routed experts alone, up of shared ones too
+    assert sorted(config["target_modules"]) == ["experts.down_proj", "experts.gate_proj", "up_proj"]
     kt_moe.export_adapter(ours, tmp_path / "peft", target="peft")
-    again = kt_moe.load_adapter(load(bases["qwen2_moe"]), tmp_path / "peft")
-    assert torch.equal(again(tokens()).logits, ours(tokens()).logits)
+    for directory, bound in {"peft": 0, "qwen2": 1e-3}.items():
+        again = kt_moe.load_adapter(load(bases["qwen2_moe"]), tmp_path / directory)
+        assert error(again(tokens()).logits, ours(tokens()).logits) <= bound
+    one = with_lora(
+        bases["qwen2_moe"], ["layers.1.mlp.experts", "layers.0.mlp.shared_expert.down_proj"]
+    ).eval()
+    kt_moe.export_adapter(one, tmp_path / "one", target="sglang")
+    again = kt_moe.load_adapter(load(bases["qwen2_moe"]), tmp_path / "one")
+    assert error(again(tokens()).logits, one(tokens()).logits) < 1e-3
 
     oss = with_lora(bases["gpt_oss"], ["experts.down_proj", "q_proj"]).eval()
     kt_moe.export_adapter(oss, tmp_path / "oss", target="vllm")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +64,5 @@ def test_two_lists_of_a_layer_are_exported_under_their_own_numbers(tmp_path: Pat
         for projection in ("gate", "up", "down"):
             a = tensors[f"{place}.{e}.{projection}_proj.lora_A.weight"]
             assert torch.equal(a, layer.lora_A["default"][projection][e % 4])
-    options = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    options["target_modules"] = ["experts"]  # not dense layers too, whose parts have the same names
-    peft.LoraConfig(**options).save_pretrained(tmp_path / "again")
-    safetensors.torch.save_file(tensors, tmp_path / "again" / "adapter_model.safetensors")
-    again = kt_moe.load_adapter(family.by_config(), tmp_path / "again")
+    again = kt_moe.load_adapter(family.by_config(), tmp_path / "out")
     assert error(output(again, family.ids), output(model, family.ids)) < 1e-3

@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from tiny_models import (
     ALL_EXPERTS,
     PEFT_WARNINGS,
@@ -214,6 +214,40 @@ def test_initial_values(checkpoint: Path) -> None:
         assert abs(float(a.detach().std()) / (0.25 if init == "gaussian" else bound / 3**0.5) - 1) < 0.15
 
 
+def test_orthogonal_initial_values(checkpoint: Path) -> None:
+    """Neither matrix is zero, their product is: the model computes at first what it did."""
+    options = {"init_lora_weights": "orthogonal", "r": 4, "rank_pattern": {"experts.down_proj": 6}}
+    model = with_lora(checkpoint, ["q_proj", "experts"], **options)
+    for layer in lora_layers(model):
+        for projection, a in layer.lora_A["default"].items():
+            b = layer.lora_B["default"][projection]
+            assert min(float(x.detach().std()) for x in (a, b)) > 0.05
+            assert float((b @ a).detach().abs().max()) < 1e-6
+            assert not torch.equal(a[0], a[1])
+    assert error(model(tokens()).logits, load(checkpoint)(tokens()).logits) < 1e-2
+    with pytest.raises(ValueError, match="'orthogonal' needs even ranks, down_proj has 3"):
+        with_lora(checkpoint, init_lora_weights="orthogonal", rank_pattern={"experts.down_proj": 3})
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])  # gpt-oss has biases
+def test_parameters_are_counted_as_those_of_the_plain_model(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save_tiny_checkpoint(tmp_path, family)
+    model = with_lora(base, ["q_proj", "experts"])
+    plain = sum(p.numel() for p in load(base, kt=False).parameters())
+    lora = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for one in (model, copy.deepcopy(model)):
+        assert one.get_nb_trainable_parameters() == (lora, plain + lora)
+    model.print_trainable_parameters()
+    assert f"trainable params: {lora:,d} || all params: {plain + lora:,d} ||" in capsys.readouterr().out
+    model.set_requires_grad("default", False)
+    assert model.get_nb_trainable_parameters() == (0, plain + lora)
+    # experts that stay torch's parameters are counted by PEFT itself
+    theirs = load(base, kt=False, experts_implementation="kt_moe").requires_grad_(False)
+    assert with_lora(base, base=theirs).get_nb_trainable_parameters()[1] > plain
+
+
 def test_only_lora_is_trainable(checkpoint: Path) -> None:
     model = with_lora(checkpoint, ["q_proj", "experts"], modules_to_save=["lm_head"])
     names = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -356,12 +390,16 @@ def test_deepcopy(checkpoint: Path) -> None:
     assert error(twin(tokens()).logits, model(tokens()).logits) > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:lora with eva initialization used with low_cpu_mem_usage=False")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"use_dora": True}, "use_dora does not work on kt_moe experts"),
         ({"lora_bias": True}, "lora_bias does not work on kt_moe experts"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' does not work on kt_moe experts"),
+        ({"init_lora_weights": "pissa_niter_4"}, "='pissa_niter_4' does not work on kt_moe experts, whose"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora' does not work on kt_moe experts"),
+        ({"init_lora_weights": "eva", "eva_config": EvaConfig()}, "='eva' does not work on kt_moe experts"),
         ({"rank_pattern": {"experts": 0}}, "the rank of experts is 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

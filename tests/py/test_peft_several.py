@@ -220,10 +220,66 @@ def test_values_replaced_by_those_of_a_directory(bases: dict[str, Path], tmp_pat
     with pytest.raises(RuntimeError, match="unexpected keys found"):  # PEFT's own: nothing was changed
         hotswap_adapter(model, str(tmp_path / "other"), "default", torch_device="cpu")
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    with pytest.raises(ValueError, match="has lora_alpha 8, the one to be loaded 9"):
+    with pytest.raises(ValueError, match=r"has rank 4 and scaling 2 on .*, the one to be loaded 4 and 2.25"):
         kt_moe.load_adapter(model, tmp_path / "alpha")
     kt_moe.load_adapter(model, tmp_path / "other")
     assert torch.equal(model(tokens()).logits, other(tokens()).logits)
+
+
+@pytest.mark.parametrize("kt", [True, False])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
+def test_values_replaced_by_those_of_an_adapter_in_other_words(
+    family: str, kt: bool, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """Patterns spelled in another way, rsLoRA instead of an alpha, full names instead of short ones."""
+    fused = ["experts.gate_up_proj", "experts.down_proj"]
+    options: dict[str, Any] = {"r": 4, "target_parameters": fused, "init_lora_weights": False}
+    first = {
+        "target_modules": ["q_proj", "v_proj"],
+        "lora_alpha": 8,
+        "rank_pattern": {"q_proj": 9, "experts.gate_up_proj": 8, "experts.down_proj": 3},
+        "alpha_pattern": {r".*\.q_proj": 6, "v_proj": 2, "gate_up_proj": 16, "down_proj": 6},
+    }
+    again = {
+        "target_modules": r".*\.(q|v)_proj",
+        "use_rslora": True,
+        "lora_alpha": 4,
+        "rank_pattern": {"(q|self_attn.q)_proj": 9, "mlp.experts.gate_up_proj": 8, r"[\w.]*down_proj": 3},
+        "alpha_pattern": {
+            "self_attn.q_proj": 2, "self_attn.v_proj": 1, "experts.gate_up_proj": 4 * 2**0.5,
+            "experts.down_proj": 2 * 3**0.5,
+        },
+    }  # fmt: skip
+    for seed, (name, words) in enumerate({"first": first, "again": again}.items()):
+        torch.manual_seed(seed)
+        theirs = get_peft_model(load(bases[family], kt=False), LoraConfig(**options, **words))
+        theirs.save_pretrained(tmp_path / name)
+    model = kt_moe.load_adapter(load(bases[family], kt=kt), tmp_path / "first")
+    assert error(model(tokens()).logits, theirs.eval()(tokens()).logits) > 0.02
+    kt_moe.load_adapter(model, tmp_path / "again")
+    assert error(model(tokens()).logits, theirs(tokens()).logits) < (0.02 if kt else 1e-6)
+    wrong = {**again, "alpha_pattern": {**again["alpha_pattern"], "experts.down_proj": 3}}
+    get_peft_model(load(bases[family], kt=False), LoraConfig(**options, **wrong)).save_pretrained(
+        tmp_path / "w"
+    )
+    where = r"experts\.down_proj, the one to be loaded 3 and 1.73"
+    with pytest.raises(ValueError, match=rf"has rank 3 and scaling 2 on model\.layers\.0\.mlp\.{where}"):
+        kt_moe.load_adapter(model, tmp_path / "w")
+
+
+def test_its_own_values_loaded_into_an_adapter_whose_gate_and_up_have_other_alphas(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """As Trainer does when it resumes: what up's B was multiplied by in the file is undone."""
+    model = with_lora(bases["qwen3_moe"], alpha_pattern={"experts.up_proj": 7, "experts.down_proj": 3}).eval()
+    wanted = model(tokens()).logits
+    model.save_pretrained(tmp_path)
+    for load_again in (model.load_adapter, lambda path, name: kt_moe.load_adapter(model, path)):
+        with torch.no_grad():
+            for parameters in (p for n, p in model.named_parameters() if "lora_" in n):
+                parameters.zero_()
+        load_again(tmp_path, "default")
+        assert error(model(tokens()).logits, wanted) < 1e-4
 
 
 def state_of(model: Any) -> Any:

@@ -91,17 +91,17 @@ def save(
     topk_weights: Tensor,
     lora_tensors: Sequence[Tensor | None],
 ) -> None:
-    """Give an autograd node, which has `engine`, `experts` and `arrival`, what `backward` needs."""
+    """Give an autograd node what `backward` needs beside `engine`, `experts`, `arrival` and `versions`."""
     ctx.saved_call = replace(saved, tensors=())
     ctx.save_for_backward(hidden_states, topk_weights, *lora_tensors, *saved.tensors)
 
 
 def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of the arguments of the autograd function."""
-    hidden_states, topk_weights, *rest = ctx.saved_tensors
+    hidden_states, topk_weights, *rest = ctx.versions.saved_tensors(ctx)
     lora_tensors, tensors = rest[: 2 * len(_PROJECTIONS)], rest[2 * len(_PROJECTIONS) :]
     engine: Engine = ctx.engine
-    needs_x, _, needs_weights, _, _, _, _, *needs_lora = ctx.needs_input_grad
+    needs_x, _, needs_weights, _, _, _, *needs_lora = ctx.needs_input_grad
     dx, dweights, lora_grads, arrived = engine.backward(
         ctx.experts,
         replace(ctx.saved_call, tensors=tuple(tensors)),
@@ -119,7 +119,6 @@ def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         None if dx is None else dx.to(hidden_states.device, hidden_states.dtype),
         None,
         None if dweights is None else dweights.to(topk_weights.device, topk_weights.dtype),
-        None,
         None,
         None,
         None,

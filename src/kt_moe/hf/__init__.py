@@ -21,14 +21,23 @@ from transformers.integrations import moe as _moe
 from transformers.quantizers import register_quantization_config, register_quantizer
 
 from kt_moe.hf import tuner
-from kt_moe.hf.experts import NAME, KtExperts, kt_moe_experts_forward, refuse_at_construction
+from kt_moe.hf.experts import NAME, KtExperts, kt_moe_experts_forward, refuse_at_construction, repack
 from kt_moe.hf.kt_config import KTConfig
 from kt_moe.hf.loaded import wrap
 from kt_moe.hf.lora import KtLoraExperts
 from kt_moe.hf.quantizer import KtMoeConfig, KtMoeQuantizer
 from kt_moe.hf.tuner import KtLoraModel
 
-__all__ = ["KTConfig", "KtExperts", "KtLoraExperts", "KtLoraModel", "KtMoeConfig", "KtMoeQuantizer", "wrap"]
+__all__ = [
+    "KTConfig",
+    "KtExperts",
+    "KtLoraExperts",
+    "KtLoraModel",
+    "KtMoeConfig",
+    "KtMoeQuantizer",
+    "repack",
+    "wrap",
+]
 
 
 def _register() -> None:

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
 from kt_moe.functional import PROJECTIONS
 from kt_moe.hf.lora import KtLoraExperts, experts_architecture
 from kt_moe.hf.portable import is_per_expert, renamed_by_peft
-from kt_moe.hf.targets import FUSED, Targets, free_modules, holds_kt_experts, names_of, shortest
+from kt_moe.hf.targets import (
+    FUSED,
+    ExpertPairs,
+    Targets,
+    check_config_patterns,
+    find_targets,
+    free_modules,
+    holds_kt_experts,
+    names_of,
+    shortest,
+)
+from kt_moe.patterns import first_match
 
 
 class KtLoraConfig(LoraConfig):  # type: ignore[misc]
@@ -40,6 +55,48 @@ class KtLoraConfig(LoraConfig):  # type: ignore[misc]
         saved.save_pretrained(save_directory, **kwargs)
 
 
+@dataclass(frozen=True)
+class Names:
+    """All that names in a config could mean in a model, in plain transformers.
+
+    modules: paths. parameters: paths of tensors that are no layer's PEFT knows. projections: what routed
+    experts' projections may be called, by the path of the experts.
+    """
+
+    modules: list[str]
+    parameters: list[str]
+    projections: dict[str, list[str]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Names:
+        """Those of a base model."""
+        architecture = experts_architecture(model)
+        names = cls([], [], {})
+        for name, module in free_modules(model):
+            names.modules.append(name)
+            if architecture is not None and holds_kt_experts(module):
+                names.parameters.extend(f"{name}.{fused}" for fused in FUSED)
+                names.projections[name] = [
+                    alias for some in names_of(name, architecture).values() for alias in some
+                ]
+            else:
+                base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+                own = (f"{name}.{parameter}" for parameter, _ in base.named_parameters(recurse=False))
+                names.parameters.extend(own)
+        return names
+
+    def shortest_modules(self, wanted: Iterable[str], experts: Iterable[str] = ()) -> list[str]:
+        """The shortest names for target_modules that mean no other module, and no experts but those given."""
+        others = [
+            alias for path in self.projections.keys() - set(experts) for alias in self.projections[path]
+        ]
+        return shortest(wanted, [*self.modules, *others])
+
+    def shortest_parameters(self, wanted: Iterable[str]) -> list[str] | None:
+        """The same for target_parameters; None if there are none."""
+        return shortest(wanted, self.parameters) or None
+
+
 def saved_config(model: nn.Module, config: KtLoraConfig, adapter_name: str) -> LoraConfig:
     """The config with which plain PEFT puts the same LoRA on the same model.
 
@@ -48,21 +105,11 @@ def saved_config(model: nn.Module, config: KtLoraConfig, adapter_name: str) -> L
     """
     saved: Any = copy.deepcopy(config)
     saved.__class__ = LoraConfig
-    architecture = experts_architecture(model)
-    assert architecture is not None
-    modules, parameters = [], []  # all there are, in plain transformers
-    projections: list[str] = []  # names of experts' projections, which no other name may be read as
+    names = Names.of(model)
     wanted: dict[str, tuple[int, float]] = {}  # rank and alpha
     old_names = renamed_by_peft(model)
     experts: dict[str, KtLoraExperts] = {}
     for name, module in free_modules(model):
-        base = module.get_base_layer() if isinstance(module, LoraLayer) else module
-        modules.append(name)
-        if holds_kt_experts(module):
-            parameters += [f"{name}.{fused}" for fused in FUSED]
-            projections += [alias for some in names_of(name, architecture).values() for alias in some]
-        else:
-            parameters += [f"{name}.{parameter}" for parameter, _ in base.named_parameters(recurse=False)]
         if isinstance(module, KtLoraExperts) and adapter_name in module.pairs:
             experts[name] = module
         elif isinstance(module, LoraLayer) and adapter_name in module.r:
@@ -73,15 +120,15 @@ def saved_config(model: nn.Module, config: KtLoraConfig, adapter_name: str) -> L
             wanted[name] = rank, alpha
     saved.lora_alpha = config.lora_alpha * (config.r**0.5 if config.use_rslora else 1)
     saved.use_rslora = False
-    names = _names_of_all_experts(model, experts, adapter_name, saved)
-    for path, layer in {} if names else experts.items():
+    on_experts = _names_of_all_experts(model, experts, adapter_name, saved)
+    for path, layer in {} if on_experts else experts.items():
         for fused, rank in layer.fused_ranks(adapter_name).items():
             wanted[f"{path}.{fused}"] = rank, rank * layer.fused_scaling(adapter_name, fused)
-    as_parameters = wanted.keys() & set(parameters)
-    of_experts = [n if not any(m.endswith(f".{n}") for m in modules) else f"experts.{n}" for n in names]
-    by_name = shortest(wanted.keys() - as_parameters, [*modules, *projections])
-    saved.target_modules = sorted([*by_name, *of_experts])
-    saved.target_parameters = shortest(as_parameters, parameters) or None
+    as_parameters = wanted.keys() & set(names.parameters)
+    collide = {n for n in on_experts if any(m.endswith(f".{n}") for m in names.modules)}
+    of_experts = [f"experts.{n}" if n in collide else n for n in on_experts]
+    saved.target_modules = sorted([*names.shortest_modules(wanted.keys() - as_parameters), *of_experts])
+    saved.target_parameters = names.shortest_parameters(as_parameters)
     saved.rank_pattern = _pattern({name: rank for name, (rank, _) in wanted.items()}, saved.r)
     saved.alpha_pattern = _pattern({name: alpha for name, (_, alpha) in wanted.items()}, saved.lora_alpha)
     saved.layers_to_transform = saved.layers_pattern = saved.exclude_modules = None
@@ -108,6 +155,84 @@ def _names_of_all_experts(
         for path, layer in experts.items()
     ]
     return list(dict.fromkeys(names[p] for names in on_disk for p in pairs[0]))
+
+
+def check_same(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
+    """Check that a config, in whatever words, gives an adapter the ranks and scalings that it has.
+
+    Ranks of fused experts are left to the tensors, which say how gate and up share theirs.
+
+    Args:
+        model: the base model, with the adapter.
+
+    Raises:
+        ValueError: they differ on a layer, or the config is none for this model; names it.
+    """
+    architecture = experts_architecture(model)
+    experts: dict[str, ExpertPairs] = {}
+    if architecture is None:
+        config = copy.deepcopy(config)
+        check_config_patterns(config, [name for name, _ in model.named_modules()])
+        convert_peft_config_for_transformers(config, model, None)
+    else:
+        experts = dict(find_targets(model, config, architecture).experts)
+    for name, module in free_modules(model):
+        if isinstance(module, KtLoraExperts):
+            found = _of_experts(module, experts.get(name), adapter_name)
+        else:
+            found = _of_layers(name, module, config, adapter_name)
+        for what, (rank, scaling), (new_rank, new_scaling) in found:
+            if rank != new_rank or not math.isclose(scaling, new_scaling, rel_tol=1e-6):
+                raise ValueError(
+                    f"the model's adapter {adapter_name!r} has rank {rank} and scaling {scaling:g} on "
+                    f"{name}{what}, the one to be loaded {new_rank} and {new_scaling:g}: "
+                    f"delete_adapter({adapter_name!r}), or use another name"
+                )
+
+
+_Numbers = tuple[int, float]  # rank and scaling
+
+
+def _of_experts(
+    layer: KtLoraExperts, new: ExpertPairs | None, adapter_name: str
+) -> Iterator[tuple[str, _Numbers, _Numbers]]:
+    """Each projection that an adapter and a config have, with the numbers of both."""
+    own = layer.pairs[adapter_name].pairs if adapter_name in layer.pairs else {}
+    fused = {p: name for name in (() if new is None else new.fused) for p in FUSED[name]}
+    for projection, pair in {} if new is None else new.pairs.items():
+        if projection not in own:
+            continue
+        rank, scaling = own[projection].rank, own[projection].scaling
+        if projection in fused:
+            rank, scaling = pair.rank, layer.fused_scaling(adapter_name, fused[projection])
+        yield f".{projection}_proj", (rank, scaling), (pair.rank, pair.scaling)
+
+
+def _of_layers(
+    name: str, module: nn.Module, config: LoraConfig, adapter_name: str
+) -> Iterator[tuple[str, _Numbers, _Numbers]]:
+    """The same of one of PEFT's layers; of several for parameters, one in the other."""
+    layer: Any = module
+    while isinstance(layer, LoraLayer):
+        is_parameter = isinstance(layer, ParamWrapper)
+        end = f".{layer.parameter_name}" if is_parameter else ""
+        if adapter_name in layer.r:
+            keys = [f"{name}{end}"] if is_parameter else [name, f"{name}.weight"]
+            of_pattern = first_match(config.rank_pattern or {}, keys)
+            rank = config.r if of_pattern is None else of_pattern
+            of_pattern = first_match(config.alpha_pattern or {}, keys)
+            alpha = config.lora_alpha if of_pattern is None else of_pattern
+            own = layer.r[adapter_name], layer.lora_alpha[adapter_name]
+            yield (
+                end,
+                (own[0], _scaling(*own, layer.use_rslora[adapter_name])),
+                (rank, _scaling(rank, alpha, config.use_rslora)),
+            )
+        layer = layer.base_layer if is_parameter else None
+
+
+def _scaling(rank: int, alpha: float, use_rslora: bool) -> float:
+    return float(alpha / (math.sqrt(rank) if use_rslora else rank))
 
 
 def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:

@@ -107,17 +107,43 @@ class _Packed:
     """Experts made from a module's parameters, and what these were then."""
 
     sources: tuple[Tensor, ...]  # share the parameters' storage, so that no other tensor can take its address
-    versions: tuple[int, ...]
+    versions: tuple[int | None, ...]
     experts: Experts
+
+    @classmethod
+    def of(cls, module: nn.Module, tensors: tuple[Tensor, ...]) -> _Packed:
+        return cls(tensors, tuple(map(_version, tensors)), pack(module))
 
     def made_from(self, tensors: tuple[Tensor, ...]) -> bool:
         return all(
-            old.data_ptr() == new.data_ptr() and old.shape == new.shape and version == new._version
+            old.data_ptr() == new.data_ptr() and old.shape == new.shape and version == _version(new)
             for old, new, version in zip(self.sources, tensors, self.versions, strict=True)
         )
 
 
+def _version(tensor: Tensor) -> int | None:
+    """How often autograd saw it changed; None for tensors made in inference mode, which are not counted."""
+    return None if tensor.is_inference() else tensor._version
+
+
 _packed: WeakKeyDictionary[nn.Module, _Packed] = WeakKeyDictionary()
+
+
+def repack(model: nn.Module) -> int:
+    """Have torch's experts packed again, after a change that torch does not count.
+
+    Experts that stay torch parameters (`experts_implementation="kt_moe"`) are packed at the first call, and
+    again when they were changed as autograd knows it: `parameter.mul_()`, `copy_`, `load_state_dict`, an
+    optimizer, new tensors. Changes through `parameter.data`, or of parameters made in
+    `torch.inference_mode()`, need this.
+
+    Args:
+        model: a model, or a module with experts.
+
+    Returns:
+        the number of modules that the next call will pack again.
+    """
+    return sum(_packed.pop(module, None) is not None for module in model.modules())
 
 
 def is_kt_experts(module: nn.Module) -> bool:
@@ -131,7 +157,8 @@ def is_kt_experts(module: nn.Module) -> bool:
 def experts_of(module: nn.Module) -> Experts:
     """The packed weights of a module that `is_kt_experts`.
 
-    Those of transformers' modules are packed at the first call, and again when their parameters have changed.
+    Those of transformers' modules are packed at the first call, and again when their parameters have changed;
+    see `repack`.
 
     Raises:
         ValueError: an unsupported architecture, or experts that are to be trained themselves.
@@ -147,8 +174,7 @@ def experts_of(module: nn.Module) -> Experts:
     tensors = tuple(p.detach() for p in parameters)
     packed = _packed.get(module)
     if packed is None or not packed.made_from(tensors):
-        experts = pack(module)
-        packed = _packed[module] = _Packed(tensors, tuple(t._version for t in tensors), experts)
+        packed = _packed[module] = _Packed.of(module, tensors)
     return packed.experts
 
 

@@ -21,6 +21,7 @@ from kt_moe.hf.portable import ExpertsForm, Matrices
 from kt_moe.hf.targets import FUSED, ExpertPairs, Pair
 from kt_moe.lora_device import LoraParameters, LoraPlace
 
+INITIAL_VALUES = (True, False, "gaussian", "orthogonal")  # of init_lora_weights that leave the base as it is
 _BASE = "__base__"  # PEFT's name, in adapter_names, for no adapter
 NO_MERGE = (
     "kt_moe experts cannot take an adapter in: they are frozen in packed form. Save the adapter and use "
@@ -82,7 +83,7 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         Raises:
             ValueError: an option of LoraConfig that does not work on experts; names it.
         """
-        _refuse_options(config)
+        _refuse_options(config, pairs)
         self.scaling[adapter_name] = _first_scaling(pairs.pairs)
         self._set_pairs(adapter_name, pairs)
         self.use_rslora[adapter_name] = self.use_dora[adapter_name] = self.lora_bias[adapter_name] = False
@@ -161,7 +162,11 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
 
     @torch.no_grad()
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
-        """Initialise as PEFT does each expert's pair: True, False or "gaussian"."""
+        """Initialise as PEFT does each expert's pair, by one of `INITIAL_VALUES`."""
+        if init_lora_weights == "orthogonal":
+            for projection, a in self.lora_A[adapter_name].items():
+                _orthogonal(a, self.lora_B[adapter_name][projection])
+            return
         for a in self.lora_A[adapter_name].values():
             if init_lora_weights == "gaussian":
                 a.normal_(std=1 / a.shape[1])
@@ -270,13 +275,18 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         form = self.form(path)
         if per_expert:
             return form.split(matrices)
-        for projection in {"gate", "up"} & matrices.keys():
-            own = self.pairs[adapter_name].pairs[projection].scaling
-            written = self.fused_scaling(adapter_name, "gate_up_proj")
-            if own != written:  # the rest goes into B
-                a, b = matrices[projection]
-                matrices = {**matrices, projection: (a, b * (own / written))}
-        return form.fuse(matrices)
+        factors = self.fused_factors(adapter_name)
+        return form.fuse({p: (a, b if factors[p] == 1 else b * factors[p]) for p, (a, b) in matrices.items()})
+
+    def fused_factors(self, adapter_name: str) -> dict[str, float]:
+        """What each projection's B is multiplied by in fused tensors, which have one scaling."""
+        factors = {}
+        for fused, parts in FUSED.items():
+            for projection in self.pairs[adapter_name].pairs.keys() & parts:
+                own = self.pairs[adapter_name].pairs[projection].scaling
+                written = self.fused_scaling(adapter_name, fused)
+                factors[projection] = 1.0 if own == written else own / written
+        return factors
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """NotImplementedError: the experts are frozen in packed form."""
@@ -285,6 +295,19 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
     def unmerge(self) -> None:
         """NotImplementedError: nothing was merged."""
         raise NotImplementedError(NO_MERGE)
+
+
+def _orthogonal(a: Tensor, b: Tensor) -> None:
+    """A [E, r, in] and B [E, out, r] whose product is zero, as neither is: each has half of a random basis.
+
+    PEFT's `orthogonal_init` (https://datta0.github.io/posts/rethink-lora-init/).
+    """
+    experts, rank = len(a), a.shape[1]
+    basis = torch.linalg.qr(a.new_empty(experts, rank, rank).normal_()).Q
+    into = a.new_empty(experts, a.shape[2], rank // 2).normal_()
+    out = b.new_empty(experts, b.shape[1], rank // 2).normal_()
+    a.copy_((into @ basis[:, 0::2]).mT / 10)
+    b.copy_(out @ basis[:, 1::2] / 10)
 
 
 def _first_scaling(pairs: Mapping[str, Pair]) -> float:
@@ -308,15 +331,18 @@ def lora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, KtLo
             yield path.removeprefix("_fsdp_wrapped_module."), module
 
 
-def _refuse_options(config: LoraConfig) -> None:
+def _refuse_options(config: LoraConfig, pairs: ExpertPairs) -> None:
     variants = [
         f for f, field in config.__dataclass_fields__.items() if field.metadata.get("is_lora_variant")
     ]
     for option in (*variants, "use_dora", "lora_bias", "fan_in_fan_out"):
         if getattr(config, option, None):
             raise ValueError(f"LoraConfig: {option} does not work on kt_moe experts")
-    if config.init_lora_weights not in (True, False, "gaussian"):
+    if config.init_lora_weights not in INITIAL_VALUES:
         raise ValueError(
             f"LoraConfig: init_lora_weights={config.init_lora_weights!r} does not work on kt_moe experts, "
-            'only True, False and "gaussian"'
+            f"whose weights are frozen in packed form, only {list(INITIAL_VALUES)}"
         )
+    odd = [f"{p}_proj has {pair.rank}" for p, pair in pairs.pairs.items() if pair.rank % 2]
+    if config.init_lora_weights == "orthogonal" and odd:
+        raise ValueError(f"LoraConfig: init_lora_weights='orthogonal' needs even ranks, {', '.join(odd)}")

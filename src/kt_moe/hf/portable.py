@@ -148,7 +148,8 @@ class ExpertsForm:
         state_dict: dict[str, Tensor],
         fused: Mapping[str, set[int]],
         own: Mapping[str, int],
-        renamed: Callable[[str], str] = str,
+        renamed: Callable[[str], str],
+        written: Mapping[str, float],
     ) -> Matrices:
         """Take the tensors of these experts, in either form, out of `state_dict`.
 
@@ -157,6 +158,7 @@ class ExpertsForm:
             fused: ranks that each fused tensor with LoRA may have, by the config and by what is in memory.
             own: rank in memory of each projection with LoRA.
             renamed: what the paths that checkpoints have were renamed to, where they were.
+            written: what the B of each projection was multiplied by when fused tensors were written.
 
         Raises:
             ValueError: tensors of another rank or number of experts, or only some of them; names them.
@@ -170,7 +172,10 @@ class ExpertsForm:
                 places += [f"{one}.base_layer" for one in (self.path, *stored)]
             for there in dict.fromkeys(places):
                 if (pair := _pop_pair(state_dict, there)) is not None:
-                    matrices |= self._unfuse(name, there, *pair, ranks=fused[name], own=own)
+                    found = self._unfuse(name, there, *pair, ranks=fused[name], own=own)
+                    matrices |= {
+                        p: (a, b if written[p] in (0, 1) else b / written[p]) for p, (a, b) in found.items()
+                    }
                     break
         for projection, word in zip(PROJECTIONS, self.module.projections, strict=True):
             pairs = self._pop_experts(state_dict, stored, word)

@@ -11,13 +11,15 @@ from __future__ import annotations
 import copy
 import logging
 import re
+from types import MethodType
 from typing import Any
 
 import torch
-from peft import PeftType
+from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from kt_moe.hf.config import KtLoraConfig, saved_config
 from kt_moe.hf.experts import KtExperts, is_kt_experts
@@ -225,7 +227,7 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
             pairs, ranks = layer.pairs[adapter_name], layer.fused_ranks(adapter_name)
             allowed = {name: {rank, pairs.fused.get(name, rank)} for name, rank in ranks.items()}
             own = {projection: pair.rank for projection, pair in pairs.pairs.items()}
-            matrices = form.take(state_dict, allowed, own, renamed)
+            matrices = form.take(state_dict, allowed, own, renamed, layer.fused_factors(adapter_name))
             layer.fit(adapter_name, {p: a.shape[1] for p, (a, _) in matrices.items()})
             for projection, pair in matrices.items():
                 for matrix, tensor in zip("AB", pair, strict=True):
@@ -246,6 +248,24 @@ _PATTERNS = ("rank_pattern", "alpha_pattern")
 def register() -> None:
     """Put the tuner into PEFT's registry."""
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = KtLoraModel
+    register_module_module_registration_hook(_count_experts)
+
+
+def _count_experts(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """A hook on the registration of every module: a PeftModel with our tuner counts experts too.
+
+    PEFT counts `named_parameters`, among which the experts' weights are not.
+    """
+    if name == "base_model" and isinstance(parent, PeftModel) and isinstance(module, KtLoraModel):
+        parent.get_nb_trainable_parameters = MethodType(_nb_trainable_parameters, parent)
+
+
+def _nb_trainable_parameters(model: Any) -> tuple[int, int]:
+    """Numbers of trainable parameters and of all, as of the plain model."""
+    trainable, everything = type(model).get_nb_trainable_parameters(model)
+    return trainable, everything + sum(
+        m.expert_module.numel for m in model.modules() if isinstance(m, KtExperts)
+    )
 
 
 def _by_name(patterns: dict[str, Any], targets: Targets) -> dict[str, Any]:
