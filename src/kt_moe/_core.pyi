@@ -29,6 +29,14 @@ def probe_nodes() -> list[dict[str, Any]]:
     does not tell).
     """
 
+def quantized_types() -> dict[str, dict[str, Any]]:
+    """By format: scale, scale_rows, scale_cols and zero_points of weights quantised to it on loading."""
+
+def matrix_bytes(
+    rows: int, cols: int, format: str, scale: str, scale_rows: int, scale_cols: int, zero_points: bool
+) -> int:
+    """Of a matrix in memory: codes, scales and zero points."""
+
 @final
 class Runtime:
     def __init__(

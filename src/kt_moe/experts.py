@@ -19,7 +19,7 @@ from kt_moe.gpu.layers import Identity
 from kt_moe.runtime import Runtime, default_runtime
 from kt_moe.tensors import check_tensor, numbers, on_cpu
 
-FORMATS = ("bf16", "int8", "int4", "fp8", "mxfp4")  # of weights in memory
+FORMATS = tuple(_core.quantized_types())  # of weights in memory
 CHECKPOINT_FORMATS = ("as-stored", *FORMATS)
 PLACEMENTS = ("tensor", "expert")  # of experts on shards
 

@@ -15,17 +15,21 @@ using namespace kt;
 
 namespace {
 
-struct NamedSlot {
+struct Codes {
   const char* name;
-  DecodeCodes* DecodeKernels::* slot;
+  CodeType type;
   bool nibbles;
 };
 
-constexpr NamedSlot kInt8{"int8", &DecodeKernels::from_int8, false};
-constexpr NamedSlot kInt4{"int4", &DecodeKernels::from_int4, true};
-constexpr NamedSlot kFp8{"fp8", &DecodeKernels::from_fp8, false};
-constexpr NamedSlot kMxfp4{"mxfp4", &DecodeKernels::from_mxfp4, true};
-constexpr NamedSlot kSlots[] = {kInt8, kInt4, kFp8, kMxfp4};
+constexpr Codes kInt8{"int8", CodeType::int8, false};
+constexpr Codes kInt4{"int4", CodeType::int4, true};
+constexpr Codes kE4M3{"e4m3", CodeType::e4m3, false};
+constexpr Codes kE2M1{"e2m1", CodeType::e2m1, true};
+constexpr Codes kAll[] = {kInt8, kInt4, kE4M3, kE2M1};
+
+DecodeCodes* decoder(const DecodeKernels& kernels, const Codes& codes) {
+  return kernels.from_codes[static_cast<int>(codes.type)];
+}
 
 const DecodeKernels& scalar_decode() {
   static const KernelSet set = kernel_set("scalar", cpu_features());
@@ -50,15 +54,15 @@ std::vector<bf16_t> decoded(DecodeCodes* decode, const CodedRows& src) {
   return result;
 }
 
-void check_same(const NamedSlot& format, const CodedRows& src) {
-  CAPTURE(format.name);
+void check_same(const Codes& of, const CodedRows& src) {
+  CAPTURE(of.name);
   CAPTURE(src.rows);
   CAPTURE(src.cols);
   CAPTURE(src.group);
-  CAPTURE(static_cast<int>(src.scale_kind));
-  const std::vector<bf16_t> wanted = decoded(scalar_decode().*format.slot, src);
+  CAPTURE(static_cast<int>(src.scale_type));
+  const std::vector<bf16_t> wanted = decoded(decoder(scalar_decode(), of), src);
   for_every_available_set([&](const KernelSet& set) {
-    const std::vector<bf16_t> found = decoded(set.decode.*format.slot, src);
+    const std::vector<bf16_t> found = decoded(decoder(set.decode, of), src);
     const auto same = [](bf16_t a, bf16_t b) { return a == b || (is_nan(a) && is_nan(b)); };
     const auto [here, there] = std::mismatch(found.begin(), found.end(), wanted.begin(), same);
     if (here == found.end()) return;
@@ -76,16 +80,16 @@ std::vector<T> random_integers(std::size_t n, unsigned seed) {
 }
 
 // Every scale with every code: a row has all codes, and a scale (and zero point) of its own.
-void check_all_codes(const NamedSlot& format, ScaleKind kind, const void* scales, int count) {
+void check_all_codes(const Codes& of, ScaleType kind, const void* scales, int count) {
   std::vector<std::uint8_t> codes(256);
   for (std::size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<std::uint8_t>(i);
-  const int cols = format.nibbles ? 512 : 256;
+  const int cols = of.nibbles ? 512 : 256;
   CodedRows src{count, cols, codes.data(), 0, kind, scales, 1, nullptr, cols};
-  check_same(format, src);
-  if (format.slot != kInt4.slot) return;
+  check_same(of, src);
+  if (of.type != CodeType::int4) return;
   const auto zeros = random_integers<std::uint8_t>(static_cast<std::size_t>(count), 1);
   src.zeros = zeros.data();
-  check_same(format, src);
+  check_same(of, src);
 }
 
 }  // namespace
@@ -102,14 +106,14 @@ TEST_CASE("all codes with scales of all kinds: any sign, denormal, huge, infinit
         bf16.push_back(static_cast<bf16_t>((sign | exponent << 23 | mantissa) >> 16));
       }
   }
-  for (const NamedSlot& format : kSlots) {
-    check_all_codes(format, kScaleF32, f32.data(), static_cast<int>(f32.size()));
-    check_all_codes(format, kScaleBF16, bf16.data(), static_cast<int>(bf16.size()));
-    check_all_codes(format, kScaleE8M0, e8m0.data(), static_cast<int>(e8m0.size()));
+  for (const Codes& of : kAll) {
+    check_all_codes(of, ScaleType::f32, f32.data(), static_cast<int>(f32.size()));
+    check_all_codes(of, ScaleType::bf16, bf16.data(), static_cast<int>(bf16.size()));
+    check_all_codes(of, ScaleType::e8m0, e8m0.data(), static_cast<int>(e8m0.size()));
   }
   // One scale a call: above, some scale kept every call from what is faster and takes ordinary ones only.
-  for (const NamedSlot& format : {kInt8, kFp8})
-    for (const float& scale : f32) check_all_codes(format, kScaleF32, &scale, 1);
+  for (const Codes& of : {kInt8, kE4M3})
+    for (const float& scale : f32) check_all_codes(of, ScaleType::f32, &scale, 1);
 }
 
 TEST_CASE("any number of columns, groups and strides; nothing is touched behind a row") {
@@ -117,25 +121,25 @@ TEST_CASE("any number of columns, groups and strides; nothing is touched behind 
   const auto zeros = random_integers<std::uint8_t>(1000, 3);
   std::vector<float> ordinary;
   for (const std::uint32_t x : scales) ordinary.push_back(static_cast<float>(x) * 0x1p-40f);
-  for (const NamedSlot& format : kSlots)
+  for (const Codes& of : kAll)
     for (int cols = 1; cols <= 130; ++cols)
       for (const int group : {32, 64, 128, cols, 7 * cols}) {
         if (group % 32 != 0 && group < cols) continue;
         constexpr int kRows = 3;
-        const int row_bytes = format.nibbles ? (cols + 1) / 2 : cols, stride = row_bytes + 5;
+        const int row_bytes = of.nibbles ? (cols + 1) / 2 : cols, stride = row_bytes + 5;
         const int bytes = (kRows - 1) * stride + row_bytes;
         EndOfPage<std::uint8_t> codes(bytes);
         const auto random = random_integers<std::uint8_t>(static_cast<std::size_t>(bytes), 4);
         std::copy(random.begin(), random.end(), codes.data);
         const int groups = (cols - 1) / group + 1;
-        for (const auto& [kind, from] : {std::pair<ScaleKind, const void*>{kScaleF32, ordinary.data()},
-                                         {kScaleF32, scales.data()},
-                                         {kScaleBF16, scales.data()},
-                                         {kScaleE8M0, scales.data()}})
+        for (const auto& [kind, from] : {std::pair<ScaleType, const void*>{ScaleType::f32, ordinary.data()},
+                                         {ScaleType::f32, scales.data()},
+                                         {ScaleType::bf16, scales.data()},
+                                         {ScaleType::e8m0, scales.data()}})
           for (const int scale_stride : {0, groups + 1}) {
-            check_same(format, {kRows, cols, codes.data, stride, kind, from, scale_stride, nullptr, group});
-            if (format.slot == kInt4.slot)
-              check_same(format,
+            check_same(of, {kRows, cols, codes.data, stride, kind, from, scale_stride, nullptr, group});
+            if (of.type == CodeType::int4)
+              check_same(of,
                          {kRows, cols, codes.data, stride, kind, from, scale_stride, zeros.data(), group});
           }
       }
@@ -146,11 +150,11 @@ TEST_CASE("many rows that share the scales of several groups") {
   const auto codes = random_integers<std::uint8_t>(kRows * 300, 6);
   const auto scales = random_integers<bf16_t>(10, 7);
   const auto zeros = random_integers<std::uint8_t>(10, 8);
-  for (const NamedSlot& format : kSlots)
+  for (const Codes& of : kAll)
     for (const int cols : {33, 128, 129, 256, 295})
       for (const int group : {32, 64, 128, 512})
-        check_same(format, {kRows, cols, codes.data(), 297, kScaleBF16, scales.data(), 0,
-                            format.slot == kInt4.slot ? zeros.data() : nullptr, group});
+        check_same(of, {kRows, cols, codes.data(), 297, ScaleType::bf16, scales.data(), 0,
+                        of.type == CodeType::int4 ? zeros.data() : nullptr, group});
 }
 
 TEST_CASE("scales and zero points end with their page") {
@@ -165,10 +169,10 @@ TEST_CASE("scales and zero points end with their page") {
     f32.data[i] = 0.1f * static_cast<float>(i);
     bf16.data[i] = to_bf16(f32.data[i]);
   }
-  for (const NamedSlot& format : kSlots)
-    for (const auto& [kind, scales] : {std::pair<ScaleKind, const void*>{kScaleF32, f32.data},
-                                       {kScaleBF16, bf16.data},
-                                       {kScaleE8M0, e8m0.data}})
-      check_same(format, {kRows, kCols, codes.data(), format.nibbles ? kCols / 2 : kCols, kind, scales, 3,
-                          zeros.data, kGroup});
+  for (const Codes& of : kAll)
+    for (const auto& [kind, scales] : {std::pair<ScaleType, const void*>{ScaleType::f32, f32.data},
+                                       {ScaleType::bf16, bf16.data},
+                                       {ScaleType::e8m0, e8m0.data}})
+      check_same(of, {kRows, kCols, codes.data(), of.nibbles ? kCols / 2 : kCols, kind, scales, 3, zeros.data,
+                      kGroup});
 }

@@ -66,7 +66,7 @@ constexpr Direction kDirections[] = {Direction::times_transposed, Direction::tim
 
 // The set without products of codes: it decodes.
 KernelSet decoding(KernelSet set) {
-  set.few.times_transposed_coded = set.few.times_coded = {};
+  set.few.coded = {};
   return set;
 }
 
@@ -176,7 +176,7 @@ TEST_CASE("scales of any size") {
 
 TEST_CASE("common shapes are multiplied without decoding them first") {
   const KernelSet set = kernel_set(best_isa(cpu_features()), cpu_features());
-  if (set.few.times_coded.int4 == nullptr) return;
+  if (set.few.coded.times[static_cast<int>(CodeType::int4)] == nullptr) return;
   KernelSet no_decode = set;  // which would crash
   no_decode.decode = {};
   for (const auto& [type, cols] :

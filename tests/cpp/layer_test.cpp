@@ -142,17 +142,13 @@ class Layer {
                                    reinterpret_cast<const std::uint8_t*>(w.codes) +
                                        row * w.code_bytes(w.cols) + w.code_bytes(first),
                                    0,
-                                   w.type.scale == ScaleType::f32    ? kScaleF32
-                                   : w.type.scale == ScaleType::bf16 ? kScaleBF16
-                                                                     : kScaleE8M0,
+                                   w.type.scale,
                                    w.scales + scale * size_of(w.type.scale),
                                    0,
                                    w.zeros ? reinterpret_cast<const std::uint8_t*>(w.zeros) + scale : nullptr,
                                    static_cast<int>(w.group())};
-            (w.type.format == Format::int8   ? decode.from_int8
-             : w.type.format == Format::int4 ? decode.from_int4
-             : w.type.format == Format::fp8  ? decode.from_fp8
-                                             : decode.from_mxfp4)(source, decoded + row * w.cols + first, 0);
+            decode.from_codes[static_cast<int>(traits_of(w.type.format).codes)](
+                source, decoded + row * w.cols + first, 0);
           }
         w = {{}, w.rows, w.cols, reinterpret_cast<const std::byte*>(decoded)};
       }

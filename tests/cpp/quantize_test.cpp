@@ -69,7 +69,7 @@ void refuses(const MatView& source, const Quantized& to, const char* complaint) 
 
 TEST_CASE("the error on normal weights") {
   const auto type = [](Format format, index_t scale_cols) {
-    WeightType with = default_type(format);
+    WeightType with = traits_of(format).quantized;
     with.scale_cols = scale_cols;
     return with;
   };
@@ -82,9 +82,9 @@ TEST_CASE("the error on normal weights") {
   CHECK(error_on_normal(type(Format::int4, 32), 64, 768) < 0.083);
   CHECK(error_on_normal(type(Format::int4, 64), 64, 768) < 0.096);
   CHECK(error_on_normal(type(Format::int4, 128), 64, 768) < 0.107);
-  CHECK(error_on_normal(default_type(Format::fp8), 256, 300) < 0.0275);
+  CHECK(error_on_normal(traits_of(Format::fp8).quantized, 256, 300) < 0.0275);
   CHECK(error_on_normal({Format::fp8, ScaleType::f32, 1, 0, false}, 64, 768) < 0.0275);
-  CHECK(error_on_normal(default_type(Format::mxfp4), 64, 768) < 0.118);
+  CHECK(error_on_normal(traits_of(Format::mxfp4).quantized, 64, 768) < 0.118);
 }
 
 TEST_CASE("weights that a format holds are kept") {
@@ -99,7 +99,7 @@ TEST_CASE("weights that a format holds are kept") {
   kept({Format::int8, ScaleType::f32, 1, 0, false}, int8);
   for (const float x : {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f})
     for (const float scaled : {x * 0x1p-20f, -x * 0x1p-20f}) mxfp4.push_back(scaled);
-  kept(default_type(Format::mxfp4), mxfp4);
+  kept(traits_of(Format::mxfp4).quantized, mxfp4);
   for (int exponent = 0; exponent < 16; ++exponent)
     for (int mantissa = 0; mantissa < (exponent == 15 ? 7 : 8); ++mantissa) {
       const float x =
@@ -121,7 +121,7 @@ TEST_CASE("weights between two numbers take the nearest, and of equally near one
 
   std::vector<float> weights = {6, 0.25f, 0.75f, -1.25f, 1.75f, 2.5f, 3.5f, -5};
   weights.resize(32, 0.5f);
-  Quantized mxfp4(default_type(Format::mxfp4), 1, 32);
+  Quantized mxfp4(traits_of(Format::mxfp4).quantized, 1, 32);
   quantize(scalar_set(), matrix(weights, 1), mxfp4.weight);
   CHECK(static_cast<int>(mxfp4.weight.scales[0]) == 127);
   for (const auto& [place, codes] : {std::pair{0, 0x07}, {1, 0xa2}, {2, 0x44}, {3, 0xe6}, {4, 0x11}})
@@ -129,7 +129,7 @@ TEST_CASE("weights between two numbers take the nearest, and of equally near one
 
   weights = {-8, 0.5f, 1.5f, 2.5f, -0.5f, -1.5f, 7, -7};
   weights.resize(32, 6.0f);
-  Quantized int4(default_type(Format::int4), 1, 32);
+  Quantized int4(traits_of(Format::int4).quantized, 1, 32);
   quantize(scalar_set(), matrix(weights, 1), int4.weight);
   for (const auto& [place, codes] : {std::pair{0, 0x80}, {1, 0xaa}, {2, 0x68}, {3, 0x1f}, {4, 0xee}})
     CHECK(int4.code(place) == codes);
@@ -146,10 +146,10 @@ TEST_CASE("whatever the source's type and the kernel set, the same codes and err
   }
   for (const Format format : kFormats) {
     CAPTURE(static_cast<int>(format));
-    Quantized wanted(default_type(format), rows, cols);
+    Quantized wanted(traits_of(format).quantized, rows, cols);
     const QuantError error = quantize(scalar_set(), matrix(widened, rows), wanted.weight);
     for_every_available_set([&](const KernelSet& set) {
-      Quantized found(default_type(format), rows, cols);
+      Quantized found(traits_of(format).quantized, rows, cols);
       const QuantError its = quantize(set, view(rounded.data(), DType::bf16, rows, cols), found.weight);
       CHECK(found.bytes == wanted.bytes);
       CHECK(its.error == error.error);
@@ -162,7 +162,7 @@ TEST_CASE("zeros have the scale 1, and the largest and smallest weights stay fin
   for (const Format format : kFormats) {
     CAPTURE(static_cast<int>(format));
     const std::vector<float> zeros(64, 0.0f);
-    Quantized to(default_type(format), 1, 64);
+    Quantized to(traits_of(format).quantized, 1, 64);
     const QuantError none = quantize(scalar_set(), matrix(zeros, 1), to.weight);
     CHECK(none.error == 0);
     CHECK(none.norm == 0);
@@ -172,7 +172,7 @@ TEST_CASE("zeros have the scale 1, and the largest and smallest weights stay fin
     for (const float peak : {1e-45f, 1e-38f, 1e-30f, 1e30f, 3e38f}) {
       CAPTURE(peak);
       const std::vector<float> weights = {peak, -peak, peak / 2, 0};
-      Quantized extreme(default_type(format), 1, 4);
+      Quantized extreme(traits_of(format).quantized, 1, 4);
       const double error = relative(quantize(scalar_set(), matrix(weights, 1), extreme.weight));
       CHECK(error <= (peak < 1e-35f ? 1.0 : 0.2));
     }
@@ -182,7 +182,7 @@ TEST_CASE("zeros have the scale 1, and the largest and smallest weights stay fin
 TEST_CASE("weights that are not finite, and types and shapes that do not fit, are refused") {
   std::vector<float> weights = normal(6 * 40);
   for (const Format format : kFormats) {
-    Quantized to(default_type(format), 6, 40);
+    Quantized to(traits_of(format).quantized, 6, 40);
     weights[5 * 40 + 39] = std::numeric_limits<float>::infinity();
     refuses(matrix(weights, 6), to, "row 5, column 39 is inf");
     weights[2 * 40 + 7] = std::numeric_limits<float>::quiet_NaN();

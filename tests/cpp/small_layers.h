@@ -68,21 +68,16 @@ inline std::vector<bf16_t> decoded(const MutableWeight& m) {
       continue;
     }
     const index_t first = row / m.type.scale_rows * ceil_div(m.cols, m.group());
-    const ScaleKind kind = m.type.scale == ScaleType::f32    ? kScaleF32
-                           : m.type.scale == ScaleType::bf16 ? kScaleBF16
-                                                             : kScaleE8M0;
     const CodedRows coded{1,
                           static_cast<int>(m.cols),
                           reinterpret_cast<const std::uint8_t*>(codes),
                           0,
-                          kind,
+                          m.type.scale,
                           m.scales + first * size_of(m.type.scale),
                           0,
                           m.zeros ? reinterpret_cast<const std::uint8_t*>(m.zeros) + first : nullptr,
                           static_cast<int>(m.group())};
-    DecodeCodes* const decode[] = {nullptr, kernels.from_int8, kernels.from_int4, kernels.from_fp8,
-                                   kernels.from_mxfp4};
-    decode[static_cast<std::size_t>(m.type.format)](coded, to, m.cols);
+    kernels.from_codes[static_cast<int>(traits_of(m.type.format).codes)](coded, to, m.cols);
   }
   return out;
 }

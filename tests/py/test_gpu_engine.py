@@ -19,12 +19,12 @@ from strategies import make_problem, problems, run_ours
 from test_layer import ALL, assert_as_good_as_eager, assert_formula
 
 import kt_moe
+from kt_moe.experts import FORMATS
 from kt_moe.gpu import Gpu, Rates
 from kt_moe.gpu.cpu_part import Worker
 from kt_moe.gpu.streams import Streams
 
 SHARES = (0.0, 0.3, 0.7, 1.0)
-FORMATS = ("bf16", "int8", "int4", "fp8", "mxfp4")
 RATES = Rates(link=50e9, gpu_flops=1e13, gpu_bytes=1e12, cpu_flops=1e12, cpu_bytes=5e10)
 
 

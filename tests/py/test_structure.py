@@ -89,7 +89,7 @@ def up_to_date(build: Path) -> bool:
     """Whether the build directory holds an object for every kernel source, none older than the sources."""
     sources = [path for isa in ISAS for path in cpp_files(CPP / "kernels" / isa) if path.suffix == ".cpp"]
     objects = [path for isa in ISAS for path in isa_objects(build, isa)]
-    headers = [CPP / "kernels" / "kernel_set.h", ROOT / "CMakeLists.txt"]
+    headers = [CPP / "kernels" / "kernel_set.h", CPP / "base" / "code_type.h", ROOT / "CMakeLists.txt"]
     newest = max(path.stat().st_mtime for path in sources + headers)
     return len(objects) == len(sources) and all(path.stat().st_mtime >= newest for path in objects)
 

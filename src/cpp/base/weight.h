@@ -8,37 +8,20 @@
 #include <cstdint>
 #include <string_view>
 
-#include "base/error.h"
+#include "base/code_type.h"
 #include "base/split.h"
 #include "base/view.h"
 
 namespace kt {
 
-// bf16: no scales. int8: two's complement. int4: two codes a byte, the lower bits first, each minus its zero
-// point. fp8: E4M3, no infinities. mxfp4: E2M1, two a byte as in int4, scales E8M0.
 enum class Format : std::uint8_t { bf16, int8, int4, fp8, mxfp4 };
 
-inline constexpr std::array<std::string_view, 5> format_names{"bf16", "int8", "int4", "fp8", "mxfp4"};
+// By ScaleType.
+inline constexpr std::array<std::string_view, 4> scale_names{"none", "f32", "bf16", "e8m0"};
+inline constexpr std::array<index_t, 4> scale_sizes{0, 4, 2, 1};
 
-constexpr std::string_view name_of(Format format) { return format_names[static_cast<std::size_t>(format)]; }
-
-inline Format format_from(std::string_view name) {
-  const auto at = std::find(format_names.begin(), format_names.end(), name);
-  KT_CHECK(at != format_names.end(), "format is \"{}\", wanted bf16, int8, int4, fp8 or mxfp4", name);
-  return static_cast<Format>(at - format_names.begin());
-}
-
-enum class ScaleType : std::uint8_t { none, f32, bf16, e8m0 };
-
-constexpr std::string_view name_of(ScaleType type) {
-  constexpr std::array<std::string_view, 4> names{"none", "f32", "bf16", "e8m0"};
-  return names[static_cast<std::size_t>(type)];
-}
-
-constexpr index_t size_of(ScaleType type) {
-  constexpr index_t sizes[] = {0, 4, 2, 1};
-  return sizes[static_cast<std::size_t>(type)];
-}
+constexpr std::string_view name_of(ScaleType type) { return scale_names[static_cast<std::size_t>(type)]; }
+constexpr index_t size_of(ScaleType type) { return scale_sizes[static_cast<std::size_t>(type)]; }
 
 // What matrices of one format may differ in.
 struct WeightType {
@@ -49,6 +32,31 @@ struct WeightType {
 
   bool operator==(const WeightType&) const = default;
 };
+
+// A row says all of a format that is not in its kernels and in the functions that quantise to it
+// (weights/quantize.cpp).
+struct FormatTraits {
+  std::string_view name;
+  CodeType codes;
+  int bits;              // of a code
+  WeightType quantized;  // what weights become that are quantised to it as they are loaded
+};
+
+// int8: an fp32 scale for 128 columns, for with one a row the error grows with its length. int4: a bf16 scale
+// for 32 columns. fp8: a scale for 128 x 128. mxfp4: as the format is.
+inline constexpr std::array formats{
+    FormatTraits{"bf16", CodeType::bf16, 16, {}},
+    FormatTraits{"int8", CodeType::int8, 8, {Format::int8, ScaleType::f32, 1, 128}},
+    FormatTraits{"int4", CodeType::int4, 4, {Format::int4, ScaleType::bf16, 1, 32}},
+    FormatTraits{"fp8", CodeType::e4m3, 8, {Format::fp8, ScaleType::f32, 128, 128}},
+    FormatTraits{"mxfp4", CodeType::e2m1, 4, {Format::mxfp4, ScaleType::e8m0, 1, 32}},
+};
+
+constexpr const FormatTraits& traits_of(Format format) { return formats[static_cast<std::size_t>(format)]; }
+constexpr std::string_view name_of(Format format) { return traits_of(format).name; }
+
+// ValueError for a name that no format has.
+Format format_from(std::string_view name);
 
 // Where the parts of a matrix lie, each row-major and dense; a row of codes begins on a byte.
 template <class Byte>
@@ -65,16 +73,7 @@ struct WeightAt {
     return type.scale == ScaleType::none ? 0 : ceil_div(rows, type.scale_rows) * ceil_div(cols, group());
   }
   // Of `n` columns of a row; n is even or the end of the row where two codes share a byte.
-  index_t code_bytes(index_t n) const {
-    switch (type.format) {
-      case Format::bf16: return 2 * n;
-      case Format::int8:
-      case Format::fp8: return n;
-      case Format::int4:
-      case Format::mxfp4: return ceil_div(n, 2);
-    }
-    return 0;
-  }
+  index_t code_bytes(index_t n) const { return ceil_div(n * traits_of(type.format).bits, 8); }
   index_t codes_bytes() const { return rows * code_bytes(cols); }
   index_t scales_bytes() const { return scale_count() * size_of(type.scale); }
   index_t zeros_bytes() const { return type.zero_points ? scale_count() : 0; }

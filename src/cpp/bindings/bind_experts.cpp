@@ -30,7 +30,7 @@ constexpr auto kFloats = {DType::bf16, DType::f16, DType::f32};
 
 // The memory format of a layer's three matrices.
 std::array<WeightType, 3> types_of(Format format) {
-  const WeightType type = default_type(format);
+  const WeightType type = traits_of(format).quantized;
   return {type, type, type};
 }
 
@@ -213,12 +213,42 @@ py::object quantization_error(const Experts& experts) {
   return errors;
 }
 
+// What weights that are quantised on loading are kept as, by name, in the order of Format.
+py::dict quantized_types() {
+  using namespace py::literals;
+  py::dict types;
+  for (const FormatTraits& row : formats) {
+    const WeightType& type = row.quantized;
+    types[py::str(std::string(row.name))] =
+        py::dict("scale"_a = name_of(type.scale), "scale_rows"_a = type.scale_rows,
+                 "scale_cols"_a = type.scale_cols, "zero_points"_a = type.zero_points);
+  }
+  return types;
+}
+
+ScaleType scale_from(std::string_view name) {
+  const auto at = std::ranges::find(scale_names, name);
+  KT_CHECK(at != scale_names.end(), "scale is \"{}\", wanted none, f32, bf16 or e8m0", name);
+  return static_cast<ScaleType>(at - scale_names.begin());
+}
+
+index_t matrix_bytes(index_t rows, index_t cols, const std::string& format, const std::string& scale,
+                     index_t scale_rows, index_t scale_cols, bool zero_points) {
+  KT_CHECK(rows >= 0 && cols >= 0 && scale_rows > 0 && scale_cols >= 0,
+           "a matrix of {} x {} with scales for {} x {} is none", rows, cols, scale_rows, scale_cols);
+  const WeightType type{format_from(format), scale_from(scale), scale_rows, scale_cols, zero_points};
+  return Weight{type, rows, cols}.bytes();
+}
+
 }  // namespace
 
 }  // namespace kt
 
 void bind_experts(py::module_& m) {
   using kt::Experts;
+  m.def("quantized_types", &kt::quantized_types);
+  m.def("matrix_bytes", &kt::matrix_bytes, py::arg("rows"), py::arg("cols"), py::arg("format"),
+        py::arg("scale"), py::arg("scale_rows"), py::arg("scale_cols"), py::arg("zero_points"));
   py::class_<Experts, std::shared_ptr<Experts>>(m, "Experts")
       .def_static("from_tensors", &kt::from_tensors, py::arg("gate"), py::arg("up"), py::arg("down"),
                   py::arg("gate_bias"), py::arg("up_bias"), py::arg("down_bias"), py::arg("activation"),

@@ -5,26 +5,6 @@
 
 namespace kt {
 
-namespace {
-
-DecodeCodes* decoder(const KernelSet& kernels, Format format) {
-  switch (format) {
-    case Format::int8: return kernels.decode.from_int8;
-    case Format::int4: return kernels.decode.from_int4;
-    case Format::fp8: return kernels.decode.from_fp8;
-    case Format::mxfp4: return kernels.decode.from_mxfp4;
-    case Format::bf16: break;
-  }
-  return nullptr;
-}
-
-ScaleKind kind_of(ScaleType type) {
-  if (type == ScaleType::e8m0) return kScaleE8M0;
-  return type == ScaleType::bf16 ? kScaleBF16 : kScaleF32;
-}
-
-}  // namespace
-
 MatView codes_of(const WeightBlock& block) {
   const auto& [w, rows, cols] = block;
   const index_t row_bytes = w->code_bytes(w->cols), first = w->code_bytes(cols.begin);
@@ -49,7 +29,7 @@ CodedRows coded(const WeightBlock& run) {
           static_cast<int>(run.cols.size()),
           static_cast<const std::uint8_t*>(codes.data),
           codes.stride,
-          kind_of(w.type.scale),
+          w.type.scale,
           w.scales + scale * size_of(w.type.scale),
           w.type.scale_rows == 1 ? groups : 0,
           w.zeros == nullptr ? nullptr : reinterpret_cast<const std::uint8_t*>(w.zeros) + scale,
@@ -65,7 +45,7 @@ void decode(const KernelSet& kernels, const WeightBlock& block, bf16_t* to, inde
       std::memcpy(to + i * stride, codes.at(i, 0), static_cast<std::size_t>(codes.cols));
     return;
   }
-  DecodeCodes* kernel = decoder(kernels, w.type.format);
+  DecodeCodes* kernel = kernels.decode.from_codes[static_cast<int>(traits_of(w.type.format).codes)];
   const index_t group = w.group(), shared = w.type.scale_rows;
   for (index_t row = rows.begin, below; row < rows.end; row = below) {
     below = shared == 1 ? rows.end : std::min(rows.end, (row / shared + 1) * shared);

@@ -211,21 +211,10 @@ void for_decoded(const KernelSet& kernels, const WeightBlock& w, index_t each, A
   }
 }
 
-FewCoded* coded_product(const FewCodedKernels& products, Format format) {
-  switch (format) {
-    case Format::int8: return products.int8;
-    case Format::int4: return products.int4;
-    case Format::fp8: return products.fp8;
-    case Format::mxfp4: return products.mxfp4;
-    case Format::bf16: break;
-  }
-  return nullptr;
-}
-
 // The product with the codes as they are, if the kernels have it.
-bool multiply_coded(const FewCodedKernels& products, const Rows& x, const WeightBlock& w, float* c,
+bool multiply_coded(FewCoded* const (&products)[kCodeTypes], const Rows& x, const WeightBlock& w, float* c,
                     index_t stride, bool accumulate) {
-  FewCoded* product = coded_product(products, w.weight->type.format);
+  FewCoded* product = products[static_cast<int>(traits_of(w.weight->type.format).codes)];
   return product != nullptr && is_run(w) &&
          product(static_cast<int>(x.matrix.rows), from_row(x, 0), coded(w), c, stride, accumulate) != 0;
 }
@@ -287,7 +276,7 @@ void multiply_few_transposed(const KernelSet& kernels, Rows x, const WeightBlock
   for_strips(w, 1, [&](Range rows) {
     const WeightBlock strip = w.rows_of(rows);
     float* to = c + rows.begin;
-    if (!multiply_coded(kernels.few.times_transposed_coded, x, strip, to, stride, accumulate))
+    if (!multiply_coded(kernels.few.coded.times_transposed, x, strip, to, stride, accumulate))
       decode_and_multiply_transposed(kernels, x, strip, to, stride, accumulate, scratch);
   });
 }
@@ -300,7 +289,7 @@ void multiply_few(const KernelSet& kernels, Rows x, const WeightBlock& w, float*
       const WeightBlock strip = w.cols_of(cols).rows_of(rows);
       const Rows part = cols_of(x, rows);
       const bool add = accumulate || rows.begin > 0;
-      if (!multiply_coded(kernels.few.times_coded, part, strip, c + cols.begin, stride, add))
+      if (!multiply_coded(kernels.few.coded.times, part, strip, c + cols.begin, stride, add))
         decode_and_multiply(kernels, part, strip, c + cols.begin, stride, add, scratch);
     });
   });

@@ -11,6 +11,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "base/code_type.h"
+
 namespace kt {
 
 // Rows of a bf16 matrix for packing: row i starts at base + (index ? index[i] : i) * stride.
@@ -90,14 +92,12 @@ constexpr int kFewRows = 8;
 using FewRows = void(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
                      ptrdiff_t ldc, int accumulate);
 
-enum ScaleKind { kScaleF32, kScaleBF16, kScaleE8M0 };
-
 // A block of rows of quantised weights (base/weight.h has the formats).
 struct CodedRows {
   int rows, cols;
   const uint8_t* codes;
-  ptrdiff_t stride;  // bytes from one row to the next
-  ScaleKind scale_kind;
+  ptrdiff_t stride;        // bytes from one row to the next
+  ScaleType scale_type;    // not none
   const void* scales;      // of the first column's group
   ptrdiff_t scale_stride;  // in scales, from one row's to the next one's; 0: all rows have the same
   const uint8_t* zeros;    // int4: zero points, where the scales lie; null: 8
@@ -109,8 +109,9 @@ struct CodedRows {
 // kernel need not take every shape nor every scale.
 using FewCoded = int(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate);
 
+// By the type of W's codes; null: decode, then multiply.
 struct FewCodedKernels {
-  FewCoded *int8 = nullptr, *int4 = nullptr, *fp8 = nullptr, *mxfp4 = nullptr;
+  FewCoded *times_transposed[kCodeTypes], *times[kCodeTypes];
 };
 
 struct FewRowsKernels {
@@ -118,7 +119,7 @@ struct FewRowsKernels {
   int max_tail;               // rows behind whole tiles that are cheaper here than as a tile
   FewRows* times_transposed;  // C[rows x n] (+)= X[rows x k] * W', W [n x k]: a weight going forward
   FewRows* times;             // C[rows x n] (+)= X[rows x k] * W, W [k x n]: the same weight going backward
-  FewCodedKernels times_transposed_coded = {}, times_coded = {};  // null: decode, then multiply
+  FewCodedKernels coded = {};
 };
 
 // One row of G and U of an expert, and what the step makes of it. Forward: h = act(G, U); G, U and h rounded
@@ -166,13 +167,13 @@ using DecodeF32 = void(int n, const float* src, uint16_t* dst);
 using DecodeF16 = void(int n, const uint16_t* src, uint16_t* dst);
 
 // dst[i * dst_stride + j] = bf16(value of the code * scale): one product in fp32, rounded to nearest even.
-// E8M0 is 2^(e - 127), and NaN for 255. Every kernel set gives the same bits, NaNs' payloads aside.
+// Every kernel set gives the same bits, NaNs' payloads aside.
 using DecodeCodes = void(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride);
 
 struct DecodeKernels {
   DecodeF32* from_f32;
   DecodeF16* from_f16;
-  DecodeCodes *from_int8 = nullptr, *from_int4 = nullptr, *from_fp8 = nullptr, *from_mxfp4 = nullptr;
+  DecodeCodes* from_codes[kCodeTypes] = {};  // by the type of codes; bf16 has none
 };
 
 // A null gemm.micro_kernel, or any other null slot, takes the next lower set's (the slots of gemm go

@@ -72,10 +72,8 @@ void overlay(KernelSet& set, const KernelSet& own) {
   overlay(set.epilogue.gelu_tanh, own.epilogue.gelu_tanh);
   fill(set.decode.from_f32, own.decode.from_f32);
   fill(set.decode.from_f16, own.decode.from_f16);
-  fill(set.decode.from_int8, own.decode.from_int8);
-  fill(set.decode.from_int4, own.decode.from_int4);
-  fill(set.decode.from_fp8, own.decode.from_fp8);
-  fill(set.decode.from_mxfp4, own.decode.from_mxfp4);
+  for (int type = 0; type < kCodeTypes; ++type)
+    fill(set.decode.from_codes[type], own.decode.from_codes[type]);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "kernels/kernel_set.h"
+#include "base/weight.h"
 
 namespace kt::grids {
 
@@ -20,7 +20,7 @@ inline float round_even(float x) {
 
 // nearest(x): the closest number, ties to even. code(x): its code. unit(peak): the scale that brings the
 // largest weight to the end of the numbers; factors: how much of that scale is tried, because a finer grid
-// may be worth a few weights out of range. decode: the way back.
+// may be worth a few weights out of range. takes(type): which scales a matrix may have.
 
 template <int N>
 struct Integers {  // -N to N - 1; the longer side is for the peak, whatever its sign
@@ -29,13 +29,18 @@ struct Integers {  // -N to N - 1; the longer side is for the peak, whatever its
 };
 
 struct Int8 : Integers<128> {
-  static constexpr auto decode = &DecodeKernels::from_int8;
+  static bool takes(const WeightType& t) {
+    return t.scale == ScaleType::f32 && t.scale_rows == 1 && t.scale_cols % 32 == 0;
+  }
   static constexpr std::array factors = {1.0f, 0.97f, 0.94f, 0.91f};
   static std::uint8_t code(float x) { return static_cast<std::uint8_t>(static_cast<int>(nearest(x))); }
 };
 
 struct Int4 : Integers<8> {
-  static constexpr auto decode = &DecodeKernels::from_int4;
+  static bool takes(const WeightType& t) {
+    return t.scale == ScaleType::bf16 && t.scale_rows == 1 &&
+           (t.scale_cols == 32 || t.scale_cols == 64 || t.scale_cols == 128);
+  }
   static constexpr std::array factors = {1.0f,  0.94f, 1.1f,
                                          0.98f, 1.02f, 0.92f};  // normal weights want these
   static std::uint8_t code(float x) { return static_cast<std::uint8_t>(static_cast<int>(nearest(x)) + 8); }
@@ -71,7 +76,7 @@ struct SmallFloat {
 };
 
 struct E2M1 : SmallFloat<1, 0> {
-  static constexpr auto decode = &DecodeKernels::from_mxfp4;
+  static bool takes(const WeightType& t) { return t == traits_of(Format::mxfp4).quantized; }
   static constexpr std::array factors = {1.0f, 2.0f};
   static float unit(float peak) { return std::ldexp(1.0f, std::ilogb(peak) - 2); }
   static float nearest(float x) { return SmallFloat::nearest(x, 6); }
@@ -81,7 +86,10 @@ struct E2M1 : SmallFloat<1, 0> {
 };
 
 struct E4M3 : SmallFloat<3, -6> {
-  static constexpr auto decode = &DecodeKernels::from_fp8;
+  static bool takes(const WeightType& t) {
+    return t.scale == ScaleType::f32 &&
+           ((t.scale_rows == 1 && t.scale_cols == 0) || (t.scale_rows == 128 && t.scale_cols == 128));
+  }
   static constexpr float kLargest = 448;
   static std::uint8_t code(float x) {
     return static_cast<std::uint8_t>(code_of(nearest(x, kLargest)) |

@@ -154,15 +154,10 @@ void round_rows(const DecodeKernels& decode, const MatView& from, bf16_t* to) {
 }
 
 std::unique_ptr<const LayerSource> open_source(LayerTensors tensors) {
-  switch (tensors.encoding()) {
-    case Encoding::any:  // the weights' own tail has an encoding
-    case Encoding::plain: return open_plain(std::move(tensors));
-    case Encoding::packed: return open_packed(std::move(tensors));
-    case Encoding::gptq: return open_gptq(std::move(tensors));
-    case Encoding::mxfp4: return open_mxfp4(std::move(tensors));
-    case Encoding::kt: return open_kt(std::move(tensors));
-  }
-  return nullptr;
+  // By Encoding. The weights' own tail always has one, so that none is left open.
+  static constexpr decltype(&open_plain) kOpen[] = {nullptr,   open_plain, open_packed,
+                                                    open_gptq, open_mxfp4, open_kt};
+  return kOpen[static_cast<std::size_t>(tensors.encoding())](std::move(tensors));
 }
 
 }  // namespace kt

@@ -97,7 +97,7 @@ class CheckpointLayer {
         plan_{info_.num_experts, info_.hidden_size, info_.intermediate_size, info_.types} {
     for (WeightType& type : plan_.types)
       if (options.format && *options.format != type.format) {
-        type = default_type(*options.format);
+        type = traits_of(*options.format).quantized;
         convert_ = true;
       }
     spread_ = spread_over(*runtime_, plan_, options_.spread);

@@ -189,13 +189,9 @@ QuantError error_of(const float* weights, const bf16_t* decoded, index_t n) {
   return sum;
 }
 
-constexpr ScaleKind kind_of(ScaleType type) {
-  return type == ScaleType::f32 ? kScaleF32 : type == ScaleType::bf16 ? kScaleBF16 : kScaleE8M0;
-}
-
 template <class Grid>
 QuantError quantize_as(const KernelSet& kernels, const MatView& source, const MutableWeight& into) {
-  constexpr bool kPairs = std::is_same_v<Grid, grids::Int4> || std::is_same_v<Grid, grids::E2M1>;
+  const FormatTraits& traits = traits_of(into.type.format);
   const index_t cols = into.cols, group = into.group(), row_bytes = into.code_bytes(cols);
   Rows rows(source);
   Scales<Grid> scales(into, rows);
@@ -208,13 +204,13 @@ QuantError quantize_as(const KernelSet& kernels, const MatView& source, const Mu
     for (index_t begin = 0, g = 0; begin < cols; begin += group, ++g)
       encode<Grid>(weights + begin, std::min(group, cols - begin), scales.of_group(g), codes.data() + begin);
     std::byte* to = into.codes + row * row_bytes;
-    if constexpr (kPairs)
+    if (traits.bits == 4)
       pack_pairs(codes.data(), row_bytes, to);
     else
       std::memcpy(to, codes.data(), static_cast<std::size_t>(row_bytes));
 
-    (kernels.decode.*Grid::decode)(
-        {1, static_cast<int>(cols), reinterpret_cast<const std::uint8_t*>(to), 0, kind_of(into.type.scale),
+    kernels.decode.from_codes[static_cast<int>(traits.codes)](
+        {1, static_cast<int>(cols), reinterpret_cast<const std::uint8_t*>(to), 0, into.type.scale,
          into.scales + scales.place(row, 0) * size_of(into.type.scale), 0, nullptr, static_cast<int>(group)},
         decoded.data(), cols);
     const QuantError of_row = error_of(weights, decoded.data(), cols);
@@ -224,49 +220,34 @@ QuantError quantize_as(const KernelSet& kernels, const MatView& source, const Mu
   return total;
 }
 
-bool known(const WeightType& type) {
-  const index_t rows = type.scale_rows, cols = type.scale_cols;
-  if (type.zero_points) return false;
-  switch (type.format) {
-    case Format::bf16: return false;
-    case Format::int8: return type.scale == ScaleType::f32 && rows == 1 && cols % 32 == 0;
-    case Format::int4:
-      return type.scale == ScaleType::bf16 && rows == 1 && (cols == 32 || cols == 64 || cols == 128);
-    case Format::fp8:
-      return type.scale == ScaleType::f32 && ((rows == 1 && cols == 0) || (rows == 128 && cols == 128));
-    case Format::mxfp4: return type.scale == ScaleType::e8m0 && rows == 1 && cols == 32;
-  }
-  return false;
-}
+struct Quantizer {
+  bool (*takes)(const WeightType& type);
+  QuantError (*quantize)(const KernelSet& kernels, const MatView& source, const MutableWeight& into);
+};
+
+template <class Grid>
+constexpr Quantizer quantizer{&Grid::takes, &quantize_as<Grid>};
+
+// By Format.
+constexpr Quantizer kQuantizers[] = {{nullptr, nullptr},
+                                     quantizer<grids::Int8>,
+                                     quantizer<grids::Int4>,
+                                     quantizer<grids::E4M3>,
+                                     quantizer<grids::E2M1>};
+static_assert(std::size(kQuantizers) == formats.size());
 
 }  // namespace
-
-WeightType default_type(Format format) {
-  switch (format) {
-    case Format::bf16: break;
-    case Format::int8: return {format, ScaleType::f32, 1, 128, false};
-    case Format::int4: return {format, ScaleType::bf16, 1, 32, false};
-    case Format::fp8: return {format, ScaleType::f32, 128, 128, false};
-    case Format::mxfp4: return {format, ScaleType::e8m0, 1, 32, false};
-  }
-  return {};
-}
 
 QuantError quantize(const KernelSet& kernels, const MatView& source, const MutableWeight& into) {
   KT_CHECK(source.dtype == DType::bf16 || source.dtype == DType::f32,
            "weights to quantise are {}, wanted bfloat16 or float32", name_of(source.dtype));
   KT_CHECK(source.rows == into.rows && source.cols == into.cols,
            "weights to quantise are {} x {}, wanted {} x {}", source.rows, source.cols, into.rows, into.cols);
-  KT_CHECK(known(into.type), "cannot quantise to {} with scales for {} x {}", name_of(into.type.format),
-           into.type.scale_rows, into.type.scale_cols);
-  switch (into.type.format) {
-    case Format::bf16: break;
-    case Format::int8: return quantize_as<grids::Int8>(kernels, source, into);
-    case Format::int4: return quantize_as<grids::Int4>(kernels, source, into);
-    case Format::fp8: return quantize_as<grids::E4M3>(kernels, source, into);
-    case Format::mxfp4: return quantize_as<grids::E2M1>(kernels, source, into);
-  }
-  return {};
+  const Quantizer& to = kQuantizers[static_cast<std::size_t>(into.type.format)];
+  KT_CHECK(to.takes != nullptr && !into.type.zero_points && to.takes(into.type),
+           "cannot quantise to {} with scales for {} x {}", name_of(into.type.format), into.type.scale_rows,
+           into.type.scale_cols);
+  return to.quantize(kernels, source, into);
 }
 
 }  // namespace kt

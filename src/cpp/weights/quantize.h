@@ -14,10 +14,6 @@ struct QuantError {
   double error = 0, norm = 0;
 };
 
-// int8: an fp32 scale for 128 columns, for with one a row the error grows with its length. int4: a bf16 scale
-// for 32 columns. fp8: a scale for 128 x 128. mxfp4: as the format is.
-WeightType default_type(Format format);
-
 // Fills all of `into` from a bf16 or fp32 matrix of its shape. Its type may be
 //   int8   with f32 scales for a row or a multiple of 32 of its columns,
 //   int4   with bf16 scales for 32, 64 or 128 columns of a row, without zero points,

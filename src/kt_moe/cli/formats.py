@@ -1,11 +1,10 @@
-"""Bytes of expert weights by format: what `WeightAt::bytes` in src/cpp/base/weight.h counts."""
+"""Bytes of expert weights by format, as the core counts them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-_CODE_BITS = {"bf16": 16, "int8": 8, "int4": 4, "fp8": 8, "mxfp4": 4}
-_SCALE_BYTES = {"none": 0, "f32": 4, "bf16": 2, "e8m0": 1}
+from kt_moe import _core
 
 
 @dataclass(frozen=True)
@@ -13,7 +12,7 @@ class WeightType:
     """How a matrix is kept: codes, and scales of blocks of them.
 
     Args:
-        format: "bf16", "int8", "int4", "fp8" or "mxfp4".
+        format: one of `kt_moe.experts.FORMATS`.
         scale: type of a scale: "none", "f32", "bf16" or "e8m0".
         scale_rows, scale_cols: of the block that shares a scale; 0 columns: the whole row.
         zero_points: a byte for each scale.
@@ -27,12 +26,7 @@ class WeightType:
 
     def nbytes(self, rows: int, cols: int) -> int:
         """Of a [rows, cols] matrix; a row of codes begins on a byte."""
-        codes = rows * _ceil_div(cols * _CODE_BITS[self.format], 8)
-        if self.scale == "none":
-            return codes
-        group = min(self.scale_cols or cols, cols)
-        scales = _ceil_div(rows, self.scale_rows) * _ceil_div(cols, group)
-        return codes + scales * (_SCALE_BYTES[self.scale] + self.zero_points)
+        return _core.matrix_bytes(rows, cols, **asdict(self))
 
     def __str__(self) -> str:
         if self.scale == "none":
@@ -45,16 +39,7 @@ class WeightType:
 
 
 # What weights are quantised to on loading.
-QUANTISED = {
-    kind.format: kind
-    for kind in (
-        WeightType("bf16"),
-        WeightType("int8", "f32", 1, 128),
-        WeightType("int4", "bf16", 1, 32),
-        WeightType("fp8", "f32", 128, 128),
-        WeightType("mxfp4", "e8m0", 1, 32),
-    )
-}
+QUANTISED = {format: WeightType(format, **type) for format, type in _core.quantized_types().items()}
 
 
 def projection_bytes(kind: WeightType, experts: int, hidden: int, intermediate: int) -> dict[str, int]:
@@ -66,7 +51,3 @@ def projection_bytes(kind: WeightType, experts: int, hidden: int, intermediate: 
 def bias_bytes(experts: int, hidden: int, intermediate: int) -> int:
     """Of all experts of a layer with biases, which are bf16 beside weights of any format."""
     return 2 * experts * (2 * intermediate + hidden)
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)

@@ -16,9 +16,9 @@ from test_layer import ALL
 
 import kt_moe
 from kt_moe import Gpu
+from kt_moe.experts import FORMATS
 
 CUDA = torch.device("cuda", 0)
-FORMATS = ("bf16", "int8", "int4", "fp8", "mxfp4")
 PROBLEMS = {
     "even": lambda: make_problem(300, 256, 192, 8, 4, ALL),
     "odd": lambda: make_problem(

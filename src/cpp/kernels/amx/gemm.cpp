@@ -137,8 +137,7 @@ extern const KernelSet table;
 const KernelSet table = {
     .gemm = {MR, NR, KB, sizeof(uint16_t), pack_a, avx512_bf16::pack_b_cols, avx512_bf16::pack_b_rows,
              micro_kernel, begin, end, peak, false},
-    .few = {kFewRows, 0, avx512_bf16::few_times_transposed, avx512_bf16::few_times,
-            avx512_bf16::kTimesTransposedCoded, avx512_bf16::kTimesCoded},
+    .few = {kFewRows, 0, avx512_bf16::few_times_transposed, avx512_bf16::few_times, avx512_bf16::kFewCoded},
     .epilogue = {},
     .decode = {},
 };

@@ -133,13 +133,13 @@ void from_int4(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
                   [](float scale, float zero) { return Nibbles{Table(kCounts, zero, scale)}; });
 }
 
-void from_mxfp4(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
+void from_e2m1(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
   decode_rows<16>(src, dst, dst_stride,
                   [](float scale, float) { return Nibbles{Table(kE2M1, 0.0f, scale)}; });
 }
 
-void from_fp8(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
-  if (!products_are_normal(src)) return scalar::from_fp8(src, dst, dst_stride);
+void from_e4m3(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
+  if (!products_are_normal(src)) return scalar::from_e4m3(src, dst, dst_stride);
   decode_rows<32>(src, dst, dst_stride,
                   [](float scale, float) { return Fp8{Table(kCounts, 0.0f, scale * 0x1p-9f)}; });
 }

@@ -83,7 +83,7 @@ const KernelSet table = {
                  {gpt_oss_forward, gpt_oss_backward},
                  {clamped_silu_forward, clamped_silu_backward},
                  {gelu_tanh_forward, gelu_tanh_backward}},
-    .decode = {from_f32, from_f16, from_int8, from_int4, from_fp8, from_mxfp4},
+    .decode = {from_f32, from_f16, {nullptr, from_int8, from_int4, from_e4m3, from_e2m1}},
 };
 
 }  // namespace kt::avx2

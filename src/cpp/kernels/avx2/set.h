@@ -24,7 +24,7 @@ ActivationBackward silu_backward, gpt_oss_backward, clamped_silu_backward, gelu_
 
 DecodeF32 from_f32;
 DecodeF16 from_f16;
-DecodeCodes from_int8, from_int4, from_fp8, from_mxfp4;
+DecodeCodes from_int8, from_int4, from_e4m3, from_e2m1;
 
 static inline __m256 widen(__m128i bits) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));

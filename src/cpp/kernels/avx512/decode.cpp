@@ -38,13 +38,13 @@ void from_int4(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
   });
 }
 
-void from_mxfp4(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
+void from_e2m1(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
   decode_rows<16>(src, dst, dst_stride,
                   [](float scale, float) { return Stored<Nibbles>{{_mm512_load_ps(kE2M1), scale}}; });
 }
 
-void from_fp8(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
-  if (!products_are_normal(src)) return scalar::from_fp8(src, dst, dst_stride);
+void from_e4m3(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
+  if (!products_are_normal(src)) return scalar::from_e4m3(src, dst, dst_stride);
   decode_rows<32>(src, dst, dst_stride, [](float scale, float) { return Stored<Fp8>{Fp8(scale)}; });
 }
 

@@ -13,33 +13,33 @@ namespace {
 
 // Whether any of n scales, at most a register full, is not between 2^-100 and 2^100 in magnitude. Exponents
 // lie in the upper byte when the sign is shifted out.
-inline bool any_extreme(ScaleKind kind, const void* scales, ptrdiff_t place, int n) {
-  switch (kind) {
-    case kScaleF32: {
+inline bool any_extreme(ScaleType type, const void* scales, ptrdiff_t place, int n) {
+  switch (type) {
+    case ScaleType::f32: {
       const __m512i bits = _mm512_maskz_loadu_epi32(first16(n), (const uint32_t*)scales + place);
       const __m512i above = _mm512_sub_epi32(_mm512_slli_epi32(bits, 1), _mm512_set1_epi32(27 << 24));
       return _mm512_mask_cmpgt_epu32_mask(first16(n), above, _mm512_set1_epi32(200 << 24)) != 0;
     }
-    case kScaleBF16: {
+    case ScaleType::bf16: {
       const __m512i bits = _mm512_maskz_loadu_epi16(first32(n), (const uint16_t*)scales + place);
       const __m512i above = _mm512_sub_epi16(_mm512_slli_epi16(bits, 1), _mm512_set1_epi16(27 << 8));
       return _mm512_mask_cmpgt_epu16_mask(first32(n), above,
                                           _mm512_set1_epi16(static_cast<short>(200 << 8))) != 0;
     }
-    case kScaleE8M0: {
+    case ScaleType::e8m0: {
       const __mmask64 mask = n >= 64 ? ~0ull : (1ull << n) - 1;
       const __m512i bits = _mm512_maskz_loadu_epi8(mask, (const uint8_t*)scales + place);
       const __m512i above = _mm512_sub_epi8(bits, _mm512_set1_epi8(27));
       return _mm512_mask_cmpgt_epu8_mask(mask, above, _mm512_set1_epi8(static_cast<char>(200))) != 0;
     }
+    default: return true;
   }
-  return true;
 }
 
 // Asks for the scale at `place` of the rows behind w: callers pass a matrix strip by strip, and the scales of
 // a strip are looked at before anything else is done with it.
 __attribute__((always_inline)) inline void request_next_scale(const CodedRows& w, ptrdiff_t place) {
-  const int size = w.scale_kind == kScaleF32 ? 4 : w.scale_kind == kScaleBF16 ? 2 : 1;
+  const int size = w.scale_type == ScaleType::f32 ? 4 : w.scale_type == ScaleType::bf16 ? 2 : 1;
   request((const char*)w.scales + (place + w.rows * w.scale_stride) * size);
 }
 
@@ -48,18 +48,18 @@ inline bool scales_are_ordinary(const CodedRows& w) {
   const int groups = (w.cols - 1) / w.group + 1;
   const bool dense = w.scale_stride == groups;
   const int runs = dense || w.scale_stride == 0 ? 1 : w.rows, run = dense ? w.rows * groups : groups;
-  const int together = w.scale_kind == kScaleF32 ? 16 : w.scale_kind == kScaleBF16 ? 32 : 64;
+  const int together = w.scale_type == ScaleType::f32 ? 16 : w.scale_type == ScaleType::bf16 ? 32 : 64;
   bool extreme = false;
   for (int i = 0; i < runs; ++i)
     for (int first = 0; first < run; first += together)
       extreme |=
-          any_extreme(w.scale_kind, w.scales, i * w.scale_stride + first, smaller(together, run - first));
+          any_extreme(w.scale_type, w.scales, i * w.scale_stride + first, smaller(together, run - first));
   return !extreme;
 }
 
-template <ScaleKind Kind>
+template <ScaleType Kind>
 __attribute__((always_inline)) inline __m512 scale_of(const CodedRows& w, ptrdiff_t place) {
-  if constexpr (Kind == kScaleBF16)
+  if constexpr (Kind == ScaleType::bf16)
     return _mm512_castsi512_ps(_mm512_set1_epi32(element<uint16_t>(w.scales, place) << 16));
   return _mm512_set1_ps(element<float>(w.scales, place));
 }
@@ -112,7 +112,7 @@ struct NibblePair {
   }
 };
 
-template <ScaleKind Kind>
+template <ScaleType Kind>
 struct Int8Codes {
   static constexpr int kBytes = 32;
   using Lines = Int8;
@@ -126,7 +126,7 @@ struct Int8Codes {
   }
 };
 
-template <ScaleKind Kind>
+template <ScaleType Kind>
 struct Fp8Codes {
   static constexpr int kBytes = 32;
   using Lines = Fp8;
@@ -140,7 +140,7 @@ struct Fp8Codes {
   }
 };
 
-template <ScaleKind Kind, bool Zeros>
+template <ScaleType Kind, bool Zeros>
 struct Int4Codes {
   static constexpr int kBytes = 16;
   using Lines = NibbleLines;

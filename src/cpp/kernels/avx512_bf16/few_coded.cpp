@@ -198,19 +198,18 @@ struct Times {
   }
 };
 
-template <class Direction, template <ScaleKind> class Codes>
-CodedProduct* const* products(ScaleKind kind) {
-  switch (kind) {
-    case kScaleF32: return Direction::template kProducts<Codes<kScaleF32>>;
-    case kScaleBF16: return Direction::template kProducts<Codes<kScaleBF16>>;
-    case kScaleE8M0: break;
+template <class Direction, template <ScaleType> class Codes>
+CodedProduct* const* products(ScaleType scale) {
+  switch (scale) {
+    case ScaleType::f32: return Direction::template kProducts<Codes<ScaleType::f32>>;
+    case ScaleType::bf16: return Direction::template kProducts<Codes<ScaleType::bf16>>;
+    default: return nullptr;
   }
-  return nullptr;
 }
 
-template <ScaleKind Kind>
+template <ScaleType Kind>
 using PlainInt4 = Int4Codes<Kind, false>;
-template <ScaleKind Kind>
+template <ScaleType Kind>
 using ZerosInt4 = Int4Codes<Kind, true>;
 
 template <class Direction>
@@ -223,20 +222,20 @@ int multiply(CodedProduct* const* products, int rows, RowSource x, const CodedRo
 
 template <class Direction>
 CodedProduct* const* int4_products(const CodedRows& w) {
-  return w.zeros ? products<Direction, ZerosInt4>(w.scale_kind)
-                 : products<Direction, PlainInt4>(w.scale_kind);
+  return w.zeros ? products<Direction, ZerosInt4>(w.scale_type)
+                 : products<Direction, PlainInt4>(w.scale_type);
 }
 
 template <class Direction>
-CodedProduct* const* mxfp4_products(const CodedRows& w) {
-  return w.scale_kind == kScaleE8M0 ? Direction::template kProducts<Mxfp4Codes> : nullptr;
+CodedProduct* const* e2m1_products(const CodedRows& w) {
+  return w.scale_type == ScaleType::e8m0 ? Direction::template kProducts<Mxfp4Codes> : nullptr;
 }
 
 }  // namespace
 
 int few_times_transposed_int8(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc,
                               int accumulate) {
-  return multiply<TimesTransposed>(products<TimesTransposed, Int8Codes>(w.scale_kind), rows, x, w, c, ldc,
+  return multiply<TimesTransposed>(products<TimesTransposed, Int8Codes>(w.scale_type), rows, x, w, c, ldc,
                                    accumulate);
 }
 
@@ -245,31 +244,31 @@ int few_times_transposed_int4(int rows, RowSource x, const CodedRows& w, float* 
   return multiply<TimesTransposed>(int4_products<TimesTransposed>(w), rows, x, w, c, ldc, accumulate);
 }
 
-int few_times_transposed_fp8(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc,
-                             int accumulate) {
-  return multiply<TimesTransposed>(products<TimesTransposed, Fp8Codes>(w.scale_kind), rows, x, w, c, ldc,
+int few_times_transposed_e4m3(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc,
+                              int accumulate) {
+  return multiply<TimesTransposed>(products<TimesTransposed, Fp8Codes>(w.scale_type), rows, x, w, c, ldc,
                                    accumulate);
 }
 
-int few_times_transposed_mxfp4(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc,
-                               int accumulate) {
-  return multiply<TimesTransposed>(mxfp4_products<TimesTransposed>(w), rows, x, w, c, ldc, accumulate);
+int few_times_transposed_e2m1(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc,
+                              int accumulate) {
+  return multiply<TimesTransposed>(e2m1_products<TimesTransposed>(w), rows, x, w, c, ldc, accumulate);
 }
 
 int few_times_int8(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
-  return multiply<Times>(products<Times, Int8Codes>(w.scale_kind), rows, x, w, c, ldc, accumulate);
+  return multiply<Times>(products<Times, Int8Codes>(w.scale_type), rows, x, w, c, ldc, accumulate);
 }
 
 int few_times_int4(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
   return multiply<Times>(int4_products<Times>(w), rows, x, w, c, ldc, accumulate);
 }
 
-int few_times_fp8(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
-  return multiply<Times>(products<Times, Fp8Codes>(w.scale_kind), rows, x, w, c, ldc, accumulate);
+int few_times_e4m3(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
+  return multiply<Times>(products<Times, Fp8Codes>(w.scale_type), rows, x, w, c, ldc, accumulate);
 }
 
-int few_times_mxfp4(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
-  return multiply<Times>(mxfp4_products<Times>(w), rows, x, w, c, ldc, accumulate);
+int few_times_e2m1(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
+  return multiply<Times>(e2m1_products<Times>(w), rows, x, w, c, ldc, accumulate);
 }
 
 }  // namespace kt::avx512_bf16

@@ -33,9 +33,9 @@ extern const KernelSet table;
 const KernelSet table = {
     .gemm = {MR, NR, KB, sizeof(uint16_t), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr,
              multiply_registers<Step>, Step::kInPlace},
-    .few = {kFewRows, kFewRows, few_times_transposed, few_times, kTimesTransposedCoded, kTimesCoded},
+    .few = {kFewRows, kFewRows, few_times_transposed, few_times, kFewCoded},
     .epilogue = {},
-    .decode = {.from_f32 = nullptr, .from_f16 = nullptr, .from_int8 = from_int8},
+    .decode = {.from_f32 = nullptr, .from_f16 = nullptr, .from_codes = {nullptr, from_int8}},
 };
 
 }  // namespace kt::avx512_bf16

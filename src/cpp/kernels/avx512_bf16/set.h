@@ -12,14 +12,15 @@ PackRows pack_a, pack_b_cols;
 PackAcross pack_b_rows;
 MicroKernel micro_kernel;
 FewRows few_times_transposed, few_times;
-FewCoded few_times_transposed_int8, few_times_transposed_int4, few_times_transposed_fp8,
-    few_times_transposed_mxfp4;
-FewCoded few_times_int8, few_times_int4, few_times_fp8, few_times_mxfp4;
+FewCoded few_times_transposed_int8, few_times_transposed_int4, few_times_transposed_e4m3,
+    few_times_transposed_e2m1;
+FewCoded few_times_int8, few_times_int4, few_times_e4m3, few_times_e2m1;
 DecodeCodes from_int8;
 
-constexpr FewCodedKernels kTimesTransposedCoded = {few_times_transposed_int8, few_times_transposed_int4,
-                                                   few_times_transposed_fp8, few_times_transposed_mxfp4};
-constexpr FewCodedKernels kTimesCoded = {few_times_int8, few_times_int4, few_times_fp8, few_times_mxfp4};
+constexpr FewCodedKernels kFewCoded = {
+    {nullptr, few_times_transposed_int8, few_times_transposed_int4, few_times_transposed_e4m3,
+     few_times_transposed_e2m1},
+    {nullptr, few_times_int8, few_times_int4, few_times_e4m3, few_times_e2m1}};
 
 // The A panel of a set with `Rows` rows: [k / KB][Rows][KB]; behind the last row, up to a multiple of four,
 // it is repeated.

@@ -68,11 +68,11 @@ void from_int4(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
   });
 }
 
-void from_fp8(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
+void from_e4m3(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
   decode(src, dst, dst_stride, [](const uint8_t* row, int j, ptrdiff_t) { return e4m3(row[j]); });
 }
 
-void from_mxfp4(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
+void from_e2m1(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
   decode(src, dst, dst_stride, [](const uint8_t* row, int j, ptrdiff_t) { return kE2M1[nibble(row, j)]; });
 }
 

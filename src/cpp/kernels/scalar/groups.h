@@ -10,7 +10,7 @@ namespace kt {
 
 constexpr int kScalesTogether = 16;
 
-// What the nibbles of int4, before the zero point, and of mxfp4 stand for.
+// What the nibbles of int4, before the zero point, and of E2M1 stand for.
 alignas(64) constexpr float kCounts[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 alignas(64) constexpr float kE2M1[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
                                          -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
@@ -39,16 +39,17 @@ static inline T element(const void* array, ptrdiff_t i) {  // at any address
 
 // n scales from `place` on.
 static inline void load_scales(const CodedRows& src, ptrdiff_t place, int n, float* scales) {
-  switch (src.scale_kind) {
-    case kScaleF32:
+  switch (src.scale_type) {
+    case ScaleType::f32:
       for (int i = 0; i < n; ++i) scales[i] = quiet(element<uint32_t>(src.scales, place + i));
       break;
-    case kScaleBF16:
+    case ScaleType::bf16:
       for (int i = 0; i < n; ++i) scales[i] = quiet(uint32_t{element<uint16_t>(src.scales, place + i)} << 16);
       break;
-    case kScaleE8M0:
+    case ScaleType::e8m0:
       for (int i = 0; i < n; ++i) scales[i] = from_e8m0(element<uint8_t>(src.scales, place + i));
       break;
+    case ScaleType::none: break;
   }
 }
 

@@ -23,6 +23,6 @@ ActivationBackward silu_backward, gpt_oss_backward, clamped_silu_backward, gelu_
 
 DecodeF32 from_f32;
 DecodeF16 from_f16;
-DecodeCodes from_int8, from_int4, from_fp8, from_mxfp4;
+DecodeCodes from_int8, from_int4, from_e4m3, from_e2m1;
 
 }  // namespace kt::scalar

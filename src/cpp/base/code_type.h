@@ -1,0 +1,18 @@
+// What the bytes of stored weights stand for, as the tables of formats and of kernels both know it. Plain
+// enums: kernels compiled with -m flags include it.
+#pragma once
+
+#include <stdint.h>
+
+namespace kt {
+
+// A weight's code. bf16: itself, so there is nothing to decode. int8: two's complement. int4: two codes a
+// byte, the lower bits first, each minus its zero point. e4m3: 8 bits, no infinities. e2m1: two a byte as in
+// int4.
+enum class CodeType : uint8_t { bf16, int8, int4, e4m3, e2m1 };
+constexpr int kCodeTypes = 5;
+
+// The scale of a block of codes. e8m0: 2^(e - 127), and NaN for 255.
+enum class ScaleType : uint8_t { none, f32, bf16, e8m0 };
+
+}  // namespace kt
