@@ -25,6 +25,7 @@ from kt_moe.hf.experts import NAME, KtExperts, kt_moe_experts_forward, refuse_at
 from kt_moe.hf.kt_config import KTConfig
 from kt_moe.hf.loaded import wrap
 from kt_moe.hf.lora import KtLoraExperts
+from kt_moe.hf.optimizers import LoraFA, Muon, create_lorafa_optimizer
 from kt_moe.hf.quantizer import KtMoeConfig, KtMoeQuantizer
 from kt_moe.hf.tuner import KtLoraModel
 
@@ -35,6 +36,9 @@ __all__ = [
     "KtLoraModel",
     "KtMoeConfig",
     "KtMoeQuantizer",
+    "LoraFA",
+    "Muon",
+    "create_lorafa_optimizer",
     "repack",
     "wrap",
 ]

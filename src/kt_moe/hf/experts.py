@@ -25,11 +25,20 @@ _loading = threading.Lock()
 os.register_at_fork(after_in_child=_loading._at_fork_reinit)  # type: ignore[attr-defined]
 
 
+@dataclass
+class _Held:
+    """The weights of a module and of its copies, and before they are loaded what loads them."""
+
+    experts: Experts | None
+    load: Load | None = None
+
+
 class KtExperts(nn.Module):
     """Routed experts of one layer, held by `kt_moe.Experts` and not by torch.
 
     It has no parameters and no state: `state_dict`, `parameters()`, `.to()` and `get_memory_footprint()` pass
-    it by. A deep copy shares the weights, which are frozen; made before they are loaded, it loads its own.
+    it by. Copies, as of deepcopy and DataParallel, share the weights, which are frozen; of lazy ones the
+    first copy that needs them loads them for all.
 
     Args:
         architecture: of the model.
@@ -52,33 +61,32 @@ class KtExperts(nn.Module):
         self.architecture, self.expert_module, self.layer = architecture, module, module.number
         self.num_experts, self.hidden_dim = module.num_experts, module.hidden_size
         self.intermediate_dim = module.intermediate_size
-        self._experts = experts
-        self._load: Load | None = None
+        self._held = _Held(experts)
 
     def load_with(self, load: Load) -> None:
         """Have the weights loaded so, by `load` or when they are first used."""
-        self._load = load
+        self._held.load = load
 
     def load(self, progress: Callable[[int], object] | None = None) -> None:
         """Load the weights if they are not. RuntimeError before from_pretrained has said where they are."""
-        if self._experts is not None:
+        if self._held.experts is not None:
             return
-        if self._load is None:
+        if self._held.load is None:
             raise RuntimeError(
                 f"the experts of layer {self.layer} are not loaded: from_pretrained did not finish"
             )
-        self._experts = self._load(self, progress)
-        self._load = None  # and with it the checkpoint
+        self._held.experts = self._held.load(self, progress)
+        self._held.load = None  # and with it the checkpoint
 
     @property
     def experts(self) -> Experts:
         """The weights; loads them if they are not. RuntimeError as in `load`."""
-        if self._experts is None:
+        if self._held.experts is None:
             with _loading:  # of several threads that come first, one loads
-                if self._experts is None:
+                if self._held.experts is None:
                     self.load()
-        assert self._experts is not None
-        return self._experts
+        assert self._held.experts is not None
+        return self._held.experts
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, H], [T, K], [T, K] -> [T, H]; see `kt_moe.MoEFunction.apply`."""
@@ -87,8 +95,7 @@ class KtExperts(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KtExperts:
         copy = KtExperts(self.architecture, self.expert_module)
-        copy._load = self._load  # first: a thread that loads sets the experts before it drops this
-        copy._experts = self._experts
+        copy._held = self._held
         copy.training, copy.lora_device = self.training, self.lora_device
         return copy
 
@@ -99,7 +106,7 @@ class KtExperts(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"layer={self.layer}, {self._experts!r}"
+        return f"layer={self.layer}, {self._held.experts!r}"
 
 
 @dataclass(frozen=True)
@@ -181,7 +188,7 @@ def experts_of(module: nn.Module) -> Experts:
 def loaded_experts(module: nn.Module) -> Experts | None:
     """Those that `experts_of` gave last; None if it was never asked."""
     if isinstance(module, KtExperts):
-        return module._experts
+        return module._held.experts
     packed = _packed.get(module)
     return None if packed is None else packed.experts
 
