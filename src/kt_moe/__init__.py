@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # the lazy names below, for type checkers
     from kt_moe import hf
     from kt_moe.adapters import load_adapter, save_adapter
     from kt_moe.export import export_adapter
-    from kt_moe.hf import KTConfig, KtMoeConfig, repack, wrap
+    from kt_moe.hf import KTConfig, KtMoeConfig, device_map, load_model, repack, wrap
     from kt_moe.merge import merge_checkpoint
     from kt_moe.merge import merge_checkpoint as merge_adapter
     from kt_moe.models import model_experts
@@ -38,9 +38,11 @@ __all__ = [
     "__version__",
     "cpu_info",
     "default_runtime",
+    "device_map",
     "export_adapter",
     "hf",
     "load_adapter",
+    "load_model",
     "merge_adapter",
     "merge_checkpoint",
     "model_experts",
@@ -61,6 +63,8 @@ _LAZY = {
     "hf": "kt_moe.hf",
     "KTConfig": "kt_moe.hf",
     "KtMoeConfig": "kt_moe.hf",
+    "device_map": "kt_moe.hf",
+    "load_model": "kt_moe.hf",
     "repack": "kt_moe.hf",
     "wrap": "kt_moe.hf",
     "save_adapter": "kt_moe.adapters",

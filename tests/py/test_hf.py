@@ -22,7 +22,7 @@ from tiny_models import ALL_EXPERTS, CONFIGS, error, load, save_tiny_checkpoint,
 from torch import Tensor
 
 import kt_moe
-from kt_moe.hf import KtExperts, KtMoeConfig, quantizer
+from kt_moe.hf import KtExperts, KtMoeConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning:transformers")
 
@@ -467,14 +467,14 @@ def test_a_child_that_is_forked_while_another_thread_loads(checkpoint: Path) -> 
 def test_a_checkpoint_is_let_go_once_all_is_loaded(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[weakref.ref[kt_moe.Checkpoint]] = []
 
-    with_experts = quantizer._with_experts
+    with_lists = kt_moe.Checkpoint.with_lists
 
     def remember(*args: Any) -> kt_moe.Checkpoint:
-        made = with_experts(*args)
+        made = with_lists(*args)
         opened.append(weakref.ref(made))
         return made
 
-    monkeypatch.setattr(quantizer, "_with_experts", remember)
+    monkeypatch.setattr(kt_moe.Checkpoint, "with_lists", remember)
     model = load(checkpoint)
     gc.collect()
     assert opened[0]() is None
@@ -507,10 +507,13 @@ def test_quantised_experts_beside_ordinary_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}})
     )
-    with pytest.raises(ValueError, match="KtMoeConfig"):
-        load(tmp_path)
     ours = transformers.AutoConfig.from_pretrained(tmp_path)
     del ours.quantization_config
-    model = load(tmp_path, config=ours)
-    assert model(tokens()).logits.isfinite().all()
-    assert {m.experts.format for m in model.modules() if isinstance(m, KtExperts)} == {"mxfp4"}
+    logits = []
+    for options in ({}, {"config": ours}):
+        model = load(tmp_path, **options)
+        assert {m.experts.format for m in model.modules() if isinstance(m, KtExperts)} == {"mxfp4"}
+        assert model.quantization_method == "kt_moe"
+        logits.append(model(tokens()).logits)
+    assert logits[0].isfinite().all()
+    assert torch.equal(*logits)

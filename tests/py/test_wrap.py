@@ -134,7 +134,7 @@ def test_training_mode_and_copies():
 
 
 def test_layers_that_share_experts_share_ours():
-    model = build()
+    model = build(dtype=torch.float32)  # in bf16 rounding changes the routing of this one
     layers = model.model.layers
     layers[2].mlp.experts = layers[0].mlp.experts
     expected = logits(model)

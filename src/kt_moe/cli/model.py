@@ -33,57 +33,24 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def load_base_model(path: Path, **how: Any) -> Any:
-    """The model in bf16, its experts computed by our core, the rest on CUDA where there is a GPU.
+    """The model in bf16, its experts computed by our core, the rest on the GPUs where there are any.
 
     how: arguments of `KtMoeConfig`.
 
     Raises:
         UserError: files missing or malformed, or an architecture whose experts the core cannot compute.
     """
-    from transformers import AutoModelForCausalLM
+    from kt_moe.hf import KtMoeConfig, load_model
 
-    from kt_moe.hf import KtMoeConfig
-
-    config, device = KtMoeConfig(**how), "cuda" if torch.cuda.is_available() else "cpu"
+    config = KtMoeConfig(**how)
     try:
         config.runtime()
     except ValueError as error:  # KT_MOE_ISA and its kin
         raise UserError(str(error)) from error
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path,
-            config=_config_without_note(path),
-            quantization_config=config,
-            dtype=torch.bfloat16,
-            device_map={"": device},
-        )
+        return load_model(path, config, dtype=torch.bfloat16)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"--model {path}: {error}") from error
-
-
-def _config_without_note(path: Path) -> Any:
-    """The model's config. That it is quantised is left out where only its experts are: those are ours.
-
-    Raises:
-        UserError: more than its experts is quantised.
-    """
-    from transformers import AutoConfig
-
-    from kt_moe import Checkpoint
-
-    config = AutoConfig.from_pretrained(path)
-    note = getattr(config, "quantization_config", None)
-    if note is None:
-        return config
-    for name, tensor in Checkpoint(path).tensors.items():
-        if ".experts." not in name and tensor.dtype not in ("BF16", "F16", "F32"):
-            method = note.get("quant_method") if isinstance(note, dict) else note.quant_method
-            raise UserError(
-                f"--model {path} is quantised ({method}), and not in its experts alone: "
-                f"{name} is {tensor.dtype}"
-            )
-    del config.quantization_config
-    return config
 
 
 def add_lora(model: Any, *, rank: int, alpha: float, dropout: float, targets: list[str], seed: int) -> Any:

@@ -2,6 +2,7 @@
 
 - `from_pretrained(..., quantization_config=kt_moe.KtMoeConfig())`: the experts go from the checkpoint
   straight to `kt_moe.Experts` and never become torch parameters;
+- `kt_moe.load_model(path)`: the same with the model's own class, its other layers spread over the GPUs;
 - `kt_moe.wrap(model)`: the experts of a model in memory go there, and torch's are freed;
 - `from_pretrained(..., experts_implementation="kt_moe")`: an ordinarily loaded model whose frozen experts are
   computed by kt_moe (they are then in memory twice);
@@ -14,19 +15,23 @@ What PEFT's own `save_pretrained` writes for such a model loads into plain trans
 
 from __future__ import annotations
 
+import functools
 import inspect
 
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.integrations import moe as _moe
 from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from kt_moe.hf import tuner
 from kt_moe.hf.experts import NAME, KtExperts, kt_moe_experts_forward, refuse_at_construction, repack
 from kt_moe.hf.kt_config import KTConfig
 from kt_moe.hf.loaded import wrap
+from kt_moe.hf.loading import device_map, load_model
 from kt_moe.hf.lora import KtLoraExperts
 from kt_moe.hf.optimizers import LoraFA, Muon, create_lorafa_optimizer
 from kt_moe.hf.quantizer import KtMoeConfig, KtMoeQuantizer
+from kt_moe.hf.rest import merge_with_stored
 from kt_moe.hf.tuner import KtLoraModel
 
 __all__ = [
@@ -36,6 +41,8 @@ __all__ = [
     "KtLoraModel",
     "KtMoeConfig",
     "KtMoeQuantizer",
+    "device_map",
+    "load_model",
     "LoraFA",
     "Muon",
     "create_lorafa_optimizer",
@@ -47,6 +54,9 @@ __all__ = [
 def _register() -> None:
     register_quantization_config(NAME)(KtMoeConfig)
     register_quantizer(NAME)(KtMoeQuantizer)
+    # It would refuse any but the checkpoint's own config, and has no extension point.
+    merge = functools.partial(merge_with_stored, merge=AutoHfQuantizer.merge_quantization_configs)
+    AutoHfQuantizer.merge_quantization_configs = staticmethod(merge)
     # transformers' lazy imports can leave two registries; models look into the decorator's default.
     used = inspect.signature(_moe.use_experts_implementation).parameters["experts_interface"].default
     for interface in (_moe.ExpertsInterface, type(used)):

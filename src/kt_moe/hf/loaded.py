@@ -17,7 +17,7 @@ from kt_moe.experts import Experts
 from kt_moe.hf.experts import KtExperts, expert_parameters, pack
 from kt_moe.hf.quantizer import KtMoeConfig, KtMoeQuantizer, guard_loaded_model
 
-_OF_CHECKPOINTS = ("cache_dir", "paged", "lazy")
+_OF_CHECKPOINTS = ("cache_dir", "paged", "lazy", "rest")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

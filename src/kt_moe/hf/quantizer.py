@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from transformers.quantizers.base import HfQuantizer
+import torch
+from transformers.integrations.accelerate import get_max_memory
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -20,6 +22,7 @@ from kt_moe.conversion import stored_lists
 from kt_moe.experts import CHECKPOINT_FORMATS, PLACEMENTS, Experts
 from kt_moe.gpu import Gpu, Rates, as_gpu
 from kt_moe.hf.experts import NAME, KtExperts, dims_of
+from kt_moe.hf.rest import RestQuantizer, as_config
 from kt_moe.runtime import Runtime, default_runtime
 
 _CHOICES = {
@@ -53,11 +56,20 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
             their backward needs from the first forward, "retain" (see `kt_moe.Experts.checkpoint_experts`).
         gpu_rates: `kt_moe.Rates`, or their values by name, as `kt-moe doctor` prints them: experts are then
             divided between CPU and GPU alike in every run. None: measured at the first call.
+        rest: how transformers is to quantise the other layers, one of its quantization configs, as
+            `BitsAndBytesConfig(load_in_4bit=True)`. None: as they are stored. Where a checkpoint has them
+            quantised, its own config is heeded without it; it then changes that one's loading options, as
+            `FineGrainedFP8Config(dequantize=True)` does.
+
+    Attributes:
+        stored: what the loaded checkpoint's config says of its quantisation; None: nothing.
 
     Raises:
         ValueError: an unknown option or choice, `paged` with `cache_dir`, gpu="off" with gpu_memory or
             cpu_share.
     """
+
+    stored: Any = None
 
     def __init__(
         self,
@@ -77,6 +89,7 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         lora_device: str = "auto",
         checkpoint_experts: str = "recompute",
         gpu_rates: Rates | Mapping[str, float] | None = None,
+        rest: QuantizationConfigMixin | Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         self.quant_method = unknown.pop("quant_method", NAME)  # part of every serialised quantization config
@@ -88,6 +101,7 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.gpu, self.gpu_memory, self.cpu_share = gpu, gpu_memory, cpu_share
         self.lora_device, self.checkpoint_experts = lora_device, checkpoint_experts
         self.gpu_rates = asdict(gpu_rates) if isinstance(gpu_rates, Rates) else gpu_rates
+        self.rest = as_config(rest)
         if unknown:
             options = [name for name in self.to_dict() if name != "quant_method"]
             raise ValueError(f"KtMoeConfig has no option {sorted(unknown)}, only {options}")
@@ -100,6 +114,11 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if paged and cache_dir is not None:
             raise ValueError("KtMoeConfig has paged and cache_dir, wanted one of them")
         self.make_gpu()  # refuses its options
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options, in values that JSON knows."""
+        options = {name: value for name, value in vars(self).items() if name != "stored"}
+        return copy.deepcopy(options) | {"rest": None if self.rest is None else self.rest.to_dict()}
 
     def make_gpu(self) -> Gpu:
         """A new `kt_moe.Gpu` of these options.
@@ -130,18 +149,24 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return default_runtime() if all(option is None for option in options) else Runtime(*options)
 
 
-class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
+class KtMoeQuantizer(RestQuantizer):
     """Puts `KtExperts` where a model has experts, before and beside transformers' own loading."""
 
     requires_calibration = False
     quantization_config: KtMoeConfig
+    _spread = False
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
         architecture = architecture_of(model)
-        self._checkpoint = _with_experts(_open(checkpoint_files), model, architecture)
+        checkpoint = _open(checkpoint_files)
+        lists = stored_lists(model, architecture, checkpoint.tensors)
+        self._checkpoint = checkpoint.with_lists(lists) if lists else checkpoint
         self._runtime, self._gpu = self.quantization_config.runtime(), self.quantization_config.make_gpu()
+        self.read_stored(checkpoint, lists, model.dtype, kwargs.get("device_map"))
+        # before ours, as some replace modules by their names
+        self.rest._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
         put_experts(model, architecture, self.quantization_config.lora_device)
         # The checkpoint's expert tensors have no place in the model now, which is no reason to warn.
         inside = {module.path.removeprefix(f"{model.base_model_prefix}.") for module in architecture.modules}
@@ -159,10 +184,41 @@ class KtMoeQuantizer(HfQuantizer):  # type: ignore[misc]
             module.load_with(load if same_as is None else _Shared(modules[same_as]))
         if not self.quantization_config.lazy:
             _load_all(list(modules.values()), self._checkpoint)
-        guard_loaded_model(model)
+        self.rest._process_model_after_weight_loading(model, **kwargs)
+        guard_loaded_model(model, self)
         # The model keeps its quantizer, and must stay copyable.
         del self._checkpoint, self._runtime, self._gpu
         return model
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """As the other layers' quantizer does."""
+        self._spread = isinstance(device_map, str)  # transformers is to find a map, later
+        return super().update_device_map(device_map)
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """ValueError where the map that transformers found leaves some layers on the CPU or on disk."""
+        super().validate_environment(*args, **kwargs)
+        found = kwargs.get("device_map")
+        if self._spread and isinstance(found, dict):
+            off = sorted(name for name, device in found.items() if device in ("cpu", "disk"))
+            if off and len(set(found.values())) > 1:
+                raise ValueError(
+                    f"the layers beside the experts do not fit the GPUs: {', '.join(off[:3])}"
+                    f"{', ...' if len(off) > 3 else ''} would be moved there for each call. Give KtMoeConfig "
+                    "less gpu_memory, quantise these layers (rest=), or pass a device_map that names devices"
+                )
+
+    def adjust_max_memory(self, max_memory: dict[int | str, Any]) -> dict[int | str, Any]:
+        """Of a GPU what is free beside `gpu_memory`, where that is a number."""
+        adjusted = super().adjust_max_memory(max_memory)
+        gpu = self.quantization_config.make_gpu()
+        if isinstance(gpu.memory, int) and gpu.cpu_share != 1.0:
+            free = get_max_memory()
+            for device in adjusted:
+                if isinstance(device, int) and gpu.device in (None, torch.device("cuda", device)):
+                    left = max(0, free.get(device, 0) - gpu.memory)
+                    adjusted[device] = min(adjusted[device], left)
+        return adjusted
 
     def is_serializable(self) -> bool:
         """True for adapters added by `add_adapter`; saving the base model is refused when it is tried."""
@@ -240,17 +296,23 @@ def _load_all(modules: Sequence[KtExperts], checkpoint: Checkpoint) -> None:
             module.load(bar.update)
 
 
-def guard_loaded_model(model: Any, quantizer: KtMoeQuantizer | None = None) -> None:
+def guard_loaded_model(model: Any, quantizer: KtMoeQuantizer) -> None:
     """What transformers would do wrongly with experts that it does not see is refused when it is tried.
 
     Args:
-        quantizer: for a model that has none yet: it refuses to save the model without its experts, and has
-            Trainer train adapters alone.
+        quantizer: becomes the model's: it refuses to save the model without its experts, and has Trainer
+            train adapters alone. One that the model has is left the other layers.
     """
     model.load_adapter = _no_load_adapter
-    if quantizer is not None and getattr(model, "hf_quantizer", None) is None:
-        model.hf_quantizer = quantizer
-        model.is_quantized, model.quantization_method = True, NAME
+    found = getattr(model, "hf_quantizer", None)
+    if isinstance(found, KtMoeQuantizer) and found is not quantizer:
+        return
+    if found is not None and found is not quantizer:
+        quantizer.rest, quantizer.pre_quantized = found, found.pre_quantized
+    model.hf_quantizer, model.is_quantized = quantizer, True
+    of_rest = quantizer.rest.quantization_config  # which transformers and PEFT look at
+    decoded = quantizer.pre_quantized and getattr(of_rest, "dequantize", False)
+    model.quantization_method = NAME if decoded else of_rest.quant_method
 
 
 def _no_load_adapter(*args: Any, **kwargs: Any) -> None:
@@ -274,12 +336,6 @@ def put_experts(model: Any, architecture: Architecture, lora_device: str = "auto
     if tied := getattr(model, "all_tied_weights_keys", None):
         paths = {module.path for module in architecture.modules}
         model.all_tied_weights_keys = {a: b for a, b in tied.items() if a.rpartition(".")[0] not in paths}
-
-
-def _with_experts(checkpoint: Checkpoint, model: Any, architecture: Architecture) -> Checkpoint:
-    """The checkpoint whose layers are the experts of the model's modules."""
-    lists = stored_lists(model, architecture, checkpoint.tensors)
-    return checkpoint.with_lists(lists) if lists else checkpoint
 
 
 def _open(files: Sequence[str] | None) -> Checkpoint:
