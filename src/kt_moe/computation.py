@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -74,6 +75,8 @@ def computation_of(module: Any) -> Computation:
         activation = next((name for name, known in COMPUTED.items() if _computes(module, known)), "")
         if not activation:
             lacks.append(f"the activation {_describe(module)}")
+    if _overrides_forward(type(module)):
+        lacks.append(f"what {type(module).__name__}.forward computes")
     if getattr(module, "has_post_expert_norm", False):
         lacks.append(f"a norm on each expert's output ({_name_of(module.post_expert_norm)})")
     known_names = {"gate_up_proj" if gated else "up_proj", "down_proj", *(_BIASES if module.has_bias else ())}
@@ -81,6 +84,25 @@ def computation_of(module: Any) -> Computation:
     if others := sorted({name for name, _ in own} - known_names):
         lacks.append(f"the parameters {', '.join(others)}")
     return Computation(*sizes_of(module), "" if lacks else activation, tuple(lacks))
+
+
+def _overrides_forward(experts: type) -> bool:
+    """Whether a class of experts is one that transformers marks, with another forward."""
+    own, *inherited = (base.__dict__["forward"] for base in experts.__mro__ if "forward" in base.__dict__)
+    codes = [getattr(forward, "__code__", None) for forward in (own, *inherited)]
+    return codes[0] is not _dispatch() and _dispatch() in codes
+
+
+@cache
+def _dispatch() -> Any:
+    """The code of every forward that `use_experts_implementation` makes."""
+    from transformers.integrations.moe import use_experts_implementation
+
+    @use_experts_implementation  # type: ignore[untyped-decorator,unused-ignore]
+    class Decorated(nn.Module):
+        def forward(self) -> None: ...
+
+    return Decorated.forward.__code__
 
 
 def sizes_of(module: Any) -> tuple[int, int, int]:

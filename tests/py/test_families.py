@@ -18,8 +18,10 @@ import safetensors.torch
 import torch
 import transformers
 from tiny_families import tiny_family
-from tiny_models import PEFT_WARNINGS, error, tiny_config, tokens
+from tiny_models import PEFT_WARNINGS, error, tiny_config, tiny_model, tokens
 from torch import Tensor, nn
+from transformers.models.qwen3_moe import modeling_qwen3_moe
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import kt_moe
 from kt_moe import cli
@@ -47,7 +49,7 @@ class Family:
     def __init__(self, family: str, path: Path) -> None:
         model = tiny_family(family)
         model.save_pretrained(path)
-        self.path, self.model_class = path, type(model)
+        self.name, self.path, self.model_class = family, path, type(model)
         self.ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(1))
 
     def load(self, **options: Any) -> Any:
@@ -279,6 +281,27 @@ def test_a_family_that_nobody_knows_works_if_it_computes_what_we_know(
     for options in ({"quantization_config": KtMoeConfig()}, {"experts_implementation": "kt_moe"}):
         with pytest.raises(ValueError, match=r"'brand_new' \(Qwen3MoeExperts\): it lacks the activation"):
             NewModel.from_pretrained(tmp_path, **options)
+
+
+class OwnForward(Qwen3MoeExperts):  # type: ignore[misc]
+    """Experts of a family that works, whose output somebody halves."""
+
+    def forward(self, *args: Any) -> Tensor:
+        return super().forward(*args) / 2
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(modeling_qwen3_moe, "Qwen3MoeExperts", OwnForward)
+    message = r"'qwen3_moe' \(OwnForward\): it lacks what OwnForward.forward computes"
+    for options in ({"quantization_config": KtMoeConfig()}, {"experts_implementation": "kt_moe"}):
+        with pytest.raises(ValueError, match=message):
+            type(model).from_pretrained(tmp_path, **options)
+    with pytest.raises(ValueError, match=message):
+        kt_moe.wrap(type(model).from_pretrained(tmp_path))
 
 
 def test_clamps_are_at_work(family: Family) -> None:
