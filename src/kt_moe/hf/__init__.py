@@ -41,11 +41,11 @@ __all__ = [
     "KtLoraModel",
     "KtMoeConfig",
     "KtMoeQuantizer",
-    "device_map",
-    "load_model",
     "LoraFA",
     "Muon",
     "create_lorafa_optimizer",
+    "device_map",
+    "load_model",
     "repack",
     "wrap",
 ]
