@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # the lazy names below, for type checkers
     from kt_moe import hf
     from kt_moe.adapters import load_adapter, save_adapter
     from kt_moe.export import export_adapter
-    from kt_moe.hf import KTConfig, KtMoeConfig, device_map, load_model, repack, wrap
+    from kt_moe.hf import KTConfig, KtMoeConfig, SharedOuterLoraConfig, device_map, load_model, repack, wrap
     from kt_moe.merge import merge_checkpoint
     from kt_moe.merge import merge_checkpoint as merge_adapter
     from kt_moe.models import model_experts
@@ -35,6 +35,7 @@ __all__ = [
     "Rates",
     "RoutingHistory",
     "Runtime",
+    "SharedOuterLoraConfig",
     "__version__",
     "cpu_info",
     "default_runtime",
@@ -63,6 +64,7 @@ _LAZY = {
     "hf": "kt_moe.hf",
     "KTConfig": "kt_moe.hf",
     "KtMoeConfig": "kt_moe.hf",
+    "SharedOuterLoraConfig": "kt_moe.hf",
     "device_map": "kt_moe.hf",
     "load_model": "kt_moe.hf",
     "repack": "kt_moe.hf",

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import Tensor, nn
 
 from kt_moe.adapter_files import read_adapter, write_adapter
-from kt_moe.hf.config import KtLoraConfig, check_same
+from kt_moe.hf.config import KtLoraConfig, SharedOuterLoraConfig, check_same
 from kt_moe.hf.lora import experts_architecture, lora_layers
 from kt_moe.hf.portable import PREFIX, expert_major
 from kt_moe.hf.targets import check_config_patterns
@@ -61,6 +61,7 @@ def load_adapter(
     adapter_name: str = "default",
     is_trainable: bool = False,
     layout: str = "peft",
+    shared_outer: bool = False,
 ) -> PeftModel:
     """Put a saved adapter on a model, with kt_moe experts or without.
 
@@ -70,6 +71,8 @@ def load_adapter(
         is_trainable: False freezes the adapter.
         layout: of fused tensors: "peft", or "expert-major", as Unsloth writes lora_B, which nothing in the
             files tells.
+        shared_outer: a new adapter shares A of gate and up and B of down, as a `SharedOuterLoraConfig` says;
+            they have to be the same for all experts.
 
     Returns:
         the PeftModel; `model` itself if it was one. A further adapter is not made the active one.
@@ -84,6 +87,8 @@ def load_adapter(
     path = Path(directory)
     config, tensors = read_adapter(path)
     config.inference_mode = not is_trainable
+    if shared_outer:
+        config.__class__ = SharedOuterLoraConfig
     undo: Callable[[], object]
     if not isinstance(model, PeftModel):
         model = with_adapter(model, config, adapter_name)

@@ -83,7 +83,8 @@ def export_adapter(
                 tensors |= _weights(form.fuse(matrices))
                 parameters |= {f"{name}.{fused}" for fused in FUSED}
                 continue
-            found = _weights(form.split(matrices))
+            shared = target == "sglang" and adapter_name in layer.shared_outer
+            found = _weights(_shared_outer(form, matrices) if shared else form.split(matrices))
             experts.add(name)
             modules |= {f"{form.module.disk_path(name)}.{word}" for word in form.module.projections}
         elif isinstance(layer, Linear) or (
@@ -139,13 +140,24 @@ def _all_projections(form: ExpertsForm, layer: KtLoraExperts, adapter_name: str,
     matrices: Matrices = {}
     for projection in PROJECTIONS:
         if projection in layer.pairs[adapter_name].pairs:
-            a, b = layer.lora_A[adapter_name][projection], layer.lora_B[adapter_name][projection]
-            matrices[projection] = _filled(a, b, rank, layer.scaling_of(adapter_name, projection))
+            scaling = layer.scaling_of(adapter_name, projection)
+            matrices[projection] = _filled(*layer.matrices(adapter_name, projection), rank, scaling)
         else:
             into, out = form.size(projection)
             experts = form.num_experts
             matrices[projection] = torch.zeros(experts, rank, into), torch.zeros(experts, out, rank)
     return matrices
+
+
+def _shared_outer(form: ExpertsForm, matrices: Matrices) -> dict[str, Tensor]:
+    """SGLang's form with shared outer matrices: a tensor for all experts, those that are shared [1, ...]."""
+    names = dict(zip(PROJECTIONS, form.module.projections, strict=True))
+    result: dict[str, Tensor] = {}
+    for projection, (a, b) in matrices.items():
+        place = f"{form.module.disk_path(form.path)}.{names[projection]}"
+        down = projection == "down"
+        result |= {f"{place}.lora_A": a if down else a[:1], f"{place}.lora_B": b[:1] if down else b}
+    return result
 
 
 def _weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -229,7 +229,8 @@ class MoEFunction:
             topk_weights: [T, K] floating point.
             experts: the frozen weights.
             lora: scaling and dropout; None means scaling 1 and no dropout.
-            gate_lora_a, up_lora_a: [E, r, H] fp32 or bf16, or None.
+            gate_lora_a, up_lora_a: [E, r, H] fp32 or bf16, or None. Of these and the next, [1, ...] is a
+                matrix that all experts share.
             gate_lora_b, up_lora_b: [E, I, r], given exactly when the A is.
             down_lora_a, down_lora_b: [E, r, I] and [E, H, r].
 
@@ -261,6 +262,7 @@ class MoEFunction:
         if not topk_weights.is_floating_point():
             raise ValueError(f"topk_weights is {topk_weights.dtype}, wanted a floating-point dtype")
         versions = Versions((*_INPUT_NAMES, *LORA_NAMES), (hidden_states, topk_ids, topk_weights, *tensors))
+        tensors = [None if t is None else of_all(t, experts.num_experts) for t in tensors]
         train = torch.is_grad_enabled()
         with checkpointing.unseen():
             arrival = None
@@ -273,6 +275,16 @@ class MoEFunction:
                 hidden_states, topk_ids, topk_weights, experts, lora or Lora(), made, *tensors
             )
         return out
+
+
+def of_all(matrices: Tensor, num_experts: int) -> Tensor:
+    """[E, ...] of a matrix for each expert, or a view of the one [1, ...] that all share.
+
+    The gradient of the one is the sum of all experts', in their order.
+    """
+    if matrices.dim() != 3 or len(matrices) != 1 or num_experts == 1:
+        return matrices
+    return matrices.expand(num_experts, -1, -1)
 
 
 def moe(

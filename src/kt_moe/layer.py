@@ -12,6 +12,11 @@ from kt_moe.experts import Experts
 from kt_moe.functional import PROJECTIONS, Lora, MoEFunction
 
 
+def outer_sizes(num_experts: int, projection: str) -> tuple[int, int]:
+    """How many A's and B's a projection has where the outer one, on the hidden size's side, is shared."""
+    return (num_experts, 1) if projection == "down" else (1, num_experts)
+
+
 class MoELayer(nn.Module):
     """Frozen routed experts with trainable LoRA on some of their projections.
 
@@ -23,6 +28,7 @@ class MoELayer(nn.Module):
         targets: which of "gate", "up" and "down" get a LoRA pair.
         use_rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023) instead of alpha / r.
         dtype: of the LoRA parameters, fp32 or bf16.
+        shared_outer: whether A of gate and up, and B of down, are one matrix [1, ...] for all experts.
 
     Parameters are named `{projection}_lora_a` and `{projection}_lora_b`. A starts Kaiming-uniform as in PEFT,
     B at zero.
@@ -38,6 +44,7 @@ class MoELayer(nn.Module):
         use_rslora: bool = False,
         *,
         dtype: torch.dtype = torch.float32,
+        shared_outer: bool = False,
     ) -> None:
         super().__init__()
         unknown = [t for t in targets if t not in PROJECTIONS]
@@ -50,11 +57,14 @@ class MoELayer(nn.Module):
         e, h, i = experts.num_experts, experts.hidden_size, experts.intermediate_size
         for projection in self.targets:
             into, out = (i, h) if projection == "down" else (h, i)
-            a = torch.empty(e, rank, into, dtype=dtype)
+            experts_a, experts_b = outer_sizes(e, projection) if shared_outer else (e, e)
+            a = torch.empty(experts_a, rank, into, dtype=dtype)
             bound = into**-0.5  # that of kaiming_uniform_(a=sqrt(5)) on one [r, in] matrix
             nn.init.uniform_(a, -bound, bound)
             setattr(self, f"{projection}_lora_a", nn.Parameter(a))
-            setattr(self, f"{projection}_lora_b", nn.Parameter(torch.zeros(e, out, rank, dtype=dtype)))
+            setattr(
+                self, f"{projection}_lora_b", nn.Parameter(torch.zeros(experts_b, out, rank, dtype=dtype))
+            )
 
     def lora_params(self) -> dict[str, Tensor]:
         """The LoRA tensors under the names `kt_moe.moe` takes."""

@@ -24,6 +24,7 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from kt_moe.hf import tuner
+from kt_moe.hf.config import SharedOuterLoraConfig
 from kt_moe.hf.experts import NAME, KtExperts, kt_moe_experts_forward, refuse_at_construction, repack
 from kt_moe.hf.kt_config import KTConfig
 from kt_moe.hf.loaded import wrap
@@ -43,6 +44,7 @@ __all__ = [
     "KtMoeQuantizer",
     "LoraFA",
     "Muon",
+    "SharedOuterLoraConfig",
     "create_lorafa_optimizer",
     "device_map",
     "load_model",

@@ -30,12 +30,24 @@ from kt_moe.hf.targets import (
 from kt_moe.patterns import first_match
 
 
+class SharedOuterLoraConfig(LoraConfig):  # type: ignore[misc]
+    """A LoraConfig whose LoRA on kt_moe experts shares its outer matrices: A of gate and up, B of down.
+
+    They are one for all experts of a layer ("shared outer" of SGLang and Megatron Bridge), which takes about
+    half the parameters, gradients and optimizer state. Files have them once for each expert, so that plain
+    PEFT reads them; `export_adapter(..., target="sglang")` writes them once.
+    """
+
+
 class KtLoraConfig(LoraConfig):  # type: ignore[misc]
     """A LoraConfig in a model with kt_moe experts: what the user wrote, saved as what plain PEFT reads.
 
     kt_moe_targets: what it targets in that model.
     kt_moe_saved: the config that is saved; the file has no other.
+    shared_outer: whether it was a `SharedOuterLoraConfig`.
     """
+
+    shared_outer = False
 
     kt_moe_targets: Targets
     kt_moe_saved: LoraConfig
@@ -45,6 +57,8 @@ class KtLoraConfig(LoraConfig):  # type: ignore[misc]
         """A copy; the caller's config stays as it is."""
         result: Any = copy.deepcopy(config)
         result.__class__ = cls
+        if isinstance(config, SharedOuterLoraConfig):
+            result.shared_outer = True
         return result  # type: ignore[no-any-return]
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

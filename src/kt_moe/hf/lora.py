@@ -15,10 +15,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from kt_moe.architectures import Architecture, architecture_of
-from kt_moe.functional import PROJECTIONS, Lora, MoEFunction
+from kt_moe.functional import PROJECTIONS, Lora, MoEFunction, of_all
 from kt_moe.hf.experts import dims_of, experts_of, is_kt_experts
 from kt_moe.hf.portable import ExpertsForm, Matrices
 from kt_moe.hf.targets import FUSED, ExpertPairs, Pair
+from kt_moe.layer import outer_sizes
 from kt_moe.lora_device import LoraParameters, LoraPlace
 
 INITIAL_VALUES = (True, False, "gaussian", "orthogonal")  # of init_lora_weights that leave the base as it is
@@ -33,7 +34,8 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
     """Experts with LoRA: PEFT's tuner layer for `KtExperts` and for experts computed by "kt_moe".
 
     Parameters, fp32: `lora_A.{adapter}.{gate,up,down}` [E, r, in] and `lora_B.{adapter}.{gate,up,down}`
-    [E, out, r]. `place` says whether they go where the model goes.
+    [E, out, r]; of adapters in `shared_outer`, one A of gate and of up, and one B of down, [1, ...]. `place`
+    says whether they go where the model goes.
     """
 
     # What LoraLayer has; the dictionaries go from adapter name to parameters, dropout module or number.
@@ -64,6 +66,7 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         LoraLayer.__init__(self, base_layer)
         self.architecture, self.place = architecture, place
         self.pairs: dict[str, ExpertPairs] = {}
+        self.shared_outer: set[str] = set()
         self._active_adapter = adapter_name
         self.add_pairs(adapter_name, config, pairs)
 
@@ -86,6 +89,8 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         _refuse_options(config, pairs)
         self.scaling[adapter_name] = _first_scaling(pairs.pairs)
         self._set_pairs(adapter_name, pairs)
+        if getattr(config, "shared_outer", False):
+            self.shared_outer.add(adapter_name)
         self.use_rslora[adapter_name] = self.use_dora[adapter_name] = self.lora_bias[adapter_name] = False
         self.lora_dropout[adapter_name] = (
             nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
@@ -109,12 +114,14 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         num_experts, into, out = dims_of(self.base_layer)
         if projection == "down":
             into, out = out, into
-        for matrices, shape in ((self.lora_A, (rank, into)), (self.lora_B, (out, rank))):
+        sizes = (num_experts, num_experts)
+        if adapter_name in self.shared_outer:
+            sizes = outer_sizes(num_experts, projection)
+        shapes = (sizes[0], rank, into), (sizes[1], out, rank)
+        for matrices, shape in zip((self.lora_A, self.lora_B), shapes, strict=True):
             old = matrices[adapter_name].get(projection)
             device, trained = (None, True) if old is None else (old.device, old.requires_grad)
-            new = nn.Parameter(
-                torch.empty(num_experts, *shape, dtype=torch.float32, device=device), requires_grad=trained
-            )
+            new = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device), requires_grad=trained)
             matrices[adapter_name][projection] = new
             self.place.numbers += new.numel() - (0 if old is None else old.numel())
 
@@ -159,6 +166,29 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         )
         super().delete_adapter(adapter_name)
         self.pairs.pop(adapter_name)
+        self.shared_outer.discard(adapter_name)
+
+    def matrices(self, adapter_name: str, projection: str) -> tuple[Tensor, Tensor]:
+        """A [E, r, in] and B [E, out, r] of a projection; views of those that are shared."""
+        experts = dims_of(self.base_layer)[0]
+        own = self.lora_A[adapter_name][projection], self.lora_B[adapter_name][projection]
+        return of_all(own[0], experts), of_all(own[1], experts)
+
+    def held(self, adapter_name: str, projection: str, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Those of a projection as the parameters have them, of A [E, r, in] and B [E, out, r].
+
+        Raises:
+            ValueError: the adapter shares one of them, which is not the same for all experts; names it.
+        """
+        if adapter_name not in self.shared_outer:
+            return pair
+        one = int(projection == "down")
+        if bool((pair[one] != pair[one][:1]).any()):
+            raise ValueError(
+                f"the adapter's {'AB'[one]} of {projection}_proj differs between experts, the model's "
+                f"adapter {adapter_name!r} shares it (SharedOuterLoraConfig)"
+            )
+        return (pair[0], pair[1][:1].clone()) if one else (pair[0][:1].clone(), pair[1])
 
     @torch.no_grad()
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
@@ -234,8 +264,12 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         for projection in PROJECTIONS:
             names = [name for name in active if projection in self.lora_A[name]]
             if names:
-                a = [self.lora_A[name][projection] for name in names]
-                b = [self.lora_B[name][projection] * self.scaling_of(name, projection) for name in names]
+                pairs = [self.matrices(name, projection) for name in names]
+                a = [pair[0] for pair in pairs]
+                b = [
+                    pair[1] * self.scaling_of(name, projection)
+                    for name, pair in zip(names, pairs, strict=True)
+                ]
                 # adapters may lie on different devices, and have different dtypes
                 tensors[f"{projection}_lora_a"] = torch.cat([t.to(a[0]) for t in a], dim=1)
                 tensors[f"{projection}_lora_b"] = torch.cat([t.to(b[0]) for t in b], dim=2)
@@ -302,10 +336,10 @@ def _orthogonal(a: Tensor, b: Tensor) -> None:
 
     PEFT's `orthogonal_init` (https://datta0.github.io/posts/rethink-lora-init/).
     """
-    experts, rank = len(a), a.shape[1]
-    basis = torch.linalg.qr(a.new_empty(experts, rank, rank).normal_()).Q
-    into = a.new_empty(experts, a.shape[2], rank // 2).normal_()
-    out = b.new_empty(experts, b.shape[1], rank // 2).normal_()
+    rank = a.shape[1]
+    basis = torch.linalg.qr(a.new_empty(min(len(a), len(b)), rank, rank).normal_()).Q
+    into = a.new_empty(len(a), a.shape[2], rank // 2).normal_()
+    out = b.new_empty(len(b), b.shape[1], rank // 2).normal_()
     a.copy_((into @ basis[:, 0::2]).mT / 10)
     b.copy_(out @ basis[:, 1::2] / 10)
 

@@ -151,13 +151,18 @@ def create_lorafa_optimizer(model: nn.Module, lr: float, weight_decay: float = 0
     It replaces `peft.optimizers.create_lorafa_optimizer`, which knows no LoRA on experts.
 
     Raises:
-        ValueError: an active adapter's scaling is 0: nothing could be trained.
+        ValueError: an active adapter's scaling is 0: nothing could be trained; or B is shared by A's of
+            several experts.
     """
     pairs: list[tuple[Tensor, nn.Parameter, float]] = []
     for path, layer in model.named_modules():
         for a, b, scaling in _trained_pairs(layer) if isinstance(layer, LoraLayer) else ():
             if scaling == 0:
                 raise ValueError(f"the scaling of LoRA on {path} is 0: it has no gradient")
+            if a.dim() == 3 and len(a) > len(b):
+                raise ValueError(
+                    f"LoRA-FA wants an A for each B, those of {path} share one (SharedOuterLoraConfig)"
+                )
             a.requires_grad_(False)
             pairs.append((a, b, scaling))
     taken = {b for _, b, _ in pairs}

@@ -21,7 +21,8 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from kt_moe.hf.config import KtLoraConfig, saved_config
+from kt_moe.functional import of_all
+from kt_moe.hf.config import KtLoraConfig, SharedOuterLoraConfig, saved_config
 from kt_moe.hf.experts import KtExperts, is_kt_experts
 from kt_moe.hf.lora import NO_MERGE, KtLoraExperts, experts_architecture, lora_layers
 from kt_moe.hf.portable import PREFIX, Matrices, is_per_expert, path_to_save, renaming_of
@@ -41,6 +42,7 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
 
     def __new__(cls, model: Any = None, *args: Any, **kwargs: Any) -> Any:
         if isinstance(model, nn.Module) and experts_architecture(model) is None:
+            _refuse_shared_outer(args[0] if args else kwargs.get("config"))
             return LoraModel(model, *args, **kwargs)
         return super().__new__(cls)
 
@@ -136,11 +138,7 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
         for projection, pair in layer.pairs[new].pairs.items():
             a, b = layer.lora_A[new][projection], layer.lora_B[new][projection]
             parts = [
-                (
-                    layer.lora_A[n][projection],
-                    layer.lora_B[n][projection],
-                    weight * layer.scaling_of(n, projection),
-                )
+                (*layer.matrices(n, projection), weight * layer.scaling_of(n, projection))
                 for n, weight in zip(adapters, weights, strict=True)
                 if n in layer.pairs and projection in layer.pairs[n].pairs
             ]
@@ -207,7 +205,11 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
             for projection in pairs:
                 keys = [f"{path}.lora_{matrix}.{adapter_name}.{projection}" for matrix in "AB"]
                 if keys[0] in found:
-                    matrices[projection] = found.pop(keys[0]), found.pop(keys[1])
+                    experts = layer.form(path).num_experts
+                    matrices[projection] = (
+                        of_all(found.pop(keys[0]), experts),
+                        of_all(found.pop(keys[1]), experts),
+                    )
             per_expert = is_per_expert(model, pairs)
             place = path if per_expert else path_to_save(renamed, path, layer.form(path).module)
             tensors = layer.tensors(adapter_name, place, matrices, per_expert)
@@ -230,7 +232,7 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
             matrices = form.take(state_dict, allowed, own, renamed, layer.fused_factors(adapter_name))
             layer.fit(adapter_name, {p: a.shape[1] for p, (a, _) in matrices.items()})
             for projection, pair in matrices.items():
-                for matrix, tensor in zip("AB", pair, strict=True):
+                for matrix, tensor in zip("AB", layer.held(adapter_name, projection, pair), strict=True):
                     # Tensors may become parameters as they are; those of host memory are not to be elsewhere.
                     held = tensor.cpu() if layer.place.stays(tensor.device) else tensor
                     result[f"{path}.lora_{matrix}.{adapter_name}.{projection}"] = held
@@ -240,6 +242,12 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
             config.kt_moe_saved = saved_config(base, config, adapter_name)
         rest = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return {**rest, **result}
+
+
+def _refuse_shared_outer(configs: Any) -> None:
+    configs = configs.values() if isinstance(configs, dict) else [configs]
+    if any(isinstance(config, SharedOuterLoraConfig) for config in configs):
+        raise ValueError("SharedOuterLoraConfig is for models with kt_moe experts, this model has none")
 
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")
