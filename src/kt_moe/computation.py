@@ -16,28 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kt_moe.activations import ACTIVATIONS
+
 Activation = Callable[[Tensor, Tensor], Tensor]
 
 _BIASES = ("gate_up_proj_bias", "down_proj_bias")
-_ALPHA, _LIMIT = 1.702, 7.0  # gpt-oss's, as src/cpp/kernels/kernel_set.h has them
-
-
-def _gpt_oss(gate: Tensor, up: Tensor) -> Tensor:
-    gate, up = gate.clamp(max=_LIMIT), up.clamp(-_LIMIT, _LIMIT)
-    return (up + 1) * gate * torch.sigmoid(_ALPHA * gate)
-
-
-# Those of `kt_moe.Experts`.
-COMPUTED: dict[str, Activation] = {
-    "silu": lambda g, u: functional.silu(g) * u,
-    "gpt_oss": _gpt_oss,
-    "clamped_silu": lambda g, u: functional.silu(g.clamp(max=10.0)) * u.clamp(-10.0, 10.0),
-    "gelu_tanh": lambda g, u: functional.gelu(g, approximate="tanh") * u,
-}
 
 # Known well enough to be named in a refusal.
 _NAMED: dict[str, Activation] = {
-    "exact GELU": lambda g, u: functional.gelu(g) * u,
     "ReLU": lambda g, u: functional.relu(g) * u,
     "squared ReLU": lambda g, u: functional.relu(g).square() * u,
 }
@@ -72,7 +58,7 @@ def computation_of(module: Any) -> Computation:
     if not gated:
         lacks.append(f"experts without a gate ({_name_of(getattr(module, 'act_fn', None))} of up_proj alone)")
     else:
-        activation = next((name for name, known in COMPUTED.items() if _computes(module, known)), "")
+        activation = next((name for name, known in ACTIVATIONS.items() if _computes(module, known)), "")
         if not activation:
             lacks.append(f"the activation {_describe(module)}")
     if _overrides_forward(type(module)):
@@ -143,7 +129,7 @@ def _describe(module: Any) -> str:
             return name
     limit = next((getattr(module, n) for n in ("swiglu_limit", "limit") if hasattr(module, n)), None)
     if limit is not None:
-        for name, known in COMPUTED.items():
+        for name, known in ACTIVATIONS.items():
             if _computes(module, _clamped(known, float(limit))):
                 return f"{name} with gate and up clamped to {limit:g}"
     act = getattr(module, "act_fn", None)

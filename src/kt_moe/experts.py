@@ -31,9 +31,8 @@ class Experts:
         gate, up: [E, I, H], bf16, fp16 or fp32 (rounded to bf16), CPU or CUDA.
         down: [E, H, I].
         gate_bias, up_bias, down_bias: [E, I], [E, I] and [E, H], like the weights; None where there is none.
-        activation: "silu", h = silu(G) * U; "gelu_tanh", h = gelu(G) * U with GELU's approximation by tanh;
-            "clamped_silu", h = silu(min(G, 10)) * clamp(U, -10, 10); or "gpt_oss",
-            h = (clamp(U, -7, 7) + 1) * g * sigmoid(1.702 * g) with g = min(G, 7).
+        activation: a name of `kt_moe.activations.ACTIVATIONS`, which has the formulas: "silu",
+            h = silu(G) * U, or that of another family.
         format: how the weights are kept in memory: "bf16", or quantised to "int8" (groups of 128), "int4"
             (groups of 32), "fp8" (blocks of 128 x 128) or "mxfp4"; docs/formats.md has bytes and errors.
         runtime: None means `default_runtime()`.

@@ -4,12 +4,15 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <numbers>
 #include <random>
+#include <tuple>
 #include <vector>
 
 #include "base/dtype.h"
@@ -29,10 +32,6 @@ namespace {
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInf = std::numeric_limits<float>::infinity();
-
-using Slot = ActivationKernels EpilogueKernels::*;
-constexpr Slot kActivations[] = {&EpilogueKernels::silu, &EpilogueKernels::gpt_oss,
-                                 &EpilogueKernels::clamped_silu, &EpilogueKernels::gelu_tanh};
 
 const KernelSet& scalar_set() {
   static const KernelSet set = kernel_set("scalar", cpu_features());
@@ -276,9 +275,10 @@ TEST_CASE("kernels read and write no byte beyond their operands, not even where 
       const float *terms[]{x.data, z.data}, scales[]{1.0f, 2.0f};
       set.epilogue.sum_scaled(n, 2, terms, scales, y.data);
       set.epilogue.round_scaled(n, 1.0f, x.data, a.data);
-      for (const Slot activation : kActivations) {
-        (set.epilogue.*activation).forward(n, x.data, y.data, a.data, b.data, c.data);
-        (set.epilogue.*activation).backward(n, z.data, 1.0f, a.data, b.data, c.data, d.data, e.data);
+      for (int activation = 0; activation < kActivationCount; ++activation) {
+        const ActivationKernels& kernels = set.epilogue.activations[activation];
+        kernels.forward(n, x.data, y.data, a.data, b.data, c.data);
+        kernels.backward(n, z.data, 1.0f, a.data, b.data, c.data, d.data, e.data);
       }
       set.decode.from_f32(n, x.data, a.data);
       set.decode.from_f16(n, a.data, b.data);
@@ -397,7 +397,7 @@ TEST_CASE("every half-precision number decodes as in the scalar set") {
 
 namespace {
 
-void check_like_scalar(Slot activation) {
+void check_like_scalar(int activation) {
   std::vector<float> g = floats(203, 7), u = floats(203, 8), dh = floats(203, 9);
   for (std::size_t i = 0; i < g.size(); ++i) g[i] *= 10.0f, u[i] *= 5.0f;
   const std::vector<float> special{0.0f,  -0.0f,  60.0f, -60.0f, 87.5f,  -87.5f, 90.0f, -104.0f, 1000.0f,
@@ -422,8 +422,8 @@ void check_like_scalar(Slot activation) {
         ours.push_back(row.data + offset);
       }
       std::vector<std::vector<bf16_t>> truth(6, std::vector<bf16_t>(size, 77));
-      const ActivationKernels &kernels = set.epilogue.*activation,
-                              &scalar = scalar_set().epilogue.*activation;
+      const ActivationKernels &kernels = set.epilogue.activations[activation],
+                              &scalar = scalar_set().epilogue.activations[activation];
       kernels.forward(n, g.data(), u.data(), ours[0], ours[1], ours[2]);
       scalar.forward(n, g.data(), u.data(), truth[0].data(), truth[1].data(), truth[2].data());
       const float dot =
@@ -451,68 +451,134 @@ void check_like_scalar(Slot activation) {
 }  // namespace
 
 TEST_CASE("activations forward and backward agree with the scalar set, also far out and on NaN") {
-  for (const Slot activation : kActivations) check_like_scalar(activation);
+  for (int a = 0; a < kActivationCount; ++a) {
+    CAPTURE(kActivationNames[a]);
+    check_like_scalar(a);
+  }
 }
 
 namespace {
 
-// Activations with limits: gradients are those of an h that is constant beyond them.
-void check_limits(Slot activation, float limit, double (*act)(double g, double u)) {
-  const float over = limit + limit / 128;  // the next bf16 number or so
-  struct {
-    float g, u;
-    bool gate_moves, up_moves;
-  } cases[] = {{1.0f, 1.0f, true, true},
-               {limit, limit, true, true},
-               {limit, -limit, true, true},
-               {over, 2.0f, false, true},
-               {-5 * limit, 2.0f, true, true},
-               {2.0f, over, true, false},
-               {2.0f, -over, true, false},
-               {2 * limit, 2 * limit, false, false},
-               {limit * 1.0002f, limit * -1.0002f, false, false},
-               {limit * 0.9998f, limit * 0.9998f, true, true}};
-  for_every_set([&](const KernelSet& set) {
-    for (const auto& [g, u, gate_moves, up_moves] : cases) {
-      CAPTURE(g);
-      CAPTURE(u);
-      const float dh = 1e30f;
-      bf16_t gate, up, h[3], dg, du;
-      (set.epilogue.*activation).forward(1, &g, &u, &gate, &up, h);
-      (set.epilogue.*activation).backward(1, &dh, 1.0f, &gate, &up, &dg, &du, h + 1);
-      h[2] = to_bf16(static_cast<float>(act(std::min(g, limit), std::clamp(u, -limit, limit))));
-      check_same_bf16(h[0], h[2], 1);
-      check_same_bf16(h[1], h[2], 1);
-      CHECK((to_float(dg) != 0.0f) == gate_moves);
-      CHECK((to_float(du) != 0.0f) == up_moves);
-    }
-  });
+double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+
+// The definitions, and the limit beyond which G and U count as the limit.
+struct Definition {
+  double (*h)(double g, double u);
+  double limit = INFINITY;
+};
+
+Definition definition(Activation activation) {
+  switch (activation) {
+    case Activation::silu: return {[](double g, double u) { return g * sigmoid(g) * u; }};
+    case Activation::gpt_oss: return {[](double g, double u) { return g * sigmoid(1.702 * g) * (u + 1); }, 7};
+    case Activation::clamped_silu: return {[](double g, double u) { return g * sigmoid(g) * u; }, 10};
+    case Activation::gelu_tanh:
+      return {[](double g, double u) {
+        const double z = std::sqrt(2 / std::numbers::pi) * (g + 0.044715 * g * g * g);
+        return g * sigmoid(2 * z) * u;
+      }};
+    case Activation::gelu:
+      return {[](double g, double u) { return g * std::erfc(-g / std::numbers::sqrt2) / 2 * u; }};
+    case Activation::softcapped_silu:
+      return {[](double g, double u) { return 4 * std::tanh(g / 4) * sigmoid(g) * 25 * std::tanh(u / 25); }};
+  }
+  return {};
+}
+
+// h at (g, u), dh / dg and dh / du by central differences. Nothing moves beyond a limit.
+std::array<double, 3> defined(const Definition& of, double g, double u) {
+  const double gate = std::min(g, of.limit), up = std::clamp(u, -of.limit, of.limit), step = 1e-5;
+  const double by_gate = (of.h(gate + step, up) - of.h(gate - step, up)) / (2 * step);
+  const double by_up = (of.h(gate, up + step) - of.h(gate, up - step)) / (2 * step);
+  return {of.h(gate, up), g > of.limit ? 0 : by_gate, std::abs(u) > of.limit ? 0 : by_up};
 }
 
 }  // namespace
 
-TEST_CASE("limited activations: no gradient beyond a limit, however little, one on it") {
-  check_limits(&EpilogueKernels::gpt_oss, 7.0f,
-               [](double g, double u) { return (u + 1) * g / (1 + std::exp(-1.702 * g)); });
-  check_limits(&EpilogueKernels::clamped_silu, 10.0f,
-               [](double g, double u) { return u * g / (1 + std::exp(-g)); });
+TEST_CASE("activations are those of their definitions, and their slopes the differences of neighbours") {
+  for_every_set([](const KernelSet& set) {
+    for (int a = 0; a < kActivationCount; ++a) {
+      CAPTURE(kActivationNames[a]);
+      const Definition of = definition(static_cast<Activation>(a));
+      const ActivationKernels& kernels = set.epilogue.activations[a];
+      for (const float g : {-20.0f, -9.0f, -5.0f, -3.0f, -1.0f, -0.75f, -0.25f, 0.0f, 0.5f, 1.0f, 2.0f, 4.0f,
+                            6.5f, 9.5f, 30.0f})
+        for (const float u : {1.5f, -0.125f, 6.0f, 40.0f, -40.0f}) {
+          CAPTURE(g);
+          CAPTURE(u);
+          const float dh = 1.0f;
+          bf16_t gate, up, h[2], dg, du;
+          kernels.forward(1, &g, &u, &gate, &up, h);
+          const float dot = kernels.backward(1, &dh, 1.0f, &gate, &up, &dg, &du, h + 1);
+          const auto [value, by_gate, by_up] = defined(of, g, u);
+          for (const auto& [found, wanted] : {std::pair{to_float(h[0]), value},
+                                              {to_float(h[1]), value},
+                                              {to_float(du), by_up},
+                                              {to_float(dg), by_gate}})
+            CHECK(found == doctest::Approx(wanted).epsilon(0.005).scale(1e-5));
+          CHECK(dot == doctest::Approx(value).epsilon(1e-4).scale(1e-5));
+        }
+    }
+  });
 }
 
-TEST_CASE("GELU by tanh is that of its definition, and its slope the difference of neighbours") {
-  const auto gelu = [](double g) {
-    return 0.5 * g * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (g + 0.044715 * g * g * g)));
-  };
-  for_every_set([&](const KernelSet& set) {
-    for (const float g : {-20.0f, -5.0f, -3.0f, -1.0f, -0.75f, -0.25f, 0.0f, 0.5f, 1.0f, 2.0f, 4.0f, 30.0f}) {
-      CAPTURE(g);
-      const float u = 1.5f, dh = 1.0f;
-      bf16_t gate, up, h[2], dg, du;
-      set.epilogue.gelu_tanh.forward(1, &g, &u, &gate, &up, h);
-      set.epilogue.gelu_tanh.backward(1, &dh, 1.0f, &gate, &up, &dg, &du, h + 1);
-      const double slope = (gelu(g + 1e-4) - gelu(g - 1e-4)) / 2e-4;
-      for (const auto& [found, wanted] :
-           {std::pair{h[0], u * gelu(g)}, {h[1], u * gelu(g)}, {du, gelu(g)}, {dg, u * slope}})
-        CHECK(to_float(found) == doctest::Approx(wanted).epsilon(0.005).scale(1e-4));
+TEST_CASE("limited activations: no gradient beyond a limit, however little, one on it") {
+  for (const Activation activation : {Activation::gpt_oss, Activation::clamped_silu}) {
+    const Definition of = definition(activation);
+    const auto limit = static_cast<float>(of.limit);
+    const float over = limit + limit / 128;  // the next bf16 number or so
+    struct {
+      float g, u;
+      bool gate_moves, up_moves;
+    } cases[] = {{1.0f, 1.0f, true, true},
+                 {limit, limit, true, true},
+                 {limit, -limit, true, true},
+                 {over, 2.0f, false, true},
+                 {-5 * limit, 2.0f, true, true},
+                 {2.0f, over, true, false},
+                 {2.0f, -over, true, false},
+                 {2 * limit, 2 * limit, false, false},
+                 {limit * 1.0002f, limit * -1.0002f, false, false},
+                 {limit * 0.9998f, limit * 0.9998f, true, true}};
+    for_every_set([&](const KernelSet& set) {
+      const ActivationKernels& kernels = set.epilogue.activations[static_cast<int>(activation)];
+      for (const auto& [g, u, gate_moves, up_moves] : cases) {
+        CAPTURE(g);
+        CAPTURE(u);
+        const float dh = 1e30f;
+        bf16_t gate, up, h[3], dg, du;
+        kernels.forward(1, &g, &u, &gate, &up, h);
+        kernels.backward(1, &dh, 1.0f, &gate, &up, &dg, &du, h + 1);
+        h[2] = to_bf16(static_cast<float>(defined(of, g, u)[0]));
+        check_same_bf16(h[0], h[2], 1);
+        check_same_bf16(h[1], h[2], 1);
+        CHECK((to_float(dg) != 0.0f) == gate_moves);
+        CHECK((to_float(du) != 0.0f) == up_moves);
+      }
+    });
+  }
+}
+
+// <dh', h> is made of an h that is not rounded yet, so that it shows h in fp32.
+TEST_CASE("smooth activations have a small relative error, far below 0 too") {
+  for_every_set([](const KernelSet& set) {
+    for (const auto& [activation, u, bound] : {std::tuple{Activation::silu, 1.0f, 1e-6},
+                                               {Activation::gelu, 1.0f, 1e-6},
+                                               {Activation::softcapped_silu, 0.01f, 2e-6},
+                                               {Activation::softcapped_silu, -30.0f, 2e-6}}) {
+      CAPTURE(kActivationNames[static_cast<int>(activation)]);
+      const Definition of = definition(activation);
+      double worst = 0.0;
+      for (int i = -12 * 256; i <= 12 * 256; ++i) {
+        const float dh = 1.0f;
+        const bf16_t gate = to_bf16(static_cast<float>(i) / 256.0f), up = to_bf16(u);
+        bf16_t dg, du, h;
+        const double wanted = of.h(to_float(gate), to_float(up));
+        const float dot = set.epilogue.activations[static_cast<int>(activation)].backward(1, &dh, 1.0f, &gate,
+                                                                                          &up, &dg, &du, &h);
+        if (wanted != 0.0) worst = std::max(worst, std::abs(dot / wanted - 1));
+      }
+      CHECK(worst < bound);
     }
   });
 }
@@ -526,7 +592,7 @@ TEST_CASE("the registry: unknown and absent sets are refused, empty slots are fi
     CHECK(static_cast<bool>(set.gemm.micro_kernel));
     CHECK(static_cast<bool>(set.few.times));
     CHECK(static_cast<bool>(set.epilogue.transpose));
-    for (const Slot activation : kActivations) CHECK(static_cast<bool>((set.epilogue.*activation).backward));
+    for (int a = 0; a < kActivationCount; ++a) CHECK(static_cast<bool>(set.epilogue.activations[a].backward));
     CHECK(static_cast<bool>(set.decode.from_f16));
   });
 }

@@ -49,6 +49,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gpt_oss": gpt_oss,
     "clamped_silu": lambda G, U: silu(G.clamp(max=10.0)) * U.clamp(-10.0, 10.0),
     "gelu_tanh": lambda G, U: gelu(G, approximate="tanh") * U,
+    "gelu": lambda G, U: gelu(G) * U,
+    "softcapped_silu": lambda G, U: 4 * torch.tanh(G / 4) * torch.sigmoid(G) * 25 * torch.tanh(U / 25),
 }
 LIMITS = {"gpt_oss": 7.0, "clamped_silu": 10.0}  # beyond which there is no gradient
 

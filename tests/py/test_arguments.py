@@ -152,8 +152,8 @@ class TestExperts:
             kt_moe.Experts(self.W[0], [1.0], self.W[2])
 
     def test_names(self):
-        with pytest.raises(ValueError, match='activation is "gelu", wanted'):
-            kt_moe.Experts(*self.W, activation="gelu")
+        with pytest.raises(ValueError, match='activation is "relu", wanted'):
+            kt_moe.Experts(*self.W, activation="relu")
         with pytest.raises(ValueError, match=r"format is 'int3', wanted one of \['bf16', 'int8'"):
             kt_moe.Experts(*self.W, format="int3")
 

@@ -33,7 +33,7 @@ _SIZES: list[tuple[str, Any]] = [
     (r"bos_token_id", 1),
     (r"eos_token_id", 2),
 ]
-_LIMITS = {"limit", "swiglu_limit"}  # of a clamp, as experts modules call them
+_LIMITS = {"limit", "swiglu_limit", "softcap"}  # as experts modules and their parts call them
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _MOE = {"num_experts": 4, "top_k_experts": 4, "moe_intermediate_size": 24}
 _ATTENTION = {"layer_types": ["linear_attention", "full_attention"]}  # two linear ones amplify rounding
@@ -103,7 +103,8 @@ def tiny_family(family: str, model_type: str | None = None, *, seed: int = 0) ->
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
             parameter.copy_(parameter.bfloat16())
         for module in model.modules():
-            if is_experts(module) and _LIMITS & vars(module).keys():  # beyond the limits, in some places
+            limited = is_experts(module) and any(_LIMITS & vars(part).keys() for part in module.modules())
+            if limited:  # beyond the limits, in some places
                 module.gate_up_proj *= 4
                 module.down_proj /= 8
     return model.eval()

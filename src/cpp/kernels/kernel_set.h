@@ -122,14 +122,11 @@ struct FewRowsKernels {
   FewCodedKernels coded = {};
 };
 
-// One row of G and U of an expert, and what the step makes of it. Forward: h = act(G, U); G, U and h rounded
-// once to bf16. Lines that G and U fill may go past the caches: before another thread reads them comes a
-// locked instruction or a fence. Backward: from dh' (fp32, before the routing weight) and the saved G, U.
-using ActivationForward = void(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
-                               uint16_t* h);
-// dG, dU for dh = weight * dh'; h as in the forward. Returns <dh', h>, the gradient of the routing weight.
-using ActivationBackward = float(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u,
-                                 uint16_t* dg, uint16_t* du, uint16_t* h);
+// What experts make of G and U: h = act(G, U). A table has one entry for each, in this order.
+enum class Activation : uint8_t { silu, gpt_oss, clamped_silu, gelu_tanh, gelu, softcapped_silu };
+constexpr int kActivationCount = 6;
+constexpr const char* kActivationNames[kActivationCount] = {"silu",      "gpt_oss", "clamped_silu",
+                                                            "gelu_tanh", "gelu",    "softcapped_silu"};
 
 // gpt-oss: h = (clamp(U, -limit, limit) + 1) * g * sigmoid(alpha * g), g = min(G, limit).
 constexpr float kGptOssAlpha = 1.702f, kGptOssLimit = 7.0f;
@@ -141,10 +138,25 @@ constexpr float kBeyondLimit = 1.00390625f;
 // GELU by tanh: h = g * (1 + tanh(sqrt(2 / pi) * (g + cubic * g^3))) / 2 * U, which is g * sigmoid(slope * (g
 // + cubic * g^3)) * U with slope = 2 * sqrt(2 / pi). From `far` on the sigmoid is 0 or 1.
 constexpr float kGeluSlope = 1.5957691216f, kGeluCubic = 0.044715f, kGeluFar = 16.0f;
+// Inkling 2's: h = cap(G, gate) * sigmoid(G) * cap(U, up), where cap(x, c) = c * tanh(x / c).
+constexpr float kGateSoftcap = 4.0f, kUpSoftcap = 25.0f;
+
+// One row of G and U of an expert, and what the step makes of it. Forward: G, U and h rounded once to bf16.
+// Lines that G and U fill may go past the caches: before another thread reads them comes a locked instruction
+// or a fence. Backward: from dh' (fp32, before the routing weight) and the saved G, U.
+using ActivationForward = void(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
+                               uint16_t* h);
+// dG, dU for dh = weight * dh'; h as in the forward. Returns <dh', h>, the gradient of the routing weight.
+using ActivationBackward = float(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u,
+                                 uint16_t* dg, uint16_t* du, uint16_t* h);
 
 struct ActivationKernels {
   ActivationForward* forward;
   ActivationBackward* backward;
+};
+
+struct ActivationTable {
+  ActivationKernels kernels[kActivationCount];
 };
 
 // dst[j * dst_stride + i] = src[i * src_stride + j] for i < rows, j < cols.
@@ -158,8 +170,7 @@ struct EpilogueKernels {
   Transpose* transpose;
   SumScaled* sum_scaled;
   RoundScaled* round_scaled;
-  ActivationKernels silu;  // h = silu(G) * U
-  ActivationKernels gpt_oss, clamped_silu, gelu_tanh;
+  const ActivationKernels* activations;  // [kActivationCount]
 };
 
 // Stored weights and parameters to bf16, one row at a time.

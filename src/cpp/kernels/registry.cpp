@@ -55,21 +55,13 @@ void fill(Slot& slot, Slot own) {
   if (own != nullptr) slot = own;
 }
 
-void overlay(ActivationKernels& slots, const ActivationKernels& own) {
-  fill(slots.forward, own.forward);
-  fill(slots.backward, own.backward);
-}
-
 void overlay(KernelSet& set, const KernelSet& own) {
   if (own.gemm.micro_kernel != nullptr) set.gemm = own.gemm;
   if (own.few.times != nullptr) set.few = own.few;
   fill(set.epilogue.transpose, own.epilogue.transpose);
   fill(set.epilogue.sum_scaled, own.epilogue.sum_scaled);
   fill(set.epilogue.round_scaled, own.epilogue.round_scaled);
-  overlay(set.epilogue.silu, own.epilogue.silu);
-  overlay(set.epilogue.gpt_oss, own.epilogue.gpt_oss);
-  overlay(set.epilogue.clamped_silu, own.epilogue.clamped_silu);
-  overlay(set.epilogue.gelu_tanh, own.epilogue.gelu_tanh);
+  fill(set.epilogue.activations, own.epilogue.activations);
   fill(set.decode.from_f32, own.decode.from_f32);
   fill(set.decode.from_f16, own.decode.from_f16);
   for (int type = 0; type < kCodeTypes; ++type)

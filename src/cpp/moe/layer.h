@@ -19,11 +19,6 @@
 
 namespace kt {
 
-enum class Activation : std::uint8_t { silu, gpt_oss, clamped_silu, gelu_tanh };
-
-inline constexpr std::array kActivations{Activation::silu, Activation::gpt_oss, Activation::clamped_silu,
-                                         Activation::gelu_tanh};
-
 // ValueError for a name that is not known.
 Activation activation_from(std::string_view name);
 std::string_view name_of(Activation activation);

@@ -13,14 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kt_moe.activations import ACTIVATIONS
+
 if TYPE_CHECKING:
     from kt_moe.gpu.products import Groups, Term
     from kt_moe.gpu.stored import StoredPart
-
-# Of the activations, as src/cpp/kernels/kernel_set.h has them.
-_GPT_OSS_ALPHA, _BEYOND = 1.702, 1.0 + 2.0**-8
-_LIMITS = {"gpt_oss": 7.0, "clamped_silu": 10.0}
-_GELU_SLOPE, _GELU_CUBIC, _GELU_FAR = 1.5957691216, 0.044715, 16.0
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -77,9 +74,9 @@ def gate_up(
             if bias is not None and bias_index is not None:
                 sums += bias[bias_index[rows.group]].float()
         if h is not None:
-            h[at] = _activate(activation, G, U)[0]
+            h[at] = ACTIVATIONS[activation](G, U)
         if saved is not None:
-            saved[0][at], saved[1][at] = _to_save(activation, G, U)
+            saved[0][at], saved[1][at] = ACTIVATIONS[activation].to_save(G, U)
 
 
 def activation_grad(
@@ -93,15 +90,11 @@ def activation_grad(
     h: Tensor,
     dweights: Tensor,
 ) -> None:
-    G, U = g.float(), u.float()
-    act, dG, dU = _activate(activation, G, U)
+    act, dG, dU = ACTIVATIONS[activation].with_gradients(g.float(), u.float())
     dweights.copy_(_row_sums(dh * act))
     weighted = weights[:, None] * dh
     dg.copy_(weighted * dG)
     du.copy_(weighted * dU)
-    if limit := _LIMITS.get(activation):
-        dg.masked_fill_(G.gt(limit), 0.0)
-        du.masked_fill_(U.abs() > limit, 0.0)
     h.copy_(act)
 
 
@@ -203,31 +196,6 @@ def _sums(terms: Sequence[Term], groups: Groups) -> Iterator[tuple[_Rows, Tensor
 
 def _take(x: Tensor, rows: Tensor | None, begin: int, end: int) -> Tensor:
     return (x[begin:end] if rows is None else x[rows[begin:end]]).float()
-
-
-def _activate(activation: str, G: Tensor, U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """act(G, U) and its derivatives, which do not heed limits."""
-    if limit := _LIMITS.get(activation):
-        G, U = G.clamp(max=limit), U.clamp(-limit, limit)
-    if activation == "gpt_oss":
-        s = torch.sigmoid(_GPT_OSS_ALPHA * G)
-        act, up = G * s, U + 1.0
-        return act * up, up * (s + _GPT_OSS_ALPHA * act * (1.0 - s)), act
-    if activation == "gelu_tanh":
-        near = G.clamp(-_GELU_FAR, _GELU_FAR)  # so that no infinity meets a 0
-        s = torch.sigmoid(_GELU_SLOPE * near * (1.0 + _GELU_CUBIC * near * near))
-        act, slope = G * s, _GELU_SLOPE * (1.0 + 3.0 * _GELU_CUBIC * near * near)
-        return act * U, U * (s + act * (1.0 - s) * slope), act
-    s = torch.sigmoid(G)
-    act = G * s
-    return act * U, U * (s * (1.0 + G * (1.0 - s))), act
-
-
-def _to_save(activation: str, G: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
-    if limit := _LIMITS.get(activation):
-        G = torch.where(G.gt(limit), G * _BEYOND, G)
-        U = torch.where(U.abs() > limit, U * _BEYOND, U)
-    return G, U
 
 
 def _as_signed(bits: int) -> int:

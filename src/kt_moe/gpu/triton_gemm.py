@@ -13,18 +13,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kt_moe.gpu.triton_activations import activate, to_save
+
 # Tiles of rows that are multiplied by one block of columns before the next block: their rows, and the blocks
 # of columns, stay in the L2 cache meanwhile.
 _BAND: tl.constexpr = tl.constexpr(8)
-
-# Of the activations, as src/cpp/kernels/kernel_set.h has them.
-_ALPHA: tl.constexpr = tl.constexpr(1.702)
-_GPT_OSS_LIMIT: tl.constexpr = tl.constexpr(7.0)
-_CLAMPED_SILU_LIMIT: tl.constexpr = tl.constexpr(10.0)
-_BEYOND: tl.constexpr = tl.constexpr(1.00390625)
-_GELU_SLOPE: tl.constexpr = tl.constexpr(1.5957691216)
-_GELU_CUBIC: tl.constexpr = tl.constexpr(0.044715)
-_GELU_FAR: tl.constexpr = tl.constexpr(16.0)
 
 
 @triton.jit
@@ -176,73 +169,6 @@ def grouped_gemm(
         tl.store(at, acc.to(tl.bfloat16), mask=mask)
 
 
-@triton.jit
-def _at_most(x, most: tl.constexpr):
-    return tl.where(x > most, most, x)  # a NaN stays one
-
-
-@triton.jit
-def _clamp(x, most: tl.constexpr):
-    return _at_most(tl.where(x < -most, -most, x), most)
-
-
-@triton.jit
-def _away(G, U, LIMIT: tl.constexpr):
-    return tl.where(G > LIMIT, G * _BEYOND, G), tl.where(tl.abs(U) > LIMIT, U * _BEYOND, U)
-
-
-@triton.jit
-def _stopped(G, U, dG, dU, LIMIT: tl.constexpr):
-    return tl.where(G > LIMIT, 0.0, dG), tl.where(tl.abs(U) > LIMIT, 0.0, dU)
-
-
-@triton.jit
-def to_save(G, U, ACTIVATION: tl.constexpr):
-    """G and U as they are saved: away from the limits that they are beyond."""
-    if ACTIVATION == "gpt_oss":
-        G, U = _away(G, U, _GPT_OSS_LIMIT)
-    elif ACTIVATION == "clamped_silu":
-        G, U = _away(G, U, _CLAMPED_SILU_LIMIT)
-    return G, U
-
-
-@triton.jit
-def limited_grad(G, U, dG, dU, ACTIVATION: tl.constexpr):
-    """dG and dU, which are 0 beyond the activation's limits."""
-    if ACTIVATION == "gpt_oss":
-        dG, dU = _stopped(G, U, dG, dU, _GPT_OSS_LIMIT)
-    elif ACTIVATION == "clamped_silu":
-        dG, dU = _stopped(G, U, dG, dU, _CLAMPED_SILU_LIMIT)
-    return dG, dU
-
-
-@triton.jit
-def activate(G, U, ACTIVATION: tl.constexpr):
-    """act(G, U), and of its derivatives: act(G, U) = act * up, slope = d act / d G."""
-    if ACTIVATION == "gpt_oss":
-        gate, up = _at_most(G, _GPT_OSS_LIMIT), _clamp(U, _GPT_OSS_LIMIT) + 1.0
-        s = tl.sigmoid(_ALPHA * gate)
-        act = gate * s
-        slope = s + _ALPHA * act * (1.0 - s)
-    elif ACTIVATION == "clamped_silu":
-        gate, up = _at_most(G, _CLAMPED_SILU_LIMIT), _clamp(U, _CLAMPED_SILU_LIMIT)
-        s = tl.sigmoid(gate)
-        act = gate * s
-        slope = s + act * (1.0 - s)
-    elif ACTIVATION == "gelu_tanh":
-        up, near = U, _clamp(G, _GELU_FAR)  # so that no infinity meets a 0
-        square = near * near
-        s = tl.sigmoid(_GELU_SLOPE * near * (1.0 + _GELU_CUBIC * square))
-        act = G * s
-        slope = s + act * (1.0 - s) * (_GELU_SLOPE * (1.0 + 3.0 * _GELU_CUBIC * square))
-    else:
-        up = U
-        s = tl.sigmoid(G)
-        act = G * s
-        slope = s * (1.0 + G * (1.0 - s))
-    return act, up, slope
-
-
 @triton.jit(do_not_specialize=[
     "tiles", "bias_index", "rows", "gate_index", "up_index", "low_gate_index", "low_up_index",
 ])  # fmt: skip
@@ -306,7 +232,7 @@ def gate_up(
     mask = (i[:, None] < count) & (cols[None, :] < N)
     to = row.to(tl.int64)[:, None]
     if h is not None:
-        act, up_factor, _ = activate(G, U, ACTIVATION)
+        act, up_factor, _, _ = activate(G, U, ACTIVATION)
         tl.store(h + to * H_STRIDE + cols[None, :], (act * up_factor).to(tl.bfloat16), mask=mask)
     if g is not None:
         G, U = to_save(G, U, ACTIVATION)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kt_moe.gpu.triton_gemm import activate, limited_grad
+from kt_moe.gpu.triton_activations import activate, limited_grad
 
 
 @triton.jit(do_not_specialize=["weights", "dweights"])
@@ -30,9 +30,9 @@ def activation_grad(
         d = tl.load(dh + row * DH_STRIDE + col, mask=mask, other=0.0)
         G = tl.load(g + row * G_STRIDE + col, mask=mask, other=0.0).to(tl.float32)
         U = tl.load(u + row * U_STRIDE + col, mask=mask, other=0.0).to(tl.float32)
-        act, up, slope = activate(G, U, ACTIVATION)
+        act, up, slope, up_slope = activate(G, U, ACTIVATION)
         dot += d * (act * up)
-        dG, dU = weight * d * up * slope, weight * d * act
+        dG, dU = weight * d * up * slope, weight * d * act * up_slope
         dG, dU = limited_grad(G, U, dG, dU, ACTIVATION)
         tl.store(dg + row * DG_STRIDE + col, dG.to(tl.bfloat16), mask=mask)
         tl.store(du + row * DU_STRIDE + col, dU.to(tl.bfloat16), mask=mask)

@@ -1,7 +1,7 @@
 #include <string.h>
 
 #include "kernels/avx2/set.h"
-#include "kernels/scalar/activations.h"
+#include "kernels/generic/vectors.h"
 
 namespace kt::avx2 {
 
@@ -28,107 +28,64 @@ float sum(__m256 x) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-// 16 elements. Each step is written for both halves, because the CPU does not look far enough ahead to
-// overlap two whole chains of dependent steps.
-struct Pair {
-  __m256 low, high;
+struct Vec {
+  __m256 x;
 
-  static Pair both(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+  static Vec all(float value) { return {_mm256_set1_ps(value)}; }
 };
 
-Pair mul(Pair a, Pair b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
-Pair add(Pair a, Pair b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
-Pair div(Pair a, Pair b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
-Pair sub(Pair a, Pair b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
-Pair mul_add(Pair a, Pair b, Pair c) {
-  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
-}
-
-Pair mul_sub(Pair a, Pair b, Pair c) {
-  return {_mm256_fmsub_ps(a.low, b.low, c.low), _mm256_fmsub_ps(a.high, b.high, c.high)};
-}
-
-Pair load16(const float* src) { return {_mm256_loadu_ps(src), _mm256_loadu_ps(src + 8)}; }
-
-Pair load16(const uint16_t* src) {
-  return {widen(_mm_loadu_si128((const __m128i*)src)), widen(_mm_loadu_si128((const __m128i*)(src + 8)))};
-}
-
-void store16(uint16_t* dst, Pair x) { _mm256_storeu_si256((__m256i*)dst, round_to_bf16(x.low, x.high)); }
+Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.x, b.x)}; }
+Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.x, b.x)}; }
+Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.x, b.x)}; }
+Vec mul_add(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.x, b.x, c.x)}; }
+Vec mul_sub(Vec a, Vec b, Vec c) { return {_mm256_fmsub_ps(a.x, b.x, c.x)}; }
+Vec quotient(Vec a, Vec b) { return {_mm256_div_ps(a.x, b.x)}; }
 
 // A NaN stays one.
-Pair at_most(Pair x, float most) {
-  const __m256 bound = _mm256_set1_ps(most);
-  return {_mm256_min_ps(bound, x.low), _mm256_min_ps(bound, x.high)};
-}
+Vec at_most(Vec x, float most) { return {_mm256_min_ps(_mm256_set1_ps(most), x.x)}; }
+Vec at_least(Vec x, float least) { return {_mm256_max_ps(_mm256_set1_ps(least), x.x)}; }
 
-Pair at_least(Pair x, float least) {
-  const __m256 bound = _mm256_set1_ps(least);
-  return {_mm256_max_ps(bound, x.low), _mm256_max_ps(bound, x.high)};
-}
+Vec magnitude(Vec x) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.x)}; }
+Vec where_negative(Vec x, Vec a, Vec b) { return {_mm256_blendv_ps(b.x, a.x, x.x)}; }
 
 // y, but 0 where a limit has changed x.
-Pair within(Pair x, Pair limited, Pair y) {
-  return {_mm256_and_ps(_mm256_cmp_ps(x.low, limited.low, _CMP_EQ_UQ), y.low),
-          _mm256_and_ps(_mm256_cmp_ps(x.high, limited.high, _CMP_EQ_UQ), y.high)};
+Vec within(Vec x, Vec limited, Vec y) {
+  return {_mm256_and_ps(_mm256_cmp_ps(x.x, limited.x, _CMP_EQ_UQ), y.x)};
 }
 
 // x, but away from 0 where a limit has changed it.
-__m256 beyond(__m256 x, __m256 limited) {
-  const __m256 changed = _mm256_cmp_ps(x, limited, _CMP_NEQ_OQ);
-  return _mm256_blendv_ps(x, _mm256_mul_ps(x, _mm256_set1_ps(kBeyondLimit)), changed);
+Vec beyond(Vec x, Vec limited) {
+  const __m256 changed = _mm256_cmp_ps(x.x, limited.x, _CMP_NEQ_OQ);
+  return {_mm256_blendv_ps(x.x, _mm256_mul_ps(x.x, _mm256_set1_ps(kBeyondLimit)), changed)};
 }
 
-Pair beyond(Pair x, Pair limited) { return {beyond(x.low, limited.low), beyond(x.high, limited.high)}; }
+Vec nearest_integer(Vec x) { return {_mm256_round_ps(x.x, _MM_FROUND_TO_NEAREST_INT)}; }
 
-Pair nearest_integers(Pair x) {
-  return {_mm256_round_ps(x.low, _MM_FROUND_TO_NEAREST_INT),
-          _mm256_round_ps(x.high, _MM_FROUND_TO_NEAREST_INT)};
+// The limits leave exponents from -127 to 128, of which times_power_of_two makes 0 and infinity.
+Vec exp_domain(Vec x) { return at_most(at_least(x, -89.0f), 88.0f); }
+Vec times_power_of_two(Vec y, Vec n) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.x), _mm256_set1_epi32(127));
+  return {_mm256_mul_ps(y.x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};
 }
 
-__m256 power_of_two(__m256 n) {
-  return _mm256_castsi256_ps(
-      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+struct Lanes {  // all of a Pair
+  static constexpr int kSize = 16;
+  static Lanes first(int /* at least kSize */) { return {}; }
+};
+
+Pair<Vec> load(Lanes, const float* src) { return {{_mm256_loadu_ps(src)}, {_mm256_loadu_ps(src + 8)}}; }
+
+Pair<Vec> load(Lanes, const uint16_t* src) {
+  return {{widen(_mm_loadu_si128((const __m128i*)src))}, {widen(_mm_loadu_si128((const __m128i*)(src + 8)))}};
 }
 
-// 1 + exp(-x). The limits leave exponents from -127 to 128, of which power_of_two makes 0 and infinity.
-__attribute__((always_inline)) inline Pair one_plus_exp_minus(Pair x) {
-  const auto [n, y] = exp_minus(at_most(at_least(x, -89.0f), 88.0f));
-  return mul_add(y, {power_of_two(n.low), power_of_two(n.high)}, Pair::both(1.0f));
+void store(Lanes, uint16_t* dst, Pair<Vec> x) {
+  _mm256_storeu_si256((__m256i*)dst, round_to_bf16(x.low.x, x.high.x));
 }
 
-__attribute__((always_inline)) inline Pair sigmoid(Pair x) {
-  return div(Pair::both(1.0f), one_plus_exp_minus(x));
-}
+void stream(Lanes lanes, uint16_t* dst, Pair<Vec> x) { store(lanes, dst, x); }
 
-__attribute__((always_inline)) inline Pair times_sigmoid(Pair a, Pair x) {
-  return div(a, one_plus_exp_minus(x));
-}
-
-template <class Activation>
-void forward16(const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved, uint16_t* h) {
-  const auto [gate, up, hidden] = Activation::forward(load16(g), load16(u));
-  store16(g_saved, gate);
-  store16(u_saved, up);
-  store16(h, hidden);
-}
-
-// n is a multiple of 16.
-template <class Activation>
-float backward_whole(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u, uint16_t* dg,
-                     uint16_t* du, uint16_t* h) {
-  const Pair w = Pair::both(weight);
-  Pair dot = Pair::both(0.0f);
-  for (int i = 0; i < n; i += 16) {
-    const auto [hidden, by_gate, by_up] = Activation::backward(load16(g + i), load16(u + i));
-    const Pair d = load16(dh + i), weighted = mul(w, d);
-    dot = mul_add(d, hidden, dot);
-    store16(dg + i, mul(weighted, by_gate));
-    store16(du + i, mul(weighted, by_up));
-    store16(h + i, hidden);
-  }
-  return sum(_mm256_add_ps(dot.low, dot.high));
-}
+float sum(Pair<Vec> x) { return sum(_mm256_add_ps(x.low.x, x.high.x)); }
 
 // n < 16 elements, on a copy that goes on with zeros.
 template <class T>
@@ -139,38 +96,39 @@ struct Edge {
   void copy_to(T* dst, int n) const { memcpy(dst, data, n * sizeof *dst); }
 };
 
-template <class Activation>
-void forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved, uint16_t* h) {
-  if (n < 16) {
-    const Edge<float> g_edge(g, n), u_edge(u, n);
-    Edge<uint16_t> gate, up, hidden;
-    forward16<Activation>(g_edge.data, u_edge.data, gate.data, up.data, hidden.data);
-    gate.copy_to(g_saved, n);
-    up.copy_to(u_saved, n);
-    return hidden.copy_to(h, n);
+template <class A>
+struct Kernels {
+  static void forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
+                      uint16_t* h) {
+    if (n < 16) {
+      const Edge<float> g_edge(g, n), u_edge(u, n);
+      Edge<uint16_t> gate, up, hidden;
+      kt::forward<A, Lanes>(16, g_edge.data, u_edge.data, gate.data, up.data, hidden.data);
+      gate.copy_to(g_saved, n);
+      up.copy_to(u_saved, n);
+      return hidden.copy_to(h, n);
+    }
+    const int last = n - 16;  // the last 16 elements overlap those before them
+    kt::forward<A, Lanes>(n / 16 * 16, g, u, g_saved, u_saved, h);
+    if (n % 16 != 0) kt::forward<A, Lanes>(16, g + last, u + last, g_saved + last, u_saved + last, h + last);
   }
-  for (int next = 0; next < n; next += 16) {
-    const int i = next + 16 <= n ? next : n - 16;
-    forward16<Activation>(g + i, u + i, g_saved + i, u_saved + i, h + i);
-  }
-}
 
-template <class Activation>
-float backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u, uint16_t* dg,
-               uint16_t* du, uint16_t* h) {
-  const int whole = n / 16 * 16, left = n - whole;
-  const float dot = backward_whole<Activation>(whole, dh, weight, g, u, dg, du, h);
-  if (left == 0) return dot;
-  const Edge<float> dh_edge(dh + whole, left);
-  const Edge<uint16_t> g_edge(g + whole, left), u_edge(u + whole, left);
-  Edge<uint16_t> gate, up, hidden;
-  const float rest = backward_whole<Activation>(16, dh_edge.data, weight, g_edge.data, u_edge.data, gate.data,
-                                                up.data, hidden.data);
-  gate.copy_to(dg + whole, left);
-  up.copy_to(du + whole, left);
-  hidden.copy_to(h + whole, left);
-  return dot + rest;
-}
+  static float backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u,
+                        uint16_t* dg, uint16_t* du, uint16_t* h) {
+    const int left = n % 16, whole = n - left;
+    const float dot = kt::backward<A, Lanes>(whole, dh, weight, g, u, dg, du, h);
+    if (left == 0) return dot;
+    const Edge<float> dh_edge(dh + whole, left);
+    const Edge<uint16_t> g_edge(g + whole, left), u_edge(u + whole, left);
+    Edge<uint16_t> gate, up, hidden;
+    const float rest = kt::backward<A, Lanes>(16, dh_edge.data, weight, g_edge.data, u_edge.data, gate.data,
+                                              up.data, hidden.data);
+    gate.copy_to(dg + whole, left);
+    up.copy_to(du + whole, left);
+    hidden.copy_to(h + whole, left);
+    return dot + rest;
+  }
+};
 
 }  // namespace
 
@@ -210,57 +168,20 @@ void sum_scaled(int n, int count, const float* const* x, const float* scale, flo
   }
 }
 
-// Here and in the activations' forward the last 16 elements of a row overlap those before them.
+const ActivationTable activations = activation_table<Kernels>();
+
 void round_scaled(int n, float scale, const float* x, uint16_t* y) {
+  const Pair<Vec> factor = Pair<Vec>::all(scale);
   if (n < 16) {
     const Edge<float> x_edge(x, n);
     Edge<uint16_t> y_edge;
-    store16(y_edge.data, mul(Pair::both(scale), load16(x_edge.data)));
+    store(Lanes{}, y_edge.data, factor * load(Lanes{}, x_edge.data));
     return y_edge.copy_to(y, n);
   }
   for (int next = 0; next < n; next += 16) {
-    const int i = next + 16 <= n ? next : n - 16;
-    store16(y + i, mul(Pair::both(scale), load16(x + i)));
+    const int i = next + 16 <= n ? next : n - 16;  // the last 16 elements overlap those before them
+    store(Lanes{}, y + i, factor * load(Lanes{}, x + i));
   }
-}
-
-void silu_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved, uint16_t* h) {
-  forward<Silu<Pair>>(n, g, u, g_saved, u_saved, h);
-}
-
-float silu_backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u, uint16_t* dg,
-                    uint16_t* du, uint16_t* h) {
-  return backward<Silu<Pair>>(n, dh, weight, g, u, dg, du, h);
-}
-
-void gpt_oss_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
-                     uint16_t* h) {
-  forward<GptOss<Pair>>(n, g, u, g_saved, u_saved, h);
-}
-
-float gpt_oss_backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u,
-                       uint16_t* dg, uint16_t* du, uint16_t* h) {
-  return backward<GptOss<Pair>>(n, dh, weight, g, u, dg, du, h);
-}
-
-void clamped_silu_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
-                          uint16_t* h) {
-  forward<ClampedSilu<Pair>>(n, g, u, g_saved, u_saved, h);
-}
-
-float clamped_silu_backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u,
-                            uint16_t* dg, uint16_t* du, uint16_t* h) {
-  return backward<ClampedSilu<Pair>>(n, dh, weight, g, u, dg, du, h);
-}
-
-void gelu_tanh_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
-                       uint16_t* h) {
-  forward<GeluTanh<Pair>>(n, g, u, g_saved, u_saved, h);
-}
-
-float gelu_tanh_backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u,
-                         uint16_t* dg, uint16_t* du, uint16_t* h) {
-  return backward<GeluTanh<Pair>>(n, dh, weight, g, u, dg, du, h);
 }
 
 }  // namespace kt::avx2

@@ -1,134 +1,96 @@
 #include <math.h>
 
 #include "kernels/avx512/set.h"
-#include "kernels/scalar/activations.h"
+#include "kernels/generic/vectors.h"
 
 namespace kt::avx512 {
 
 namespace {
 
-// 32 elements. Each step is written for both halves, because the CPU does not look far enough ahead to
-// overlap two whole chains of dependent steps.
-struct Pair {
-  __m512 low, high;
+struct Vec {
+  __m512 x;
 
-  static Pair both(float x) { return {_mm512_set1_ps(x), _mm512_set1_ps(x)}; }
+  static Vec all(float value) { return {_mm512_set1_ps(value)}; }
 };
 
-Pair mul(Pair a, Pair b) { return {_mm512_mul_ps(a.low, b.low), _mm512_mul_ps(a.high, b.high)}; }
-Pair sub(Pair a, Pair b) { return {_mm512_sub_ps(a.low, b.low), _mm512_sub_ps(a.high, b.high)}; }
-Pair add(Pair a, Pair b) { return {_mm512_add_ps(a.low, b.low), _mm512_add_ps(a.high, b.high)}; }
-Pair mul_add(Pair a, Pair b, Pair c) {
-  return {_mm512_fmadd_ps(a.low, b.low, c.low), _mm512_fmadd_ps(a.high, b.high, c.high)};
-}
+Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.x, b.x)}; }
+Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.x, b.x)}; }
+Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.x, b.x)}; }
+Vec mul_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
+Vec mul_sub(Vec a, Vec b, Vec c) { return {_mm512_fmsub_ps(a.x, b.x, c.x)}; }
 
-Pair mul_sub(Pair a, Pair b, Pair c) {
-  return {_mm512_fmsub_ps(a.low, b.low, c.low), _mm512_fmsub_ps(a.high, b.high, c.high)};
-}
-
-// 1 / x, x >= 1: fourteen bits, then a Newton step, which infinity must not take. Division keeps its unit
-// busy for longer than all of that.
-__m512 reciprocal(__m512 x) {
-  const __m512 y = _mm512_rcp14_ps(x), rest = _mm512_fnmadd_ps(x, y, _mm512_set1_ps(1.0f));
-  return _mm512_mask_fmadd_ps(y, _mm512_cmp_ps_mask(x, _mm512_set1_ps(INFINITY), _CMP_NEQ_UQ), rest, y);
-}
-
-Pair reciprocal(Pair x) { return {reciprocal(x.low), reciprocal(x.high)}; }
-
-// Only the elements under the mask are read or written.
-Pair load(__mmask32 mask, const float* src) {
-  return {_mm512_maskz_loadu_ps(mask, src), _mm512_maskz_loadu_ps(mask >> 16, src + 16)};
-}
-
-Pair load(__mmask32 mask, const uint16_t* src) {
-  return {widen(_mm256_maskz_loadu_epi16(mask, src)), widen(_mm256_maskz_loadu_epi16(mask >> 16, src + 16))};
-}
-
-void store(__mmask32 mask, uint16_t* dst, Pair x) {
-  _mm512_mask_storeu_epi16(dst, mask, round_to_bf16(x.low, x.high));
-}
-
-// Whole lines go past the caches: G and U are read again only by backward.
-void stream(__mmask32 mask, uint16_t* dst, Pair x) {
-  if (mask == 0xffffffff && reinterpret_cast<uintptr_t>(dst) % 64 == 0)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(dst), (__m512i)round_to_bf16(x.low, x.high));
-  else
-    store(mask, dst, x);
-}
-
-// -most to most: the smaller magnitude, with the sign of x.
-Pair clamp(Pair x, float most) {
-  constexpr int kSmallerMagnitude = 2;
-  const __m512 bound = _mm512_set1_ps(most);
-  return {_mm512_range_ps(x.low, bound, kSmallerMagnitude),
-          _mm512_range_ps(x.high, bound, kSmallerMagnitude)};
+// 1 / b: fourteen bits, then a Newton step, which infinity must not take. Division keeps its unit busy for
+// longer than all of that.
+Vec quotient(Vec a, Vec b) {
+  const __m512 y = _mm512_rcp14_ps(b.x), rest = _mm512_fnmadd_ps(b.x, y, _mm512_set1_ps(1.0f));
+  const __mmask16 finite = _mm512_cmp_ps_mask(b.x, _mm512_set1_ps(INFINITY), _CMP_NEQ_UQ);
+  return a * Vec{_mm512_mask_fmadd_ps(y, finite, rest, y)};
 }
 
 // A NaN stays one.
-Pair at_most(Pair x, float most) {
-  const __m512 bound = _mm512_set1_ps(most);
-  return {_mm512_min_ps(bound, x.low), _mm512_min_ps(bound, x.high)};
-}
+Vec at_most(Vec x, float most) { return {_mm512_min_ps(_mm512_set1_ps(most), x.x)}; }
+Vec at_least(Vec x, float least) { return {_mm512_max_ps(_mm512_set1_ps(least), x.x)}; }
 
-Pair at_least(Pair x, float least) {
-  const __m512 bound = _mm512_set1_ps(least);
-  return {_mm512_max_ps(bound, x.low), _mm512_max_ps(bound, x.high)};
+Vec magnitude(Vec x) { return {_mm512_abs_ps(x.x)}; }
+Vec where_negative(Vec x, Vec a, Vec b) {
+  return {_mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x.x)), b.x, a.x)};
 }
 
 // y, but 0 where a limit has changed x.
-Pair within(Pair x, Pair limited, Pair y) {
-  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.low, limited.low, _CMP_EQ_UQ), y.low),
-          _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.high, limited.high, _CMP_EQ_UQ), y.high)};
+Vec within(Vec x, Vec limited, Vec y) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.x, limited.x, _CMP_EQ_UQ), y.x)};
 }
 
 // x, but away from 0 where a limit has changed it.
-Pair beyond(Pair x, Pair limited) {
-  const __m512 factor = _mm512_set1_ps(kBeyondLimit);
-  return {_mm512_mask_mul_ps(x.low, _mm512_cmp_ps_mask(x.low, limited.low, _CMP_NEQ_OQ), x.low, factor),
-          _mm512_mask_mul_ps(x.high, _mm512_cmp_ps_mask(x.high, limited.high, _CMP_NEQ_OQ), x.high, factor)};
+Vec beyond(Vec x, Vec limited) {
+  const __mmask16 changed = _mm512_cmp_ps_mask(x.x, limited.x, _CMP_NEQ_OQ);
+  return {_mm512_mask_mul_ps(x.x, changed, x.x, _mm512_set1_ps(kBeyondLimit))};
 }
 
-Pair nearest_integers(Pair x) {
-  return {_mm512_roundscale_ps(x.low, _MM_FROUND_TO_NEAREST_INT),
-          _mm512_roundscale_ps(x.high, _MM_FROUND_TO_NEAREST_INT)};
+Vec nearest_integer(Vec x) { return {_mm512_roundscale_ps(x.x, _MM_FROUND_TO_NEAREST_INT)}; }
+
+// No infinities; exp(128) is one. The smaller magnitude, with the sign of x.
+Vec exp_domain(Vec x) {
+  constexpr int kSmallerMagnitude = 2;
+  return {_mm512_range_ps(x.x, _mm512_set1_ps(128.0f), kSmallerMagnitude)};
+}
+Vec times_power_of_two(Vec y, Vec n) { return {_mm512_scalef_ps(y.x, n.x)}; }
+
+struct Lanes {
+  static constexpr int kSize = 32;
+  __mmask32 mask;
+  static Lanes first(int n) { return {first32(n)}; }
+};
+
+// Only the elements under the mask are read or written.
+Pair<Vec> load(Lanes lanes, const float* src) {
+  return {{_mm512_maskz_loadu_ps(lanes.mask, src)}, {_mm512_maskz_loadu_ps(lanes.mask >> 16, src + 16)}};
 }
 
-// 1 / (1 + exp(-x)). The clamp keeps infinities out of exp_minus; exp(128) is one.
-__attribute__((always_inline)) inline Pair sigmoid(Pair x) {
-  const auto [n, y] = exp_minus(clamp(x, 128.0f));
-  return reciprocal(
-      add({_mm512_scalef_ps(y.low, n.low), _mm512_scalef_ps(y.high, n.high)}, Pair::both(1.0f)));
+Pair<Vec> load(Lanes lanes, const uint16_t* src) {
+  return {{widen(_mm256_maskz_loadu_epi16(lanes.mask, src))},
+          {widen(_mm256_maskz_loadu_epi16(lanes.mask >> 16, src + 16))}};
 }
 
-__attribute__((always_inline)) inline Pair times_sigmoid(Pair a, Pair x) { return mul(a, sigmoid(x)); }
-
-template <class Activation>
-void forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved, uint16_t* h) {
-  for (int i = 0; i < n; i += 32) {
-    const __mmask32 m = first32(n - i);
-    const auto [gate, up, hidden] = Activation::forward(load(m, g + i), load(m, u + i));
-    stream(m, g_saved + i, gate);
-    stream(m, u_saved + i, up);
-    store(m, h + i, hidden);
-  }
+void store(Lanes lanes, uint16_t* dst, Pair<Vec> x) {
+  _mm512_mask_storeu_epi16(dst, lanes.mask, round_to_bf16(x.low.x, x.high.x));
 }
 
-template <class Activation>
-float backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u, uint16_t* dg,
-               uint16_t* du, uint16_t* h) {
-  const Pair w = Pair::both(weight);
-  Pair dot = Pair::both(0.0f);
-  for (int i = 0; i < n; i += 32) {
-    const __mmask32 m = first32(n - i);
-    const Pair d = load(m, dh + i), weighted = mul(w, d);
-    const auto [hidden, by_gate, by_up] = Activation::backward(load(m, g + i), load(m, u + i));
-    dot = mul_add(d, hidden, dot);
-    store(m, dg + i, mul(weighted, by_gate));
-    store(m, du + i, mul(weighted, by_up));
-    store(m, h + i, hidden);
-  }
-  return _mm512_reduce_add_ps(_mm512_add_ps(dot.low, dot.high));
+// Whole lines go past the caches: G and U are read again only by backward.
+void stream(Lanes lanes, uint16_t* dst, Pair<Vec> x) {
+  if (lanes.mask == 0xffffffff && reinterpret_cast<uintptr_t>(dst) % 64 == 0)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(dst), (__m512i)round_to_bf16(x.low.x, x.high.x));
+  else
+    store(lanes, dst, x);
 }
+
+float sum(Pair<Vec> x) { return _mm512_reduce_add_ps(_mm512_add_ps(x.low.x, x.high.x)); }
+
+template <class A>
+struct Kernels {
+  static constexpr ActivationForward* forward = kt::forward<A, Lanes>;
+  static constexpr ActivationBackward* backward = kt::backward<A, Lanes>;
+};
 
 }  // namespace
 
@@ -167,50 +129,13 @@ void sum_scaled(int n, int count, const float* const* x, const float* scale, flo
   }
 }
 
+const ActivationTable activations = activation_table<Kernels>();
+
 void round_scaled(int n, float scale, const float* x, uint16_t* y) {
-  for (int i = 0; i < n; i += 32) {
-    const __mmask32 m = first32(n - i);
-    store(m, y + i, mul(Pair::both(scale), load(m, x + i)));
+  for (int i = 0; i < n; i += Lanes::kSize) {
+    const Lanes lanes = Lanes::first(n - i);
+    store(lanes, y + i, Pair<Vec>::all(scale) * load(lanes, x + i));
   }
-}
-
-void silu_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved, uint16_t* h) {
-  forward<Silu<Pair>>(n, g, u, g_saved, u_saved, h);
-}
-
-float silu_backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u, uint16_t* dg,
-                    uint16_t* du, uint16_t* h) {
-  return backward<Silu<Pair>>(n, dh, weight, g, u, dg, du, h);
-}
-
-void gpt_oss_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
-                     uint16_t* h) {
-  forward<GptOss<Pair>>(n, g, u, g_saved, u_saved, h);
-}
-
-float gpt_oss_backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u,
-                       uint16_t* dg, uint16_t* du, uint16_t* h) {
-  return backward<GptOss<Pair>>(n, dh, weight, g, u, dg, du, h);
-}
-
-void clamped_silu_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
-                          uint16_t* h) {
-  forward<ClampedSilu<Pair>>(n, g, u, g_saved, u_saved, h);
-}
-
-float clamped_silu_backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u,
-                            uint16_t* dg, uint16_t* du, uint16_t* h) {
-  return backward<ClampedSilu<Pair>>(n, dh, weight, g, u, dg, du, h);
-}
-
-void gelu_tanh_forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
-                       uint16_t* h) {
-  forward<GeluTanh<Pair>>(n, g, u, g_saved, u_saved, h);
-}
-
-float gelu_tanh_backward(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u,
-                         uint16_t* dg, uint16_t* du, uint16_t* h) {
-  return backward<GeluTanh<Pair>>(n, dh, weight, g, u, dg, du, h);
 }
 
 }  // namespace kt::avx512

@@ -27,13 +27,7 @@ const KernelSet table = {
     .gemm = {MR, NR, KB, sizeof(float), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr,
              multiply_registers<Step>, Step::kInPlace},
     .few = {kFewRows, kFewRows, few_times_transposed, few_times},
-    .epilogue = {transpose,
-                 sum_scaled,
-                 round_scaled,
-                 {silu_forward, silu_backward},
-                 {gpt_oss_forward, gpt_oss_backward},
-                 {clamped_silu_forward, clamped_silu_backward},
-                 {gelu_tanh_forward, gelu_tanh_backward}},
+    .epilogue = {transpose, sum_scaled, round_scaled, activations.kernels},
     .decode = {from_f32, from_f16, {nullptr, from_int8, from_int4, from_e4m3, from_e2m1}},
 };
 

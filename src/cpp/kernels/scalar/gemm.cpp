@@ -23,13 +23,7 @@ const KernelSet table = {
     .gemm = {MR, NR, 1, sizeof(float), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr,
              nullptr, false},
     .few = {kFewRows, 0, few_times_transposed, few_times},
-    .epilogue = {transpose,
-                 sum_scaled,
-                 round_scaled,
-                 {silu_forward, silu_backward},
-                 {gpt_oss_forward, gpt_oss_backward},
-                 {clamped_silu_forward, clamped_silu_backward},
-                 {gelu_tanh_forward, gelu_tanh_backward}},
+    .epilogue = {transpose, sum_scaled, round_scaled, activations.kernels},
     .decode = {from_f32, from_f16, {nullptr, from_int8, from_int4, from_e4m3, from_e2m1}},
 };
 

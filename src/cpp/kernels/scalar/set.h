@@ -18,8 +18,7 @@ FewRows few_times_transposed, few_times;
 Transpose transpose;
 SumScaled sum_scaled;
 RoundScaled round_scaled;
-ActivationForward silu_forward, gpt_oss_forward, clamped_silu_forward, gelu_tanh_forward;
-ActivationBackward silu_backward, gpt_oss_backward, clamped_silu_backward, gelu_tanh_backward;
+extern const ActivationTable activations;
 
 DecodeF32 from_f32;
 DecodeF16 from_f16;
