@@ -9,9 +9,10 @@ experts to the class that stood there. It overrides what PEFT calls to add an ad
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import re
-from types import MethodType
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from kt_moe.functional import of_all
 from kt_moe.hf.config import KtLoraConfig, SharedOuterLoraConfig, saved_config
@@ -254,26 +254,21 @@ _PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 def register() -> None:
-    """Put the tuner into PEFT's registry."""
+    """Put the tuner into PEFT's registry, and experts into its count of parameters."""
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = KtLoraModel
-    register_module_module_registration_hook(_count_experts)
+    PeftModel.get_nb_trainable_parameters = _with_experts(PeftModel.get_nb_trainable_parameters)
 
 
-def _count_experts(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-    """A hook on the registration of every module: a PeftModel with our tuner counts experts too.
+def _with_experts(count: Callable[[PeftModel], tuple[int, int]]) -> Callable[[PeftModel], tuple[int, int]]:
+    """PEFT's count of trainable and of all parameters, with experts, whose weights are not torch's."""
 
-    PEFT counts `named_parameters`, among which the experts' weights are not.
-    """
-    if name == "base_model" and isinstance(parent, PeftModel) and isinstance(module, KtLoraModel):
-        parent.get_nb_trainable_parameters = MethodType(_nb_trainable_parameters, parent)
+    @functools.wraps(count)
+    def counted(model: PeftModel) -> tuple[int, int]:
+        trainable, everything = count(model)
+        held = sum(module.expert_module.numel for module in model.modules() if isinstance(module, KtExperts))
+        return trainable, everything + held
 
-
-def _nb_trainable_parameters(model: Any) -> tuple[int, int]:
-    """Numbers of trainable parameters and of all, as of the plain model."""
-    trainable, everything = type(model).get_nb_trainable_parameters(model)
-    return trainable, everything + sum(
-        m.expert_module.numel for m in model.modules() if isinstance(m, KtExperts)
-    )
+    return counted
 
 
 def _by_name(patterns: dict[str, Any], targets: Targets) -> dict[str, Any]:
