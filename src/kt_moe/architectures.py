@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from kt_moe.checkpoint import ExpertList
-from kt_moe.computation import Computation, computation_of, is_experts
+from kt_moe.computation import Computation, computation_of, is_experts, unmarked_experts
 from kt_moe.conversion import saved_lists
 
 if TYPE_CHECKING:
@@ -126,12 +126,22 @@ def refuse_unless_computed(module: nn.Module, model_type: str) -> Computation:
     return found
 
 
+def refuse_unmarked(module: nn.Module, model_type: str) -> None:
+    """ValueError where there are experts in it that transformers does not let others compute."""
+    if unmarked := unmarked_experts(module):
+        raise ValueError(
+            f"model type {model_type!r} is not supported by kt_moe: transformers does not let others compute "
+            f"{', '.join(unmarked)}, which lacks use_experts_implementation"
+        )
+
+
 def _derive(model: PreTrainedModel) -> Architecture:
     model_type = getattr(model.config.get_text_config(), "model_type", None) or model.config.model_type
     experts = dict(_experts_in(model))
     if not experts:
         if getattr(type(model), "_can_set_experts_implementation", lambda: False)():
             raise ValueError(f"model type {model_type!r} with this config has no layer with routed experts")
+        refuse_unmarked(model, model_type)
         raise ValueError(
             f"model type {model_type!r} is not supported by kt_moe: {type(model).__name__} has no experts "
             "that transformers lets others compute (use_experts_implementation)"

@@ -7,6 +7,7 @@ These are functions of numbers alone, so they are tried on a grid and compared w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +22,7 @@ from kt_moe.activations import ACTIVATIONS
 Activation = Callable[[Tensor, Tensor], Tensor]
 
 _BIASES = ("gate_up_proj_bias", "down_proj_bias")
+_EXPERTS = re.compile(r"(?!Kt)(?!.*Shared).*Experts")  # as all such classes are called
 
 # Known well enough to be named in a refusal.
 _NAMED: dict[str, Activation] = {
@@ -49,6 +51,12 @@ class Computation:
 def is_experts(module: nn.Module) -> bool:
     """Whether transformers lets others compute this module."""
     return hasattr(module, "is_concatenated") and hasattr(module, "is_transposed")
+
+
+def unmarked_experts(model: nn.Module) -> list[str]:
+    """Names of the classes of routed experts that transformers does not let others compute."""
+    names = {type(module).__name__ for module in model.modules() if not is_experts(module)}
+    return sorted(name for name in names if _EXPERTS.fullmatch(name))
 
 
 def computation_of(module: Any) -> Computation:

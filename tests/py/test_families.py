@@ -20,13 +20,14 @@ import transformers
 from tiny_families import tiny_family
 from tiny_models import PEFT_WARNINGS, error, tiny_config, tiny_model, tokens
 from torch import Tensor, nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import kt_moe
 from kt_moe import cli
 from kt_moe.computation import is_experts
-from kt_moe.families import decorated
+from kt_moe.families import decorated, model_class
 from kt_moe.hf import KtExperts, KtLoraExperts, KtMoeConfig
 
 pytestmark = [*PEFT_WARNINGS, pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")]
@@ -38,6 +39,15 @@ REFUSED = {
 COMPUTED = sorted(set(decorated()) - set(REFUSED))
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
 SCALING = 2.0
+NEW = 4  # tokens that are generated
+# Models that do not write a token after the other, or lack something for it.
+WRITE_NOTHING = {
+    "diffusion_gemma": "writes by diffusion",
+    "glm5_next": "the text model has no head",
+    "openai_privacy_filter": "a token classifier",
+    "qwen4_exp": "both layers are linear here, which transformers cannot generate with",
+    "qwen3_omni_moe": "the thinker's default config lacks vision_start_token_id",
+}
 # Relative L2: weights are exact in bf16, what flows between products is rounded.
 LOGITS, GRADIENTS = 1e-2, 2e-2
 
@@ -81,6 +91,20 @@ class Family:
             if parameter.grad is not None and ".experts." not in name
         }
         return out.detach(), gradients
+
+    def generate(self, model: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Greedily chosen tokens [2, NEW] after the first ones, with a cache, and the logits of each step."""
+        torch.manual_seed(0)
+        out = model.generate(
+            self.ids[:, :6],
+            max_new_tokens=NEW,
+            min_new_tokens=NEW,
+            do_sample=False,
+            use_cache=True,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        return out.sequences[:, -NEW:], out.logits
 
 
 @pytest.fixture(scope="module", params=COMPUTED)
@@ -156,6 +180,23 @@ def test_logits_and_gradients(family: Family) -> None:
         check_gradients(found, gradients, lambda: family.run(family.rounded())[1])
         outputs.append(out)
     assert torch.equal(*outputs)
+
+
+def test_generate(family: Family) -> None:
+    reference = family.eager()
+    if family.name in WRITE_NOTHING:
+        pytest.skip(WRITE_NOTHING[family.name])
+    wanted, reference_logits = family.generate(reference)
+    for model in (family.by_config(), family.by_implementation()):
+        found, logits = family.generate(model)
+        same = torch.ones(len(found), dtype=torch.bool)  # rows that have had the same tokens so far
+        for step, (ours, theirs) in enumerate(zip(logits, reference_logits, strict=True)):
+            for row in same.nonzero().flatten():
+                assert error(ours[row], theirs[row]) < 2 * LOGITS
+                first, second = theirs[row].topk(2).values
+                close = first - second < 2 * (ours[row] - theirs[row]).abs().max()
+                same[row] = found[row, step] == wanted[row, step]
+                assert same[row] or close
 
 
 def test_a_loaded_model_is_taken_over(family: Family) -> None:
@@ -245,6 +286,28 @@ def test_refused_by_name_before_anything_is_read(
     for options in ({"quantization_config": KtMoeConfig()}, {"experts_implementation": "kt_moe"}):
         with pytest.raises(ValueError, match=message):
             saved.load(**options)
+
+
+UNMARKED = {"jetmoe": "JetMoeParallelExperts", "llama4_text": "Llama4TextExperts",
+            "longcat_flash": "LongcatFlashExperts", "step3p7": "Step3p7Experts"}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", UNMARKED)
+def test_experts_without_transformers_mark_are_refused_by_name(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CONFIG_MAPPING[model_type]()
+    config.save_pretrained(tmp_path)
+    safetensors.torch.save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(kt_moe.hf.quantizer, "Checkpoint", None)  # nothing is read
+    made = model_class(config)
+    monkeypatch.setattr(made, "_load_pretrained_model", None)
+    for options in ({"quantization_config": KtMoeConfig()}, {"experts_implementation": "kt_moe"}):
+        with pytest.raises(
+            ValueError,
+            match=rf"is not supported by kt_moe: .* {UNMARKED[model_type]}, which lacks",
+        ):
+            made.from_pretrained(tmp_path, **options)
 
 
 class NewConfig(transformers.Qwen3MoeConfig):  # type: ignore[misc]

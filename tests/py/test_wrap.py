@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
+import weakref
 
 import peft
 import pytest
 import torch
 import transformers
 from tiny_models import gradients
+from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 
 import kt_moe
 from kt_moe.hf import loaded as loaded_models
@@ -34,7 +39,7 @@ IDS = torch.arange(18).view(2, 9)
 
 def build(family: str = "qwen3_moe", dtype: torch.dtype = torch.bfloat16) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family], dtype=dtype)
+    model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), dtype=dtype)
     for parameter in model.parameters():
         parameter.data.mul_(3)
     return model.eval()
@@ -141,6 +146,19 @@ def test_layers_that_share_experts_share_ours():
     kt_moe.wrap(model)
     assert layers[2].mlp.experts is layers[0].mlp.experts
     about(logits(model), expected)
+
+
+def test_experts_that_are_in_memory_twice_are_then_once():
+    model = build()
+    model.set_experts_implementation("kt_moe")
+    model.requires_grad_(False)
+    expected = logits(model)
+    packed = weakref.ref(kt_moe.model_experts(model)["model.layers.1.mlp.experts"])
+    weight = weakref.ref(model.model.layers[1].mlp.experts.down_proj)
+    assert torch.equal(logits(kt_moe.wrap(model)), expected)
+    gc.collect()
+    assert packed() is None
+    assert weight() is None
 
 
 def test_after_an_interrupt_the_model_works_and_can_be_wrapped(monkeypatch, tmp_path):
@@ -255,3 +273,62 @@ def test_one_layer_at_a_time_is_in_memory_twice():
     peak, after = map(float, run.stdout.split())
     assert peak < 2.0, "layers of experts beyond what there was"
     assert after < 0.6
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """Of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def sharded(model, mesh):
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def test_models_that_fully_shard_shards(mesh):
+    expected = logits(kt_moe.wrap(build()))
+
+    model = sharded(kt_moe.wrap(build()), mesh)
+    out = model(input_ids=IDS).logits
+    assert torch.equal(out, expected)
+    out.float().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+    model = sharded(build(), mesh)
+    with pytest.raises(ValueError, match=r"gate_up_proj is sharded by fully_shard, wanted it whole"):
+        kt_moe.wrap(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+    assert torch.equal(logits(kt_moe.wrap(model)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+def test_flat_parameters_are_refused(mesh):
+    with pytest.raises(ValueError, match=r"FullyShardedDataParallel, .* call kt_moe\.wrap before"):
+        kt_moe.wrap(FullyShardedDataParallel(build(), device_id=torch.device("cpu")))
+
+
+def test_partitioned_parameters_are_refused():
+    model = build()
+    weight = model.model.layers[1].mlp.experts.down_proj
+    weight.data, weight.ds_id = torch.empty(0, dtype=weight.dtype), 7  # as ZeRO-3 leaves them
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.down_proj is partitioned by ZeRO-3"):
+        kt_moe.wrap(model)
+
+
+def test_adapters_on_experts_are_taken_along(tmp_path):
+    """As the refusal says."""
+    config = peft.LoraConfig(r=2, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    torch.manual_seed(2)
+    config.init_lora_weights = False
+    model = peft.get_peft_model(build(dtype=torch.float32), config)
+    expected = logits(model)
+    with pytest.raises(ValueError, match="adapter on the experts"):
+        kt_moe.wrap(model)
+    model.save_pretrained(tmp_path)
+    about(logits(kt_moe.load_adapter(kt_moe.wrap(build(dtype=torch.float32)), tmp_path)), expected)

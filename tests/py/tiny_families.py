@@ -36,12 +36,14 @@ _SIZES: list[tuple[str, Any]] = [
 _LIMITS = {"limit", "swiglu_limit", "softcap"}  # as experts modules and their parts call them
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _MOE = {"num_experts": 4, "top_k_experts": 4, "moe_intermediate_size": 24}
-_ATTENTION = {"layer_types": ["linear_attention", "full_attention"]}  # two linear ones amplify rounding
+# Two linear ones amplify rounding, and transformers cannot generate with them alone.
+_ATTENTION = {"layer_types": ["linear_attention", "full_attention"]}
 _SPARSE = {"mlp_layer_types": ["sparse", "sparse"]}
 
 # What looking cannot tell: which of a family's model types, and options that fit together.
 _CHOSEN: dict[str, tuple[str, dict[str, Any]]] = {
     "aria": ("aria_text", {"intermediate_size": 24}),
+    "bailing_hybrid": ("bailing_hybrid", _ATTENTION),
     "beam": ("beam", _SPARSE),
     "deepseek_v2": ("deepseek_v2", {"num_experts_per_tok": 4}),
     "dots1": ("dots1", {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 4}),
@@ -68,10 +70,12 @@ _CHOSEN: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "glm5_next": ("glm5_next_text", {"qk_rope_head_dim": 0, "head_dim": 0, **_SPARSE}),
-    "granitemoehybrid": ("granitemoehybrid", {"mamba_n_heads": 8, "mamba_d_state": 16}),
+    "granitemoehybrid": ("granitemoehybrid", {"mamba_n_heads": 8, "mamba_d_state": 16, **_ATTENTION}),
     "hunyuan_v1_moe": ("hunyuan_v1_moe", {"head_dim": 8}),
     "inkling": ("inkling_text", {}),
     "inkling2": ("inkling2_text", {}),
+    "jamba": ("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1}),
+    "kimi_linear": ("kimi_linear", _ATTENTION),
     "lfm2_moe": ("lfm2_moe", {"layer_types": ["conv", "full_attention"]}),
     "mimo_v2_flash": ("mimo_v2_flash", {"num_key_value_heads": 2}),
     "mistral4": ("mistral4", {"head_dim": 16, "qk_head_dim": 16}),

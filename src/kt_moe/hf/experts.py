@@ -12,8 +12,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
 
-from kt_moe.architectures import Architecture, ExpertModule, refuse_unless_computed
+from kt_moe.architectures import Architecture, ExpertModule, refuse_unless_computed, refuse_unmarked
 from kt_moe.computation import Computation, is_experts, sizes_of
 from kt_moe.experts import Experts
 from kt_moe.functional import MoEFunction
@@ -248,10 +249,16 @@ def refuse_at_construction(parent: nn.Module, name: str, module: nn.Module | Non
     So from_pretrained refuses them while it builds the model, before it reads a weight.
 
     Raises:
-        ValueError: as `refuse_unless_computed`.
+        ValueError: as `refuse_unless_computed` and `refuse_unmarked`.
     """
-    if module is not None and is_kt_experts(module) and not isinstance(module, KtExperts):
+    if module is None:
+        return
+    if is_kt_experts(module) and not isinstance(module, KtExperts):
         _computation(module)
+    if isinstance(parent, PreTrainedModel):
+        config: Any = getattr(parent, "config", None)
+        if getattr(config, "_experts_implementation", None) == NAME:
+            refuse_unmarked(module, config.model_type)
 
 
 def _computation(module: Any) -> Computation:

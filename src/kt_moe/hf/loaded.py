@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -38,8 +39,9 @@ def wrap(model: nn.Module, config: KtMoeConfig | None = None) -> nn.Module:
 
     Args:
         model: a transformers model, or one inside wrappers such as PEFT's whose adapters are elsewhere.
-            Experts may be on any device, in bf16, fp16 or fp32; what is not bf16 is rounded to it. Under FSDP
-            or ZeRO-3 call it where the parameters are gathered.
+            Experts may be on any device, in bf16, fp16 or fp32; what is not bf16 is rounded to it. Best call
+            it before the model is sharded. Experts that fully_shard or ZeRO-3 have gathered (`unshard()`,
+            `GatheredParameters`) are taken over too, but these keep their shards in memory.
         config: how experts are held and computed; those of its options that are about checkpoints have to be
             at their defaults. Format "as-stored" is bf16.
 
@@ -62,6 +64,7 @@ def wrap(model: nn.Module, config: KtMoeConfig | None = None) -> nn.Module:
         raise TypeError(f"config is a {type(config).__name__}, wanted kt_moe.KtMoeConfig or None")
     if given := [name for name in _OF_CHECKPOINTS if getattr(config, name)]:
         raise ValueError(f"config has {', '.join(given)}, which is for experts from a checkpoint")
+    _refuse_sharded(model)
     architecture = architecture_of(model)
     inner = _the_model(model)
     theirs = {m.path: inner.get_submodule(m.path) for m in architecture.modules}
@@ -117,12 +120,33 @@ def _nbytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
+def _refuse_sharded(model: nn.Module) -> None:
+    """ValueError where experts are not whole in this process; names what shards them."""
+    for path, module in model.named_modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise ValueError(
+                "model is in FullyShardedDataParallel, whose flat parameters would keep the experts: call "
+                "kt_moe.wrap before"
+            )
+        for name, parameter in module.named_parameters(path, recurse=False) if is_experts(module) else ():
+            if isinstance(parameter, DTensor):
+                raise ValueError(
+                    f"{name} is sharded by fully_shard, wanted it whole: call kt_moe.wrap before"
+                )
+            if hasattr(parameter, "ds_id") and parameter.numel() == 0:
+                raise ValueError(
+                    f"{name} is partitioned by ZeRO-3, wanted it whole: call kt_moe.wrap within "
+                    "deepspeed.zero.GatheredParameters"
+                )
+
+
 def _refuse_unless_here(path: str, module: nn.Module) -> None:
     """ValueError unless these are experts of transformers whose parameters are in this process."""
     if not is_experts(module):
         raise ValueError(
             f"{path} is a {type(module).__name__}, which has an adapter on the experts: call kt_moe.wrap "
-            'before PEFT, and put LoRA on them with LoraConfig(target_modules=["experts"])'
+            'before PEFT, and put LoRA on them with LoraConfig(target_modules=["experts"]), or save it and '
+            "kt_moe.load_adapter it into the model without it"
         )
     if any(part in ("original_module", "modules_to_save") for part in path.split(".")):
         raise ValueError(f"{path} is in modules_to_save, which trains it: kt_moe's experts are frozen")
@@ -136,13 +160,6 @@ def _refuse_unless_here(path: str, module: nn.Module) -> None:
             raise ValueError(f"{name} is {parameter.dtype}, wanted bfloat16, float16 or float32")
         if parameter.is_meta:
             raise ValueError(f"{name} is on meta, wanted loaded weights")
-        if isinstance(parameter, DTensor):
-            raise ValueError(f"{name} is sharded by fully_shard, wanted it whole: call kt_moe.wrap before")
-        if hasattr(parameter, "ds_id") and parameter.numel() == 0:
-            raise ValueError(
-                f"{name} is partitioned by ZeRO-3, wanted it whole: call kt_moe.wrap within "
-                "deepspeed.zero.GatheredParameters"
-            )
 
 
 def _parameters(path: str, module: Any) -> Iterator[tuple[str, torch.Tensor]]:
