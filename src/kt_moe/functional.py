@@ -97,7 +97,9 @@ def _uncompiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
         if not disabled:
-            disabled.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+            # Dynamo traces this frame, and would warn of a list's method that waits for its argument.
+            made = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+            disabled.append(made)
         return disabled[0](*args, **kwargs)
 
     # What Dynamo looks for where it meets a call: it breaks the graph there.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from kt_moe.gpu.page_lock import PageLock, PageLockError, lock
 
 CHOICES = ("auto", "cpu", "cuda")
 _STATE_BYTES = 16  # of an fp32 parameter, its gradient and AdamW's two moments
@@ -57,7 +61,8 @@ class LoraParameters(nn.ParameterDict):
     """LoRA parameters that stay in host memory where `place` says so.
 
     `.to()`, `.cuda()`, Trainer and accelerate then convert their dtype, and do not move them; their gradients
-    alike.
+    alike. Their memory is page-locked where it lies, so that a GPU reads it without work of the CPU; where
+    that is refused, the CPU copies them for the GPU in every pass.
     """
 
     def __init__(self, place: LoraPlace) -> None:
@@ -65,13 +70,42 @@ class LoraParameters(nn.ParameterDict):
         self.place = place
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        stay = False
+
         def held(tensor: Tensor) -> Tensor:
+            nonlocal stay
             # What the function does, be it `.to()`, `.half()` or `.to_empty()`, is seen on an empty tensor.
             probe = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
-            if not self.place.stays(probe.device):
+            stay = self.place.stays(probe.device)
+            if not stay:
                 return fn(tensor)
             if tensor.is_meta:
                 return torch.empty_like(tensor, dtype=probe.dtype, device="cpu")
             return tensor.to("cpu", probe.dtype)
 
-        return super()._apply(held, recurse)  # type: ignore[no-untyped-call]
+        applied = super()._apply(held, recurse)  # type: ignore[no-untyped-call]
+        _lock_pages(self, [p for p in self.values() if stay and p.is_cpu])
+        return applied
+
+
+# By the address of a parameter's memory. A lock keeps that memory, which so belongs to nobody else meanwhile.
+_locks: weakref.WeakKeyDictionary[LoraParameters, dict[int, PageLock]] = weakref.WeakKeyDictionary()
+
+
+def _lock_pages(of: LoraParameters, parameters: list[Tensor]) -> None:
+    """Let just these parameters be page-locked, until `of` is gone."""
+    if of not in _locks:
+        _locks[of] = {}
+        weakref.finalize(of, _unlock, _locks[of], ()).atexit = False
+    locks = _locks[of]
+    _unlock(locks, [p.data_ptr() for p in parameters])
+    for parameter in parameters:
+        at, size = parameter.data_ptr(), parameter.nbytes
+        if size and at not in locks:
+            with contextlib.suppress(PageLockError):
+                locks[at] = lock([(at, size)], parameter.untyped_storage())
+
+
+def _unlock(locks: dict[int, PageLock], keep: Sequence[int]) -> None:
+    for at in locks.keys() - set(keep):
+        locks.pop(at).release()

@@ -53,6 +53,7 @@ def nodes(*free: float, gib: float = 64) -> tuple[Node, ...]:
 
 
 TWO = Machine(nodes(0.9, 0.9))
+PASSIVE = {"OMP_WAIT_POLICY": "passive"}
 ONE = trees.single()
 FILES_IN_NODE_1 = {
     "sys/devices/system/node/node1/meminfo": "Node 1 MemTotal: 67108864 kB\nNode 1 MemFree: 1048576 kB\n"
@@ -149,6 +150,7 @@ def test_findings(machine: Machine, expected: dict[str, bool], tmp_path: Path) -
 
 def seen(root: Path, machine: Machine, **changes: Any) -> dict[str, bool]:
     """Findings of a recorded machine with what no tree can say."""
+    changes.setdefault("environment", PASSIVE)
     changed: Seen = replace(read_recorded(write_tree(root, machine)), **changes)
     return {f.name: f.slow for f in findings.find(changed)}
 
@@ -240,7 +242,16 @@ def test_gpus(seen_gpus: Gpus, expected: dict[str, bool], tmp_path: Path) -> Non
     ],
 )
 def test_threads_that_spin(environment: dict[str, str], slow: bool, tmp_path: Path) -> None:
-    assert seen(tmp_path, ONE, environment=environment) == ({"omp-spins": True} if slow else {})
+    expected = {"omp-spins": True} if slow else {}
+    assert seen(tmp_path, ONE, environment=environment) == expected
+    assert seen(tmp_path, ONE, environment=environment, gpus=GOOD) == expected
+
+
+def test_threads_that_spin_beside_a_gpu_as_they_do_by_default(tmp_path: Path) -> None:
+    assert seen(tmp_path, ONE, environment={}, gpus=GOOD) == {"omp-spins": True}
+    assert seen(tmp_path, ONE, environment={}) == {}
+    unused = replace(GOOD, without_cuda="no driver")
+    assert seen(tmp_path, ONE, environment={}, gpus=unused) == {"gpu-unused": True}
 
 
 def test_gpus_for_people_and_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ from kt_moe.gpu.chunk import Chunk, Gradients, Layer, backward_chunk, empty_jobs
 from kt_moe.gpu.chunks import Chunks, PassData
 from kt_moe.gpu.cpu_part import CpuPart, Worker
 from kt_moe.gpu.layers import Identity, Layers
-from kt_moe.gpu.lora import LoraCall, LoraOptions, LoraStack, each_tensor, split_down
+from kt_moe.gpu.lora import Crossed, LoraCall, LoraOptions, LoraStack, each_tensor, split_down
 from kt_moe.gpu.pass_log import PassLog
 from kt_moe.gpu.plan import Cut, cut, cut_by_share, layer_costs
 from kt_moe.gpu.prefetch import Feed, Pass, PassOrder, Wanted
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 # The routes of a next forward are not known yet. Guessed are experts that were on the GPU in so many of the
 # last ones (a forward counts as much as all before it together); all of them where so many of the last guess
 # were right, otherwise about as many as the link brings before the routes are known.
-_LIKELY = 0.7
+_LIKELY = 0.5
 _GOOD_GUESS = 0.85
 _GUESS_BYTES = 256 << 20
 
@@ -100,7 +100,7 @@ class SavedCall:
     cut: Cut
     counts: tuple[int, ...]
     options: LoraOptions
-    crossed: tuple[tuple[Tensor | None, Tensor | None], ...]
+    crossed: tuple[Crossed, ...]
     tensors: tuple[Tensor | None, ...]
 
     def pass_data(self, lora: LoraCall) -> tuple[PassData, CpuPart | None]:
@@ -154,7 +154,7 @@ class Engine:
         """
         streams, share = self._streams, self._layers.cpu_share
         with self.lock, self._one_pass(experts) as held:
-            stacks = lora_transfer.to_device(lora, share != 1.0, streams)
+            stacks, lora_read = lora_transfer.to_device(lora, share != 1.0, streams)
             counted = count_routes(ids, experts.num_experts, streams)
             plan = self._cut(experts, held, counted.counts, share, lora, train)
             self._start(held, plan, backward=False)
@@ -188,6 +188,8 @@ class Engine:
             )
             on_gpu = list(plan.gpu)
             experts._routed_elsewhere[on_gpu] += counted.counts[on_gpu]
+            if lora_read is not None:
+                lora_read.synchronize()  # from here on the caller may change the matrices
         return out, saved
 
     def backward(
@@ -223,7 +225,7 @@ class Engine:
                 )
             feed = self._feed(held, plan, backward=True)
             crossed = saved.crossed if plan.gpu else ((None, None),) * len(saved.crossed)
-            stacks = lora_transfer.to_device_again(lora, crossed, streams)
+            stacks, lora_read = lora_transfer.to_device_again(lora, crossed, streams)
             layer = self._layer(experts, held, lora, stacks)
             of_gpu = lora_transfer.device_gradients(
                 lora, [n and not only_cpu for n in needs_lora], len(plan.gpu) == experts.num_experts, streams
@@ -245,6 +247,8 @@ class Engine:
             of_lora, arrived = lora_transfer.join_gradients(
                 lora, plan.cpu, each_tensor(of_gpu), of_host, streams
             )
+            if lora_read is not None:
+                lora_read.synchronize()
         return grads.hidden_states, dweights, of_lora, arrived
 
     def drop_slots(self) -> None:

@@ -24,6 +24,7 @@ from kt_moe.gpu.streams import Event, Streams
 from kt_moe.tensors import on_cpu
 
 LoraOptions = tuple[tuple[float, float, float], float, int]  # scalings, dropout and its seed
+Crossed = tuple[Sequence[Tensor] | None, Sequence[Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,14 @@ class LoraStack(NamedTuple):
         projections: of GATE, UP and DOWN.
         a: [jobs, E, r, in], a job for each projection; None: it is on the host alone, or not wanted.
         b: [jobs, E, out, r], likewise.
-        crossed: what has crossed for a and for b, in page-locked memory of the host; None: nothing has.
+        crossed: what has crossed for a and for b, in memory of the host that the device reads: the matrices
+            themselves, or one copy of all in bf16. None: nothing has.
     """
 
     projections: tuple[int, ...]
     a: Tensor | None
     b: Tensor | None
-    crossed: tuple[Tensor | None, Tensor | None] = (None, None)
+    crossed: Crossed = (None, None)
 
 
 def split_down(stacks: Sequence[LoraStack]) -> tuple[Sequence[LoraStack], LoraStack | None]:
@@ -83,10 +85,11 @@ def each_tensor(stacks: Sequence[LoraStack]) -> list[Tensor | None]:
     return found
 
 
-def to_device(lora: LoraCall, wanted: bool, streams: Streams) -> list[LoraStack]:
+def to_device(lora: LoraCall, wanted: bool, streams: Streams) -> tuple[list[LoraStack], Event | None]:
     """The matrices in bf16 on the device, for a forward; the current stream waits for those that cross.
 
     Every forward copies them anew: fused optimizers change parameters without counting up their versions.
+    The event, if there is one, is when the device has read what crosses, which may not change until then.
 
     Args:
         wanted: False leaves out those that lie on the host.
@@ -94,62 +97,76 @@ def to_device(lora: LoraCall, wanted: bool, streams: Streams) -> list[LoraStack]
     stacks = []
     to: list[Tensor] = []
     source: list[Tensor] = []
-    crossed = False
     for projections in lora.together:
         sides: list[Tensor | None] = []
-        hosts: list[Tensor | None] = []
+        crossed: list[Sequence[Tensor] | None] = []
         for side in range(2):
             tensors = [cast(Tensor, lora.tensors[2 * i + side]).detach() for i in projections]
-            shape, on_device = (len(tensors), *tensors[0].shape), streams.has(tensors[0])
-            stack = host = None
-            if on_device:
+            stack = crossing = None
+            if streams.has(tensors[0]):
+                shape = len(tensors), *tensors[0].shape
                 stack = torch.empty(shape, dtype=torch.bfloat16, device=streams.device)
                 to += stack.unbind()
                 source += tensors
             elif wanted:
-                host = streams.host_empty(shape, torch.bfloat16)
-                for row, tensor in zip(host, tensors, strict=True):
-                    row.copy_(tensor)
-                stack = _cross(host, streams)
-                crossed = True
+                crossing = _for_device(tensors, streams)
+                stack = _cross(crossing, len(tensors), streams)
             sides.append(stack)
-            hosts.append(host)
-        stacks.append(LoraStack(projections, sides[0], sides[1], (hosts[0], hosts[1])))
+            crossed.append(crossing)
+        stacks.append(LoraStack(projections, sides[0], sides[1], (crossed[0], crossed[1])))
     if to:
         torch._foreach_copy_(to, source)
-    if crossed:
-        streams.wait(streams.record("uplink"))
-    return stacks
+    return stacks, _behind_uplink([stack.crossed for stack in stacks], streams)
 
 
 def to_device_again(
-    lora: LoraCall, crossed: Sequence[tuple[Tensor | None, Tensor | None]], streams: Streams
-) -> list[LoraStack]:
-    """The matrices for the backward of a forward whose stacks had this `crossed`.
+    lora: LoraCall, crossed: Sequence[Crossed], streams: Streams
+) -> tuple[list[LoraStack], Event | None]:
+    """The matrices for the backward of a forward whose stacks had this `crossed`; see `to_device`.
 
     What crossed for the forward does so again as it was: the CPU, which may be computing, converts nothing.
     """
-    stacks = [
-        stack._replace(
-            a=_cross(a, streams) if a is not None else stack.a,
-            b=_cross(b, streams) if b is not None else stack.b,
+    stacks = []
+    for stack, both in zip(to_device(lora, False, streams)[0], crossed, strict=True):
+        a, b = (
+            on_device if sources is None else _cross(sources, len(stack.projections), streams)
+            for on_device, sources in zip((stack.a, stack.b), both, strict=True)
         )
-        for stack, (a, b) in zip(to_device(lora, False, streams), crossed, strict=True)
-    ]
-    if any(host is not None for pair in crossed for host in pair):
-        streams.wait(streams.record("uplink"))
-    return stacks
+        stacks.append(stack._replace(a=a, b=b))
+    return stacks, _behind_uplink(crossed, streams)
 
 
-def _cross(host: Tensor, streams: Streams) -> Tensor:
-    """A copy on the device, as uplink's work."""
-    streams.note("uplink", "copy_lora", host.nbytes)
+def _for_device(tensors: Sequence[Tensor], streams: Streams) -> Sequence[Tensor]:
+    """What the device reads: the matrices where they lie, or if it cannot, one copy of them in bf16."""
+    if all(streams.reads(tensor) for tensor in tensors):
+        return tensors
+    host = streams.host_empty((len(tensors), *tensors[0].shape), torch.bfloat16)
+    for row, tensor in zip(host, tensors, strict=True):
+        row.copy_(tensor)
+    return (host,)
+
+
+def _cross(sources: Sequence[Tensor], jobs: int, streams: Streams) -> Tensor:
+    """A copy in bf16 on the device, as uplink's work, of so many matrices an expert."""
+    streams.note("uplink", "copy_lora", sum(source.nbytes for source in sources))
     with streams.on("uplink"):  # whose memory needs no wait for work of the current stream
-        stack = torch.empty_like(host, device=streams.device)
-        streams.products.copy_from_host(stack, host)
-    streams.keep(host, "uplink")
+        shape = jobs, *sources[0].shape[-3:]
+        stack = torch.empty(shape, dtype=torch.bfloat16, device=streams.device)
+        for to, source in zip(stack.chunk(len(sources)), sources, strict=True):
+            streams.products.copy_from_host(to, source)
+    for source in sources:
+        streams.keep(source, "uplink")
     streams.used_by(stack)
     return stack
+
+
+def _behind_uplink(crossed: Sequence[Crossed], streams: Streams) -> Event | None:
+    """Let the current stream wait for what crosses; the event, or None if nothing does."""
+    if all(sources is None for both in crossed for sources in both):
+        return None
+    arrived = streams.record("uplink")
+    streams.wait(arrived)
+    return arrived
 
 
 def to_host(lora: LoraCall, on_device: Sequence[Tensor | None], streams: Streams) -> _core.LoraTensors:

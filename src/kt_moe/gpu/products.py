@@ -259,7 +259,8 @@ class Products(Protocol):
 
         Args:
             to: contiguous; [E, ...] with an index.
-            source: like `to`, in page-locked memory of the host.
+            source: contiguous, of as many elements, in page-locked memory of the host; fp32 is rounded
+                where `to` is bf16.
             index: [n] int32 on the device of `to`.
         """
 

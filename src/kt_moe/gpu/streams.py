@@ -99,6 +99,10 @@ class Streams:
         """A tensor in host memory that the device reads and writes without the CPU."""
         return torch.empty(shape, dtype=dtype, device="cpu")
 
+    def reads(self, tensor: Tensor) -> bool:
+        """Whether kernels of the device can read this tensor of the host where it lies, row after row."""
+        return tensor.is_contiguous()
+
     def upload(self, values: NDArray[Any]) -> Tensor:
         """A small array on the device, for the current stream."""
         host = self.host_empty(values.shape, torch.from_numpy(values).dtype)
@@ -199,6 +203,9 @@ class CudaStreams(Streams):
 
     def host_empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
+
+    def reads(self, tensor: Tensor) -> bool:
+        return tensor.is_contiguous() and tensor.is_pinned()
 
 
 @functools.cache

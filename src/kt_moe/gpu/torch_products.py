@@ -138,7 +138,7 @@ def grouped_outer(
 
 def copy_from_host(to: Tensor, source: Tensor, index: Tensor | None = None) -> None:
     if index is None:
-        to.copy_(source, non_blocking=True)
+        to.view(-1).copy_(source.view(-1), non_blocking=True)
     else:
         for array in index.tolist():
             to[array].copy_(source[array], non_blocking=True)

@@ -52,6 +52,8 @@ _GATE_UP = {
     64: Tile(64, 64, 64, 4, 4),
     128: Tile(128, 128, 64, 8, 3),
 }
+# Triton 3.6 makes wrong products of 64 rows and more with 16 or 32 columns of a transposed matrix for Hopper.
+_LEAST_GATE_UP = 64
 # m is the longer side of the result here, n the rank; the sum goes over rows, k at a time.
 _OUTER = Tile(64, 64, 64, 4, 4)
 _SHORTEST = 16  # side of a tile that tensor cores multiply
@@ -111,7 +113,7 @@ def gate_up(
     if like is None:
         return
     columns, main = like.shape[1], gate[0]
-    tile = _fitted(_GATE_UP[groups.block_rows], columns, like.device)
+    tile = _fitted(_GATE_UP[groups.block_rows], max(columns, _LEAST_GATE_UP), like.device)
     x_stride, gate_matrix, gate_stride, transposed, K = _shape(main)
     _, up_matrix, up_stride, _, _ = _shape(up[0])
     low: list[Tensor | None] = []
@@ -218,13 +220,16 @@ def copy_from_host(to: Tensor, source: Tensor, index: Tensor | None = None) -> N
     arrays = 1 if index is None else len(index)
     if to.numel() == 0 or arrays == 0:
         return
-    size = to.nbytes if index is None else to.nbytes // to.shape[0]
-    word = torch.int32 if size % 4 == 0 else torch.int16 if size % 2 == 0 else torch.uint8
-    words = size // word.itemsize
-    programs = min(-(-words // _COPY_BLOCK), max(1, _COPY_PROGRAMS // arrays))
+    words, source_words = to.view(-1), source.view(-1)
+    if to.dtype == source.dtype:  # the fewest words
+        size = to.nbytes if index is None else to.nbytes // to.shape[0]
+        word = torch.int32 if size % 4 == 0 else torch.int16 if size % 2 == 0 else torch.uint8
+        words, source_words = words.view(word), source_words.view(word)
+    count = words.numel() if index is None else words.numel() // to.shape[0]
+    programs = min(-(-count // _COPY_BLOCK), max(1, _COPY_PROGRAMS // arrays))
     launch(
-        triton_rows.copy_from_host, (programs, arrays),
-        (to.view(-1).view(word), source.view(-1).view(word), words, index), (_COPY_BLOCK,), num_warps=4,
+        triton_rows.copy_from_host, (programs, arrays), (words, source_words, count, index), (_COPY_BLOCK,),
+        num_warps=4,
     )  # fmt: skip
 
 

@@ -99,7 +99,7 @@ def copy_from_host(to, source, words, index, BLOCK: tl.constexpr):
     for begin in range(tl.program_id(0) * BLOCK, words, tl.num_programs(0) * BLOCK):
         i = begin + tl.arange(0, BLOCK)
         value = tl.load(source + first + i, mask=i < words)
-        tl.store(to + first + i, value, mask=i < words)
+        tl.store(to + first + i, value.to(to.dtype.element_ty), mask=i < words)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -36,10 +36,14 @@ def make(checkpoint: Path, choice: str, *, on_gpu: bool = False, **options: Any)
     return with_lora(checkpoint, TARGETS, base=load(checkpoint, quantization_config=config, **where))
 
 
-def devices_of_experts_lora(model: Any) -> set[str]:
+def experts_lora(model: Any) -> list[torch.Tensor]:
     from tiny_models import lora_layers
 
-    return {p.device.type for layer in lora_layers(model) for p in layer.parameters()}
+    return [p for layer in lora_layers(model) for p in layer.parameters()]
+
+
+def devices_of_experts_lora(model: Any) -> set[str]:
+    return {p.device.type for p in experts_lora(model)}
 
 
 @pytest.mark.parametrize(("choice", "device"), [("cpu", "cpu"), ("cuda", "cuda"), ("auto", "cuda")])
@@ -49,9 +53,11 @@ def test_where_it_lies(choice: str, device: str, on_gpu: bool, checkpoint: Path)
     if not on_gpu:
         model.cuda()
     assert devices_of_experts_lora(model) == {device}
+    assert {p.is_pinned() for p in experts_lora(model)} == {device == "cpu"}  # the GPU reads them in place
     assert {p.device.type for p in model.parameters() if not p.requires_grad} == {"cuda"}
     model.to("cpu")
     assert devices_of_experts_lora(model) == {"cpu"}
+    assert not any(p.is_pinned() for p in experts_lora(model))
 
 
 def test_auto_without_room(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,3 +177,31 @@ def test_gradients_in_host_memory_are_there_when_they_are_read(steps: int) -> No
         for name in lora:
             torch.testing.assert_close(grads[name], truth[name], rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(seen[name], truth_seen[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+@pytest.mark.parametrize("choice", ["cpu", "cuda"])
+def test_a_model_over_two_gpus(choice: str, checkpoint: Path) -> None:
+    """Layers that `device_map` spreads over GPUs train as they do on one: the same bits of every gradient."""
+    from tiny_models import gradients, load, lora_layers, tokens, with_lora
+
+    from kt_moe.hf import KtMoeConfig
+
+    half = {"model.embed_tokens": 0, "model.layers.0": 0, "model.rotary_emb": 0}
+    other = {"model.layers.1": 1, "model.norm": 1, "lm_head": 1}
+    found = []
+    for device_map in ({"": 0}, half | other):
+        config = KtMoeConfig(lora_device=choice, cpu_share=0.3)
+        base = load(checkpoint, quantization_config=config, device_map=device_map)
+        model = with_lora(checkpoint, TARGETS, base=base)
+        lora = [{p.device for p in layer.parameters()} for layer in lora_layers(model)]
+        last = max(device_map.values())
+        assert lora[-1] == {torch.device("cuda", last) if choice == "cuda" else torch.device("cpu")}
+        for _ in range(3):  # the engines' slots and guesses, cold and warm
+            model.zero_grad()
+            loss = model(tokens().cuda(), labels=tokens().cuda()).loss
+            loss.backward()
+        found.append({"loss": loss.detach().cpu(), **{k: g.cpu() for k, g in gradients(model).items()}})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name

@@ -5,6 +5,7 @@ One after the other, because most would not fit into memory beside another.
 
 from __future__ import annotations
 
+import os
 import time
 import traceback
 from dataclasses import dataclass
@@ -133,6 +134,8 @@ def run_in_child(job: StepJob) -> list[dict[str, Any]]:
     Raises:
         PeerError: it failed, or gave no answer; the message says why.
     """
+    # Torch's threads that spin behind their loops take the cores of those that launch kernels.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     context = get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_serve, args=(theirs, job), daemon=True)

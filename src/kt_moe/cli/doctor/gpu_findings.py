@@ -128,13 +128,14 @@ def spinning(m: Machine) -> Iterator[Finding]:
     """OpenMP's threads, torch's, that wait busily."""
     policy, spins = (m.environment.get(name, "") for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"))
     many = spins.lower().startswith("inf") or (spins.isdecimal() and int(spins) > _MANY_SPINS)
-    if not (policy.lower() == "active" or many):
+    if policy.lower() == "active" or many:
+        which = f"GOMP_SPINCOUNT is {spins[:20]}" if many else f"OMP_WAIT_POLICY is {policy}"
+        says = f"{which}: torch's threads stay awake while they wait"
+        remedy = f"unset {which.split()[0]}, or OMP_WAIT_POLICY=passive"
+    elif m.gpus.page_lock and not policy and not spins:  # a GPU, and not that of a recorded machine
+        says = "OMP_WAIT_POLICY is not set: torch's threads stay awake for milliseconds after every loop"
+        remedy = "OMP_WAIT_POLICY=passive before Python starts"
+    else:
         return
-    which = f"GOMP_SPINCOUNT is {spins[:20]}" if many else f"OMP_WAIT_POLICY is {policy}"
-    yield Finding(
-        "omp-spins",
-        True,
-        f"{which}: torch's threads stay awake while they wait",
-        "they take cores from the threads that compute experts",
-        f"unset {which.split()[0]}, or OMP_WAIT_POLICY=passive",
-    )
+    cost = "they take cores from the threads that compute experts and launch the GPU's kernels"
+    yield Finding("omp-spins", True, says, cost, remedy)
