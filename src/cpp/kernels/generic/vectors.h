@@ -83,15 +83,17 @@ float backward(int n, const float* dh, float weight, const uint16_t* g_saved, co
   V dot = V::all(0.0f);
   for (int i = 0; i < n; i += Lanes::kSize) {
     const Lanes lanes = Lanes::first(n - i);
-    const V d = load(lanes, dh + i), weighted = V::all(weight) * d;
     const V g = load(lanes, g_saved + i), u = load(lanes, u_saved + i);
     const V gate = limited_gate<A>(g), up = limited_up<A>(u);
     const auto [value, slope] = A::value_and_slope(gate);
     const auto [factor, factor_slope] = A::factor_and_slope(up);
     const V hidden = value * factor;
+    V by_gate = factor * slope, by_up = value * factor_slope;
+    if constexpr (A::kLimit > 0.0f) by_gate = within(g, gate, by_gate), by_up = within(u, up, by_up);
+    const V d = load(lanes, dh + i), weighted = V::all(weight) * d;
     dot = mul_add(d, hidden, dot);
-    store(lanes, dg + i, weighted * within(g, gate, factor * slope));
-    store(lanes, du + i, weighted * within(u, up, value * factor_slope));
+    store(lanes, dg + i, weighted * by_gate);
+    store(lanes, du + i, weighted * by_up);
     store(lanes, h + i, hidden);
   }
   return sum(dot);
