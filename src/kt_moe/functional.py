@@ -289,6 +289,7 @@ def of_all(matrices: Tensor, num_experts: int) -> Tensor:
     return matrices.expand(num_experts, -1, -1)
 
 
+@_uncompiled
 def moe(
     hidden_states: Tensor,
     topk_ids: Tensor,

@@ -191,7 +191,12 @@ def _hollow(base: Path, adapter: Path) -> tuple[PeftModel, dict[str, Tensor]]:
         model_config = transformers.AutoConfig.from_pretrained(base)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"config.json in {base} is of no model of transformers: {error}") from error
-    if hasattr(model_config, "quantization_config"):  # the tensors tell; the model here has none
+    if hasattr(model_config, "quantization_config"):  # the tensors tell nearly all; the model here has none
+        quantised = model_config.quantization_config
+        if isinstance(quantised, dict) and quantised.get("checkpoint_format") == "gptq_v2":
+            raise ValueError(
+                f"config.json in {base} has checkpoint_format gptq_v2, whose zero points are not known here"
+            )
         del model_config.quantization_config
     class_name = next(iter(model_config.architectures or ()), "")
     cls = getattr(transformers, class_name, transformers.AutoModelForCausalLM)

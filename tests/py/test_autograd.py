@@ -212,6 +212,18 @@ def test_what_cannot_trace_it_is_refused(trace, what, problem, experts):
     assert run(problem.hidden_states).isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("function", [kt_moe.moe, kt_moe.MoEFunction.apply])
+def test_compiling_without_a_graph_break_says_why_it_cannot(function, problem, experts):
+    def layer(x: Tensor) -> Tensor:
+        return function(x * 2, problem.topk_ids, problem.topk_weights, experts) + 1
+
+    from torch._dynamo.exc import Unsupported
+
+    with pytest.raises(Unsupported, match="reason: experts are computed outside of torch"):
+        torch.compile(layer, backend="eager", fullgraph=True)(problem.hidden_states)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own look at a graph break
 def test_inside_a_compiled_function(problem, experts):
     def layer(x: Tensor, w: Tensor, *lora: Tensor) -> Tensor:

@@ -269,3 +269,14 @@ def test_refused(change: Callable[[Tails], object], checkpoint: Path, tmp_path: 
     ):
         kt_moe.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_gptq_whose_zero_points_are_stored_in_another_way(checkpoint: Path, tmp_path: Path) -> None:
+    kt_moe.save_adapter(with_lora(checkpoint), tmp_path / "adapter")
+    base = quantised(checkpoint, tmp_path / "base", gptq)
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="has checkpoint_format gptq_v2, whose zero points"):
+        kt_moe.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
