@@ -30,8 +30,8 @@ class Requantised:
     Attributes:
         matrices: how many; each expert's counts.
         error: relative L2 error of what is stored against W + s B A.
-        of_change: the same difference against s B A alone: 0 where all of the adapter arrived, 1 where as
-            much is wrong as it adds.
+        of_change: the same difference against s B A alone: 0 where all of the adapter arrived, 1 where
+            nothing did, because what it adds is smaller than the steps of the format.
     """
 
     matrices: int

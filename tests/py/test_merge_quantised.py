@@ -160,6 +160,7 @@ def test_merged(format: str, checkpoint: Path, tmp_path: Path) -> None:
             change += float(delta.square().sum())
     assert found.keys() == {name}
     assert found[name].matrices == 2 * 3 * 4
+    assert 0 < found[name].of_change < 1
     assert found[name].error == pytest.approx((difference / whole) ** 0.5, rel=0.1)
     assert found[name].of_change == pytest.approx((difference / change) ** 0.5, rel=0.1)
 
@@ -280,3 +281,16 @@ def test_gptq_whose_zero_points_are_stored_in_another_way(checkpoint: Path, tmp_
     with pytest.raises(ValueError, match="has checkpoint_format gptq_v2, whose zero points"):
         kt_moe.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_adapter_smaller_than_the_steps_of_the_format_does_not_arrive(
+    format: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    """And the result says so: nothing is stored that is further from W + sBA than W is."""
+    base = quantised(checkpoint, tmp_path / "base", FORMATS[format][0])
+    model = with_lora(base, base=load_quantised(base), lora_alpha=1e-4)
+    kt_moe.save_adapter(model, tmp_path / "adapter")
+    (found,) = kt_moe.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out").values()
+    assert found.error < 1e-3
+    assert 0.5 < found.of_change <= 1
