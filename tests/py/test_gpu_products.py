@@ -320,14 +320,14 @@ def test_combine_adds_the_rows_of_each_token_in_order(code: Code, data: st.DataO
     y, out = (chunk.normal(rows, H, dtype=torch.float32) for rows in (chunk.m, T))
     first = data.draw(st.sampled_from([0, 7]))
     rows = torch.randperm(max(T * K, first + chunk.m + 4), generator=chunk.random)[: T * K]
-    position = torch.where(torch.rand(T * K, generator=chunk.random) < 0.1, -1, rows).view(T, K).int()
+    inverse = torch.where(torch.rand(T * K, generator=chunk.random) < 0.1, -1, rows).view(T, K).int()
     truth = out.clone().cpu()
     for t in range(T):
-        for row in sorted(position[t].tolist()):
+        for row in sorted(inverse[t].tolist()):
             if 0 <= row - first < chunk.m:
                 truth[t] += y.cpu()[row - first]
 
-    code.combine(y, position.to(code.device), first, out)
+    code.combine(y, inverse.to(code.device), first, out)
 
     assert torch.equal(out.cpu(), truth)
 
@@ -373,10 +373,10 @@ def test_drop_is_the_cores(code: Code, projection: int, seed: int, dtype: torch.
     mask = list(dropout_masks(problem, p, seed).values())[projection].reshape(T * K, n) > 0
     chunk = Chunk(code, 0, [5])
     rows = chunk.normal(5, n, dtype=dtype)
-    places = torch.tensor([5, 0, 3, 1, 4])
-    truth = torch.where(mask[places], rows.cpu(), 0.0)
+    permutation = torch.tensor([5, 0, 3, 1, 4])
+    truth = torch.where(mask[permutation], rows.cpu(), 0.0)
 
-    code.drop(rows, places.to(code.device, torch.int32 if seed else torch.int64), projection, p, seed)
+    code.drop(rows, permutation.to(code.device, torch.int32 if seed else torch.int64), projection, p, seed)
 
     assert torch.equal(rows.cpu(), truth)
     assert 0.55 < mask.double().mean() < 0.85

@@ -63,10 +63,10 @@ class Chunk:
         first: number of the first row in the pass.
         experts: [n] int32, the experts' numbers.
         groups: rows by expert.
-        places: [m] int32, t * K + k of each row.
+        permutation: [m] int32, t * K + k of each row.
         tokens: [m] int32, t of each row.
         row_weights: [m] fp32, the routing weight of each row.
-        position: [T, K] int32, the row of each route in the pass.
+        inverse: [T, K] int32, the row of each route in the pass.
         weights: gate, up and down.
         low_rank_in: P of gate and up, [jobs, m, r] bf16 for each stack: written by forward, read by backward.
         low_rank_down: w P of down, [1, m, r] bf16, likewise; None where it has no LoRA.
@@ -75,10 +75,10 @@ class Chunk:
     first: int
     experts: Tensor
     groups: Groups
-    places: Tensor
+    permutation: Tensor
     tokens: Tensor
     row_weights: Tensor
-    position: Tensor
+    inverse: Tensor
     weights: tuple[Matrices, ...]
     low_rank_in: Sequence[Tensor]
     low_rank_down: Tensor | None
@@ -123,7 +123,7 @@ def forward_chunk(layer: Layer, chunk: Chunk, x: Tensor, out: Tensor) -> None:
     y = chunk.empty(layer.hidden, torch.float32)
     products.grouped_gemm(terms, groups, y, row_scale=chunk.row_weights, bias=layer.biases[DOWN],
                           bias_index=chunk.experts)  # fmt: skip
-    products.combine(y, chunk.position, chunk.first, out)
+    products.combine(y, chunk.inverse, chunk.first, out)
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def backward_chunk(layer: Layer, chunk: Chunk, x: Tensor, dy: Tensor, grads: Gra
         dx = chunk.empty(layer.hidden, torch.float32)
         terms = [Term(d[i], chunk.weights[i], False) for i in (GATE, UP)]
         _add_low_rank(layer, chunk, terms, low_terms, dx)
-        products.combine(dx, chunk.position, chunk.first, grads.hidden_states)
+        products.combine(dx, chunk.inverse, chunk.first, grads.hidden_states)
 
 
 def _gate_up(
@@ -241,7 +241,7 @@ def _add_low_rank(
     for i, (term, projection) in enumerate(low):
         product = into if i == 0 else torch.empty_like(into)
         products.grouped_gemm([term], chunk.groups, product)
-        products.drop(product, chunk.places, projection, layer.dropout, layer.seed)
+        products.drop(product, chunk.permutation, projection, layer.dropout, layer.seed)
         if i > 0:
             into += product
     products.grouped_gemm(terms, chunk.groups, into, accumulate=bool(low))
@@ -254,5 +254,5 @@ def _lora_input(
     if layer.dropout == 0:
         return rows, tokens
     rows = rows.clone() if tokens is None else rows.index_select(0, tokens)
-    layer.products.drop(rows, chunk.places, stack.projections[0], layer.dropout, layer.seed)
+    layer.products.drop(rows, chunk.permutation, stack.projections[0], layer.dropout, layer.seed)
     return rows, None

@@ -66,7 +66,7 @@ class Chunks:
         experts, rows, slots = data.experts, data.rows, self._slots
         first = [0, *accumulate(rows.counts)]
         block_rows = Groups.best_block_rows(rows.counts)  # of the pass: chunks must not change the rounding
-        tokens = torch.div(rows.places, rows.position.shape[1], rounding_mode="floor")
+        tokens = torch.div(rows.permutation, rows.inverse.shape[1], rounding_mode="floor")
         begin = 0
         while begin < len(experts):
             self._feed.advance()
@@ -84,10 +84,10 @@ class Chunks:
                     first=first[begin],
                     experts=numbers,
                     groups=groups,
-                    places=rows.places[some],
+                    permutation=rows.permutation[some],
                     tokens=tokens[some],
                     row_weights=data.row_weights[some],
-                    position=rows.position,
+                    inverse=rows.inverse,
                     weights=self._weights(layer, in_slots, in_order),
                     low_rank_in=low_rank[: len(layer.lora_in)],
                     low_rank_down=None if layer.lora_down is None else low_rank[-1],

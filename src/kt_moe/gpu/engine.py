@@ -105,8 +105,8 @@ class SavedCall:
 
     def pass_data(self, lora: LoraCall) -> tuple[PassData, CpuPart | None]:
         """For backward, of a call whose tensors are there."""
-        places, position, row_weights, *rest = self.tensors
-        rows = Rows(self.counts, cast(Tensor, places), cast(Tensor, position))
+        permutation, inverse, row_weights, *rest = self.tensors
+        rows = Rows(self.counts, cast(Tensor, permutation), cast(Tensor, inverse))
         stacks = len(lora.together)
         low_rank, of_part = cast("list[Tensor]", rest[:stacks]), rest[stacks:]
         part = CpuPart.from_tensors(of_part, lora) if of_part else None
@@ -167,10 +167,10 @@ class Engine:
             feed = self._feed(held, plan, backward=False)
             rows = sort_routes(counted, plan.gpu, streams)
             low_rank = [
-                empty_jobs(len(stack.projections), len(rows.places), lora.ranks[stack.projections[0]], x)
+                empty_jobs(len(stack.projections), len(rows.permutation), lora.ranks[stack.projections[0]], x)
                 for stack in stacks
             ]
-            row_weights = weights.reshape(-1).index_select(0, rows.places)
+            row_weights = weights.reshape(-1).index_select(0, rows.permutation)
             data = PassData(plan.gpu, rows, row_weights, low_rank)
             layer = self._layer(experts, held, lora, stacks)
             out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
@@ -178,7 +178,7 @@ class Engine:
                 forward_chunk(layer, chunk, x, out)
             if pending is not None:
                 pending.add_to(out)
-            tensors = rows.places, rows.position, row_weights, *low_rank
+            tensors = rows.permutation, rows.inverse, row_weights, *low_rank
             saved = SavedCall(
                 plan,
                 rows.counts,
@@ -240,7 +240,7 @@ class Engine:
             dweights = None
             if grads.row_weights is not None:
                 dweights = torch.zeros(weights.numel(), dtype=torch.float32, device=x.device)
-                dweights.index_copy_(0, data.rows.places.long(), grads.row_weights)
+                dweights.index_copy_(0, data.rows.permutation.long(), grads.row_weights)
                 dweights = dweights.view(weights.shape)
             if pending is not None:
                 pending.add_to(grads.hidden_states, dweights)

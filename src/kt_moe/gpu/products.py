@@ -191,15 +191,15 @@ class Products(Protocol):
             dweights: [m] fp32, contiguous, written.
         """
 
-    def combine(self, y: Tensor, position: Tensor, first: int, out: Tensor) -> None:
-        """out[t] += y[row - first] for each row that `position` has for t and y has, one after the other.
+    def combine(self, y: Tensor, inverse: Tensor, first: int, out: Tensor) -> None:
+        """out[t] += y[row - first] for each row that `inverse` has for t and y has, one after the other.
 
         Rows are added in ascending order, and each sum is rounded to fp32: how the rows of a pass are cut
         into several y does not matter.
 
         Args:
             y: [m, H] fp32: the rows [first, first + m) of a pass; the last dimension is contiguous.
-            position: [T, K] int32, contiguous: the row of each route in the pass, no two equal; negative
+            inverse: [T, K] int32, contiguous: the row of each route in the pass, no two equal; negative
                 where there is none.
             first: the row of the pass that y begins with.
             out: [T, H] fp32; the last dimension is contiguous. Tokens without a row in y stay as they are.
@@ -229,12 +229,12 @@ class Products(Protocol):
             a_rows, b_rows: [m] int32: the rows of a and b; None means row i.
         """
 
-    def drop(self, rows: Tensor, places: Tensor, projection: int, probability: float, seed: int) -> None:
+    def drop(self, rows: Tensor, permutation: Tensor, projection: int, probability: float, seed: int) -> None:
         """Zero in place what LoRA dropout drops, by the hash of src/cpp/moe/dropout.cpp. The rest stays.
 
         Args:
             rows: [m, n] bf16 or fp32, inputs of a LoRA A product; the last dimension is contiguous.
-            places: [m] int32 or int64, contiguous: token * K + slot of each row.
+            permutation: [m] int32 or int64, contiguous: token * K + slot of each row.
             projection: GATE, UP or DOWN.
             probability: of dropping, in [0, 1).
             seed: in [0, 2**63).

@@ -56,13 +56,13 @@ class Rows(NamedTuple):
 
     Attributes:
         counts: rows of each of these experts.
-        places: [rows] int32, t * K + k of each row.
-        position: [T, K] int32, the row of each route; beyond the last row: not of these experts.
+        permutation: [rows] int32, t * K + k of each row, which sorts the routes by expert.
+        inverse: [T, K] int32, the row of each route; beyond the last row: not of these experts.
     """
 
     counts: tuple[int, ...]
-    places: Tensor
-    position: Tensor
+    permutation: Tensor
+    inverse: Tensor
 
 
 def sort_routes(counted: Counted, experts: Sequence[int], streams: Streams) -> Rows:
@@ -72,9 +72,9 @@ def sort_routes(counted: Counted, experts: Sequence[int], streams: Streams) -> R
     order[list(experts)] = np.arange(len(experts), dtype=np.int32)
     flat = counted.ids.reshape(-1)
     keys = streams.upload(order).index_select(0, flat)
-    places = keys.to(torch.int16 if len(experts) < 2**15 else torch.int32).sort(stable=True).indices
-    position = torch.empty(len(flat), dtype=torch.int32, device=flat.device)
-    position.scatter_(0, places, torch.arange(len(flat), dtype=torch.int32, device=flat.device))
-    position = position.view(counted.ids.shape)
+    permutation = keys.to(torch.int16 if len(experts) < 2**15 else torch.int32).sort(stable=True).indices
+    inverse = torch.empty(len(flat), dtype=torch.int32, device=flat.device)
+    inverse.scatter_(0, permutation, torch.arange(len(flat), dtype=torch.int32, device=flat.device))
+    inverse = inverse.view(counted.ids.shape)
     counts = tuple(int(counted.counts[expert]) for expert in experts)
-    return Rows(counts, places[: sum(counts)].to(torch.int32), position)
+    return Rows(counts, permutation[: sum(counts)].to(torch.int32), inverse)

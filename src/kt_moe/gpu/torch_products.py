@@ -108,8 +108,8 @@ def _row_sums(x: Tensor) -> Tensor:
     return x.sum(1)
 
 
-def combine(y: Tensor, position: Tensor, first: int, out: Tensor) -> None:
-    for at in (position - first).sort(1).values.unbind(1):
+def combine(y: Tensor, inverse: Tensor, first: int, out: Tensor) -> None:
+    for at in (inverse - first).sort(1).values.unbind(1):
         token = ((at >= 0) & (at < y.shape[0])).nonzero()[:, 0]
         out[token] += y[at[token]]
 
@@ -152,8 +152,8 @@ def add_from_host(to: Tensor, source: Tensor, rows: Tensor | None = None) -> Non
         to.index_add_(0, rows, source)  # each row once, so that the order of additions is fixed
 
 
-def drop(rows: Tensor, places: Tensor, projection: int, probability: float, seed: int) -> None:
-    key = _mix(seed + _mix(places.long() * 3 + (projection + 1)))
+def drop(rows: Tensor, permutation: Tensor, projection: int, probability: float, seed: int) -> None:
+    key = _mix(seed + _mix(permutation.long() * 3 + (projection + 1)))
     column = torch.arange(rows.shape[1], device=rows.device) * _as_signed(0x9E3779B97F4A7C15)
     bits = _shift(_mix(key[:, None] + column), 32)
     rows.masked_fill_(bits < int(probability * 2.0**32), 0.0)

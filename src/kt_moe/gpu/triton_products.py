@@ -154,13 +154,13 @@ def activation_grad(
     )  # fmt: skip
 
 
-def combine(y: Tensor, position: Tensor, first: int, out: Tensor) -> None:
-    tokens, slots = position.shape
+def combine(y: Tensor, inverse: Tensor, first: int, out: Tensor) -> None:
+    tokens, slots = inverse.shape
     if tokens == 0 or y.shape[0] == 0:
         return
     block = min(2048, _power_of_2(out.shape[1]))
     launch(
-        triton_rows.combine, (tokens,), (y, position, first, y.shape[0], out),
+        triton_rows.combine, (tokens,), (y, inverse, first, y.shape[0], out),
         (out.shape[1], slots, _power_of_2(slots), y.stride(0), out.stride(0), block),
         num_warps=max(1, block // 256),
     )  # fmt: skip
@@ -190,13 +190,13 @@ def grouped_outer(
     )  # fmt: skip
 
 
-def drop(rows: Tensor, places: Tensor, projection: int, probability: float, seed: int) -> None:
+def drop(rows: Tensor, permutation: Tensor, projection: int, probability: float, seed: int) -> None:
     count, columns = rows.shape
     if count == 0:
         return
     block = min(1024, _power_of_2(columns))
     launch(
-        triton_rows.drop, (count, -(-columns // block)), (rows, places, seed),
+        triton_rows.drop, (count, -(-columns // block)), (rows, permutation, seed),
         (columns, rows.stride(0), projection, int(probability * 2.0**32), block),
         num_warps=max(1, block // 256),
     )  # fmt: skip

@@ -40,16 +40,16 @@ def activation_grad(
     tl.store(dweights + row, tl.sum(dot, 0))
 
 
-@triton.jit(do_not_specialize=["position", "first", "count"])
+@triton.jit(do_not_specialize=["inverse", "first", "count"])
 def combine(
-    y, position, first, count, out,
+    y, inverse, first, count, out,
     H: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, Y_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One token; SLOTS is the power of two from K on. See `Products.combine`."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, SLOTS)
-    rows = tl.load(position + token * K + slot, mask=slot < K, other=-1) - first
+    rows = tl.load(inverse + token * K + slot, mask=slot < K, other=-1) - first
     if tl.max(((rows >= 0) & (rows < count)).to(tl.int32), 0) == 0:
         return
     for begin in range(0, H, BLOCK):
@@ -72,16 +72,16 @@ def _mix(x):
     return x ^ (x >> 31)
 
 
-@triton.jit(do_not_specialize=["places", "seed"])
+@triton.jit(do_not_specialize=["permutation", "seed"])
 def drop(
-    rows, places, seed: tl.uint64,
+    rows, permutation, seed: tl.uint64,
     N: tl.constexpr, STRIDE: tl.constexpr, PROJECTION: tl.constexpr, THRESHOLD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of columns of one row. See `Products.drop`."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    stream = tl.load(places + row).to(tl.uint64) * 3 + PROJECTION
+    stream = tl.load(permutation + row).to(tl.uint64) * 3 + PROJECTION
     key = _mix(seed + _mix(stream + 1))
     bits = _mix(key + col.to(tl.uint64) * 0x9E3779B97F4A7C15) >> 32
     at = rows + row * STRIDE + col
