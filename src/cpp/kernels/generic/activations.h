@@ -41,7 +41,7 @@ struct Distribution {
 
 // The normal distribution. Its tail is P(-t) = exp(-t^2 / 2) m(t), t >= 0, and m, half of the scaled
 // complementary error function of t / sqrt(2), is k times the minimax polynomial of degree 7 in k = 1 / (1 +
-// 0.3 t).
+// 0.3 t). The relative error is below 5e-7, and that of t^2 in fp32 adds t^2 / 2 times its own.
 template <class V>
 KT_INLINE Distribution<V> normal(V x) {
   const V t = magnitude(x), one = V::all(1.0f);
