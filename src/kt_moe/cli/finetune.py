@@ -133,7 +133,10 @@ class _Job:
         )
         if popularity is not None:
             share_out(base, popularity)
-        return add_lora(base, rank=s.rank, alpha=s.alpha, dropout=s.dropout, targets=s.targets, seed=s.seed)
+        return add_lora(
+            base, rank=s.rank, alpha=s.alpha, dropout=s.dropout, targets=s.targets, seed=s.seed,
+            shared_outer=s.shared_outer,
+        )  # fmt: skip
 
     def _train(self, model: Any, tokenizer: Any, rows: Rows, checkpoint: Path | None) -> int:
         import torch

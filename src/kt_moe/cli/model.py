@@ -53,12 +53,26 @@ def load_base_model(path: Path, **how: Any) -> Any:
         raise UserError(f"--model {path}: {error}") from error
 
 
-def add_lora(model: Any, *, rank: int, alpha: float, dropout: float, targets: list[str], seed: int) -> Any:
-    """Put trainable fp32 LoRA on the modules `resolve_targets` finds; `seed` decides its initial values."""
+def add_lora(
+    model: Any,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: list[str],
+    seed: int,
+    shared_outer: bool = False,
+) -> Any:
+    """Put trainable fp32 LoRA on the modules `resolve_targets` finds; `seed` decides its initial values.
+
+    shared_outer: as `kt_moe.SharedOuterLoraConfig` has it.
+    """
     from peft import LoraConfig, get_peft_model
 
+    from kt_moe.hf import SharedOuterLoraConfig
+
     modules = resolve_targets(model, targets)
-    config = LoraConfig(
+    config = (SharedOuterLoraConfig if shared_outer else LoraConfig)(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules, task_type="CAUSAL_LM"
     )
     torch.manual_seed(seed)

@@ -45,6 +45,7 @@ class Settings:
     eval_every: int | None
     assistant_only_loss: bool
     seed: int
+    shared_outer: bool
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Settings:
@@ -178,6 +179,8 @@ def _add_lora(add: Callable[..., Any]) -> None:
     add("--alpha", type=number(0), default=32.0, metavar="A", help="scaling is A / R; default: 32")
     add("--dropout", type=number(0, 1), default=0.0, metavar="P", help="default: 0")
     add("--targets", default="attention,experts", metavar="NAMES", help=targets)
+    shared = "one A of gate and up, and one B of down, for all experts of a layer"
+    add("--shared-outer", action="store_true", help=shared)
 
 
 def _add_training(add: Callable[..., Any]) -> None:
