@@ -289,6 +289,7 @@ def sharded(model, mesh):
     return fully_shard(model, mesh=mesh)
 
 
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="fully_shard needs it on the CPU")
 def test_models_that_fully_shard_shards(mesh):
     expected = logits(kt_moe.wrap(build()))
 
