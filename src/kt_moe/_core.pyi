@@ -30,12 +30,15 @@ def probe_nodes() -> list[dict[str, Any]]:
     """
 
 def quantized_types() -> dict[str, dict[str, Any]]:
-    """By format: scale, scale_rows, scale_cols and zero_points of weights quantised to it on loading."""
+    """By format: scale, scale_rows, scale_cols, zero_points and global_scale (whether there is one) of
+    weights that are quantised to it on loading.
+    """
 
 def matrix_bytes(
-    rows: int, cols: int, format: str, scale: str, scale_rows: int, scale_cols: int, zero_points: bool
-) -> int:
-    """Of a matrix in memory: codes, scales and zero points."""
+    rows: int, cols: int, format: str, scale: str, scale_rows: int, scale_cols: int, zero_points: bool,
+    global_scale: bool,
+) -> int:  # fmt: skip
+    """Of a matrix in memory: codes, scales, zero points and global scale."""
 
 @final
 class Runtime:
@@ -167,10 +170,11 @@ class Experts:
         """Where the weights lie, for as long as this object lives: for gate, up and down a dict for each
         slice of the intermediate dimension that has memory of its own (one: all of it).
 
-        first, last: the slice. rows, cols: of the stored matrix. format, scale: as in docs/formats.md, scale
-        "none" | "f32" | "bf16" | "e8m0". scale_rows, scale_cols: that share a scale, scale_cols at most cols.
-        codes_bytes, scales_bytes, zeros_bytes: of one expert's matrix. codes, scales, zeros: an address for
-        each expert, 0 where there is nothing.
+        first, last: the slice. rows, cols: of the stored matrix. code: "bf16" | "int8" | "int4" | "e4m3" |
+        "e2m1". scale: "none" | "f32" | "bf16" | "e8m0" | "e4m3". scale_rows, scale_cols: that share a scale,
+        scale_cols at most cols. codes_bytes, scales_bytes, zeros_bytes, global_scale_bytes: of one expert's
+        matrix. codes, scales, zeros, global_scale: an address for each expert, 0 where there is nothing.
+        divides: whether scales are divided by the global scale.
         """
     def bias(self, projection: str, into: Tensor | None) -> bool:
         """Whether a projection has a bias; it is written into a bf16 tensor [E, rows] if one is given."""

@@ -34,21 +34,22 @@ class LayerInfo:
     dtype: str
     """Of the weights, as the file names it: "BF16", "F8_E4M3", "I32", ..."""
     layout: str
-    """"per-expert" (tensors of its own for each), "fused" (of all experts), "fused, transposed", "fused,
-    interleaved", "fused, transposed, interleaved", "compressed-tensors", "gptq", "awq", "mxfp4" or "kt"; see
-    docs/formats.md."""
+    """"per-expert" (tensors of its own for each), "fused" (of all experts), "fused, transposed", "gptq", ...:
+    the first column of the table in docs/formats.md."""
     nbytes: int
     """Bytes of all experts in the files."""
     format: str
-    """How they are kept in memory as stored: "bf16", "int8", "int4", "fp8" or "mxfp4"."""
+    """How they are kept in memory as stored: one of `kt_moe.experts.FORMATS`."""
     scale_type: str
-    """Of the scales in memory: "none", "f32", "bf16" or "e8m0"."""
+    """Of the scales in memory: "none", "f32", "bf16", "e8m0" or "e4m3"."""
     scale_rows: int
     """Rows of gate that share a scale."""
     scale_cols: int
     """Columns of gate that share a scale; 0: all of a row."""
     zero_points: bool
     """Whether int4 codes have zero points of their own."""
+    global_scale: bool
+    """Whether an fp32 number scales the scales of each matrix."""
     biases: bool
     """Whether the projections have biases."""
     mappable: bool

@@ -33,8 +33,8 @@ class Experts:
         gate_bias, up_bias, down_bias: [E, I], [E, I] and [E, H], like the weights; None where there is none.
         activation: a name of `kt_moe.activations.ACTIVATIONS`, which has the formulas: "silu",
             h = silu(G) * U, or that of another family.
-        format: how the weights are kept in memory: "bf16", or quantised to "int8" (groups of 128), "int4"
-            (groups of 32), "fp8" (blocks of 128 x 128) or "mxfp4"; docs/formats.md has bytes and errors.
+        format: how the weights are kept in memory: "bf16", or quantised to another one of `FORMATS`, such as
+            "int8" or "int4"; docs/formats.md has their groups, bytes and errors.
         runtime: None means `default_runtime()`.
         placement: how experts are spread over the runtime's shards. "tensor": each has a slice of every
             expert. "expert": each has whole experts, computed there.

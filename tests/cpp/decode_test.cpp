@@ -80,11 +80,12 @@ std::vector<T> random_integers(std::size_t n, unsigned seed) {
 }
 
 // Every scale with every code: a row has all codes, and a scale (and zero point) of its own.
-void check_all_codes(const Codes& of, ScaleType kind, const void* scales, int count) {
+void check_all_codes(const Codes& of, ScaleType kind, const void* scales, int count, float global_scale = 1,
+                     bool divides = false) {
   std::vector<std::uint8_t> codes(256);
   for (std::size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<std::uint8_t>(i);
   const int cols = of.nibbles ? 512 : 256;
-  CodedRows src{count, cols, codes.data(), 0, kind, scales, 1, nullptr, cols};
+  CodedRows src{count, cols, codes.data(), 0, kind, scales, 1, nullptr, cols, global_scale, divides};
   check_same(of, src);
   if (of.type != CodeType::int4) return;
   const auto zeros = random_integers<std::uint8_t>(static_cast<std::size_t>(count), 1);
@@ -111,6 +112,12 @@ TEST_CASE("all codes with scales of all kinds: any sign, denormal, huge, infinit
     check_all_codes(of, ScaleType::bf16, bf16.data(), static_cast<int>(bf16.size()));
     check_all_codes(of, ScaleType::e8m0, e8m0.data(), static_cast<int>(e8m0.size()));
   }
+  std::vector<std::uint8_t> e4m3(256);
+  for (std::size_t i = 0; i < e4m3.size(); ++i) e4m3[i] = static_cast<std::uint8_t>(i);
+  for (const Codes& of : kAll)
+    for (const float global_scale : {1.0f, 0.37f, 3e-42f, 1e-30f, 2e38f})
+      for (const bool divides : {false, true})
+        check_all_codes(of, ScaleType::e4m3, e4m3.data(), 256, global_scale, divides);
   // One scale a call: above, some scale kept every call from what is faster and takes ordinary ones only.
   for (const Codes& of : {kInt8, kE4M3})
     for (const float& scale : f32) check_all_codes(of, ScaleType::f32, &scale, 1);
@@ -142,6 +149,22 @@ TEST_CASE("any number of columns, groups and strides; nothing is touched behind 
               check_same(of,
                          {kRows, cols, codes.data, stride, kind, from, scale_stride, zeros.data(), group});
           }
+      }
+}
+
+TEST_CASE("groups of 16 columns: codes, scales and what is decoded end with their pages") {
+  constexpr int kRows = 3, kGroup = 16;
+  for (int cols = 1; cols <= 130; ++cols)
+    for (const auto& [kind, size] : {std::pair{ScaleType::e4m3, 1}, {ScaleType::f32, 4}})
+      for (const int to_next : {0, 2}) {  // beyond the row's own scales
+        const int groups = (cols - 1) / kGroup + 1, row_bytes = (cols + 1) / 2, stride = row_bytes + 5;
+        EndOfPage<std::uint8_t> codes((kRows - 1) * stride + row_bytes);
+        EndOfPage<std::uint8_t> scales(((kRows - 1) * (groups + to_next) + groups) * size);
+        const auto random = random_integers<std::uint8_t>(4096, static_cast<unsigned>(cols));
+        std::copy_n(random.begin(), (kRows - 1) * stride + row_bytes, codes.data);
+        std::copy_n(random.rbegin(), ((kRows - 1) * (groups + to_next) + groups) * size, scales.data);
+        check_same(kE2M1, {kRows, cols, codes.data, stride, kind, scales.data, groups + to_next, nullptr,
+                           kGroup, 0.01f, to_next == 0});
       }
 }
 

@@ -11,6 +11,7 @@
 #include <string_view>
 #include <vector>
 
+#include "gemm/decode.h"
 #include "kernels/registry.h"
 #include "temp_files.h"
 #include "weights/expert_index.h"
@@ -44,41 +45,25 @@ inline const KernelSet& scalar() {
 }
 
 struct Memory {
-  std::vector<std::byte> codes, scales, zeros;
+  std::vector<std::byte> codes, scales, zeros, global_scale;
   MutableWeight weight;
 
   explicit Memory(MutableWeight w)
       : codes(static_cast<std::size_t>(w.codes_bytes())),
         scales(static_cast<std::size_t>(w.scales_bytes())),
         zeros(static_cast<std::size_t>(w.zeros_bytes())),
+        global_scale(static_cast<std::size_t>(w.global_scale_bytes())),
         weight(w) {
     weight.codes = codes.data(), weight.scales = scales.data();
     weight.zeros = zeros.empty() ? nullptr : zeros.data();
+    weight.global_scale = global_scale.empty() ? nullptr : global_scale.data();
   }
 };
 
 inline std::vector<bf16_t> decoded(const MutableWeight& m) {
   std::vector<bf16_t> out(static_cast<std::size_t>(m.rows * m.cols));
-  const DecodeKernels& kernels = scalar().decode;
-  for (index_t row = 0; row < m.rows; ++row) {
-    const std::byte* codes = m.codes + row * m.code_bytes(m.cols);
-    bf16_t* to = out.data() + row * m.cols;
-    if (m.type.format == Format::bf16) {
-      std::memcpy(to, codes, static_cast<std::size_t>(m.cols) * 2);
-      continue;
-    }
-    const index_t first = row / m.type.scale_rows * ceil_div(m.cols, m.group());
-    const CodedRows coded{1,
-                          static_cast<int>(m.cols),
-                          reinterpret_cast<const std::uint8_t*>(codes),
-                          0,
-                          m.type.scale,
-                          m.scales + first * size_of(m.type.scale),
-                          0,
-                          m.zeros ? reinterpret_cast<const std::uint8_t*>(m.zeros) + first : nullptr,
-                          static_cast<int>(m.group())};
-    kernels.from_codes[static_cast<int>(traits_of(m.type.format).codes)](coded, to, m.cols);
-  }
+  const Weight w = frozen(m);
+  decode(scalar(), whole(w), out.data(), m.cols);
   return out;
 }
 

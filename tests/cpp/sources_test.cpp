@@ -133,6 +133,9 @@ TEST_CASE("scales that are NaN, infinite or 0 are found") {
   CHECK_FALSE(found(ScaleType::e8m0, exponents));
   exponents[30] = 255;
   CHECK(found(ScaleType::e8m0, exponents) == 30);
+  CHECK_FALSE(found(ScaleType::e4m3, std::vector<std::uint8_t>{0, 0x7e, 0x80, 0xfe}));
+  CHECK(found(ScaleType::e4m3, std::vector<std::uint8_t>{1, 0x7f}) == 1);
+  CHECK(found(ScaleType::e4m3, std::vector<std::uint8_t>{0xff, 0x7f}) == 0);
 }
 
 TEST_CASE("every half is the same as fp32") {

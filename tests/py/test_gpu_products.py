@@ -23,6 +23,7 @@ from reference import ACTIVATIONS, LIMITS, dropout_masks
 from torch import Tensor
 
 import kt_moe
+from kt_moe.experts import FORMATS
 from kt_moe.gpu import products, torch_products
 from kt_moe.gpu.products import Groups, Matrices, Term
 from kt_moe.gpu.stored import StoredExperts, StoredPart
@@ -447,40 +448,45 @@ def test_tiles_are_as_large_as_groups(counts: list[int], block: int) -> None:
     assert Groups(counts).block_rows == block
 
 
-# Formats with their scales: rows and columns that share one, and bytes of zero points.
+# Codes with their scales: rows and columns that share one, bytes of zero points, what a global scale does.
 _STORED = [
-    ("bf16", "none", 1, 1, False),
-    ("int8", "f32", 1, 32, False),
-    ("int8", "f32", 1, 1000, False),
-    ("int4", "bf16", 1, 32, False),
-    ("int4", "f32", 1, 64, True),
-    ("int4", "bf16", 1, 1000, True),
-    ("fp8", "f32", 128, 128, False),
-    ("fp8", "bf16", 3, 16, False),
-    ("fp8", "f32", 1000, 1000, False),
-    ("mxfp4", "e8m0", 1, 32, False),
-    ("mxfp4", "e8m0", 1, 4, False),
-    ("int4", "f32", 2, 3, True),  # a byte has codes of two scales
+    ("bf16", "none", 1, 1, False, ""),
+    ("int8", "f32", 1, 32, False, ""),
+    ("int8", "f32", 1, 1000, False, ""),
+    ("int4", "bf16", 1, 32, False, ""),
+    ("int4", "f32", 1, 64, True, ""),
+    ("int4", "bf16", 1, 1000, True, ""),
+    ("e4m3", "f32", 128, 128, False, ""),
+    ("e4m3", "bf16", 3, 16, False, ""),
+    ("e4m3", "f32", 1000, 1000, False, ""),
+    ("e2m1", "e8m0", 1, 32, False, ""),
+    ("e2m1", "e8m0", 1, 4, False, ""),
+    ("e2m1", "e4m3", 1, 16, False, "multiplies"),
+    ("e2m1", "e4m3", 1, 16, False, "divides"),
+    ("int4", "f32", 2, 3, True, ""),  # a byte has codes of two scales
 ]
 # Results that are subnormal, overflow, or are not numbers.
 _SCALES = np.array([1.0, -0.37, 3e-3, 1e-38, 3e-39, 1e-45, 2e38, np.inf, np.nan], np.float32)
 
 
-@pytest.mark.parametrize(("format", "scale", "scale_rows", "scale_cols", "zeros"), _STORED)
+@pytest.mark.parametrize(("kind", "scale", "scale_rows", "scale_cols", "zeros", "whole"), _STORED)
 @pytest.mark.parametrize(("rows", "cols"), [(5, 96), (131, 45)])
 def test_dequantize_is_one_rounded_product(
-    code: Code, rows: int, cols: int, format: str, scale: str, scale_rows: int, scale_cols: int, zeros: bool
-) -> None:
+    code: Code, rows: int, cols: int, kind: str, scale: str, scale_rows: int, scale_cols: int, zeros: bool,
+    whole: str,
+) -> None:  # fmt: skip
     scale_rows, scale_cols = min(scale_rows, rows), min(scale_cols, cols)
     random = np.random.default_rng(rows)
-    packed = format in ("int4", "mxfp4")
-    row_bytes = (cols + 1) // 2 if packed else cols * (2 if format == "bf16" else 1)
+    packed = kind in ("int4", "e2m1")
+    row_bytes = (cols + 1) // 2 if packed else cols * (2 if kind == "bf16" else 1)
     blocks = -(-rows // scale_rows) * -(-cols // scale_cols) if scale != "none" else 0
-    sizes = [rows * row_bytes, blocks * {"none": 0, "f32": 4, "bf16": 2, "e8m0": 1}[scale], blocks * zeros]
+    scale_bytes = blocks * {"none": 0, "f32": 4, "bf16": 2, "e8m0": 1, "e4m3": 1}[scale]
+    sizes = [rows * row_bytes, scale_bytes, blocks * zeros, 4 if whole else 0]
     offsets = np.cumsum([64, *(-(-size // 64) * 64 for size in sizes)])
     part = StoredPart(0, 0, rows, cols, int(offsets[0]), int(offsets[1]) if sizes[1] else -1,
-                      int(offsets[2]) if zeros else -1, format, scale, scale_rows, scale_cols)  # fmt: skip
-    raw = random.integers(0, 256, (3, int(offsets[3])), dtype=np.uint8)
+                      int(offsets[2]) if zeros else -1, int(offsets[3]) if whole else -1, kind, scale,
+                      scale_rows, scale_cols, whole == "divides")  # fmt: skip
+    raw = random.integers(0, 256, (3, int(offsets[4])), dtype=np.uint8)
     for slot in raw:
         if scale in ("f32", "bf16"):
             of_block = random.choice(_SCALES, blocks)
@@ -488,11 +494,13 @@ def test_dequantize_is_one_rounded_product(
             slot[offsets[1] : offsets[1] + sizes[1]] = of_block
         elif scale == "e8m0":
             slot[offsets[1] : offsets[1] + 2] = 0, 255
+        if whole:
+            slot[offsets[3] : offsets[3] + 4] = random.random(1, np.float32).view(np.uint8)
         if zeros:
             slot[offsets[2] : offsets[2] + sizes[2]] = random.integers(0, 16, sizes[2])
     index = [2, 0]
-    whole = torch.zeros(2, rows + 2, cols + 5, dtype=torch.bfloat16, device=code.device)
-    out = whole[:, 1:-1, 3:-2]
+    margins = torch.zeros(2, rows + 2, cols + 5, dtype=torch.bfloat16, device=code.device)
+    out = margins[:, 1:-1, 3:-2]
 
     slots = torch.from_numpy(raw).to(code.device)
     code.dequantize(slots, torch.tensor(index, dtype=torch.int32, device=code.device), part, out)
@@ -500,34 +508,38 @@ def test_dequantize_is_one_rounded_product(
     truth = np.stack([decoded(raw[slot], part) for slot in index])
     bits = out.cpu().contiguous().view(torch.int16).numpy().view(np.uint16)
     np.testing.assert_array_equal(bits, truth)
-    whole[:, 1:-1, 3:-2] = 0
-    assert not whole.any(), "wrote beside the result"
+    margins[:, 1:-1, 3:-2] = 0
+    assert not margins.any(), "wrote beside the result"
 
 
 def decoded(slot: np.ndarray, part: StoredPart) -> np.ndarray:
     """The bits of bf16, from docs/formats.md, element by element."""
     rows, cols = part.rows, part.cols
-    if part.format == "bf16":
+    if part.code == "bf16":
         return slot[part.codes :][: 2 * rows * cols].view(np.uint16).reshape(rows, cols)
     i, j = np.indices((rows, cols))
     place = i // part.scale_rows * -(-cols // part.scale_cols) + j // part.scale_cols
-    if part.format in ("int4", "mxfp4"):
+    if part.code in ("int4", "e2m1"):
         code = slot[part.codes + i * ((cols + 1) // 2) + j // 2] >> 4 * (j % 2) & 15
     else:
         code = slot[part.codes + i * cols + j]
     code = code.astype(np.int64)
-    if part.format == "int8":
+    e4m3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+    if part.code == "int8":
         value = np.where(code < 128, code, code - 256).astype(np.float32)
-    elif part.format == "int4":
+    elif part.code == "int4":
         value = (code - (slot[part.zeros + place] if part.zeros >= 0 else 8)).astype(np.float32)
-    elif part.format == "fp8":
-        value = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()[code]
+    elif part.code == "e4m3":
+        value = e4m3[code]
     else:
         numbers = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
         value = np.concatenate((numbers, -numbers))[code]
     if part.scale == "e8m0":
         exponent = slot[part.scales + place].astype(np.float64)
         factor = np.where(exponent == 255, np.nan, 2.0 ** (exponent - 127)).astype(np.float32)
+    elif part.scale == "e4m3":
+        factor, whole = e4m3[slot[part.scales + place]], slot[part.global_scale :][:4].view(np.float32)
+        factor = factor / whole if part.divides else factor * whole
     elif part.scale == "bf16":
         bits = slot[part.scales :][: 2 * (int(place.max()) + 1)].view(np.uint16)[place]
         factor = (bits.astype(np.uint32) << 16).view(np.float32)
@@ -537,7 +549,7 @@ def decoded(slot: np.ndarray, part: StoredPart) -> np.ndarray:
         return rounded(value * factor)
 
 
-@pytest.mark.parametrize("format", ["bf16", "int8", "int4", "fp8", "mxfp4"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_dequantize_is_what_experts_multiply_by(code: Code, format: str) -> None:
     random = torch.Generator().manual_seed(0)
     weights = [torch.randn(2, *s, generator=random).bfloat16() for s in ((96, 160), (96, 160), (160, 96))]

@@ -17,11 +17,18 @@ namespace kt {
 enum class Format : std::uint8_t { bf16, int8, int4, fp8, mxfp4 };
 
 // By ScaleType.
-inline constexpr std::array<std::string_view, 4> scale_names{"none", "f32", "bf16", "e8m0"};
-inline constexpr std::array<index_t, 4> scale_sizes{0, 4, 2, 1};
+inline constexpr std::array<std::string_view, 5> scale_names{"none", "f32", "bf16", "e8m0", "e4m3"};
+inline constexpr std::array<index_t, 5> scale_sizes{0, 4, 2, 1, 1};
 
 constexpr std::string_view name_of(ScaleType type) { return scale_names[static_cast<std::size_t>(type)]; }
 constexpr index_t size_of(ScaleType type) { return scale_sizes[static_cast<std::size_t>(type)]; }
+
+inline constexpr std::array<std::string_view, kCodeTypes> code_names{"bf16", "int8", "int4", "e4m3", "e2m1"};
+
+constexpr std::string_view name_of(CodeType type) { return code_names[static_cast<std::size_t>(type)]; }
+
+// What the scales of a matrix are scaled by: one fp32 number, by which each is multiplied or divided.
+enum class GlobalScale : std::uint8_t { none, multiplies, divides };
 
 // What matrices of one format may differ in.
 struct WeightType {
@@ -29,6 +36,7 @@ struct WeightType {
   ScaleType scale = ScaleType::none;
   index_t scale_rows = 1, scale_cols = 0;  // of the block that shares a scale; 0: all columns
   bool zero_points = false;                // int4: a byte for each scale; without them the zero point is 8
+  GlobalScale global_scale = GlobalScale::none;
 
   bool operator==(const WeightType&) const = default;
 };
@@ -63,7 +71,7 @@ template <class Byte>
 struct WeightAt {
   WeightType type;
   index_t rows = 0, cols = 0;
-  Byte *codes = nullptr, *scales = nullptr, *zeros = nullptr;
+  Byte *codes = nullptr, *scales = nullptr, *zeros = nullptr, *global_scale = nullptr;
 
   // The columns that share a scale; 1 where there are none.
   index_t group() const {
@@ -77,12 +85,15 @@ struct WeightAt {
   index_t codes_bytes() const { return rows * code_bytes(cols); }
   index_t scales_bytes() const { return scale_count() * size_of(type.scale); }
   index_t zeros_bytes() const { return type.zero_points ? scale_count() : 0; }
-  index_t bytes() const { return codes_bytes() + scales_bytes() + zeros_bytes(); }
+  index_t global_scale_bytes() const { return type.global_scale == GlobalScale::none ? 0 : 4; }
+  index_t bytes() const { return codes_bytes() + scales_bytes() + zeros_bytes() + global_scale_bytes(); }
 };
 
 using Weight = WeightAt<const std::byte>;
 using MutableWeight = WeightAt<std::byte>;
 
-inline Weight frozen(const MutableWeight& w) { return {w.type, w.rows, w.cols, w.codes, w.scales, w.zeros}; }
+inline Weight frozen(const MutableWeight& w) {
+  return {w.type, w.rows, w.cols, w.codes, w.scales, w.zeros, w.global_scale};
+}
 
 }  // namespace kt

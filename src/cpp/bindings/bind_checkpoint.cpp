@@ -59,6 +59,7 @@ py::dict layer(const kt::ExpertIndex& index, int number) {
   out["scale_rows"] = gate.scale_rows;
   out["scale_cols"] = gate.scale_cols;
   out["zero_points"] = gate.zero_points;
+  out["global_scale"] = gate.global_scale != kt::GlobalScale::none;
   py::dict memory;
   for (const kt::Projection p : kt::projections)
     memory[py::str(std::string(kt::name_of(p)))] = info.num_experts * info.matrix(p).bytes();

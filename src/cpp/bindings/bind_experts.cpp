@@ -156,11 +156,13 @@ py::dict stored_slice(const ExpertWeights& w, Projection p, std::size_t part, Ra
   const Weight& any = matrices.front();
   using namespace py::literals;
   return py::dict("first"_a = slice.begin, "last"_a = slice.end, "rows"_a = any.rows, "cols"_a = any.cols,
-                  "format"_a = name_of(any.type.format), "scale"_a = name_of(any.type.scale),
+                  "code"_a = name_of(traits_of(any.type.format).codes), "scale"_a = name_of(any.type.scale),
                   "scale_rows"_a = any.type.scale_rows, "scale_cols"_a = any.group(),
                   "codes_bytes"_a = any.codes_bytes(), "scales_bytes"_a = any.scales_bytes(),
-                  "zeros_bytes"_a = any.zeros_bytes(), "codes"_a = addresses(&Weight::codes),
-                  "scales"_a = addresses(&Weight::scales), "zeros"_a = addresses(&Weight::zeros));
+                  "zeros_bytes"_a = any.zeros_bytes(), "global_scale_bytes"_a = any.global_scale_bytes(),
+                  "codes"_a = addresses(&Weight::codes), "scales"_a = addresses(&Weight::scales),
+                  "zeros"_a = addresses(&Weight::zeros), "global_scale"_a = addresses(&Weight::global_scale),
+                  "divides"_a = any.type.global_scale == GlobalScale::divides);
 }
 
 // For gate, up and down: the slices that are not empty. Addresses never change.
@@ -219,24 +221,26 @@ py::dict quantized_types() {
   py::dict types;
   for (const FormatTraits& row : formats) {
     const WeightType& type = row.quantized;
-    types[py::str(std::string(row.name))] =
-        py::dict("scale"_a = name_of(type.scale), "scale_rows"_a = type.scale_rows,
-                 "scale_cols"_a = type.scale_cols, "zero_points"_a = type.zero_points);
+    types[py::str(std::string(row.name))] = py::dict(
+        "scale"_a = name_of(type.scale), "scale_rows"_a = type.scale_rows, "scale_cols"_a = type.scale_cols,
+        "zero_points"_a = type.zero_points, "global_scale"_a = type.global_scale != GlobalScale::none);
   }
   return types;
 }
 
 ScaleType scale_from(std::string_view name) {
   const auto at = std::ranges::find(scale_names, name);
-  KT_CHECK(at != scale_names.end(), "scale is \"{}\", wanted none, f32, bf16 or e8m0", name);
+  KT_CHECK(at != scale_names.end(), "scale is \"{}\", wanted none, f32, bf16, e8m0 or e4m3", name);
   return static_cast<ScaleType>(at - scale_names.begin());
 }
 
 index_t matrix_bytes(index_t rows, index_t cols, const std::string& format, const std::string& scale,
-                     index_t scale_rows, index_t scale_cols, bool zero_points) {
+                     index_t scale_rows, index_t scale_cols, bool zero_points, bool global_scale) {
   KT_CHECK(rows >= 0 && cols >= 0 && scale_rows > 0 && scale_cols >= 0,
            "a matrix of {} x {} with scales for {} x {} is none", rows, cols, scale_rows, scale_cols);
-  const WeightType type{format_from(format), scale_from(scale), scale_rows, scale_cols, zero_points};
+  const WeightType type{format_from(format), scale_from(scale),
+                        scale_rows,          scale_cols,
+                        zero_points,         global_scale ? GlobalScale::multiplies : GlobalScale::none};
   return Weight{type, rows, cols}.bytes();
 }
 
@@ -248,7 +252,8 @@ void bind_experts(py::module_& m) {
   using kt::Experts;
   m.def("quantized_types", &kt::quantized_types);
   m.def("matrix_bytes", &kt::matrix_bytes, py::arg("rows"), py::arg("cols"), py::arg("format"),
-        py::arg("scale"), py::arg("scale_rows"), py::arg("scale_cols"), py::arg("zero_points"));
+        py::arg("scale"), py::arg("scale_rows"), py::arg("scale_cols"), py::arg("zero_points"),
+        py::arg("global_scale"));
   py::class_<Experts, std::shared_ptr<Experts>>(m, "Experts")
       .def_static("from_tensors", &kt::from_tensors, py::arg("gate"), py::arg("up"), py::arg("down"),
                   py::arg("gate_bias"), py::arg("up_bias"), py::arg("down_bias"), py::arg("activation"),

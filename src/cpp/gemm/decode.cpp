@@ -25,6 +25,8 @@ CodedRows coded(const WeightBlock& run) {
   const MatView codes = codes_of(run);
   const index_t group = w.group(), groups = ceil_div(w.cols, group);
   const index_t scale = run.rows.begin / w.type.scale_rows * groups + run.cols.begin / group;
+  float global_scale = 1;
+  if (w.global_scale != nullptr) std::memcpy(&global_scale, w.global_scale, sizeof global_scale);
   return {static_cast<int>(run.rows.size()),
           static_cast<int>(run.cols.size()),
           static_cast<const std::uint8_t*>(codes.data),
@@ -33,7 +35,9 @@ CodedRows coded(const WeightBlock& run) {
           w.scales + scale * size_of(w.type.scale),
           w.type.scale_rows == 1 ? groups : 0,
           w.zeros == nullptr ? nullptr : reinterpret_cast<const std::uint8_t*>(w.zeros) + scale,
-          static_cast<int>(group)};
+          static_cast<int>(group),
+          global_scale,
+          w.type.global_scale == GlobalScale::divides};
 }
 
 void decode(const KernelSet& kernels, const WeightBlock& block, bf16_t* to, index_t stride) {

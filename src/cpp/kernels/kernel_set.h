@@ -101,7 +101,10 @@ struct CodedRows {
   const void* scales;      // of the first column's group
   ptrdiff_t scale_stride;  // in scales, from one row's to the next one's; 0: all rows have the same
   const uint8_t* zeros;    // int4: zero points, where the scales lie; null: 8
-  int group;               // columns that share a scale: at least `cols`, or a multiple of 32
+  int group;  // columns that share a scale: at least `cols`, a multiple of 32, or with e2m1 codes 16
+  // e4m3 scales: what each is multiplied or divided by.
+  float global_scale = 1;
+  bool divides = false;
 };
 
 // The same where W is codes, decoded in registers: bit for bit the product with what DecodeCodes makes of

@@ -89,6 +89,14 @@ std::optional<index_t> bad_float(const std::byte* scales, index_t count, Bits in
   return i;
 }
 
+// The first byte that is `bad` under a mask.
+std::optional<index_t> bad_code(const std::byte* scales, index_t count, unsigned mask, unsigned bad) {
+  const auto* at = std::find_if(scales, scales + count,
+                                [&](std::byte x) { return (static_cast<unsigned>(x) & mask) == bad; });
+  if (at == scales + count) return std::nullopt;
+  return at - scales;
+}
+
 }  // namespace
 
 void transpose(const std::uint16_t* src, index_t src_stride, index_t src_step, index_t rows, index_t cols,
@@ -173,11 +181,10 @@ std::optional<index_t> bad_scale(ScaleType type, const std::byte* scales, index_
     case ScaleType::none: return std::nullopt;
     case ScaleType::f32: return bad_float<std::uint32_t>(scales, count, 0x7f800000u);
     case ScaleType::bf16: return bad_float<std::uint16_t>(scales, count, 0x7f80u);
-    case ScaleType::e8m0: break;
+    case ScaleType::e4m3: return bad_code(scales, count, 0x7f, 0x7f);
+    case ScaleType::e8m0: return bad_code(scales, count, 0xff, 0xff);
   }
-  const auto* at = static_cast<const std::byte*>(std::memchr(scales, 255, static_cast<std::size_t>(count)));
-  if (at == nullptr) return std::nullopt;
-  return at - scales;
+  return std::nullopt;
 }
 
 }  // namespace kt

@@ -45,6 +45,7 @@ void copy_part(const Weight& from, Projection p, Range slice, const MutableWeigh
   };
   copy_each(from.scales, size_of(from.type.scale), into.scales);
   if (into.zeros_bytes() > 0) copy_each(from.zeros, 1, into.zeros);
+  copy_rows(from.global_scale, into.global_scale_bytes(), 1, into.global_scale_bytes(), into.global_scale);
 }
 
 }  // namespace kt

@@ -14,7 +14,8 @@ namespace kt {
 // every slice.
 index_t cut_align(const std::array<WeightType, 3>& types, index_t intermediate);
 
-// Codes, scales and zero points of a slice of a matrix, which is cut where it may be. `into` has its shape.
+// Codes, scales and zero points of a slice of a matrix, which is cut where it may be, and its global scale.
+// `into` has its shape.
 void copy_part(const Weight& from, Projection p, Range slice, const MutableWeight& into);
 
 }  // namespace kt

@@ -35,9 +35,9 @@ struct ExpertList {
 enum class Encoding : std::uint8_t { any, plain, packed, gptq, mxfp4, kt };
 
 // What a tensor is to its matrix. order: the group of each column; unused: scales of activations.
-enum class Role : std::uint8_t { weight, scale, zeros, shape, order, bias, unused };
+enum class Role : std::uint8_t { weight, scale, global_scale, zeros, shape, order, bias, unused };
 
-inline constexpr std::size_t kRoleCount = 7;
+inline constexpr std::size_t kRoleCount = 8;
 
 // The end of a tensor's name.
 struct Tail {

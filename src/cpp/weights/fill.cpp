@@ -66,6 +66,7 @@ MutableWeight in_scratch(MutableWeight w, Arena& scratch) {
   w.codes = take(w.codes_bytes());
   w.scales = take(w.scales_bytes());
   w.zeros = take(w.zeros_bytes());
+  w.global_scale = take(w.global_scale_bytes());
   return w;
 }
 

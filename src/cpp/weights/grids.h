@@ -20,7 +20,9 @@ inline float round_even(float x) {
 
 // nearest(x): the closest number, ties to even. code(x): its code. unit(peak): the scale that brings the
 // largest weight to the end of the numbers; factors: how much of that scale is tried, because a finer grid
-// may be worth a few weights out of range. takes(type): which scales a matrix may have.
+// may be worth a few weights out of range. Where the numbers are as fine at any scale, or the format has a
+// rule, there is instead scale_of(peak, global scale), and where there are global scales, global_scale_of(the
+// matrix's peak). takes(type): which scales a matrix may have.
 
 template <int N>
 struct Integers {  // -N to N - 1; the longer side is for the peak, whatever its sign
@@ -91,10 +93,20 @@ struct E4M3 : SmallFloat<3, -6> {
            ((t.scale_rows == 1 && t.scale_cols == 0) || (t.scale_rows == 128 && t.scale_cols == 128));
   }
   static constexpr float kLargest = 448;
+  static float scale_of(float peak, float) {
+    const float scale = peak / kLargest;
+    return scale == 0 ? 1 : scale;
+  }
   static std::uint8_t code(float x) {
     return static_cast<std::uint8_t>(code_of(nearest(x, kLargest)) |
                                      (std::bit_cast<std::int32_t>(x) >> 24 & 0x80));
   }
 };
+
+template <class... Grid>
+struct List {};
+
+// By Format, from int8 on: none is quantised to bf16.
+using All = List<Int8, Int4, E4M3, E2M1>;
 
 }  // namespace kt::grids

@@ -28,9 +28,15 @@ struct LayerPlan {
       next += padded_bytes(shape(before));
     }
     MutableWeight w = shape(p);
-    w.codes = next;
-    if (w.scales_bytes() > 0) w.scales = next += padded(w.codes_bytes());
-    if (w.zeros_bytes() > 0) w.zeros = next + padded(w.scales_bytes());
+    const auto take = [&](index_t bytes) {
+      std::byte* part = next;
+      next += padded(bytes);
+      return bytes > 0 ? part : nullptr;
+    };
+    w.codes = take(w.codes_bytes());
+    w.scales = take(w.scales_bytes());
+    w.zeros = take(w.zeros_bytes());
+    w.global_scale = take(w.global_scale_bytes());
     return w;
   }
   // Of all experts: what they take where they lie, and what of it are weights and scales.
@@ -53,7 +59,8 @@ struct LayerPlan {
  private:
   static index_t padded(index_t bytes) { return round_up(bytes, 64); }
   static index_t padded_bytes(const MutableWeight& w) {
-    return padded(w.codes_bytes()) + padded(w.scales_bytes()) + padded(w.zeros_bytes());
+    return padded(w.codes_bytes()) + padded(w.scales_bytes()) + padded(w.zeros_bytes()) +
+           padded(w.global_scale_bytes());
   }
 };
 

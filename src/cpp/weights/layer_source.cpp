@@ -154,10 +154,7 @@ void round_rows(const DecodeKernels& decode, const MatView& from, bf16_t* to) {
 }
 
 std::unique_ptr<const LayerSource> open_source(LayerTensors tensors) {
-  // By Encoding. The weights' own tail always has one, so that none is left open.
-  static constexpr decltype(&open_plain) kOpen[] = {nullptr,   open_plain, open_packed,
-                                                    open_gptq, open_mxfp4, open_kt};
-  return kOpen[static_cast<std::size_t>(tensors.encoding())](std::move(tensors));
+  return opener_of(tensors)(std::move(tensors));
 }
 
 }  // namespace kt

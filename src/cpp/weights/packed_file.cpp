@@ -33,7 +33,7 @@ constexpr std::size_t kHeaderBytes = 4096;  // a page, so that the weights begin
 struct TypeOnDisk {
   std::uint32_t format, scale;
   std::int64_t scale_rows, scale_cols;
-  std::uint64_t zero_points;
+  std::uint32_t zero_points, global_scale;
 };
 
 struct Header {
@@ -62,8 +62,12 @@ Header header_of(const PackedLayer& layer) {
   h.num_experts = plan.num_experts, h.hidden = plan.hidden, h.intermediate = plan.intermediate;
   for (std::size_t i = 0; i < plan.types.size(); ++i) {
     const WeightType& t = plan.types[i];
-    h.types[i] = {static_cast<std::uint32_t>(t.format), static_cast<std::uint32_t>(t.scale), t.scale_rows,
-                  t.scale_cols, t.zero_points};
+    h.types[i] = {static_cast<std::uint32_t>(t.format),
+                  static_cast<std::uint32_t>(t.scale),
+                  t.scale_rows,
+                  t.scale_cols,
+                  t.zero_points,
+                  static_cast<std::uint32_t>(t.global_scale)};
     h.errors[i] = {layer.errors[i].error, layer.errors[i].norm};
   }
   h.weights_bytes = static_cast<std::uint64_t>(plan.bytes());

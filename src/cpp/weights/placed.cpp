@@ -37,6 +37,7 @@ void page_in(Placed& placed) {
       read_ahead(w.codes, w.codes_bytes());
       read_ahead(w.scales, w.scales_bytes());
       read_ahead(w.zeros, w.zeros_bytes());
+      read_ahead(w.global_scale, w.global_scale_bytes());
     }
   };
 }

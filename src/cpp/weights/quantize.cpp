@@ -5,10 +5,10 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <type_traits>
 #include <vector>
 
 #include "base/error.h"
+#include "gemm/decode.h"
 #include "weights/grids.h"
 
 namespace kt {
@@ -77,6 +77,7 @@ void store_scale(const MutableWeight& into, index_t place, float scale) {
       break;
     }
     case ScaleType::e8m0: *to = static_cast<std::byte>(bits >> 23); break;
+    case ScaleType::e4m3: *to = static_cast<std::byte>(grids::E4M3::code(scale)); break;
     default: std::memcpy(to, &bits, sizeof bits);
   }
 }
@@ -118,18 +119,35 @@ float best_scale(const float* weights, index_t n, ScaleType type, std::vector<fl
   return best;
 }
 
+template <class Grid>
+constexpr bool kByPeak = requires { &Grid::scale_of; };  // else by the error
+template <class Grid>
+constexpr bool kGlobalScale = requires { &Grid::global_scale_of; };
+
+// Chosen for all of a matrix and written to it; 1 where the format has none.
+template <class Grid>
+float choose_global_scale(const MutableWeight& into, Rows& rows) {
+  float scale = 1;
+  if constexpr (kGlobalScale<Grid>) {
+    float peak = 0;
+    for (index_t i = 0; i < into.rows; ++i) peak = std::max(peak, std::fabs(peak_of(rows(i), into.cols)));
+    scale = Grid::global_scale_of(peak);
+    std::memcpy(into.global_scale, &scale, sizeof scale);
+  }
+  return scale;
+}
+
 // The scales of a row, and of the rows that share them.
 template <class Grid>
 class Scales {
  public:
   Scales(const MutableWeight& into, Rows& rows)
-      : into_(into), rows_(rows), scales_(static_cast<std::size_t>(ceil_div(into.cols, into.group()))) {}
+      : into_(into),
+        rows_(rows),
+        global_scale_(choose_global_scale<Grid>(into, rows)),
+        scales_(static_cast<std::size_t>(ceil_div(into.cols, into.group()))) {}
 
   float of_group(index_t group) const { return scales_[static_cast<std::size_t>(group)]; }
-  index_t place(index_t row, index_t group) const {
-    return row / into_.type.scale_rows * std::ssize(scales_) + group;
-  }
-
   // For `row` and those behind it that share its scales.
   void choose(index_t row) {
     const index_t end = std::min(row + into_.type.scale_rows, into_.rows);
@@ -137,20 +155,18 @@ class Scales {
     for (index_t i = row; i < end; ++i) look_at(rows_(i));
     for (index_t g = 0; g < std::ssize(scales_); ++g) {
       float& scale = scales_[static_cast<std::size_t>(g)];
-      if constexpr (kByPeak) scale /= grids::E4M3::kLargest;
-      if (scale == 0) scale = 1;
-      store_scale(into_, place(row, g), scale);
+      if constexpr (kByPeak<Grid>) scale = Grid::scale_of(scale, global_scale_);
+      store_scale(into_, row / into_.type.scale_rows * std::ssize(scales_) + g, scale);
+      scale *= global_scale_;
     }
   }
 
  private:
-  static constexpr bool kByPeak = std::is_same_v<Grid, grids::E4M3>;  // its numbers are as fine at any scale
-
   void look_at(const float* weights) {
     for (index_t begin = 0, g = 0; begin < into_.cols; begin += into_.group(), ++g) {
       const index_t n = std::min(into_.group(), into_.cols - begin);
       float& scale = scales_[static_cast<std::size_t>(g)];
-      if constexpr (kByPeak)
+      if constexpr (kByPeak<Grid>)
         scale = std::max(scale, std::fabs(peak_of(weights + begin, n)));
       else
         scale = best_scale<Grid>(weights + begin, n, into_.type.scale, relative_);
@@ -159,6 +175,7 @@ class Scales {
 
   const MutableWeight& into_;
   Rows& rows_;
+  float global_scale_;
   std::vector<float> scales_, relative_;
 };
 
@@ -191,7 +208,7 @@ QuantError error_of(const float* weights, const bf16_t* decoded, index_t n) {
 
 template <class Grid>
 QuantError quantize_as(const KernelSet& kernels, const MatView& source, const MutableWeight& into) {
-  const FormatTraits& traits = traits_of(into.type.format);
+  const Weight coded = frozen(into);
   const index_t cols = into.cols, group = into.group(), row_bytes = into.code_bytes(cols);
   Rows rows(source);
   Scales<Grid> scales(into, rows);
@@ -204,15 +221,12 @@ QuantError quantize_as(const KernelSet& kernels, const MatView& source, const Mu
     for (index_t begin = 0, g = 0; begin < cols; begin += group, ++g)
       encode<Grid>(weights + begin, std::min(group, cols - begin), scales.of_group(g), codes.data() + begin);
     std::byte* to = into.codes + row * row_bytes;
-    if (traits.bits == 4)
+    if (traits_of(into.type.format).bits == 4)
       pack_pairs(codes.data(), row_bytes, to);
     else
       std::memcpy(to, codes.data(), static_cast<std::size_t>(row_bytes));
 
-    kernels.decode.from_codes[static_cast<int>(traits.codes)](
-        {1, static_cast<int>(cols), reinterpret_cast<const std::uint8_t*>(to), 0, into.type.scale,
-         into.scales + scales.place(row, 0) * size_of(into.type.scale), 0, nullptr, static_cast<int>(group)},
-        decoded.data(), cols);
+    decode(kernels, {&coded, {row, row + 1}, {0, cols}}, decoded.data(), cols);
     const QuantError of_row = error_of(weights, decoded.data(), cols);
     total.error += of_row.error;
     total.norm += of_row.norm;
@@ -225,16 +239,13 @@ struct Quantizer {
   QuantError (*quantize)(const KernelSet& kernels, const MatView& source, const MutableWeight& into);
 };
 
-template <class Grid>
-constexpr Quantizer quantizer{&Grid::takes, &quantize_as<Grid>};
+template <class... Grid>
+constexpr std::array<Quantizer, sizeof...(Grid) + 1> by_format(grids::List<Grid...>) {
+  return {{{nullptr, nullptr}, {&Grid::takes, &quantize_as<Grid>}...}};
+}
 
-// By Format.
-constexpr Quantizer kQuantizers[] = {{nullptr, nullptr},
-                                     quantizer<grids::Int8>,
-                                     quantizer<grids::Int4>,
-                                     quantizer<grids::E4M3>,
-                                     quantizer<grids::E2M1>};
-static_assert(std::size(kQuantizers) == formats.size());
+constexpr auto kQuantizers = by_format(grids::All{});
+static_assert(kQuantizers.size() == formats.size());
 
 }  // namespace
 
@@ -244,7 +255,9 @@ QuantError quantize(const KernelSet& kernels, const MatView& source, const Mutab
   KT_CHECK(source.rows == into.rows && source.cols == into.cols,
            "weights to quantise are {} x {}, wanted {} x {}", source.rows, source.cols, into.rows, into.cols);
   const Quantizer& to = kQuantizers[static_cast<std::size_t>(into.type.format)];
-  KT_CHECK(to.takes != nullptr && !into.type.zero_points && to.takes(into.type),
+  KT_CHECK(to.takes != nullptr && !into.type.zero_points &&
+               into.type.global_scale == traits_of(into.type.format).quantized.global_scale &&
+               to.takes(into.type),
            "cannot quantise to {} with scales for {} x {}", name_of(into.type.format), into.type.scale_rows,
            into.type.scale_cols);
   return to.quantize(kernels, source, into);

@@ -14,13 +14,10 @@ struct QuantError {
   double error = 0, norm = 0;
 };
 
-// Fills all of `into` from a bf16 or fp32 matrix of its shape. Its type may be
-//   int8   with f32 scales for a row or a multiple of 32 of its columns,
-//   int4   with bf16 scales for 32, 64 or 128 columns of a row, without zero points,
-//   fp8    with f32 scales for a row or 128 x 128,
-//   mxfp4  with E8M0 scales for 32 columns of a row.
-// Where all weights of a scale are zero, it is 1. ValueError for other types and shapes, and for a weight
-// that is not finite (naming its row and column).
+// Fills all of `into` from a bf16 or fp32 matrix of its shape. Its type is the format's own in the table of
+// base/weight.h, or another one that the format's grid takes (grids.h). Where all weights of a scale are
+// zero, it is 1. ValueError for other types and shapes, and for a weight that is not finite (naming its row
+// and column).
 QuantError quantize(const KernelSet& kernels, const MatView& source, const MutableWeight& into);
 
 }  // namespace kt

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <utility>
 
@@ -39,6 +40,12 @@ class RowsSource final : public LayerSource {
     check_order(expert, p, scratch);
     read_codes(expert, p, into, scratch, decode);
     if (into.type.scale != ScaleType::none) read_scales(expert, p, into, scratch);
+    if (into.global_scale_bytes() > 0) {
+      const Entry& entry = tensors().at(expert, p, Role::global_scale);
+      tensors().checkpoint().read(entry, 0,
+                                  {into.global_scale, static_cast<std::size_t>(into.global_scale_bytes())});
+      check_global_scale(entry, expert, into.global_scale);
+    }
     if (into.type.zero_points) {
       const index_t groups = ceil_div(into.cols, into.group());
       const auto words = tensors().read<std::uint32_t>(tensors().at(expert, p, Role::zeros), scratch);
@@ -77,6 +84,13 @@ class RowsSource final : public LayerSource {
       read_rows(entry, expert, rows, scale_row_bytes(into), 0, rows.rows, into.scales, scratch);
     }
     check_scales(entry, expert, frozen(into));
+  }
+
+  void check_global_scale(const Entry& entry, int expert, const std::byte* scale) const {
+    float found;
+    std::memcpy(&found, scale, sizeof found);
+    if (!(found > 0) || !std::isfinite(found))
+      tensors().fail(entry, "of expert {} is {}, wanted a positive and finite number", expert, found);
   }
 
   // compressed-tensors writes the matrix's shape beside its words.
@@ -126,6 +140,11 @@ class RowsSource final : public LayerSource {
     if (m.type.scale != ScaleType::none) {
       mapped.scales = place(scale(expert, p), scale_plane(p, m), scale_row_bytes(m));
       check_scales(scale(expert, p), expert, mapped);
+    }
+    if (m.global_scale_bytes() > 0) {
+      const Entry& entry = tensors().at(expert, p, Role::global_scale);
+      mapped.global_scale = tensors().checkpoint().map(entry).data();
+      check_global_scale(entry, expert, mapped.global_scale);
     }
     return mapped;
   }

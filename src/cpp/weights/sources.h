@@ -25,6 +25,13 @@ SourcePointer open_mxfp4(LayerTensors tensors);
 // Files that kt-kernel writes: int8 or int4 in tiles.
 SourcePointer open_kt(LayerTensors tensors);
 
+// Which of them reads a layer. The weights' own tail has an encoding, so that it is not `any`.
+inline auto* opener_of(const LayerTensors& tensors) {
+  constexpr decltype(&open_plain) kByEncoding[] = {nullptr,   open_plain, open_packed,
+                                                   open_gptq, open_mxfp4, open_kt};
+  return kByEncoding[static_cast<std::size_t>(tensors.encoding())];
+}
+
 // Rows of codes and rows of scales, each a row of the tensor; gate and up may alternate in fused ones.
 SourcePointer rows_source(LayerTensors tensors, LayerInfo info, bool interleaved);
 

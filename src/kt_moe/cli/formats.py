@@ -13,9 +13,10 @@ class WeightType:
 
     Args:
         format: one of `kt_moe.experts.FORMATS`.
-        scale: type of a scale: "none", "f32", "bf16" or "e8m0".
+        scale: type of a scale: "none", "f32", "bf16", "e8m0" or "e4m3".
         scale_rows, scale_cols: of the block that shares a scale; 0 columns: the whole row.
         zero_points: a byte for each scale.
+        global_scale: an fp32 that scales the scales of the matrix.
     """
 
     format: str
@@ -23,6 +24,7 @@ class WeightType:
     scale_rows: int = 1
     scale_cols: int = 0
     zero_points: bool = False
+    global_scale: bool = False
 
     def nbytes(self, rows: int, cols: int) -> int:
         """Of a [rows, cols] matrix; a row of codes begins on a byte."""
@@ -35,7 +37,8 @@ class WeightType:
         if self.scale_rows == 1 and self.scale_cols:
             block = str(self.scale_cols)
         zeros = " and zero points" if self.zero_points else ""
-        return f"{self.format}, {self.scale} scales{zeros} per {block}"
+        whole = ", an f32 scale per matrix" if self.global_scale else ""
+        return f"{self.format}, {self.scale} scales{zeros} per {block}{whole}"
 
 
 # What weights are quantised to on loading.

@@ -174,7 +174,9 @@ def describe(found: Findings) -> str:
 
 
 def _paragraph(info: LayerInfo, layers: list[int]) -> list[str]:
-    kind = WeightType(info.format, info.scale_type, info.scale_rows, info.scale_cols, info.zero_points)
+    kind = WeightType(
+        info.format, info.scale_type, info.scale_rows, info.scale_cols, info.zero_points, info.global_scale
+    )
     sizes = dict(info.memory_bytes)
     if info.biases:
         sizes["biases"] = bias_bytes(info.num_experts, info.hidden_size, info.intermediate_size)

@@ -26,7 +26,8 @@ class StoredPart(NamedTuple):
     """One matrix of an expert in a slot, or one shard's slice of it. docs/formats.md has the formats.
 
     Codes, scales and zero points are row-major, and a row of codes begins on a byte; there are
-    ceil(rows / scale_rows) x ceil(cols / scale_cols) scales and as many zero points.
+    ceil(rows / scale_rows) x ceil(cols / scale_cols) scales and as many zero points, and of each matrix one
+    global scale (fp32).
     """
 
     projection: int
@@ -41,18 +42,24 @@ class StoredPart(NamedTuple):
     """The same; -1 where there are none."""
     zeros: int
     """The same, of a byte for each scale; -1 where there are none (the zero point of int4 is 8 then)."""
-    format: str
-    """"bf16", "int8", "int4", "fp8" or "mxfp4"."""
+    global_scale: int
+    """The same, of the fp32 by which scales are multiplied, or divided; -1 where there is none."""
+    code: str
+    """"bf16", "int8", "int4", "e4m3" or "e2m1"."""
     scale: str
-    """"none", "f32", "bf16" or "e8m0"."""
+    """"none", "f32", "bf16", "e8m0" or "e4m3"."""
     scale_rows: int
     """Rows that share a scale."""
     scale_cols: int
     """Columns that share a scale, at most `cols`."""
+    divides: bool
+    """Whether scales are divided by the global scale, not multiplied."""
 
 
 class _Piece(NamedTuple):
-    """Codes, scales or zero points of a part: where they lie for each expert, and where in a slot."""
+    """Codes, scales, zero points or global scale of a part: where they lie for each expert, and where in a
+    slot.
+    """
 
     addresses: list[int]
     bytes: int
@@ -83,13 +90,15 @@ class StoredExperts:
         self.slot_bytes = 0
         for projection, slices in enumerate(self._core.weights_at()):
             for stored in slices:
-                codes, scales, zeros = (
-                    self._add(stored[name], stored[f"{name}_bytes"]) for name in ("codes", "scales", "zeros")
+                codes, scales, zeros, global_scale = (
+                    self._add(stored[name], stored[f"{name}_bytes"])
+                    for name in ("codes", "scales", "zeros", "global_scale")
                 )
                 parts.append(
                     StoredPart(
                         projection, stored["first"], stored["rows"], stored["cols"], codes, scales, zeros,
-                        stored["format"], stored["scale"], stored["scale_rows"], stored["scale_cols"],
+                        global_scale, stored["code"], stored["scale"], stored["scale_rows"],
+                        stored["scale_cols"], stored["divides"],
                     )
                 )  # fmt: skip
         self.parts = tuple(parts)
@@ -169,7 +178,7 @@ class StoredExperts:
     @property
     def in_place(self) -> bool:
         """Whether products can read a slot as it is: whole bf16 matrices."""
-        return len(self.parts) == 3 and all(part.format == "bf16" for part in self.parts)
+        return len(self.parts) == 3 and all(part.code == "bf16" for part in self.parts)
 
     @property
     def pinned(self) -> bool:

@@ -217,16 +217,16 @@ def _mix(x: Tensor) -> Tensor:
 def _decode(slot: Tensor, part: StoredPart) -> Tensor:
     """One matrix [rows, cols] out of the bytes of a slot."""
     rows, cols = part.rows, part.cols
-    if part.format == "bf16":
+    if part.code == "bf16":
         return _read(slot, part.codes, torch.bfloat16, rows * cols).view(rows, cols)
-    packed = part.format in ("int4", "mxfp4")
+    packed = part.code in ("int4", "e2m1")
     row_bytes = (cols + 1) // 2 if packed else cols
     codes = _read(slot, part.codes, torch.uint8, rows * row_bytes).view(rows, row_bytes)
     if packed:
         codes = torch.stack((codes & 15, codes >> 4), -1).view(rows, -1)[:, :cols]
     blocks = -(-rows // part.scale_rows), -(-cols // part.scale_cols)
-    values = _values(codes, part.format)
-    if part.format == "int4":
+    values = _values(codes, part.code)
+    if part.code == "int4":
         if part.zeros < 0:
             values -= 8.0
         else:
@@ -247,14 +247,14 @@ def _spread(blocks: Tensor, part: StoredPart) -> Tensor:
     return wide[: part.rows, : part.cols]
 
 
-def _values(codes: Tensor, format: str) -> Tensor:
+def _values(codes: Tensor, code: str) -> Tensor:
     """What codes stand for, in fp32; of int4 before the zero point."""
-    if format == "int8":
+    if code == "int8":
         return codes.view(torch.int8).float()
-    if format == "int4":
+    if code == "int4":
         return codes.float()
-    every = np.arange(256 if format == "fp8" else 16)
-    if format == "fp8":  # E4M3 without infinities
+    every = np.arange(256 if code == "e4m3" else 16)
+    if code == "e4m3":  # without infinities
         exponent, mantissa = every >> 3 & 15, every & 7
         magnitude = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
         magnitude[every & 127 == 127] = np.nan
@@ -270,6 +270,12 @@ def _scales(slot: Tensor, part: StoredPart, count: int) -> Tensor:
         return _read(slot, part.scales, torch.float32, count)
     if part.scale == "bf16":
         return _read(slot, part.scales, torch.bfloat16, count).float()
+    if part.scale == "e4m3":
+        scales = _values(_read(slot, part.scales, torch.uint8, count), "e4m3")
+        if part.global_scale < 0:
+            return scales
+        global_scale = _read(slot, part.global_scale, torch.float32, 1)
+        return scales / global_scale if part.divides else scales * global_scale
     exponents = _read(slot, part.scales, torch.uint8, count).int()
     bits = exponents << 23 | (((exponents == 0) | (exponents == 255)).int() << 22)
     return bits.view(torch.float32)

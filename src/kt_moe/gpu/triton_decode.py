@@ -29,12 +29,19 @@ def _small_float(codes, BITS: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.con
 
 
 @triton.jit
+def _e4m3(codes):
+    return tl.where((codes & 127) == 127, float("nan"), _small_float(codes, 8, 3, 7))
+
+
+@triton.jit
 def _scale(raw, place, mask, SCALE: tl.constexpr):
     if SCALE == "f32":
         return tl.load(raw.to(tl.pointer_type(tl.float32)) + place, mask=mask, other=0.0)
     if SCALE == "bf16":
         return tl.load(raw.to(tl.pointer_type(tl.bfloat16)) + place, mask=mask, other=0.0).to(tl.float32)
     exponent = tl.load(raw + place, mask=mask, other=127).to(tl.int32)
+    if SCALE == "e4m3":
+        return _e4m3(exponent)
     odd = ((exponent == 0) | (exponent == 255)).to(tl.int32)
     return (exponent << 23 | odd << 22).to(tl.float32, bitcast=True)
 
@@ -44,12 +51,12 @@ def dequantize(
     raw, index, out,
     SLOT_BYTES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, OUT_MATRIX: tl.constexpr,
     OUT_STRIDE: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr, ZEROS: tl.constexpr,
-    FORMAT: tl.constexpr, SCALE: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLS: tl.constexpr,
-    UNIT: tl.constexpr, UNITS: tl.constexpr,
+    GLOBAL_SCALE: tl.constexpr, CODE: tl.constexpr, SCALE: tl.constexpr, SCALE_ROWS: tl.constexpr,
+    SCALE_COLS: tl.constexpr, DIVIDES: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     """UNITS units of UNIT columns of one expert. See `products.dequantize`."""
     ACROSS: tl.constexpr = (COLS + UNIT - 1) // UNIT
-    PACKED: tl.constexpr = FORMAT == "int4" or FORMAT == "mxfp4"
+    PACKED: tl.constexpr = CODE == "int4" or CODE == "e2m1"
     expert = tl.program_id(1).to(tl.int64)
     raw += tl.load(index + expert).to(tl.int64) * SLOT_BYTES
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
@@ -59,13 +66,16 @@ def dequantize(
     there = exists[:, None] & (col[:, None] + j < COLS)
     to = out + expert * OUT_MATRIX + row.to(tl.int64)[:, None] * OUT_STRIDE + col[:, None] + j
 
-    if FORMAT == "bf16":
+    if CODE == "bf16":
         weights = (raw + CODES).to(tl.pointer_type(tl.bfloat16)) + row[:, None] * COLS + col[:, None] + j
         tl.store(to, tl.load(weights, mask=there, other=0.0), mask=there)
         return
 
     place = row // SCALE_ROWS * ((COLS + SCALE_COLS - 1) // SCALE_COLS) + col // SCALE_COLS
     scale = _scale(raw + SCALES, place, exists, SCALE)[:, None]
+    if GLOBAL_SCALE >= 0:
+        global_scale = tl.load((raw + GLOBAL_SCALE).to(tl.pointer_type(tl.float32)))
+        scale = tl.div_rn(scale, global_scale) if DIVIDES else scale * global_scale
     if PACKED:
         ROW_BYTES: tl.constexpr = (COLS + 1) // 2
         byte = col[:, None] // 2 + tl.arange(0, UNIT // 2)[None, :]
@@ -78,17 +88,16 @@ def dequantize(
             tl.int32
         )
 
-    if FORMAT == "int4":
+    if CODE == "int4":
         if ZEROS >= 0:
             zero = tl.load(raw + ZEROS + place, mask=exists, other=0).to(tl.int32)[:, None]
             value = _counted(codes) - _counted(zero)
         else:
             value = _counted(codes) - 8388616.0  # 2^23 + 8
-    elif FORMAT == "int8":
+    elif CODE == "int8":
         value = _counted(codes ^ 128) - 8388736.0  # 2^23 + 128
-    elif FORMAT == "fp8":
-        value = _small_float(codes, 8, 3, 7)
-        value = tl.where((codes & 127) == 127, float("nan"), value)
+    elif CODE == "e4m3":
+        value = _e4m3(codes)
     else:
         value = _small_float(codes, 4, 1, 1)
     product = value * scale

@@ -204,14 +204,15 @@ def drop(rows: Tensor, permutation: Tensor, projection: int, probability: float,
 
 def dequantize(raw: Tensor, index: Tensor, part: StoredPart, out: Tensor) -> None:
     unit = _unit(part)
-    if unit == 1 and part.format in ("int4", "mxfp4"):  # a byte holds codes of two scales
+    if unit == 1 and part.code in ("int4", "e2m1"):  # a byte holds codes of two scales
         return torch_products.dequantize(raw, index, part, out)
     units = 8192 // unit
     grid = (-(-part.rows * -(-part.cols // unit) // units), index.shape[0])
     launch(
         triton_decode.dequantize, grid, (raw, index, out),
         (raw.stride(0), part.rows, part.cols, out.stride(0), out.stride(1), part.codes, part.scales,
-         part.zeros, part.format, part.scale, part.scale_rows, part.scale_cols, unit, units),
+         part.zeros, part.global_scale, part.code, part.scale, part.scale_rows, part.scale_cols, part.divides,
+         unit, units),
         num_warps=8,
     )  # fmt: skip
 
@@ -288,7 +289,7 @@ def _has_less(device: torch.device) -> bool:
 
 def _unit(part: StoredPart) -> int:
     """The columns that share a scale, up to 32; a power of two."""
-    if part.scale_cols >= part.cols or part.format == "bf16":
+    if part.scale_cols >= part.cols or part.code == "bf16":
         return 32
     return min(32, part.scale_cols & -part.scale_cols)
 

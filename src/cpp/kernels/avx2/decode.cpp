@@ -73,6 +73,25 @@ struct Nibbles {
   }
 };
 
+// Groups of 16 columns: a table for each, in the half that decodes them.
+struct HalfNibbles {
+  __m256i lower, upper;
+
+  __attribute__((always_inline)) HalfNibbles(const Table& first, const Table& second)
+      : lower(_mm256_blend_epi32(first.lower, second.lower, 0xf0)),
+        upper(_mm256_blend_epi32(first.upper, second.upper, 0xf0)) {}
+  __attribute__((always_inline)) void operator()(const uint8_t* codes, uint16_t* dst) const {
+    const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)codes));
+    const __m256i places =
+        _mm256_and_si256(_mm256_or_si256(words, _mm256_slli_epi16(words, 4)), _mm256_set1_epi8(15));
+    const __m256i low = _mm256_shuffle_epi8(lower, places), high = _mm256_shuffle_epi8(upper, places);
+    // Columns 0-7 and 16-23, 8-15 and 24-31.
+    const __m256i even = _mm256_unpacklo_epi8(low, high), odd = _mm256_unpackhi_epi8(low, high);
+    _mm256_storeu_si256((__m256i*)dst, _mm256_permute2x128_si256(even, odd, 0x20));
+    _mm256_storeu_si256((__m256i*)(dst + 16), _mm256_permute2x128_si256(even, odd, 0x31));
+  }
+};
+
 // A code is sign, exponent (4 bits), mantissa (3). To double a normal product adds 1 to its exponent, so
 // sixteen products are enough: those of the codes below 8, which have no leading one, and of exponent 1.
 struct Fp8 {
@@ -134,6 +153,10 @@ void from_int4(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
 }
 
 void from_e2m1(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
+  if (has_half_steps(src))
+    return decode_half_steps<16>(src, dst, dst_stride, [](float first, float second) {
+      return HalfNibbles(Table(kE2M1, 0.0f, first), Table(kE2M1, 0.0f, second));
+    });
   decode_rows<16>(src, dst, dst_stride,
                   [](float scale, float) { return Nibbles{Table(kE2M1, 0.0f, scale)}; });
 }

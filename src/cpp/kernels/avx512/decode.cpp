@@ -39,6 +39,13 @@ void from_int4(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
 }
 
 void from_e2m1(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
+  if (has_half_steps(src))
+    return decode_half_steps<16>(src, dst, dst_stride, [](float first, float second) {
+      const auto rounded = [](float scale) {
+        return nearest_bf16(_mm512_mul_ps(_mm512_load_ps(kE2M1), _mm512_set1_ps(scale)));
+      };
+      return Stored<HalfNibbles>{{upper_halves(rounded(first), rounded(second))}};
+    });
   decode_rows<16>(src, dst, dst_stride,
                   [](float scale, float) { return Stored<Nibbles>{{_mm512_load_ps(kE2M1), scale}}; });
 }

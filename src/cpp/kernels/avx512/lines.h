@@ -46,6 +46,19 @@ struct Nibbles {
   }
 };
 
+// Groups of 16 columns: sixteen words for the first, then for the second.
+struct HalfNibbles {
+  __m512i table;
+
+  __attribute__((always_inline)) __m512i line(const uint8_t* codes) const {
+    const __m512i halves = _mm512_maskz_set1_epi16(0xffff0000, 16);
+    constexpr int kAndOr = 0xea;
+    const __m512i nibbles = _mm512_srlv_epi16(twofold(codes), _mm512_set1_epi32(4 << 16));
+    const __m512i places = _mm512_ternarylogic_epi32(nibbles, _mm512_set1_epi16(15), halves, kAndOr);
+    return _mm512_permutexvar_epi16(places, table);
+  }
+};
+
 // A code is sign, exponent (4 bits), mantissa (3). To double a normal product adds 1 to its exponent, so
 // sixteen products are enough: those of the codes below 8, which have no leading one, and of exponent 1.
 struct Fp8 {

@@ -1,6 +1,7 @@
-// The formats of codes as products of few rows read them, 32 columns at a time and in registers. Every format
-// has `lines` for columns of one row that share a scale, and `pair` for those of an even and an odd row,
-// whose line is interleaved for VDPBF16PS. Scales are ordinary. Internal linkage.
+// The types of codes and scales as products of few rows read them, a line of 32 columns at a time and in
+// registers. Each has `lines` for columns of one row whose scale, or kScales scales, begin at a place, and
+// `pair` for those of an even and an odd row, whose line is interleaved for VDPBF16PS. Scales are ordinary.
+// Internal linkage.
 #pragma once
 
 #include "kernels/avx512_bf16/few_step.h"
@@ -11,7 +12,15 @@ namespace kt::avx512_bf16 {
 
 namespace {
 
-// Whether any of n scales, at most a register full, is not between 2^-100 and 2^100 in magnitude. Exponents
+constexpr int kScaleValues = 128;  // of e4m3, without negative ones
+
+// W, and what each of its scales stands for if they are e4m3.
+struct Coded : CodedRows {
+  const float* scale_values;
+};
+
+// Whether any of n scales, at most a register full, is not between 2^-100 and 2^100 in magnitude, or of e4m3
+// ones NaN or negative. Exponents
 // lie in the upper byte when the sign is shifted out.
 inline bool any_extreme(ScaleType type, const void* scales, ptrdiff_t place, int n) {
   switch (type) {
@@ -32,6 +41,11 @@ inline bool any_extreme(ScaleType type, const void* scales, ptrdiff_t place, int
       const __m512i above = _mm512_sub_epi8(bits, _mm512_set1_epi8(27));
       return _mm512_mask_cmpgt_epu8_mask(mask, above, _mm512_set1_epi8(static_cast<char>(200))) != 0;
     }
+    case ScaleType::e4m3: {
+      const __mmask64 mask = n >= 64 ? ~0ull : (1ull << n) - 1;
+      const __m512i bits = _mm512_maskz_loadu_epi8(mask, (const uint8_t*)scales + place);
+      return _mm512_cmpge_epu8_mask(bits, _mm512_set1_epi8(0x7f)) != 0;
+    }
     default: return true;
   }
 }
@@ -49,7 +63,9 @@ inline bool scales_are_ordinary(const CodedRows& w) {
   const bool dense = w.scale_stride == groups;
   const int runs = dense || w.scale_stride == 0 ? 1 : w.rows, run = dense ? w.rows * groups : groups;
   const int together = w.scale_type == ScaleType::f32 ? 16 : w.scale_type == ScaleType::bf16 ? 32 : 64;
-  bool extreme = false;
+  // With e4m3's largest and smallest number this leaves the same room.
+  const float global_scale = __builtin_fabsf(w.global_scale);
+  bool extreme = !(global_scale >= 0x1p-90f && global_scale <= 0x1p90f);
   for (int i = 0; i < runs; ++i)
     for (int first = 0; first < run; first += together)
       extreme |=
@@ -58,7 +74,7 @@ inline bool scales_are_ordinary(const CodedRows& w) {
 }
 
 template <ScaleType Kind>
-__attribute__((always_inline)) inline __m512 scale_of(const CodedRows& w, ptrdiff_t place) {
+__attribute__((always_inline)) inline __m512 scale_of(const Coded& w, ptrdiff_t place) {
   if constexpr (Kind == ScaleType::bf16)
     return _mm512_castsi512_ps(_mm512_set1_epi32(element<uint16_t>(w.scales, place) << 16));
   return _mm512_set1_ps(element<float>(w.scales, place));
@@ -114,59 +130,59 @@ struct NibblePair {
 
 template <ScaleType Kind>
 struct Int8Codes {
-  static constexpr int kBytes = 32;
+  static constexpr int kBytes = 32, kScales = 1;
   using Lines = Int8;
   using Pair = LinesPair<Lines>;
 
-  __attribute__((always_inline)) static Lines lines(const CodedRows& w, ptrdiff_t place) {
+  __attribute__((always_inline)) static Lines lines(const Coded& w, ptrdiff_t place) {
     return {scale_of<Kind>(w, place)};
   }
-  __attribute__((always_inline)) static Pair pair(const CodedRows& w, ptrdiff_t even, ptrdiff_t odd) {
+  __attribute__((always_inline)) static Pair pair(const Coded& w, ptrdiff_t even, ptrdiff_t odd) {
     return {lines(w, even), lines(w, odd)};
   }
 };
 
 template <ScaleType Kind>
 struct Fp8Codes {
-  static constexpr int kBytes = 32;
+  static constexpr int kBytes = 32, kScales = 1;
   using Lines = Fp8;
   using Pair = LinesPair<Lines>;
 
-  __attribute__((always_inline)) static Lines lines(const CodedRows& w, ptrdiff_t place) {
+  __attribute__((always_inline)) static Lines lines(const Coded& w, ptrdiff_t place) {
     return Fp8(_mm512_cvtss_f32(scale_of<Kind>(w, place)));
   }
-  __attribute__((always_inline)) static Pair pair(const CodedRows& w, ptrdiff_t even, ptrdiff_t odd) {
+  __attribute__((always_inline)) static Pair pair(const Coded& w, ptrdiff_t even, ptrdiff_t odd) {
     return {lines(w, even), lines(w, odd)};
   }
 };
 
 template <ScaleType Kind, bool Zeros>
 struct Int4Codes {
-  static constexpr int kBytes = 16;
+  static constexpr int kBytes = 16, kScales = 1;
   using Lines = NibbleLines;
   using Pair = NibblePair;
 
-  __attribute__((always_inline)) static __m512 products(const CodedRows& w, ptrdiff_t place) {
+  __attribute__((always_inline)) static __m512 products(const Coded& w, ptrdiff_t place) {
     const float zero = Zeros ? static_cast<float>(w.zeros[place]) : 8.0f;
     return _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(kCounts), _mm512_set1_ps(zero)),
                          scale_of<Kind>(w, place));
   }
-  __attribute__((always_inline)) static Lines lines(const CodedRows& w, ptrdiff_t place) {
+  __attribute__((always_inline)) static Lines lines(const Coded& w, ptrdiff_t place) {
     const __m512 all = products(w, place);
     return {(__m512i)_mm512_cvtne2ps_pbh(all, all)};
   }
-  __attribute__((always_inline)) static Pair pair(const CodedRows& w, ptrdiff_t even, ptrdiff_t odd) {
+  __attribute__((always_inline)) static Pair pair(const Coded& w, ptrdiff_t even, ptrdiff_t odd) {
     return {(__m512i)_mm512_cvtne2ps_pbh(products(w, odd), products(w, even))};
   }
 };
 
 // E2M1 for a scale of 2^-127: to scale is to add to the exponent. Zeros, the first and the ninth, stay.
 struct Mxfp4Codes {
-  static constexpr int kBytes = 16;
+  static constexpr int kBytes = 16, kScales = 1;
   using Lines = NibbleLines;
   using Pair = NibblePair;
 
-  __attribute__((always_inline)) static int exponent(const CodedRows& w, ptrdiff_t place) {
+  __attribute__((always_inline)) static int exponent(const Coded& w, ptrdiff_t place) {
     return element<uint8_t>(w.scales, place) << 7;
   }
   __attribute__((always_inline)) static __m512i scaled(__m512i exponents) {
@@ -176,12 +192,30 @@ struct Mxfp4Codes {
         static_cast<short>(0x80c0), static_cast<short>(0x8100), static_cast<short>(0x8140)));
     return _mm512_mask_add_epi16(unscaled, 0xfefefefe, unscaled, exponents);
   }
-  __attribute__((always_inline)) static Lines lines(const CodedRows& w, ptrdiff_t place) {
+  __attribute__((always_inline)) static Lines lines(const Coded& w, ptrdiff_t place) {
     return {scaled(_mm512_set1_epi16(static_cast<short>(exponent(w, place))))};
   }
-  __attribute__((always_inline)) static Pair pair(const CodedRows& w, ptrdiff_t even, ptrdiff_t odd) {
+  __attribute__((always_inline)) static Pair pair(const Coded& w, ptrdiff_t even, ptrdiff_t odd) {
     const __m512i first = _mm512_set1_epi16(static_cast<short>(exponent(w, even)));
     return {scaled(_mm512_mask_set1_epi16(first, 0xffff0000, static_cast<short>(exponent(w, odd))))};
+  }
+};
+
+// E2M1 in groups of 16 with e4m3 scales.
+struct Nvfp4Codes {
+  static constexpr int kBytes = 16, kScales = 2;
+  using Lines = HalfNibbles;
+  using Pair = LinesPair<Lines>;
+
+  __attribute__((always_inline)) static __m512 products(const Coded& w, ptrdiff_t place) {
+    const float scale = w.scale_values[element<uint8_t>(w.scales, place)];
+    return _mm512_mul_ps(_mm512_load_ps(kE2M1), _mm512_set1_ps(scale));
+  }
+  __attribute__((always_inline)) static Lines lines(const Coded& w, ptrdiff_t place) {
+    return {(__m512i)_mm512_cvtne2ps_pbh(products(w, place + 1), products(w, place))};
+  }
+  __attribute__((always_inline)) static Pair pair(const Coded& w, ptrdiff_t even, ptrdiff_t odd) {
+    return {lines(w, even), lines(w, odd)};
   }
 };
 

@@ -14,9 +14,9 @@ constexpr int kCacheLine = 64;
 constexpr int kAhead = 4096, kNear = 2 * kCacheLine;
 
 // The next Count lines of R rows, times the same lines of M rows of X. `lines` are made anew for every line
-// where Each, whose groups are of one line.
+// where Each, whose groups are of one line or less.
 template <class Codes, int M, int R, int Count, bool Each>
-__attribute__((always_inline)) inline void dot_lines(__m512 (&acc)[R * M], const CodedRows& w, const char*& x,
+__attribute__((always_inline)) inline void dot_lines(__m512 (&acc)[R * M], const Coded& w, const char*& x,
                                                      const uint8_t* (&codes)[R], ptrdiff_t (&place)[R],
                                                      typename Codes::Lines (&lines)[R], ptrdiff_t ahead) {
 #pragma GCC unroll 4
@@ -28,7 +28,7 @@ __attribute__((always_inline)) inline void dot_lines(__m512 (&acc)[R * M], const
   for (int q = 0; q < Count; ++q) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      if constexpr (Each) lines[r] = Codes::lines(w, place[r] + q);
+      if constexpr (Each) lines[r] = Codes::lines(w, place[r] + q * Codes::kScales);
       const auto line = (Step::Line)lines[r].line(codes[r] + q * Codes::kBytes);
 #pragma GCC unroll 8
       for (int i = 0; i < M; ++i)
@@ -38,14 +38,14 @@ __attribute__((always_inline)) inline void dot_lines(__m512 (&acc)[R * M], const
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
     codes[r] += Count * Codes::kBytes;
-    if (Each) place[r] += Count;
+    if (Each) place[r] += Count * Codes::kScales;
   }
   x += Count * M * Step::kLineBytes;
 }
 
 // C[M x rows], rows <= R, from columns p to p + count of W's rows j to j + R; groups may begin before p.
 template <class Codes, int M, int R>
-void coded_dot_tile(const char* x, const CodedRows& w, int p, int count, int j, ptrdiff_t ahead, float* c,
+void coded_dot_tile(const char* x, const Coded& w, int p, int count, int j, ptrdiff_t ahead, float* c,
                     ptrdiff_t ldc, int accumulate) {
   constexpr int kTogether = kCacheLine / Codes::kBytes;
   const uint8_t* codes[R];
@@ -61,25 +61,27 @@ void coded_dot_tile(const char* x, const CodedRows& w, int p, int count, int j, 
   __m512 acc[R * M];
 #pragma GCC unroll 16
   for (int q = 0; q < R * M; ++q) acc[q] = _mm512_setzero_ps();
-  if (w.group == kLine) {
+  if (Codes::kScales > 1 || w.group == kLine) {
     for (; count >= kTogether * kLine; count -= kTogether * kLine)
       dot_lines<Codes, M, R, kTogether, true>(acc, w, x, codes, place, lines, ahead);
     for (; count > 0; count -= kLine) dot_lines<Codes, M, R, 1, true>(acc, w, x, codes, place, lines, ahead);
   }
-  for (int left = w.group - p % w.group; count > 0; left = w.group) {
-    int n = smaller(left, count);
-    count -= n;
+  if constexpr (Codes::kScales == 1) {
+    for (int left = w.group - p % w.group; count > 0; left = w.group) {
+      int n = smaller(left, count);
+      count -= n;
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) lines[r] = Codes::lines(w, place[r]++);
-    for (; n >= kTogether * kLine; n -= kTogether * kLine)
-      dot_lines<Codes, M, R, kTogether, false>(acc, w, x, codes, place, lines, ahead);
-    for (; n > 0; n -= kLine) dot_lines<Codes, M, R, 1, false>(acc, w, x, codes, place, lines, ahead);
+      for (int r = 0; r < R; ++r) lines[r] = Codes::lines(w, place[r]++);
+      for (; n >= kTogether * kLine; n -= kTogether * kLine)
+        dot_lines<Codes, M, R, kTogether, false>(acc, w, x, codes, place, lines, ahead);
+      for (; n > 0; n -= kLine) dot_lines<Codes, M, R, 1, false>(acc, w, x, codes, place, lines, ahead);
+    }
   }
   add_dots<M, R>(acc, rows, c, ldc, accumulate);
 }
 
 template <class Codes, int M>
-void coded_times_transposed(RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
+void coded_times_transposed(RowSource x, const Coded& w, float* c, ptrdiff_t ldc, int accumulate) {
   constexpr int R = M <= 2 ? 4 : 2;  // as many sums at once as hide the latency of an addition
   const int row_bytes = w.cols / kLine * Codes::kBytes, together = R * row_bytes;
   const ptrdiff_t ahead = row_bytes >= kAhead ? kAhead : (kAhead + together - 1) / together * R * w.stride;
@@ -91,7 +93,7 @@ void coded_times_transposed(RowSource x, const CodedRows& w, float* c, ptrdiff_t
 // C[M x 32 V] (+)= X * W for `rows` rows of W and its columns from `col` on; x holds its terms as
 // [rows / 2][M]. `far` and `near` bytes on lie the codes to ask for. Shared: all rows have the same scales.
 template <class Codes, int M, int V, bool Shared>
-void coded_cross_tile(const uint32_t* x, int rows, const CodedRows& w, int first, int col, ptrdiff_t far,
+void coded_cross_tile(const uint32_t* x, int rows, const Coded& w, int first, int col, ptrdiff_t far,
                       ptrdiff_t near, float* c, ptrdiff_t ldc, int accumulate) {
   using Pair = typename Codes::Pair;
   const uint8_t* codes = w.codes + first * w.stride + col / kLine * Codes::kBytes;
@@ -148,7 +150,7 @@ void coded_cross_tile(const uint32_t* x, int rows, const CodedRows& w, int first
 
 // A block of rows of W after the other, each from left to right: its sum is added to C.
 template <class Codes, int M, bool Shared>
-void cross_blocks(RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
+void cross_blocks(RowSource x, const Coded& w, float* c, ptrdiff_t ldc, int accumulate) {
   constexpr int V = smaller(M <= 2 ? 4 : M <= 4 ? 2 : 1, kCacheLine / Codes::kBytes);
   uint32_t terms[kBlockRows / Step::kRows * M];
   const ptrdiff_t far = kBlockRows * w.stride, row_bytes = w.cols / kLine * Codes::kBytes;
@@ -170,12 +172,13 @@ void cross_blocks(RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int 
 }
 
 template <class Codes, int M>
-void coded_times(RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
-  const auto product = w.scale_stride == 0 ? cross_blocks<Codes, M, true> : cross_blocks<Codes, M, false>;
-  product(x, w, c, ldc, accumulate);
+void coded_times(RowSource x, const Coded& w, float* c, ptrdiff_t ldc, int accumulate) {
+  if constexpr (Codes::kScales == 1)
+    if (w.scale_stride == 0) return cross_blocks<Codes, M, true>(x, w, c, ldc, accumulate);
+  cross_blocks<Codes, M, false>(x, w, c, ldc, accumulate);
 }
 
-using CodedProduct = void(RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate);
+using CodedProduct = void(RowSource x, const Coded& w, float* c, ptrdiff_t ldc, int accumulate);
 
 struct TimesTransposed {
   template <class Codes>
@@ -216,7 +219,15 @@ template <class Direction>
 int multiply(CodedProduct* const* products, int rows, RowSource x, const CodedRows& w, float* c,
              ptrdiff_t ldc, int accumulate) {
   if (products == nullptr || !Direction::takes(w)) return 0;
-  products[rows - 1](x, w, c, ldc, accumulate);
+  float scale_values[kScaleValues];
+  if (w.scale_type == ScaleType::e4m3) {
+    uint8_t all[kScaleValues];
+    for (int i = 0; i < kScaleValues; ++i) all[i] = static_cast<uint8_t>(i);
+    CodedRows scales = w;
+    scales.scales = all;
+    load_scales(scales, 0, kScaleValues, scale_values);
+  }
+  products[rows - 1](x, {w, scale_values}, c, ldc, accumulate);
   return 1;
 }
 
@@ -228,6 +239,8 @@ CodedProduct* const* int4_products(const CodedRows& w) {
 
 template <class Direction>
 CodedProduct* const* e2m1_products(const CodedRows& w) {
+  if (w.scale_type == ScaleType::e4m3 && w.group == kLine / 2)
+    return Direction::template kProducts<Nvfp4Codes>;
   return w.scale_type == ScaleType::e8m0 ? Direction::template kProducts<Mxfp4Codes> : nullptr;
 }
 

@@ -27,15 +27,6 @@ void decode(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride, Value val
 
 int nibble(const uint8_t* row, int j) { return row[j / 2] >> 4 * (j % 2) & 15; }
 
-float e4m3(uint8_t code) {
-  const int exponent = code >> 3 & 15, mantissa = code & 7;
-  if ((code & 0x7f) == 0x7f) return from_bits(0x7fc00000u);
-  const float magnitude = exponent == 0
-                              ? static_cast<float>(mantissa) * 0x1p-9f
-                              : from_bits(static_cast<uint32_t>((exponent + 120) << 23 | mantissa << 20));
-  return code & 0x80 ? -magnitude : magnitude;
-}
-
 }  // namespace
 
 float widen(uint16_t bits) { return from_bits(uint32_t{bits} << 16); }
@@ -69,7 +60,7 @@ void from_int4(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
 }
 
 void from_e4m3(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
-  decode(src, dst, dst_stride, [](const uint8_t* row, int j, ptrdiff_t) { return e4m3(row[j]); });
+  decode(src, dst, dst_stride, [](const uint8_t* row, int j, ptrdiff_t) { return kt::from_e4m3(row[j]); });
 }
 
 void from_e2m1(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {

@@ -30,6 +30,14 @@ static inline float from_e8m0(uint32_t exponent) {
   return from_bits(exponent << 23 | (exponent == 0 || exponent == 255) << 22);
 }
 
+static inline float from_e4m3(uint32_t code) {
+  const uint32_t exponent = code >> 3 & 15, mantissa = code & 7;
+  const float normal = from_bits((exponent + 120) << 23 | mantissa << 20);
+  const float magnitude = exponent == 0 ? static_cast<float>(mantissa) * 0x1p-9f : normal;
+  const float value = code & 0x80 ? -magnitude : magnitude;
+  return (code & 0x7f) == 0x7f ? from_bits(0x7fc00000u) : value;
+}
+
 template <class T>
 static inline T element(const void* array, ptrdiff_t i) {  // at any address
   T value;
@@ -48,6 +56,13 @@ static inline void load_scales(const CodedRows& src, ptrdiff_t place, int n, flo
       break;
     case ScaleType::e8m0:
       for (int i = 0; i < n; ++i) scales[i] = from_e8m0(element<uint8_t>(src.scales, place + i));
+      break;
+    case ScaleType::e4m3:
+      for (int i = 0; i < n; ++i) scales[i] = from_e4m3(element<uint8_t>(src.scales, place + i));
+      if (src.divides)
+        for (int i = 0; i < n; ++i) scales[i] /= src.global_scale;
+      else
+        for (int i = 0; i < n; ++i) scales[i] *= src.global_scale;
       break;
     case ScaleType::none: break;
   }
@@ -99,16 +114,16 @@ static inline ptrdiff_t prefetch_distance(ptrdiff_t stride, ptrdiff_t row_bytes)
 }
 
 // The last columns of every row, fewer than a step takes: decoded aside, so that nothing is read or written
-// behind them.
-template <int StepBytes, class StepOf>
-static void decode_edges(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride, const StepOf& step_of) {
+// behind them. step_at(place of their first scale) decodes them.
+template <int StepBytes, class StepAt>
+static void decode_edges(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride, const StepAt& step_at) {
   const int cols = src.cols % kStepCols, begin = src.cols - cols;
   for (int i = 0; i < src.rows; ++i) {
     const ptrdiff_t place = i * src.scale_stride + begin / src.group;
     uint8_t codes[StepBytes] = {};
     uint16_t decoded[kStepCols];
     memcpy(codes, src.codes + i * src.stride + code_bytes<StepBytes>(begin), code_bytes<StepBytes>(cols));
-    step_of(scale_at(src, place), zero_at(src, place))(codes, decoded);
+    step_at(place)(codes, decoded);
     memcpy(dst + i * dst_stride + begin, decoded, cols * sizeof *dst);
   }
 }
@@ -174,7 +189,41 @@ static inline void decode_rows(const CodedRows& src, uint16_t* dst, ptrdiff_t ds
     decode_groups<StepBytes, 1>(src, ahead, dst, dst_stride, step_of);
   else
     decode_groups<StepBytes, 0>(src, ahead, dst, dst_stride, step_of);
-  if (src.cols % kStepCols != 0) decode_edges<StepBytes>(src, dst, dst_stride, step_of);
+  if (src.cols % kStepCols == 0) return;
+  decode_edges<StepBytes>(src, dst, dst_stride, [&](ptrdiff_t place) {
+    return step_of(scale_at(src, place), zero_at(src, place));
+  });
+}
+
+constexpr int kHalfStep = kStepCols / 2;
+
+// Whether a step has columns of two groups: decode_half_steps decodes these.
+static inline bool has_half_steps(const CodedRows& src) {
+  return src.group == kHalfStep && src.cols > kHalfStep;
+}
+
+// step_of(scale of the first half of the columns, of the second one) makes a step.
+template <int StepBytes, class StepOf>
+static inline void decode_half_steps(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride,
+                                     const StepOf& step_of) {
+  constexpr int kTogether = kScalesTogether / 2;
+  const ptrdiff_t ahead = prefetch_distance(src.stride, code_bytes<StepBytes>(src.cols));
+  const int steps = src.cols / kStepCols, edge = src.cols % kStepCols;
+  for (int i = 0; i < src.rows; ++i) {
+    const uint8_t* codes = src.codes + i * src.stride;
+    uint16_t* to = dst + i * dst_stride;
+    for (int first = 0; first < steps; first += kTogether) {
+      const int n = steps - first < kTogether ? steps - first : kTogether;
+      float scales[kScalesTogether];
+      load_scales(src, i * src.scale_stride + 2 * first, 2 * n, scales);
+      for (int k = 0; k < n; ++k)
+        decode_steps<StepBytes>(step_of(scales[2 * k], scales[2 * k + 1]), 1, ahead, codes, to);
+    }
+  }
+  if (edge == 0) return;
+  decode_edges<StepBytes>(src, dst, dst_stride, [&](ptrdiff_t place) {
+    return step_of(scale_at(src, place), scale_at(src, edge > kHalfStep ? place + 1 : place));
+  });
 }
 
 }  // namespace kt
