@@ -124,6 +124,46 @@ TEST_CASE("MXFP4: gate and up alternate between rows") {
   });
 }
 
+TEST_CASE("NVFP4: compressed-tensors divides scales by the global one, ModelOpt multiplies them") {
+  constexpr float e2m1[8] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+  for (const bool packed : {true, false}) {
+    const TempDir dir;
+    Writer writer;
+    const auto scale_code = [](int e, Projection p, index_t r, index_t g) {
+      return 0x30 + code(4, e + 5, p, r, g);  // 2^-1 to 2^1
+    };
+    const auto global_scale = [](int e, Projection p) { return scale(e, p, 7, 7); };
+    for (int e = 0; e < E; ++e)
+      for (const Projection p : projections) {
+        const std::string at = root + std::to_string(e) + "." + words[index_of(p)] + ".";
+        std::vector<std::uint8_t> codes, scales;
+        for (index_t r = 0; r < rows_of(p); ++r) {
+          for (index_t c = 0; c < cols_of(p); c += 2)
+            codes.push_back(static_cast<std::uint8_t>(code(4, e, p, r, c) | code(4, e, p, r, c + 1) << 4));
+          for (index_t g = 0; g < cols_of(p) / 16; ++g)
+            scales.push_back(static_cast<std::uint8_t>(scale_code(e, p, r, g)));
+        }
+        writer.add(at + (packed ? "weight_packed" : "weight"), "U8", {rows_of(p), cols_of(p) / 2}, codes);
+        writer.add(at + "weight_scale", "F8_E4M3", {rows_of(p), cols_of(p) / 16}, scales);
+        const std::vector<float> one{global_scale(e, p)};
+        if (packed)
+          writer.add(at + "weight_global_scale", "F32", {1}, one);
+        else
+          writer.add(at + "weight_scale_2", "F32", {}, one);
+      }
+    const auto source = open(writer, dir);
+    check_info(*source, packed ? "nvfp4, compressed-tensors" : "nvfp4, modelopt", true,
+               {Format::nvfp4, ScaleType::e4m3, 1, 16, false,
+                packed ? GlobalScale::divides : GlobalScale::multiplies});
+    check_values(*source, [&](auto e, auto p, auto r, auto c) {
+      const int found = code(4, e, p, r, c), stored = scale_code(e, p, r, c / 16);
+      const float block = std::ldexp(static_cast<float>(8 + stored % 8), stored / 8 - 10);
+      const float factor = packed ? block / global_scale(e, p) : block * global_scale(e, p);
+      return (found < 8 ? e2m1[found] : -e2m1[found - 8]) * factor;
+    });
+  }
+}
+
 TEST_CASE("kt-kernel's int8 tiles, a scale a row") {
   const TempDir dir;
   Writer writer;

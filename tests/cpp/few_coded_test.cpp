@@ -11,6 +11,7 @@
 #include "end_of_page.h"
 #include "gemm/gemm.h"
 #include "kernel_sets.h"
+#include "weights/grids.h"
 
 using namespace kt;
 
@@ -27,7 +28,8 @@ struct Coded {
       : weight{type, rows, cols},
         codes(static_cast<int>(weight.codes_bytes())),
         scales(static_cast<int>(weight.scales_bytes())),
-        zeros(static_cast<int>(std::max(weight.zeros_bytes(), index_t{1}))) {
+        zeros(static_cast<int>(std::max(weight.zeros_bytes(), index_t{1}))),
+        global_scale(static_cast<int>(sizeof(float))) {
     for (index_t i = 0; i < weight.codes_bytes(); ++i) codes.data[i] = static_cast<std::byte>(random()());
     for (index_t i = 0; i < weight.zeros_bytes(); ++i)
       zeros.data[i] = static_cast<std::byte>(random()() % 16);
@@ -36,7 +38,11 @@ struct Coded {
     weight.codes = codes.data;
     weight.scales = scales.data;
     weight.zeros = type.zero_points ? zeros.data : nullptr;
+    weight.global_scale = type.global_scale == GlobalScale::none ? nullptr : global_scale.data;
+    set_global_scale(0.037f);
   }
+
+  void set_global_scale(float x) { std::memcpy(global_scale.data, &x, sizeof x); }
 
   void set_scale(index_t i, float x) {
     std::byte* to = scales.data + i * size_of(weight.type.scale);
@@ -46,12 +52,13 @@ struct Coded {
       case ScaleType::f32: std::memcpy(to, &x, sizeof x); break;
       case ScaleType::bf16: std::memcpy(to, &rounded, sizeof rounded); break;
       case ScaleType::e8m0: std::memcpy(to, &exponent, sizeof exponent); break;
+      case ScaleType::e4m3: *to = static_cast<std::byte>(grids::E4M3::code(100 * x)); break;
       case ScaleType::none: break;
     }
   }
 
   Weight weight;
-  EndOfPage<std::byte> codes, scales, zeros;
+  EndOfPage<std::byte> codes, scales, zeros, global_scale;
 };
 
 std::vector<bf16_t> random_bf16(index_t n) {
@@ -125,6 +132,8 @@ std::vector<WeightType> types(index_t group) {
   all.push_back({Format::mxfp4, ScaleType::e8m0, 1, group});
   all.push_back({Format::mxfp4, ScaleType::bf16, 1, group});
   all.push_back({Format::int8, ScaleType::e8m0, 1, group});
+  for (const GlobalScale global_scale : {GlobalScale::multiplies, GlobalScale::divides})
+    all.push_back({Format::nvfp4, ScaleType::e4m3, 1, 16, false, global_scale});
   return all;
 }
 
@@ -174,6 +183,18 @@ TEST_CASE("scales of any size") {
       }
 }
 
+TEST_CASE("global scales of any size, and e4m3 scales that are 0 or NaN") {
+  for (const GlobalScale rule : {GlobalScale::multiplies, GlobalScale::divides})
+    for (const float global_scale : {1.0f, 1e-45f, 1e-38f, 0x1p-91f, 0x1p90f, 1e30f, 3e38f, -2.0f})
+      for (const unsigned scale : {0u, 1u, 0x7eu, 0x7fu, 0x80u, 0xffu})
+        for (const Direction direction : kDirections) {
+          Coded coded({Format::nvfp4, ScaleType::e4m3, 1, 16, false, rule}, 64, 64);
+          coded.set_global_scale(global_scale);
+          coded.scales.data[coded.weight.scale_count() - 1] = static_cast<std::byte>(scale);
+          check_block(direction, 2, whole(coded.weight));
+        }
+}
+
 TEST_CASE("common shapes are multiplied without decoding them first") {
   const KernelSet set = kernel_set(best_isa(cpu_features()), cpu_features());
   if (set.few.coded.times[static_cast<int>(CodeType::int4)] == nullptr) return;
@@ -185,7 +206,8 @@ TEST_CASE("common shapes are multiplied without decoding them first") {
         {{Format::int4, ScaleType::bf16, 1, 32}, 768},
         {{Format::int4, ScaleType::f32, 1, 128, true}, 768},
         {{Format::fp8, ScaleType::f32, 128, 128}, 768},
-        {{Format::mxfp4, ScaleType::e8m0, 1, 32}, 2880}}) {
+        {{Format::mxfp4, ScaleType::e8m0, 1, 32}, 2880},
+        {{Format::nvfp4, ScaleType::e4m3, 1, 16, false, GlobalScale::divides}, 768}}) {
     const Coded coded(type, 320, cols);
     for (const Direction direction : kDirections)
       for (const index_t rows : {1, 8}) {

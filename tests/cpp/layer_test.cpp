@@ -50,6 +50,7 @@ constexpr WeightType kInt4{Format::int4, ScaleType::bf16, 1, 32};
 constexpr WeightType kInt4Zeros{Format::int4, ScaleType::f32, 1, 64, true};
 constexpr WeightType kFp8{Format::fp8, ScaleType::f32, 128, 128};
 constexpr WeightType kMxfp4{Format::mxfp4, ScaleType::e8m0, 1, 32};
+constexpr WeightType kNvfp4{Format::nvfp4, ScaleType::e4m3, 1, 16, false, GlobalScale::divides};
 
 // A vector whose end is the end of its memory, for the address sanitizer.
 using Bytes = std::vector<unsigned char>;
@@ -134,6 +135,8 @@ class Layer {
         auto* decoded = reinterpret_cast<bf16_t*>(
             memory_.emplace_back(static_cast<std::size_t>(2 * w.rows * w.cols)).data());
         const index_t groups = ceil_div(w.cols, w.group());
+        float global_scale = 1;
+        if (w.global_scale != nullptr) std::memcpy(&global_scale, w.global_scale, sizeof global_scale);
         for (index_t row = 0; row < w.rows; ++row)
           for (index_t group = 0; group < groups; ++group) {
             const index_t first = group * w.group(), scale = row / w.type.scale_rows * groups + group;
@@ -146,7 +149,9 @@ class Layer {
                                    w.scales + scale * size_of(w.type.scale),
                                    0,
                                    w.zeros ? reinterpret_cast<const std::uint8_t*>(w.zeros) + scale : nullptr,
-                                   static_cast<int>(w.group())};
+                                   static_cast<int>(w.group()),
+                                   global_scale,
+                                   w.type.global_scale == GlobalScale::divides};
             decode.from_codes[static_cast<int>(traits_of(w.type.format).codes)](
                 source, decoded + row * w.cols + first, 0);
           }
@@ -236,6 +241,12 @@ class Layer {
                        [&] { return byte(random_) & (w.type.format == Format::fp8 ? 0xbb : 0xff); });
         if (w.type.zero_points) w.zeros = fill(w.zeros_bytes(), [&] { return zero(random_); });
         w.scales = scales(w, size);
+        if (w.global_scale_bytes() > 0) {
+          const float global_scale = 5 / size;
+          Bytes& bytes = memory_.emplace_back(sizeof global_scale);
+          std::memcpy(bytes.data(), &global_scale, sizeof global_scale);
+          w.global_scale = reinterpret_cast<const std::byte*>(bytes.data());
+        }
       }
       experts_.weights[index_of(p)].push_back(w);
     }
@@ -249,6 +260,7 @@ class Layer {
   const std::byte* scales(const Weight& w, float size) {
     const auto n = w.scale_count();
     if (w.type.scale == ScaleType::e8m0) return fill(n, [&] { return 122 + random_() % 3; });
+    if (w.type.scale == ScaleType::e4m3) return fill(n, [&] { return 0x38 + random_() % 16; });
     const float usual = w.type.format == Format::int8 ? 0.01f : 0.2f;
     const bool narrow = w.type.scale == ScaleType::bf16;
     return static_cast<const std::byte*>(numbers(n, usual * size, narrow ? DType::bf16 : DType::f32));
@@ -360,7 +372,7 @@ TEST_CASE("the same bits for any number of threads, close to the scalar set") {
 
 TEST_CASE(
     "quantised weights: the bits of any number of threads, close to the scalar set and to bf16 weights") {
-  for (const WeightType& type : {kInt8, kInt4, kInt4Zeros, kFp8, kMxfp4}) {
+  for (const WeightType& type : {kInt8, kInt4, kInt4Zeros, kFp8, kMxfp4, kNvfp4}) {
     CAPTURE(std::string(name_of(type.format)));
     for (const Shape& shape : kShapes) {
       CAPTURE(std::string(shape.name));

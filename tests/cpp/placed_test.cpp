@@ -33,6 +33,7 @@ constexpr WeightType kInt4RowZeros{Format::int4, ScaleType::f32, 1, 0, true};
 constexpr WeightType kFp8{Format::fp8, ScaleType::f32, 128, 128};
 constexpr WeightType kFp8One{Format::fp8, ScaleType::f32, 1 << 20, 0};
 constexpr WeightType kMxfp4{Format::mxfp4, ScaleType::e8m0, 1, 32};
+constexpr WeightType kNvfp4{Format::nvfp4, ScaleType::e4m3, 1, 16, false, GlobalScale::divides};
 
 std::array<WeightType, 3> all_of(const WeightType& type) { return {type, type, type}; }
 
@@ -53,9 +54,12 @@ void fill_any(const MutableWeight& w, unsigned seed) {
       case ScaleType::f32: std::memcpy(w.scales + 4 * i, &scale, 4); break;
       case ScaleType::bf16: std::memcpy(w.scales + 2 * i, &rounded, 2); break;
       case ScaleType::e8m0: w.scales[i] = static_cast<std::byte>(120 + i % 13); break;
+      case ScaleType::e4m3: w.scales[i] = static_cast<std::byte>(0x38 + i % 13); break;
       case ScaleType::none: break;
     }
   }
+  constexpr float kGlobalScale = 0.7f;
+  if (w.global_scale_bytes() > 0) std::memcpy(w.global_scale, &kGlobalScale, sizeof kGlobalScale);
 }
 
 QuantError fill_matrix(const Matrix& m, const MutableWeight& into, const KernelSet&, Arena&) {
@@ -107,7 +111,7 @@ TEST_CASE("cuts fall between blocks that share a scale") {
 
 TEST_CASE("a layer in shards holds the same bits as one in one piece") {
   for (const WeightType& type :
-       {kBf16, kInt8, kInt8Rows, kInt4, kInt4Zeros, kInt4RowZeros, kFp8, kFp8One, kMxfp4})
+       {kBf16, kInt8, kInt8Rows, kInt4, kInt4Zeros, kInt4RowZeros, kFp8, kFp8One, kMxfp4, kNvfp4})
     for (const index_t intermediate : {1, 31, 48, 128, 160, 300}) {
       const LayerPlan plan{kExperts, kHidden, intermediate, all_of(type)};
       const auto whole_layer = make(runtime_with(1), plan, false);

@@ -18,13 +18,14 @@ using namespace kt;
 
 namespace {
 
-constexpr Format kFormats[] = {Format::int8, Format::int4, Format::fp8, Format::mxfp4};
+constexpr Format kFormats[] = {Format::int8, Format::int4, Format::fp8, Format::mxfp4, Format::nvfp4};
 
 struct Quantized {
   explicit Quantized(WeightType type, index_t rows, index_t cols) : weight{type, rows, cols} {
     bytes.resize(static_cast<std::size_t>(weight.bytes()));
     weight.codes = bytes.data();
     weight.scales = bytes.data() + weight.codes_bytes();
+    weight.global_scale = weight.scales + weight.scales_bytes();
   }
   float scale(index_t place) const {
     float value;
@@ -85,6 +86,7 @@ TEST_CASE("the error on normal weights") {
   CHECK(error_on_normal(traits_of(Format::fp8).quantized, 256, 300) < 0.0275);
   CHECK(error_on_normal({Format::fp8, ScaleType::f32, 1, 0, false}, 64, 768) < 0.0275);
   CHECK(error_on_normal(traits_of(Format::mxfp4).quantized, 64, 768) < 0.118);
+  CHECK(error_on_normal(traits_of(Format::nvfp4).quantized, 64, 768) < 0.096);
 }
 
 TEST_CASE("weights that a format holds are kept") {
@@ -100,6 +102,7 @@ TEST_CASE("weights that a format holds are kept") {
   for (const float x : {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f})
     for (const float scaled : {x * 0x1p-20f, -x * 0x1p-20f}) mxfp4.push_back(scaled);
   kept(traits_of(Format::mxfp4).quantized, mxfp4);
+  kept(traits_of(Format::nvfp4).quantized, mxfp4);
   for (int exponent = 0; exponent < 16; ++exponent)
     for (int mantissa = 0; mantissa < (exponent == 15 ? 7 : 8); ++mantissa) {
       const float x =
@@ -191,8 +194,10 @@ TEST_CASE("weights that are not finite, and types and shapes that do not fit, ar
     refuses(matrix(weights, 8), to, "8 x 30, wanted 6 x 40");
     refuses(view(weights.data(), DType::f16, 6, 40), to, "float16");
   }
-  for (const WeightType& type : {WeightType{Format::bf16, ScaleType::none, 1, 0, false},
-                                 WeightType{Format::int4, ScaleType::bf16, 1, 32, true},
-                                 WeightType{Format::int8, ScaleType::f32, 1, 24, false}})
+  for (const WeightType& type :
+       {WeightType{Format::bf16, ScaleType::none, 1, 0, false},
+        WeightType{Format::int4, ScaleType::bf16, 1, 32, true},
+        WeightType{Format::int8, ScaleType::f32, 1, 24, false},
+        WeightType{Format::nvfp4, ScaleType::e4m3, 1, 16, false, GlobalScale::divides}})
     refuses(matrix(weights, 6), Quantized(type, 6, 40), "cannot quantise to");
 }

@@ -91,6 +91,10 @@ def experts() -> dict[str, bytes]:
             for part in (f"blocks U8 2,{rows},1,16", f"scales U8 2,{rows},1", f"bias BF16 2,{rows}")
         ],
         "int4": quantised("weight_packed I32 32,4", "weight_scale BF16 32,1", "weight_zero_point I32 4,1"),
+        "nvfp4": quantised(
+            "weight_packed U8 32,16", "weight_scale F8_E4M3 32,2", "weight_global_scale F32 1"
+        ),
+        "nvfp4-modelopt": quantised("weight U8 32,16", "weight_scale F8_E4M3 32,2", "weight_scale_2 F32 1"),
         "gptq": quantised("qweight I32 4,32", "qzeros I32 1,4", "scales F16 1,32"),
         "awq": quantised("qweight I32 32,4", "qzeros I32 1,4", "scales F16 1,32"),
         "gpt-oss": [

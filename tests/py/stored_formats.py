@@ -159,6 +159,23 @@ def mxfp4(experts: int, out: int, inp: int, seed: int) -> tuple[Tensor, Tensor, 
     return blocks, scales, (E2M1[codes] * factors).bfloat16()
 
 
+def nvfp4(out: int, inp: int, seed: int, *, modelopt: bool = False) -> Matrix:
+    """E2M1, two codes a byte, lower nibbles first; E4M3 scales for 16 columns; and one fp32 number a matrix,
+    by which compressed-tensors divides the scales and ModelOpt multiplies them, rounding that to fp32."""
+    codes = random_codes(0, 16, (out, inp), seed)
+    scales = random_codes(0, 0x7F, (out, inp // 16), seed + 1).to(torch.uint8).view(torch.float8_e4m3fn)
+    whole = torch.rand(1, generator=rng(seed + 2)) + 0.5
+    whole = whole * 1e-4 if modelopt else whole * 3e3
+    tensors = {
+        "weight" if modelopt else "weight_packed": (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8),
+        "weight_scale": scales,
+        "weight_scale_2" if modelopt else "weight_global_scale": whole[0] if modelopt else whole,
+        "input_scale" if modelopt else "input_global_scale": torch.ones(1),  # of activations
+    }
+    factors = scales.float() * whole if modelopt else scales.float() / whole
+    return tensors, (E2M1[codes] * factors.repeat_interleave(16, 1)).bfloat16()
+
+
 def kt_part(codes: Tensor, bits: int) -> Tensor:
     """The bytes of one part, tile by tile: row blocks of 64 (int8) or 128 (int4), column blocks of 3584,
     tiles of 32 rows by 64 bytes, each two halves of [k/4][row][4]. int4: low nibbles are 64 columns, high the

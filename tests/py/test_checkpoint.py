@@ -100,8 +100,8 @@ def test_a_sharded_directory_is_one_model(tmp_path: Path, index: str) -> None:
     for layer, layout in enumerate(("per-expert", "fused")):
         assert checkpoint.layer(layer) == LayerInfo(
             num_experts=E, hidden_size=H, intermediate_size=I, dtype="BF16", layout=layout, nbytes=nbytes,
-            format="bf16", scale_type="none", scale_rows=1, scale_cols=0, zero_points=False, biases=False,
-            mappable=True, memory_bytes=memory,
+            format="bf16", scale_type="none", scale_rows=1, scale_cols=0, zero_points=False,
+            global_scale=False, biases=False, mappable=True, memory_bytes=memory,
         )  # fmt: skip
     assert repr(checkpoint) == (
         f"Checkpoint({str(tmp_path)!r}: 2 files, {3 * E + 3} tensors, 0.0 MB, experts in 2 layers)"
@@ -159,7 +159,8 @@ def test_experts_that_disagree_are_named(tmp_path: Path) -> None:
         ({"0.gate_proj.weight_scale_inv": torch.ones(1)}, 'up_proj.weight_scale_inv" is missing'),
         ({"gate_up_proj_blocks": torch.ones(1)}, "stored in two layouts; .*gate_up_proj_blocks"),
         ({"gate_up_proj_bias": torch.ones(1)}, "stored in two layouts; .*gate_up_proj_bias"),
-        ({"0.gate_proj.weight_scale_2": torch.ones(1)}, "NVFP4: not supported"),
+        ({"0.gate_proj.weight_scale_2": torch.ones(1)}, 'up_proj.weight_scale_2" is missing'),
+        ({"gate_up_proj_weight_scale_2": torch.ones(1)}, "NVFP4 of fused experts: not supported"),
         ({"0.fc1.weight": torch.ones(1)}, "an unknown expert layout"),
     ],
 )

@@ -166,6 +166,8 @@ CHECKPOINTS: dict[str, Callable[[], Tensors]] = {
         lambda o, i, s: stored.fp8(o, i, s, block=(o, i), scale_shape=(1,), tail="weight_scale")
     ),
     "mxfp4": mxfp4,
+    "nvfp4": lambda: per_expert(stored.nvfp4),
+    "nvfp4 of ModelOpt": lambda: per_expert(lambda o, i, s: stored.nvfp4(o, i, s, modelopt=True)),
 }
 
 

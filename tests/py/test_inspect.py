@@ -179,6 +179,7 @@ def test_a_layer_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture
         (WeightType("int4", "bf16", 1, 32, zero_points=True), 2, 64, 64 + 4 * 3),
         (WeightType("fp8", "f32", 128, 128), 129, 257, 129 * 257 + 2 * 3 * 4),
         (WeightType("mxfp4", "e8m0", 1, 32), 2, 16, 16 + 2),  # a group is no wider than the row
+        (WeightType("nvfp4", "e4m3", 1, 16, global_scale=True), 3, 33, 3 * 17 + 3 * 3 + 4),
     ],
 )
 def test_bytes_of_a_matrix(kind: WeightType, rows: int, cols: int, nbytes: int) -> None:

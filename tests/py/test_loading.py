@@ -11,8 +11,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from strategies import make_problem, run_ours
 from torch import Tensor
@@ -23,9 +26,9 @@ from kt_moe.experts import FORMATS
 
 QUANTISED = [f for f in FORMATS if f != "bf16"]
 # On normal weights. For 4-bit codes in groups of 32 no choice of scales gets below 0.081.
-MOST_ERROR = {"int8": 0.0075, "int4": 0.083, "fp8": 0.027, "mxfp4": 0.125}
+MOST_ERROR = {"int8": 0.0075, "int4": 0.083, "fp8": 0.027, "mxfp4": 0.125, "nvfp4": 0.1}
 # Bits of a code, bytes of a scale and the columns that share it (fp8: and as many rows).
-KEPT = {"int8": (8, 4, 128), "int4": (4, 2, 32), "fp8": (8, 4, 128), "mxfp4": (4, 1, 32)}
+KEPT = {"int8": (8, 4, 128), "int4": (4, 2, 32), "fp8": (8, 4, 128), "mxfp4": (4, 1, 32), "nvfp4": (4, 1, 16)}
 
 E, H, I = 3, 256, 192  # noqa: E741
 
@@ -71,7 +74,54 @@ def test_quantised_when_made(format: str) -> None:
         -(-rows // (group if format == "fp8" else 1)) * -(-cols // group) * scale
         for rows, cols in ((I, H), (I, H), (H, I))
     )
-    assert experts.nbytes == E * (3 * H * I * bits // 8 + scales)
+    global_scales = 3 * 4 if format == "nvfp4" else 0
+    assert experts.nbytes == E * (3 * H * I * bits // 8 + scales + global_scales)
+
+
+def nvfp4_by_numpy(weight: Tensor) -> np.ndarray:
+    """A matrix quantised and decoded by ModelOpt's rule: the peak of the matrix is 6 * 448 global scales,
+    that of a group of 16 is 6 of its scales, in E4M3; codes are the nearest, of two as near the even one.
+    """
+    values = weight.float().numpy()
+    rows, cols = values.shape
+    groups = np.zeros((rows, -(-cols // 16) * 16), np.float32)
+    groups[:, :cols] = values
+    groups = groups.reshape(rows, -1, 16)
+    e4m3 = np.sort(torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy())
+    whole = np.float32(np.abs(values).max() / np.float32(2688))
+    wanted = np.abs(groups).max(-1) / (np.float32(6) * whole)
+    wanted = np.clip(np.where(wanted == 0, np.float32(1), wanted), np.float32(2**-9), np.float32(448))
+    scales = nearest(e4m3, wanted) * whole
+    numbers = nearest(np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32), np.abs(groups) / scales[..., None])
+    decoded = np.copysign(numbers, groups) * scales[..., None]
+    return decoded.reshape(rows, -1)[:, :cols]
+
+
+def nearest(ascending: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """The closest of the numbers, of two as close the one with the even place."""
+    above = np.clip(np.searchsorted(ascending, x), 1, len(ascending) - 1)
+    to_above, to_below = ascending[above] - x.astype(np.float64), x.astype(np.float64) - ascending[above - 1]
+    up = (to_above < to_below) | ((to_above == to_below) & (above % 2 == 0))
+    return ascending[np.where(up, above, above - 1)]
+
+
+@given(
+    rows=st.integers(1, 5), cols=st.integers(1, 70), size=st.sampled_from([1e-20, 3e-3, 1.0, 1e25]),
+    spread=st.sampled_from([0.0, 2.0, 6.0]), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_nvfp4_by_its_own_rule(rows: int, cols: int, size: float, spread: float, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    shapes = ((1, rows, cols), (1, rows, cols), (1, cols, rows))
+    normal = [torch.randn(2, *s, generator=random) for s in shapes]
+    made = [((w * torch.exp(spread * v)).clamp(-1e10, 1e10) * size).bfloat16() for w, v in normal]
+    made[0][0, 0] = 0  # groups of zeros
+    decoded = kt_moe.Experts(*made, format="nvfp4").dequantize()
+    for got, want in zip(decoded, made, strict=True):
+        if not want.any():
+            assert not got.any()
+            continue
+        bits = torch.from_numpy(nvfp4_by_numpy(want[0])).bfloat16().view(torch.int16)
+        assert torch.equal(got[0].view(torch.int16), bits)
 
 
 def test_bf16_is_not_quantised() -> None:

@@ -319,10 +319,10 @@ def test_it_says_when_it_does_not_fit(
     assert json.loads(capsys.readouterr().out)["host"]["spare"] < 0
 
 
-def groups(*weights: tuple[str, int]) -> dict[str, Any]:
+def groups(*weights: tuple[str, int], size: int = 32) -> dict[str, Any]:
     """What compressed-tensors says of weights of these types and bits."""
     return {"config_groups": {
-        f"group_{n}": {"weights": {"type": kind, "num_bits": bits, "group_size": 32}, "targets": ["Linear"]}
+        f"group_{n}": {"weights": {"type": kind, "num_bits": bits, "group_size": size}, "targets": ["Linear"]}
         for n, (kind, bits) in enumerate(weights)
     }}  # fmt: skip
 
@@ -340,6 +340,11 @@ def groups(*weights: tuple[str, int]) -> dict[str, Any]:
         ("compressed-tensors", groups(("int", 4)), "int4", False),
         ("compressed-tensors", groups(("int", 8)), "int8", False),
         ("compressed-tensors", groups(("float", 8), ("float", 8)), "fp8", False),
+        ("compressed-tensors", groups(("float", 4), size=16), "nvfp4", False),
+        ("compressed-tensors", groups(("float", 4)), "mxfp4", False),
+        ("modelopt", {"quant_algo": "NVFP4"}, "nvfp4", False),
+        ("modelopt", {"quant_algo": "FP8"}, "fp8", False),
+        ("modelopt", {}, "int4", True),
         ("compressed-tensors", groups(("float", 8), ("int", 4)), "int4", True),
         ("compressed-tensors", {}, "int4", True),
         ("torchao", {}, "bf16", True),

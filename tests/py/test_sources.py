@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,35 @@ def test_mxfp4(tmp_path: Path, biases: bool) -> None:
     check(save(tensors, tmp_path), [both[:, 0::2], both[:, 1::2], down], "mxfp4", "U8")
 
 
+@pytest.mark.parametrize("modelopt", [False, True])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(256, 192), (48, 80)])
+def test_nvfp4(tmp_path: Path, modelopt: bool, hidden: int, intermediate: int) -> None:
+    tensors, values = per_expert(
+        lambda o, i, s: stored.nvfp4(o, i, s, modelopt=modelopt), hidden, intermediate
+    )
+    layout = "nvfp4, modelopt" if modelopt else "nvfp4, compressed-tensors"
+    path = save(tensors, tmp_path)
+    check(path, values, layout, "U8")
+    info = Checkpoint(path).layer(LAYER)
+    assert (info.format, info.scale_type, info.scale_cols, info.global_scale) == ("nvfp4", "e4m3", 16, True)
+    assert info.mappable
+    paged = Experts.from_checkpoint(path, LAYER, paged=True)
+    packed = [Experts.from_checkpoint(path, LAYER, cache_dir=tmp_path / "cache") for _ in range(2)]
+    for experts in (paged, *packed):
+        assert all(torch.equal(got, want) for got, want in zip(experts.dequantize(), values, strict=True))
+
+
+def test_nvfp4_packed_of_one_layout_is_not_the_other(tmp_path: Path) -> None:
+    """The same bytes stand for other numbers, which the header of a packed file says."""
+    for modelopt in (False, True):
+        tensors, values = per_expert(lambda o, i, s: stored.nvfp4(o, i, s, modelopt=modelopt))  # noqa: B023
+        path = save(tensors, tmp_path)
+        warned = pytest.warns(UserWarning, match="shape or format") if modelopt else nullcontext()
+        with warned:
+            experts = Experts.from_checkpoint(path, LAYER, cache_dir=tmp_path / "cache")
+        assert all(torch.equal(got, want) for got, want in zip(experts.dequantize(), values, strict=True))
+
+
 def test_biases_beside_mxfp4(tmp_path: Path) -> None:
     """As gpt-oss has them, those of gate and up alternating: what a layer computes with them."""
     problem = make_problem(9, H, I, E, 2, {}, biased=PROJECTIONS, activation="gpt_oss")
@@ -282,7 +312,52 @@ def damaged(kind: str) -> dict[str, Tensor]:
         "fp8": lambda: per_expert(stored.fp8)[0],
         "packed": lambda: per_expert(lambda o, i, s: stored.compressed_tensors(o, i, s, group=32))[0],
         "gptq": lambda: per_expert(lambda o, i, s: stored.gptq(o, i, s, group=32))[0],
+        "nvfp4": lambda: per_expert(stored.nvfp4)[0],
+        "modelopt": lambda: per_expert(lambda o, i, s: stored.nvfp4(o, i, s, modelopt=True))[0],
     }[kind]()
+
+
+@pytest.mark.parametrize(("kind", "tail"), [("nvfp4", "weight_global_scale"), ("modelopt", "weight_scale_2")])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("paged", [False, True])
+def test_global_scales_that_scale_nothing(
+    tmp_path: Path, kind: str, tail: str, value: float, paged: bool
+) -> None:
+    tensors = damaged(kind)
+    tensors[f"{ROOT}.2.down_proj.{tail}"].fill_(value)
+    with pytest.raises(
+        ValueError, match=rf"2\.down_proj\.{tail}\" of expert 2 is .*, wanted a positive and finite"
+    ):
+        Experts.from_checkpoint(save(tensors, tmp_path), LAYER, paged=paged)
+
+
+@pytest.mark.parametrize(
+    ("tail", "change", "says"),
+    [
+        ("weight_packed", lambda t: t.view(torch.int8), "is I8, wanted one of U8"),
+        ("weight_packed", lambda t: t[:, ::2], r"has shape \[192, 64\], wanted \[192, 128\]"),
+        ("weight_packed", lambda t: t[:-1], r"wanted \[I, H / 2\] and \[H, I / 2\], H and I multiples of 16"),
+        ("weight_scale", lambda t: t.float(), "is F32, wanted one of F8_E4M3"),
+        ("weight_scale", lambda t: t[:, 1:], r"has shape \[192, 15\], wanted \[192, 16\]"),
+        ("weight_global_scale", lambda t: t.half(), "is F16, wanted one of F32"),
+        ("weight_global_scale", lambda t: t.repeat(2), r"has shape \[2\], wanted one number: \[\] or \[1\]"),
+    ],
+)
+def test_nvfp4_of_other_types_and_shapes(
+    tmp_path: Path, tail: str, change: Callable[[Tensor], Tensor], says: str
+) -> None:
+    tensors = damaged("nvfp4")
+    tensors = {name: change(t) if name.endswith(f".{tail}") else t for name, t in tensors.items()}
+    with pytest.raises(ValueError, match=says):
+        Checkpoint(save(tensors, tmp_path)).layer(LAYER)
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_nvfp4_scales_that_are_nan(tmp_path: Path, code: int) -> None:
+    tensors = damaged("nvfp4")
+    tensors[f"{ROOT}.1.up_proj.weight_scale"].view(torch.uint8)[7, 3] = code
+    with pytest.raises(ValueError, match=r"1\.up_proj\.weight_scale\" has a scale that .* \[7, 3\] of"):
+        Experts.from_checkpoint(save(tensors, tmp_path), LAYER)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 0.0, -0.0])
@@ -314,6 +389,8 @@ def test_scales_that_scale_nothing(
         ("packed", "1.up_proj.weight_scale", lambda t: t.float(), "is F32, the layer's first is BF16"),
         ("packed", "1.up_proj.weight_shape", lambda t: t.flip(0), r"says \[256, 192\], but .* \[192, 256\]"),
         ("packed", "0.up_proj.weight_packed", lambda t: t[:, ::2], "wanted"),
+        ("nvfp4", "1.up_proj.weight_global_scale", None, r"1\.up_proj\.weight_global_scale\" is missing"),
+        ("modelopt", "1.up_proj.weight_scale", None, r"1\.up_proj\.weight_scale\" is missing"),
         (
             "gptq",
             "0.up_proj.g_idx",

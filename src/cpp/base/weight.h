@@ -14,7 +14,7 @@
 
 namespace kt {
 
-enum class Format : std::uint8_t { bf16, int8, int4, fp8, mxfp4 };
+enum class Format : std::uint8_t { bf16, int8, int4, fp8, mxfp4, nvfp4 };
 
 // By ScaleType.
 inline constexpr std::array<std::string_view, 5> scale_names{"none", "f32", "bf16", "e8m0", "e4m3"};
@@ -51,13 +51,16 @@ struct FormatTraits {
 };
 
 // int8: an fp32 scale for 128 columns, for with one a row the error grows with its length. int4: a bf16 scale
-// for 32 columns. fp8: a scale for 128 x 128. mxfp4: as the format is.
+// for 32 columns. fp8: a scale for 128 x 128. mxfp4 and nvfp4: as the formats are, the latter in ModelOpt's
+// way.
 inline constexpr std::array formats{
     FormatTraits{"bf16", CodeType::bf16, 16, {}},
     FormatTraits{"int8", CodeType::int8, 8, {Format::int8, ScaleType::f32, 1, 128}},
     FormatTraits{"int4", CodeType::int4, 4, {Format::int4, ScaleType::bf16, 1, 32}},
     FormatTraits{"fp8", CodeType::e4m3, 8, {Format::fp8, ScaleType::f32, 128, 128}},
     FormatTraits{"mxfp4", CodeType::e2m1, 4, {Format::mxfp4, ScaleType::e8m0, 1, 32}},
+    FormatTraits{
+        "nvfp4", CodeType::e2m1, 4, {Format::nvfp4, ScaleType::e4m3, 1, 16, false, GlobalScale::multiplies}},
 };
 
 constexpr const FormatTraits& traits_of(Format format) { return formats[static_cast<std::size_t>(format)]; }

@@ -25,6 +25,8 @@ constexpr std::array kExpertTails{
     Tail{"weight_packed", Encoding::packed, Role::weight},
     Tail{"weight_shape", Encoding::packed, Role::shape},
     Tail{"weight_zero_point", Encoding::packed, Role::zeros},
+    Tail{"weight_global_scale", Encoding::packed, Role::global_scale},
+    Tail{"weight_scale_2", Encoding::plain, Role::global_scale},
     Tail{"weight_g_idx", Encoding::packed, Role::order},
     Tail{"qweight", Encoding::gptq, Role::weight},
     Tail{"scales", Encoding::gptq, Role::scale},
@@ -32,6 +34,7 @@ constexpr std::array kExpertTails{
     Tail{"g_idx", Encoding::gptq, Role::order},
     Tail{"bias", Encoding::any, Role::bias},
     Tail{"input_scale", Encoding::any, Role::unused},
+    Tail{"input_global_scale", Encoding::any, Role::unused},
     Tail{"activation_scale", Encoding::any, Role::unused},
 };
 // experts.{word}{tail}
@@ -51,8 +54,8 @@ struct Sign {
   std::string_view part, format;
 };
 constexpr std::array kSigns{
-    Sign{"weight_scale_2", "NVFP4"},
-    Sign{"weight_global_scale", "NVFP4"},
+    Sign{"weight_scale_2", "NVFP4 of fused experts"},
+    Sign{"weight_global_scale", "NVFP4 of fused experts"},
     Sign{"lora_", "an adapter, not a model"},
 };
 

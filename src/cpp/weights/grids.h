@@ -103,10 +103,26 @@ struct E4M3 : SmallFloat<3, -6> {
   }
 };
 
+// ModelOpt's rule: the matrix's peak is the largest number times the largest scale, and each group's peak the
+// largest number times its own, rounded.
+struct Nvfp4 : E2M1 {
+  static constexpr float kLargest = 6;
+  static bool takes(const WeightType& t) { return t == traits_of(Format::nvfp4).quantized; }
+  static float global_scale_of(float peak) {
+    constexpr float kLeast = std::numeric_limits<float>::min();
+    return peak == 0 ? 1 : std::max(peak / (kLargest * E4M3::kLargest), kLeast);
+  }
+  static float scale_of(float peak, float global_scale) {
+    constexpr float kLeast = 0x1p-9f;
+    const float scale = peak / (kLargest * global_scale);
+    return scale == 0 ? 1 : E4M3::nearest(std::max(scale, kLeast), E4M3::kLargest);
+  }
+};
+
 template <class... Grid>
 struct List {};
 
 // By Format, from int8 on: none is quantised to bf16.
-using All = List<Int8, Int4, E4M3, E2M1>;
+using All = List<Int8, Int4, E4M3, E2M1, Nvfp4>;
 
 }  // namespace kt::grids

@@ -22,11 +22,15 @@ SourcePointer open_packed(LayerTensors tensors);
 SourcePointer open_gptq(LayerTensors tensors);
 // gpt-oss: gate_up_proj_blocks and the like.
 SourcePointer open_mxfp4(LayerTensors tensors);
+// NVFP4: compressed-tensors' weight_packed, weight_scale and weight_global_scale, which divides the scales;
+// or ModelOpt's weight, weight_scale and weight_scale_2, which multiplies them.
+SourcePointer open_nvfp4(LayerTensors tensors);
 // Files that kt-kernel writes: int8 or int4 in tiles.
 SourcePointer open_kt(LayerTensors tensors);
 
 // Which of them reads a layer. The weights' own tail has an encoding, so that it is not `any`.
 inline auto* opener_of(const LayerTensors& tensors) {
+  if (tensors.has(Role::global_scale)) return &open_nvfp4;
   constexpr decltype(&open_plain) kByEncoding[] = {nullptr,   open_plain, open_packed,
                                                    open_gptq, open_mxfp4, open_kt};
   return kByEncoding[static_cast<std::size_t>(tensors.encoding())];

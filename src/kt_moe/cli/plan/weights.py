@@ -10,12 +10,15 @@ from kt_moe.cli.errors import UserError
 from kt_moe.cli.plan import memory
 from kt_moe.cli.plan.shapes import Outline
 
-# Formats in memory, by a quantised weight's type and bits as configs have them.
+# Formats in memory, by a quantised weight's type and bits as configs have them, and by ModelOpt's names.
 _BY_TYPE: dict[Any, str] = {
     ("int", 4): "int4",
     ("int", 8): "int8",
     ("float", 8): "fp8",
     ("float", 4): "mxfp4",
+    ("float", 4, 16): "nvfp4",  # in groups of 16
+    "NVFP4": "nvfp4",
+    "FP8": "fp8",
 }
 
 
@@ -62,7 +65,10 @@ def stored_format(config: Any) -> tuple[str, str]:
     elif method == "compressed-tensors":
         groups = (quantised.get("config_groups") or {}).values()
         weights = [group.get("weights") or {} for group in groups]
-        kinds = {(kind.get("type"), kind.get("num_bits")) for kind in weights}
+        whole = {(kind.get("type"), kind.get("num_bits"), kind.get("group_size")) for kind in weights}
+        kinds = {kind if kind in _BY_TYPE else kind[:2] for kind in whole}
+    elif method == "modelopt":
+        kinds = {quantised.get("quant_algo")}
     else:
         return "bf16", f" (assumed: {method} is unknown)"
     if len(kinds) == 1 and (format := _BY_TYPE.get(next(iter(kinds)))):
