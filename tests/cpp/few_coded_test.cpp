@@ -84,9 +84,9 @@ std::vector<float> product(const KernelSet& set, Direction direction, Rows x, co
   const index_t n = direction == Direction::times ? w.cols.size() : w.rows.size(), stride = n + kMargin;
   std::vector<float> c(static_cast<std::size_t>(x.matrix.rows * stride), 0.5f);
   if (direction == Direction::times)
-    multiply_few(set, x, w, c.data(), stride, accumulate, scratch);
+    gemv_nn(set, x, w, c.data(), stride, accumulate, scratch);
   else
-    multiply_few_transposed(set, x, w, c.data(), stride, accumulate, scratch);
+    gemv_nt(set, x, w, c.data(), stride, accumulate, scratch);
   return c;
 }
 

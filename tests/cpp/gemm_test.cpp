@@ -44,11 +44,11 @@ void check_product(const KernelSet& kernels, const Sizes& size, DType dtype, con
   CHECK((all.row_bytes != 0) == lies);
   if (dtype == DType::bf16) CHECK((all.data == static_cast<const void*>(a.data())) == lies);
 
-  const index_t first = kernels.gemm.mr, stride = result_stride(kernels, size.cols);
+  const index_t first = kernels.gemm.mr, stride = min_ldc(kernels, size.cols);
   const Term term{rows_of(kernels, all, {first, size.rows}),
                   pack_b_cols(kernels, {view(w.data(), DType::bf16, size.cols, size.k)}, scratch)};
   std::vector<float> c(static_cast<std::size_t>((size.rows - first) * stride));
-  multiply(kernels, {&term, 1}, c.data(), stride);
+  brgemm(kernels, {&term, 1}, c.data(), stride);
   for (index_t i = first; i < size.rows; ++i)
     for (index_t j = 0; j < size.cols; ++j) {
       const index_t row = picked ? index[static_cast<std::size_t>(i)] : i;

@@ -88,9 +88,9 @@ std::vector<float> product(const KernelSet& set, Direction direction, int rows, 
   std::vector<std::int32_t> index;
   for (int i = 0; i < rows; ++i) index.push_back(i * 7 % rows);
 
-  // k in two segments, as a product with LoRA has it.
+  // k in two batch, as a product with LoRA has it.
   std::vector<std::unique_ptr<Panel>> panels;
-  std::vector<Segment> segments;
+  std::vector<BatchElement> batch;
   for (const auto& [begin, end] : {std::pair{0, k / 2}, std::pair{k / 2, k}}) {
     const int depth = end - begin;
     if (depth == 0) continue;
@@ -103,15 +103,14 @@ std::vector<float> product(const KernelSet& set, Direction direction, int rows, 
       gemm.pack_b_cols({w.data() + 1 + begin, w_stride, nullptr}, cols, depth, pb);
     else
       gemm.pack_b_rows({w.data() + 1 + begin * w_stride, w_stride, nullptr}, depth, cols, pb, 0);
-    segments.push_back({pa, pb, 0, depth, {}});
+    batch.push_back({pa, pb, 0, depth, {}});
   }
 
   const index_t ldc = gemm.nr + 2;
   std::vector<float> c = floats((rows + 1) * ldc, 3);  // one row of canary behind the result
   const std::vector<float> before = c;
   if (gemm.begin != nullptr) gemm.begin();
-  gemm.micro_kernel(rows, cols, segments.data(), static_cast<int>(segments.size()), c.data(), ldc,
-                    accumulate);
+  gemm.micro_kernel(rows, cols, batch.data(), static_cast<int>(batch.size()), c.data(), ldc, accumulate);
   if (gemm.end != nullptr) gemm.end();
   for (index_t j = 0; j < ldc; ++j)
     CHECK(c[static_cast<std::size_t>(rows * ldc + j)] == before[static_cast<std::size_t>(rows * ldc + j)]);
@@ -194,13 +193,13 @@ TEST_CASE("rows multiplied where they lie give the bits of a panel, and are read
         const Panel pa(gemm, gemm.mr, k), pb(gemm, gemm.nr, k);
         gemm.pack_a({a.data, stride, nullptr}, rows, k, pa.data.get());
         gemm.pack_b_cols({w.data(), k, nullptr}, gemm.nr, k, pb.data.get());
-        const Segment panel{pa.data.get(), pb.data.get(), 0, k, {}},
+        const BatchElement panel{pa.data.get(), pb.data.get(), 0, k, {}},
             lying{a.data, pb.data.get(), 2 * stride, k, {}};
         std::vector<float> packed(static_cast<std::size_t>(rows * gemm.nr)), in_place = packed;
-        const auto product = [&](std::vector<Segment> segments, int accumulate, std::vector<float>& c) {
+        const auto product = [&](std::vector<BatchElement> batch, int accumulate, std::vector<float>& c) {
           if (gemm.begin != nullptr) gemm.begin();
-          gemm.micro_kernel(rows, gemm.nr, segments.data(), static_cast<int>(segments.size()), c.data(),
-                            gemm.nr, accumulate);
+          gemm.micro_kernel(rows, gemm.nr, batch.data(), static_cast<int>(batch.size()), c.data(), gemm.nr,
+                            accumulate);
           if (gemm.end != nullptr) gemm.end();
         };
         product({panel}, 0, packed);
@@ -247,8 +246,8 @@ TEST_CASE("packing reads nothing but its rows: a NaN beside them stays out") {
     gemm.pack_b_rows({w.data(), 8, nullptr}, k, cols, pb.data.get(), 0);
     std::vector<float> c(static_cast<std::size_t>(gemm.nr));
     if (gemm.begin != nullptr) gemm.begin();
-    const Segment segment{pa.data.get(), pb.data.get(), 0, k, {}};
-    gemm.micro_kernel(1, cols, &segment, 1, c.data(), gemm.nr, 0);
+    const BatchElement element{pa.data.get(), pb.data.get(), 0, k, {}};
+    gemm.micro_kernel(1, cols, &element, 1, c.data(), gemm.nr, 0);
     if (gemm.end != nullptr) gemm.end();
     for (int j = 0; j < cols; ++j) CHECK(c[static_cast<std::size_t>(j)] == 10.0f);
   });

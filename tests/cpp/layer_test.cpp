@@ -265,7 +265,7 @@ class Layer {
     const bool narrow = w.type.scale == ScaleType::bf16;
     return static_cast<const std::byte*>(numbers(n, usual * size, narrow ? DType::bf16 : DType::f32));
   }
-  Stack stack(index_t count, index_t rows, index_t cols, float scale, DType type = DType::bf16) {
+  StridedBatch stack(index_t count, index_t rows, index_t cols, float scale, DType type = DType::bf16) {
     return {numbers(count * rows * cols, scale, type), type, rows, cols};
   }
 

@@ -28,15 +28,15 @@ TEST_CASE("routing groups by expert and keeps the order of tokens") {
   CHECK(r.routes() == 7);
   CHECK(count_routes(ids_view(ids, 2), 4) == 7);
   CHECK(r.experts == std::vector<std::int32_t>{0, 2});
-  CHECK(r.offset == std::vector<std::int32_t>{0, 2, 2, 7, 7});
-  CHECK(r.token == std::vector<std::int32_t>{0, 1, 0, 1, 2, 3, 3});
-  CHECK(r.slot == std::vector<std::int32_t>{1, 2, 0, 3, 5, 6, 7});
+  CHECK(r.expert_offsets == std::vector<std::int32_t>{0, 2, 2, 7, 7});
+  CHECK(r.sorted_token_ids == std::vector<std::int32_t>{0, 1, 0, 1, 2, 3, 3});
+  CHECK(r.sorted_slots == std::vector<std::int32_t>{1, 2, 0, 3, 5, 6, 7});
   CHECK(r.first(2) == 2);
   CHECK(r.count(2) == 5);
 }
 
 TEST_CASE("routing: int32 ids, no tokens, no routes, one expert for all") {
-  CHECK(route(ids_view(std::vector<std::int32_t>{1, 1, 1}, 1), 2).offset ==
+  CHECK(route(ids_view(std::vector<std::int32_t>{1, 1, 1}, 1), 2).expert_offsets ==
         std::vector<std::int32_t>{0, 0, 3});
   CHECK(route(ids_view(std::vector<std::int64_t>{}, 2), 3).routes() == 0);
   CHECK(route(ids_view(std::vector<std::int64_t>{3, 3}, 2), 3).routes() == 0);
@@ -44,7 +44,7 @@ TEST_CASE("routing: int32 ids, no tokens, no routes, one expert for all") {
   const Routing r = route(ids_view(all, 10), 6);
   std::vector<std::int32_t> slots(1000);
   std::iota(slots.begin(), slots.end(), 0);
-  CHECK(r.slot == slots);
+  CHECK(r.sorted_slots == slots);
 }
 
 TEST_CASE("routing names the first id out of range") {

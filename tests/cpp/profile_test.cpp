@@ -14,7 +14,7 @@
 
 #include "base/error.h"
 #include "cpu/worker_pool.h"
-#include "moe/trace.h"
+#include "moe/profile.h"
 #include "temp_files.h"
 
 using namespace kt;
@@ -157,13 +157,13 @@ TEST_CASE("a span has the shard of the span around it, or the thread's first") {
 TEST_CASE("spans beyond the limit are dropped and counted, totals go on") {
   Profile profile({0, 0}, 1, 3000);  // 1500 a thread: more than a chunk, and a part of one
   for (int i = 0; i < 2000; ++i) {
-    Span span(&profile.recorder(1), Stage::merge);
+    Span span(&profile.recorder(1), Stage::combine);
     span.count({1, 2, 3});
   }
   CHECK(profile.recorder(1).spans().size() == 1500);
   CHECK(profile.recorder(1).dropped() == 500);
   CHECK(profile.dropped_spans() == 500);
-  const StageTotal& total = profile.recorder(1).total(Stage::merge);
+  const StageTotal& total = profile.recorder(1).total(Stage::combine);
   CHECK(total.spans == 2000);
   CHECK(total.work.remote == 6000);
 }

@@ -31,8 +31,8 @@ void run(TaskGraph& graph, Runtime& runtime) {
 
 void sleep_ms(int ms) { std::this_thread::sleep_for(std::chrono::milliseconds(ms)); }
 
-// Two places on one node.
-Topology two_places() {
+// Two nodes that are one.
+Topology two_nodes() {
   Topology topology = read_topology();
   NumaNode& node = *std::ranges::find_if(topology.nodes, [](const NumaNode& n) { return !n.cpus.empty(); });
   return choose_nodes(topology, std::array{node.id, node.id});
@@ -80,14 +80,14 @@ TEST_CASE("tasks find what they come after, whatever the number of threads and t
     Runtime runtime(threads, 1, "scalar");
     for (int round = 0; round < 100; ++round) check_chain(runtime, 1, 40);
     if (threads < 2) continue;
-    Runtime two(threads, 2, "scalar", two_places());
+    Runtime two(threads, 2, "scalar", two_nodes());
     for (int round = 0; round < 100; ++round) check_chain(two, 2, 40);
   }
 }
 
 TEST_CASE("an exception in one team ends the tasks of all, and the runtime stays usable") {
   const Deadline deadline;
-  Runtime runtime(4, 2, "scalar", two_places());
+  Runtime runtime(4, 2, "scalar", two_nodes());
   for (int round = 0; round < 50; ++round) {
     TaskGraph graph(2);
     std::atomic<int> after{0};

@@ -113,8 +113,9 @@ def test_spans_of_a_thread_nest_and_lie_in_their_call(recorded: kt_moe.Profile) 
 
 def test_the_stages_of_both_directions_are_there(recorded: kt_moe.Profile) -> None:
     wanted = {
-        "setup", "route", "gather", "lora_p", "gate_up", "activation", "hidden", "down", "merge", "grad_down",
-        "grad_activation", "dots", "gather_grad", "lora_q", "grad_hidden", "lora_grad",
+        "setup", "route", "dispatch", "lora_p", "gate_up", "activation", "pack_h", "down", "combine",
+        "grad_down", "grad_activation", "grad_topk_weights", "pack_grad", "lora_q", "grad_hidden",
+        "lora_grad",
     }  # fmt: skip
     assert wanted <= set(recorded.stages)
     assert "decode" not in recorded.stages
@@ -284,8 +285,8 @@ def test_a_torch_profiler_sees_ranges(layer: Layer) -> None:
     assert {"kt_moe.forward", "kt_moe.backward"} <= names
 
 
-def test_bytes_of_other_places() -> None:
-    """docs/numa.md has the formulas: rows that are gathered, and the parts of out that are merged."""
+def test_bytes_of_other_nodes() -> None:
+    """docs/numa.md has the formulas: rows that are gathered, and the partial sums of out that are reduced."""
     T, H, inner, E, K, places = 96, 128, 192, 2, 1, 2
     runtime = kt_moe.Runtime(threads=2, shards=4, nodes=[0] * places)
     experts = kt_moe.Experts(
@@ -294,12 +295,13 @@ def test_bytes_of_other_places() -> None:
     ids = torch.arange(T).remainder(E).unsqueeze(1)
     with kt_moe.profile(runtime=runtime) as p:
         kt_moe.moe(torch.randn(T, H, dtype=torch.bfloat16), ids, torch.ones(T, K), experts)
-    far = {stage: sum(s.bytes_remote for s in p.spans if s.stage == stage) for stage in ("gather", "merge")}
-    assert far["gather"] == 2 * T * K * H * (places - 1)  # x is the first place's
-    # Tokens are shared out in runs of 64: one place merges 64, the other 32; the result is the first place's.
-    first = next(s for s in p.spans if s.stage == "merge" and s.shard == 0)
+    stages = ("dispatch", "reduce")
+    far = {stage: sum(s.bytes_remote for s in p.spans if s.stage == stage) for stage in stages}
+    assert far["dispatch"] == 2 * T * K * H * (places - 1)  # x is the first node's
+    # Tokens are shared out in runs of 64: one node reduces 64, the other 32; the result is the first node's.
+    first = next(s for s in p.spans if s.stage == "combine" and s.shard == 0)
     assert first.thread == 0
-    assert far["merge"] in {4 * T * H + 2 * n * H for n in (32, 64)}
+    assert far["reduce"] in {4 * T * H + 2 * n * H for n in (32, 64)}
     assert {s.thread for s in p.spans if s.shard in (2, 3)} == {1}
 
 
@@ -316,13 +318,13 @@ def test_experts_at_home_read_far_what_others_have() -> None:
         far = {(s.call, s.stage): 0 for s in p.spans}
         for s in p.spans:
             far[s.call, s.stage] += s.bytes_remote
-        assert far[0, "gather"] == far[1, "gather"] == 2 * second * H  # x and dY are the first place's
+        assert far[0, "dispatch"] == far[1, "dispatch"] == 2 * second * H  # x and dY are the first place's
         assert far[0, "gate_up"] == far[1, "grad_down"] == 2 * 2 * second * inner  # G and U, as if they were
         assert far[0, "down"] == far[1, "grad_hidden"] == 0
         # The first 64 tokens are the first place's to add up, the other 32 the second's.
         near = min(second, 64), T - 64 - max(second - 64, 0)
         for call in (0, 1):
-            assert far[call, "merge"] == 4 * H * sum(near) + 2 * H * 32
+            assert far[call, "combine"] == 4 * H * sum(near) + 2 * H * 32
 
 
 SCRIPT = """

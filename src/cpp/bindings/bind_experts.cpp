@@ -72,7 +72,7 @@ std::shared_ptr<Experts> from_tensors(py::handle gate, py::handle up, py::handle
   const kt::ReleaseGil release;
   const auto matrices = [&](int expert, Projection p) {
     const Tensor& t = tensors[index_of(p)];
-    return Stack{t.data, t.dtype, t.dim(1), t.dim(2)}[expert];
+    return StridedBatch{t.data, t.dtype, t.dim(1), t.dim(2)}[expert];
   };
   return experts_from_matrices(std::move(runtime), plan, act, matrices, biases, spread);
 }

@@ -23,8 +23,8 @@ using Scaling = std::array<float, 3>;
 using LoraTensors = std::array<py::object, 6>;  // A and B of gate, up and down, or None
 
 // One LoRA matrix of every expert; the rank is wherever `meaning` has it.
-Stack read_stack(py::handle object, const std::string& name, index_t experts, index_t rows, index_t cols,
-                 const char* meaning) {
+StridedBatch read_batch(py::handle object, const std::string& name, index_t experts, index_t rows,
+                        index_t cols, const char* meaning) {
   const Tensor t = read_tensor(object, name, {DType::f32, DType::bf16}, 3);
   check_shape(t, name, {experts, rows < 0 ? t.dim(1) : rows, cols < 0 ? t.dim(2) : cols}, meaning);
   return {t.data, t.dtype, t.dim(1), t.dim(2)};
@@ -38,9 +38,9 @@ LoraPair read_pair(const ExpertWeights& w, Projection p, py::handle a, py::handl
   const bool down = p == Projection::down;
   const index_t rows = w.rows(p), cols = w.cols(p);
   LoraPair pair{
-      read_stack(a, name + "a", w.num_experts, -1, cols, down ? "[E, r, I]" : "[E, r, H]"), {}, scaling};
+      read_batch(a, name + "a", w.num_experts, -1, cols, down ? "[E, r, I]" : "[E, r, H]"), {}, scaling};
   KT_CHECK(pair.rank() > 0, "{}a has rank 0, wanted at least 1 (or None)", name);
-  pair.b = read_stack(b, name + "b", w.num_experts, rows, pair.rank(),
+  pair.b = read_batch(b, name + "b", w.num_experts, rows, pair.rank(),
                       down ? "[E, H, r] with the rank of down_lora_a" : "[E, I, r] with the rank of its A");
   return pair;
 }

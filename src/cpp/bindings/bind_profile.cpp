@@ -11,7 +11,6 @@
 #include "bindings/gil.h"
 #include "moe/profile.h"
 #include "moe/runtime.h"
-#include "moe/trace.h"
 
 namespace py = pybind11;
 

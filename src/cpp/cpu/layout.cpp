@@ -58,55 +58,55 @@ std::vector<const NumaNode*> usable_nodes(const Topology& topology) {
   return usable;
 }
 
-// Nodes that serve the same shards: a place.
-struct Place {
+// NUMA nodes that own the same shards.
+struct NodeGroup {
   Nodes nodes;
   Range shards;
 };
 
-std::vector<Place> places_of(Nodes nodes, index_t shards) {
+std::vector<NodeGroup> groups_of(Nodes nodes, index_t shards) {
   const index_t count = std::min(shards, std::ssize(nodes));
-  std::vector<Place> places;
+  std::vector<NodeGroup> groups;
   std::vector<index_t> weights;
   for (index_t p = 0; p < count; ++p) {
-    places.push_back({part_of(nodes, split(std::ssize(nodes), count, p)), {}});
-    weights.push_back(cores_of(places.back().nodes));
+    groups.push_back({part_of(nodes, split(std::ssize(nodes), count, p)), {}});
+    weights.push_back(cores_of(groups.back().nodes));
   }
   const std::vector<Range> ranges = share_out(shards, weights);
-  for (std::size_t p = 0; p < places.size(); ++p) places[p].shards = ranges[p];
-  return places;
+  for (std::size_t p = 0; p < groups.size(); ++p) groups[p].shards = ranges[p];
+  return groups;
 }
 
-std::vector<Shard> shards_of(const std::vector<Place>& places, const Topology& topology) {
+std::vector<Shard> shards_of(const std::vector<NodeGroup>& groups, const Topology& topology) {
   const bool bound = topology.nodes.size() > 1 || topology.chosen;
   std::vector<Shard> shards;
-  for (std::size_t p = 0; p < places.size(); ++p) {
-    const Place& place = places[p];
-    Shard shard{cores_of(place.nodes) * kShares / place.shards.size(), p};
-    for (const NumaNode* node : place.nodes)
+  for (std::size_t p = 0; p < groups.size(); ++p) {
+    const NodeGroup& group = groups[p];
+    Shard shard{cores_of(group.nodes) * kShares / group.shards.size(), p};
+    for (const NumaNode* node : group.nodes)
       if (const int from = memory_of(topology, *node);
           bound && std::ranges::find(shard.memory, from) == shard.memory.end())
         shard.memory.push_back(from);
-    shards.insert(shards.end(), static_cast<std::size_t>(place.shards.size()), shard);
+    shards.insert(shards.end(), static_cast<std::size_t>(group.shards.size()), shard);
   }
   return shards;
 }
 
-// A team for each place; or where there are fewer threads, for some that follow one another.
-std::vector<Team> teams_of(const std::vector<Place>& places, const Topology& topology, index_t threads) {
-  const index_t count = std::min(std::ssize(places), threads);
+// A team for each group of nodes; or where there are fewer threads, for some that follow one another.
+std::vector<Team> teams_of(const std::vector<NodeGroup>& groups, const Topology& topology, index_t threads) {
+  const index_t count = std::min(std::ssize(groups), threads);
   const bool bound = count > 1 || topology.chosen;
   std::vector<Team> teams(static_cast<std::size_t>(count));
   std::vector<index_t> weights;
   for (std::size_t t = 0; t < teams.size(); ++t) {
-    const Range some = split(std::ssize(places), count, static_cast<index_t>(t));
-    const auto members = std::span(places).subspan(static_cast<std::size_t>(some.begin),
+    const Range some = split(std::ssize(groups), count, static_cast<index_t>(t));
+    const auto members = std::span(groups).subspan(static_cast<std::size_t>(some.begin),
                                                    static_cast<std::size_t>(some.size()));
     teams[t].shards = {members.front().shards.begin, members.back().shards.end};
     index_t cores = 0;
-    for (const Place& place : members) {
-      cores += cores_of(place.nodes);
-      for (const NumaNode* node : place.nodes)
+    for (const NodeGroup& group : members) {
+      cores += cores_of(group.nodes);
+      for (const NumaNode* node : group.nodes)
         if (bound) teams[t].cpus.insert(teams[t].cpus.end(), node->cpus.begin(), node->cpus.end());
     }
     weights.push_back(cores);
@@ -146,8 +146,8 @@ Topology choose_nodes(Topology topology, std::span<const int> nodes) {
 
 ShardLayout plan_layout(const Topology& topology, int threads, int shards) {
   const std::vector<const NumaNode*> nodes = usable_nodes(topology);
-  const std::vector<Place> places = places_of(nodes, shards);
-  return {shards_of(places, topology), teams_of(places, topology, threads)};
+  const std::vector<NodeGroup> groups = groups_of(nodes, shards);
+  return {shards_of(groups, topology), teams_of(groups, topology, threads)};
 }
 
 }  // namespace kt

@@ -12,7 +12,7 @@ namespace kt {
 // A slice of the work and of the weights.
 struct Shard {
   index_t weight = 1;            // its share of all work: by the cores behind it
-  std::size_t place = 0;         // shards of one place have the same nodes
+  std::size_t node = 0;          // the NUMA node, or group of nodes, that owns it
   std::vector<int> memory = {};  // nodes its memory comes from; none: the machine has but one
 };
 

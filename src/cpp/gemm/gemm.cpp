@@ -134,7 +134,7 @@ namespace {
 
 // What tile `tile` of `tiles`, `k` deep, fetches of `next`: a whole number of lines a step, so that the last
 // tiles may find nothing left.
-Ahead ahead(const GemmKernels& gemm, const MatView& next, index_t k, index_t tiles, index_t tile) {
+Prefetch prefetch_of(const GemmKernels& gemm, const MatView& next, index_t k, index_t tiles, index_t tile) {
   const auto size = static_cast<index_t>(size_of(next.dtype));
   const index_t lines = ceil_div(next.cols * size, kLine), all = next.rows * lines;
   const index_t steps = std::max<index_t>(1, k * gemm.element_bytes / kLine);
@@ -146,50 +146,49 @@ Ahead ahead(const GemmKernels& gemm, const MatView& next, index_t k, index_t til
 
 }  // namespace
 
-void multiply(const KernelSet& kernels, std::span<const Term> terms, float* c, index_t stride,
-              bool accumulate) {
+void brgemm(const KernelSet& kernels, std::span<const Term> terms, float* c, index_t ldc, bool accumulate) {
   const GemmKernels& gemm = kernels.gemm;
   const index_t rows = terms.front().a.rows, cols = terms.front().b.cols;
-  assert(terms.size() <= kMostTerms && stride >= result_stride(kernels, cols));
+  assert(terms.size() <= kMostTerms && ldc >= min_ldc(kernels, cols));
   const index_t tiles = ceil_div(rows, gemm.mr) * ceil_div(cols, gemm.nr);
   index_t tile = 0;
-  std::array<Segment, kMostTerms> segments;
+  std::array<BatchElement, kMostTerms> batch;
   if (gemm.begin != nullptr) gemm.begin();
   for (index_t j = 0; j < cols; j += gemm.nr)  // a B panel stays in the nearest cache while A passes by
     for (index_t i = 0; i < rows; i += gemm.mr, ++tile) {
       for (std::size_t t = 0; t < terms.size(); ++t) {
         const auto& [a, b, next] = terms[t];
         assert(a.rows == rows && b.cols == cols && a.k == b.k);
-        segments[t] = {a.data + i / gemm.mr * a.panel_bytes, b.data + j / gemm.nr * b.panel_bytes,
-                       a.row_bytes, static_cast<int>(a.k), ahead(gemm, next, a.k, tiles, tile)};
+        batch[t] = {a.data + i / gemm.mr * a.panel_bytes, b.data + j / gemm.nr * b.panel_bytes, a.row_bytes,
+                    static_cast<int>(a.k), prefetch_of(gemm, next, a.k, tiles, tile)};
       }
       gemm.micro_kernel(static_cast<int>(std::min<index_t>(gemm.mr, rows - i)),
-                        static_cast<int>(std::min<index_t>(gemm.nr, cols - j)), segments.data(),
-                        static_cast<int>(terms.size()), c + i * stride + j, stride, accumulate);
+                        static_cast<int>(std::min<index_t>(gemm.nr, cols - j)), batch.data(),
+                        static_cast<int>(terms.size()), c + i * ldc + j, ldc, accumulate);
     }
   if (gemm.end != nullptr) gemm.end();
 }
 
 namespace {
 
-void call_few(const KernelSet& kernels, FewRows* product, index_t n, const Rows& x, Rows w, float* c,
-              index_t stride, bool accumulate, Arena& scratch) {
+void call_gemv(const KernelSet& kernels, FewRows* product, index_t n, const Rows& x, Rows w, float* c,
+               index_t ldc, bool accumulate, Arena& scratch) {
   const Arena::Frame frame(scratch);
   w = in_bf16(kernels, w, scratch);
   product(static_cast<int>(x.matrix.rows), static_cast<int>(n), static_cast<int>(x.matrix.cols),
-          from_row(x, 0), bf16(w.matrix.data), w.matrix.stride, c, stride, accumulate);
+          from_row(x, 0), bf16(w.matrix.data), w.matrix.stride, c, ldc, accumulate);
 }
 
 }  // namespace
 
-void multiply_few_transposed(const KernelSet& kernels, Rows x, Rows w, float* c, index_t stride,
-                             bool accumulate, Arena& scratch) {
-  call_few(kernels, kernels.few.times_transposed, w.matrix.rows, x, w, c, stride, accumulate, scratch);
+void gemv_nt(const KernelSet& kernels, Rows x, Rows w, float* c, index_t ldc, bool accumulate,
+             Arena& scratch) {
+  call_gemv(kernels, kernels.few.times_transposed, w.matrix.rows, x, w, c, ldc, accumulate, scratch);
 }
 
-void multiply_few(const KernelSet& kernels, Rows x, Rows w, float* c, index_t stride, bool accumulate,
-                  Arena& scratch) {
-  call_few(kernels, kernels.few.times, w.matrix.cols, x, w, c, stride, accumulate, scratch);
+void gemv_nn(const KernelSet& kernels, Rows x, Rows w, float* c, index_t ldc, bool accumulate,
+             Arena& scratch) {
+  call_gemv(kernels, kernels.few.times, w.matrix.cols, x, w, c, ldc, accumulate, scratch);
 }
 
 namespace {
@@ -212,11 +211,11 @@ void for_decoded(const KernelSet& kernels, const WeightBlock& w, index_t each, A
 }
 
 // The product with the codes as they are, if the kernels have it.
-bool multiply_coded(FewCoded* const (&products)[kCodeTypes], const Rows& x, const WeightBlock& w, float* c,
-                    index_t stride, bool accumulate) {
+bool gemv_of_codes(FewCoded* const (&products)[kCodeTypes], const Rows& x, const WeightBlock& w, float* c,
+                   index_t ldc, bool accumulate) {
   FewCoded* product = products[static_cast<int>(traits_of(w.weight->type.format).codes)];
   return product != nullptr && is_run(w) &&
-         product(static_cast<int>(x.matrix.rows), from_row(x, 0), coded(w), c, stride, accumulate) != 0;
+         product(static_cast<int>(x.matrix.rows), from_row(x, 0), coded(w), c, ldc, accumulate) != 0;
 }
 
 // Calls body(rows) for the block's rows, kCodedRows at a time; cut where scales change, if that is a multiple
@@ -252,49 +251,49 @@ Rows cols_of(Rows x, Range cols) {
   return x;
 }
 
-void decode_and_multiply_transposed(const KernelSet& kernels, const Rows& x, const WeightBlock& w, float* c,
-                                    index_t stride, bool accumulate, Arena& scratch) {
+void decode_and_gemv_nt(const KernelSet& kernels, const Rows& x, const WeightBlock& w, float* c, index_t ldc,
+                        bool accumulate, Arena& scratch) {
   constexpr index_t kDecodedBytes = 32 << 10;  // much of the first cache level
   const index_t each = std::max(index_t{1}, kDecodedBytes / (2 * w.cols.size()));
   for_decoded(kernels, w, each, scratch, [&](Range rows, const Rows& decoded) {
-    multiply_few_transposed(kernels, x, decoded, c + rows.begin, stride, accumulate, scratch);
+    gemv_nt(kernels, x, decoded, c + rows.begin, ldc, accumulate, scratch);
   });
 }
 
-void decode_and_multiply(const KernelSet& kernels, const Rows& x, const WeightBlock& w, float* c,
-                         index_t stride, bool accumulate, Arena& scratch) {
+void decode_and_gemv_nn(const KernelSet& kernels, const Rows& x, const WeightBlock& w, float* c, index_t ldc,
+                        bool accumulate, Arena& scratch) {
   for_decoded(kernels, w, kDecodedRows, scratch, [&](Range rows, const Rows& decoded) {
-    multiply_few(kernels, cols_of(x, rows), decoded, c, stride, accumulate || rows.begin > 0, scratch);
+    gemv_nn(kernels, cols_of(x, rows), decoded, c, ldc, accumulate || rows.begin > 0, scratch);
   });
 }
 
 }  // namespace
 
-void multiply_few_transposed(const KernelSet& kernels, Rows x, const WeightBlock& w, float* c, index_t stride,
-                             bool accumulate, Arena& scratch) {
-  if (w.is_bf16()) return decode_and_multiply_transposed(kernels, x, w, c, stride, accumulate, scratch);
+void gemv_nt(const KernelSet& kernels, Rows x, const WeightBlock& w, float* c, index_t ldc, bool accumulate,
+             Arena& scratch) {
+  if (w.is_bf16()) return decode_and_gemv_nt(kernels, x, w, c, ldc, accumulate, scratch);
   for_strips(w, 1, [&](Range rows) {
     const WeightBlock strip = w.rows_of(rows);
     float* to = c + rows.begin;
-    if (!multiply_coded(kernels.few.coded.times_transposed, x, strip, to, stride, accumulate))
-      decode_and_multiply_transposed(kernels, x, strip, to, stride, accumulate, scratch);
+    if (!gemv_of_codes(kernels.few.coded.times_transposed, x, strip, to, ldc, accumulate))
+      decode_and_gemv_nt(kernels, x, strip, to, ldc, accumulate, scratch);
   });
 }
 
-void multiply_few(const KernelSet& kernels, Rows x, const WeightBlock& w, float* c, index_t stride,
-                  bool accumulate, Arena& scratch) {
-  if (w.is_bf16()) return decode_and_multiply(kernels, x, w, c, stride, accumulate, scratch);
+void gemv_nn(const KernelSet& kernels, Rows x, const WeightBlock& w, float* c, index_t ldc, bool accumulate,
+             Arena& scratch) {
+  if (w.is_bf16()) return decode_and_gemv_nn(kernels, x, w, c, ldc, accumulate, scratch);
   for_lines(w, [&](Range cols) {
     for_strips(w, kDecodedRows, [&](Range rows) {
       const WeightBlock strip = w.cols_of(cols).rows_of(rows);
       const Rows part = cols_of(x, rows);
       const bool add = accumulate || rows.begin > 0;
-      if (!multiply_coded(kernels.few.coded.times, part, strip, c + cols.begin, stride, add))
-        decode_and_multiply(kernels, part, strip, c + cols.begin, stride, add, scratch);
+      if (!gemv_of_codes(kernels.few.coded.times, part, strip, c + cols.begin, ldc, add))
+        decode_and_gemv_nn(kernels, part, strip, c + cols.begin, ldc, add, scratch);
     });
   });
 }
 
-index_t result_stride(const KernelSet& kernels, index_t cols) { return round_up(cols, kernels.gemm.nr); }
+index_t min_ldc(const KernelSet& kernels, index_t cols) { return round_up(cols, kernels.gemm.nr); }
 
 }  // namespace kt

@@ -59,10 +59,10 @@ PackedB cols_of(const KernelSet& kernels, PackedB b, Range cols);
 struct Term {
   PackedA a;
   PackedB b;
-  MatView next = {};  // what the caller needs next: sets that gain by it fetch it into L2 meanwhile
+  MatView next = {};  // what the caller needs next: sets that gain by it prefetch it into L2 meanwhile
 };
 
-// The rows of `next` to fetch with `part` of `whole` rows.
+// The rows of `next` that a product of `part` of `whole` rows prefetches.
 inline MatView share(const MatView& next, Range part, index_t whole) {
   const index_t begin = next.rows * part.begin / whole, end = next.rows * part.end / whole;
   return next.block(begin, 0, end - begin, next.cols);
@@ -70,22 +70,23 @@ inline MatView share(const MatView& next, Range part, index_t whole) {
 
 inline constexpr std::size_t kMostTerms = 132;  // of one sum
 
-// c[a.rows x b.cols] = (accumulate ? c : 0) + sum of the terms, which agree in a.rows and in b.cols.
-// Rows of c are `stride` floats apart, at least result_stride(kernels, b.cols); those behind b.cols are
+// Batch-reduce GEMM: c[a.rows x b.cols] = (accumulate ? c : 0) + sum of the terms, which agree in a.rows and
+// in b.cols. Rows of c are `ldc` floats apart, at least min_ldc(kernels, b.cols); what lies behind b.cols is
 // scratch.
-void multiply(const KernelSet& kernels, std::span<const Term> terms, float* c, index_t stride,
-              bool accumulate = false);
-index_t result_stride(const KernelSet& kernels, index_t cols);
+void brgemm(const KernelSet& kernels, std::span<const Term> terms, float* c, index_t ldc,
+            bool accumulate = false);
+index_t min_ldc(const KernelSet& kernels, index_t cols);
 
-// The same for few rows of A, at most kernels.few.max_rows, from natural order: c[x.rows x w.rows] (+)= x w',
-// and c[x.rows x w.cols] (+)= x w. Weights are read once and not packed. Rows of c are `stride` floats apart.
-void multiply_few_transposed(const KernelSet& kernels, Rows x, Rows w, float* c, index_t stride,
-                             bool accumulate, Arena& scratch);
-void multiply_few(const KernelSet& kernels, Rows x, Rows w, float* c, index_t stride, bool accumulate,
-                  Arena& scratch);
-void multiply_few_transposed(const KernelSet& kernels, Rows x, const WeightBlock& w, float* c, index_t stride,
-                             bool accumulate, Arena& scratch);
-void multiply_few(const KernelSet& kernels, Rows x, const WeightBlock& w, float* c, index_t stride,
-                  bool accumulate, Arena& scratch);
+// The products of small M, at most kernels.few.max_rows rows of x, from natural order: c[x.rows x w.rows]
+// (+)= x w' and c[x.rows x w.cols] (+)= x w. Weights are read once and not packed. Rows of c are `ldc` floats
+// apart.
+void gemv_nt(const KernelSet& kernels, Rows x, Rows w, float* c, index_t ldc, bool accumulate,
+             Arena& scratch);
+void gemv_nn(const KernelSet& kernels, Rows x, Rows w, float* c, index_t ldc, bool accumulate,
+             Arena& scratch);
+void gemv_nt(const KernelSet& kernels, Rows x, const WeightBlock& w, float* c, index_t ldc, bool accumulate,
+             Arena& scratch);
+void gemv_nn(const KernelSet& kernels, Rows x, const WeightBlock& w, float* c, index_t ldc, bool accumulate,
+             Arena& scratch);
 
 }  // namespace kt

@@ -28,27 +28,27 @@ using PackRows = void(RowSource src, int rows, int k, void* panel);
 // B panels, panel_bytes apart, from k rows of the source that run along all their columns (the same weight in
 // the backward direction).
 using PackAcross = void(RowSource src, int k, int cols, void* panels, ptrdiff_t panel_bytes);
-// Memory that is needed soon, asked for while a product runs: a matrix, row by row, so many lines of it for
-// every 64 bytes of a row of A. It may end behind the last row, so it is for prefetches alone. A set
-// whose products gain nothing by it leaves it aside.
-struct Ahead {
+// Memory that the caller needs next, which a product prefetches while it runs: a matrix, row by row, so many
+// lines of it for every 64 bytes of a row of A. The last lines may lie behind the matrix, so nothing may be
+// read of them. A set whose products gain nothing by it ignores it.
+struct Prefetch {
   const char* row;
   ptrdiff_t stride;  // bytes from one row to the next
   int row_lines;
-  int line;            // of `row`, the first that is asked for
-  int lines_per_step;  // 0: nothing is wanted
+  int line;            // the first to prefetch, of `row`
+  int lines_per_step;  // 0: there is nothing to prefetch
 };
 
-// A stretch of k: a panel of B, and of A a panel or rows where they lie. A product with LoRA is a list of
-// them, and its tile stays in registers from the first to the last.
-struct Segment {
+// An element of a batch-reduce product: a panel of B, and of A a panel or rows where they lie, both k long. A
+// product with LoRA is a batch of them, and its tile stays in registers from the first to the last.
+struct BatchElement {
   const void *a, *b;
   ptrdiff_t a_stride;  // 0: `a` is a panel; else rows of a bf16 matrix, so many bytes apart
   int k;
-  Ahead ahead;
+  Prefetch prefetch;
 };
 // rows <= mr and cols <= nr are what is wanted; C may be written up to nr columns, never past `rows` rows.
-using MicroKernel = void(int rows, int cols, const Segment* segments, int count, float* c, ptrdiff_t ldc,
+using MicroKernel = void(int rows, int cols, const BatchElement* batch, int count, float* c, ptrdiff_t ldc,
                          int accumulate);
 
 // What the set's multiply-add reaches without memory: `rounds` times into each of as many accumulators as
@@ -58,7 +58,7 @@ using MicroKernel = void(int rows, int cols, const Segment* segments, int count,
 constexpr int kPeakBytes = 8192;
 using Peak = double(int rounds, void* registers);
 
-// C[mr x nr] (+)= sum of A[mr x k] * B[k x nr] over segments, operands bf16 in value, accumulation fp32.
+// C[mr x nr] (+)= sum of A[mr x k] * B[k x nr] over batch, operands bf16 in value, accumulation fp32.
 //
 // Packed panels: an A panel holds mr rows, a B panel nr columns. What is behind the last row or column is
 // arbitrary and reaches only results that nobody wants; behind k there are zeros as far as the micro-kernel

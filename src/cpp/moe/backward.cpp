@@ -4,11 +4,13 @@
 // First the verbs, which compute on one block and know nothing of tasks; then the tasks that name them.
 // lora.cpp has those of Q, dA and dB.
 #include <algorithm>
+#include <optional>
 
 #include "moe/combine.h"
 #include "moe/cost.h"
 #include "moe/linear.h"
 #include "moe/lora.h"
+#include "moe/schedule.h"
 
 namespace kt {
 
@@ -28,31 +30,17 @@ void prefetch(const bf16_t* row, index_t n) {
   for (index_t i = 0; i < n; i += 64 / static_cast<index_t>(sizeof *row)) __builtin_prefetch(row + i);
 }
 
-// The gradients of the routing weights in the making: dots <dh', h> of all routed tokens, row after row.
-// Every row has some columns of h; a shard's rows follow those of the shard before. With a bias of down, <dY,
-// bd> is the last row.
-struct Dots {
-  float* rows;
-  index_t count, routes;
-  std::vector<index_t> first_row;  // of each shard
-  bool by_columns;                 // a row for every kDotCols columns; else for every NC range
-  bool biased;
-
-  float* row(index_t i) const { return rows + i * routes; }
-  float* of_bias() const { return row(count - 1); }
-};
-
 // The number of threads decides how few rows are cut, but not how their dots are: the sums would differ.
-Dots take_dots(Pass& pass, const std::vector<NcRanges>& ranges) {
+Dots take_dots(Pass& pass) {
   Dots dots{nullptr,
             0,
             pass.routing.routes(),
             {},
             pass.plan.all_small_m,
             pass.experts.biases[index_of(Projection::down)] != nullptr};
-  for (std::size_t s = 0; s < ranges.size(); ++s) {
+  for (const NcRanges& ranges : pass.grad_down_ranges) {
     dots.first_row.push_back(dots.count);
-    dots.count += dots.by_columns ? ceil_div(ranges[s].n, kDotCols) : ranges[s].count;
+    dots.count += dots.by_columns ? ceil_div(ranges.n, kDotCols) : ranges.count;
   }
   dots.count += dots.biased;
   dots.rows = pass.lease.memory(0).take<float>(dots.count * dots.routes);
@@ -62,32 +50,46 @@ Dots take_dots(Pass& pass, const std::vector<NcRanges>& ranges) {
 
 // ---- The verbs
 
-// The gradient of a projection's output, a block's rows, packed. Returns what is behind it in memory.
-char* pack_grad(Pass& pass, Projection p, const Block& block, char* into) {
-  const index_t n = pass.rows(p, block);
+// The gradient of a projection's output, packed; and Q of it, packed behind it.
+void pack_grad_rows(Pass& pass, Projection p, const Block& block, char* into) {
   if (!pass.plan.small_m(block))
     pass.packed_grad[index_of(p)][block.index].rows =
-        pack_a_into(into, pass.kernels(), pass.grad_output(p, block, {0, n}));
-  return into + packed_a_bytes(pass.kernels(), block.count, n);
+        pack_a_into(into, pass.kernels(), pass.grad_output(p, block, {0, pass.rows(p, block)}));
+}
+
+void pack_grad_low_rank(Pass& pass, Projection p, const Block& block, char* into) {
+  char* behind = into + packed_a_bytes(pass.kernels(), block.count, pass.rows(p, block));
+  pass.packed_grad[index_of(p)][block.index].low_rank = pack_q(pass, p, block, behind);
 }
 
 // <dY, bd> of a block's rows: what the bias of down adds to the gradient of their routing weights.
-void bias_dots(const Pass& pass, const Block& block, const Dots& dots, Arena& scratch) {
+void bias_dots(const Pass& pass, const Block& block, Arena& scratch) {
   const index_t hidden = pass.experts.hidden;
   const bf16_t* bias = pass.experts.bias(Projection::down, block.expert);
   const Rows row{view(bias, DType::bf16, 1, hidden)};
   for_mc_ranges(block, pass.kernels().few.max_rows, [&](const Block& mc) {
-    multiply_few_transposed(pass.kernels(), pass.grad_output(Projection::down, mc, {0, hidden}), row,
-                            dots.of_bias() + mc.first, /*stride=*/1, /*accumulate=*/false, scratch);
+    gemv_nt(pass.kernels(), pass.grad_output(Projection::down, mc, {0, hidden}), row,
+            pass.dots.of_bias() + mc.first, /*stride=*/1,
+            /*accumulate=*/false, scratch);
   });
 }
 
-// Q = s dY Bd.
-void shrink_dy(Pass& pass, const Block& block, Arena& scratch) {
+void pack_q_of_dy(Pass& pass, const Block& block, char* slot) {
+  pack_grad_low_rank(pass, Projection::down, block, slot);
+}
+
+// dY, packed, and Q = s dY Bd.
+void pack_dy(Pass& pass, const Block& block, char* slot, Arena& scratch) {
+  constexpr Projection down = Projection::down;
+  pack_grad_rows(pass, down, block, slot);
+  if (!pass.plan.is_root(block)) return;
+  if (pass.dots.biased) bias_dots(pass, block, scratch);
+  if (!pass.lora(down)) return;
   const Arena::Frame frame(scratch);
-  auto* product = scratch.take<float>(q_product_floats(pass, Projection::down, block));
-  multiply_b(pass, Projection::down, block, product, scratch);
-  round_q(pass, Projection::down, block, product, scratch);
+  auto* product = scratch.take<float>(q_product_floats(pass, down, block));
+  multiply_b(pass, down, block, product, scratch);
+  round_q(pass, down, block, product, scratch);
+  pack_q_of_dy(pass, block, slot);
 }
 
 // dG, dU, h and <dh', h> of an MC range, columns nc, from dh' and the saved G and U.
@@ -111,25 +113,51 @@ void activate_grad(const Pass& pass, const Block& mc, Range nc, const float* dh,
 }
 
 // dh' = dY Wd + Q Ad, and dG, dU, h and <dh', h> from it, columns nc.
-void grad_down(const Pass& pass, const Block& block, Range nc, Range next, float* dots, index_t dot_cols,
-               Arena& scratch) {
+void grad_down(const Pass& pass, const Block& block, index_t range, Range nc, Range next, Arena& scratch) {
+  const Dots& dots = pass.dots;
+  const index_t first = dots.first_row[block.shard] + (dots.by_columns ? nc.begin / kDotCols : range);
+  const index_t dot_cols = dots.by_columns ? kDotCols : nc.size();
   BackwardWeights weights;
   add_backward_weights(pass, kDown, block, nc, next, weights, scratch);
-  const index_t stride = result_stride(pass.kernels(), nc.size());
+  const index_t stride = min_ldc(pass.kernels(), nc.size());
   auto* dh = scratch.take<float>(backward_mc(pass) * stride);
   for_mc_ranges(block, backward_mc(pass), [&](const Block& mc) {
     const Arena::Frame frame(scratch);
     multiply_backward(pass, weights, mc, nc, dh, stride, scratch);
-    activate_grad(pass, mc, nc, dh, stride, dots, dot_cols, scratch);
+    activate_grad(pass, mc, nc, dh, stride, dots.row(first), dot_cols, scratch);
   });
 }
 
 // The gradients of the routing weights, each its dots added in order; 0 where there is no expert.
-void sum_dots(const Pass& pass, const Dots& dots, float* grad_topk_weights) {
+void sum_dots(const Pass& pass, float* grad_topk_weights) {
+  const Dots& dots = pass.dots;
   std::fill_n(grad_topk_weights, pass.inputs.topk_weights.rows * pass.inputs.topk_weights.cols, 0.0f);
   for (index_t i = 0; i < dots.count; ++i)
     for (index_t r = 0; r < dots.routes; ++r)
-      grad_topk_weights[pass.routing.slot[static_cast<std::size_t>(r)]] += dots.row(i)[r];
+      grad_topk_weights[pass.routing.sorted_slots[static_cast<std::size_t>(r)]] += dots.row(i)[r];
+}
+
+// dG and dU, packed, and their products with B for Q; Q = s dG B of them.
+void pack_d_gate_up(Pass& pass, const Block& block, float* product, Arena& scratch) {
+  for (const Projection p : kGateUp) {
+    pack_grad_rows(pass, p, block, pass.packed_grad[index_of(p)][block.index].memory);
+    if (!pass.lora(p)) continue;
+    multiply_b(pass, p, block, product, scratch);
+    product += q_product_floats(pass, p, block);
+  }
+}
+
+void pack_q_of_d_gate_up(Pass& pass, const Block& block, float* product, Arena& scratch) {
+  for (const Projection p : kGateUp) {
+    if (!pass.lora(p)) continue;
+    round_q(pass, p, block, product, scratch);
+    product += q_product_floats(pass, p, block);
+    pack_grad_low_rank(pass, p, block, pass.packed_grad[index_of(p)][block.index].memory);
+  }
+}
+
+index_t q_floats_of_gate_up(const Pass& pass, const Block& block) {
+  return q_product_floats(pass, Projection::gate, block) + q_product_floats(pass, Projection::up, block);
 }
 
 // dG Wg + dU Wu + Qg Ag + Qu Au, columns nc, summed over the shards that are here.
@@ -143,151 +171,46 @@ void grad_gate_up(const Pass& pass, std::span<const Block> blocks, Range nc, Ran
   });
 }
 
+// Where forward kept nothing: Pd = s h Ad' again.
+void multiply_h_by_a(Pass& pass, const Block& block, float* product, Arena& scratch) {
+  multiply_a(pass, Projection::down, block, /*packed=*/{}, product, scratch);
+}
+
+void round_p_of_h(Pass& pass, const Block& block, float* product, Arena&) {
+  round_p(pass, Projection::down, block, product);
+}
+
+index_t p_floats_of_h(const Pass& pass, const Block& block) {
+  return p_product_floats(pass, Projection::down, block);
+}
+
 // ---- The tasks
 
-// The tasks of all blocks that compute Q of down, dG, dU and h, and the gradients of the routing weights.
-// `recomputed`: what the latter two wait for, by block; empty where forward kept G and U.
+// The tasks of all blocks that compute P, G, U and h again.
+Groups add_recomputation(Pass& pass) {
+  const Groups h_done = add_gate_up(pass);
+  if (!pass.lora(Projection::down)) return h_done;
+  return add_shard_sums(pass, {Stage::pack_h, p_floats_of_h, multiply_h_by_a, round_p_of_h}, h_done);
+}
+
+// The tasks of all blocks that compute Q of down, dG, dU, h and the gradients of the routing weights.
 Groups add_grad_down(Pass& pass, const Groups& recomputed, float* grad_topk_weights) {
-  constexpr Projection down = Projection::down;
   const Plan& plan = pass.plan;
-  const KernelSet& kernels = pass.kernels();
-  const index_t tile = plan.all_small_m ? kDotCols : kernels.gemm.nr;
-  std::vector<NcRanges> ranges;  // by shard
+  const GemmKernels& gemm = pass.kernels().gemm;
+  const index_t hidden = pass.experts.hidden, tile = plan.all_small_m ? kDotCols : gemm.nr;
   for (const ShardSlice& shard : plan.shards)
-    ranges.push_back(
-        plan.nc_ranges(shard.range.size(), tile, pass.experts.hidden * kernels.gemm.element_bytes));
-  const Dots dots = take_dots(pass, ranges);
-  const PackSchedule schedule(plan);
-  const index_t slot_bytes = packed_gradient_bytes(pass, down, plan.most_rows, pass.experts.hidden);
-  const std::vector<char*> rings = pass.take_rings(schedule, slot_bytes);
-  const bool lora{pass.lora(down)};
-  Groups packed(plan.blocks.size()), done(plan.blocks.size());  // by block
-  for (const PackSchedule::Step& step : schedule.steps) {
-    const Block& block = plan.blocks[step.block];
-    if (step.packs) {
-      char* slot = rings[block.team] + step.slot * slot_bytes;
-      packed[block.index] = pass.tasks.add(
-          pass.label(Stage::gather, block), block.team, 1, of_readers(plan, step.emptied, done),
-          [&pass, &block, dots, slot, lora](index_t, Arena& scratch) {
-            char* behind = pack_grad(pass, down, block, slot);
-            if (!pass.plan.is_root(block)) return;
-            if (dots.biased) bias_dots(pass, block, dots, scratch);
-            if (!lora) return;
-            shrink_dy(pass, block, scratch);
-            pass.packed_grad[index_of(down)][block.index].low_rank = pack_q(pass, down, block, behind);
-          },
-          [&pass, &block](index_t) { return cost_of_packing(pass, block); });
-      if (lora && !plan.is_root(block))
-        packed[block.index] = pass.tasks.add(
-            pass.label(Stage::gather, block), block.team, 1,
-            Groups{packed[block.index], packed[plan.root(block).index]},
-            [&pass, &block, behind = slot + packed_a_bytes(kernels, block.count, pass.experts.hidden)](
-                index_t, Arena&) {
-              pass.packed_grad[index_of(down)][block.index].low_rank = pack_q(pass, down, block, behind);
-            });
-    } else {
-      const NcRanges cut = ranges[block.shard];
-      const index_t per_task = plan.ranges_per_task(cut);
-      Groups after{packed[block.packer]};
-      if (!recomputed.empty()) after.push_back(recomputed[block.index]);
-      done[block.index] = pass.tasks.add(
-          pass.label(Stage::grad_down, block), block.team, ceil_div(cut.count, per_task), std::move(after),
-          [&pass, &block, dots, cut, per_task](index_t task, Arena& scratch) {
-            for_nc_ranges(cut, task, per_task, [&](index_t i, Range nc, Range next) {
-              const Arena::Frame frame(scratch);
-              const index_t row = dots.first_row[block.shard] + (dots.by_columns ? nc.begin / kDotCols : i);
-              grad_down(pass, block, nc, next, dots.row(row), dots.by_columns ? kDotCols : nc.size(),
-                        scratch);
-            });
-          },
-          [&pass, &block, cut, per_task, recompute = !recomputed.empty()](index_t task) {
-            return cost_of_grad_down(pass, block, nc_of_task(cut, task, per_task), recompute);
-          });
-    }
-  }
+    pass.grad_down_ranges.push_back(plan.nc_ranges(shard.range.size(), tile, hidden * gemm.element_bytes));
+  pass.dots = take_dots(pass);
+  const bool lora{pass.lora(Projection::down)};
+  const index_t slot_bytes = packed_gradient_bytes(pass, Projection::down, plan.most_rows, hidden);
+  const Groups done = add_packed_products(pass,
+                                          {Stage::grad_down, pack_dy, lora ? pack_q_of_dy : nullptr,
+                                           slot_bytes, grad_down, cost_of_grad_down, pass.grad_down_ranges},
+                                          recomputed);
   if (grad_topk_weights != nullptr)
-    pass.tasks.add(Stage::dots, 0, 1, done, [&pass, dots, grad_topk_weights](index_t, Arena&) {
-      sum_dots(pass, dots, grad_topk_weights);
-    });
+    pass.tasks.add(Stage::grad_topk_weights, 0, 1, done,
+                   [&pass, grad_topk_weights](index_t, Arena&) { sum_dots(pass, grad_topk_weights); });
   return done;
-}
-
-// The tasks of all blocks that pack dG and dU, and compute Q of gate and up.
-Groups add_gate_up_low_rank(Pass& pass, const Groups& d_gate_up_done) {
-  const Plan& plan = pass.plan;
-  const bool lora = pass.lora(Projection::gate) || pass.lora(Projection::up),
-             sharded = plan.shards.size() > 1;
-  std::vector<std::array<char*, 2>> into(plan.blocks.size());  // by block: packed dG and dU, each with its Q
-  std::vector<float*> products(plan.blocks.size());            // by block: the partial sums of shards
-  const auto product_floats = [&pass](const Block& block) {
-    return q_product_floats(pass, Projection::gate, block) + q_product_floats(pass, Projection::up, block);
-  };
-  for (const Block& block : plan.blocks) {
-    for (const Projection p : kGateUp)
-      into[block.index][index_of(p)] =
-          pass.memory(block).take<char>(packed_gradient_bytes(pass, p, block.count, plan.width(block)));
-    if (sharded && lora) products[block.index] = pass.memory(block).take<float>(product_floats(block));
-  }
-  const auto finish_q = [&pass, into](const Block& block, float* product, Arena& scratch) {
-    for (const Projection p : kGateUp) {
-      if (pass.lora(p)) {
-        round_q(pass, p, block, product, scratch);
-        char* behind = into[block.index][index_of(p)] +
-                       packed_a_bytes(pass.kernels(), block.count, pass.plan.width(block));
-        pass.packed_grad[index_of(p)][block.index].low_rank = pack_q(pass, p, block, behind);
-      }
-      product += q_product_floats(pass, p, block);
-    }
-  };
-  Groups done(plan.blocks.size());
-  for (const Block& block : plan.blocks)
-    done[block.index] = pass.tasks.add(
-        pass.label(Stage::gather_grad, block), block.team, 1, d_gate_up_done[block.index],
-        [=, &pass, &block, own = into[block.index], partial = products[block.index]](index_t,
-                                                                                     Arena& scratch) {
-          float* const product = sharded || !lora ? partial : scratch.take<float>(product_floats(block));
-          float* next = product;
-          for (const Projection p : kGateUp) {
-            pack_grad(pass, p, block, own[index_of(p)]);
-            if (pass.lora(p)) multiply_b(pass, p, block, next, scratch);
-            if (lora) next += q_product_floats(pass, p, block);
-          }
-          if (lora && !sharded) finish_q(block, product, scratch);
-        });
-  if (!sharded || !lora) return done;
-  for (const Block& block : plan.blocks)
-    if (plan.is_root(block))
-      done[block.index] = pass.tasks.add(
-          pass.label(Stage::merge, block), block.team, 1, of_token_block(plan, block, done),
-          [=, &pass, &block](index_t, Arena& scratch) {
-            finish_q(block, sum_over_shards(pass, block, products, product_floats(block), scratch), scratch);
-          });
-  return done;
-}
-
-void add_grad_gate_up(Pass& pass, Combine& combine) {
-  for (std::size_t c = 0; c < combine.steps(); ++c) {
-    for (std::size_t l = 0; c < combine.chunks() && l < combine.partials().size(); ++l) {
-      const Partial& partial = combine.partials()[l];
-      combine.set_products(
-          c, pass.tasks.add(
-                 {Stage::grad_hidden, {partial.shard}}, partial.team, std::ssize(partial.products),
-                 combine.before_products(c, l),
-                 [&, c, l](index_t task, Arena& scratch) {
-                   const std::vector<Block>& blocks = partial.products[static_cast<std::size_t>(task)];
-                   float* rows = combine.row(c, l, blocks.front().first);
-                   combine.for_chunk_nc_ranges(c, blocks.front(), [&](Range nc, Range next, index_t offset) {
-                     const Arena::Frame frame(scratch);
-                     grad_gate_up(pass, blocks, nc, next, rows + offset, combine.stride(), scratch);
-                   });
-                 },
-                 [&, c](index_t task) {
-                   return cost_of_grad_gate_up(pass, partial.products[static_cast<std::size_t>(task)],
-                                               combine.chunk(c));
-                 }));
-    }
-    combine.add_sums(c);
-  }
 }
 
 }  // namespace
@@ -296,29 +219,33 @@ void backward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs&
               const MatView& grad_out, const LayerGradients& gradients) {
   Pass pass(runtime, experts, inputs, Direction::backward);
   pass.grad_out = grad_out;
-  const bool recompute = !saved;
+  pass.recompute = !saved;
   pass.h = pass.take_inner();
   pass.d_gate_up = {pass.take_inner(), pass.take_inner()};
-  pass.gate = recompute ? pass.take_inner() : pass.saved_inner(saved.gate);
-  pass.up = recompute ? pass.take_inner() : pass.saved_inner(saved.up);
+  pass.gate = saved ? pass.saved_inner(saved.gate) : pass.take_inner();
+  pass.up = saved ? pass.saved_inner(saved.up) : pass.take_inner();
   for (const Projection p : projections) {
     const std::size_t i = index_of(p);
     ByBlock& kept = p == Projection::down ? pass.weighted_lora_p : pass.lora_p[i];
-    kept = recompute ? pass.take_low_rank(p) : pass.saved_low_rank(p, saved.low_rank[i]);
+    kept = saved ? pass.saved_low_rank(p, saved.low_rank[i]) : pass.take_low_rank(p);
     pass.lora_q[i] = pass.take_low_rank(p), pass.lora_q_transposed[i] = pass.take_low_rank(p);
     pass.packed_grad[i].resize(pass.plan.blocks.size());
+    for (const Block& block : pass.plan.blocks)
+      if (p != Projection::down)
+        pass.packed_grad[i][block.index].memory = pass.memory(block).take<char>(
+            packed_gradient_bytes(pass, p, block.count, pass.plan.width(block)));
   }
 
-  Groups recomputed;
-  if (recompute) recomputed = add_down_low_rank(pass, add_gate_up(pass), /*pack=*/false);
+  const Groups recomputed = saved ? Groups() : add_recomputation(pass);
   const Groups d_gate_up_done = add_grad_down(pass, recomputed, gradients.topk_weights);
-  const Groups packed = add_gate_up_low_rank(pass, d_gate_up_done);
+  const Groups packed = add_shard_sums(
+      pass, {Stage::pack_grad, q_floats_of_gate_up, pack_d_gate_up, pack_q_of_d_gate_up}, d_gate_up_done);
   std::optional<Combine> combine;
   if (gradients.hidden_states) {
     const GemmKernels& gemm = pass.kernels().gemm;
     combine.emplace(pass, gradients.hidden_states, /*weighted=*/false, gemm.nr, 2 * gemm.element_bytes,
                     packed);
-    add_grad_gate_up(pass, *combine);
+    combine->add_tasks(Stage::grad_hidden, grad_gate_up, cost_of_grad_gate_up);
   }
   add_lora_gradients(pass, gradients, packed);
   pass.run();

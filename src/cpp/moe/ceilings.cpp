@@ -75,8 +75,8 @@ class Products {
   double operator()(int thread) const {
     if (gemm_.begin != nullptr) gemm_.begin();
     for (int call = 0; call < calls; ++call) {
-      const Segment segment{a + (call % panels) * panel_bytes, b, a_stride, k, {}};
-      gemm_.micro_kernel(gemm_.mr, gemm_.nr, &segment, 1, tiles_[static_cast<std::size_t>(thread)], gemm_.nr,
+      const BatchElement element{a + (call % panels) * panel_bytes, b, a_stride, k, {}};
+      gemm_.micro_kernel(gemm_.mr, gemm_.nr, &element, 1, tiles_[static_cast<std::size_t>(thread)], gemm_.nr,
                          0);
     }
     if (gemm_.end != nullptr) gemm_.end();

@@ -74,7 +74,7 @@ Combine::Combine(Pass& pass, const Result& result, bool weighted, index_t tile, 
   ranges_ = plan.nc_ranges(pass.experts.hidden, tile,
                            std::max(bytes / kChunkRanges, plan.cache_bytes / kChunkCols));
   const index_t width = chunk(0).size();
-  stride_ = result_stride(pass.kernels(), width);
+  stride_ = min_ldc(pass.kernels(), width);
   nc_ = std::clamp(plan.cache_bytes / bytes, tile, kRangeTiles * tile);
   groups_.resize(chunks());
   memory_.resize(static_cast<std::size_t>(std::min(ranges_.count, kChunksInUse)));
@@ -92,23 +92,52 @@ float* Combine::row(std::size_t c, std::size_t partial, index_t route) const {
   return memory(c).rows[own.partial] + own.number * stride_;
 }
 
-TaskGraph::After Combine::before_products(std::size_t c, std::size_t partial) const {
-  TaskGraph::Groups read;  // what reads the memory that the products write
-  if (const ChunkGroups* before = previous(c); before != nullptr)
-    read = reduces_ ? TaskGraph::Groups{before->sums[partial]} : before->sums;
-  return {std::move(read), partials_[partial].ready};
-}
-
 // The sums of a chunk come behind the products of the next one, and what is reduced of them behind its sums,
 // so that they seldom wait.
-void Combine::add_sums(std::size_t step) {
-  if (step >= 1 && step - 1 < chunks()) reduces_ ? add_partial_sums(step - 1) : add_token_sums(step - 1);
-  if (step >= 2 && reduces_) add_reduced_sums(step - 2);
+void Combine::add_tasks(Stage stage, Product* product, ProductCost* cost) {
+  for (std::size_t c = 0; c < chunks() + 2; ++c) {
+    if (c < chunks()) add_products(c, stage, product, cost);
+    if (c >= 1 && c - 1 < chunks()) reduces_ ? add_partial_sums(c - 1) : add_token_sums(c - 1);
+    if (c >= 2 && reduces_) add_reduced_sums(c - 2);
+  }
+}
+
+void Combine::add_products(std::size_t c, Stage stage, Product* product, ProductCost* cost) {
+  for (std::size_t l = 0; l < partials_.size(); ++l) {
+    const Partial& partial = partials_[l];
+    TaskGraph::Groups readers;  // of the memory that these products write
+    if (const ChunkGroups* before = previous(c); before != nullptr)
+      readers = reduces_ ? TaskGraph::Groups{before->sums[l]} : before->sums;
+    groups_[c].products.push_back(pass_.tasks.add(
+        {stage, {partial.shard}}, partial.team, std::ssize(partial.products),
+        {std::move(readers), partial.ready},
+        [=, this, &partial](index_t task, Arena& scratch) {
+          multiply(c, l, partial.products[static_cast<std::size_t>(task)], product, scratch);
+        },
+        [=, this, &partial](index_t task) {
+          return cost(pass_, partial.products[static_cast<std::size_t>(task)], chunk(c));
+        }));
+  }
+}
+
+// NC ranges begin on multiples of a tile, so what a product writes behind its columns stays in the row and
+// before the next range. Few rows, which fill no cache, take the chunk as it is.
+void Combine::multiply(std::size_t c, std::size_t partial, std::span<const Block> blocks, Product* product,
+                       Arena& scratch) const {
+  const Range all = chunk(c);
+  const Block& block = blocks.front();
+  float* rows = row(c, partial, block.first);
+  const index_t count = pass_.plan.small_m(block) ? 1 : ceil_div(all.size(), nc_);
+  for_nc_ranges({all.size(), count, ranges_.tile}, 0, count, [&](index_t, Range nc, Range next) {
+    const Arena::Frame frame(scratch);
+    const auto cols = [&](Range r) { return Range{all.begin + r.begin, all.begin + r.end}; };
+    product(pass_, blocks, cols(nc), cols(next), rows + nc.begin, stride_, scratch);
+  });
 }
 
 void Combine::add_token_sums(std::size_t c) {
   add_by_token(
-      groups_[c].products, groups_[c].sums,
+      Stage::combine, groups_[c].products, groups_[c].sums,
       [this, c](Range tokens, Arena& scratch) {
         auto* total = scratch.take<float>(chunk(c).size());
         for (index_t t = tokens.begin; t < tokens.end; ++t) {
@@ -133,7 +162,7 @@ void Combine::add_partial_sums(std::size_t c) {
     if (const ChunkGroups* before = previous(c); before != nullptr)
       after.insert(after.end(), before->reduced.begin(), before->reduced.end());
     groups_[c].sums.push_back(pass_.tasks.add(
-        {Stage::merge, {partials_[l].shard}}, partials_[l].team, ceil_div(tokens, kTokensPerTask),
+        {Stage::combine, {partials_[l].shard}}, partials_[l].team, ceil_div(tokens, kTokensPerTask),
         std::move(after),
         [=, this](index_t task, Arena& scratch) {
           const Range some = tokens_of(task);
@@ -149,7 +178,7 @@ void Combine::add_partial_sums(std::size_t c) {
 
 void Combine::add_reduced_sums(std::size_t c) {
   add_by_token(
-      groups_[c].sums, groups_[c].reduced,
+      Stage::reduce, groups_[c].sums, groups_[c].reduced,
       [this, c](Range tokens, Arena& scratch) {
         const index_t width = chunk(c).size();
         auto* total = scratch.take<float>(width);
@@ -174,7 +203,7 @@ void Combine::add_reduced_sums(std::size_t c) {
 
 // Adds tasks body(tokens, scratch) for the share of all tokens that each team has.
 template <class Body, class Cost>
-void Combine::add_by_token(TaskGraph::Groups after, TaskGraph::Groups& added, const Body& body,
+void Combine::add_by_token(Stage stage, TaskGraph::Groups after, TaskGraph::Groups& added, const Body& body,
                            const Cost& cost) {
   const std::vector<int>& team_threads = pass_.plan.team_threads;
   const std::vector<index_t> threads(team_threads.begin(), team_threads.end());
@@ -185,7 +214,7 @@ void Combine::add_by_token(TaskGraph::Groups after, TaskGraph::Groups& added, co
       return Range{first, std::min(share.end, first + kTokensPerTask)};
     };
     added.push_back(pass_.tasks.add(
-        Stage::merge, team, ceil_div(shares[team].size(), kTokensPerTask), after,
+        stage, team, ceil_div(shares[team].size(), kTokensPerTask), after,
         [=](index_t task, Arena& scratch) { body(tokens(task), scratch); },
         [=](index_t task) { return cost(team, tokens(task)); }));
   }
@@ -212,7 +241,7 @@ void Combine::store(std::size_t c, index_t token, const float* total) const {
 
 std::span<const std::int32_t> Combine::routes_of(Range tokens) const {
   const Routing& routing = pass_.routing;
-  const std::int32_t *offset = routing.token_offset.data(), *routes = routing.of_token.data();
+  const std::int32_t *offset = routing.token_offsets.data(), *routes = routing.inverse_permutation.data();
   return {routes + offset[tokens.begin], routes + offset[tokens.end]};
 }
 

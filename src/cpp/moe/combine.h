@@ -19,6 +19,12 @@ struct Partial {
   index_t routes = 0;                             // of the products
 };
 
+// Products of a token block on some shards: computes columns nc of the rows that are combined, to rows
+// `stride` floats apart, and prefetches the weights of columns `next`; and what it costs.
+using Product = void(const Pass& pass, std::span<const Block> blocks, Range nc, Range next, float* rows,
+                     index_t stride, Arena& scratch);
+using ProductCost = Work(const Pass& pass, std::span<const Block> blocks, Range nc);
+
 class Combine {
  public:
   // The products of a block wait for its group of `ready`. `tile`, and `inner_bytes` of weights a column for
@@ -28,32 +34,8 @@ class Combine {
   Combine(const Combine&) = delete;
   Combine& operator=(const Combine&) = delete;
 
-  // The order in which tasks are added: for every step s, the products of chunk s, if it is one, by each
-  // partial; then add_sums(s), which adds the sums of the chunks before.
-  std::size_t steps() const { return chunks() + 2; }
-  std::size_t chunks() const { return static_cast<std::size_t>(ranges_.count); }
-  Range chunk(std::size_t c) const { return ranges_[static_cast<index_t>(c)]; }
-  const std::vector<Partial>& partials() const { return partials_; }
-  // What the products of a chunk wait for, and the tasks that compute them.
-  TaskGraph::After before_products(std::size_t c, std::size_t partial) const;
-  void set_products(std::size_t c, const TaskGraph::Group* tasks) { groups_[c].products.push_back(tasks); }
-  void add_sums(std::size_t step);
-
-  // Where a product writes the row of a routed token, a row every `stride` floats.
-  float* row(std::size_t c, std::size_t partial, index_t route) const;
-  index_t stride() const { return stride_; }
-  // Calls body(nc, next, offset) for the NC ranges of a chunk: columns of the result, and where they begin in
-  // a row. Ranges begin on multiples of a tile, so what a product writes behind its columns stays in the row
-  // and before the next range. Few rows, which fill no cache, take the chunk as it is.
-  template <class Body>
-  void for_chunk_nc_ranges(std::size_t c, const Block& block, const Body& body) const {
-    const Range all = chunk(c);
-    const index_t count = pass_.plan.small_m(block) ? 1 : ceil_div(all.size(), nc_);
-    for_nc_ranges({all.size(), count, ranges_.tile}, 0, count, [&](index_t, Range nc, Range next) {
-      const auto cols = [&](Range r) { return Range{all.begin + r.begin, all.begin + r.end}; };
-      body(cols(nc), cols(next), nc.begin);
-    });
-  }
+  // Adds the tasks of the products and of the sums; the Combine outlives their run.
+  void add_tasks(Stage stage, Product* product, ProductCost* cost);
 
  private:
   // Memory that later chunks use again, by partial: the rows of its routed tokens; its sums.
@@ -69,11 +51,15 @@ class Combine {
     std::vector<const TaskGraph::Group*> products, sums, reduced;
   };
 
+  void add_products(std::size_t c, Stage stage, Product* product, ProductCost* cost);
+  void multiply(std::size_t c, std::size_t partial, std::span<const Block> blocks, Product* product,
+                Arena& scratch) const;
   void add_token_sums(std::size_t c);
   void add_partial_sums(std::size_t c);
   void add_reduced_sums(std::size_t c);
   template <class Body, class Cost>
-  void add_by_token(TaskGraph::Groups after, TaskGraph::Groups& added, const Body& body, const Cost& cost);
+  void add_by_token(Stage stage, TaskGraph::Groups after, TaskGraph::Groups& added, const Body& body,
+                    const Cost& cost);
 
   void sum_routes(std::size_t c, std::size_t partial, index_t token, float* total, Arena& scratch) const;
   void store(std::size_t c, index_t token, const float* total) const;
@@ -81,6 +67,10 @@ class Combine {
   Work cost_of_rows(std::size_t c, Range tokens, std::size_t team) const;
   Work cost_of_result(std::size_t c, Range tokens, std::size_t team) const;
 
+  std::size_t chunks() const { return static_cast<std::size_t>(ranges_.count); }
+  Range chunk(std::size_t c) const { return ranges_[static_cast<index_t>(c)]; }
+  // Where a product writes the row of a routed token.
+  float* row(std::size_t c, std::size_t partial, index_t route) const;
   const Memory& memory(std::size_t c) const { return memory_[c % memory_.size()]; }
   // The groups of the chunk whose memory this one uses again; null: it is the first.
   const ChunkGroups* previous(std::size_t c) const {

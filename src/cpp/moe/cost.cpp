@@ -29,7 +29,8 @@ Work cost_of_gate_up(const Pass& pass, const Block& block, Range nc) {
   Work work{0, matrix, 0};                                           // h
   if (!pass.gate.empty()) work += moved(2 * matrix, 0, block.team);  // G, U
   for (const Projection p : kGateUp)
-    work += cost_of_product(pass, p, block, nc.size(), pass.cols(p, block), /*here=*/true);
+    work += cost_of_product(pass, p, block, nc.size(), pass.cols(p, block),
+                            /*here=*/true);
   return work;
 }
 
@@ -41,10 +42,10 @@ Work cost_of_down(const Pass& pass, std::span<const Block> blocks, Range nc) {
   return work;
 }
 
-Work cost_of_grad_down(const Pass& pass, const Block& block, Range nc, bool recompute) {
+Work cost_of_grad_down(const Pass& pass, const Block& block, Range nc) {
   const index_t matrix = block.count * nc.size() * kBf16;
-  Work work{0, 3 * matrix, 0};                                        // dG, dU, h
-  work += moved(2 * matrix, recompute ? block.team : 0, block.team);  // G, U
+  Work work{0, 3 * matrix, 0};                                             // dG, dU, h
+  work += moved(2 * matrix, pass.recompute ? block.team : 0, block.team);  // G, U
   work += cost_of_product(pass, Projection::down, block, nc.size(), pass.rows(Projection::down, block), true);
   return work;
 }

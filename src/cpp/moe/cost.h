@@ -25,7 +25,7 @@ Work cost_of_gate_up(const Pass& pass, const Block& block, Range nc);
 // Rows of out, of some of its columns.
 Work cost_of_down(const Pass& pass, std::span<const Block> blocks, Range nc);
 // dh, dG and dU of some columns of the intermediate dimension.
-Work cost_of_grad_down(const Pass& pass, const Block& block, Range nc, bool recompute);
+Work cost_of_grad_down(const Pass& pass, const Block& block, Range nc);
 // Rows of dX, of some of its columns.
 Work cost_of_grad_gate_up(const Pass& pass, std::span<const Block> blocks, Range nc);
 

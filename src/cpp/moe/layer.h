@@ -24,12 +24,12 @@ Activation activation_from(std::string_view name);
 std::string_view name_of(Activation activation);
 const ActivationKernels& kernels_of(const KernelSet& kernels, Activation activation);
 
-// How experts are spread over shards: a slice of each to every shard; or each whole to one shard, its home,
-// where it is computed.
+// How experts are divided among shards. `tensor` (tensor parallel): every shard has a slice of each expert's
+// intermediate dimension. `expert` (expert parallel): a shard has whole experts, and computes them alone.
 enum class Placement : std::uint8_t { tensor, expert };
 
-// E matrices of one shape, one behind the other.
-struct Stack {
+// E matrices of one shape, one behind the other: [E, rows, cols].
+struct StridedBatch {
   const void* data = nullptr;
   DType dtype = DType::bf16;
   index_t rows = 0, cols = 0;
@@ -44,19 +44,19 @@ struct ExpertWeights {
   int num_experts = 0;
   index_t hidden = 0, intermediate = 0;
   Activation activation = Activation::silu;
-  // gate, up [I, H]; down [H, I]: one an expert; or if they are `split`, a shard's part of each, [shard * E +
-  // expert].
+  // gate, up [I, H] and down [H, I] of each expert. If they are `split`, the slice that a shard has of each
+  // is at [shard * E + expert].
   std::array<std::vector<Weight>, 3> weights;
-  // Asks for an expert's weights ahead of their use, where they may not be in memory; else empty.
+  // Asks for an expert's weights before they are used; empty where they are in memory anyhow.
   std::function<void(int expert)> fetch;
-  std::array<const bf16_t*, 3> biases{};  // [E, rows of the projection], or null: it has none
-  std::vector<Range> shards = {};  // of the intermediate dimension; some may be empty. None: one, all of it
+  std::array<const bf16_t*, 3> biases{};  // [E, rows of the projection]; null: there is none
+  std::vector<Range> shards = {};  // their slices of I, some may be empty; none: one shard has all of it
   bool split = false;
   Placement placement = Placement::tensor;
-  std::vector<int> homes = {};     // a shard for each expert, unless the placement is `tensor`
-  std::int64_t* routed = nullptr;  // [E], null or what every forward adds its routes to
+  std::vector<int> homes = {};     // the shard that has each expert, if the placement is `expert`
+  std::int64_t* routed = nullptr;  // [E], to which every forward adds its routes; or null
 
-  // A projection of an expert, a shard's part of it.
+  // The slice of an expert's projection that a shard has.
   WeightBlock of(Projection p, int expert, std::size_t shard) const {
     const auto& all = weights[index_of(p)];
     const auto e = static_cast<std::size_t>(expert);
@@ -65,7 +65,7 @@ struct ExpertWeights {
     return p == Projection::down ? WeightBlock{&w, {0, w.rows}, shards[shard]}
                                  : WeightBlock{&w, shards[shard], {0, w.cols}};
   }
-  // All of it. Not if they are split.
+  // An expert's projection, of weights that are not split.
   const Weight& of(Projection p, int expert) const {
     return weights[index_of(p)][static_cast<std::size_t>(expert)];
   }
@@ -77,20 +77,20 @@ struct ExpertWeights {
   index_t cols(Projection p) const { return p == Projection::down ? intermediate : hidden; }
 };
 
-// LoRA of one projection: a [r, in], b [out, r] for each expert, fp32 or bf16. Rank 0: the projection has
-// none.
+// LoRA of one projection: a [r, in], b [out, r] for each expert, fp32 or bf16. A projection without LoRA has
+// rank 0.
 struct LoraPair {
-  Stack a, b;
+  StridedBatch a, b;
   float scaling = 1.0f;
 
   index_t rank() const { return a.rows; }
   explicit operator bool() const { return rank() > 0; }
 };
 
-// Of the input of LoRA A, drawn anew by every seed.
+// Dropout of the input of LoRA A. The seed decides which elements are dropped.
 struct Dropout {
-  // Of dropping, in [0, 1). Kept elements are scaled by 1 / (1 - probability), through the LoRA scaling. A
-  // double, because a float just below 1 may be 1.
+  // An element is dropped with this probability, in [0, 1). The others are scaled by 1 / (1 - probability),
+  // through the LoRA scaling. It is a double, because a float just below 1 may be 1.
   double probability = 0.0;
   std::uint64_t seed = 0;
 
@@ -107,9 +107,9 @@ struct LayerInputs {
   const LoraPair& of(Projection p) const { return lora[index_of(p)]; }
 };
 
-// What backward needs of forward, by route and rounded to bf16: G and U [routes, I], a shard's columns of all
-// routes before the next one's; and P of each projection, r numbers a route (that of down times the routing
-// weight).
+// What backward needs of forward, by routed token and rounded to bf16: G and U [routes, I], where a shard's
+// columns of all routed tokens come before the next one's; and P of each projection, r numbers a routed token
+// (that of down times the routing weight).
 struct Saved {
   bf16_t *gate = nullptr, *up = nullptr;
   std::array<bf16_t*, 3> low_rank{};
@@ -117,7 +117,7 @@ struct Saved {
   explicit operator bool() const { return gate != nullptr; }
 };
 
-// A matrix to be written, bf16 or fp32, dense.
+// A dense matrix that is to be written, bf16 or fp32.
 struct Result {
   void* data = nullptr;  // null: not wanted
   DType dtype = DType::bf16;
@@ -129,14 +129,14 @@ struct LayerGradients {
   Result hidden_states;                  // [T, H]
   float* topk_weights = nullptr;         // [T, K], or null
   std::array<Result, 3> lora_a, lora_b;  // [E, r, in], [E, out, r]
-  bool clear_idle = true;  // LoRA gradients of experts without routes become zero; false: stay as they are
+  bool clear_idle = true;  // LoRA gradients of experts without tokens become zero; else they stay as they are
 };
 
-// out [T, H]. `saved` may be null pointers: nothing is kept.
+// Writes out [T, H]. Where `saved` has null pointers, nothing is kept for backward.
 void forward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, const Saved& saved,
              Result out);
 
-// Gradients of sum(grad_out * out), grad_out [T, H] bf16. With `saved` null pointers it is computed again.
+// Writes the gradients of sum(grad_out * out), grad_out [T, H] bf16. What `saved` lacks is computed again.
 void backward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, const Saved& saved,
               const MatView& grad_out, const LayerGradients& gradients);
 

@@ -30,11 +30,11 @@ void multiply_small_m_forward(const Pass& pass, Projection p, const ForwardWeigh
   for (index_t i = 0; w.bias != nullptr && i < mc.count; ++i)
     for (index_t j = 0; j < width; ++j)
       result[i * stride + j] = to_float(w.bias[j]) + (accumulate ? result[i * stride + j] : 0.0f);
-  multiply_few_transposed(kernels, pass.input(p, rows, {0, pass.cols(p, rows)}), w.weights, result, stride,
-                          accumulate || w.bias != nullptr, scratch);
+  gemv_nt(kernels, pass.input(p, rows, {0, pass.cols(p, rows)}), w.weights, result, stride,
+          accumulate || w.bias != nullptr, scratch);
   if (w.lora)
-    multiply_few_transposed(kernels, p_rows(pass, p, rows, scratch), w.lora_b, result, stride,
-                            /*accumulate=*/true, scratch);
+    gemv_nt(kernels, p_rows(pass, p, rows, scratch), w.lora_b, result, stride,
+            /*accumulate=*/true, scratch);
 }
 
 }  // namespace
@@ -85,7 +85,7 @@ void multiply_forward(const Pass& pass, Projection p, std::span<const ForwardWei
   auto* transposed = scratch.take<float>(width * nr);
   for (index_t i = 0; bias != nullptr && i < width; ++i)
     std::fill_n(transposed + i * nr, mc.count, to_float(bias[i]));
-  multiply(kernels, {terms, n}, transposed, nr, /*accumulate=*/bias != nullptr);
+  brgemm(kernels, {terms, n}, transposed, nr, /*accumulate=*/bias != nullptr);
   kernels.epilogue.transpose(transposed, nr, to_int(width), to_int(mc.count), result, stride);
 }
 
@@ -122,11 +122,11 @@ void sum_of_products(const Pass& pass, std::span<const BackwardTerm> weights, co
       const Block rows = pass.plan.on_shard_of(block, mc);
       const index_t rank = pass.rank(p);
       if (lora)
-        multiply_few(kernels, pass.by_route(pass.lora_q[index_of(p)], rank, rows, {0, rank}), lora_a, result,
-                     stride, /*accumulate=*/i > 0, scratch);
+        gemv_nn(kernels, pass.by_route(pass.lora_q[index_of(p)], rank, rows, {0, rank}), lora_a, result,
+                stride, /*accumulate=*/i > 0, scratch);
       else
-        multiply_few(kernels, pass.grad_output(p, rows, {0, pass.rows(p, rows)}), frozen, result, stride,
-                     /*accumulate=*/i > 0, scratch);
+        gemv_nn(kernels, pass.grad_output(p, rows, {0, pass.rows(p, rows)}), frozen, result, stride,
+                /*accumulate=*/i > 0, scratch);
     } else {
       // dG and dU are packed by each shard, dOut once for all shards of a team.
       const std::size_t packer = p == Projection::down ? block.packer : block.index;
@@ -135,7 +135,7 @@ void sum_of_products(const Pass& pass, std::span<const BackwardTerm> weights, co
                   share(next, within, pass.plan.blocks[mc.index].count)};
     }
   }
-  if (!pass.plan.small_m(mc)) multiply(kernels, {terms, weights.size()}, result, stride);
+  if (!pass.plan.small_m(mc)) brgemm(kernels, {terms, weights.size()}, result, stride);
 }
 
 }  // namespace
@@ -151,7 +151,7 @@ void multiply_backward(const Pass& pass, const BackwardWeights& weights, const B
   for (const BackwardTerm& term : loras) {
     sum_of_products(pass, {&term, 1}, mc, product, stride, scratch);
     for (index_t row = 0; row < mc.count; ++row) {
-      const std::int32_t slot = pass.routing.slot[static_cast<std::size_t>(mc.first + row)];
+      const std::int32_t slot = pass.routing.sorted_slots[static_cast<std::size_t>(mc.first + row)];
       drop(pass.inputs.dropout, term.projection, slot, pass.first_col(term.projection, mc) + nc.begin,
            nc.size(), product + row * stride);
       const std::array<const float*, 2> terms{result + row * stride, product + row * stride};

@@ -40,7 +40,7 @@ Rows lora_input(const Pass& pass, Projection p, const Block& rows, Range cols, A
     bf16_t* row = copy + i * cols.size();
     const index_t source = input.index ? input.index[i] : i;
     std::memcpy(row, input.matrix.at(source, 0), static_cast<std::size_t>(cols.size()) * sizeof(bf16_t));
-    drop(pass.inputs.dropout, p, pass.routing.slot[static_cast<std::size_t>(rows.first + i)],
+    drop(pass.inputs.dropout, p, pass.routing.sorted_slots[static_cast<std::size_t>(rows.first + i)],
          pass.first_col(p, rows) + cols.begin, cols.size(), row);
   }
   return {view(copy, DType::bf16, rows.count, cols.size())};
@@ -57,7 +57,7 @@ void drop(const Dropout& dropout, Projection projection, index_t slot, index_t c
 }
 
 index_t p_product_floats(const Pass& pass, Projection p, const Block& block) {
-  return pass.rank(p) * result_stride(pass.kernels(), block.count);
+  return pass.rank(p) * min_ldc(pass.kernels(), block.count);
 }
 
 void multiply_a(const Pass& pass, Projection p, const Block& block, PackedB packed, float* product,
@@ -65,7 +65,7 @@ void multiply_a(const Pass& pass, Projection p, const Block& block, PackedB pack
   const KernelSet& kernels = pass.kernels();
   const Arena::Frame frame(scratch);
   const MatView lora_a = pass.lora_a(p, block);
-  const index_t rank = lora_a.rows, in = lora_a.cols, stride = result_stride(kernels, block.count);
+  const index_t rank = lora_a.rows, in = lora_a.cols, stride = min_ldc(kernels, block.count);
   const bool small_m = pass.plan.small_m(block);
   Span span(pass.recorder(scratch), Stage::lora_p);
   span.count(cost_of_low_rank(block, rank, in));
@@ -75,8 +75,8 @@ void multiply_a(const Pass& pass, Projection p, const Block& block, PackedB pack
     float* to = product + pass.plan.within(mc).begin;
     if (small_m) {
       auto* by_row = scratch.take<float>(mc.count * rank);
-      multiply_few_transposed(kernels, lora_input(pass, p, mc, {0, in}, scratch), {lora_a}, by_row, rank,
-                              /*accumulate=*/false, scratch);
+      gemv_nt(kernels, lora_input(pass, p, mc, {0, in}, scratch), {lora_a}, by_row, rank,
+              /*accumulate=*/false, scratch);
       kernels.epilogue.transpose(by_row, rank, to_int(mc.count), to_int(rank), to, stride);
     } else {
       const bool as_packed = packed.data != nullptr && !pass.inputs.dropout.active();
@@ -84,13 +84,13 @@ void multiply_a(const Pass& pass, Projection p, const Block& block, PackedB pack
                                ? cols_of(kernels, packed, pass.plan.within(mc))
                                : pack_b_cols(kernels, lora_input(pass, p, mc, {0, in}, scratch), scratch);
       const Term term{a, rows};
-      multiply(kernels, {&term, 1}, to, stride);
+      brgemm(kernels, {&term, 1}, to, stride);
     }
   });
 }
 
 void round_p(const Pass& pass, Projection p, const Block& block, float* product) {
-  const index_t stride = result_stride(pass.kernels(), block.count);
+  const index_t stride = min_ldc(pass.kernels(), block.count);
   for (index_t i = 0; i < pass.rank(p); ++i) {
     float* row = product + i * stride;
     const auto round_to = [&](const ByBlock& matrices) {
@@ -111,14 +111,14 @@ PackedB pack_p(const Pass& pass, Projection p, const Block& block, char* into) {
 }
 
 index_t q_product_floats(const Pass& pass, Projection p, const Block& block) {
-  return block.count * result_stride(pass.kernels(), pass.rank(p));
+  return block.count * min_ldc(pass.kernels(), pass.rank(p));
 }
 
 void multiply_b(const Pass& pass, Projection p, const Block& block, float* product, Arena& scratch) {
   const KernelSet& kernels = pass.kernels();
   const Arena::Frame frame(scratch);
   const Rows lora_b{pass.lora_b(p, block)};
-  const index_t stride = result_stride(kernels, pass.rank(p));
+  const index_t stride = min_ldc(kernels, pass.rank(p));
   const bool small_m = pass.plan.small_m(block);
   const PackedB b = small_m ? PackedB{} : pack_b_rows(kernels, lora_b, scratch);
   const PackedA packed = pass.packed_grad[index_of(p)][block.index].rows;
@@ -127,11 +127,11 @@ void multiply_b(const Pass& pass, Projection p, const Block& block, float* produ
   for_mc_ranges(block, backward_mc(pass), [&](const Block& mc) {
     float* to = product + pass.plan.within(mc).begin * stride;
     if (small_m) {
-      multiply_few(kernels, pass.grad_output(p, mc, {0, pass.rows(p, block)}), lora_b, to, stride,
-                   /*accumulate=*/false, scratch);
+      gemv_nn(kernels, pass.grad_output(p, mc, {0, pass.rows(p, block)}), lora_b, to, stride,
+              /*accumulate=*/false, scratch);
     } else {
       const Term term{rows_of(kernels, packed, pass.plan.within(mc)), b};
-      multiply(kernels, {&term, 1}, to, stride);
+      brgemm(kernels, {&term, 1}, to, stride);
     }
   });
 }
@@ -140,7 +140,7 @@ void round_q(const Pass& pass, Projection p, const Block& block, float* product,
   const Arena::Frame frame(scratch);
   const EpilogueKernels& epilogue = pass.kernels().epilogue;
   const float scale = pass.lora_scale(p);
-  const index_t stride = result_stride(pass.kernels(), pass.rank(p));
+  const index_t stride = min_ldc(pass.kernels(), pass.rank(p));
   const int rank = to_int(pass.rank(p)), count = to_int(block.count);
   for (index_t i = 0; i < count; ++i) {
     float* row = product + i * stride;
@@ -173,7 +173,7 @@ void lora_gradient(const Pass& pass, const LayerGradients& gradients, Projection
                    std::span<const Block* const> blocks, Range nc, Arena& scratch) {
   const KernelSet& kernels = pass.kernels();
   const std::size_t i = index_of(p);
-  const index_t rank = pass.rank(p), width = nc.size(), stride = result_stride(kernels, width);
+  const index_t rank = pass.rank(p), width = nc.size(), stride = min_ldc(kernels, width);
   const ByBlock& own_p = p == Projection::down ? pass.weighted_lora_p : pass.lora_p[i];
   const ByBlock& low_rank = m == Matrix::b ? own_p : pass.lora_q_transposed[i];
   auto* grad = scratch.take<float>(rank * stride);
@@ -183,7 +183,7 @@ void lora_gradient(const Pass& pass, const LayerGradients& gradients, Projection
         m == Matrix::b ? pass.grad_output(p, *block, nc) : lora_input(pass, p, *block, nc, scratch);
     const Term term{pack_a(kernels, {pass.low_rank(low_rank, p, *block)}, scratch),
                     pack_b_rows(kernels, rows, scratch)};
-    multiply(kernels, {&term, 1}, grad, stride, /*accumulate=*/block != blocks.front());
+    brgemm(kernels, {&term, 1}, grad, stride, /*accumulate=*/block != blocks.front());
   }
   const Block& block = *blocks.front();
   if (m == Matrix::a) {  // [r, in]
@@ -233,7 +233,7 @@ void stream_zeros(char* to, std::size_t bytes) {
 
 // The gradients of an expert without tokens.
 void clear_gradients(const LayerInputs& inputs, const LayerGradients& gradients, index_t expert) {
-  const auto clear = [expert](const Result& gradient, const Stack& stack) {
+  const auto clear = [expert](const Result& gradient, const StridedBatch& stack) {
     if (!gradient) return;
     const index_t bytes = stack.rows * stack.cols * static_cast<index_t>(size_of(gradient.dtype));
     stream_zeros(static_cast<char*>(gradient.data) + expert * bytes, static_cast<std::size_t>(bytes));
@@ -267,7 +267,7 @@ void add_lora_gradients(Pass& pass, const LayerGradients& gradients, const TaskG
       }
   }
   if (!gradients.clear_idle) return;
-  pass.tasks.add(Stage::clear, 0, pass.experts.num_experts, {}, [&](index_t expert, Arena&) {
+  pass.tasks.add(Stage::zero_grad, 0, pass.experts.num_experts, {}, [&](index_t expert, Arena&) {
     if (pass.routing.count(static_cast<int>(expert)) == 0) clear_gradients(pass.inputs, gradients, expert);
   });
 }

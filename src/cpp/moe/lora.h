@@ -13,7 +13,7 @@ void drop(const Dropout& dropout, Projection projection, index_t slot, index_t c
 void drop(const Dropout& dropout, Projection projection, index_t slot, index_t col, index_t n, float* row);
 
 // P of a block takes three steps, so that shards can be summed in between: the product A X', fp32
-// [r, result_stride(m)], from the packed rows (none: from the rows themselves); P' [r, m] of it, scaled and
+// [r, min_ldc(m)], from the packed rows (none: from the rows themselves); P' [r, m] of it, scaled and
 // rounded, and that of down also times the routing weights, to where there is memory; and its packing.
 index_t p_product_floats(const Pass& pass, Projection p, const Block& block);
 void multiply_a(const Pass& pass, Projection p, const Block& block, PackedB packed, float* product,
@@ -21,7 +21,7 @@ void multiply_a(const Pass& pass, Projection p, const Block& block, PackedB pack
 void round_p(const Pass& pass, Projection p, const Block& block, float* product);
 PackedB pack_p(const Pass& pass, Projection p, const Block& block, char* into);
 
-// Q of a block likewise: the product dOutput B, fp32 [m, result_stride(r)]; Q [m, r] for the gradient of the
+// Q of a block likewise: the product dOutput B, fp32 [m, min_ldc(r)]; Q [m, r] for the gradient of the
 // input, and Q' [r, m] for that of A, which for down has the routing weights; and the packing of Q.
 index_t q_product_floats(const Pass& pass, Projection p, const Block& block);
 void multiply_b(const Pass& pass, Projection p, const Block& block, float* product, Arena& scratch);

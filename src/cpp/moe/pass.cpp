@@ -19,7 +19,7 @@ Pass::Pass(Runtime& runtime, const ExpertWeights& weights, const LayerInputs& la
     tasks.add(Stage::fetch, 0, std::ssize(routing.experts), {},
               [this](index_t i, Arena&) { experts.fetch(routing.experts[static_cast<std::size_t>(i)]); });
   const auto* topk_weights = static_cast<const float*>(inputs.topk_weights.data);
-  for (const std::int32_t slot : routing.slot) route_weights.push_back(topk_weights[slot]);
+  for (const std::int32_t slot : routing.sorted_slots) route_weights.push_back(topk_weights[slot]);
 }
 
 Routing Pass::find_routes() {
@@ -57,7 +57,8 @@ MatView Pass::lora_b(Projection of, const Block& block) const {
 }
 
 Rows Pass::by_token(const MatView& matrix, const Block& block, Range columns) const {
-  return {matrix.block(0, columns.begin, block.count, columns.size()), routing.token.data() + block.first};
+  return {matrix.block(0, columns.begin, block.count, columns.size()),
+          routing.sorted_token_ids.data() + block.first};
 }
 
 Rows Pass::by_route(const ByBlock& matrices, index_t width, const Block& block, Range columns) const {
@@ -110,42 +111,11 @@ ByBlock Pass::saved_low_rank(Projection of, bf16_t* matrix) const {
   return matrices;
 }
 
-std::vector<char*> Pass::take_rings(const PackSchedule& schedule, index_t bytes) {
-  std::vector<char*> rings;
-  for (std::size_t team = 0; team < schedule.slots.size(); ++team)
-    rings.push_back(lease.memory(team).take<char>(schedule.slots[team] * bytes));
-  return rings;
-}
-
 void Pass::store(const float* row, index_t n, const Result& result, index_t offset) const {
   if (result.dtype == DType::f32)
     std::memcpy(static_cast<float*>(result.data) + offset, row, static_cast<std::size_t>(n) * sizeof(float));
   else
     kernels().epilogue.round_scaled(to_int(n), 1.0f, row, static_cast<bf16_t*>(result.data) + offset);
-}
-
-TaskGraph::Groups of_token_block(const Plan& plan, const Block& block, const TaskGraph::Groups& groups) {
-  TaskGraph::Groups found;
-  for (const Block& shard : plan.token_block(block)) found.push_back(groups[shard.index]);
-  return found;
-}
-
-TaskGraph::Groups of_readers(const Plan& plan, std::size_t packer, const TaskGraph::Groups& groups) {
-  TaskGraph::Groups found;
-  if (packer != PackSchedule::kNone)
-    for_readers(plan, packer, [&](const Block& block) { found.push_back(groups[block.index]); });
-  return found;
-}
-
-float* sum_over_shards(const Pass& pass, const Block& block, const std::vector<float*>& products, index_t n,
-                       Arena& scratch) {
-  const std::size_t shards = pass.plan.shards.size();
-  std::vector<const float*> terms(shards);
-  for (const Block& shard : pass.plan.token_block(block)) terms[shard.shard] = products[shard.index];
-  const std::vector<float> once(shards, 1.0f);
-  auto* sum = scratch.take<float>(n);
-  pass.kernels().epilogue.sum_scaled(to_int(n), to_int(std::ssize(terms)), terms.data(), once.data(), sum);
-  return sum;
 }
 
 }  // namespace kt

@@ -22,22 +22,65 @@ using ByBlock = std::vector<bf16_t*>;
 // The input of a forward product, packed once for all NC ranges of the weights; nothing of a block of few
 // rows.
 struct PackedInput {
-  PackedB rows;                     // X or h
-  std::array<PackedB, 3> low_rank;  // P of the projections that read these rows
+  char* memory = nullptr;                // of h and its P; X lies in a slot of a ring
+  PackedB rows = {};                     // X or h
+  std::array<PackedB, 3> low_rank = {};  // P of the projections that read these rows
 };
 
 // The gradient of a projection's output, packed for backward products likewise.
 struct PackedGradient {
-  PackedA rows, low_rank;  // dOutput and Q
+  char* memory = nullptr;            // of dG or dU and its Q; dOut lies in a slot of a ring
+  PackedA rows = {}, low_rank = {};  // dOutput and Q
+};
+
+// The gradients of the routing weights in the making: dots <dh', h> of all routed tokens, row after row.
+// Every row has some columns of h; a shard's rows follow those of the shard before. With a bias of down, <dY,
+// bd> is the last row.
+struct Dots {
+  float* rows = nullptr;
+  index_t count = 0, routes = 0;
+  std::vector<index_t> first_row = {};  // of each shard
+  bool by_columns = false;              // a row for every kDotCols columns; else for every NC range
+  bool biased = false;
+
+  float* row(index_t i) const { return rows + i * routes; }
+  float* of_bias() const { return row(count - 1); }
 };
 
 struct Pass {
   Pass(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& inputs, Direction direction);
 
+  Runtime::Lease lease;
+  Call call;
+  const ExpertWeights& experts;
+  const LayerInputs& inputs;
+  const ActivationKernels& activation;
+  const Routing routing;
+  const Plan plan;
+  std::vector<float> route_weights;
+  TaskGraph tasks;
+
+  // m: the rows of a block, I_s: the columns of the intermediate dimension on its shard.
+  ByBlock gate, up;               // G, U [m, I_s]; none where they are not kept
+  ByBlock h;                      // h [m, I_s]
+  std::array<ByBlock, 3> lora_p;  // P' [r, m] of each projection, one for all shards of a token block
+  ByBlock weighted_lora_p;        // P' of down times the routing weights [r, m]; none where it is not kept
+  std::vector<NcRanges> gate_up_ranges, grad_down_ranges;  // by shard
+  std::vector<PackedInput> packed_x, packed_h;             // by the block that packed them
+
+  // Of backward.
+  bool recompute = false;                    // forward kept nothing
+  MatView grad_out;                          // dOut [T, H]
+  std::array<ByBlock, 2> d_gate_up;          // dG, dU [m, I_s]
+  std::array<ByBlock, 3> lora_q;             // Q [m, r]
+  std::array<ByBlock, 3> lora_q_transposed;  // Q' [r, m], that of down times the routing weights
+  Dots dots;
+  std::array<std::vector<PackedGradient>, 3> packed_grad;  // by the block that packed them
+
   const KernelSet& kernels() const { return lease.kernels(); }
   const LoraPair& lora(Projection p) const { return inputs.of(p); }
   index_t rank(Projection p) const { return inputs.of(p).rank(); }
-  // s: dropped inputs are zeros, and the kept ones' factor 1 / (1 - probability) enters here, in fp32.
+  // s. Dropped inputs are zeros, and the kept ones' factor 1 / (1 - probability) enters here, in fp32.
   float lora_scale(Projection p) const {
     return static_cast<float>(inputs.of(p).scaling / (1.0 - inputs.dropout.probability));
   }
@@ -79,9 +122,6 @@ struct Pass {
   ByBlock take_low_rank(Projection p);
   ByBlock saved_low_rank(Projection p, bf16_t* matrix) const;
   Arena& memory(const Block& block) { return lease.memory(block.team); }
-  // A ring of slots of `bytes` for each team.
-  std::vector<char*> take_rings(const PackSchedule& schedule, index_t bytes);
-
   // One row of fp32 results, stored in the wanted type.
   void store(const float* row, index_t n, const Result& result, index_t offset) const;
 
@@ -91,46 +131,12 @@ struct Pass {
 
   void run();
 
-  Runtime::Lease lease;
-  Call call;
-  const ExpertWeights& experts;
-  const LayerInputs& inputs;
-  const ActivationKernels& activation;
-  const Routing routing;
-  const Plan plan;
-  std::vector<float> route_weights;
-  TaskGraph tasks;
-
-  // m: the rows of a block, I_s: the columns of the intermediate dimension on its shard.
-  ByBlock gate, up;               // G, U [m, I_s]; none where they are not kept
-  ByBlock h;                      // h [m, I_s]
-  std::array<ByBlock, 3> lora_p;  // P' [r, m] of each projection, one for all shards of a token block
-  ByBlock weighted_lora_p;        // P' of down times the routing weights [r, m]; none where it is not kept
-  std::vector<PackedInput> packed_x, packed_h;  // by the block that packed them
-
-  // Of backward.
-  MatView grad_out;                  // dOut [T, H]
-  std::array<ByBlock, 2> d_gate_up;  // dG, dU [m, I_s]
-  std::array<ByBlock, 3> lora_q,
-      lora_q_transposed;  // Q [m, r]; Q' [r, m], that of down times the routing weights
-  std::array<std::vector<PackedGradient>, 3> packed_grad;  // by the block that packed them
-
  private:
   Routing find_routes();
 };
 
-// From the groups of all blocks, those of a token block's shards; and of the blocks that read what `packer`
-// packed (kNone: none).
-TaskGraph::Groups of_token_block(const Plan& plan, const Block& block, const TaskGraph::Groups& groups);
-TaskGraph::Groups of_readers(const Plan& plan, std::size_t packer, const TaskGraph::Groups& groups);
-
-// The sum of n floats of every shard of a token block, shards in order; `products` are by block.
-float* sum_over_shards(const Pass& pass, const Block& block, const std::vector<float*>& products, index_t n,
-                       Arena& scratch);
-
-// Adds the tasks of all blocks that compute P, G, U and h = act(G, U). By block: those that come last.
+// Adds the tasks of all blocks that compute P, G, U and h = act(G, U), of forward and where backward computes
+// them again. By block: those that come last.
 TaskGraph::Groups add_gate_up(Pass& pass);
-// The same for P = s h A' of down; with `pack` also for h and P as the product with W reads them.
-TaskGraph::Groups add_down_low_rank(Pass& pass, const TaskGraph::Groups& h_done, bool pack);
 
 }  // namespace kt

@@ -1,5 +1,5 @@
-// Where the time of layer calls goes: what each thread did, from when to when. A thread writes to its own
-// recorder alone, without locks; what it wrote is read between calls.
+// The profiler says where the time of layer calls goes: what each thread did, from when to when. A thread
+// writes to its own recorder alone, without locks; what it wrote is read between calls.
 #pragma once
 
 #include <unistd.h>
@@ -9,17 +9,55 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
 #include <string_view>
 #include <vector>
 
 #include "base/view.h"
 #include "cpu/tick.h"
-#include "moe/stage.h"
 
 namespace kt {
 
-// What was done in some time. Bytes are those that a step has to read or write, caches aside: local ones lie
-// in the memory of the team that does, remote ones in that of another. The caller's tensors are team 0's.
+// The steps of a layer's forward and backward pass.
+enum class Stage : std::uint8_t {
+  setup,              // what the caller does alone: plan, add tasks, free memory
+  route,              // routed tokens, sorted by expert
+  fetch,              // weights that are not in memory
+  dispatch,           // rows of X or dY, packed
+  lora_p,             // P = s X A'
+  pack,               // weights, packed
+  decode,             // codes to bf16, and packed
+  gate_up,            // G, U
+  activation,         // h
+  pack_h,             // h, packed
+  down,               // h Wd' + Pd Bd'
+  combine,            // sums over a token's experts
+  reduce,             // sums over shards or nodes
+  grad_down,          // dh'
+  grad_activation,    // dG, dU
+  grad_topk_weights,  // <dh', h>, summed
+  pack_grad,          // dG, dU, packed
+  lora_q,             // Q = s dY B
+  grad_hidden,        // dX
+  lora_grad,          // dA, dB
+  zero_grad,          // of experts without routed tokens
+  wait,               // for what other threads make
+  idle,               // before a thread's first and behind its last task of a call
+};
+
+// clang-format off
+inline constexpr std::array<std::string_view, 23> stage_names{
+    "setup", "route", "fetch", "dispatch", "lora_p", "pack", "decode", "gate_up", "activation", "pack_h", "down",
+    "combine", "reduce", "grad_down", "grad_activation", "grad_topk_weights", "pack_grad", "lora_q",
+    "grad_hidden", "lora_grad", "zero_grad", "wait", "idle"};
+// clang-format on
+inline constexpr std::size_t kStages = stage_names.size();
+static_assert(kStages == static_cast<std::size_t>(Stage::idle) + 1);
+
+constexpr std::string_view name_of(Stage stage) { return stage_names[static_cast<std::size_t>(stage)]; }
+
+// The work of some time. Bytes are those that a step has to read or write, caches aside: local ones lie in
+// the memory of the team that does it, remote ones in that of another. The caller's tensors lie in team 0's.
 struct Work {
   std::int64_t flops = 0, local = 0, remote = 0;
 
@@ -29,7 +67,7 @@ struct Work {
   }
 };
 
-// What a span is about; -1: nothing to say.
+// The arguments of a span in a trace; -1 where it has none.
 struct About {
   int shard = -1;  // that of the span around it, or else the thread's first
   int expert = -1, rows = -1;
@@ -45,10 +83,10 @@ struct Label {
 
 struct SpanRecord {
   Ticks begin, end;
-  Ticks own;  // of it, what is not in spans within it
-  Work work;  // in its own time
+  Ticks own;  // without the spans within it
+  Work work;  // done in its own time
   About about;
-  std::int32_t call;  // -1: outside of any
+  std::int32_t call;  // -1: it lies in none
   Stage stage;
 };
 
@@ -214,5 +252,28 @@ class Call {
   CallRecord record_{};
   std::optional<Span> setup_;
 };
+
+// Ticks as nanoseconds since the profile began. Fixes the rate of its clock when it is made.
+class TraceTime {
+ public:
+  explicit TraceTime(const Profile& profile)
+      : begin_(profile.clock().begin()), rate_(1e9 * profile.clock().seconds_per_tick()) {}
+
+  std::int64_t operator()(Ticks at) const { return lasted(at - begin_); }
+  std::int64_t lasted(Ticks ticks) const {
+    return static_cast<std::int64_t>(static_cast<double>(ticks) * rate_ + 0.5);
+  }
+
+ private:
+  Ticks begin_;
+  double rate_;
+};
+
+// The kept spans of a thread by their begin, outer ones before inner ones.
+std::vector<SpanRecord> in_order(const Recorder& recorder);
+
+// Writes a trace for Perfetto and chrome://tracing: JSON of the Trace Event Format, shards as processes,
+// threads as threads, and one process more for the calls. IoError if the file cannot be written.
+void write_trace(const Profile& profile, const TraceTime& time, const std::string& path);
 
 }  // namespace kt

@@ -38,30 +38,30 @@ index_t count_routes(const MatView& topk_ids, int num_experts) {
 Routing route(const MatView& topk_ids, int num_experts) {
   const std::vector<std::int32_t> routes = histogram(topk_ids, num_experts);
   Routing r;
-  r.offset.push_back(0);
+  r.expert_offsets.push_back(0);
   for (int e = 0; e < num_experts; ++e) {
     const std::int32_t n = routes[static_cast<std::size_t>(e)];
-    r.offset.push_back(r.offset.back() + n);
+    r.expert_offsets.push_back(r.expert_offsets.back() + n);
     if (n > 0) r.experts.push_back(e);
   }
-  r.token.resize(static_cast<std::size_t>(r.offset.back()));
-  r.slot.resize(r.token.size());
-  std::vector<std::int32_t> next(r.offset);
+  r.sorted_token_ids.resize(static_cast<std::size_t>(r.expert_offsets.back()));
+  r.sorted_slots.resize(r.sorted_token_ids.size());
+  std::vector<std::int32_t> next(r.expert_offsets);
   for (index_t i = 0; i < topk_ids.rows * topk_ids.cols; ++i) {
     const std::int64_t e = expert_at(topk_ids, i);
     if (e == num_experts) continue;
     const auto place = static_cast<std::size_t>(next[static_cast<std::size_t>(e)]++);
-    r.token[place] = static_cast<std::int32_t>(i / topk_ids.cols);
-    r.slot[place] = static_cast<std::int32_t>(i);
+    r.sorted_token_ids[place] = static_cast<std::int32_t>(i / topk_ids.cols);
+    r.sorted_slots[place] = static_cast<std::int32_t>(i);
   }
-  r.token_offset.resize(static_cast<std::size_t>(topk_ids.rows) + 1);
-  for (const std::int32_t t : r.token) ++r.token_offset[static_cast<std::size_t>(t) + 1];
-  std::partial_sum(r.token_offset.begin(), r.token_offset.end(), r.token_offset.begin());
-  r.of_token.resize(r.token.size());
-  next.assign(r.token_offset.begin(), r.token_offset.end());
-  for (std::int32_t i = 0; i < r.offset.back(); ++i) {
-    const auto t = static_cast<std::size_t>(r.token[static_cast<std::size_t>(i)]);
-    r.of_token[static_cast<std::size_t>(next[t]++)] = i;
+  r.token_offsets.resize(static_cast<std::size_t>(topk_ids.rows) + 1);
+  for (const std::int32_t t : r.sorted_token_ids) ++r.token_offsets[static_cast<std::size_t>(t) + 1];
+  std::partial_sum(r.token_offsets.begin(), r.token_offsets.end(), r.token_offsets.begin());
+  r.inverse_permutation.resize(r.sorted_token_ids.size());
+  next.assign(r.token_offsets.begin(), r.token_offsets.end());
+  for (std::int32_t i = 0; i < r.expert_offsets.back(); ++i) {
+    const auto t = static_cast<std::size_t>(r.sorted_token_ids[static_cast<std::size_t>(i)]);
+    r.inverse_permutation[static_cast<std::size_t>(next[t]++)] = i;
   }
   return r;
 }

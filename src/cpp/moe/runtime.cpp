@@ -147,7 +147,7 @@ Runtime::Lease::Lease(Runtime& runtime) : runtime_(runtime), claim_(runtime.pool
 Workers Runtime::Lease::workers() const {
   Workers workers{{}, runtime_.team_of_, {}, runtime_.l2_bytes_};
   for (const Team& team : runtime_.pool_.teams()) workers.threads.push_back(team.threads);
-  for (const Shard& shard : runtime_.layout_.shards) workers.node_of.push_back(shard.place);
+  for (const Shard& shard : runtime_.layout_.shards) workers.node_of.push_back(shard.node);
   return workers;
 }
 

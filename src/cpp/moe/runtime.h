@@ -28,38 +28,39 @@ struct Workers {
   std::size_t l2_bytes;
 };
 
-// What read_topology() says, but of some nodes alone: those given, or named by KT_MOE_NODES ("0,2-3").
+// The machine's topology without the nodes that are not given, nor named by KT_MOE_NODES ("0,2-3").
 Topology usable_topology(const std::optional<std::vector<int>>& nodes);
 
 class Runtime {
  public:
-  // Empty: KT_MOE_THREADS, KT_MOE_SHARDS, KT_MOE_ISA, or what the machine offers.
+  // What is not given comes from KT_MOE_THREADS, KT_MOE_SHARDS and KT_MOE_ISA, or else is what the machine
+  // has.
   Runtime(std::optional<int> threads, std::optional<int> shards, std::optional<std::string> isa,
           Topology topology = usable_topology({}));
 
   int threads() const { return pool_.threads(); }
   int shards() const { return static_cast<int>(layout_.shards.size()); }
-  // [0, n) cut among the shards, on multiples of `align`, as large as the cores behind them; for the layer
-  // and for what brings its weights to the shards' memory.
+  // Cuts [0, n) among the shards, in proportion to their cores, on multiples of `align`. The layer and what
+  // brings its weights to the shards' memory use the same cut.
   std::vector<Range> split(index_t n, index_t align) const;
-  // NUMA nodes of a shard's memory; none: there is but one.
+  // The NUMA nodes of a shard's memory; none where the machine has but one.
   const std::vector<int>& memory_of(std::size_t shard) const { return layout_.shards[shard].memory; }
-  // Its share of all work, in the same unit for all shards.
+  // A shard's share of all work, in the same unit for all shards.
   index_t weight_of(std::size_t shard) const { return layout_.shards[shard].weight; }
   const std::string& isa() const { return isa_; }
-  // Those whose CPUs compute, as often as they were chosen.
+  // The NUMA nodes whose CPUs compute, as often as they were chosen.
   std::vector<int> nodes() const;
-  // Most scratch memory that the last lease held at once, in all arenas together. Waits while there is one.
+  // The most scratch memory that the last lease held at once, in all arenas. Waits while there is a lease.
   std::size_t scratch_bytes();
-  // Where results are written; it outlives the runtime while there are some.
+  // The memory that results are written to; it outlives the runtime while there are some.
   const std::shared_ptr<BufferPool>& results() const { return results_; }
 
-  // What records every call from here on; null: nothing. Waits while a call runs.
+  // Every call from here on is recorded by this profile, or with null by none. Waits while a call runs.
   void set_profile(std::shared_ptr<Profile> profile);
   // The first shard that each thread serves.
   std::vector<int> first_shards() const;
 
-  // The runtime for one caller at a time. What it took from `memory` is the next lease's to overwrite.
+  // The runtime for one caller at a time. The next lease overwrites what this one took from `memory`.
   class Lease {
    public:
     explicit Lease(Runtime& runtime);
@@ -67,18 +68,18 @@ class Runtime {
     const KernelSet& kernels() const { return runtime_.kernels_; }
     std::size_t teams() const { return runtime_.pool_.teams().size(); }
     Workers workers() const;
-    // Of a team, on its nodes.
+    // Memory of a team's own, on its nodes.
     Arena& memory(std::size_t team) { return runtime_.memory_[team]; }
-    // Null: nothing is recorded.
+    // The profile that records this call, or null.
     Profile* profile() const { return runtime_.profile_.get(); }
-    // Of the thread whose scratch this is, or null.
+    // The recorder of the thread whose scratch this is, or null.
     Recorder* recorder(const Arena& scratch) const {
       if (profile() == nullptr) return nullptr;
       return &profile()->recorder(static_cast<std::size_t>(&scratch - runtime_.scratch_.data()));
     }
 
-    // body(task, scratch) for every task in [0, tasks); scratch is the task's alone until it returns.
-    // `between` as WorkerPool::parallel_for has it.
+    // Runs body(task, scratch) for every task in [0, tasks); scratch is the task's alone until it returns.
+    // `between` is that of WorkerPool::parallel_for.
     void parallel_for(index_t tasks, const std::function<void(index_t task, Arena& scratch)>& body,
                       const std::function<void()>& between = {});
     // The same for every team, with tasks[team] tasks of its own.

@@ -1,4 +1,4 @@
-#include "moe/trace.h"
+#include "moe/profile.h"
 
 #include <algorithm>
 #include <cerrno>

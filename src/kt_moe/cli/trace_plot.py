@@ -17,10 +17,12 @@ _WIDTH, _LANE, _REST, _TALLEST = 14, 0.28, 2.0, 60.0  # inches: of the picture, 
 _DPI, _COLUMNS = 120, 3000
 # Products are strong colours; moving data is pale; not working is grey. What is not here gets the spare ones.
 _COLORS = {
-    "gate_up": "#1f77b4", "activation": "#17becf", "down": "#2ca02c", "merge": "#bcbd22",
+    "gate_up": "#1f77b4", "activation": "#17becf", "down": "#2ca02c",
+    "combine": "#bcbd22", "reduce": "#e7cb94",
     "grad_down": "#d62728", "grad_activation": "#ff7f0e", "grad_hidden": "#9467bd", "lora_grad": "#8c564b",
-    "lora_p": "#e377c2", "lora_q": "#ad3f8a", "gather": "#9edae5", "hidden": "#c7e9c0",
-    "gather_grad": "#ffbb78", "pack": "#aec7e8", "decode": "#ff9896", "dots": "#7f5f00", "clear": "#dbdb8d",
+    "lora_p": "#e377c2", "lora_q": "#ad3f8a", "dispatch": "#9edae5", "pack_h": "#c7e9c0",
+    "pack_grad": "#ffbb78", "pack": "#aec7e8", "decode": "#ff9896",
+    "grad_topk_weights": "#7f5f00", "zero_grad": "#dbdb8d",
     "route": "#393b79", "setup": "#9c9ede", "fetch": "#843c39", "wait": "#bdbdbd", "idle": "#eeeeee",
     "copy_experts": "#3182bd", "forward_chunk": "#31a354", "backward_chunk": "#e6550d", "copy_in": "#6baed6",
     "copy_out": "#9ecae1", "copy_lora": "#bcbddc", "cpu_forward": "#74c476", "cpu_backward": "#fd8d3c",

@@ -46,7 +46,7 @@ Range after(Range cols, index_t width, index_t n) {
 
 void product(const Bench& bench, Term term, float* c, index_t stride) {
   if (!bench.prefetch) term.next = {};
-  multiply(bench.kernels, {&term, 1}, c, stride);
+  brgemm(bench.kernels, {&term, 1}, c, stride);
 }
 
 // y [m, n] = tokens [m, k] * B, where weights_of(cols) gives columns of B in panels.
@@ -59,7 +59,7 @@ void tokens_left(const Bench& bench, MatView tokens, index_t n, bf16_t* y, Arena
   for_strips(n, width, [&](Range cols) {
     const Arena::Frame frame(scratch);
     const PackedB weights = weights_of(cols);
-    const index_t stride = result_stride(bench.kernels, cols.size());
+    const index_t stride = min_ldc(bench.kernels, cols.size());
     auto* c = scratch.take<float>(part_rows * stride);
     for_strips(tokens.rows, part_rows, [&](Range rows) {
       const MatView next = share(weights_at(after(cols, width, n)), rows, tokens.rows);
@@ -136,7 +136,7 @@ void direct_forward(const Bench& bench, const void* w, MatView x, bf16_t* y, Are
   const Shape& shape = bench.shape;
   if (x.rows <= bench.kernels.few.max_rows) {
     auto* c = scratch.take<float>(x.rows * shape.out);
-    multiply_few_transposed(bench.kernels, {x}, {natural(shape, w)}, c, shape.out, false, scratch);
+    gemv_nt(bench.kernels, {x}, {natural(shape, w)}, c, shape.out, false, scratch);
     return store(bench, c, shape.out, x.rows, {0, shape.out}, shape.out, y);
   }
   const Direct& direct = *bench.direct;
@@ -165,7 +165,7 @@ void direct_backward(const Bench& bench, const void* w, MatView dy, bf16_t* dx, 
   const Shape& shape = bench.shape;
   if (dy.rows > bench.kernels.few.max_rows) return natural_backward(bench, w, dy, dx, scratch);
   auto* c = scratch.take<float>(dy.rows * shape.in);
-  multiply_few(bench.kernels, {dy}, {natural(shape, w)}, c, shape.in, false, scratch);
+  gemv_nn(bench.kernels, {dy}, {natural(shape, w)}, c, shape.in, false, scratch);
   store(bench, c, shape.in, dy.rows, {0, shape.in}, shape.in, dx);
 }
 

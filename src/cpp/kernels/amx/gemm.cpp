@@ -27,21 +27,21 @@ __attribute__((always_inline)) inline void prefetch_tile(const char* bytes) {
   for (int line = 0; line < 16; ++line) _mm_prefetch(bytes + 64 * line, _MM_HINT_T0);
 }
 
-// A step of the product, from segment to segment; behind the last one it goes on, to the next panels.
+// A step of the product, from element to element; behind the last one it goes on, to the next panels.
 struct Step {
-  const Segment *segment, *end;
+  const BatchElement *element, *end;
   int p = 0;
-  const char *a = static_cast<const char*>(segment->a), *b = static_cast<const char*>(segment->b);
+  const char *a = static_cast<const char*>(element->a), *b = static_cast<const char*>(element->b);
 
   __attribute__((always_inline)) void advance() {
     p += KB, a += kABytes, b += kBBytes;
-    if (p >= segment->k && segment + 1 != end) *this = {segment + 1, end};
+    if (p >= element->k && element + 1 != end) *this = {element + 1, end};
   }
 };
 
 // Tiles: 0 1 are the upper row of results, 2 3 the lower, 4 5 hold A, 6 7 hold B.
 template <bool Lower, bool Right>
-void tile(const Segment* segments, int count, float* c, ptrdiff_t ldc, bool add) {
+void tile(const BatchElement* batch, int count, float* c, ptrdiff_t ldc, bool add) {
   const ptrdiff_t stride = ldc * static_cast<ptrdiff_t>(sizeof(float));
   float* lower = c + 16 * ldc;
   if (add) {
@@ -55,12 +55,12 @@ void tile(const Segment* segments, int count, float* c, ptrdiff_t ldc, bool add)
     KT_TILE_ZERO(2);
     KT_TILE_ZERO(3);
   }
-  Step next{segments, segments + count};
+  Step next{batch, batch + count};
   for (int i = 0; i < kAhead; ++i) next.advance();
-  for (const Segment* segment = segments; segment != segments + count; ++segment) {
-    const char* a = static_cast<const char*>(segment->a);
-    const char* b = static_cast<const char*>(segment->b);
-    for (int p = 0; p < segment->k; p += KB, a += kABytes, b += kBBytes, next.advance()) {
+  for (const BatchElement* element = batch; element != batch + count; ++element) {
+    const char* a = static_cast<const char*>(element->a);
+    const char* b = static_cast<const char*>(element->b);
+    for (int p = 0; p < element->k; p += KB, a += kABytes, b += kBBytes, next.advance()) {
       KT_TILE_LOAD(6, b, kBStride);
       KT_TILE_LOAD(4, a, kAStride);
       if constexpr (Right) KT_TILE_LOAD(7, b + 64, kBStride);
@@ -81,7 +81,7 @@ void tile(const Segment* segments, int count, float* c, ptrdiff_t ldc, bool add)
   if constexpr (Lower && Right) KT_TILE_STORE(3, lower + 16, stride);
 }
 
-using Tile = void (*)(const Segment*, int, float*, ptrdiff_t, bool);
+using Tile = void (*)(const BatchElement*, int, float*, ptrdiff_t, bool);
 constexpr Tile kTiles[2][2] = {{tile<false, false>, tile<false, true>},
                                {tile<true, false>, tile<true, true>}};
 
@@ -90,13 +90,13 @@ void copy_rows_of_c(const float* from, ptrdiff_t from_stride, float* to, ptrdiff
 }
 
 // A tile is stored whole: a result whose rows do not fill its tiles is computed aside.
-void micro_kernel(int rows, int cols, const Segment* segments, int count, float* c, ptrdiff_t ldc,
+void micro_kernel(int rows, int cols, const BatchElement* batch, int count, float* c, ptrdiff_t ldc,
                   int accumulate) {
   const Tile whole_tiles = kTiles[rows > 16][cols > 16];
-  if (rows % 16 == 0) return whole_tiles(segments, count, c, ldc, accumulate);
+  if (rows % 16 == 0) return whole_tiles(batch, count, c, ldc, accumulate);
   alignas(64) float aside[MR * NR];
   if (accumulate) copy_rows_of_c(c, ldc, aside, NR, rows);
-  whole_tiles(segments, count, aside, NR, accumulate);
+  whole_tiles(batch, count, aside, NR, accumulate);
   copy_rows_of_c(aside, NR, c, ldc, rows);
 }
 

@@ -21,7 +21,7 @@ __attribute__((always_inline)) inline void step(__m256 (&acc)[R][V], const float
 }
 
 template <int R, int V>
-void tile(const Segment* segments, int count, float* c, ptrdiff_t ldc, int accumulate) {
+void tile(const BatchElement* batch, int count, float* c, ptrdiff_t ldc, int accumulate) {
   __m256 acc[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -29,10 +29,10 @@ void tile(const Segment* segments, int count, float* c, ptrdiff_t ldc, int accum
     for (int v = 0; v < V; ++v)
       acc[r][v] = accumulate ? _mm256_loadu_ps(c + r * ldc + 8 * v) : _mm256_setzero_ps();
 
-  for (const Segment* segment = segments; segment != segments + count; ++segment) {
-    const float* a = static_cast<const float*>(segment->a);
-    const float* b = static_cast<const float*>(segment->b);
-    int k = segment->k;
+  for (const BatchElement* element = batch; element != batch + count; ++element) {
+    const float* a = static_cast<const float*>(element->a);
+    const float* b = static_cast<const float*>(element->b);
+    int k = element->k;
     for (; k >= KB; k -= KB, a += MR * KB)
 #pragma GCC unroll 4
       for (int p = 0; p < KB; ++p, b += NR) step<R, V>(acc, a + p, b);
@@ -45,7 +45,7 @@ void tile(const Segment* segments, int count, float* c, ptrdiff_t ldc, int accum
     for (int v = 0; v < V; ++v) _mm256_storeu_ps(c + r * ldc + 8 * v, acc[r][v]);
 }
 
-using Tile = void (*)(const Segment*, int, float*, ptrdiff_t, int);
+using Tile = void (*)(const BatchElement*, int, float*, ptrdiff_t, int);
 constexpr Tile kTiles[MR][2] = {{tile<1, 1>, tile<1, 2>}, {tile<2, 1>, tile<2, 2>}, {tile<3, 1>, tile<3, 2>},
                                 {tile<4, 1>, tile<4, 2>}, {tile<5, 1>, tile<5, 2>}, {tile<6, 1>, tile<6, 2>}};
 
@@ -66,9 +66,9 @@ double peak(int rounds, void* registers) {
 
 }  // namespace
 
-void micro_kernel(int rows, int cols, const Segment* segments, int count, float* c, ptrdiff_t ldc,
+void micro_kernel(int rows, int cols, const BatchElement* batch, int count, float* c, ptrdiff_t ldc,
                   int accumulate) {
-  kTiles[rows - 1][cols > 8](segments, count, c, ldc, accumulate);
+  kTiles[rows - 1][cols > 8](batch, count, c, ldc, accumulate);
 }
 
 extern const KernelSet table;

@@ -17,9 +17,9 @@ struct Step {
 
 }  // namespace
 
-void micro_kernel(int rows, int cols, const Segment* segments, int count, float* c, ptrdiff_t ldc,
+void micro_kernel(int rows, int cols, const BatchElement* batch, int count, float* c, ptrdiff_t ldc,
                   int accumulate) {
-  kTiles<Step>[rows - 1][cols > 16](segments, count, c, ldc, accumulate);
+  kTiles<Step>[rows - 1][cols > 16](batch, count, c, ldc, accumulate);
 }
 
 extern const KernelSet table;

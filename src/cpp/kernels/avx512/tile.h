@@ -12,8 +12,8 @@ constexpr int kTileRows = 12;  // 24 accumulators, 2 vectors of B and 1 broadcas
 constexpr int kTileCols = 32;  // two vectors
 constexpr int kRun = 16;       // steps in one 64-byte run of a packed A row
 
-// How far ahead a tile asks for its operands. A panel of activations comes from L3 or memory, being one of
-// more than L2 holds: out-of-order execution sees 15 steps of 12 cycles ahead, too few for that. Where a
+// How far prefetch a tile asks for its operands. A panel of activations comes from L3 or memory, being one of
+// more than L2 holds: out-of-order execution sees 15 steps of 12 cycles prefetch, too few for that. Where a
 // panel is at hand, nothing is lost. What lies behind the operand may be asked for: a prefetch never faults.
 constexpr int kRunsAhead = 8;    // of A
 constexpr int kStepsAhead = 48;  // of B
@@ -46,25 +46,26 @@ __attribute__((always_inline)) static inline void add_step(__m512 (&acc)[R][V], 
 }
 
 // Into L2: packing will read it from there.
-__attribute__((always_inline)) static inline void request(Ahead& ahead) {
-  for (int i = 0; i < ahead.lines_per_step; ++i) {
-    _mm_prefetch(ahead.row + 64 * ahead.line, _MM_HINT_T1);
-    if (++ahead.line < ahead.row_lines) continue;
-    ahead.line = 0;
-    ahead.row += ahead.stride;
+__attribute__((always_inline)) static inline void request(Prefetch& prefetch) {
+  for (int i = 0; i < prefetch.lines_per_step; ++i) {
+    _mm_prefetch(prefetch.row + 64 * prefetch.line, _MM_HINT_T1);
+    if (++prefetch.line < prefetch.row_lines) continue;
+    prefetch.line = 0;
+    prefetch.row += prefetch.stride;
   }
 }
 
 // `stride` and `run`: bytes from a row of A to the next, and from a run to the next. Constants for panels.
 template <class Step, int R, int V>
-__attribute__((always_inline)) static inline void add_segment(__m512 (&acc)[R][V], const Segment& segment,
-                                                              ptrdiff_t stride, ptrdiff_t run) {
-  const char *first = static_cast<const char*>(segment.a), *b = static_cast<const char*>(segment.b);
+__attribute__((always_inline)) static inline void add_element(__m512 (&acc)[R][V],
+                                                              const BatchElement& element, ptrdiff_t stride,
+                                                              ptrdiff_t run) {
+  const char *first = static_cast<const char*>(element.a), *b = static_cast<const char*>(element.b);
   TileRows a{{first, first + 4 * stride, first + 8 * stride}, stride, 3 * stride};
-  Ahead ahead = segment.ahead;
-  int steps = (segment.k + Step::kDepth - 1) / Step::kDepth;
+  Prefetch prefetch = element.prefetch;
+  int steps = (element.k + Step::kDepth - 1) / Step::kDepth;
   for (; steps >= kRun; steps -= kRun) {
-    request(ahead);
+    request(prefetch);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) _mm_prefetch(row_of(a, r) + kRunsAhead * run, _MM_HINT_T0);
 #pragma GCC unroll 4
@@ -80,18 +81,18 @@ __attribute__((always_inline)) static inline void add_segment(__m512 (&acc)[R][V
 }
 
 template <class Step, int R, int V>
-static void tile(const Segment* segments, int count, float* c, ptrdiff_t ldc, int accumulate) {
+static void tile(const BatchElement* batch, int count, float* c, ptrdiff_t ldc, int accumulate) {
   __m512 acc[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) acc[r][v] = _mm512_setzero_ps();
 
-  for (const Segment* segment = segments; segment != segments + count; ++segment) {
-    if (Step::kInPlace && segment->a_stride != 0)
-      add_segment<Step, R, V>(acc, *segment, segment->a_stride, 64);
+  for (const BatchElement* element = batch; element != batch + count; ++element) {
+    if (Step::kInPlace && element->a_stride != 0)
+      add_element<Step, R, V>(acc, *element, element->a_stride, 64);
     else  // a panel
-      add_segment<Step, R, V>(acc, *segment, 64, 64 * kTileRows);
+      add_element<Step, R, V>(acc, *element, 64, 64 * kTileRows);
   }
 
 #pragma GCC unroll 16
@@ -102,7 +103,7 @@ static void tile(const Segment* segments, int count, float* c, ptrdiff_t ldc, in
                        accumulate ? _mm512_add_ps(_mm512_loadu_ps(c + 16 * v), acc[r][v]) : acc[r][v]);
 }
 
-using Tile = void (*)(const Segment*, int, float*, ptrdiff_t, int);
+using Tile = void (*)(const BatchElement*, int, float*, ptrdiff_t, int);
 
 template <class Step, int R>
 constexpr Tile kTilesOf[2] = {tile<Step, R, 1>, tile<Step, R, 2>};

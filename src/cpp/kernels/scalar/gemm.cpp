@@ -4,13 +4,13 @@
 namespace kt::scalar {
 
 // Panels hold fp32: A as [k][MR], B as [k][NR].
-void micro_kernel(int rows, int, const Segment* segments, int count, float* c, ptrdiff_t ldc,
+void micro_kernel(int rows, int, const BatchElement* batch, int count, float* c, ptrdiff_t ldc,
                   int accumulate) {
   float sum[MR][NR] = {};
-  for (const Segment* segment = segments; segment != segments + count; ++segment) {
-    const float* a = static_cast<const float*>(segment->a);
-    const float* b = static_cast<const float*>(segment->b);
-    for (int p = 0; p < segment->k; ++p)
+  for (const BatchElement* element = batch; element != batch + count; ++element) {
+    const float* a = static_cast<const float*>(element->a);
+    const float* b = static_cast<const float*>(element->b);
+    for (int p = 0; p < element->k; ++p)
       for (int i = 0; i < MR; ++i)
         for (int j = 0; j < NR; ++j) sum[i][j] += a[p * MR + i] * b[p * NR + j];
   }
