@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -61,8 +62,8 @@ class LoraParameters(nn.ParameterDict):
     """LoRA parameters that stay in host memory where `place` says so.
 
     `.to()`, `.cuda()`, Trainer and accelerate then convert their dtype, and do not move them; their gradients
-    alike. Their memory is page-locked where it lies, so that a GPU reads it without work of the CPU; where
-    that is refused, the CPU copies them for the GPU in every pass.
+    alike. They get page-locked memory, so that a GPU reads it without work of the CPU; where that is refused,
+    the CPU copies them for the GPU in every pass.
     """
 
     def __init__(self, place: LoraPlace) -> None:
@@ -100,10 +101,14 @@ def _lock_pages(of: LoraParameters, parameters: list[Tensor]) -> None:
     locks = _locks[of]
     _unlock(locks, [p.data_ptr() for p in parameters])
     for parameter in parameters:
-        at, size = parameter.data_ptr(), parameter.nbytes
-        if size and at not in locks:
-            with contextlib.suppress(PageLockError):
-                locks[at] = lock([(at, size)], parameter.untyped_storage())
+        if not parameter.nbytes or parameter.data_ptr() in locks:
+            continue
+        # In pages of its own: CUDA refuses every copy of memory that is locked in part, whosever it is.
+        memory = mmap.mmap(-1, parameter.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        own = torch.frombuffer(memory, dtype=parameter.dtype).view(parameter.shape)
+        with contextlib.suppress(PageLockError):
+            locks[own.data_ptr()] = lock([(own.data_ptr(), own.nbytes)], memory)
+            parameter.data = own.copy_(parameter.detach())
 
 
 def _unlock(locks: dict[int, PageLock], keep: Sequence[int]) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import gc
+import mmap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from test_gpu_stored import Cuda
 from tiny_models import PEFT_WARNINGS, load, lora_layers, save_tiny_checkpoint, tokens, with_lora
 from torch import nn
 
 from kt_moe import lora_device
+from kt_moe.gpu import page_lock
 from kt_moe.hf import KtMoeConfig
-from kt_moe.lora_device import LoraPlace
+from kt_moe.lora_device import LoraParameters, LoraPlace
 
 pytestmark = PEFT_WARNINGS
 TARGETS = ["q_proj", "experts"]
@@ -165,3 +169,61 @@ def test_a_place_remembers_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not place.stays(torch.device("cuda:0"))
     assert place.stays(torch.device("cuda:1"))
     assert not place.stays(torch.device("cpu"))
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    fake = Cuda()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(page_lock, "_cudart", lambda: fake)
+    monkeypatch.setattr(page_lock, "_forget_last_error", lambda: None)
+    return fake
+
+
+def small_parameters() -> LoraParameters:
+    lora = LoraParameters(LoraPlace("cpu"))
+    for projection in ("gate", "up", "down"):
+        lora[projection] = nn.Parameter(torch.randn(8, 4, 96))
+    return lora
+
+
+def test_what_is_page_locked_shares_no_page(cuda: Cuda) -> None:
+    """CUDA refuses copies of memory that is locked in part: those of tensors beside it, too."""
+    lora = small_parameters()
+    before = {name: (p, p.detach().clone()) for name, p in lora.items()}
+    lora.to(GPU)
+    for name, (parameter, value) in before.items():
+        assert lora[name] is parameter
+        assert torch.equal(parameter, value)
+        end = parameter.data_ptr() + parameter.nbytes
+        assert cuda.locked[parameter.data_ptr()] == -(-end // mmap.PAGESIZE) * mmap.PAGESIZE
+    places = dict(cuda.locked)
+    lora.to(GPU)
+    assert places == cuda.locked == {p.data_ptr(): places[p.data_ptr()] for p in lora.values()}
+    lora.to("cpu")
+    assert not cuda.locked
+    assert all(torch.equal(p, value) for p, value in before.values())
+
+
+def test_page_locks_follow_the_parameters(cuda: Cuda) -> None:
+    lora = small_parameters()
+    lora.to(GPU, torch.bfloat16)
+    lora["gate"].data = torch.zeros(8, 4, 96)
+    lora["up"].share_memory_()  # in other memory
+    twin = copy.deepcopy(lora)
+    lora.to(GPU)
+    twin.to(GPU)
+    assert set(cuda.locked) == {p.data_ptr() for p in (*lora.values(), *twin.values())}
+    assert {p.dtype for p in lora.values()} == {torch.bfloat16, torch.float32}
+    del lora
+    gc.collect()
+    assert set(cuda.locked) == {p.data_ptr() for p in twin.values()}
+    cuda.refuse_from = len(cuda.calls)
+    other = small_parameters()
+    value = other["gate"].detach().clone()
+    other.to(GPU)
+    assert torch.equal(other["gate"], value)
+    assert len(cuda.locked) == 3
+    del twin
+    gc.collect()
+    assert not cuda.locked
