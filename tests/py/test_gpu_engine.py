@@ -20,7 +20,7 @@ from test_layer import ALL, assert_as_good_as_eager, assert_formula
 
 import kt_moe
 from kt_moe.experts import FORMATS
-from kt_moe.gpu import Gpu, Rates
+from kt_moe.gpu import Gpu, Rates, torch_products
 from kt_moe.gpu.cpu_part import Worker
 from kt_moe.gpu.streams import Streams
 
@@ -109,6 +109,35 @@ def test_lora_that_crosses_gives_the_same_bits(share, dropout, monkeypatch):
     expected = run(problem, Gpu("cpu", cpu_share=share), dropout=dropout, seed=5)
     monkeypatch.setattr(Streams, "has", lambda self, tensor: False)  # as if it were on the host
     same(run(problem, Gpu("cpu", cpu_share=share), dropout=dropout, seed=5), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_that_is_locked_no_more_crosses_by_a_copy(dtype, monkeypatch):
+    """As where its model is gone before backward: a GPU that read it where it lies would fail for good."""
+    problem = make_problem(50, 64, 48, 6, 2, ALL, lora_dtype=dtype)
+    experts = experts_of(problem, Gpu("cpu", cpu_share=0.4))
+    expected = run_ours(problem, experts.runtime, experts=experts)
+    monkeypatch.setattr(Streams, "has", lambda self, tensor: False)
+    copy_from_host = torch_products.copy_from_host
+    read: set[int] = set()
+
+    def noted(to, source, index=None):
+        read.add(source.data_ptr())
+        copy_from_host(to, source, index)
+
+    monkeypatch.setattr(torch_products, "copy_from_host", noted)
+    leaves = {k: v.detach().clone().requires_grad_() for k, v in problem.leaves().items()}
+    lora = {k: leaves[k] for k in problem.lora}
+    inputs = leaves["hidden_states"], problem.topk_ids, leaves["topk_weights"]
+    out = kt_moe.moe(*inputs, experts, lora, scaling=problem.scaling)
+    places = {tensor.data_ptr() for tensor in lora.values()}
+    assert places <= read
+    read.clear()
+    monkeypatch.setattr(Streams, "reads", lambda self, tensor: tensor.data_ptr() not in places)
+    out.backward(problem.grad_out)
+    assert read
+    assert not places & read
+    same({"out": out.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}, expected)
 
 
 def test_backward_has_the_lora_that_its_forward_sent(monkeypatch):

@@ -124,12 +124,15 @@ def to_device_again(
 ) -> tuple[list[LoraStack], Event | None]:
     """The matrices for the backward of a forward whose stacks had this `crossed`; see `to_device`.
 
-    What crossed for the forward does so again as it was: the CPU, which may be computing, converts nothing.
+    What crossed for the forward does so again as it was: the CPU, which may be computing, converts nothing,
+    unless the memory is locked no more, as that of a model which is gone.
     """
     stacks = []
     for stack, both in zip(to_device(lora, False, streams)[0], crossed, strict=True):
         a, b = (
-            on_device if sources is None else _cross(sources, len(stack.projections), streams)
+            on_device
+            if sources is None
+            else _cross(_for_device(sources, streams), len(stack.projections), streams)
             for on_device, sources in zip((stack.a, stack.b), both, strict=True)
         )
         stacks.append(stack._replace(a=a, b=b))
