@@ -255,11 +255,30 @@ def _checked(stored: Stored, tensors: Mapping[str, TensorInfo], packed: tuple[in
     for name in stored.names.values():
         if name not in tensors:
             raise ValueError(f"the checkpoint lacks {name}")
-    found = tensors[stored.names["codes"]].shape
-    if found != packed:
-        name = stored.names["codes"]
-        raise ValueError(f"{name} is {list(found)}, wanted {list(packed)} for {list(stored.shape)}")
+    wanted = {"codes": packed, **_beside_codes(stored, tensors[stored.names["scales"]].shape)}
+    for role, name in stored.names.items():
+        found = tensors[name].shape
+        if found != wanted.get(role, found):
+            raise ValueError(f"{name} is {list(found)}, wanted {list(wanted[role])} for {list(stored.shape)}")
     return stored
+
+
+def _beside_codes(stored: Stored, scales: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Shapes by role, for the number of groups that the scales have if it divides the columns."""
+    out, into = stored.shape[-2:]
+    if stored.format == "mxfp4":
+        return {"scales": (*stored.shape[:-1], into // 32)}
+    if stored.format == "int4":
+        groups = _groups(scales[-1:], into)
+        return {"scales": (out, groups), "zeros": (ceil(out / 8), groups)}
+    if stored.format in ("gptq", "awq"):
+        groups = _groups(scales[:1], into)
+        return {"scales": (groups, out), "zeros": (groups, ceil(out / 8)), "order": (into,)}
+    return {}  # `_grid` looks at those of fp8 and int8
+
+
+def _groups(found: tuple[int, ...], into: int) -> int:
+    return found[0] if found and found[0] and into % found[0] == 0 else 1
 
 
 def _grid(scales: Tensor, out: int, into: int) -> tuple[Tensor, tuple[int, int]]:

@@ -239,7 +239,10 @@ def test_attention_that_is_quantised_too(checkpoint: Path, tmp_path: Path) -> No
     name = "model.layers.1.self_attn.q_proj.weight"
     tensors = safetensors.torch.load_file(base / WEIGHTS)
     weight = tensors.pop(name)
-    tensors |= {f"{name.removesuffix('weight')}{tail}": t for tail, t in fp8(weight).items()}
+    tails = fp8(weight)
+    tails["weight_scale_inv"] = tails["weight_scale_inv"].reshape(())
+    tensors |= {f"{name.removesuffix('weight')}{tail}": t for tail, t in tails.items()}
+    tensors["model.layers.1.self_attn.q_proj.input_scale"] = torch.tensor(0.5)
     safetensors.torch.save_file(tensors, base / WEIGHTS)
     kt_moe.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
     merged = safetensors.torch.load_file(tmp_path / "out" / WEIGHTS)
@@ -247,6 +250,7 @@ def test_attention_that_is_quantised_too(checkpoint: Path, tmp_path: Path) -> No
     delta = 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     value = merged[name].float() * merged[f"{name}_scale_inv"]
     assert error(value, weight.float() + delta.detach()) < 0.04
+    assert float(merged["model.layers.1.self_attn.q_proj.input_scale"]) == 0.5
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -100,3 +101,36 @@ def test_refused() -> None:
         found({"x.qweight": tails["qweight"]}, "x.weight", (48, 96))
     with pytest.raises(KeyError):
         found({}, "x.weight", (48, 96))
+
+
+@pytest.mark.parametrize(
+    ("case", "tail", "change", "message"),
+    [
+        ("compressed-tensors", "weight_scale", lambda t: t[:22], r"is \[22, 3\], wanted \[44, 3\]"),
+        ("compressed-tensors", "weight_scale", lambda t: t.flatten(), r"is \[132\], wanted \[44, 1\]"),
+        (
+            "compressed-tensors, zero points",
+            "weight_zero_point",
+            lambda t: t[:, :1],
+            r"is \[6, 1\], wanted \[6, 3\]",
+        ),
+        ("gptq", "scales", lambda t: t[:, :5], r"is \[3, 5\], wanted \[3, 48\]"),
+        ("gptq", "scales", lambda t: t[:0], r"is \[0, 48\], wanted \[1, 48\]"),
+        ("gptq", "g_idx", lambda t: t[:7], r"is \[7\], wanted \[96\]"),
+        ("awq", "scales", lambda t: t[:1], r"qzeros is \[3, 6\], wanted \[1, 6\]"),
+        ("awq", "qzeros", lambda t: t[:, :2], r"is \[3, 2\], wanted \[3, 6\]"),
+    ],
+)
+def test_what_is_beside_the_codes_fits_them(
+    case: str, tail: str, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    tails, value = CASES[case](seed=3)
+    tails[tail] = change(tails[tail])
+    with pytest.raises(ValueError, match=message):
+        found({f"x.{name}": tensor for name, tensor in tails.items()}, "x.weight", tuple(value.shape))
+
+
+def test_scales_of_mxfp4_fit_its_blocks() -> None:
+    blocks, scales, value = stored.mxfp4(2, 48, 64, seed=3)
+    with pytest.raises(ValueError, match=r"x_scales is \[2, 48, 1\], wanted \[2, 48, 2\]"):
+        found({"x_blocks": blocks, "x_scales": scales[..., :1]}, "x", tuple(value.shape))
