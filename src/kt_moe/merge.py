@@ -70,6 +70,7 @@ def merge_checkpoint(base: StrPath, adapter: StrPath, output: StrPath) -> dict[s
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output is {output}, which exists already")
     changes = changes_of(base, Path(adapter), checkpoint)
+    output = output.resolve()  # a link leads to the result, and is not replaced
     output.parent.mkdir(parents=True, exist_ok=True)
     errors: dict[str, _Errors] = {}
     with ExitStack() as stack, scratch(output.parent, output.name) as new:

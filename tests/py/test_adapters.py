@@ -241,6 +241,17 @@ def test_merged_checkpoint(checkpoint: Path, adapter: Path, tmp_path: Path) -> N
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "merged"]
 
 
+@pytest.mark.parametrize("there", [True, False], ids=["empty directory", "nothing yet"])
+def test_merged_where_a_link_leads(there: bool, checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
+    link, target = tmp_path / "link", tmp_path / "disk" / "merged"
+    link.symlink_to(target)
+    if there:
+        target.mkdir(parents=True)
+    kt_moe.merge_checkpoint(checkpoint, adapter, link)
+    assert link.is_symlink()
+    assert {p.name for p in target.iterdir()} == {p.name for p in checkpoint.iterdir()}
+
+
 def test_the_merge_command(
     checkpoint: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
