@@ -38,7 +38,13 @@ def matrix_bytes(
     rows: int, cols: int, format: str, scale: str, scale_rows: int, scale_cols: int, zero_points: bool,
     global_scale: bool,
 ) -> int:  # fmt: skip
-    """Of a matrix in memory: codes, scales, zero points and global scale."""
+    """Bytes of a matrix in memory: codes, scales, zero points and global scale.
+
+    scale: type of a scale, which scale_rows x scale_cols share. scale_cols: 0 is all of them.
+
+    Raises:
+        ValueError: an unknown format or scale, or sizes that no matrix has.
+    """
 
 @final
 class Runtime:

@@ -19,13 +19,13 @@ from torch.nn import functional
 
 from kt_moe.activations import ACTIVATIONS
 
-Activation = Callable[[Tensor, Tensor], Tensor]
+Gating = Callable[[Tensor, Tensor], Tensor]  # h of G and U
 
 _BIASES = ("gate_up_proj_bias", "down_proj_bias")
 _EXPERTS = re.compile(r"(?!Kt)(?!.*Shared).*Experts")  # as all such classes are called
 
 # Known well enough to be named in a refusal.
-_NAMED: dict[str, Activation] = {
+_NAMED: dict[str, Gating] = {
     "ReLU": lambda g, u: functional.relu(g) * u,
     "squared ReLU": lambda g, u: functional.relu(g).square() * u,
 }
@@ -113,7 +113,7 @@ def _grid() -> tuple[Tensor, Tensor]:
     return gate.reshape(-1, 1), up.reshape(-1, 1)
 
 
-def _computes(module: Any, known: Activation) -> bool:
+def _computes(module: Any, known: Gating) -> bool:
     """Whether the module's gating is this activation, on the grid."""
     with torch.no_grad(), torch.device("cpu"):  # a model may be under construction on meta
         gate, up = _grid()
@@ -149,7 +149,7 @@ def _describe(module: Any) -> str:
     return f"{text} ({', '.join(details)})" if details else text
 
 
-def _clamped(known: Activation, limit: float) -> Activation:
+def _clamped(known: Gating, limit: float) -> Gating:
     return lambda gate, up: known(gate.clamp(max=limit), up.clamp(-limit, limit))
 
 

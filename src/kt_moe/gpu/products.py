@@ -230,7 +230,7 @@ class Products(Protocol):
         """
 
     def drop(self, rows: Tensor, permutation: Tensor, projection: int, probability: float, seed: int) -> None:
-        """Zero in place what LoRA dropout drops, by the hash of src/cpp/moe/dropout.cpp. The rest stays.
+        """Zero in place what LoRA dropout drops, by the hash of src/cpp/moe/lora.cpp. The rest stays.
 
         Args:
             rows: [m, n] bf16 or fp32, inputs of a LoRA A product; the last dimension is contiguous.

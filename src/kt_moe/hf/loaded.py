@@ -150,9 +150,8 @@ def _refuse_unless_here(path: str, module: nn.Module) -> None:
         )
     if any(part in ("original_module", "modules_to_save") for part in path.split(".")):
         raise ValueError(f"{path} is in modules_to_save, which trains it: kt_moe's experts are frozen")
-    own_forward = "forward" in vars(module) and not hasattr(
-        module, "_hf_hook"
-    )  # accelerate's, of a device_map
+    # accelerate, for a device_map, gives modules a forward and a hook, which are no obstacle.
+    own_forward = "forward" in vars(module) and not hasattr(module, "_hf_hook")
     if own_forward or any(getattr(module, hooks) for hooks in _HOOKS):
         raise ValueError(f"{path} has hooks or a forward of its own, which kt_moe would not call")
     for name, parameter in _parameters(path, module):

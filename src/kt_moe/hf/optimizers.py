@@ -91,6 +91,7 @@ class LoraFA(Optimizer):
     Args:
         pairs: A [r, in] or [E, r, in], B [out, r] or [E, out, r], and scaling s of each LoRA.
         others: further parameters, trained by AdamW.
+        lr, weight_decay, betas, eps: of AdamW; the decay is decoupled.
     """
 
     def __init__(
@@ -149,6 +150,10 @@ def create_lorafa_optimizer(model: nn.Module, lr: float, weight_decay: float = 0
     """Freeze the A of all LoRA that is trained, and make an optimizer of all else that is.
 
     It replaces `peft.optimizers.create_lorafa_optimizer`, which knows no LoRA on experts.
+
+    Args:
+        model: a PeftModel, or another with LoRA; its active adapters are what is trained.
+        lr, weight_decay: of AdamW; the decay is decoupled.
 
     Raises:
         ValueError: an active adapter's scaling is 0: nothing could be trained; or B is shared by A's of
