@@ -97,6 +97,11 @@ def load_adapter(
         model.add_adapter(adapter_name, config)
         undo = partial(model.delete_adapter, adapter_name)
     else:
+        if shared_outer and not getattr(model.peft_config[adapter_name], "shared_outer", False):
+            raise ValueError(
+                f"shared_outer is True, the model's adapter {adapter_name!r} has matrices of its own for "
+                f"each expert: delete_adapter({adapter_name!r}), or use another name"
+            )
         check_same(model.get_base_model(), config, adapter_name)
         undo = _remember(model, adapter_name)
     try:

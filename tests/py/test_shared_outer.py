@@ -103,6 +103,8 @@ def test_files_are_what_plain_peft_reads(family: str, bases: dict[str, Path], tm
     own = kt_moe.load_adapter(load(base), tmp_path / "adapter")
     assert torch.equal(own(tokens()).logits, wanted)
     assert {len(p) for p in lora_layers(own)[0].lora_A["default"].values()} == {4}
+    with pytest.raises(ValueError, match="adapter 'default' has matrices of its own for each expert"):
+        kt_moe.load_adapter(own, tmp_path / "adapter", shared_outer=True)
     shared = kt_moe.load_adapter(load(base), tmp_path / "adapter", shared_outer=True)
     assert torch.equal(shared(tokens()).logits, wanted)
     assert [len(p) for p in lora_layers(shared)[0].lora_A["default"].values()] == [1, 1, 4]

@@ -66,7 +66,7 @@ def combine(
 
 @triton.jit
 def _mix(x):
-    """The finaliser of SplitMix64, as src/cpp/moe/dropout.cpp has it."""
+    """The finaliser of SplitMix64, as src/cpp/moe/lora.cpp has it."""
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
     return x ^ (x >> 31)
