@@ -25,7 +25,7 @@ class Runtime:
             while there are enough. None: KT_MOE_SHARDS, or the number of nodes, at most that of threads.
         isa: "scalar", "avx2", "avx512", "avx512_bf16" or "amx". None: KT_MOE_ISA, or the best this CPU has.
         nodes: NUMA nodes, by the kernel's numbers, to whose CPUs and memory threads and weights are bound.
-            One may be named more than once, to have several places on it as if they were nodes of their own.
+            One that is named more than once counts as several nodes, which share its CPUs.
             None: KT_MOE_NODES ("0,2-3"), or all whose CPUs this process may use.
 
     Threads stay on their nodes where there are several, the calling one during a call. A change of the
@@ -81,7 +81,7 @@ class Runtime:
 
     @property
     def nodes(self) -> list[int]:
-        """NUMA nodes whose CPUs compute, by the kernel's numbers; one for each place."""
+        """NUMA nodes whose CPUs compute, by the kernel's numbers, as often as each is named."""
         return self._core.nodes
 
     def __repr__(self) -> str:
