@@ -204,6 +204,8 @@ def test_load_model_is_from_pretrained(model_type: str, tmp_path: Path) -> None:
     assert kt_moe.load_model(tmp_path, dtype=torch.float32, device_map=None).dtype == torch.float32
     with pytest.raises(TypeError, match="config is a dict, wanted"):
         kt_moe.load_model(tmp_path, {})
+    with pytest.raises(TypeError, match="dtype is 'bfloat16', wanted a torch"):
+        kt_moe.device_map(tmp_path, dtype="bfloat16")  # type: ignore[arg-type]
     with pytest.raises(OSError, match=r"config\.json|model identifier|Repo id"):
         kt_moe.load_model(tmp_path / "nowhere")
 

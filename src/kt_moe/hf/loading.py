@@ -80,6 +80,8 @@ def device_map(
     Raises:
         TypeError, ValueError, OSError: as `load_model`.
     """
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype is {dtype!r}, wanted a torch.dtype")
     config, model_config = _checked(config), AutoConfig.from_pretrained(path)
     made = _class_of(model_config)
     quantizer, model_config, how = get_hf_quantizer(model_config, config, "auto", True, {})
