@@ -21,6 +21,7 @@ _FLOATS = ("BF16", "F16", "F32")
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device="cpu")
 _BY_ROW = ("fp8", "int8", "int4")  # whose scales are stored as numbers, rows first
 _E8M0 = getattr(torch, "float8_e8m0fnu", None)  # torch 2.7
+_SCALES = ("F32", "BF16", "F16", "F8_E8M0")  # of fp8 and int8
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _PLAIN_ORDER = tuple(range(8))
 Tensors = Mapping[str, Tensor]  # by role: codes, scales, zeros, order
@@ -260,6 +261,9 @@ def _checked(stored: Stored, tensors: Mapping[str, TensorInfo], packed: tuple[in
         found = tensors[name].shape
         if found != wanted.get(role, found):
             raise ValueError(f"{name} is {list(found)}, wanted {list(wanted[role])} for {list(stored.shape)}")
+    scales = stored.names["scales"]
+    if stored.format in ("fp8", "int8") and tensors[scales].dtype not in _SCALES:
+        raise ValueError(f"{scales} is {tensors[scales].dtype}, wanted one of {', '.join(_SCALES)}")
     return stored
 
 

@@ -32,7 +32,10 @@ CASES = {
 if hasattr(torch, "float8_e8m0fnu"):
     CASES["fp8, e8m0 scales"] = partial(stored.fp8, 300, 200, scale_dtype=torch.float8_e8m0fnu)
 ERRORS = {"fp8": 0.03, "int8": 0.01, "int4": 0.1, "gptq": 0.1, "awq": 0.1, "mxfp4": 0.13}
-_DTYPES = {torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8"}
+_DTYPES = {
+    torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8", torch.int32: "I32", torch.float32: "F32",
+    torch.bfloat16: "BF16", torch.float16: "F16", getattr(torch, "float8_e8m0fnu", None): "F8_E8M0",
+}  # fmt: skip
 
 
 def found(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> tuple[Stored, dict[str, Tensor]]:
@@ -106,6 +109,7 @@ def test_refused() -> None:
 @pytest.mark.parametrize(
     ("case", "tail", "change", "message"),
     [
+        ("fp8", "weight_scale_inv", lambda t: t.int(), r"weight_scale_inv is I32, wanted one of F32, BF16"),
         ("compressed-tensors", "weight_scale", lambda t: t[:22], r"is \[22, 3\], wanted \[44, 3\]"),
         ("compressed-tensors", "weight_scale", lambda t: t.flatten(), r"is \[132\], wanted \[44, 1\]"),
         (
