@@ -286,6 +286,8 @@ def test_gptq_whose_zero_points_are_stored_in_another_way(checkpoint: Path, tmp_
     with pytest.raises(ValueError, match="has checkpoint_format gptq_v2, whose zero points"):
         kt_moe.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="has checkpoint_format gptq_v2, wanted gptq for experts"):
+        load(base)
 
 
 @pytest.mark.parametrize("format", FORMATS)

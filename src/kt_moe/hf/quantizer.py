@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -164,6 +165,7 @@ class KtMoeQuantizer(RestQuantizer):
         lists = stored_lists(model, architecture, checkpoint.tensors)
         self._checkpoint = checkpoint.with_lists(lists) if lists else checkpoint
         self._runtime, self._gpu = self.quantization_config.runtime(), self.quantization_config.make_gpu()
+        _refuse_gptq_v2(self._checkpoint, self.quantization_config.stored)
         self.read_stored(checkpoint, lists, model.dtype, kwargs.get("device_map"))
         # before ours, as some replace modules by their names
         self.rest._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
@@ -321,6 +323,18 @@ def _no_load_adapter(*args: Any, **kwargs: Any) -> None:
         "transformers' own load_adapter cannot load an adapter onto kt_moe experts: use "
         "peft.PeftModel.from_pretrained(model, directory) or kt_moe.load_adapter(model, directory)"
     )
+
+
+def _refuse_gptq_v2(checkpoint: Checkpoint, stored: Any) -> None:
+    """ValueError for experts whose tensors have GPTQ's names and another meaning: only the config tells."""
+    found = stored.get if isinstance(stored, Mapping) else functools.partial(getattr, stored)
+    if found("checkpoint_format", None) != "gptq_v2":
+        return
+    if any(checkpoint.layer(layer).layout == "gptq" for layer in checkpoint.layers):
+        raise ValueError(
+            "the checkpoint's quantization_config has checkpoint_format gptq_v2, wanted gptq for experts: in "
+            "that zero points are stored less 1, in gptq_v2 as they are"
+        )
 
 
 def put_experts(model: Any, architecture: Architecture, lora_device: str = "auto") -> None:
