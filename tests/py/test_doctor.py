@@ -250,7 +250,7 @@ def test_threads_that_spin(environment: dict[str, str], slow: bool, tmp_path: Pa
 def test_threads_that_spin_beside_a_gpu_as_they_do_by_default(tmp_path: Path) -> None:
     assert seen(tmp_path, ONE, environment={}, gpus=GOOD) == {"omp-spins": True}
     assert seen(tmp_path, ONE, environment={}) == {}
-    unused = replace(GOOD, without_cuda="no driver")
+    unused = replace(GOOD, without_cuda="no driver", page_lock="")
     assert seen(tmp_path, ONE, environment={}, gpus=unused) == {"gpu-unused": True}
 
 

@@ -75,6 +75,7 @@ WITHOUT_FP8 = {
     "granitemoe",
     "granitemoehybrid",
     "granitemoeshared",
+    "inkling2",
     "openai_privacy_filter",
 }
 
