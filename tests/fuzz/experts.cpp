@@ -105,7 +105,9 @@ void look_at(const kt::LayerSource& source, int expert) {
   for (const kt::Projection p : kt::projections) {
     auto m = source.info().matrix(p);
     std::vector<std::byte> codes(m.codes_bytes()), scales(m.scales_bytes()), zeros(m.zeros_bytes());
+    std::vector<std::byte> global_scale(m.global_scale_bytes());
     m.codes = codes.data(), m.scales = scales.data(), m.zeros = zeros.data();
+    m.global_scale = global_scale.data();
     source.read(expert, p, m, scratch, kernels);
     if (source.info().biases) {
       std::vector<kt::bf16_t> bias(static_cast<std::size_t>(m.rows));
@@ -115,8 +117,10 @@ void look_at(const kt::LayerSource& source, int expert) {
     const kt::Weight mapped = source.map(expert, p);
     want_filled(mapped.codes, mapped.codes_bytes());
     want_filled(mapped.scales, mapped.scales_bytes());
+    want_filled(mapped.global_scale, mapped.global_scale_bytes());
     want_filled(m.codes, m.codes_bytes());
     want_filled(m.scales, m.scales_bytes());
+    want_filled(m.global_scale, m.global_scale_bytes());
   }
 }
 
