@@ -266,13 +266,18 @@ class Cuda:
         return any(begin <= first and first + len(host) <= end for begin, end in self.locked.items())
 
 
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    """Page locks are this object's."""
     fake = Cuda()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(page_lock, "_cudart", lambda: fake)
     monkeypatch.setattr(page_lock, "_forget_last_error", lambda: None)
     return fake
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    return fake_cuda(monkeypatch)
 
 
 def may_copy(cuda: Cuda, experts: StoredExperts) -> bool:

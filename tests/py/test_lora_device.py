@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from test_gpu_stored import Cuda
+from test_gpu_stored import Cuda, fake_cuda
 from tiny_models import PEFT_WARNINGS, load, lora_layers, save_tiny_checkpoint, tokens, with_lora
 from torch import nn
 
 from kt_moe import lora_device
-from kt_moe.gpu import page_lock
 from kt_moe.hf import KtMoeConfig
 from kt_moe.lora_device import LoraParameters, LoraPlace
 
@@ -173,11 +172,7 @@ def test_a_place_remembers_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
-    fake = Cuda()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(page_lock, "_cudart", lambda: fake)
-    monkeypatch.setattr(page_lock, "_forget_last_error", lambda: None)
-    return fake
+    return fake_cuda(monkeypatch)
 
 
 def small_parameters() -> LoraParameters:
