@@ -10,9 +10,8 @@
 #include <utility>
 #include <vector>
 
-#include "base/arena.h"
-#include "base/buffer_pool.h"
 #include "base/error.h"
+#include "base/memory.h"
 #include "base/per_process.h"
 #include "base/split.h"
 #include "forks.h"

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "cpu/features.h"
+#include "cpu/processor.h"
 #include "kernels/registry.h"
 
 using namespace kt;

@@ -6,8 +6,8 @@
 #include <utility>
 #include <vector>
 
-#include "base/dtype.h"
 #include "base/split.h"
+#include "base/view.h"
 #include "end_of_page.h"
 #include "kernel_sets.h"
 

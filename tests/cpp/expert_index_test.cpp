@@ -106,8 +106,8 @@ TEST_CASE("per-expert tensors of every naming are found") {
     const auto source = index.open(3);
     const auto& info = source->info();
     CHECK(info.num_experts == E);
-    CHECK(info.hidden_size == H);
-    CHECK(info.intermediate_size == I);
+    CHECK(info.hidden == H);
+    CHECK(info.intermediate == I);
     CHECK(info.stored_type == "BF16");
     CHECK(info.layout == "per-expert");
     CHECK(info.nbytes == E * 3 * H * I * 2);

@@ -9,7 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "base/dtype.h"
+#include "base/view.h"
 #include "kernel_sets.h"
 
 using namespace kt;

@@ -5,7 +5,7 @@
 
 #include <string>
 
-#include "cpu/features.h"
+#include "cpu/processor.h"
 #include "kernels/registry.h"
 
 // body(set) for each.

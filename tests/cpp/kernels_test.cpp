@@ -15,10 +15,10 @@
 #include <tuple>
 #include <vector>
 
-#include "base/dtype.h"
 #include "base/error.h"
 #include "base/split.h"
-#include "cpu/features.h"
+#include "base/view.h"
+#include "cpu/processor.h"
 #include "end_of_page.h"
 #include "kernel_sets.h"
 

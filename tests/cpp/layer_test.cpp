@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "cpu/affinity.h"
-#include "cpu/features.h"
+#include "cpu/processor.h"
 #include "kernels/registry.h"
 #include "moe/layer.h"
 #include "moe/routing.h"
@@ -60,7 +60,7 @@ class Layer {
   Layer(const Shape& shape, const Options& options) : shape_(shape), options_(options) {
     const auto [name, t, k, e, h, n, to, ranks] = shape;
     const float to_hidden = 1.0f / std::sqrt(float(h)), to_inner = 1.0f / std::sqrt(float(n));
-    experts_ = {e, h, n, options.activation, {}, {}, {}};
+    experts_ = {LayerShape{e, h, n}, {}, options.activation};
     for (const Projection p : projections) {
       add_weights(p, p == Projection::down ? to_inner : to_hidden);
       if (options.biases[index_of(p)])

@@ -10,12 +10,11 @@
 #include <vector>
 
 #include "base/error.h"
-#include "base/numa.h"
+#include "base/memory.h"
 #include "kernels/registry.h"
-#include "weights/cut.h"
-#include "weights/homes.h"
+#include "weights/experts.h"
 #include "weights/layer_memory.h"
-#include "weights/loader.h"
+#include "weights/sharding.h"
 
 using namespace kt;
 
@@ -67,18 +66,18 @@ QuantError fill_matrix(const Matrix& m, const MutableWeight& into, const KernelS
   return {1.0, 2.0};
 }
 
-// A layer of any bytes in memory of its own.
-std::shared_ptr<Experts> make(const std::shared_ptr<Runtime>& runtime, const LayerPlan& plan, bool split) {
-  Spread spread{runtime->split(plan.intermediate, cut_align(plan.types, plan.intermediate)), split};
-  const auto memory = std::make_shared<LayerMemory>(*runtime, plan, spread);
-  const auto errors = fill_all(*runtime, plan, memory->pieces(), matrices_of(plan), 0, fill_matrix, {});
+// A layer of any bytes in memory of its own, split among the runtime's shards, or whole, so that they have
+// views of it as of a mapped file.
+std::shared_ptr<Experts> make(const std::shared_ptr<Runtime>& runtime, const LayerShape& layer, bool split) {
+  const Sharding sharding = divide(layer, *runtime, {}), one{Placement::tensor, {{0, layer.intermediate}}};
+  const auto memory = std::make_shared<LayerMemory>(*runtime, layer, split ? sharding : one);
+  const auto errors = fill_all(*runtime, layer, memory->blocks(), matrices_of(layer), 0, fill_matrix, {});
   for (const QuantError& error : errors) {
     CHECK(error.error == kExperts);
     CHECK(error.norm == 2 * kExperts);
   }
-  Placed placed = place(memory->pieces(), memory);
-  placed.spread = spread;
-  return std::make_shared<Experts>(runtime, plan, Activation::silu, std::move(placed));
+  ExpertWeights weights{layer, sharding, Activation::silu, weights_in(memory->blocks())};
+  return std::make_shared<Experts>(runtime, std::move(weights), Storage{memory});
 }
 
 std::vector<bf16_t> dequantized(const Experts& experts, Projection p) {
@@ -113,14 +112,14 @@ TEST_CASE("a layer in shards holds the same bits as one in one piece") {
   for (const WeightType& type :
        {kBf16, kInt8, kInt8Rows, kInt4, kInt4Zeros, kInt4RowZeros, kFp8, kFp8One, kMxfp4, kNvfp4})
     for (const index_t intermediate : {1, 31, 48, 128, 160, 300}) {
-      const LayerPlan plan{kExperts, kHidden, intermediate, all_of(type)};
-      const auto whole_layer = make(runtime_with(1), plan, false);
+      const LayerShape layer{kExperts, kHidden, intermediate, all_of(type)};
+      const auto whole_layer = make(runtime_with(1), layer, false);
       for (const int shards : {1, 2, 3, 5, 8, 16}) {
         CAPTURE(name_of(type.format));
         CAPTURE(intermediate);
         CAPTURE(shards);
         const auto runtime = runtime_with(shards);
-        const auto split = make(runtime, plan, shards > 1), views = make(runtime, plan, false);
+        const auto split = make(runtime, layer, shards > 1), views = make(runtime, layer, false);
         for (const Projection p : projections) {
           const std::vector<bf16_t> wanted = dequantized(*whole_layer, p);
           CHECK(dequantized(*split, p) == wanted);
@@ -135,9 +134,9 @@ TEST_CASE("a layer in shards holds the same bits as one in one piece") {
 }
 
 TEST_CASE("a shard's part is where its slice of the whole is") {
-  const LayerPlan plan{kExperts, kHidden, 300, all_of(kFp8)};
+  const LayerShape layer{kExperts, kHidden, 300, all_of(kFp8)};
   const auto runtime = runtime_with(2);
-  const auto split = make(runtime, plan, true), views = make(runtime, plan, false);
+  const auto split = make(runtime, layer, true), views = make(runtime, layer, false);
   const KernelSet kernels = kernel_set("scalar", 0);
   for (const Projection p : projections)
     for (std::size_t s = 0; s < 2; ++s) {
@@ -153,16 +152,15 @@ TEST_CASE("a shard's part is where its slice of the whole is") {
 }
 
 TEST_CASE("shards without a block take no memory") {
-  const LayerPlan plan{kExperts, kHidden, 48, all_of(kInt4Zeros)};
+  const LayerShape layer{kExperts, kHidden, 48, all_of(kInt4Zeros)};
   const auto runtime = runtime_with(16);
-  const Spread spread{runtime->split(48, cut_align(plan.types, 48)), true};
-  const LayerMemory memory(*runtime, plan, spread);
-  REQUIRE(memory.pieces().size() == 16);
+  const LayerMemory memory(*runtime, layer, divide(layer, *runtime, {}));
+  REQUIRE(memory.blocks().size() == 16);
   index_t filled = 0, all = 0;
-  for (const Piece& piece : memory.pieces()) {
-    CHECK((piece.memory == nullptr) == (piece.slice.size() == 0));
-    filled += piece.slice.size() > 0;
-    all += piece.slice.size();
+  for (const LayerBlock& block : memory.blocks()) {
+    CHECK((block.memory == nullptr) == (block.slice.size() == 0));
+    filled += block.slice.size() > 0;
+    all += block.slice.size();
   }
   CHECK(filled == 2);
   CHECK(all == 48);
@@ -215,8 +213,10 @@ TEST_CASE("popularity that makes no sense is refused") {
 }
 
 TEST_CASE("whole experts begin on pages") {
-  const LayerPlan plan{kExperts, kHidden, 48, all_of(kBf16), /*on_pages=*/true};
-  CHECK(plan.expert_bytes() % 4096 == 0);
+  LayerBlock block = LayerBlock::whole({kExperts, kHidden, 48, all_of(kBf16)});
+  CHECK(block.expert_bytes() % 4096 != 0);
+  block.on_pages = true;
+  CHECK(block.expert_bytes() % 4096 == 0);
 }
 
 TEST_CASE("memory that moves keeps its content and its neighbours'") {
@@ -259,20 +259,20 @@ TEST_CASE("memory whose nodes are refused is as good") {
 }
 
 TEST_CASE("a sample of pages counts each once, and only those of the shard") {
-  const LayerPlan plan{kExperts, 256, 300, all_of(kBf16)};
+  const LayerShape layer{kExperts, 256, 300, all_of(kBf16)};
   for (const int shards : {1, 2, 16}) {
-    const auto layer = make(runtime_with(shards), plan, shards > 1);
+    const auto experts = make(runtime_with(shards), layer, shards > 1);
     index_t known = 0, unknown = 0;
-    for (const PageNodes& n : layer->page_nodes()) {
+    for (const PageNodes& n : experts->page_nodes()) {
       CHECK(n.elsewhere == 0);
       known += n.wanted, unknown += n.unknown;
     }
-    const index_t pages = plan.bytes() / 4096;
+    const index_t pages = layer.bytes() / 4096;
     CHECK(known + unknown >= pages / 2);
     CHECK(known + unknown <= pages + 2 * shards);
     CHECK((known == 0 || unknown == 0));
   }
-  const auto layer = make(runtime_with(1), plan, false);
-  const PageNodes n = sample_pages(layer->weights(), 0, std::vector{63});
+  const auto experts = make(runtime_with(1), layer, false);
+  const PageNodes n = sample_pages(experts->weights(), 0, std::vector{63});
   CHECK(n.wanted == 0);
 }

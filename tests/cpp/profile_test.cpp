@@ -14,7 +14,6 @@
 
 #include "base/error.h"
 #include "cpu/worker_pool.h"
-#include "moe/profile.h"
 #include "temp_files.h"
 
 using namespace kt;

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "base/error.h"
-#include "cpu/features.h"
+#include "cpu/processor.h"
 #include "kernel_sets.h"
 
 using namespace kt;

@@ -99,8 +99,8 @@ inline void check_values(const LayerSource& source, const Value& value) {
 inline void check_info(const LayerSource& source, std::string_view layout, bool mappable, WeightType type) {
   const LayerInfo& info = source.info();
   CHECK(info.num_experts == E);
-  CHECK(info.hidden_size == H);
-  CHECK(info.intermediate_size == I);
+  CHECK(info.hidden == H);
+  CHECK(info.intermediate == I);
   CHECK(info.layout == layout);
   CHECK(info.mappable == mappable);
   CHECK(info.types[0] == type);

@@ -13,7 +13,7 @@
 
 #include "base/error.h"
 #include "base/view.h"
-#include "weights/text.h"
+#include "weights/json.h"
 
 namespace kt::test {
 

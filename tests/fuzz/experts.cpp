@@ -14,12 +14,12 @@
 #include <string_view>
 #include <vector>
 
-#include "base/arena.h"
 #include "base/error.h"
+#include "base/memory.h"
 #include "kernels/registry.h"
 #include "weights/checkpoint.h"
 #include "weights/expert_index.h"
-#include "weights/text.h"
+#include "weights/json.h"
 
 namespace {
 

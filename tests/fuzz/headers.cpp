@@ -9,7 +9,6 @@
 
 #include "base/error.h"
 #include "weights/safetensors.h"
-#include "weights/weight_map.h"
 
 namespace {
 

@@ -1,5 +1,5 @@
-// A matrix of frozen weights in the precision it is kept in: codes, and the scales of blocks of them.
-// Owns nothing. docs/formats.md has the formats bit by bit.
+// Frozen weights in the precision they are kept in: a matrix (codes, and the scales of blocks of them), and
+// the three of each expert of a layer. Owns nothing. docs/formats.md has the formats bit by bit.
 #pragma once
 
 #include <algorithm>
@@ -13,6 +13,23 @@
 #include "base/view.h"
 
 namespace kt {
+
+// The three weight matrices of an expert.
+enum class Projection : std::uint8_t { gate, up, down };
+
+inline constexpr std::array projections{Projection::gate, Projection::up, Projection::down};
+
+// For arrays with one element a projection.
+constexpr std::size_t index_of(Projection p) { return static_cast<std::size_t>(p); }
+
+constexpr std::string_view name_of(Projection p) {
+  switch (p) {
+    case Projection::gate: return "gate";
+    case Projection::up: return "up";
+    case Projection::down: return "down";
+  }
+  return "unknown";
+}
 
 enum class Format : std::uint8_t { bf16, int8, int4, fp8, mxfp4, nvfp4 };
 
@@ -90,6 +107,18 @@ struct WeightAt {
   index_t zeros_bytes() const { return type.zero_points ? scale_count() : 0; }
   index_t global_scale_bytes() const { return type.global_scale == GlobalScale::none ? 0 : 4; }
   index_t bytes() const { return codes_bytes() + scales_bytes() + zeros_bytes() + global_scale_bytes(); }
+
+  // The same matrix where take(bytes) puts each of its parts.
+  template <class Take>
+  WeightAt placed(const Take& take) const {
+    const auto part = [&](index_t n) { return n > 0 ? take(n) : nullptr; };
+    WeightAt w = *this;
+    w.codes = part(codes_bytes());
+    w.scales = part(scales_bytes());
+    w.zeros = part(zeros_bytes());
+    w.global_scale = part(global_scale_bytes());
+    return w;
+  }
 };
 
 using Weight = WeightAt<const std::byte>;
@@ -98,5 +127,26 @@ using MutableWeight = WeightAt<std::byte>;
 inline Weight frozen(const MutableWeight& w) {
   return {w.type, w.rows, w.cols, w.codes, w.scales, w.zeros, w.global_scale};
 }
+
+// The experts of a layer, or of a slice of its intermediate dimension: gate and up are [intermediate,
+// hidden], down is [hidden, intermediate], and all matrices of a projection are of one type.
+struct LayerShape {
+  int num_experts = 0;
+  index_t hidden = 0, intermediate = 0;
+  std::array<WeightType, projections.size()> types = {};
+
+  index_t rows(Projection p) const { return p == Projection::down ? hidden : intermediate; }
+  index_t cols(Projection p) const { return p == Projection::down ? intermediate : hidden; }
+  // A matrix without memory.
+  MutableWeight matrix(Projection p) const { return {types[index_of(p)], rows(p), cols(p)}; }
+  // Of the weights and scales of all experts.
+  index_t bytes() const {
+    index_t bytes = 0;
+    for (const Projection p : projections) bytes += num_experts * matrix(p).bytes();
+    return bytes;
+  }
+
+  bool operator==(const LayerShape&) const = default;
+};
 
 }  // namespace kt

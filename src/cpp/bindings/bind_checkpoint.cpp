@@ -46,8 +46,8 @@ py::dict layer(const kt::ExpertIndex& index, int number) {
   const auto info = index.layer(number);
   py::dict out;
   out["num_experts"] = info.num_experts;
-  out["hidden_size"] = info.hidden_size;
-  out["intermediate_size"] = info.intermediate_size;
+  out["hidden_size"] = info.hidden;
+  out["intermediate_size"] = info.intermediate;
   out["dtype"] = info.stored_type;
   out["layout"] = info.layout;
   out["nbytes"] = info.nbytes;

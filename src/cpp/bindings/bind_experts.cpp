@@ -17,7 +17,6 @@
 #include "base/error.h"
 #include "bindings/gil.h"
 #include "bindings/tensor.h"
-#include "weights/homes.h"
 #include "weights/loader.h"
 
 namespace py = pybind11;
@@ -36,7 +35,7 @@ std::array<WeightType, 3> types_of(Format format) {
 
 using Popularity = std::optional<std::vector<double>>;
 
-SpreadOptions spread_options(const std::string& placement, Popularity popularity) {
+ShardingOptions sharding_options(const std::string& placement, Popularity popularity) {
   KT_CHECK(!popularity || !popularity->empty(), "popularity has no numbers, wanted one an expert");
   return {placement_from(placement), std::move(popularity).value_or(std::vector<double>{})};
 }
@@ -66,15 +65,15 @@ std::shared_ptr<Experts> from_tensors(py::handle gate, py::handle up, py::handle
   read_bias(Projection::up, up_bias, i, "[E, I] of gate's [E, I, H]");
   read_bias(Projection::down, down_bias, h, "[E, H] of gate's [E, I, H]");
   const Activation act = activation_from(activation);
-  const LayerPlan plan{static_cast<int>(e), h, i, types_of(format_from(format))};
-  const SpreadOptions spread = spread_options(placement, std::move(popularity));
+  const LayerShape layer{static_cast<int>(e), h, i, types_of(format_from(format))};
+  const ShardingOptions sharding = sharding_options(placement, std::move(popularity));
 
   const kt::ReleaseGil release;
   const auto matrices = [&](int expert, Projection p) {
     const Tensor& t = tensors[index_of(p)];
     return StridedBatch{t.data, t.dtype, t.dim(1), t.dim(2)}[expert];
   };
-  return experts_from_matrices(std::move(runtime), plan, act, matrices, biases, spread);
+  return experts_from_matrices(std::move(runtime), layer, act, matrices, biases, sharding);
 }
 
 // A Report of no bytes: lets Ctrl-C end the work.
@@ -93,7 +92,7 @@ std::shared_ptr<Experts> from_checkpoint(std::shared_ptr<const ExpertIndex> inde
   if (format != "as-stored") options.format = format_from(format);
   options.cache_dir = cache_dir;
   options.paged = paged;
-  options.spread = spread_options(placement, std::move(popularity));
+  options.sharding = sharding_options(placement, std::move(popularity));
   options.warn = [](const std::string& text) {
     with_gil([&] {
       const bool warned = PyErr_WarnEx(PyExc_UserWarning, text.c_str(), /*stack_level=*/2) == 0;
@@ -126,8 +125,7 @@ void dequantize(const Experts& experts, py::handle gate, py::handle up, py::hand
 // Whether the weights of a packed layer are those that were written.
 bool verify(const Experts& experts) {
   const kt::ReleaseGil release;
-  const auto& check = experts.placed().verify;
-  return !check || check(experts.runtime(), &check_signals);
+  return experts.verify(&check_signals);
 }
 
 bool rebalance(Experts& experts, const Popularity& popularity) {
@@ -171,7 +169,7 @@ std::array<py::list, 3> weights_at(const Experts& experts) {
   std::array<py::list, 3> stored;
   for (const Projection p : projections) {
     py::list& slices = stored[index_of(p)];
-    if (!w.split) {
+    if (!w.split()) {
       slices.append(stored_slice(w, p, 0, {0, w.intermediate}));
       continue;
     }
@@ -206,10 +204,10 @@ std::vector<std::array<index_t, 3>> page_nodes(const Experts& experts) {
 
 // Relative L2 error of gate, up and down, or None.
 py::object quantization_error(const Experts& experts) {
-  if (!experts.placed().quantized) return py::none();
+  if (!experts.errors()) return py::none();
   py::dict errors;
   for (const Projection p : projections) {
-    const auto& [error, norm] = experts.placed().errors[index_of(p)];
+    const auto& [error, norm] = (*experts.errors())[index_of(p)];
     errors[py::str(std::string(name_of(p)))] = norm > 0 ? std::sqrt(error / norm) : 0.0;
   }
   return errors;
@@ -267,14 +265,14 @@ void bind_experts(py::module_& m) {
       .def_property_readonly("activation",
                              [](const Experts& e) { return kt::name_of(e.weights().activation); })
       .def_property_readonly("format",
-                             [](const Experts& e) { return kt::name_of(e.plan().types.front().format); })
-      .def_property_readonly("nbytes", [](const Experts& e) { return e.plan().weight_bytes(); })
-      .def_property_readonly("mapped", [](const Experts& e) { return e.placed().mapped; })
+                             [](const Experts& e) { return kt::name_of(e.weights().types.front().format); })
+      .def_property_readonly("nbytes", [](const Experts& e) { return e.weights().bytes(); })
+      .def_property_readonly("mapped", &Experts::mapped)
       .def("verify", &kt::verify)
       .def_property_readonly("quantization_error", &kt::quantization_error)
       .def_property_readonly("shards", [](const Experts& e) { return e.runtime().shards(); })
       .def_property_readonly("placement", [](const Experts& e) { return kt::name_of(e.weights().placement); })
-      .def_property_readonly("refused", [](const Experts& e) { return e.placed().refused; })
+      .def_property_readonly("refused", &Experts::refused)
       .def("homes", &Experts::homes, py::call_guard<kt::ReleaseGil>())
       .def("rebalance", &kt::rebalance, py::arg("popularity"))
       .def("routed", &kt::routed, py::arg("into"))

@@ -6,12 +6,10 @@
 
 namespace py = pybind11;
 
-void bind_topology(py::module_& m);
 void bind_runtime(py::module_& m);
 void bind_checkpoint(py::module_& m);
 void bind_experts(py::module_& m);
 void bind_layer(py::module_& m);
-void bind_bench(py::module_& m);
 void bind_profile(py::module_& m);
 
 PYBIND11_MODULE(_core, m) {
@@ -29,11 +27,9 @@ PYBIND11_MODULE(_core, m) {
       PyErr_SetString(PyExc_MemoryError, "kt_moe: the memory could not be allocated");
     }
   });
-  bind_topology(m);
   bind_runtime(m);
   bind_checkpoint(m);
   bind_experts(m);
   bind_layer(m);
-  bind_bench(m);
   bind_profile(m);
 }

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "base/view.h"
-#include "weights/text.h"
+#include "weights/json.h"
 
 namespace kt {
 

@@ -1,7 +1,8 @@
-// Small files of /proc and /sys below a root, and the numbers in them.
+// Small files of /proc and /sys below a root, the numbers in them, and the limits of control groups.
 // What is missing or damaged is empty, in little time and memory: nothing here throws for it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -40,5 +41,13 @@ class SystemFiles {
  private:
   std::string root_;
 };
+
+// What control groups, versions 1 and 2, leave a process: the tightest limits of its own and all above it.
+struct CgroupLimits {
+  double cpus = 0;         // CPU time per time; 0: no limit
+  std::size_t memory = 0;  // bytes; 0: no limit
+};
+
+CgroupLimits cgroup_limits(const SystemFiles& files);
 
 }  // namespace kt

@@ -8,7 +8,6 @@
 #include <tuple>
 
 #include "cpu/affinity.h"
-#include "cpu/cgroup.h"
 #include "cpu/sysfs.h"
 
 namespace kt {

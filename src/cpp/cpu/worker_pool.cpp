@@ -1,7 +1,5 @@
 #include "cpu/worker_pool.h"
 
-#include <immintrin.h>
-
 #include <atomic>
 #include <cassert>
 #include <exception>
@@ -14,6 +12,7 @@
 
 #include "base/error.h"
 #include "cpu/affinity.h"
+#include "cpu/processor.h"
 
 namespace kt {
 
@@ -29,7 +28,7 @@ thread_local const void* mine = nullptr;  // what this thread has claimed last
 void wait_while(const std::atomic<unsigned>& word, unsigned old) {
   for (int i = 0; i < kSpins; ++i) {
     if (word.load(std::memory_order_acquire) != old) return;
-    _mm_pause();
+    spin();
   }
   while (word.load(std::memory_order_acquire) == old) word.wait(old, std::memory_order_acquire);
 }

@@ -1,7 +1,7 @@
 // Weights for products: bf16 where they lie, every other format decoded into scratch, a block at a time.
 #pragma once
 
-#include "base/arena.h"
+#include "base/memory.h"
 #include "base/weight.h"
 #include "kernels/kernel_set.h"
 

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <span>
 
-#include "base/arena.h"
+#include "base/memory.h"
 #include "base/split.h"
 #include "base/view.h"
 #include "gemm/decode.h"

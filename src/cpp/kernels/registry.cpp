@@ -4,7 +4,7 @@
 #include <array>
 
 #include "base/error.h"
-#include "cpu/features.h"
+#include "cpu/processor.h"
 
 namespace kt {
 

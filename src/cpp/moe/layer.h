@@ -9,7 +9,6 @@
 #include <string_view>
 #include <vector>
 
-#include "base/projection.h"
 #include "base/split.h"
 #include "base/view.h"
 #include "base/weight.h"
@@ -40,27 +39,30 @@ struct StridedBatch {
   index_t bytes() const { return rows * cols * static_cast<index_t>(size_of(dtype)); }  // of one matrix
 };
 
-struct ExpertWeights {
-  int num_experts = 0;
-  index_t hidden = 0, intermediate = 0;
-  Activation activation = Activation::silu;
-  // gate, up [I, H] and down [H, I] of each expert. If they are `split`, the slice that a shard has of each
-  // is at [shard * E + expert].
-  std::array<std::vector<Weight>, 3> weights;
-  // Asks for an expert's weights before they are used; empty where they are in memory anyhow.
-  std::function<void(int expert)> fetch;
-  std::array<const bf16_t*, 3> biases{};  // [E, rows of the projection]; null: there is none
-  std::vector<Range> shards = {};  // their slices of I, some may be empty; none: one shard has all of it
-  bool split = false;
+// How the experts of a layer are divided among the shards of the runtime that computes them.
+struct Sharding {
   Placement placement = Placement::tensor;
+  std::vector<Range> shards = {};  // their slices of I, some may be empty
   std::vector<int> homes = {};     // the shard that has each expert, if the placement is `expert`
-  std::int64_t* routed = nullptr;  // [E], to which every forward adds its routes; or null
+};
 
+// The frozen experts of a layer: their shapes and formats, their division, and where each matrix lies.
+struct ExpertWeights : LayerShape, Sharding {
+  Activation activation = Activation::silu;
+  // gate, up [I, H] and down [H, I] of each expert. If they are split, the slice that a shard has of each is
+  // at [shard * E + expert].
+  std::array<std::vector<Weight>, 3> weights = {};
+  // Asks for an expert's weights before they are used; empty where they are in memory anyhow.
+  std::function<void(int expert)> fetch = {};
+  std::array<const bf16_t*, 3> biases = {};  // [E, rows of the projection]; null: there is none
+  std::int64_t* routed = nullptr;            // [E], to which every forward adds its routes; or null
+
+  bool split() const { return std::ssize(weights[index_of(Projection::down)]) > num_experts; }
   // The slice of an expert's projection that a shard has.
   WeightBlock of(Projection p, int expert, std::size_t shard) const {
     const auto& all = weights[index_of(p)];
     const auto e = static_cast<std::size_t>(expert);
-    if (split) return whole(all[shard * static_cast<std::size_t>(num_experts) + e]);
+    if (split()) return whole(all[shard * static_cast<std::size_t>(num_experts) + e]);
     const Weight& w = all[e];
     return p == Projection::down ? WeightBlock{&w, {0, w.rows}, shards[shard]}
                                  : WeightBlock{&w, shards[shard], {0, w.cols}};
@@ -73,8 +75,6 @@ struct ExpertWeights {
     const bf16_t* all = biases[index_of(p)];
     return all == nullptr ? nullptr : all + expert * rows(p);
   }
-  index_t rows(Projection p) const { return p == Projection::down ? hidden : intermediate; }
-  index_t cols(Projection p) const { return p == Projection::down ? intermediate : hidden; }
 };
 
 // LoRA of one projection: a [r, in], b [out, r] for each expert, fp32 or bf16. A projection without LoRA has

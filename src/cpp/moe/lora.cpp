@@ -1,10 +1,9 @@
 #include "moe/lora.h"
 
-#include <emmintrin.h>
-
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/processor.h"
 #include "moe/cost.h"
 #include "moe/linear.h"
 
@@ -217,18 +216,6 @@ void add_lora_gradient(Pass& pass, const LayerGradients& gradients, Projection p
       [rows, rank = pass.rank(p), ranges](index_t i) {
         return Work{2 * rows * rank * ranges[i].size(), 0, 0};
       });
-}
-
-// Past the caches, so that no line is fetched only to be overwritten.
-void stream_zeros(char* to, std::size_t bytes) {
-  constexpr std::size_t kVector = sizeof(__m128i);
-  const std::size_t head = std::min(bytes, -reinterpret_cast<std::uintptr_t>(to) % kVector);
-  std::memset(to, 0, head);
-  std::size_t i = head;
-  for (; i + kVector <= bytes; i += kVector)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_setzero_si128());
-  std::memset(to + i, 0, bytes - i);
-  _mm_sfence();
 }
 
 // The gradients of an expert without tokens.

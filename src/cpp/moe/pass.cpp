@@ -44,7 +44,7 @@ Label Pass::label(Stage stage, const Block& block) const {
 }
 
 WeightBlock Pass::weight(Projection of, const Block& block) const {
-  if (plan.shards.size() == 1 && !experts.split) return whole(experts.of(of, block.expert));
+  if (plan.shards.size() == 1 && !experts.split()) return whole(experts.of(of, block.expert));
   return experts.of(of, block.expert, plan.shards[block.shard].number);
 }
 

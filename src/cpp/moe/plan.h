@@ -7,8 +7,8 @@
 #include <span>
 #include <vector>
 
-#include "base/projection.h"
 #include "base/split.h"
+#include "base/weight.h"
 #include "kernels/kernel_set.h"
 #include "moe/layer.h"
 #include "moe/routing.h"

@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "base/view.h"
-#include "cpu/tick.h"
+#include "cpu/processor.h"
 
 namespace kt {
 

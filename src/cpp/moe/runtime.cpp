@@ -1,14 +1,12 @@
 #include "moe/runtime.h"
 
-#include <xmmintrin.h>
-
 #include <algorithm>
 #include <charconv>
+#include <cstdlib>
 #include <utility>
 
-#include "base/environment.h"
 #include "base/error.h"
-#include "cpu/features.h"
+#include "cpu/processor.h"
 #include "cpu/sysfs.h"
 #include "kernels/registry.h"
 
@@ -18,6 +16,12 @@ namespace {
 
 constexpr std::size_t kUsualL2 = std::size_t{1} << 20;
 constexpr int kMostThreads = 4096;
+
+// What the environment says; this is the one place that reads it. An empty variable is as good as none.
+std::optional<std::string> environment(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr || *value == '\0' ? std::nullopt : std::optional<std::string>(value);
+}
 
 // The argument, else the environment variable, else the fallback.
 int number(const char* what, std::optional<int> argument, const char* variable, int fallback, int most) {
@@ -58,18 +62,6 @@ std::vector<int> node_list(const std::string& text) {
   }
   return nodes;
 }
-
-// Rounding to nearest, denormals kept: what a thread was set to before must not decide the bits of a result.
-class UsualFloats {
- public:
-  UsualFloats() { _mm_setcsr(0x1f80); }
-  ~UsualFloats() { _mm_setcsr(before_); }
-  UsualFloats(const UsualFloats&) = delete;
-  UsualFloats& operator=(const UsualFloats&) = delete;
-
- private:
-  unsigned before_ = _mm_getcsr();
-};
 
 }  // namespace
 

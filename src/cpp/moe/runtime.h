@@ -9,8 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "base/arena.h"
-#include "base/buffer_pool.h"
+#include "base/memory.h"
 #include "cpu/layout.h"
 #include "cpu/topology.h"
 #include "cpu/worker_pool.h"

@@ -1,9 +1,9 @@
 #include "moe/task_graph.h"
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <utility>
+
+#include "cpu/processor.h"
 
 namespace kt {
 
@@ -64,7 +64,7 @@ bool TaskGraph::wait_for(const Group& group) const {
     if (failed_) return false;
     if (left == 0) return true;
     if (spins < kSpins)
-      _mm_pause();
+      spin();
     else
       group.left_.wait(left, std::memory_order_acquire);
   }

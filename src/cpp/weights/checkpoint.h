@@ -10,17 +10,30 @@
 #include <mutex>
 #include <span>
 #include <string_view>
+#include <vector>
 
 #include "base/per_process.h"
 #include "weights/data_file.h"
-#include "weights/tensor_table.h"
+#include "weights/safetensors.h"
 
 namespace kt {
 
+// A tensor of a checkpoint.
+struct Entry {
+  std::string_view name;
+  StoredTensor tensor;
+  const DataFile* file;
+};
+
+// One block for all names: an allocation for each of 100,000 would take most of the time.
+struct TensorTable {
+  std::deque<DataFile> files;  // in the order of their names; entries point into it
+  std::vector<char> names;     // and into this
+  std::vector<Entry> entries;  // in the order of their names
+};
+
 class Checkpoint {
  public:
-  using Entry = TensorEntry;
-
   // path: a .safetensors file or a directory. Of a directory it reads, in this order, what
   // model.safetensors.index.json names, what the only *.safetensors.index.json names, or all *.safetensors.
   // Throws NotFoundError, IoError, or ValueError for a malformed file, a path in the index that leaves the

@@ -16,6 +16,10 @@
 
 namespace kt {
 
+// A fast checksum against damage, not against attackers.
+std::uint64_t checksum(std::span<const std::byte> bytes);
+inline std::uint64_t checksum(std::string_view text) { return checksum(std::as_bytes(std::span(text))); }
+
 // Tells versions of a file apart.
 struct FileStamp {
   std::uint64_t size = 0;

@@ -5,8 +5,8 @@
 #include <utility>
 
 #include "base/error.h"
-#include "weights/checksum.h"
-#include "weights/text.h"
+#include "weights/data_file.h"
+#include "weights/json.h"
 
 namespace kt {
 namespace {
@@ -26,18 +26,21 @@ std::string ranges_text(const std::vector<int>& ascending) {
 
 }  // namespace
 
+void ExpertIndex::Group::add(const Entry& entry, const ExpertName& name) {
+  if (name.tail != nullptr)
+    members.push_back({&entry, name});
+  else if (foreign.empty())
+    foreign = entry.name;
+}
+
 ExpertIndex::ExpertIndex(std::shared_ptr<const Checkpoint> checkpoint) : checkpoint_(std::move(checkpoint)) {
   std::string_view root;  // names are sorted: a root's follow each other
-  Home* home = nullptr;
+  Group* group = nullptr;
   for (const auto& entry : checkpoint_->tensors()) {
     const auto parsed = parse_expert_name(entry.name);
     if (!parsed) continue;
-    if (home == nullptr || root != parsed->root) home = &layers_[parsed->layer].homes[root = parsed->root];
-    if (parsed->tail == nullptr) {
-      if (home->foreign.empty()) home->foreign = entry.name;
-    } else {
-      home->members.push_back({&entry, *parsed});
-    }
+    if (group == nullptr || root != parsed->root) group = &layers_[parsed->layer].groups[root = parsed->root];
+    group->add(entry, *parsed);
   }
 }
 
@@ -49,29 +52,24 @@ ExpertIndex::ExpertIndex(const ExpertIndex& by_tables, const std::map<int, Exper
 void ExpertIndex::add(int number, const ExpertList& list, const ExpertIndex& by_tables) {
   Layer& layer = layers_[number];
   layer.list = list, layer.spelling = layer.list.spelling();
-  const std::string begin = list.prefix + '.';
+  const std::string begin = dotted(list.prefix, "");
   const auto entries = checkpoint_->tensors();
-  for (auto at = std::ranges::lower_bound(entries, begin, {}, &Checkpoint::Entry::name);
+  for (auto at = std::ranges::lower_bound(entries, begin, {}, &Entry::name);
        at != entries.end() && at->name.starts_with(begin); ++at) {
     auto parsed = parse_listed_name(at->name, layer.list, layer.spelling);
     if (!parsed) continue;
     parsed->layer = number;
-    Home& home = layer.homes[layer.list.prefix];
-    if (parsed->tail == nullptr) {
-      if (home.foreign.empty()) home.foreign = at->name;
-    } else {
-      home.members.push_back({&*at, *parsed});
-    }
+    layer.groups[layer.list.prefix].add(*at, *parsed);
   }
-  KT_CHECK(!layer.homes.empty(), "{}: layer {} has no tensor {}", where(), number, quote(begin + "*"));
+  KT_CHECK(!layer.groups.empty(), "{}: layer {} has no tensor {}", where(), number, quote(begin + "*"));
   const auto same = by_tables.layers_.find(number);
   const bool found_by_tables =
-      same != by_tables.layers_.end() && same->second.homes.size() == 1 &&
-      same->second.homes.begin()->second.members.size() == layer.homes.begin()->second.members.size() &&
-      list.prefix == message("{}.experts", same->second.homes.begin()->first);
+      same != by_tables.layers_.end() && same->second.groups.size() == 1 &&
+      same->second.groups.begin()->second.members.size() == layer.groups.begin()->second.members.size() &&
+      list.prefix == dotted(same->second.groups.begin()->first, "experts");
   if (found_by_tables) return;
-  const std::string name = message("{}.{}", list.prefix, list.first_expert);
-  layer.tag = std::to_string(checksum(std::as_bytes(std::span(name))));
+  const std::string name = dotted(list.prefix, list.first_expert);
+  layer.tag = std::to_string(checksum(name));
 }
 
 std::string ExpertIndex::where() const { return quote(checkpoint_->path().native()); }
@@ -82,14 +80,14 @@ std::vector<int> ExpertIndex::layers() const {
   return numbers;
 }
 
-const ExpertIndex::Home& ExpertIndex::home(int layer, const Layer& of) const {
-  const auto& homes = of.homes;
-  KT_CHECK(homes.size() == 1, "{}: layer {} is ambiguous: experts under both {} and {}", where(), layer,
-           quote(homes.begin()->first), quote(std::next(homes.begin())->first));
-  const Home& home = homes.begin()->second;
-  KT_CHECK(home.foreign.empty(), "{}: layer {} has the tensor {}: {}", where(), layer, quote(home.foreign),
-           unsupported_format(home.foreign));
-  return home;
+const ExpertIndex::Group& ExpertIndex::only_group(int layer, const Layer& of) const {
+  const auto& groups = of.groups;
+  KT_CHECK(groups.size() == 1, "{}: layer {} is ambiguous: experts under both {} and {}", where(), layer,
+           quote(groups.begin()->first), quote(std::next(groups.begin())->first));
+  const Group& group = groups.begin()->second;
+  KT_CHECK(group.foreign.empty(), "{}: layer {} has the tensor {}: {}", where(), layer, quote(group.foreign),
+           unsupported_format(group.foreign));
+  return group;
 }
 
 std::shared_ptr<const LayerSource> ExpertIndex::open(int layer) const {
@@ -100,8 +98,8 @@ std::shared_ptr<const LayerSource> ExpertIndex::open(int layer) const {
   auto& [opening, source] = found.opened.get();
   const std::lock_guard lock(opening);
   if (!source)
-    source =
-        open_source(LayerTensors(checkpoint_, layer, home(layer, found).members, found.list.interleaved));
+    source = open_source(
+        LayerTensors(checkpoint_, layer, only_group(layer, found).members, found.list.interleaved));
   return source;
 }
 

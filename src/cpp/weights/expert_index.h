@@ -37,24 +37,26 @@ class ExpertIndex {
 
  private:
   // The experts under one root, e.g. "model.layers.3.mlp".
-  struct Home {
+  struct Group {
     std::vector<LayerTensors::Member> members;
     std::string_view foreign;  // a tensor among the experts that nobody knows
+
+    void add(const Entry& entry, const ExpertName& name);
   };
   struct Layer {
     struct Opened {
       std::mutex opening;
       std::shared_ptr<const LayerSource> source;  // none: not opened yet
     };
-    std::map<std::string_view, Home> homes;  // by root
-    ExpertList list;                         // if it was given, with views of it in the members
+    std::map<std::string_view, Group> groups;  // by root
+    ExpertList list;                           // if it was given, with views of it in the members
     Spelling spelling;
     std::string tag;
     PerProcess<Opened> opened;
   };
 
   std::string where() const;  // opens every message
-  const Home& home(int layer, const Layer& of) const;
+  const Group& only_group(int layer, const Layer& of) const;
   void add(int number, const ExpertList& list, const ExpertIndex& by_tables);
 
   std::shared_ptr<const Checkpoint> checkpoint_;

@@ -4,8 +4,6 @@
 #include <array>
 #include <span>
 
-#include "base/error.h"
-
 namespace kt {
 namespace {
 
@@ -200,9 +198,9 @@ std::optional<ExpertName> parse_listed_name(std::string_view name, const ExpertL
 std::string tensor_name(const ExpertName& like, Projection p, int expert, int part) {
   const auto tail = like.tail->text, word = like.spelling->words[index_of(p)];
   switch (like.spelling->form) {
-    case Form::per_expert: return message("{}.{}.{}.{}", like.list, expert, word, tail);
-    case Form::fused: return message("{}.{}{}", like.list, word, tail);
-    case Form::kt: return message("{}.{}.{}.numa.{}.{}", like.list, word, expert, part, tail);
+    case Form::per_expert: return dotted(like.list, expert, word, tail);
+    case Form::fused: return dotted(like.list, word) + std::string(tail);
+    case Form::kt: return dotted(like.list, word, expert, "numa", part, tail);
   }
   return {};
 }

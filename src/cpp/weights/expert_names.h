@@ -7,7 +7,8 @@
 #include <string>
 #include <string_view>
 
-#include "base/projection.h"
+#include "base/error.h"
+#include "base/weight.h"
 
 namespace kt {
 
@@ -65,6 +66,14 @@ std::optional<ExpertName> parse_expert_name(std::string_view name);
 // experts. The layer is left open. `spelling` is the list's.
 std::optional<ExpertName> parse_listed_name(std::string_view name, const ExpertList& list,
                                             const Spelling& spelling);
+
+// "a.b.3": segments of a name, words and numbers.
+template <class... Segments>
+std::string dotted(const Segments&... segments) {
+  std::string name;
+  ((name += name.empty() ? message("{}", segments) : message(".{}", segments)), ...);
+  return name;
+}
 
 // The name of the tensor that is to matrix `p` of an expert what `like` is to its own.
 std::string tensor_name(const ExpertName& like, Projection p, int expert, int part);

@@ -3,27 +3,52 @@
 // calls.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
 #include "moe/layer.h"
-#include "weights/layer_plan.h"
-#include "weights/page_nodes.h"
-#include "weights/placed.h"
+#include "weights/expert_index.h"
+#include "weights/layer_memory.h"
+#include "weights/packed_file.h"
 
 namespace kt {
 
+// What keeps a layer's weights where ExpertWeights says they lie, and what is known of them.
+struct Storage {
+  // One of these.
+  std::shared_ptr<LayerMemory> own = {};
+  std::shared_ptr<const PackedFile> packed = {};
+  std::shared_ptr<const ExpertIndex> checkpoint = {};  // whose files are mapped
+
+  std::array<std::vector<bf16_t>, 3> biases = {};  // of gate, up and down; empty: none
+  std::optional<QuantErrors> errors = {};          // if the weights were quantised when they were loaded
+};
+
+struct PageNodes {
+  index_t wanted = 0, elsewhere = 0, unknown = 0;  // unknown: not in memory, or the kernel does not tell
+};
+
+// Whether the weights of a shard lie on these NUMA nodes, as the kernel tells of a sample of their pages: at
+// most a few thousand, evenly over the shard's part of the weights: slices of all experts, or the experts at
+// home there. No `nodes`: any will do.
+PageNodes sample_pages(const ExpertWeights& weights, std::size_t shard, std::span<const int> nodes);
+
 class Experts {
  public:
-  Experts(std::shared_ptr<Runtime> runtime, const LayerPlan& plan, Activation activation, Placed placed);
+  Experts(std::shared_ptr<Runtime> runtime, ExpertWeights weights, Storage storage);
   Experts(const Experts&) = delete;
   Experts& operator=(const Experts&) = delete;
 
   const ExpertWeights& weights() const { return weights_; }
-  const LayerPlan& plan() const { return plan_; }
-  const Placed& placed() const { return placed_; }
+  const std::optional<QuantErrors>& errors() const { return storage_.errors; }
+  // Whether they are paged in from a file by access.
+  bool mapped() const { return storage_.own == nullptr; }
+  // Whether the kernel refused memory on the NUMA nodes of the shards.
+  bool refused() const { return storage_.own != nullptr && storage_.own->refused(); }
   Runtime& runtime() const { return *runtime_; }
 
   // These wait for a call in progress.
@@ -40,11 +65,12 @@ class Experts {
   void reset_routed();
   // Where pages of each shard's weights lie, by a sample.
   std::vector<PageNodes> page_nodes() const;
+  // Reads all of a packed file: whether the weights are those that were written.
+  bool verify(const Report& report) const;
 
  private:
   std::shared_ptr<Runtime> runtime_;
-  LayerPlan plan_;
-  Placed placed_;
+  Storage storage_;
   std::vector<std::int64_t> routed_;
   ExpertWeights weights_;
 };

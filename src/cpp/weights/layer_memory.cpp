@@ -1,34 +1,115 @@
 #include "weights/layer_memory.h"
 
-#include "base/numa.h"
+#include <atomic>
+#include <cassert>
+#include <cstring>
+#include <utility>
+
+#include "base/memory.h"
+#include "gemm/decode.h"
 
 namespace kt {
 
-LayerMemory::LayerMemory(const Runtime& runtime, LayerPlan plan, const Spread& spread) {
-  for (std::size_t s = 0; s < spread.shards.size(); ++s) nodes_.push_back(runtime.memory_of(s));
-  const auto add = [&](Range slice, const LayerPlan& piece, std::span<const int> nodes) {
-    const Buffer& buffer = buffers_.emplace_back(static_cast<std::size_t>(piece.bytes()), nodes);
-    refused_ |= buffer.refused();
-    pieces_.push_back({slice, piece, static_cast<std::byte*>(buffer.data())});
+namespace {
+
+index_t padded(index_t bytes) { return round_up(bytes, 64); }
+
+index_t padded_bytes(const MutableWeight& w) {
+  return padded(w.codes_bytes()) + padded(w.scales_bytes()) + padded(w.zeros_bytes()) +
+         padded(w.global_scale_bytes());
+}
+
+// `rows` times `bytes`, each row `stride` bytes behind the one before, side by side.
+void copy_rows(const std::byte* from, index_t stride, index_t rows, index_t bytes, std::byte* to) {
+  if (rows == 0 || bytes == 0) return;
+  if (stride == bytes) bytes *= rows, rows = 1;
+  for (index_t i = 0; i < rows; ++i)
+    std::memcpy(to + i * bytes, from + i * stride, static_cast<std::size_t>(bytes));
+}
+
+// Codes, scales and zero points of a slice of a matrix, which is cut where it may be, and its global scale.
+// `into` has its shape.
+void copy_slice(const Weight& from, Projection p, Range slice, const MutableWeight& into) {
+  const WeightBlock part = p == Projection::down ? whole(from).cols_of(slice) : whole(from).rows_of(slice);
+  assert(into.rows == part.rows.size() && into.cols == part.cols.size() && into.type == from.type);
+  const MatView codes = codes_of(part);
+  copy_rows(static_cast<const std::byte*>(codes.data), codes.stride, codes.rows, codes.cols, into.codes);
+  if (into.scale_count() == 0) return;
+  const index_t stride = ceil_div(from.cols, from.group()), groups = ceil_div(into.cols, into.group());
+  const index_t rows = into.scale_count() / groups;
+  const index_t first = part.rows.begin / from.type.scale_rows * stride + part.cols.begin / from.group();
+  const auto copy_each = [&](const std::byte* source, index_t size, std::byte* to) {
+    copy_rows(source + first * size, stride * size, rows, groups * size, to);
   };
-  const Range all{0, plan.intermediate};
-  if (spread.split) {
-    for (std::size_t s = 0; s < spread.shards.size(); ++s) {
-      plan.intermediate = spread.shards[s].size();
-      add(spread.shards[s], plan, nodes_[s]);
-    }
-  } else if (spread.shards.size() == 1) {
-    add(all, plan, nodes_.front());
-  } else {
-    plan.on_pages = true;
-    add(all, plan, {});
-    for (std::size_t e = 0; e < spread.homes.size(); ++e) {
-      const std::span<std::byte> memory = expert(e);
-      refused_ |=
-          !place_memory(memory.data(), memory.size(), nodes_[static_cast<std::size_t>(spread.homes[e])]);
-    }
-    at_ = spread.homes;
+  copy_each(from.scales, size_of(from.type.scale), into.scales);
+  if (into.zeros_bytes() > 0) copy_each(from.zeros, 1, into.zeros);
+  copy_rows(from.global_scale, into.global_scale_bytes(), 1, into.global_scale_bytes(), into.global_scale);
+}
+
+QuantError fill_one(const Matrix& m, const LayerShape& layer, std::span<const LayerBlock> blocks,
+                    const Fill& fill, const KernelSet& kernels, Arena& scratch) {
+  if (blocks.size() == 1) return fill(m, blocks.front().at(m.expert, m.projection), kernels, scratch);
+  const MutableWeight all = in_scratch(layer.matrix(m.projection), scratch);
+  const QuantError error = fill(m, all, kernels, scratch);
+  for (const LayerBlock& block : blocks)
+    copy_slice(frozen(all), m.projection, block.slice, block.at(m.expert, m.projection));
+  return error;
+}
+
+}  // namespace
+
+MutableWeight LayerBlock::at(int expert, Projection p) const {
+  std::byte* next = memory + expert * expert_bytes();
+  for (const Projection before : projections) {
+    if (before == p) break;
+    next += padded_bytes(shape.matrix(before));
   }
+  return shape.matrix(p).placed([&](index_t bytes) { return std::exchange(next, next + padded(bytes)); });
+}
+
+index_t LayerBlock::expert_bytes() const {
+  index_t bytes = 0;
+  for (const Projection p : projections) bytes += padded_bytes(shape.matrix(p));
+  return on_pages ? round_up(bytes, 4096) : bytes;
+}
+
+std::array<std::vector<Weight>, 3> weights_in(std::span<const LayerBlock> blocks) {
+  std::array<std::vector<Weight>, 3> weights;
+  for (const LayerBlock& block : blocks)
+    for (const auto& [expert, projection] : matrices_of(block.shape))
+      weights[index_of(projection)].push_back(frozen(block.at(expert, projection)));
+  return weights;
+}
+
+LayerMemory::LayerMemory(const Runtime& runtime, const LayerShape& layer, const Sharding& sharding) {
+  for (std::size_t s = 0; s < sharding.shards.size(); ++s) nodes_.push_back(runtime.memory_of(s));
+  const auto add = [&](LayerBlock block, std::span<const int> nodes) {
+    const Buffer& buffer = buffers_.emplace_back(static_cast<std::size_t>(block.bytes()), nodes);
+    refused_ |= buffer.refused();
+    block.memory = static_cast<std::byte*>(buffer.data());
+    blocks_.push_back(block);
+  };
+  if (sharding.shards.size() == 1) {
+    add(LayerBlock::whole(layer), nodes_.front());
+    return;
+  }
+  if (sharding.placement == Placement::tensor) {
+    for (std::size_t s = 0; s < sharding.shards.size(); ++s) {
+      LayerShape part = layer;
+      part.intermediate = sharding.shards[s].size();
+      add({part, sharding.shards[s]}, nodes_[s]);
+    }
+    return;
+  }
+  LayerBlock all = LayerBlock::whole(layer);
+  all.on_pages = true;
+  add(all, {});
+  for (std::size_t e = 0; e < sharding.homes.size(); ++e) {
+    const std::span<std::byte> memory = expert(e);
+    refused_ |=
+        !place_memory(memory.data(), memory.size(), nodes_[static_cast<std::size_t>(sharding.homes[e])]);
+  }
+  at_ = sharding.homes;
 }
 
 bool LayerMemory::move(std::span<const int> homes) {
@@ -45,9 +126,52 @@ bool LayerMemory::move(std::span<const int> homes) {
 }
 
 std::span<std::byte> LayerMemory::expert(std::size_t number) const {
-  const Piece& all = pieces_.front();
-  const auto each = static_cast<std::size_t>(all.plan.expert_bytes());
+  const LayerBlock& all = blocks_.front();
+  const auto each = static_cast<std::size_t>(all.expert_bytes());
   return {all.memory + number * each, each};
+}
+
+std::vector<Matrix> matrices_of(const LayerShape& layer) {
+  std::vector<Matrix> all;
+  for (int e = 0; e < layer.num_experts; ++e)
+    for (const Projection p : projections) all.push_back({e, p});
+  return all;
+}
+
+QuantErrors fill_all(Runtime& runtime, const LayerShape& layer, std::span<const LayerBlock> blocks,
+                     const std::vector<Matrix>& order, std::size_t nbytes, const Fill& fill,
+                     const Report& report) {
+  const std::size_t tasks = order.size();
+  std::atomic<std::size_t> done{0};
+  std::size_t reported = 0;  // the caller's alone
+  const auto tell = [&] {
+    const std::size_t now = nbytes / tasks * done + (done == tasks ? nbytes % tasks : 0);
+    report(now - std::exchange(reported, now));
+  };
+  std::vector<QuantError> errors(tasks);
+  {
+    Runtime::Lease lease(runtime);
+    const auto fill_task = [&](index_t task, Arena& scratch) {
+      const Matrix& m = order[static_cast<std::size_t>(task)];
+      const auto place = static_cast<std::size_t>(m.expert) * projections.size() + index_of(m.projection);
+      errors[place] = fill_one(m, layer, blocks, fill, lease.kernels(), scratch);
+      ++done;
+    };
+    std::function<void()> between;
+    if (report) between = tell;
+    lease.parallel_for(static_cast<index_t>(tasks), fill_task, between);
+    if (report) tell();
+  }
+  QuantErrors sums{};
+  for (std::size_t i = 0; i < tasks; ++i) {
+    sums[i % sums.size()].error += errors[i].error;
+    sums[i % sums.size()].norm += errors[i].norm;
+  }
+  return sums;
+}
+
+MutableWeight in_scratch(const MutableWeight& w, Arena& scratch) {
+  return w.placed([&](index_t bytes) { return scratch.take<std::byte>(bytes); });
 }
 
 }  // namespace kt

@@ -7,33 +7,21 @@
 #include <memory>
 #include <span>
 #include <string_view>
+#include <vector>
 
-#include "base/arena.h"
-#include "base/projection.h"
+#include "base/memory.h"
 #include "base/weight.h"
 #include "kernels/kernel_set.h"
 #include "weights/layer_tensors.h"
 
 namespace kt {
 
-struct LayerInfo {
-  int num_experts = 0;
-  index_t hidden_size = 0, intermediate_size = 0;
-  std::array<WeightType, projections.size()> types;  // how each projection is kept in memory
-  std::string_view stored_type;                      // of the weights, as the file names it: "BF16"
-  std::string_view layout;                           // "per-expert", "fused", "gptq", ...
+struct LayerInfo : LayerShape {       // `types`: how each projection is kept in memory
+  std::string_view stored_type = {};  // of the weights, as the file names it: "BF16"
+  std::string_view layout = {};       // "per-expert", "fused", "gptq", ...
   bool biases = false;
   std::size_t nbytes = 0;  // of all tensors of the experts, as stored
   bool mappable = false;   // the file's layout is the one in memory
-
-  index_t rows(Projection p) const { return p == Projection::down ? hidden_size : intermediate_size; }
-  index_t cols(Projection p) const { return p == Projection::down ? intermediate_size : hidden_size; }
-  // A matrix without memory: what `read` fills wants codes_bytes(), scales_bytes() and zeros_bytes().
-  MutableWeight matrix(Projection p) const {
-    MutableWeight empty;
-    empty.type = types[index_of(p)], empty.rows = rows(p), empty.cols = cols(p);
-    return empty;
-  }
 };
 
 class LayerSource {
@@ -105,8 +93,44 @@ class LayerSource {
   bool interleaved_;
 };
 
-// Finds out how the layer is stored. Throws ValueError for what does not fit together.
-std::unique_ptr<const LayerSource> open_source(LayerTensors tensors);
+using SourcePointer = std::unique_ptr<const LayerSource>;
+
+// Finds out how the layer is stored. Throws ValueError, naming the tensor, for what does not fit together.
+SourcePointer open_source(LayerTensors tensors);
+
+// One function for every way to store experts: each checks the tensors of a layer and says how to read them.
+
+// .weight of each expert, or gate_up_proj and down_proj of all: BF16, F16, F32; F8_E4M3 and I8 with scales.
+SourcePointer open_plain(LayerTensors tensors);
+// Floats whose rows run along the outputs.
+SourcePointer open_transposed(LayerTensors tensors, LayerInfo info, bool interleaved);
+// compressed-tensors: weight_packed, int4.
+SourcePointer open_packed(LayerTensors tensors);
+// GPTQ and AWQ: qweight, int4 in words.
+SourcePointer open_gptq(LayerTensors tensors);
+// gpt-oss: gate_up_proj_blocks and the like.
+SourcePointer open_mxfp4(LayerTensors tensors);
+// NVFP4: compressed-tensors' weight_packed, weight_scale and weight_global_scale, which divides the scales;
+// or ModelOpt's weight, weight_scale and weight_scale_2, which multiplies them.
+SourcePointer open_nvfp4(LayerTensors tensors);
+// Files that kt-kernel writes: int8 or int4 in tiles.
+SourcePointer open_kt(LayerTensors tensors);
+
+// Rows of codes and rows of scales, each a row of the tensor; gate and up may alternate in fused ones.
+SourcePointer rows_source(LayerTensors tensors, LayerInfo info, bool interleaved);
+
+// What the functions above check with.
+
+inline constexpr index_t kCodesInWord = 8;  // int4 in words of 32 bits
+
+// The tensor's shape, if it has so many dimensions and none is 0.
+const std::vector<index_t>& shape_of(const LayerTensors& tensors, Projection p, Role role, std::size_t rank);
+// Checks the number of experts of fused tensors.
+int experts_in(const LayerTensors& tensors, index_t experts);
+// `group` of the columns that share a scale, as WeightType has it: 0 for all.
+index_t group_of(const LayerTensors& tensors, const Entry& scales, index_t cols, index_t groups);
+// Tensors of a role are one of `types`, e.g. "BF16 F16".
+void want_type(const LayerTensors& tensors, Role role, std::string_view types);
 
 // fp32, bf16 and fp16 elements to bf16: of one row, and of a matrix, its rows side by side.
 void round_rows(const DecodeKernels& decode, const MatView& from, bf16_t* to);

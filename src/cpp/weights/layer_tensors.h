@@ -10,16 +10,14 @@
 #include <string_view>
 #include <vector>
 
-#include "base/arena.h"
 #include "base/error.h"
-#include "base/projection.h"
+#include "base/memory.h"
+#include "base/weight.h"
 #include "weights/checkpoint.h"
 #include "weights/expert_names.h"
-#include "weights/text.h"
+#include "weights/json.h"
 
 namespace kt {
-
-using Entry = Checkpoint::Entry;
 
 class LayerTensors {
  public:

@@ -1,5 +1,8 @@
 #include "weights/loader.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -9,13 +12,10 @@
 
 #include "base/error.h"
 #include "gemm/decode.h"
-#include "weights/checksum.h"
-#include "weights/cut.h"
-#include "weights/fill.h"
-#include "weights/homes.h"
+#include "weights/data_file.h"
+#include "weights/json.h"
 #include "weights/layer_memory.h"
 #include "weights/packed_file.h"
-#include "weights/text.h"
 
 namespace kt {
 namespace fs = std::filesystem;
@@ -30,32 +30,43 @@ std::vector<bf16_t> rounded(Runtime& runtime, const MatView& from) {
   return rows;
 }
 
-// Whole, as mapped layers are.
-Spread spread_over(const Runtime& runtime, const LayerPlan& plan, const SpreadOptions& options) {
-  const bool split = options.placement == Placement::tensor;
-  KT_CHECK(!split || options.popularity.empty(),
-           "popularity is given, but placement is \"tensor\": every expert lies in all shards");
-  const index_t align = cut_align(plan.types, plan.intermediate);
-  Spread spread{runtime.split(plan.intermediate, align), /*split=*/false, options.placement};
-  if (!split) spread.homes = assign_homes(plan.num_experts, weights_of(runtime), options.popularity);
-  return spread;
+// A bf16, fp16 or fp32 matrix in the type of `into`; fp16 is rounded to bf16 before it is quantised.
+QuantError convert(const KernelSet& kernels, const MatView& from, const MutableWeight& into, Arena& scratch) {
+  const bool keep = into.type.format == Format::bf16;
+  if (!keep && from.dtype != DType::f16) return quantize(kernels, from, into);
+  auto* rows = keep ? reinterpret_cast<bf16_t*>(into.codes) : scratch.take<bf16_t>(from.rows * from.cols);
+  round_rows(kernels.decode, from, rows);
+  return keep ? QuantError{} : quantize(kernels, view(rows, DType::bf16, from.rows, from.cols), into);
 }
 
-// Memory of its own for a layer, with what `fill` writes there; it returns the errors of quantising.
-template <class FillMemory>
-Placed in_memory(const Runtime& runtime, const LayerPlan& plan, Spread spread, bool quantized,
-                 const FillMemory& fill) {
-  spread.split = spread.placement == Placement::tensor && spread.shards.size() > 1;
-  const auto memory = std::make_shared<LayerMemory>(runtime, plan, spread);
-  const std::array<QuantError, 3> errors = fill(memory->pieces());
-  Placed placed = place(memory->pieces(), memory);
-  if (spread.placement != Placement::tensor)
-    placed.move = [memory](std::span<const int> homes) { return memory->move(homes); };
-  placed.refused = memory->refused();
-  placed.spread = std::move(spread);
-  placed.quantized = quantized;
-  placed.errors = errors;
-  return placed;
+// Gives a layer memory of its own, and what `fill` writes there; it returns the errors of quantising.
+template <class FillBlocks>
+void load_to_memory(const Runtime& runtime, ExpertWeights& weights, Storage& storage,
+                    const FillBlocks& fill) {
+  storage.own = std::make_shared<LayerMemory>(runtime, weights, weights);
+  storage.errors = fill(storage.own->blocks());
+  weights.weights = weights_in(storage.own->blocks());
+}
+
+void read_ahead(const std::byte* bytes, index_t count) {
+  if (count == 0) return;
+  static const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const auto begin = reinterpret_cast<std::uintptr_t>(bytes), first = begin / page * page;
+  ::madvise(reinterpret_cast<void*>(first), begin + static_cast<std::uintptr_t>(count) - first,
+            MADV_WILLNEED);
+}
+
+// Weights that are mapped from a file: `fetch` asks the operating system for those of an expert.
+void page_in(ExpertWeights& layer) {
+  layer.fetch = [weights = layer.weights](int expert) {
+    for (const auto& stack : weights) {
+      const Weight& w = stack[static_cast<std::size_t>(expert)];
+      read_ahead(w.codes, w.codes_bytes());
+      read_ahead(w.scales, w.scales_bytes());
+      read_ahead(w.zeros, w.zeros_bytes());
+      read_ahead(w.global_scale, w.global_scale_bytes());
+    }
+  };
 }
 
 // Keeps the disk busy with the matrices behind those that are being read: a single read waits for its own.
@@ -94,13 +105,13 @@ class CheckpointLayer {
         report_(report),
         source_(index_->open(layer)),
         info_(source_->info()),
-        plan_{info_.num_experts, info_.hidden_size, info_.intermediate_size, info_.types} {
-    for (WeightType& type : plan_.types)
+        weights_{info_, {}, options.activation} {
+    for (WeightType& type : weights_.types)
       if (options.format && *options.format != type.format) {
         type = traits_of(*options.format).quantized;
         convert_ = true;
       }
-    spread_ = spread_over(*runtime_, plan_, options_.spread);
+    static_cast<Sharding&>(weights_) = divide(weights_, *runtime_, options_.sharding);
   }
 
   std::shared_ptr<Experts> load() {
@@ -108,9 +119,9 @@ class CheckpointLayer {
              "paged leaves the weights in the checkpoint's files, cache_dir puts them into packed ones: "
              "wanted one of them");
     index_->checkpoint().check_unchanged();
-    Placed placed = options_.paged ? mapped() : options_.cache_dir ? packed() : loaded();
-    if (info_.biases) placed.biases = biases();
-    return std::make_shared<Experts>(runtime_, plan_, options_.activation, std::move(placed));
+    options_.paged ? map() : options_.cache_dir ? map_packed() : load_all();
+    if (info_.biases) storage_.biases = biases();
+    return std::make_shared<Experts>(runtime_, std::move(weights_), std::move(storage_));
   }
 
  private:
@@ -129,35 +140,33 @@ class CheckpointLayer {
     return result;
   }
 
-  Placed loaded() {
-    return in_memory(*runtime_, plan_, spread_, quantizes(),
-                     [this](std::span<const Piece> pieces) { return fill(pieces); });
+  void load_all() {
+    load_to_memory(*runtime_, weights_, storage_,
+                   [this](std::span<const LayerBlock> blocks) { return fill(blocks); });
   }
 
   // Checked as if it were read: the pages of its scales are.
-  Placed mapped() {
+  void map() {
     KT_CHECK(!convert_, "format is \"{}\", paged needs the one in the files: \"{}\"",
              name_of(*options_.format), name_of(info_.types.front().format));
-    Placed placed;
-    placed.memory = index_;
-    placed.spread = spread_;
-    for (auto& stack : placed.weights) stack.resize(static_cast<std::size_t>(info_.num_experts));
+    storage_.checkpoint = index_;
+    for (auto& stack : weights_.weights) stack.resize(static_cast<std::size_t>(info_.num_experts));
     {
       Runtime::Lease lease(*runtime_);
       lease.parallel_for(info_.num_experts, [&](index_t expert, Arena&) {
         for (const Projection p : projections)
-          placed.weights[index_of(p)][static_cast<std::size_t>(expert)] =
+          weights_.weights[index_of(p)][static_cast<std::size_t>(expert)] =
               source_->map(static_cast<int>(expert), p);
       });
     }
     if (report_) report_(info_.nbytes);
-    page_in(placed);
-    return placed;
+    page_in(weights_);
   }
 
-  Placed packed() {
+  void map_packed() {
     const fs::path path = packed_path();
-    PackedLayer wanted{plan_, index_->checkpoint().fingerprint(), quantizes(), {}};
+    PackedLayer wanted{weights_, index_->checkpoint().fingerprint()};
+    if (quantizes()) wanted.errors.emplace();
     std::string why;
     auto file = PackedFile::open(path, wanted, why);
     if (!why.empty() && options_.warn)
@@ -165,21 +174,18 @@ class CheckpointLayer {
     if (file == nullptr) file = pack(path, wanted);
     if (report_) report_(info_.nbytes - packed_);
     // Of a mapping for reading: nobody writes there.
-    const std::array pieces{whole_at(const_cast<std::byte*>(file->weights()))};
-    Placed placed = place(pieces, file);
-    placed.spread = spread_;
-    placed.quantized = file->layer().quantized;
-    placed.errors = file->layer().errors;
-    placed.verify = [file](Runtime& runtime, const Report& report) { return file->verify(runtime, report); };
-    page_in(placed);
-    return placed;
+    const std::array blocks{LayerBlock::whole(weights_, const_cast<std::byte*>(file->weights()))};
+    weights_.weights = weights_in(blocks);
+    storage_.errors = file->layer().errors;
+    storage_.packed = std::move(file);
+    page_in(weights_);
   }
 
   std::shared_ptr<const PackedFile> pack(const fs::path& path, PackedLayer layer) {
     std::string why;
-    PackedWriter writer(path, plan_, report_);
+    PackedWriter writer(path, weights_, report_);
     if (auto file = PackedFile::open(path, layer, why)) return file;  // another process made it meanwhile
-    layer.errors = fill(std::array{whole_at(writer.reserve())});
+    layer.errors = fill(std::array{LayerBlock::whole(weights_, writer.reserve())});
     packed_ = info_.nbytes;
     writer.commit(layer, *runtime_, report_);
     auto file = PackedFile::open(path, layer, why);
@@ -188,8 +194,6 @@ class CheckpointLayer {
     return file;
   }
 
-  Piece whole_at(std::byte* memory) const { return {{0, plan_.intermediate}, plan_, memory}; }
-
   // One folder a checkpoint, told apart by where it is.
   fs::path packed_path() const {
     const fs::path from = fs::weakly_canonical(index_->checkpoint().path());
@@ -197,17 +201,17 @@ class CheckpointLayer {
     constexpr std::size_t kMostName = 200;  // of the 255 bytes a name may have
     const std::string tag = index_->tag(layer_);
     return *options_.cache_dir /
-           message("{}-{}", from.filename().native().substr(0, kMostName),
-                   checksum(std::as_bytes(std::span(text)))) /
+           message("{}-{}", from.filename().native().substr(0, kMostName), checksum(text)) /
            message("layer-{}{}{}.{}.ktmoe", layer_, tag.empty() ? "" : "-", tag,
-                   name_of(plan_.types.front().format));
+                   name_of(weights_.types.front().format));
   }
 
-  std::array<QuantError, 3> fill(std::span<const Piece> pieces) {
+  // Returns the errors of quantising, if the weights are quantised.
+  std::optional<QuantErrors> fill(std::span<const LayerBlock> blocks) {
     const std::vector<Matrix> order = as_stored();
     ReadAhead ahead(*source_, order);
-    const auto errors = fill_all(
-        *runtime_, plan_, pieces, order, info_.nbytes,
+    const QuantErrors errors = fill_all(
+        *runtime_, weights_, blocks, order, info_.nbytes,
         [&](const Matrix& m, const MutableWeight& into, const KernelSet& kernels, Arena& scratch) {
           ahead.advance();
           MutableWeight stored = into;
@@ -227,12 +231,12 @@ class CheckpointLayer {
         },
         report_);
     index_->checkpoint().check_unchanged();  // what was read belongs together
-    return errors;
+    return quantizes() ? std::optional(errors) : std::nullopt;
   }
 
   // All matrices in the order in which the files have them.
   std::vector<Matrix> as_stored() const {
-    std::vector<Matrix> order = matrices_of(plan_);
+    std::vector<Matrix> order = matrices_of(weights_);
     std::ranges::stable_sort(order, {}, [&](const Matrix& m) {
       const auto [entry, begin, bytes] = source_->stretch(m.expert, m.projection);
       return std::tuple(entry->file, entry->tensor.offset + begin);
@@ -247,17 +251,17 @@ class CheckpointLayer {
   const Report& report_;
   std::shared_ptr<const LayerSource> source_;
   const LayerInfo& info_;
-  LayerPlan plan_;
-  Spread spread_;
+  ExpertWeights weights_;
+  Storage storage_;
   bool convert_ = false;
   std::size_t packed_ = 0;  // bytes already reported as read
 };
 
 }  // namespace
 
-std::shared_ptr<Experts> experts_from_matrices(std::shared_ptr<Runtime> runtime, const LayerPlan& plan,
+std::shared_ptr<Experts> experts_from_matrices(std::shared_ptr<Runtime> runtime, const LayerShape& layer,
                                                Activation activation, const Matrices& matrices,
-                                               const Biases& biases, const SpreadOptions& options) {
+                                               const Biases& biases, const ShardingOptions& sharding) {
   const Fill fill = [&](const Matrix& m, const MutableWeight& into, const KernelSet& kernels,
                         Arena& scratch) {
     try {
@@ -266,13 +270,14 @@ std::shared_ptr<Experts> experts_from_matrices(std::shared_ptr<Runtime> runtime,
       throw ValueError(message("{}: expert {}: {}", name_of(m.projection), m.expert, error.what()));
     }
   };
-  const bool quantized = plan.types.front().format != Format::bf16;
-  Spread spread = spread_over(*runtime, plan, options);
-  Placed placed = in_memory(*runtime, plan, std::move(spread), quantized, [&](std::span<const Piece> pieces) {
-    return fill_all(*runtime, plan, pieces, matrices_of(plan), 0, fill, {});
+  ExpertWeights weights{layer, divide(layer, *runtime, sharding), activation};
+  Storage storage;
+  load_to_memory(*runtime, weights, storage, [&](std::span<const LayerBlock> blocks) {
+    return fill_all(*runtime, layer, blocks, matrices_of(layer), 0, fill, {});
   });
-  for (const Projection p : projections) placed.biases[index_of(p)] = rounded(*runtime, biases[index_of(p)]);
-  return std::make_shared<Experts>(std::move(runtime), plan, activation, std::move(placed));
+  if (layer.types.front().format == Format::bf16) storage.errors.reset();
+  for (const Projection p : projections) storage.biases[index_of(p)] = rounded(*runtime, biases[index_of(p)]);
+  return std::make_shared<Experts>(std::move(runtime), std::move(weights), std::move(storage));
 }
 
 std::shared_ptr<Experts> experts_from_checkpoint(std::shared_ptr<Runtime> runtime,

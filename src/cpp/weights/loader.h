@@ -9,7 +9,7 @@
 
 #include "weights/expert_index.h"
 #include "weights/experts.h"
-#include "weights/fill.h"
+#include "weights/sharding.h"
 
 namespace kt {
 
@@ -19,21 +19,15 @@ using Matrices = std::function<MatView(int expert, Projection p)>;
 // [E, rows] of gate, up and down, bf16, fp16 or fp32; without data where there is none.
 using Biases = std::array<MatView, 3>;
 
-// How experts are spread over the runtime's shards. Layers in memory of their own lie there on the shards'
-// NUMA nodes, split where the placement is `tensor`; mapped ones lie where the page cache has them.
-struct SpreadOptions {
-  Placement placement = Placement::tensor;
-  std::vector<double> popularity = {};  // of each expert; none: they are alike
-};
-
-// ValueError for popularity that does not fit, here and below.
-std::shared_ptr<Experts> experts_from_matrices(std::shared_ptr<Runtime> runtime, const LayerPlan& plan,
+// Layers in memory of their own lie there on the shards' NUMA nodes; mapped ones lie where the page cache has
+// them. ValueError for popularity that does not fit, here and below.
+std::shared_ptr<Experts> experts_from_matrices(std::shared_ptr<Runtime> runtime, const LayerShape& layer,
                                                Activation activation, const Matrices& matrices,
-                                               const Biases& biases, const SpreadOptions& spread);
+                                               const Biases& biases, const ShardingOptions& sharding);
 
 struct LoadOptions {
   Activation activation = Activation::silu;
-  SpreadOptions spread = {};
+  ShardingOptions sharding = {};
   std::optional<Format> format;  // none: as the checkpoint stores them
   // Where packed layers are kept: one that fits is mapped, else it is made first.
   std::optional<std::filesystem::path> cache_dir;

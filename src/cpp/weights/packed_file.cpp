@@ -19,8 +19,8 @@
 #include <vector>
 
 #include "base/error.h"
-#include "weights/checksum.h"
-#include "weights/text.h"
+#include "weights/data_file.h"
+#include "weights/json.h"
 
 namespace kt {
 namespace fs = std::filesystem;
@@ -53,24 +53,24 @@ std::uint64_t own_checksum(const Header& header) {
 }
 
 Header header_of(const PackedLayer& layer) {
-  const LayerPlan& plan = layer.plan;
+  const LayerShape& shape = layer.shape;
   Header h{};
   h.magic = kMagic;
   h.version = kVersion;
-  h.quantized = layer.quantized;
+  h.quantized = layer.errors.has_value();
   h.source = layer.source;
-  h.num_experts = plan.num_experts, h.hidden = plan.hidden, h.intermediate = plan.intermediate;
-  for (std::size_t i = 0; i < plan.types.size(); ++i) {
-    const WeightType& t = plan.types[i];
+  h.num_experts = shape.num_experts, h.hidden = shape.hidden, h.intermediate = shape.intermediate;
+  for (std::size_t i = 0; i < shape.types.size(); ++i) {
+    const WeightType& t = shape.types[i];
     h.types[i] = {static_cast<std::uint32_t>(t.format),
                   static_cast<std::uint32_t>(t.scale),
                   t.scale_rows,
                   t.scale_cols,
                   t.zero_points,
                   static_cast<std::uint32_t>(t.global_scale)};
-    h.errors[i] = {layer.errors[i].error, layer.errors[i].norm};
+    if (layer.errors) h.errors[i] = {(*layer.errors)[i].error, (*layer.errors)[i].norm};
   }
-  h.weights_bytes = static_cast<std::uint64_t>(plan.bytes());
+  h.weights_bytes = static_cast<std::uint64_t>(LayerBlock::whole(shape).bytes());
   return h;
 }
 
@@ -81,10 +81,10 @@ bool same_layer(const Header& a, const Header& b) {
 }
 
 // Expert by expert, so that threads share the work.
-std::uint64_t weights_checksum(Runtime& runtime, const LayerPlan& plan, const std::byte* weights,
+std::uint64_t weights_checksum(Runtime& runtime, const LayerShape& shape, const std::byte* weights,
                                const Report& report) {
-  const auto each = static_cast<std::size_t>(plan.bytes() / plan.num_experts);
-  std::vector<std::uint64_t> sums(static_cast<std::size_t>(plan.num_experts));
+  const auto each = static_cast<std::size_t>(LayerBlock::whole(shape).expert_bytes());
+  std::vector<std::uint64_t> sums(static_cast<std::size_t>(shape.num_experts));
   Runtime::Lease lease(runtime);
   const auto sum = [&](index_t expert, Arena&) {
     const auto e = static_cast<std::size_t>(expert);
@@ -92,7 +92,7 @@ std::uint64_t weights_checksum(Runtime& runtime, const LayerPlan& plan, const st
   };
   std::function<void()> between;
   if (report) between = [&] { report(0); };
-  lease.parallel_for(plan.num_experts, sum, between);
+  lease.parallel_for(shape.num_experts, sum, between);
   return checksum(std::as_bytes(std::span(sums)));
 }
 
@@ -155,8 +155,8 @@ std::shared_ptr<const PackedFile> PackedFile::open(const fs::path& path, const P
   std::shared_ptr<PackedFile> file(new PackedFile(static_cast<const std::byte*>(map), bytes));
   file->layer_ = wanted;
   file->checksum_ = found.weights_checksum;
-  for (std::size_t i = 0; i < found.errors.size(); ++i)
-    file->layer_.errors[i] = {found.errors[i][0], found.errors[i][1]};
+  for (std::size_t i = 0; i < found.errors.size() && file->layer_.errors; ++i)
+    (*file->layer_.errors)[i] = {found.errors[i][0], found.errors[i][1]};
   return file;
 }
 
@@ -165,13 +165,13 @@ PackedFile::~PackedFile() { ::munmap(const_cast<std::byte*>(map_), bytes_); }
 const std::byte* PackedFile::weights() const { return map_ + kHeaderBytes; }
 
 bool PackedFile::verify(Runtime& runtime, const Report& report) const {
-  return weights_checksum(runtime, layer_.plan, weights(), report) == checksum_;
+  return weights_checksum(runtime, layer_.shape, weights(), report) == checksum_;
 }
 
-PackedWriter::PackedWriter(fs::path path, const LayerPlan& plan, const Report& report)
+PackedWriter::PackedWriter(fs::path path, const LayerShape& shape, const Report& report)
     : path_(std::move(path)),
       temporary_(path_),
-      bytes_(kHeaderBytes + static_cast<std::size_t>(plan.bytes())) {
+      bytes_(kHeaderBytes + static_cast<std::size_t>(LayerBlock::whole(shape).bytes())) {
   temporary_ += ".part";
   std::error_code error;
   fs::create_directories(path_.parent_path(), error);
@@ -225,7 +225,7 @@ PackedWriter::~PackedWriter() {
 
 void PackedWriter::commit(const PackedLayer& layer, Runtime& runtime, const Report& report) {
   Header header = header_of(layer);
-  header.weights_checksum = weights_checksum(runtime, layer.plan, map_ + kHeaderBytes, report);
+  header.weights_checksum = weights_checksum(runtime, layer.shape, map_ + kHeaderBytes, report);
   header.checksum = own_checksum(header);
   std::memcpy(map_, &header, sizeof header);
   constexpr std::size_t kChunk = std::size_t{64} << 20;

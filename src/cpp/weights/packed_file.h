@@ -2,32 +2,30 @@
 // read-only, so that processes share it; written whole or not at all. docs/formats.md has it byte by byte.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "moe/runtime.h"
-#include "weights/fill.h"
-#include "weights/layer_plan.h"
+#include "weights/layer_memory.h"
 #include "weights/quantize.h"
 
 namespace kt {
 
 // What a packed layer was made from, and into.
 struct PackedLayer {
-  LayerPlan plan;
-  std::uint64_t source = 0;  // fingerprint of the checkpoint's files
-  bool quantized = false;    // with these errors
-  std::array<QuantError, 3> errors{};
+  LayerShape shape;
+  std::uint64_t source = 0;                // fingerprint of the checkpoint's files
+  std::optional<QuantErrors> errors = {};  // if it was quantised
 };
 
 class PackedFile {
  public:
-  // The layer in `path` as `wanted` describes it. Empty, with the reason in `why`, for a file that is damaged
-  // or holds something else; with none, if there is no file.
+  // The layer in `path` as `wanted` describes it, whatever its errors. Empty, with the reason in `why`, for a
+  // file that is damaged or holds something else; with none, if there is no file.
   static std::shared_ptr<const PackedFile> open(const std::filesystem::path& path, const PackedLayer& wanted,
                                                 std::string& why);
   ~PackedFile();
@@ -54,7 +52,7 @@ class PackedWriter {
  public:
   // Waits for another writer, reporting 0 bytes meanwhile. IoError if the directory cannot be made or
   // written.
-  PackedWriter(std::filesystem::path path, const LayerPlan& plan, const Report& report);
+  PackedWriter(std::filesystem::path path, const LayerShape& shape, const Report& report);
   ~PackedWriter();
   PackedWriter(const PackedWriter&) = delete;
   PackedWriter& operator=(const PackedWriter&) = delete;

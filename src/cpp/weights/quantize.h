@@ -2,6 +2,8 @@
 // Refuses what is not finite. Pure: no threads; the same bits from every kernel set.
 #pragma once
 
+#include <array>
+
 #include "base/view.h"
 #include "base/weight.h"
 #include "kernels/kernel_set.h"
@@ -13,6 +15,7 @@ namespace kt {
 struct QuantError {
   double error = 0, norm = 0;
 };
+using QuantErrors = std::array<QuantError, projections.size()>;  // of gate, up and down
 
 // Fills all of `into` from a bf16 or fp32 matrix of its shape. Its type is the format's own in the table of
 // base/weight.h, or another one that the format's grid takes (grids.h). Where all weights of a scale are

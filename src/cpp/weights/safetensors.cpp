@@ -8,16 +8,16 @@
 #include <utility>
 
 #include "base/error.h"
-#include "weights/json_events.h"
-#include "weights/text.h"
+#include "weights/json.h"
 
 namespace kt {
 namespace {
 
 static_assert(std::endian::native == std::endian::little, "the format's numbers are read in place");
 
-constexpr std::size_t kLengthBytes = 8;            // the header's length, before the header
-constexpr std::uint64_t kMaxHeader = 100'000'000;  // the reference implementation's limit
+constexpr std::size_t kLengthBytes = 8;  // the header's length, before the header
+// The reference implementation's limit for a header, and far above an index: 91,000 tensors take 10 MB.
+constexpr std::uint64_t kMaxJson = 100'000'000;
 constexpr std::string_view kMetadataKey = "__metadata__";
 
 constexpr std::array<StoredType, 22> kTypes{{
@@ -30,12 +30,12 @@ constexpr std::array<StoredType, 22> kTypes{{
 }};
 
 // Collects the header's tensors and checks each against the size of the data.
-class HeaderReader final : JsonEvents {
+class HeaderReader final : JsonReader {
  public:
   using Row = SafetensorsHeader::Row;
 
   HeaderReader(std::string file, std::uint64_t data_offset, std::uint64_t data_size)
-      : JsonEvents(std::move(file)), data_offset_(data_offset), data_size_(data_size) {}
+      : JsonReader(std::move(file)), data_offset_(data_offset), data_size_(data_size) {}
 
   std::vector<Row> read(std::string_view header) {
     // nlohmann would skip a byte-order mark; the format wants the brace first.
@@ -167,6 +167,54 @@ class HeaderReader final : JsonEvents {
   std::vector<Row> rows_;
 };
 
+// Takes weight_map from an index and skips the rest.
+class IndexReader final : JsonReader {
+ public:
+  using JsonReader::JsonReader;
+
+  WeightMap read(std::string_view text) {
+    parse(text);
+    KT_CHECK(found_, "{}: no weight_map", where());
+    std::ranges::sort(weight_map_);
+    return std::move(weight_map_);
+  }
+
+ private:
+  bool in_map() const { return !path().empty() && path().front() == "weight_map"; }
+
+  void open(Container kind) override {
+    if (path().empty()) KT_CHECK(kind == Container::object, "{}: an array, wanted an object", where());
+    if (!in_map()) return;
+    KT_CHECK(path().size() == 1, "{}: weight_map has no file name for {}", where(), quote(path()[1]));
+    KT_CHECK(kind == Container::object, "{}: weight_map is an array, wanted an object", where());
+    found_ = true;
+  }
+  void value(JsonScalar scalar) override {
+    KT_CHECK(!path().empty(), "{}: {}, wanted an object", where(), scalar.name());
+    if (!in_map()) return;
+    KT_CHECK(path().size() == 2, "{}: weight_map is {}, wanted an object", where(), scalar.name());
+    KT_CHECK(scalar.is_string(), "{}: weight_map gives {} for {}, wanted a file name", where(), scalar.name(),
+             quote(path()[1]));
+    const auto& name = path()[1];
+    // Checked once for a run of tensors of the same file.
+    if (weight_map_.empty() || weight_map_.back().second != scalar.text)
+      KT_CHECK(stays_inside(scalar.text), "{}: tensor {} is in {}, wanted a file in the index's directory",
+               where(), quote(name), quote(scalar.text));
+    weight_map_.emplace_back(name, std::move(scalar.text));
+  }
+  void close() override {}
+
+  bool found_ = false;
+  WeightMap weight_map_;
+};
+
+// `size` bytes from `offset`.
+std::string read_text(const OpenFile& file, std::uint64_t offset, std::uint64_t size) {
+  std::string text(static_cast<std::size_t>(size), '\0');
+  file.read(offset, std::as_writable_bytes(std::span(text)));
+  return text;
+}
+
 }  // namespace
 
 std::span<const StoredType> stored_types() { return kTypes; }
@@ -191,12 +239,26 @@ SafetensorsHeader read_safetensors_header(const OpenFile& file) {
   KT_CHECK(size >= kLengthBytes, "{}: {} bytes long, too short for a safetensors file", where, size);
   std::uint64_t length = 0;
   file.read(0, std::as_writable_bytes(std::span(&length, 1)));
-  KT_CHECK(length <= kMaxHeader, "{}: header length is {}, wanted at most {}", where, length, kMaxHeader);
+  KT_CHECK(length <= kMaxJson, "{}: header length is {}, wanted at most {}", where, length, kMaxJson);
   KT_CHECK(length <= size - kLengthBytes, "{}: header length is {}, but only {} bytes follow", where, length,
            size - kLengthBytes);
-  std::string json(static_cast<std::size_t>(length), '\0');
-  file.read(kLengthBytes, std::as_writable_bytes(std::span(json)));
-  return parse_safetensors_header(json, size - kLengthBytes - length, where);
+  return parse_safetensors_header(read_text(file, kLengthBytes, length), size - kLengthBytes - length, where);
+}
+
+bool stays_inside(const std::filesystem::path& relative) {
+  return !relative.empty() && relative.is_relative() && std::ranges::find(relative, "..") == relative.end() &&
+         relative.native().find('\0') == std::string::npos;
+}
+
+WeightMap parse_weight_map(std::string_view json, const std::string& where) {
+  return IndexReader(where).read(json);
+}
+
+WeightMap read_weight_map(const OpenFile& file) {
+  const auto where = quote(file.path().native());
+  const std::uint64_t size = file.stamp().size;
+  KT_CHECK(size <= kMaxJson, "{}: {} bytes long, wanted at most {}", where, size, kMaxJson);
+  return parse_weight_map(read_text(file, 0, size), where);
 }
 
 }  // namespace kt

@@ -1,16 +1,18 @@
-// The header of a safetensors file: which tensors it holds and where, checked in full against the file.
+// What safetensors files say of themselves, checked in full: the header of a file (which tensors it holds,
+// and where) and the index of a sharded model (*.safetensors.index.json: which file holds which tensor).
 // Format: https://github.com/huggingface/safetensors#format
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <optional>
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
-#include "base/dtype.h"
 #include "base/view.h"
 #include "weights/data_file.h"
 
@@ -52,5 +54,17 @@ SafetensorsHeader read_safetensors_header(const OpenFile& file);
 // The same of the JSON text alone, with `data_size` bytes behind it. `where` opens every message.
 SafetensorsHeader parse_safetensors_header(std::string_view json, std::uint64_t data_size,
                                            const std::string& where);
+
+// Tensor name -> file name, in the order of the tensors' names.
+using WeightMap = std::vector<std::pair<std::string, std::string>>;
+
+// Throws IoError, or ValueError for a malformed index and for a file outside the index's directory.
+WeightMap read_weight_map(const OpenFile& file);
+
+// The same of the text alone. `where` opens every message.
+WeightMap parse_weight_map(std::string_view json, const std::string& where);
+
+// Only the name decides: a download cache's files are symbolic links that rightly point elsewhere.
+bool stays_inside(const std::filesystem::path& relative);
 
 }  // namespace kt

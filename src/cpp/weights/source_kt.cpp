@@ -1,7 +1,8 @@
 #include <utility>
 
 #include "weights/convert.h"
-#include "weights/sources.h"
+#include "weights/json.h"
+#include "weights/layer_source.h"
 
 namespace kt {
 namespace {
@@ -72,15 +73,15 @@ SourcePointer open_kt(LayerTensors tensors) {
   const index_t parts = tensors.parts();
   LayerInfo info;
   info.num_experts = tensors.experts();
-  info.hidden_size = down.rows, info.intermediate_size = gate.rows * parts;
+  info.hidden = down.rows, info.intermediate = gate.rows * parts;
   info.layout = "kt";
   // A byte for each of the hidden columns of gate, or one for two of them.
-  const int bits = gate.bytes == gate.rows * info.hidden_size ? 8 : 4;
+  const int bits = gate.bytes == gate.rows * info.hidden ? 8 : 4;
   for (const Projection p : projections) {
     check_part(tensors, info, p, bits);
     const bool cut = p == Projection::down && parts > 1;
     info.types[index_of(p)] = {bits == 8 ? Format::int8 : Format::int4, ScaleType::f32, 1,
-                               cut ? info.intermediate_size / parts : 0};
+                               cut ? info.intermediate / parts : 0};
   }
   return std::make_unique<TilesSource>(std::move(tensors), info);
 }

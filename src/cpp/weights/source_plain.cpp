@@ -1,6 +1,7 @@
 #include <utility>
 
-#include "weights/sources.h"
+#include "weights/json.h"
+#include "weights/layer_source.h"
 
 namespace kt {
 namespace {
@@ -23,7 +24,7 @@ Sizes per_expert_sizes(const LayerTensors& tensors) {
   tensors.want_shape(Projection::down, Role::weight, {hidden, intermediate});
   LayerInfo info;
   info.num_experts = tensors.experts();
-  info.hidden_size = hidden, info.intermediate_size = intermediate;
+  info.hidden = hidden, info.intermediate = intermediate;
   info.layout = "per-expert";
   return {info};
 }
@@ -44,8 +45,8 @@ Sizes fused_sizes(const LayerTensors& tensors) {
   tensors.want_shape(Projection::down, Role::weight, {both[0], down[1], down[2]});
   LayerInfo info;
   info.num_experts = experts_in(tensors, both[0]);
-  info.hidden_size = transposed ? down[2] : down[1];
-  info.intermediate_size = transposed ? down[1] : down[2];
+  info.hidden = transposed ? down[2] : down[1];
+  info.intermediate = transposed ? down[1] : down[2];
   info.layout = transposed ? "fused, transposed" : "fused";
   return {info, transposed};
 }

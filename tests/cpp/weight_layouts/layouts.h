@@ -4,7 +4,7 @@
 #include <deque>
 #include <vector>
 
-#include "base/arena.h"
+#include "base/memory.h"
 #include "gemm/gemm.h"
 
 namespace kt::layouts {

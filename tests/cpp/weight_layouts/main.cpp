@@ -12,7 +12,7 @@
 #include <string>
 
 #include "base/split.h"
-#include "cpu/features.h"
+#include "cpu/processor.h"
 #include "cpu/topology.h"
 #include "cpu/worker_pool.h"
 #include "kernels.h"

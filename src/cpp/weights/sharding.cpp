@@ -1,4 +1,4 @@
-#include "weights/homes.h"
+#include "weights/sharding.h"
 
 #include <algorithm>
 #include <cmath>
@@ -6,7 +6,6 @@
 #include <numeric>
 
 #include "base/error.h"
-#include "base/split.h"
 
 namespace kt {
 
@@ -76,6 +75,27 @@ std::vector<int> assign_homes(int experts, std::span<const index_t> weights,
     --room[best];
   }
   return homes;
+}
+
+index_t cut_align(const std::array<WeightType, 3>& types, index_t intermediate) {
+  index_t align = 32;
+  for (const Projection p : projections) {
+    const WeightType& type = types[index_of(p)];
+    if (type.scale == ScaleType::none) continue;
+    const index_t block = p == Projection::down ? type.scale_cols : type.scale_rows;
+    if (block > 0 && block < intermediate) align = std::lcm(align, block);
+  }
+  return align;
+}
+
+Sharding divide(const LayerShape& layer, const Runtime& runtime, const ShardingOptions& options) {
+  const bool tensor = options.placement == Placement::tensor;
+  KT_CHECK(!tensor || options.popularity.empty(),
+           "popularity is given, but placement is \"tensor\": every expert lies in all shards");
+  Sharding sharding{options.placement,
+                    runtime.split(layer.intermediate, cut_align(layer.types, layer.intermediate))};
+  if (!tensor) sharding.homes = assign_homes(layer.num_experts, weights_of(runtime), options.popularity);
+  return sharding;
 }
 
 }  // namespace kt

@@ -1,11 +1,13 @@
-#include "cpu/features.h"
+#include "cpu/processor.h"
 
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <string_view>
 
 namespace kt {
@@ -62,6 +64,11 @@ unsigned cpu_features() {
   return features;
 }
 
+bool invariant_tsc() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(0x80000007u, &eax, &ebx, &ecx, &edx) != 0 && bit(edx, 8);
+}
+
 bool request_tiles() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -80,6 +87,17 @@ std::vector<std::string> cpuinfo_flags(unsigned features) {
     if (features & static_cast<unsigned>(known.feature))
       flags.insert(flags.end(), known.flags.begin(), known.flags.end());
   return flags;
+}
+
+void stream_zeros(char* to, std::size_t bytes) {
+  constexpr std::size_t kVector = sizeof(__m128i);
+  const std::size_t head = std::min(bytes, -reinterpret_cast<std::uintptr_t>(to) % kVector);
+  std::memset(to, 0, head);
+  std::size_t i = head;
+  for (; i + kVector <= bytes; i += kVector)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_setzero_si128());
+  std::memset(to + i, 0, bytes - i);
+  _mm_sfence();
 }
 
 }  // namespace kt

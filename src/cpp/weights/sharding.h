@@ -1,6 +1,8 @@
-// Which shard each expert lives in, where experts stay whole. Pure.
+// How the experts of a layer are divided among the shards of a runtime: in slices of the intermediate
+// dimension, or each expert whole. Pure.
 #pragma once
 
+#include <array>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -13,7 +15,20 @@ namespace kt {
 Placement placement_from(std::string_view name);
 std::string_view name_of(Placement placement);
 
-// What assign_homes wants of a runtime's shards.
+struct ShardingOptions {
+  Placement placement = Placement::tensor;
+  std::vector<double> popularity = {};  // of each expert; none: they are alike
+};
+
+// ValueError for popularity that does not fit.
+Sharding divide(const LayerShape& layer, const Runtime& runtime, const ShardingOptions& options);
+
+// Cuts on multiples of this leave a slice's codes whole bytes, its rows whole cache lines, and every block
+// that shares a scale in one slice; unless the block is as long as the dimension: its scale then goes to
+// every slice. A slice cuts gate and up between rows, down between columns.
+index_t cut_align(const std::array<WeightType, 3>& types, index_t intermediate);
+
+// A runtime's shards by their shares of the work.
 std::vector<index_t> weights_of(const Runtime& runtime);
 
 // A shard for each expert. Shards have weights: their shares of the work. Experts with `popularity`, a number

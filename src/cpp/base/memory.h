@@ -1,7 +1,10 @@
-// Scratch memory that is kept between calls. Not thread-safe: one arena belongs to one thread at a time.
+// Memory: on NUMA nodes by system calls (no libnuma), buffers of it, scratch that is kept between calls, and
+// the pool of results.
 #pragma once
 
 #include <cstddef>
+#include <list>
+#include <mutex>
 #include <span>
 #include <utility>
 #include <vector>
@@ -9,6 +12,23 @@
 #include "base/view.h"
 
 namespace kt {
+
+inline constexpr std::size_t kHugePage = std::size_t{2} << 20;
+
+// NUMA nodes by the numbers that the kernel gives them.
+
+// Asks that pages of [memory, memory + bytes), whole ones of an anonymous mapping, come from `nodes` when
+// they are first touched: from the only one while it has some, or from all in turn. No nodes: nothing is
+// asked. False where the kernel refuses: the memory is as good, only further away.
+bool place_memory(void* memory, std::size_t bytes, std::span<const int> nodes) noexcept;
+
+// The same for pages that hold something: a copy on those nodes takes their place, all at once, so that who
+// reads or forks meanwhile sees what was there; nobody may write. Not by migration, because huge pages would
+// take neighbours along.
+bool move_memory(void* memory, std::size_t bytes, std::span<const int> nodes) noexcept;
+
+// The node of the page behind each address; -1 where there is no page yet, or the kernel does not tell.
+std::vector<int> nodes_of(std::span<const void* const> addresses);
 
 // Anonymous memory, 64-byte aligned, on huge pages where the kernel grants them. Zero at first. Of the given
 // NUMA nodes, if there are any and the kernel allows it.
@@ -30,8 +50,8 @@ class Buffer {
   bool refused_ = false;
 };
 
-// Bump allocator. What `take` returned stays valid until the frame it was taken in ends, or `reset`; it holds
-// whatever was there before.
+// Bump allocator. Not thread-safe: one arena belongs to one thread at a time. What `take` returned stays
+// valid until the frame it was taken in ends, or `reset`; it holds whatever was there before.
 class Arena {
  public:
   Arena() = default;
@@ -72,6 +92,21 @@ class Arena {
   std::size_t used_ = 0;      // of it
   std::size_t taken_ = 0;     // of all blocks, without what was left over where one did not suffice
   std::size_t peak_ = 0;
+};
+
+// Memory of results, used again when they are gone: fresh pages cost more than writing them. Thread-safe.
+class BufferPool {
+ public:
+  // At least so many bytes, holding whatever was there before. std::bad_alloc: there is no such memory.
+  Buffer take(std::size_t bytes);
+  void give_back(Buffer buffer) noexcept;
+  std::size_t bytes();  // in use and free
+
+ private:
+  // In use and free together are never more than was once in use at a time, `most_`.
+  std::mutex mutex_;
+  std::list<Buffer> free_;  // the first was given back first
+  std::size_t free_bytes_ = 0, in_use_ = 0, most_ = 0;
 };
 
 }  // namespace kt
