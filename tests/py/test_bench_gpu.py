@@ -7,6 +7,7 @@ import json
 import sys
 import types
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from kt_moe.cli.bench.peer_process import PeerError
 TINY = ["--hidden", "64", "--intermediate", "32", "--experts", "6", "--topk", "2"]
 RUN = ["--gpu", "--device", "cpu", *TINY, "--threads", "1", "--rank", "8", "--reps", "1"]
 CPU = torch.device("cpu")
+# torch.compile looks at the gradients of the tensors that it is given.
+COMPILING = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
 def settings_of(*more: str) -> GpuSettings:
@@ -163,12 +166,32 @@ class TestStep:
             assert other["tokens"] == 16
             assert other["losses"] == pytest.approx(ours["losses"], rel=1e-3)
 
-    def test_roundpipes_layers_are_the_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @COMPILING
+    @pytest.mark.parametrize("options", [[], ["--compile"]])
+    def test_roundpipes_layers_are_the_model(
+        self, options: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setitem(sys.modules, "roundpipe", fake_roundpipe())
-        settings = settings_of(*STEP)
+        monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+        settings = settings_of(*STEP, *options)
         (theirs,) = gpu_step.run_job(StepJob("roundpipe", "bf16", settings))
         (ours,) = gpu_step.run_job(StepJob("resident", "bf16", settings))
         assert theirs["losses"][0] == pytest.approx(ours["losses"][0], rel=1e-3)
+
+    @COMPILING
+    def test_compiled_attention_is_one_graph_beside_experts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(
+            nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager", fullgraph=True)
+        )
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        losses = []
+        for options in ([], ["--compile"]):
+            for experts in ("recompute", "retain"):
+                settings = settings_of(*STEP, *options, "--checkpoint-experts", experts)
+                losses.append(gpu_step.run_job(StepJob("kt_moe", "bf16", settings))[0]["losses"])
+        assert losses == [losses[0]] * 4
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def fake_roundpipe() -> Any:

@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -292,6 +293,29 @@ def test_measured_rates_serve_the_cut():
     assert_formula(ours, problem)
     counts = torch.bincount(problem.topk_ids.flatten(), minlength=8)
     assert torch.equal(experts.routed, counts)  # measuring counts no routes
+
+
+@pytest.mark.parametrize("rates", [None, RATES])
+def test_what_the_model_computes_elsewhere_is_measured_unless_rates_are_given(rates):
+    problem = make_problem(8, 64, 48, 8, 2, ALL)
+    gpu = Gpu("cpu", rates=rates)
+    layers = [experts_of(problem, gpu) for _ in range(3)]
+    lora = {name: tensor.requires_grad_() for name, tensor in problem.lora.items()}
+    found = []
+    for _ in range(4):
+        hidden = problem.hidden_states.clone().requires_grad_()
+        for experts in layers:
+            time.sleep(0.02)  # in the place of attention
+            hidden = kt_moe.moe(hidden, problem.topk_ids, problem.topk_weights, experts, lora)
+        hidden.sum().backward()
+        found.append(gpu.rates.elsewhere)
+    assert found[:2] == [0.0, 0.0]
+    if rates is None:
+        assert (
+            0.02 * 2 / 3 * 0.9 < found[2] == found[3]
+        )  # forward alone, as nothing is behind the first layer
+    else:
+        assert gpu.rates == RATES
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, "auto"])

@@ -8,23 +8,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kt_moe.gpu.plan import Costs, Cut, Rates, cut, cut_by_share, layer_costs, seconds_of
+from kt_moe.gpu.elsewhere import Elsewhere
+from kt_moe.gpu.plan import Costs, Cut, Rates, cut, cut_by_share, end, layer_costs, seconds_of
 from kt_moe.gpu.prefetch import Feed, Pass, PassOrder, Wanted
 from kt_moe.gpu.slots import Slots
 from kt_moe.gpu.streams import Streams
 
 counts_ = st.lists(st.integers(0, 300), min_size=1, max_size=40).map(lambda c: np.array(c, dtype=np.int64))
 seconds = st.floats(0, 1e-2)
-costs_ = st.builds(Costs, *[seconds] * 6)
+costs_ = st.builds(Costs, *[seconds] * 7)
 
 
 def ends(counts: np.ndarray, costs: Costs, gpu: tuple[int, ...], cpu: tuple[int, ...]) -> float:
-    """When the last of link, GPU and CPU ends."""
+    """When the last of link, GPU and CPU ends; only the link works while the model computes elsewhere."""
     gpu_rows, cpu_rows = (sum(int(counts[e]) for e in place) for place in (gpu, cpu))
     return max(
         len(gpu) * costs.link_expert,
-        len(gpu) * costs.gpu_expert + gpu_rows * costs.gpu_row,
-        len(cpu) * costs.cpu_expert + cpu_rows * costs.cpu_row + bool(cpu) * costs.cpu_call,
+        costs.elsewhere + len(gpu) * costs.gpu_expert + gpu_rows * costs.gpu_row,
+        costs.elsewhere + len(cpu) * costs.cpu_expert + cpu_rows * costs.cpu_row + bool(cpu) * costs.cpu_call,
     )
 
 
@@ -37,9 +38,10 @@ def test_no_other_place_to_cut_ends_sooner(counts, costs):
     assert rows == sorted(rows, reverse=True)
     assert found.rows == (sum(rows[: len(found.gpu)]), sum(rows[len(found.gpu) :]))
     assert found.seconds == seconds_of(found, costs)
-    assert max(found.seconds) == pytest.approx(ends(counts, costs, found.gpu, found.cpu))
+    taken = ends(counts, costs, found.gpu, found.cpu)
+    assert end(costs, *found.seconds) == pytest.approx(taken)
     soonest = min(ends(counts, costs, experts[:n], experts[n:]) for n in range(len(experts) + 1))
-    assert max(found.seconds) <= soonest * (1 + 1e-9) / (1.0 if found.cpu else 0.9)
+    assert taken <= soonest * (1 + 1e-9) / (1.0 if found.cpu else 0.9)
     assert cut(counts, costs) == found
 
 
@@ -70,6 +72,16 @@ def test_the_cpu_takes_the_tail_and_more_of_it_the_slower_the_link_is():
         shares.append(sum(int(counts[e]) for e in found.cpu))
     assert shares == sorted(shares, reverse=True)
     assert shares[0] > shares[-1]
+
+
+def test_the_link_gets_more_the_longer_the_model_computes_elsewhere():
+    counts = np.arange(1, 65, dtype=np.int64)
+    numbers = []
+    for elsewhere in (0.0, 2e-3, 4e-3, 1.0):
+        rates = Rates(5e10, 4e14, 2e12, 4e12, 6e10, elsewhere)
+        numbers.append(len(cut(counts, layer_costs(rates, 2048, 768, 9_437_184, 48, 1.0, True, True)).gpu))
+    assert numbers == sorted(numbers)
+    assert numbers[0] < numbers[1] < numbers[2] <= numbers[3] == 64
 
 
 def test_what_lies_on_the_gpu_costs_no_link():
@@ -195,16 +207,75 @@ def test_a_copy_that_fails_leaves_no_expert_behind():
     assert (slots.memory[slots.use(0, [1])[0]] == 1).all()
 
 
-def test_the_order_of_passes_is_learned():
+def forward_and_back(layers: int, again: bool) -> list[Pass]:
+    """The passes of a step; `again`: with gradient checkpointing, which computes each forward twice."""
+    back = [
+        Pass(n, backward)
+        for n in reversed(range(layers))
+        for backward in ((False, True) if again else (True,))
+    ]
+    return [Pass(n, False) for n in range(layers)] + back
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_order_of_passes_is_learned(again):
     order = PassOrder()
-    step = [Pass(n, False) for n in range(3)] + [Pass(n, True) for n in (2, 1, 0)]
+    step = forward_and_back(3, again)
     for this in step * 2:
         order.begin(this)
-    assert list(order.following(step[0])) == step[1:]
-    assert list(order.following(step[3])) == [*step[4:], *step[:3]]
+    for number, this in enumerate(step):
+        order.begin(this)
+        following = list(order.following())
+        expected = [*step[number + 1 :], step[0]]
+        if number < 2:
+            expected = expected[:1]  # a forward with new routes, which nothing follows
+        assert following == [
+            (after, number >= 2 and place < len(expected) - 1) for place, after in enumerate(expected)
+        ]
     order.forget(1)
-    assert list(order.following(step[0])) == []
-    assert list(order.following(step[2])) == [step[3]]
+    order.begin(step[0])
+    assert list(order.following()) == []
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_the_model_computes_elsewhere_is_measured_in_two_steps(again):
+    """By points in time as if compilation, the optimizer and a pause took long once."""
+    now, found = 0, []
+
+    class Clock(Streams):
+        def mark(self, name=None):
+            return now
+
+    elsewhere = Elsewhere(Clock(torch.device("cpu")))
+    for step in range(4):
+        for number, this in enumerate(forward_and_back(8, again)):
+            # 1 ms before a forward, 3 before a backward or the forward that is computed again for it.
+            gap = 1_000_000 if number < 8 else 50_000 if again and this.backward else 3_000_000
+            gap *= 100 if number == 0 or step == 0 or (step == 1 and number == 5) else 1
+            now += gap
+            elsewhere.arrive()
+            if (seconds := elsewhere.begin(this)) is not None:
+                found.append((step, seconds))
+            now += 7_000_000
+            elsewhere.leave()
+    assert found[0][0] == 2
+    expected = 1e-3 * 7 / 8 + 3e-3 * 7 / 8 + 50e-6 * again
+    assert found[0][1] == pytest.approx(expected, rel=0.15)
+
+
+def test_short_gaps_and_failed_passes_are_not_measured():
+    elsewhere = Elsewhere(Streams(torch.device("cpu")))
+    found = []
+    for _ in range(4):
+        for this in forward_and_back(2, False):
+            elsewhere.arrive()
+            found.append(elsewhere.begin(this))
+            elsewhere.leave()
+    assert {seconds for seconds in found if seconds is not None} == {0.0}
+    failing = Elsewhere(Streams(torch.device("cpu")))
+    for _ in range(9):
+        failing.arrive()
+        assert failing.begin(Pass(0, True)) is None
 
 
 def test_a_feed_claims_in_order_as_far_as_there_is_room():

@@ -30,10 +30,11 @@ from kt_moe.gpu import lora as lora_transfer
 from kt_moe.gpu.chunk import Chunk, Gradients, Layer, backward_chunk, empty_jobs, forward_chunk
 from kt_moe.gpu.chunks import Chunks, PassData
 from kt_moe.gpu.cpu_part import CpuPart, Worker
+from kt_moe.gpu.elsewhere import Elsewhere
 from kt_moe.gpu.layers import Identity, Layers
 from kt_moe.gpu.lora import Crossed, LoraCall, LoraOptions, LoraStack, each_tensor, split_down
 from kt_moe.gpu.pass_log import PassLog
-from kt_moe.gpu.plan import Cut, cut, cut_by_share, layer_costs
+from kt_moe.gpu.plan import FORWARD_PART, Cut, cut, cut_by_share, layer_costs
 from kt_moe.gpu.prefetch import Feed, Pass, PassOrder, Wanted
 from kt_moe.gpu.routes import Rows, count_routes, sort_routes
 from kt_moe.gpu.slots import Slots
@@ -44,11 +45,10 @@ if TYPE_CHECKING:
     from kt_moe.experts import Experts
 
 # The routes of a next forward are not known yet. Guessed are experts that were on the GPU in so many of the
-# last ones (a forward counts as much as all before it together); all of them where so many of the last guess
-# were right, otherwise about as many as the link brings before the routes are known.
+# last ones (a forward counts as much as all before it together), the most popular first: so many bytes of
+# them, or what the link brings while the model computes what is before them.
 _LIKELY = 0.5
-_GOOD_GUESS = 0.85
-_GUESS_BYTES = 256 << 20
+_GUESS_BYTES = 64 << 20
 
 
 @dataclass(eq=False)
@@ -61,7 +61,6 @@ class _Held:
         planned: experts on the GPU in the last forward, which its backward wants again.
         popular: [E] how often each of them was, an average over the last forwards.
         likely: the guess for the next one, the most popular first.
-        right: the part of the last guess that was right.
     """
 
     stored: StoredExperts
@@ -71,11 +70,11 @@ class _Held:
     not_locked: str | None = None
     planned: tuple[int, ...] = ()
     likely: tuple[int, ...] = ()
-    right: float = 0.0
 
     def plan(self, experts: tuple[int, ...]) -> None:
         """Take note of a forward's plan."""
-        self.right = len(set(self.likely) & set(experts)) / max(len(self.likely), 1)
+        if experts == self.planned:
+            return  # of a forward that is computed again, as a rule
         here = np.zeros_like(self.popular)
         here[list(experts)] = 1.0
         self.popular = here if not self.planned else (self.popular + here) / 2
@@ -130,6 +129,7 @@ class Engine:
         layers.links.append(self._streams)
         self._worker = Worker()
         self._order = PassOrder()
+        self._elsewhere = Elsewhere(self._streams) if layers.rates is None else None
         self.log = PassLog(self._streams)
         self._slots: Slots | None = None
         self._held: weakref.WeakKeyDictionary[Identity, _Held] = weakref.WeakKeyDictionary()
@@ -270,10 +270,14 @@ class Engine:
             self.forget_gone()
             self.log.watch(experts.runtime._profile)
             try:
+                if self._elsewhere is not None:
+                    self._elsewhere.arrive()
                 held = self._hold(experts)
                 self.log.start(held.number)
                 yield held
                 self.log.end(self._slots)
+                if self._elsewhere is not None:
+                    self._elsewhere.leave()
             except BaseException as error:
                 if self._slots is not None:
                     self._slots.release_all()
@@ -369,6 +373,11 @@ class Engine:
         """Take note of a pass and its plan."""
         this = Pass(held.number, backward)
         self._order.begin(this)
+        if self._elsewhere is not None and self._layers.rates is not None:
+            seconds = self._elsewhere.begin(this)
+            if seconds is not None:
+                self._layers.set_elsewhere(seconds)
+                self._elsewhere = None
         self.log.begin(this, plan, self._slots)
         if not backward:
             held.plan(plan.gpu)
@@ -381,22 +390,29 @@ class Engine:
         wanted = [Wanted(held.number, held.stored, plan.gpu)]
         room = len(slots)
         by_number = {other.number: other for other in self._held.values()}
-        for after in self._order.following(Pass(held.number, backward)):
+        for after, known in self._order.following():
             other = by_number.get(after.layer)
             if room <= 0 or other is None:
                 break
-            sure = after.backward or other.right >= _GOOD_GUESS
-            most = room if sure else min(room, max(1, _GUESS_BYTES // other.stored.slot_bytes))
-            guess = (other.planned if after.backward else other.likely)[:most]
+            if any(wants.layer == after.layer for wants in wanted):
+                if after.layer == held.number:
+                    room -= len(plan.gpu)  # they stay for it
+                continue
+            if known:
+                guess = other.planned[:room]
+            else:
+                guess = other.likely[: max(1, self._guess_bytes() // other.stored.slot_bytes)][:room]
             wanted.append(Wanted(other.number, other.stored, guess))
             room -= len(guess)
-            if not sure:
-                break
         for wants in wanted:
             self._page_lock(by_number[wants.layer])
         feed = Feed(slots, wanted)
         feed.advance()
         return feed
+
+    def _guess_bytes(self) -> int:
+        rates = self._layers.rates
+        return max(_GUESS_BYTES, 0 if rates is None else int(rates.link * rates.elsewhere * FORWARD_PART))
 
     def _chunks(
         self, held: _Held, feed: Feed | None, layer: Layer, data: PassData, *, backward: bool

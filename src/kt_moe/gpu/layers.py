@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -93,6 +93,12 @@ class Layers:
 
             self.rates = measure(experts, device)
         return self.rates
+
+    def set_elsewhere(self, seconds: float) -> None:
+        """What an engine has measured of the rest of the model; the first one decides."""
+        assert self.rates is not None
+        if self.rates.elsewhere == 0.0:
+            self.rates = replace(self.rates, elsewhere=seconds)
 
     def finish_links(self) -> None:
         """Let the calling thread wait until every link has brought what it was asked for."""

@@ -15,6 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 _CPU_CALL = 1e-3  # seconds
+FORWARD_PART = (
+    0.25  # of what a model computes elsewhere: backward has twice the products, and computes many again
+)
 # The CPU is left alone where it would save less than what predictions are wrong by.
 _WORTH_DIVIDING = 0.9
 
@@ -27,6 +30,8 @@ class Rates:
         link: bytes a second from host memory to the GPU.
         gpu_flops, gpu_bytes: floating-point operations and bytes of memory a second on the GPU.
         cpu_flops, cpu_bytes: the same of the CPU's kernels.
+        elsewhere: seconds that a model computes between the experts of one layer and those of the next
+            (attention, router, norms), forward and backward together. The link brings experts meanwhile.
     """
 
     link: float
@@ -34,10 +39,13 @@ class Rates:
     gpu_bytes: float
     cpu_flops: float
     cpu_bytes: float
+    elsewhere: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < 1e30:  # type: ignore[operator]
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            none = name == "elsewhere" and number and value == 0
+            if not none and not (number and 0 < value < 1e30):
                 raise ValueError(f"Rates: {name} is {value!r}, wanted a positive number")
 
 
@@ -45,7 +53,8 @@ class Rates:
 class Costs:
     """Seconds of forward and backward together: of one routed expert, and of one of its rows, by place.
 
-    `cpu_call` is what a call that leaves any expert to the CPU takes besides, as rows go there and come back.
+    `cpu_call` is what a call that leaves any expert to the CPU takes besides, as rows go there and come back;
+    `elsewhere` what the model computes before the next call, while only the link works.
     """
 
     link_expert: float
@@ -54,6 +63,7 @@ class Costs:
     cpu_expert: float
     cpu_row: float
     cpu_call: float
+    elsewhere: float
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,7 @@ def layer_costs(
         cpu_expert=len(passes) * stored_bytes / rates.cpu_bytes,
         cpu_row=cpu_flops / rates.cpu_flops,
         cpu_call=len(passes) * _CPU_CALL,
+        elsewhere=rates.elsewhere if train else rates.elsewhere * FORWARD_PART,
     )
 
 
@@ -142,7 +153,7 @@ def cut(counts: NDArray[np.integer], costs: Costs) -> Cut:
     """
     experts, rows = _sorted(counts)
     n = np.arange(len(rows))
-    ends = np.maximum.reduce(_seconds(costs, n, rows, n[-1] - n, rows[-1] - rows))
+    ends = end(costs, *_seconds(costs, n, rows, n[-1] - n, rows[-1] - rows))
     at = int(np.argmin(ends))
     if ends[at] > _WORTH_DIVIDING * ends[-1]:
         at = len(ends) - 1
@@ -156,6 +167,11 @@ def cut_by_share(counts: NDArray[np.integer], cpu_share: float) -> Cut:
     # Of equally near ones the last, so that 0 leaves nothing to the CPU; and 1 everything.
     distance = np.abs((rows[-1] - rows) - cpu_share * rows[-1])
     return _cut_at(experts, rows, int(len(rows) - 1 - np.argmin(distance[::-1])))
+
+
+def end(costs: Costs, link: Any, gpu: Any, cpu: Any) -> Any:
+    """When all three have ended, in seconds: only the link works while the model computes elsewhere."""
+    return np.maximum(link, costs.elsewhere + np.maximum(gpu, cpu))
 
 
 def seconds_of(plan: Cut, costs: Costs) -> tuple[float, float, float]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from kt_moe.gpu.plan import Costs, Rates, bf16_bytes, cut, cut_by_share, layer_costs, seconds_of
+from kt_moe.gpu.plan import Costs, Rates, bf16_bytes, cut, cut_by_share, end, layer_costs, seconds_of
 
 ROUTINGS = ("even", "skewed")
 _SKEW = 1.5  # popularity is rank ** -1.5, as in `kt-moe bench --routing skewed`
@@ -105,8 +105,9 @@ def predict(
         costs = _sum(costs, _costs(work, rates, missing, train=False))
     routes = expected_routes(work, routing)
     plan = cut(routes, costs) if cpu_share is None else cut_by_share(routes, cpu_share)
-    link, gpu, cpu = (work.layers * seconds for seconds in seconds_of(plan, costs))
-    seconds = max(link, gpu, cpu)
+    of_layer = seconds_of(plan, costs)
+    seconds = work.layers * float(end(costs, *of_layer))
+    link, gpu, cpu = (work.layers * seconds for seconds in of_layer)
     return Prediction(
         routing, seconds, link, gpu, cpu, len(plan.gpu), len(plan.cpu), *plan.rows, link * rates.link,
         work.tokens / seconds,

@@ -17,31 +17,49 @@ class Pass(NamedTuple):
 
 
 class PassOrder:
-    """Learns which pass follows which: layers forward and then in reverse, or as a trainer has it."""
+    """Learns which pass follows which: layers forward and then in reverse, or as a trainer has it.
+
+    What follows depends on the two last passes: with gradient checkpointing a layer's forward is followed by
+    that of the next layer the first time, and by its own backward the second time.
+    """
 
     def __init__(self) -> None:
-        self._after: dict[Pass, Pass] = {}
-        self._last: Pass | None = None
+        self._after: dict[tuple[Pass | None, Pass], Pass] = {}
+        self._last: tuple[Pass | None, Pass | None] = (None, None)
 
     def begin(self, this: Pass) -> None:
         """Say that a pass begins."""
-        if self._last is not None:
-            self._after[self._last] = this
-        self._last = this
+        before, last = self._last
+        if last is not None:
+            self._after[before, last] = this
+        self._last = last, this
 
-    def following(self, this: Pass) -> Iterator[Pass]:
-        """The passes that came after this one the last time, nearest first, each once."""
-        seen = {this}
-        while (after := self._after.get(this)) is not None and after not in seen:
-            seen.add(after)
-            yield after
-            this = after
+    def following(self) -> Iterator[tuple[Pass, bool]]:
+        """The passes that came after the present one the last time, nearest first.
+
+        With each whether its routes are known: those of a backward, and of a forward that is computed again
+        for it. Nothing follows a forward with new routes.
+        """
+        before, this = self._last
+        known = True
+        seen: set[tuple[Pass | None, Pass]] = set()
+        while known and this is not None and (before, this) not in seen:
+            seen.add((before, this))
+            if (after := self._after.get((before, this))) is not None:
+                # A forward is computed again behind itself, or behind the backward of another layer.
+                known = after.backward or (after.layer == this.layer) != this.backward
+                yield after, known
+            before, this = this, after
 
     def forget(self, layer: int) -> None:
         """Drop a layer that is gone."""
-        self._after = {a: b for a, b in self._after.items() if layer not in (a.layer, b.layer)}
-        if self._last is not None and self._last.layer == layer:
-            self._last = None
+        self._after = {
+            pair: after
+            for pair, after in self._after.items()
+            if layer not in (after.layer, *(p.layer for p in pair if p is not None))
+        }
+        if any(p is not None and p.layer == layer for p in self._last):
+            self._last = None, None
 
 
 class Wanted(NamedTuple):

@@ -78,6 +78,12 @@ class Streams:
         """The present point of a stream, for a profile."""
         return time.perf_counter_ns()
 
+    def seconds(self, begin: Mark, end: Mark) -> float | None:
+        """Between two points of a stream; None: they are not reached yet."""
+        assert isinstance(begin, int)
+        assert isinstance(end, int)
+        return (end - begin) * 1e-9
+
     def used_by(self, tensor: Tensor, name: str | None = None) -> None:
         """Keep the tensor's memory, once it is dropped, until the stream has done its present work."""
 
@@ -194,6 +200,11 @@ class CudaStreams(Streams):
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(self._stream(name))
         return event
+
+    def seconds(self, begin: Mark, end: Mark) -> float | None:
+        assert isinstance(begin, torch.cuda.Event)
+        assert isinstance(end, torch.cuda.Event)
+        return begin.elapsed_time(end) * 1e-3 if end.query() else None  # type: ignore[no-untyped-call]
 
     def finish(self) -> None:
         self._streams["link"].synchronize()

@@ -94,6 +94,13 @@ def with_checkpoints(model: Any) -> Any:
     return model
 
 
+def with_compiled_attention(model: Any) -> Any:
+    """The model, whose attention modules are compiled when they are first called."""
+    for layer in model.model.layers:
+        layer.self_attn.compile()
+    return model
+
+
 class GroupedExperts(nn.Module):
     """Frozen experts with LoRA by torch's grouped_mm."""
 

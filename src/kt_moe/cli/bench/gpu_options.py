@@ -22,7 +22,7 @@ STEP_PEERS = ("resident", "roundpipe", "cpu")
 STEP_PRESETS = ("qwen3-30b-a3b", "qwen3-235b-a22b", "custom")
 _OURS = (
     "layers", "format", "gpu_memory", "cpu_share", "lora_device", "sequence", "checkpoint_experts",
-    "new_routes", "step",
+    "new_routes", "step", "compile",
 )  # fmt: skip
 _REFUSED = ("grow", "plot", "isa", "quick")
 
@@ -56,6 +56,7 @@ class GpuSettings:
     routing: str
     new_routes: bool
     step: bool
+    compile: bool
     sequence: int
     recompute: bool
     checkpoint_experts: str
@@ -103,6 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gpu.add_argument("--checkpoint-experts", choices=CHOICES, help="in a --step (recompute)")
     gpu.add_argument("--new-routes", action="store_true", help="other routes in every step")
     gpu.add_argument("--sequence", type=number_from(2), metavar="S", help="tokens a row of a --step (1024)")
+    gpu.add_argument("--compile", action="store_true", help="torch.compile attention in a --step")
     gpu.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help=argparse.SUPPRESS)
 
 
@@ -148,6 +150,7 @@ def read(args: argparse.Namespace) -> GpuSettings:
         routing=args.routing,
         new_routes=args.new_routes,
         step=args.step,
+        compile=args.compile,
         sequence=args.sequence or 1024,
         recompute=args.recompute,
         checkpoint_experts=args.checkpoint_experts or "recompute",

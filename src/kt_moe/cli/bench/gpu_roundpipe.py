@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kt_moe.cli.bench.data import make_weights
-from kt_moe.cli.bench.gpu_model import next_token_loss, torch_model
+from kt_moe.cli.bench.gpu_model import next_token_loss, torch_model, with_compiled_attention
 from kt_moe.cli.bench.gpu_options import GpuSettings
 from kt_moe.cli.bench.gpu_step import LEARNING_RATE
 
@@ -69,6 +69,8 @@ class RoundPipeTrainer:
         model = torch_model(
             weights, settings, torch.device("cpu"), torch.bfloat16, pin=settings.device == "cuda"
         )
+        if settings.compile:
+            with_compiled_attention(model)
         self._pipe = roundpipe.RoundPipe(as_layers(model), optim_dtype=torch.float32, name="qwen3_moe")
         trained = list(self._pipe.optim_parameters())
         try:  # its own is compiled now

@@ -66,6 +66,8 @@ class _TorchTrainer:
             gpu = settings.gpu() if job.who == OURS else "off"
             model = gpu_model.kt_model(weights, settings, job.format, gpu)
         self._model = gpu_model.with_checkpoints(model)
+        if settings.compile:
+            gpu_model.with_compiled_attention(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         on_device = [p for p in trained if p.device.type == self._device.type]
         self._optimizer = torch.optim.AdamW(on_device, lr=LEARNING_RATE, fused=True)

@@ -76,7 +76,7 @@ def _gpu_lines(gpus: Gpus) -> list[str]:
             f"{r.gpu_bytes / 1e9:,.0f} GB/s; CPU {r.cpu_flops / 1e12:.2f} TFLOP/s, "
             f"{r.cpu_bytes / 1e9:.1f} GB/s; for the same division of experts in every run:",
             "         kt_moe.Gpu(rates=kt_moe.Rates("
-            + ", ".join(f"{name}={value:.3g}" for name, value in vars(r).items())
+            + ", ".join(f"{name}={value:.3g}" for name, value in vars(r).items() if value)
             + "))",
         ]
     return lines

@@ -15,7 +15,7 @@ from kt_moe.cli.errors import UserError
 from kt_moe.cli.formats import QUANTISED, projection_bytes
 from kt_moe.cli.plan.measure import make_experts
 from kt_moe.cli.plan.memory import weights_on_gpu
-from kt_moe.cli.plan.options import RATES, Run
+from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.shapes import ExpertLayer, Outline
 from kt_moe.cli.text import size_text, table
 from kt_moe.gpu.plan import Rates
@@ -83,7 +83,8 @@ def measured_rates(
     """Of a few experts of the model's shape on this machine."""
     experts = min(_EXPERTS, layer.experts)
     shape = Shape("planned", layer.hidden, layer.intermediate, experts, min(layer.topk, experts))
-    return vars(measure(make_experts(shape, layer, format, runtime), device))
+    rates = vars(measure(make_experts(shape, layer, format, runtime), device))
+    return {name: rate for name, rate in rates.items() if name != "elsewhere"}  # that needs the whole model
 
 
 def gpu_speed(
@@ -156,7 +157,7 @@ def describe(speed: GpuSpeed) -> list[str]:
         *(f"  {line}" for line in _rates_lines(speed)),
         *indented,
         "  experts and rows of a layer; all else of a forward and backward pass; at most so many tokens/s: "
-        "attention and the rest come on top",
+        f"{'the loss and the optimizer' if speed.rates.elsewhere else 'attention and the rest'} come on top",
     ]
 
 
@@ -169,9 +170,11 @@ def _rates_lines(speed: GpuSpeed) -> list[str]:
         "cpu_flops": f"CPU {r.cpu_flops / 1e12:.3g} TFLOP/s",
         "cpu_bytes": f"CPU memory {r.cpu_bytes / 1e9:.3g} GB/s",
     }
+    if r.elsewhere:
+        texts["elsewhere"] = f"{1e3 * r.elsewhere:.3g} ms a layer for all but experts"
     lines = []
     for source in ("given", "measured", "assumed"):
-        if of_source := [texts[name] for name in RATES if speed.sources[name] == source]:
+        if of_source := [texts[name] for name in texts if speed.sources[name] == source]:
             where = " (an H200 on PCIe 5, 16 vCPUs with AMX)" if source == "assumed" else ""
             lines.append(f"{source}{where}: {', '.join(of_source)}")
     return lines

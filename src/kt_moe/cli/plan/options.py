@@ -91,8 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpointing(add)
     add_gpu(add)
     rates = (
-        f"of a machine with a GPU, a second: {', '.join(RATES)} (bytes, FLOPs); predicts a step there; those "
-        "left out are measured, or assumed where there is no GPU; kt-moe doctor prints a machine's"
+        f"of a machine with a GPU: {', '.join(RATES)} (bytes and FLOPs a second, elsewhere in seconds); "
+        "predicts a step there; those left out are measured, or assumed where there is no GPU; kt-moe doctor "
+        "prints a machine's"
     )
     add("--rates", type=parse_rates, metavar="link=55e9,...", help=rates)
     add("--threads", type=integer(1, 4096), metavar="N", help="default: the cores this process may use")
