@@ -17,14 +17,12 @@ Then the adapter that kt_moe wrote is loaded into the untouched model by plain P
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 # Every expert gets another number of tokens at every step. oneDNN compiles a product for each shape and keeps
 # 1024 of them; with room for all, the plain run is four times as fast. Read when torch is imported.
@@ -32,34 +30,34 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100000")
 
 import demo
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTTrainer
 
-from kt_moe.cli import options
-from kt_moe.cli.data import read_documents, split_documents, to_rows
-from kt_moe.cli.options import Settings
+from kt_moe.cli.data import cut_texts, hold_out, load_data
 from kt_moe.cli.plot import History, plot_losses
-from kt_moe.cli.progress import Progress
-from kt_moe.cli.quiet import quiet
-from kt_moe.cli.trainer import Rows, build_trainer
 
 TOLERANCE = 0.01
 OUT = Path("out/demo-check")
 # PEFT takes modules called gate_proj for those that transformers 5 fuses, so these have names of their own.
 NAMES = {"gate_proj": "w_gate", "up_proj": "w_up", "down_proj": "w_down"}
 
+Rows = tuple[Dataset, Dataset]
+
 WRITE_INITIAL_LORA = """
-import json, sys
-from pathlib import Path
+import sys
 from kt_moe.adapters import save_adapter
-from kt_moe.cli.model import add_lora, load_base_model
-from kt_moe.cli.quiet import quiet
-s = json.loads(sys.argv[1])
-lora = {name: s[name] for name in ("rank", "alpha", "dropout", "targets", "seed")}
-with quiet():
-    save_adapter(add_lora(load_base_model(Path(s["model"])), **lora), sys.argv[2])
+from kt_moe.cli import finetune, train
+
+def built(job, trainer):
+    save_adapter(trainer.model, sys.argv[1])
+    sys.exit()
+
+train.Job.built = built
+finetune.run(sys.argv[2:])
 """
 
 
@@ -92,17 +90,17 @@ class EagerExperts(nn.ModuleList):
         return out
 
 
-def plain_model(settings: Settings, initial: Path) -> PeftModel:
+def plain_model(initial: Path) -> PeftModel:
     """transformers' model with eager experts and PEFT's LoRA, whose values are those of an adapter's file."""
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(demo.MODEL, dtype=torch.bfloat16)
     for layer in model.model.layers:
         fused = layer.mlp.experts
         pairs = zip(fused.gate_up_proj, fused.down_proj, strict=True)
         layer.mlp.experts = EagerExperts(Expert(gate_up, down) for gate_up, down in pairs)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", *NAMES.values()]
-    model = get_peft_model(
-        model, LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets)
-    )
+    theirs = json.loads((initial / "adapter_config.json").read_text())
+    lora = LoraConfig(r=theirs["r"], lora_alpha=theirs["lora_alpha"], target_modules=targets)
+    model = get_peft_model(model, lora)
 
     values = load_file(initial / "adapter_model.safetensors")
     with torch.no_grad():
@@ -116,32 +114,49 @@ def plain_model(settings: Settings, initial: Path) -> PeftModel:
     return model
 
 
-def run_kt_moe(settings: Settings, data: Path) -> History:
-    """`kt-moe finetune`, and beside it the LoRA that the same settings start from."""
+def run_kt_moe(data: Path) -> History:
+    """`kt-moe finetune`, and beside it the LoRA that the same options start from."""
     arguments = [*demo.command(data, OUT / "kt_moe"), "--overwrite"]
     subprocess.run([sys.executable, "-m", "kt_moe.cli", *arguments], check=True)
-    initial = [sys.executable, "-c", WRITE_INITIAL_LORA, json.dumps(settings.to_dict()), str(OUT / "initial")]
-    subprocess.run(initial, check=True)
+    again = [*demo.command(data, OUT / "start")[1:], "--overwrite"]
+    subprocess.run([sys.executable, "-c", WRITE_INITIAL_LORA, str(OUT / "initial"), *again], check=True)
     found = json.loads((OUT / "kt_moe" / "metrics.json").read_text())
     return History([tuple(p) for p in found["train"]], [tuple(p) for p in found["held_out"]])
 
 
-def run_plain(settings: Settings, tokenizer: Any, rows: Rows) -> History:
+def make_trainer(model: PeftModel, rows: Rows) -> SFTTrainer:
+    """TRL's own trainer with the options of kt_moe's run."""
+    options = torch.load(OUT / "kt_moe" / "training_args.bin", weights_only=False)
+    options.output_dir = str(OUT / "plain")
+    parts = dict(zip(("train_dataset", "eval_dataset"), rows, strict=True))
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL)
+    return SFTTrainer(model, args=options, processing_class=tokenizer, **parts)
+
+
+def read_rows(data: Path) -> Rows:
+    """Training and held-out rows of kt_moe's run."""
+    run = json.loads((OUT / "kt_moe" / "run.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL)
+    parts = hold_out(load_data(str(data))["train"], run["eval_fraction"], run["seed"])
+    training, held_out = (cut_texts(part, tokenizer, run["max_length"]) for part in parts)
+    return training, held_out
+
+
+def run_plain(rows: Rows) -> History:
     """The same training in plain PyTorch."""
-    model = plain_model(settings, OUT / "initial")
-    trainer = build_trainer(model, tokenizer, rows, settings, OUT / "plain", callbacks=[Progress()])
+    trainer = make_trainer(plain_model(OUT / "initial"), rows)
     trainer.train()
     return History.from_log(trainer.state.log_history)
 
 
-def evaluate_adapter(settings: Settings, tokenizer: Any, rows: Rows) -> float:
+def evaluate_adapter(rows: Rows) -> float:
     """Held-out loss of kt_moe's adapter on transformers' own, fused model."""
-    base = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(demo.MODEL, dtype=torch.bfloat16)
     with warnings.catch_warnings():
         # PEFT makes these patterns itself, for fused parameters, and then looks for them among modules alone.
         warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
         model = PeftModel.from_pretrained(base, OUT / "kt_moe")
-    loss: float = build_trainer(model, tokenizer, rows, settings, OUT / "plain").evaluate()["eval_loss"]
+    loss: float = make_trainer(model, rows).evaluate()["eval_loss"]
     return loss
 
 
@@ -154,19 +169,12 @@ def final_losses(history: History) -> dict[str, float]:
 def main() -> int:
     """Run it; the exit status."""
     data = demo.write_topics(OUT / "topics.jsonl")
-    parser = argparse.ArgumentParser()
-    options.add_arguments(parser)
-    settings = Settings.from_args(parser.parse_args(demo.command(data, OUT / "kt_moe")[1:]))
     print("--- kt_moe", flush=True)
-    kt_moe = run_kt_moe(settings, data)
+    kt_moe = run_kt_moe(data)
 
     print("\n--- plain transformers + PEFT", flush=True)
-    with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(settings.model)
-        parts = split_documents(read_documents(data), settings.eval_fraction, settings.seed)
-        rows = Rows(*(to_rows(part, tokenizer, settings.seq_len) for part in parts))
-        plain = run_plain(settings, tokenizer, rows)
-        adapter_loss = evaluate_adapter(settings, tokenizer, rows)
+    rows = read_rows(data)
+    plain, adapter_loss = run_plain(rows), evaluate_adapter(rows)
     assert "kt_moe.hf" not in sys.modules
 
     curve = OUT / "loss.png"

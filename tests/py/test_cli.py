@@ -23,7 +23,7 @@ from user_errors import one_line_error
 
 import kt_moe
 from kt_moe import RoutingHistory
-from kt_moe.cli import main, progress
+from kt_moe.cli import main, trainer
 from kt_moe.cli.info import describe
 from kt_moe.cli.output import RunDirectory
 
@@ -109,7 +109,9 @@ def test_run_leaves_adapter_curve_and_numbers(finished: Path) -> None:
     assert found["held_out"][-1][1] < found["held_out"][0][1]
     assert found["tokens_per_second"] > 0
     assert found["peak_memory_bytes"]["host"] > 10**8
-    assert not list(finished.glob(".*"))  # no scratch left
+    assert not list(finished.glob(".*"))  # neither scratch nor lock left
+    for file in finished.glob("adapter*"):
+        assert file.stat().st_mode & 0o777 == 0o644  # servers run as other users
 
 
 def test_whole_experts_by_an_earlier_run(
@@ -126,18 +128,18 @@ def test_whole_experts_by_an_earlier_run(
     monkeypatch.setattr(kt_moe.Experts, "rebalance", lambda self, counts: given.append(counts.tolist()))
     assert cli(tmp_path / "out", *more, "--popularity", routing) == 0
     assert given == [counts.tolist() for counts in RoutingHistory.load(routing).total().values()]
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["placement"] == "expert"
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["experts_placement"] == "expert"
     capsys.readouterr()
     assert cli(tmp_path / "tensor", "--popularity", routing) != 0
-    assert "error: --popularity is for --placement expert" in capsys.readouterr().err
+    assert "error: --popularity is for --experts_placement expert" in capsys.readouterr().err
     assert cli(tmp_path / "absent", *more, "--popularity", str(tmp_path / "absent")) != 0
     assert f"error: --popularity {tmp_path / 'absent'}: " in capsys.readouterr().err
     assert not (tmp_path / "tensor").exists()
     assert cli(tmp_path / "absent", *more, "--popularity", str(tmp_path)) != 0
     assert "is no ordinary file" in capsys.readouterr().err
-    for own in (finished / "routing.safetensors", *finished.glob("checkpoints/*/routing.safetensors")):
+    for own in (finished / "routing.safetensors", *finished.glob("*/routing.safetensors")):
         assert cli(finished, *more, "--overwrite", "--popularity", str(own)) != 0
-        assert "lies in --output, which this run replaces" in capsys.readouterr().err
+        assert "lies in --output_dir, which this run replaces" in capsys.readouterr().err
         assert own.exists()
     save_file({"steps": torch.ones(1, dtype=torch.int64)}, routing, metadata={"every": "1"})
     assert cli(tmp_path / "out", *more, "--popularity", routing, "--resume") != 0
@@ -161,16 +163,17 @@ def test_run_leaves_its_routing(finished: Path) -> None:
     assert "routing        busiest expert" in (finished.parent / "stdout").read_text()
 
 
-def test_run_says_what_matters_and_no_more(finished: Path) -> None:
+def test_run_says_what_matters(finished: Path) -> None:
     stdout, stderr = ((finished.parent / name).read_text() for name in ("stdout", "stderr"))
     losses = [loss for _, loss in metrics(finished)["held_out"]]
-    assert f"held-out loss  {losses[0]:.4f} before, {losses[-1]:.4f} after" in stdout
+    assert f"held-out loss  {losses[0]:.4f} at first, {losses[-1]:.4f} at last" in stdout
     assert str(finished / "adapter_model.safetensors") in stdout
     assert str(finished / "loss.png") in stdout
     assert "--- '92 squared' before training" in stdout
-    lines = stderr.splitlines()
-    assert [line for line in lines if not line.startswith("step ")] == []
-    assert all("tokens/s, peak " in line for line in lines if "held-out" not in line)
+    logs = [line for line in stdout.splitlines() if line.startswith("{'loss'")]
+    assert len(logs) == STEPS
+    assert all("'tokens_per_second'" in line and "'peak_host_gib'" in line for line in logs)
+    assert stderr == ""
 
 
 def test_interrupted_run_resumes_with_the_same_losses(
@@ -181,7 +184,7 @@ def test_interrupted_run_resumes_with_the_same_losses(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    output, log = tmp_path / "out", progress.Progress.on_log
+    output, log = tmp_path / "out", trainer.Clock.on_log
     # A shell that puts its jobs into the background has them ignore the signal.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
@@ -195,7 +198,7 @@ def test_interrupted_run_resumes_with_the_same_losses(
 
     arguments = ["--max-steps", str(STEPS), "--dropout", "0.2", "--save-every", "100"]
     with monkeypatch.context() as patch:
-        patch.setattr(progress.Progress, "on_log", interrupt)
+        patch.setattr(trainer.Clock, "on_log", interrupt)
         assert cli(output, *arguments) == 130
     said = capsys.readouterr().out
     assert "the last checkpoint is" in said
@@ -204,7 +207,7 @@ def test_interrupted_run_resumes_with_the_same_losses(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     assert cli(output, *arguments) == 2  # neither started anew nor resumed unasked
-    assert "unfinished run; pass --resume" in capsys.readouterr().err
+    assert "holds an unfinished run: pass --resume" in capsys.readouterr().err
     assert cli(output, *arguments, "--resume") == 0
     assert metrics(output)["train"] == metrics(finished)["train"]
     assert metrics(output)["held_out"] == metrics(finished)["held_out"]
@@ -222,7 +225,7 @@ def test_finished_run_is_not_touched_unasked(
     assert cli(output, *arguments) == 2
     assert "already has an adapter" in capsys.readouterr().err
     assert cli(output, *arguments, "--lr", "1e-3", "--resume") == 2
-    assert "lr was 0.01 when the run began, now it is 0.001" in capsys.readouterr().err
+    assert "learning_rate was 0.01 when the run began, now it is 0.001" in capsys.readouterr().err
     assert cli(output, *arguments, "--resume") == 0
     assert "the run is complete" in capsys.readouterr().out
     (output / "adapter_model.safetensors").unlink()  # as if stopped right after the last step
@@ -233,7 +236,7 @@ def test_finished_run_is_not_touched_unasked(
     assert cli(output, "--max-steps", "1", "--eval-fraction", "0", "--overwrite") == 0
     assert len(metrics(output)["train"]) == 1
     assert metrics(output)["held_out"] == []
-    assert [path.name for path in (output / "checkpoints").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 def test_conversations_and_experts_alone(model: Path, tmp_path: Path) -> None:
@@ -250,21 +253,24 @@ def test_conversations_and_experts_alone(model: Path, tmp_path: Path) -> None:
     assert len(metrics(output)["train"]) == 2
 
 
-def test_options_of_the_gpu_arrive(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_the_experts_arrive(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[dict[str, Any]] = []
-    config = kt_moe.hf.KtMoeConfig
 
-    def make(**options: Any) -> Any:
-        made.append(options)
-        return config(**options)
+    class Config(kt_moe.KtMoeConfig):  # type: ignore[misc]
+        def __init__(self, **options: Any) -> None:
+            made.append(options)
+            super().__init__(**options)
 
-    monkeypatch.setattr(kt_moe.hf, "KtMoeConfig", make)
-    monkeypatch.setattr("kt_moe.cli.finetune.refuse_without_gpu", lambda args: None)
+    monkeypatch.setattr("kt_moe.cli.experts_config.KtMoeConfig", Config)
+    monkeypatch.setattr("kt_moe.cli.train.refuse_without_gpu", lambda experts: None)
     more = ["--gpu-memory", "6GiB", "--cpu-share", "0.5", "--lora-device", "cpu", "--max-steps", "1"]
-    assert cli(tmp_path / "out", *more) == 0
-    (options,) = made
-    assert (options["gpu"], options["gpu_memory"], options["cpu_share"]) == ("auto", 6 << 30, 0.5)
+    assert cli(tmp_path / "out", *more, "--experts_gpu_rates", '{"link": 1e9}', "--format", "int4") == 2
+    rates = '{"link": 1e9, "gpu_flops": 1e12, "gpu_bytes": 1e11, "cpu_flops": 1e11, "cpu_bytes": 1e10}'
+    assert cli(tmp_path / "out", *more, "--experts_gpu_rates", rates, "--format", "int4") == 0
+    options = made[1]
+    assert (options["gpu"], options["gpu_memory"], options["cpu_share"]) == ("auto", "6GiB", 0.5)
     assert (options["lora_device"], options["checkpoint_experts"]) == ("cpu", "recompute")
+    assert (options["format"], options["gpu_rates"]["link"]) == ("int4", 1e9)
 
 
 def test_conversation_the_template_refuses(
@@ -273,48 +279,54 @@ def test_conversation_the_template_refuses(
     data = tmp_path / "d.jsonl"
     data.write_text(json.dumps({"messages": [{"role": "stranger", "content": "?"}]}) + "\n")
     files = ["--model", str(model), "--data", str(data), "--output", str(tmp_path / "out")]
-    assert main(["finetune", *files, "--eval-fraction", "0"]) == 2
-    assert f"{data}: a conversation does not fit the template: no strangers" in capsys.readouterr().err
+    assert main(["finetune", *files, *SMALL, "--eval-fraction", "0"]) == 2
+    assert f"a conversation in {data} does not fit the chat template: no strangers" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(
-    "option", [["--gpu-memory", "1GiB"], ["--cpu-share", "0.5"], ["--lora-device", "cuda"]]
+    "option",
+    [["--gpu-memory", "1GiB"], ["--cpu-share", "0.5"], ["--lora-device", "cuda"], ["--gpu", "cuda:0"]],
 )
 def test_options_of_a_gpu_that_is_not_there(
     cli: Any, option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli(tmp_path / "out", *option) == 2
-    assert f"{option[0]} is for a GPU, and PyTorch " in capsys.readouterr().err
+    assert (
+        f"--experts_{option[0][2:].replace('-', '_')} is for a GPU, and PyTorch " in capsys.readouterr().err
+    )
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rank", "0"], "argument --rank: '0', wanted an integer of at least 1"),
-        (["--seed", str(2**32)], "argument --seed: '4294967296', wanted an integer from 0 to 4294967295"),
-        (["--dropout", "1"], "argument --dropout: '1', wanted a number from 0 to below 1"),
-        (["--targets", ","], "--targets is empty"),
+        (["--rank", "0"], "the rank of experts is 0, wanted at least 1"),
+        (["--lr", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
+        (["--eval-fraction", "1"], "--eval_fraction is 1.0, wanted 0 to below 1"),
+        (["--targets", "q_proj,nothing"], "targets ['nothing'], which match nothing in this model; it has"),
+        (["--nothing", "1"], "'--nothing', '1'"),
+        (["--gpu-memory", "6 apples"], "gpu_memory is '6 apples', wanted a positive number of bytes"),
+        (["--gpu", "off", "--gpu-memory", "1GiB"], 'gpu="off" and gpu_memory'),
+        (["--lora-device", "gpu"], "invalid choice: 'gpu'"),
         (
-            ["--targets", "q_proj,nothing"],
-            "the model has no 'nothing', wanted some of ['attention', 'experts'",
+            ["--checkpoint-experts", "retain"],
+            "--experts_checkpoint_experts retain is for --gradient_checkpointing",
         ),
-        (["--nothing", "1"], "unrecognized arguments: --nothing 1 (see kt-moe finetune --help)"),
-        (["--gpu", "gpu0"], "argument --gpu: 'gpu0', wanted auto, off, cuda:0 or the like"),
-        (["--gpu", "cuda:99"], "--gpu cuda:99: there are "),
-        (["--gpu-memory", "6 apples"], "argument --gpu-memory: '6 apples', wanted auto or a size such as"),
-        (["--cpu-share", "1.5"], "argument --cpu-share: '1.5', wanted auto or a number from 0 to 1"),
-        (["--gpu", "off", "--gpu-memory", "1GiB"], "--gpu off excludes --gpu-memory and --cpu-share"),
-        (["--lora-device", "gpu"], "argument --lora-device: invalid choice: 'gpu'"),
-        (["--checkpoint-experts", "retain"], "--checkpoint-experts retain is for --gradient-checkpointing"),
         (["--resume"], "no complete checkpoint"),
         (["--resume", "--overwrite"], "exclude each other"),
-        (["--assistant-only-loss"], 'wants data with "messages"'),
-        (["--model", "/nowhere"], "it has no config.json (a model on the hub: hf download"),
-        (["--data", "/nowhere.txt"], "cannot read /nowhere.txt: No such file"),
+        (["--assistant-only-loss"], "only supported for conversational datasets"),
+        (["--seq-len", "100000"], "--max_length is 100000, the model's longest sequence is "),
+        (["--model", "/nowhere"], "there is no /nowhere"),
+        (["--model", "nobody/nothing"], "nobody/nothing: no config of a model: "),
+        (["--data", "/nowhere.txt"], "no such file: /nowhere.txt"),
         (["--output", __file__], "is a file, wanted a directory"),
+        (["--config", "/nowhere.yaml"], "No such file or directory: '/nowhere.yaml'"),
+        (
+            ["--eval-fraction", "0", "--eval_strategy", "steps", "--dataset_test_split", "x"],
+            "has no split 'x'",
+        ),
     ],
 )
 def test_user_errors_are_one_line(
@@ -332,7 +344,7 @@ def test_damaged_model_is_an_error(
     weights.write_bytes(weights.read_bytes()[:5000])
     files = ["--model", str(damaged), "--data", str(data), "--output", str(tmp_path / "out")]
     assert main(["finetune", *files]) == 2
-    assert f"error: --model {damaged}: " in capsys.readouterr().err
+    assert "error: " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -350,9 +362,9 @@ def test_incomplete_checkpoints_are_passed_over(tmp_path: Path) -> None:
         "checkpoint-11": '{"a',
         "checkpoint-x": "{}",
     }.items():
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-        (tmp_path / "checkpoints" / name / "trainer_state.json").write_text(state)
-    (tmp_path / "checkpoints" / "checkpoint-12").mkdir()
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-12").mkdir()
     last = RunDirectory(tmp_path).last_checkpoint()
     assert last is not None
     assert last.name == "checkpoint-10"

@@ -51,7 +51,7 @@ MEDIUM = {
 # Loads the model, puts LoRA on its experts and trains three steps; the most it ever took beyond its imports.
 REAL = """
 import sys, torch, transformers, peft
-from kt_moe.cli import trainer
+from kt_moe.cli import train
 from kt_moe.host_memory import resident
 from kt_moe.cli.plan.measure import process_bytes
 from kt_moe.hf import KtMoeConfig
@@ -412,7 +412,11 @@ def test_a_measured_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (None, [], "there is no "),
         (transformers.LlamaConfig(), [], "model type 'llama' is not supported by kt_moe"),
         (tiny_config("deepseek_v3", first_k_dense_replace=2), [], "has no layer with routed experts"),
-        (tiny_config(), ["--targets", "gate,nothing"], "the model has no 'nothing'"),
+        (
+            tiny_config(),
+            ["--targets", "gate,nothing"],
+            "targets ['nothing'], which match nothing in this model",
+        ),
         (tiny_config(), ["--targets", ","], "--targets is empty"),
         (tiny_config(), ["--rank", "0"], "argument --rank: '0', wanted an integer of at least 1"),
         (tiny_config(), ["--gpu", "off", "--cpu-share", "0.5"], "--gpu off excludes --gpu-memory and --cpu"),

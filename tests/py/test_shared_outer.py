@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,8 +20,7 @@ from tiny_models import ALL_EXPERTS, PEFT_WARNINGS, error, load, lora_layers, sa
 from torch import Tensor
 
 import kt_moe
-from kt_moe.cli.model import add_lora
-from kt_moe.cli.options import Settings, add_arguments
+from kt_moe.cli import finetune, train
 from kt_moe.functional import PROJECTIONS
 
 pytestmark = PEFT_WARNINGS
@@ -163,16 +161,15 @@ def test_orthogonal_start_and_moe_layer(bases: dict[str, Path]) -> None:
 
 
 def test_of_the_finetune_command(bases: dict[str, Path]) -> None:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    base = str(bases["qwen3_moe"])
     for more, sizes in ((["--shared-outer"], [1, 1, 4]), ([], [4, 4, 4])):
-        arguments = ["--model", base, "--data", "x.txt", "--output", "out", *more]
-        s = Settings.from_args(parser.parse_args(arguments))
-        model = add_lora(
-            load(bases["qwen3_moe"]), rank=s.rank, alpha=s.alpha, dropout=s.dropout, targets=s.targets,
-            seed=s.seed, shared_outer=s.shared_outer,
-        )  # fmt: skip
+        with train.quiet():
+            given = ["--model", str(bases["qwen3_moe"]), *more]
+            options = train.parse(
+                "sft", [*map(finetune.spelled_out, given), "--lora_target_modules", "experts"]
+            )
+        lora = train.lora_of(options)
+        lora.target_modules = {"experts"}
+        model = peft.get_peft_model(load(bases["qwen3_moe"]), lora)
         assert [len(a) for a in lora_layers(model)[0].lora_A["default"].values()] == sizes
 
 

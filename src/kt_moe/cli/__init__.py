@@ -8,30 +8,63 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import NoReturn
 
 from kt_moe import __version__
-from kt_moe.cli import bench, doctor, finetune, info, inspect, merge, models, options, pack, plan, trace_view
 from kt_moe.cli.errors import UserError
 
 __all__ = ["main"]
 
+_TRAINING = {
+    "sft": "train on texts, conversations, or prompts and completions (TRL's SFT)",
+    "dpo": "train on pairs of a chosen and a rejected answer (TRL's DPO)",
+    "kto": "train on answers that are marked good or bad (TRL's KTO)",
+    "reward": "train a reward model on pairs of answers (TRL's reward)",
+    "grpo": "train by rewards of groups of the model's own answers (TRL's GRPO)",
+    "rloo": "train by rewards of the model's own answers (TRL's RLOO)",
+    "finetune": "sft with short names of options and defaults for a first run",
+}
+_OTHERS = {
+    "plan": "tell the memory and speed of a run before it is started",
+    "pack": "write experts to a directory from which they are mapped",
+    "inspect": "show what a checkpoint holds of experts",
+    "merge": "write a checkpoint with an adapter merged in",
+    "models": "list the families of models whose experts work",
+    "info": "show what this machine offers and what will run on it",
+    "doctor": "find what about this machine costs speed, and what mends it",
+    "trace-view": "draw a profile's trace as a timeline",
+    "bench": "time a layer against this machine's ceilings and its rivals",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with `argv` (default: the process's); the exit status."""
-    command_line = list(sys.argv[1:] if argv is None else argv)
-    args, unknown = _parser().parse_known_args(command_line)
-    if unknown:
-        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # names the command's own --help
-    args.command_line = command_line
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = next(iter(words), "")
     try:
-        status: int = args.run(args)
+        return _run(command, words)
     except (UserError, OSError) as error:  # an OSError that got here is a full disk or a missing permission
-        print(f"kt-moe {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"kt-moe {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        return finetune.INTERRUPTED
+        return 130
+
+
+def _run(command: str, words: list[str]) -> int:
+    if command in _TRAINING:
+        try:
+            train = import_module(f"kt_moe.cli.{'finetune' if command == 'finetune' else 'train'}")
+        except ModuleNotFoundError as error:
+            raise UserError(f"{error.name} is missing: pip install 'kt_moe[train]'") from error
+        status: int = train.run(words[1:]) if command == "finetune" else train.run(command, words[1:])
+        return status
+    args, unknown = _parser(command).parse_known_args(words)
+    if unknown:
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # names the command's own --help
+    args.command_line = words
+    status = args.run(args)
     return status
 
 
@@ -41,28 +74,15 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: str) -> argparse.ArgumentParser:
+    """The parser; of the commands, only the one that runs is imported."""
     parser = _Parser(prog="kt-moe", description="LoRA fine-tuning of MoE models, experts on CPU and GPU")
     parser.add_argument("--version", action="version", version=f"kt-moe {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, declare, module, what in (
-        ("finetune", options.add_arguments, finetune, "fine-tune a model with LoRA"),
-        ("info", info.add_arguments, info, "show what this machine offers and what will run on it"),
-        (
-            "doctor",
-            doctor.add_arguments,
-            doctor,
-            "find what about this machine costs speed, and what mends it",
-        ),
-        ("inspect", inspect.add_arguments, inspect, "show what a checkpoint holds of experts"),
-        ("merge", merge.add_arguments, merge, "write a checkpoint with an adapter merged in"),
-        ("models", models.add_arguments, models, "list the families of models whose experts work"),
-        ("pack", pack.add_arguments, pack, "write experts to a directory from which they are mapped"),
-        ("plan", plan.add_arguments, plan, "tell the memory and speed of a run before it is started"),
-        ("trace-view", trace_view.add_arguments, trace_view, "draw a profile's trace as a timeline"),
-        ("bench", bench.add_arguments, bench, "time a layer against this machine's ceilings and its rivals"),
-    ):
-        command = commands.add_parser(name, help=what)
-        declare(command)
-        command.set_defaults(run=module.run, parser=command)
+    for name, what in (_TRAINING | _OTHERS).items():
+        sub = commands.add_parser(name, help=what)
+        if name == command:
+            module = import_module(f"kt_moe.cli.{name.replace('-', '_')}")
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run, parser=sub)
     return parser

@@ -1,10 +1,6 @@
-"""Documents: read from a file, split into training and held-out, cut into rows of tokens.
+"""The data of a run: files for `--dataset_name`, held-out rows, rows of long texts.
 
-Owns the file formats `kt-moe finetune --data` takes. Knows nothing of models or training.
-
-.jsonl   one JSON object a line: {"text": "..."} or {"messages": [{"role": "...", "content": "..."}, ...]};
-         the whole file is of one kind; blank lines are skipped; other keys are ignored.
-.txt     a form feed ends a document; in a file without form feeds two or more blank lines do.
+Files are read by `datasets`. Knows nothing of models or training.
 """
 
 from __future__ import annotations
@@ -12,79 +8,132 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from kt_moe.cli.errors import UserError
 
-Messages = list[dict[str, Any]]
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+_LANGUAGE = "text, messages, or prompt and completion"
+# Columns that a command's data may have; each inner tuple is one way.
+_WANTED: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
+    "sft": (
+        _LANGUAGE,
+        (("messages",), ("conversations",), ("prompt", "completion"), ("input_ids",), ("images",)),
+    ),
+    "dpo": ("prompt, chosen and rejected", (("chosen", "rejected"),)),
+    "reward": ("chosen and rejected", (("chosen", "rejected"),)),
+    "kto": ("prompt, completion and label", (("prompt", "completion", "label"), ("chosen", "rejected"))),
+    "grpo": ("prompt", (("prompt",),)),
+    "rloo": ("prompt", (("prompt",),)),
+}
 
 
-@dataclass(frozen=True)
-class Documents:
-    """The documents of one file, all of one kind.
+def load_data(name: str, config: str | None = None, streaming: bool = False) -> Any:
+    """A `datasets.DatasetDict` of a file, a directory of files, or a data set on the hub.
 
-    kind: "text" (each is a str) or "messages" (each is a list of {"role", "content"}).
-    """
-
-    kind: str
-    items: Sequence[str | Messages]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def digest(self) -> str:
-        """SHA-256 of the documents in their order, hexadecimal."""
-        return _hash(json.dumps(list(self.items)))
-
-
-def read_documents(path: Path) -> Documents:
-    """Read a .jsonl or .txt file.
+    .jsonl, .json, .parquet   rows, as `datasets` reads them
+    .txt                      documents end in a form feed; in a file without form feeds in two blank lines
 
     Raises:
-        UserError: no such file, another suffix, no documents; not UTF-8, malformed or mixed content, which
-            names file and line.
+        UserError: no such file, no rows, or rows that cannot be read; names file and line.
     """
-    readers = {".jsonl": _parse_jsonl, ".txt": _parse_txt}
-    if path.suffix not in readers:
-        raise UserError(f"--data is {path}, wanted a file that ends in {' or '.join(readers)}")
-    documents = readers[path.suffix](path, _read_utf8(path))
-    if not documents.items:
-        raise UserError(f"{path} holds no documents")
-    return documents
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    path = Path(name)
+    files = local_files(path)
+    builder = {_BUILDERS[file.suffix] for file in files}
+    if not path.exists():
+        if path.suffix in _BUILDERS:
+            raise UserError(f"--dataset_name: no such file: {path}")
+        return load_dataset(name, name=config, streaming=streaming)
+    if len(builder) != 1:
+        found = f"files of {len(builder)} kinds" if builder else "no file"
+        raise UserError(f"--dataset_name {path}: {found}, wanted {', '.join(_BUILDERS)} of one kind")
+    kind = builder.pop()
+    for file in files if kind != "parquet" else []:
+        _check_text(file)
+    options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
+    if path.is_file():
+        options["data_files"] = {"train": [str(path)]}
+    try:
+        found = load_dataset(kind if path.is_file() else name, name=config, streaming=streaming, **options)
+    except (DatasetsError, ValueError, OSError) as error:
+        raise UserError(_blame(files, error)) from error
+    return _split_documents(found) if kind == "text" else found
 
 
-def split_documents(documents: Documents, fraction: float, seed: int) -> tuple[Documents, Documents]:
-    """Hold out about `fraction` of the documents, at least one where fraction > 0.
+def local_files(path: Path) -> list[Path]:
+    """The data files of a path; none where it is a name on the hub."""
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.suffix in _BUILDERS)
+    return [path] if path.is_file() and path.suffix in _BUILDERS else []
 
-    Which ones follows from the documents' contents and the seed, not from their order, and copies of a
-    document lie on the same side: nothing held out is trained on.
+
+def digest(name: str) -> str:
+    """SHA-256 of a data set's files, or of one file, hexadecimal; its name where it is on the hub."""
+    found = hashlib.sha256()
+    files = local_files(Path(name)) or [file for file in [Path(name)] if file.is_file()]
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                found.update(block)
+    return found.hexdigest() if files else name
+
+
+def check_columns(command: str, rows: Any, where: str, text_field: str = "text") -> None:
+    """Refuse data that the command cannot use.
+
+    Raises:
+        UserError: it has no rows, other columns, or some in only a part of its rows.
+    """
+    names = rows.column_names
+    if names is None:  # a stream that has not begun
+        return
+    wanted, ways = _WANTED[command]
+    ways = (*ways, (text_field,)) if command == "sft" else ways
+    way = next((way for way in ways if set(way) <= set(names)), None)
+    if way is None:
+        raise UserError(f"{where} has the columns {', '.join(names)}; kt-moe {command} wants {wanted}")
+    if not hasattr(rows, "data"):
+        return
+    if not len(rows):
+        raise UserError(f"{where} has no rows")
+    for name in way:
+        if any(value is None for value in rows[name]):
+            row = next(n for n, value in enumerate(rows[name]) if value is None)
+            raise UserError(f"{where}: row {row + 1} has no {name}, others have: files do not mix kinds")
+
+
+def hold_out(rows: Any, fraction: float, seed: int, text_field: str = "text") -> tuple[Any, Any]:
+    """Hold out about `fraction` of the rows, at least one.
+
+    Which ones follows from their contents and the seed, not from their order, and copies of a row lie on the
+    same side: nothing held out is trained on.
 
     Returns:
-        (training, held-out), each in the file's order.
+        (training, held-out), each in the order of `rows`.
 
     Raises:
-        UserError: fraction > 0 and fewer than two different documents.
+        UserError: fewer than two different rows.
     """
-    if fraction == 0:
-        return documents, Documents(documents.kind, [])
-    keys = [_hash(f"{seed}\n{json.dumps(item)}") for item in documents.items]
+    name = next((name for name in (text_field, "messages") if name in rows.column_names), None)
+    items = rows[name] if name else rows
+    keys = [hashlib.sha256(f"{seed}\n{json.dumps(item, default=str)}".encode()).hexdigest() for item in items]
     ranked = sorted(set(keys))
     if len(ranked) < 2:
         raise UserError(
             "the data is a single document, so none can be held out: separate its documents (form feed or "
-            "two blank lines in .txt, a line each in .jsonl), or pass --eval-fraction 0"
+            "two blank lines in .txt, a line each in .jsonl), or pass --eval_fraction 0"
         )
     wanted = max(1, round(fraction * len(ranked)))
-    held_out = set(ranked[: min(wanted, len(ranked) - 1)])
-    pairs = list(zip(keys, documents.items, strict=True))
-    return (
-        Documents(documents.kind, [item for key, item in pairs if key not in held_out]),
-        Documents(documents.kind, [item for key, item in pairs if key in held_out]),
-    )
+    out = set(ranked[: min(wanted, len(ranked) - 1)])
+    parts = ([n for n, key in enumerate(keys) if (key in out) == side] for side in (False, True))
+    training, held_out = (rows.select(part) for part in parts)
+    return training, held_out
 
 
 def cut(tokens: Sequence[int], length: int) -> list[list[int]]:
@@ -97,97 +146,63 @@ def cut(tokens: Sequence[int], length: int) -> list[list[int]]:
     return [list(tokens[a:b]) for a, b in pairwise(edges)]
 
 
-def to_rows(documents: Documents, tokenizer: Any, seq_len: int) -> list[dict[str, Any]]:
-    """What TRL's SFTTrainer takes, a dictionary a row.
+def cut_texts(rows: Any, tokenizer: Any, length: int, text_field: str = "text") -> Any:
+    """Rows of at most `length` tokens ("input_ids") from rows of text; no row mixes documents.
 
-    Text is tokenized here, ended by the end-of-sequence token and cut into rows of at most seq_len tokens
-    ("input_ids"); no row mixes documents. Conversations stay "messages": TRL applies the chat template and
-    truncates.
+    Every document ends with the end-of-sequence token, unless the tokenizer has none.
     """
-    if documents.kind == "messages":
-        return [{"messages": item} for item in documents.items]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows = (piece for item in documents.items for piece in cut(_encode(tokenizer, item) + end, seq_len))
-    return [{"input_ids": piece} for piece in rows if len(piece) > 1]  # one token predicts nothing
+
+    def pieces(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        # verbose=False: no warning of documents longer than the model's context, they are cut right after
+        ids = (tokenizer(text, verbose=False)["input_ids"] + end for text in batch[text_field])
+        found = [piece for document in ids for piece in cut(document, length)]
+        return {"input_ids": [piece for piece in found if len(piece) > 1]}  # one token predicts nothing
+
+    return rows.map(pieces, batched=True, remove_columns=rows.column_names, desc="Cutting into rows")
 
 
-def _encode(tokenizer: Any, text: Any) -> list[int]:
-    # verbose=False: no warning of documents longer than the model's context, they are cut right after
-    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-    return ids
+def _split_documents(found: Any) -> Any:
+    def split(batch: dict[str, list[str]]) -> dict[str, list[str]]:
+        return {"text": [document for text in batch["text"] for document in documents(text)]}
+
+    return found.map(split, batched=True)
 
 
-def _read_utf8(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not UTF-8 (byte {error.object[error.start]:#04x})") from None
-    except OSError as error:
-        raise UserError(f"--data: cannot read {path}: {error.strerror}") from None
-
-
-def _parse_txt(path: Path, text: str) -> Documents:
-    text = text.replace("\r\n", "\n")
+def documents(text: str) -> list[str]:
+    """The documents of a .txt file."""
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
     pattern = r"\f" if "\f" in text else r"\n(?:[ \t]*\n){2,}"
-    return Documents("text", [part.strip("\n") for part in re.split(pattern, text) if part.strip()])
+    return [part.strip("\n") for part in re.split(pattern, text) if part.strip()]
 
 
-def _parse_jsonl(path: Path, text: str) -> Documents:
-    kind, items = "", []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        found, item = _parse_record(where, line)
-        kind = kind or found
-        if found != kind:
-            raise UserError(f'{where}: has "{found}", the lines before have "{kind}"; files do not mix them')
-        items.append(item)
-    return Documents(kind, items)
+def _check_text(file: Path) -> None:
+    """UserError unless a file is UTF-8 and holds more than blanks; `datasets` does not look."""
+    blank = True
+    for number, line in _lines(file):
+        try:
+            blank = not line.decode("utf-8-sig").strip() and blank
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}:{number}: not UTF-8 (byte {line[error.start]:#04x})") from None
+    if blank:
+        raise UserError(f"{file} has no rows")
 
 
-def _parse_record(where: str, line: str) -> tuple[str, str | Messages]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # ValueError also for a number of too many digits
-        raise UserError(f"{where}: not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise UserError(f'{where}: not an object with "text" or "messages"')
-    kinds = [key for key in ("text", "messages") if key in record]
-    if len(kinds) != 1:
-        found = "both" if kinds else f"only the keys {sorted(record)}"
-        raise UserError(f'{where}: wanted one of "text" and "messages", it has {found}')
-    value = record[kinds[0]]
-    return (kinds[0], _check_text(where, value) if kinds[0] == "text" else _check_messages(where, value))
+def _blame(files: list[Path], error: BaseException) -> str:
+    """The first line that cannot be read, or what `datasets` says."""
+    for file in files:
+        for number, line in _lines(file) if file.suffix == ".jsonl" else []:
+            try:
+                record = json.loads(line.decode("utf-8-sig") if line.strip() else "{}")
+            except (ValueError, RecursionError) as problem:  # ValueError also for a number of too many digits
+                return f"{file}:{number}: not JSON: {problem}"
+            if not isinstance(record, dict):
+                return f"{file}:{number}: not an object"
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{files[0] if len(files) == 1 else files[0].parent}: {' '.join(str(error).split())[:300]}"
 
 
-def _check_text(where: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise UserError(f'{where}: "text" is a {type(value).__name__}, wanted a string')
-    if not value.strip():
-        raise UserError(f'{where}: "text" is empty')
-    return _check_unicode(where, value)
-
-
-def _check_messages(where: str, value: Any) -> Messages:
-    if not isinstance(value, list) or not value:
-        raise UserError(f'{where}: "messages" is not a list of messages, or empty')
-    for index, message in enumerate(value):
-        values = [message.get(k) for k in ("role", "content")] if isinstance(message, dict) else [None]
-        if not all(isinstance(v, str) for v in values):
-            raise UserError(f'{where}: messages[{index}] lacks a "role" or "content" that is a string')
-    return [{key: _check_unicode(where, m[key]) for key in ("role", "content")} for m in value]
-
-
-def _check_unicode(where: str, value: str) -> str:
-    # "\\ud800" is legal JSON, but half a surrogate pair is no character and tokenizers refuse it
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: lone surrogate {value[error.start]!r}") from None
-    return value
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    with file.open("rb") as stream:
+        yield from enumerate(stream, start=1)

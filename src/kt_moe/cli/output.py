@@ -1,20 +1,23 @@
 """The output directory of a run: what may be written there, where a run resumes, files that appear whole.
 
 adapter_model.safetensors, adapter_config.json   written last: their presence means the run is complete
-loss.png, metrics.json                           loss curve; losses, speed and memory as numbers
-routing.png, routing.safetensors                 how often experts were chosen: all in all, and over the run
-run.json                                         the settings, so that a resumed run is the same run
-checkpoints/checkpoint-N/                        the trainer's own, for resuming
+run.json                                         the options, so that a resumed run is the same run
+checkpoint-N/                                    the trainer's own, for resuming
+loss.png, metrics.json, routing.*                of --report
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kt_moe.adapter_files import scratch
 from kt_moe.cli.errors import UserError
 from kt_moe.files import replacing
 
@@ -27,88 +30,124 @@ class RunDirectory:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.checkpoints = root / "checkpoints"
         self.adapter = root / "adapter_model.safetensors"
-        self.curve = root / "loss.png"
-        self.metrics = root / "metrics.json"
+        self.curve, self.metrics = root / "loss.png", root / "metrics.json"
         self.routing, self.heat_map = root / ROUTING, root / "routing.png"
         self._run = root / "run.json"
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
-        """Refuse early what `start` and `resume` would refuse, before anything slow.
+        """Refuse early, before anything slow, what `start` and `resume` would refuse.
 
         Raises:
             UserError: an adapter or a run is in the way, there is nothing to resume, or root is a file.
         """
+        if resume and overwrite:
+            raise UserError("--resume_from_checkpoint and --overwrite exclude each other")
         if self.root.exists() and not self.root.is_dir():
-            raise UserError(f"--output {self.root} is a file, wanted a directory")
+            raise UserError(f"--output_dir {self.root} is a file, wanted a directory")
         nearest = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
         if not os.access(nearest, os.W_OK):
-            raise UserError(f"--output {self.root}: no permission to write in {nearest}")
-        if resume:
-            if self.last_checkpoint() is None:
-                raise UserError(f"--resume: no complete checkpoint in {self.checkpoints}")
+            raise UserError(f"--output_dir {self.root}: no permission to write in {nearest}")
+        if resume or overwrite:
             return
-        if overwrite:
-            return
-        if self.adapter.exists():
-            raise UserError(
-                f"{self.root} already has an adapter; pass another --output, --overwrite to start anew, "
-                "or --resume to finish an interrupted run"
-            )
-        if self._run.exists():
-            raise UserError(
-                f"{self.root} holds an unfinished run; pass --resume to go on with it, or --overwrite"
-            )
+        for file, what in ((self.adapter, "already has an adapter"), (self._run, "holds an unfinished run")):
+            if file.exists():
+                raise UserError(
+                    f"{self.root} {what}: pass --resume_from_checkpoint last to go on with its run, "
+                    "--overwrite to start anew, or another --output_dir"
+                )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within `with`: no other run uses the directory, which is made. The lock ends with the process.
+
+        Raises:
+            UserError: another run does.
+        """
+        made = not self.root.exists()
+        self.root.mkdir(parents=True, exist_ok=True)
+        file = self.root / ".run.lock"
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another run is writing to --output_dir {self.root}") from None
+            except OSError:  # a file system without locks
+                pass
+            try:
+                yield
+            finally:
+                file.unlink(missing_ok=True)
+                if made and not any(self.root.iterdir()):
+                    self.root.rmdir()
+        finally:
+            os.close(descriptor)
 
     def start(self, record: dict[str, Any]) -> None:
         """Make the directory ready for a new run; an older adapter stays until the new one replaces it."""
-        self.root.mkdir(parents=True, exist_ok=True)
         if self._run.exists():  # so the checkpoints are ours to delete
-            for folder in self.checkpoints.glob("checkpoint-*"):
+            for folder in self.root.glob("checkpoint-*"):
                 shutil.rmtree(folder)
         for name in _OURS:
             (self.root / name).unlink(missing_ok=True)
         write_json(self._run, record)
 
-    def resume(self, record: dict[str, Any]) -> Path:
+    def resume(self, wanted: str, record: dict[str, Any]) -> Path:
         """The checkpoint to go on from.
 
+        wanted: a checkpoint's directory, or "last": the newest complete one.
+
         Raises:
-            UserError: a setting differs from the run's; names it.
+            UserError: there is none, or an option differs from the run's; names it.
         """
+        checkpoint = self.last_checkpoint() if wanted == "last" else Path(wanted)
+        if checkpoint is None or not _is_json(checkpoint / "trainer_state.json"):
+            raise UserError(f"--resume_from_checkpoint: no complete checkpoint in {checkpoint or self.root}")
         try:
             before = json.loads(self._run.read_text())
         except (OSError, ValueError):
-            raise UserError(f"--resume: {self._run} is missing or damaged") from None
-        for name, value in record.items():
+            raise UserError(f"--resume_from_checkpoint: {self._run} is missing or damaged") from None
+        for name, value in json.loads(json.dumps(record, default=str)).items():
             if before.get(name) != value:
                 raise UserError(
-                    f"--resume: {name} was {before.get(name)!r} when the run began, now it is {value!r}"
+                    f"--resume_from_checkpoint: {name} was {before.get(name)!r} when the run began, now it "
+                    f"is {value!r}"
                 )
-        checkpoint = self.last_checkpoint()
-        if checkpoint is None:
-            raise UserError(f"--resume: no complete checkpoint in {self.checkpoints}")
         return checkpoint
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint: the trainer writes trainer_state.json last."""
-        found = [(path.name.rpartition("-")[2], path) for path in self.checkpoints.glob("checkpoint-*")]
+        found = [(path.name.rpartition("-")[2], path) for path in self.root.glob("checkpoint-*")]
         complete = [(int(n), p) for n, p in found if n.isdecimal() and _is_json(p / "trainer_state.json")]
         return max(complete)[1] if complete else None
 
+    @contextmanager
+    def whole(self) -> Iterator[Path]:
+        """Within `with`: a directory whose files then come here, the adapter's weights last."""
+        with scratch(self.root, "run") as folder:
+            yield folder
+            files = sorted(folder.iterdir(), key=lambda file: file.name == self.adapter.name)
+            for file in files:
+                file.chmod(
+                    0o644
+                )  # safetensors makes files that only their owner reads; servers run as others
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+            for file in files:
+                os.replace(file, self.root / file.name)
 
-def finished_log(checkpoint: Path) -> list[dict[str, Any]] | None:
-    """The trainer's log if the checkpoint is a run's last step, else None."""
+
+def finished(checkpoint: Path) -> bool:
+    """Whether a checkpoint is a run's last step."""
     state = json.loads((checkpoint / "trainer_state.json").read_text())
-    log: list[dict[str, Any]] = state["log_history"]
-    return log if state["global_step"] >= state["max_steps"] else None
+    return bool(state["global_step"] >= state["max_steps"])
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON; the file appears whole or not at all."""
     with replacing(path) as part:
-        part.write_text(json.dumps(value, indent=2) + "\n")
+        part.write_text(json.dumps(value, indent=2, default=str) + "\n")
 
 
 def _is_json(path: Path) -> bool:

@@ -59,6 +59,8 @@ def read_popularity(file: Path) -> dict[str, Tensor]:
     Raises:
         UserError: no such file, or no routing history.
     """
+    if file.exists() and not file.is_file():
+        raise UserError(f"--popularity {file} is no ordinary file")
     try:
         return RoutingHistory.load(file).total()
     except (OSError, ValueError) as error:

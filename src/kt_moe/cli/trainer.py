@@ -1,87 +1,231 @@
-"""TRL's SFTTrainer, set up for a run."""
+"""What kt-moe adds to TRL's trainers: see `extended`."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import copy
+import re
+import resource
+import signal
+import sys
+import time
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
-from transformers import PrinterCallback
-from trl import SFTConfig, SFTTrainer
+from torch import Tensor, nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import TrainerCallback, TrainerState
 
-from kt_moe.cli.options import Settings
+from kt_moe.cli.errors import UserError
+from kt_moe.cli.output import finished
 
+if TYPE_CHECKING:
+    from kt_moe.cli.train import Job
 
-@dataclass(frozen=True)
-class Rows:
-    """What `kt_moe.cli.data.to_rows` made of the training and of the held-out documents."""
-
-    train: list[dict[str, Any]]
-    held_out: list[dict[str, Any]]
+_WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer$|\.default$")  # what PEFT adds to names
 
 
-def build_trainer(
-    model: Any,
-    tokenizer: Any,
-    rows: Rows,
-    settings: Settings,
-    checkpoints: Path,
-    *,
-    save_every: int | None = None,
-    gradient_checkpointing: bool = False,
-    resumed: bool = False,
-    callbacks: list[Any] | None = None,
-) -> Any:
-    """An SFTTrainer for a PEFT model; `train()` runs it and leaves the losses in its `state.log_history`.
+class StoppedError(Exception):
+    """A signal ended training after a step, with a checkpoint. number: the signal's."""
 
-    save_every: steps; None means a tenth of the run. resumed: leave out the evaluation before step 1.
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def extended(base: type, job: Job) -> type:
+    """A TRL trainer class whose runs
+
+    - write their adapter whole or not at all, after `Job.report`;
+    - stop at a loss that is no number, and say at which step and in which layer it came up;
+    - count documents that the length cuts or drops (SFT);
+    - log tokens a second and peak memory;
+    - end after a step, with a checkpoint, when a signal says so.
     """
-    config = SFTConfig(
-        output_dir=str(checkpoints),
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.grad_accum,
-        gradient_checkpointing=gradient_checkpointing,
-        learning_rate=settings.lr,
-        optim="adamw_torch_fused",  # experts' LoRA is often in host memory: there it takes half the time
-        lr_scheduler_type="cosine",
-        warmup_steps=settings.warmup,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        max_length=settings.seq_len,
-        assistant_only_loss=settings.assistant_only_loss,
-        bf16=False,  # the weights are bf16 already, and autocast would round LoRA's fp32 products
-        router_aux_loss_coef=_no_aux_loss(model),
-        seed=settings.seed,
-        logging_nan_inf_filter=False,  # a loss that is not a number is shown as it is
-        logging_steps=1,  # a loss a step: a resumed run's log is the uninterrupted run's
-        eval_strategy="steps" if rows.held_out else "no",
-        eval_on_start=bool(rows.held_out) and not resumed,
-        save_total_limit=2,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
-        disable_tqdm=True,  # our callback draws the bar
-    )
-    trainer = SFTTrainer(
-        model=model,
-        args=config,
-        train_dataset=Dataset.from_list(rows.train),
-        eval_dataset=Dataset.from_list(rows.held_out) if rows.held_out else None,
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
-    trainer.remove_callback(PrinterCallback)
-    # TRL may have dropped rows, so a tenth of the run is known only now.
-    steps_per_epoch = math.ceil(len(trainer.train_dataset) / (settings.batch_size * settings.grad_accum))
-    steps = settings.max_steps if settings.max_steps > 0 else settings.epochs * steps_per_epoch
-    config.eval_steps = settings.eval_every or math.ceil(steps / 10)
-    config.save_steps = save_every or math.ceil(steps / 10)
-    return trainer
+
+    class Trainer(base):  # type: ignore[misc]
+        def __init__(self, *args: Any, callbacks: Any = None, **options: Any) -> None:
+            super().__init__(*args, callbacks=[*(callbacks or []), job.stop, *job.callbacks], **options)
+            self.callback_handler.callbacks.insert(0, job.clock)  # before those that write logs
+            job.built(self)
+
+        def _prepare_dataset(self, dataset: Any, tokenizer: Any, args: Any, *more: Any, **named: Any) -> Any:
+            if job.command != "sft" or not hasattr(dataset, "with_format") or len(more) != 3 or named:
+                return super()._prepare_dataset(dataset, tokenizer, args, *more, **named)
+            packing, formatting, name = more
+            untruncated = copy.copy(args)
+            untruncated.max_length, untruncated.shuffle_dataset = None, False
+            whole = super()._prepare_dataset(dataset, tokenizer, untruncated, False, formatting, name)
+            said = ""
+            if args.max_length is not None and (not packing or args.packing_strategy == "bfd"):
+                said = losses_by_length(whole, args.max_length, args.truncation_mode, packing)
+            if said:
+                job.say(f"{name:<9} {said}")
+            return super()._prepare_dataset(whole, tokenizer, args, packing, None, name)
+
+        def train(self, *args: Any, resume_from_checkpoint: Any = None, **options: Any) -> Any:
+            if resume_from_checkpoint is not None and finished(Path(resume_from_checkpoint)):
+                # Training was complete, but not what follows it.
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = TrainerState.load_from_json(f"{resume_from_checkpoint}/trainer_state.json")
+                return None
+            with job.stop:
+                done = super().train(*args, resume_from_checkpoint=resume_from_checkpoint, **options)
+            if job.stop.requested and self.state.global_step < self.state.max_steps:
+                raise StoppedError(job.stop.requested)
+            return done
+
+        def training_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
+            given = dict(inputs) if isinstance(inputs, dict) else {}
+            loss: Tensor = super().training_step(model, inputs, *args, **options)
+            if not torch.isfinite(loss).all():
+                where = first_bad(self.model, self._prepare_inputs(given) if given else {})
+                raise UserError(f"step {self.state.global_step + 1}: the loss is {loss.item()}, {where}")
+            return loss
+
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            if _internal_call or not self.args.should_save:
+                super().save_model(output_dir, _internal_call)
+                return
+            job.report(self)
+            with job.directory.whole() as folder:
+                super().save_model(str(folder), _internal_call=True)
+            job.saved(self)
+
+    Trainer.__name__ = Trainer.__qualname__ = base.__name__  # as TRL's model cards name it
+    return Trainer
 
 
-def _no_aux_loss(model: Any) -> float | None:
-    """0 for a model with a load-balancing loss: the router is frozen, the loss shown is the text's alone."""
-    return 0.0 if hasattr(model.config.get_text_config(), "output_router_logits") else None
+class Clock(TrainerCallback):  # type: ignore[misc]
+    """Adds peak memory to logs, and tokens a second of the training steps since the last log.
+
+    Attributes:
+        tokens, seconds: of all training steps of this process; evaluation and saving are not in it.
+    """
+
+    def __init__(self) -> None:
+        self.tokens, self.seconds = 0.0, 0.0
+        self._began, self._before = 0.0, (0.0, 0.0)
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens a second; None where nothing was trained or the trainer counts no tokens."""
+        return self.tokens / self.seconds if self.seconds and self.tokens else None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds += time.perf_counter() - self._began
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if "loss" not in logs:
+            return
+        more = {f"peak_{where}_gib": round(size / 2**30, 2) for where, size in peak_memory().items()}
+        self.tokens = float(logs.get("num_tokens", 0.0))
+        tokens, seconds = self.tokens - self._before[0], self.seconds - self._before[1]
+        if tokens > 0 and seconds > 0:
+            more["tokens_per_second"] = round(tokens / seconds, 1)
+        self._before = self.tokens, self.seconds
+        for entry in (logs, state.log_history[-1]):
+            entry.update(more)
+
+
+class StopOnSignal(TrainerCallback):  # type: ignore[misc]
+    """Within `with`: the first SIGINT, SIGTERM or SIGHUP ends training after the step, with a checkpoint.
+
+    A second one raises KeyboardInterrupt. Signals that are ignored, as SIGHUP is under nohup, stay so.
+
+    Attributes:
+        requested: the signal's number; 0: none came.
+    """
+
+    def __init__(self) -> None:
+        self.requested = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = number
+        tqdm.write("stopping after this step, with a checkpoint; once more stops at once", file=sys.stderr)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.requested and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+
+def losses_by_length(rows: Any, length: int, mode: str, packing: bool = False) -> str:
+    """What `length` takes away from rows with "input_ids" and "labels", for people; empty: nothing.
+
+    mode: "keep_start" or "keep_end", as TRL's truncation_mode.
+    """
+    rest = slice(length, None) if mode == "keep_start" else slice(None, -length)
+    kept = slice(None, length) if mode == "keep_start" else slice(-length, None)
+    longer = dropped = lost = tokens = 0
+    for row in rows.select_columns(["input_ids", "labels"]):
+        tokens += len(row["input_ids"])
+        if len(row["input_ids"]) > length:
+            longer += 1
+            lost += len(row["input_ids"][rest])
+            dropped += all(label == -100 for label in row["labels"][kept])
+    if not longer:
+        return ""
+    said = f"{longer:,} of {len(rows):,} documents are longer than {length} tokens and "
+    said += f"lose {lost:,} of {tokens:,} tokens"
+    if dropped and not packing:
+        said += f"; of {dropped:,} nothing is left to learn, they are dropped"
+    return said + " (--long_text cut, or --packing --packing_strategy bfd_split, keeps all of a text)"
+
+
+def first_bad(model: nn.Module, inputs: dict[str, Any]) -> str:
+    """Where a loss that is no number comes from: parameters, or the first layer of a forward pass."""
+    bad = [n for n, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+    if bad:
+        return f"and {len(bad)} trained tensors are not finite, the first is {_WRAPPERS.sub('', bad[0])}"
+    found: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            values = out if isinstance(out, (tuple, list)) else [out]
+            floats = (v for v in values if isinstance(v, Tensor) and v.is_floating_point())
+            if not found and not all(torch.isfinite(value).all() for value in floats):
+                found.append(_WRAPPERS.sub("", name) or type(module).__name__)
+
+        return hook
+
+    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    names = ("input_ids", "attention_mask", "position_ids")
+    try:
+        with torch.no_grad():
+            model(**{name: inputs[name] for name in names if name in inputs})
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return (
+        f"the first layer with such numbers is {found[0]}" if found else "but all layers' results are finite"
+    )
+
+
+def peak_memory() -> dict[str, int]:
+    """Most bytes in use so far: "host" (resident set of this process), "gpu" (allocated) if there is one."""
+    peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # Linux gives KiB
+    if torch.cuda.is_available():
+        peaks["gpu"] = torch.cuda.max_memory_allocated()
+    return peaks
+
+
+def memory_text() -> str:
+    """`peak_memory` for people."""
+    return "peak " + ", ".join(f"{size / 2**30:.2f} GiB {where}" for where, size in peak_memory().items())

@@ -26,7 +26,7 @@ from kt_moe.hf.experts import NAME, KtExperts, dims_of
 from kt_moe.hf.rest import RestQuantizer, as_config
 from kt_moe.runtime import Runtime, default_runtime
 
-_CHOICES = {
+CHOICES = {
     "format": CHECKPOINT_FORMATS,
     "placement": PLACEMENTS,
     "lora_device": lora_devices.CHOICES,
@@ -39,15 +39,22 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How kt_moe holds and computes the experts of a model.
 
     Args:
-        threads, shards, isa, nodes: see `kt_moe.Runtime`; all None means `kt_moe.default_runtime()`.
+        threads: that compute experts. None: the cores this process may use.
+        shards: that the weights of an expert are cut into, one a memory node. None: one for each node.
+        isa: kernel set, such as "avx2". None: the fastest one of this CPU.
         recompute: False saves G and U for the backward pass, True computes them again (see `kt_moe.Experts`).
         format: how the weights are kept in memory: "as-stored", or a format of `kt_moe.Experts` to which they
             are converted while they are loaded.
-        cache_dir, paged: see `kt_moe.Experts.from_checkpoint`.
+        cache_dir: directory where packed layers are kept: the next run maps them, and starts at once.
+        paged: True leaves the weights in the checkpoint's files, to be paged in when they are used.
         lazy: False loads all experts in from_pretrained, True those of a layer when they are first used.
-        placement: how experts are spread over shards: "tensor" or "expert" (see `kt_moe.Experts`).
-        gpu, gpu_memory, cpu_share: device, memory and cpu_share of the `kt_moe.Gpu` that all layers share;
-            gpu is "auto", "cuda:0" or the like, or "off", which leaves all experts to the CPU.
+        placement: how experts are spread over shards: "tensor" puts a slice of every expert on each, "expert"
+            whole experts (see `kt_moe.Experts`).
+        nodes: memory nodes to use, by number. None: all that this process may use.
+        gpu: that computes experts beside the CPU: "auto" (the model's), "cuda:0" or the like, or "off", which
+            leaves all experts to the CPU.
+        gpu_memory: of the GPU for expert weights: bytes, "6GiB", or "auto", up to half of what is free.
+        cpu_share: part of the experts' rows that the CPU computes, 0.0 to 1.0, or "auto", what ends soonest.
         lora_device: where LoRA parameters of the experts lie, with their gradients and optimizer state.
             "cpu": in host memory, wherever the model is moved. "cuda": on the model's device. "auto": on the
             model's device where 16 bytes a parameter are at most a quarter of the memory that is free there
@@ -55,8 +62,8 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
             and by DistributedDataParallel with device_ids.
         checkpoint_experts: whether gradient checkpointing computes experts again, "recompute", or keeps what
             their backward needs from the first forward, "retain" (see `kt_moe.Experts.checkpoint_experts`).
-        gpu_rates: `kt_moe.Rates`, or their values by name, as `kt-moe doctor` prints them: experts are then
-            divided between CPU and GPU alike in every run. None: measured at the first call.
+        gpu_rates: the machine's `kt_moe.Rates`, or their values by name, as `kt-moe doctor` prints them:
+            experts are then divided between CPU and GPU alike in every run. None: measured at the first call.
         rest: how transformers is to quantise the other layers, one of its quantization configs, as
             `BitsAndBytesConfig(load_in_4bit=True)`. None: as they are stored. Where a checkpoint has them
             quantised, its own config is heeded without it; it then changes that one's loading options, as
@@ -109,7 +116,7 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         for name in ("recompute", "paged", "lazy"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"KtMoeConfig: {name} is {value!r}, wanted True or False")
-        for name, known in _CHOICES.items():
+        for name, known in CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"KtMoeConfig: {name} is {value!r}, wanted one of {list(known)}")
         if paged and cache_dir is not None:

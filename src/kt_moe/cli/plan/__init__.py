@@ -21,11 +21,10 @@ def run(args: argparse.Namespace) -> int:
     """
     wanted = Run.from_args(args)
     try:
-        from kt_moe.cli import trainer  # noqa: F401  (all that a run imports, for its memory)
-        from kt_moe.cli.quiet import quiet
+        from kt_moe.cli import train  # (all that a run imports, for its memory)
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is missing: pip install 'kt_moe[train]'") from error
-    with quiet():
+    with train.quiet():
         return _plan(args, wanted)
 
 
@@ -33,10 +32,11 @@ def _plan(args: argparse.Namespace, wanted: Run) -> int:
     import torch
 
     from kt_moe import Runtime
+    from kt_moe.cli.described import blamed_on, read_config
     from kt_moe.cli.plan import memory, report
     from kt_moe.cli.plan.gpu_speed import speed_of
     from kt_moe.cli.plan.measure import measure, process_bytes
-    from kt_moe.cli.plan.outline import blamed_on, outline, read_config
+    from kt_moe.cli.plan.outline import outline
     from kt_moe.cli.plan.weights import weights_part
 
     try:
@@ -45,7 +45,7 @@ def _plan(args: argparse.Namespace, wanted: Run) -> int:
         raise UserError(str(error)) from error
     process = memory.Part("process", process_bytes(), "measured", "Python, PyTorch and other libraries")
     available = free_memory() + resident("RssAnon")  # the run will not be beside this process
-    config = read_config(args.model)
+    config = read_config(str(args.model))
     with blamed_on(args.model):
         model = outline(config, wanted)
         weights, format = weights_part(args.model, config, model, wanted.format)

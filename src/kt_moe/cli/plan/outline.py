@@ -7,54 +7,25 @@ data counts what autograd would keep.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface
 
-from kt_moe.architectures import Architecture, architecture_of
+from kt_moe.architectures import Architecture
+from kt_moe.cli.described import described, resolve_targets
 from kt_moe.cli.errors import UserError
-from kt_moe.cli.model import add_lora
 from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.shapes import Activations, ExpertLayer, Outline
 from kt_moe.hf import KtExperts, KtLoraExperts
-from kt_moe.hf.quantizer import put_experts
 
 _ATTENTION = "kt_moe_plan"
 _TOPK = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")  # K, by config
 DTYPE = torch.bfloat16  # of the rest of the model, as `kt-moe finetune` loads it
-
-
-def read_config(path: Path) -> Any:
-    """The config of a model directory, or of a file.
-
-    Raises:
-        UserError: no such file, or not one that transformers knows.
-    """
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        advice = " (a model on the hub: hf download NAME config.json)"
-        raise UserError(f"there is no {file}{'' if path.exists() else advice}")
-    with blamed_on(file):
-        config = AutoConfig.from_pretrained(file)
-    return config
-
-
-@contextmanager
-def blamed_on(file: Path) -> Iterator[None]:
-    """What transformers raises for a config it cannot build a model of, of whatever type, as a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split()) or "no reason given"
-        raise UserError(f"{file}: no config of a model: {type(error).__name__}: {text[:500]}") from error
 
 
 def outline(config: Any, run: Run) -> Outline:
@@ -64,13 +35,14 @@ def outline(config: Any, run: Run) -> Outline:
         UserError: no layer with routed experts, or a target that the model lacks.
     """
     AttentionInterface.register(_ATTENTION, _attention)
+    model, architecture = described(config, dtype=DTYPE, attn_implementation=_ATTENTION)
+    layers = _expert_layers(model, architecture)
+    names = [*run.modules, *(["experts"] if run.projections else [])]
+    lora = LoraConfig(r=run.rank, target_modules=names, task_type="CAUSAL_LM")
+    lora.target_modules = resolve_targets(model, architecture, lora)
+    rest = sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPE, attn_implementation=_ATTENTION)
-        architecture = architecture_of(model)
-        layers = _take_out_experts(model, architecture)
-        rest = sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
-        targets = [*run.modules, *(["experts"] if run.projections else [])]
-        model = add_lora(model, rank=run.rank, alpha=run.rank, dropout=0.0, targets=targets, seed=0)
+        model = get_peft_model(model, lora)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     of_experts = 0
     for module in model.modules():
@@ -81,7 +53,7 @@ def outline(config: Any, run: Run) -> Outline:
     )
 
 
-def _take_out_experts(model: nn.Module, architecture: Architecture) -> list[ExpertLayer]:
+def _expert_layers(model: nn.Module, architecture: Architecture) -> list[ExpertLayer]:
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     chosen = [int(value) for name in _TOPK if (value := getattr(config, name, None)) is not None]
     if not chosen:
@@ -92,7 +64,6 @@ def _take_out_experts(model: nn.Module, architecture: Architecture) -> list[Expe
             biases = hasattr(model.get_submodule(module.path), "down_proj_bias")
             sizes = module.num_experts, module.hidden_size, module.intermediate_size
             layers.append(ExpertLayer(module.number, *sizes, chosen[0], module.activation, biases))
-    put_experts(model, architecture)
     return layers
 
 

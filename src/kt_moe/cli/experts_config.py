@@ -1,0 +1,82 @@
+"""`ExpertsConfig`: the options of `kt_moe.KtMoeConfig` for TRL's parser, each as `--experts_NAME`.
+
+The names, defaults, choices and explanations are taken from `KtMoeConfig` itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, get_args, get_type_hints
+
+from kt_moe.hf import KtMoeConfig
+from kt_moe.hf.quantizer import CHOICES
+
+PREFIX = "experts_"
+_LEFT_OUT = ("rest", "unknown")  # TRL's --load_in_4bit and --load_in_8bit are about the rest
+
+
+def _help() -> dict[str, str]:
+    """What the docstring of `KtMoeConfig` says of each option, as argparse takes it."""
+    section = inspect.cleandoc(KtMoeConfig.__doc__ or "").split("Args:\n")[1].split("\n\n")[0]
+    texts: dict[str, str] = {}
+    for names, text in re.findall(r"^    ([a-z_, ]+): (.*(?:\n {8}.*)*)", section, re.MULTILINE):
+        said = " ".join(text.split()).replace("`", "").replace("%", "%%")
+        texts |= dict.fromkeys(names.split(", "), said[0].upper() + said[1:])
+    return texts
+
+
+def _kind(hint: Any) -> Any:
+    """A type that the parser knows; text stands for what may be text or a number."""
+    kinds = get_args(hint) or (hint,)
+    if bool in kinds:
+        return bool
+    if Sequence[int] in kinds:
+        return list[int] | None
+    return int | None if int in kinds and str not in kinds else str | None
+
+
+def _fields() -> list[Any]:
+    hints, texts = get_type_hints(KtMoeConfig.__init__), _help()
+    found = []
+    for name, parameter in list(inspect.signature(KtMoeConfig).parameters.items()):
+        if name not in _LEFT_OUT:
+            about: dict[str, Any] = {"help": texts[name]}
+            if name in CHOICES:
+                about["choices"] = list(CHOICES[name])
+            field = dataclasses.field(default=parameter.default, metadata=about)
+            found.append((PREFIX + name, _kind(hints[name]), field))
+    return found
+
+
+def _to_config(self: Any, rest: Any = None) -> KtMoeConfig:
+    """The `KtMoeConfig` of these options.
+
+    rest: how transformers quantises the other layers.
+
+    Raises:
+        ValueError: an option out of range; names it.
+    """
+    options = {name.removeprefix(PREFIX): value for name, value in vars(self).items()}
+    if isinstance(rates := options["gpu_rates"], str):
+        try:
+            options["gpu_rates"] = json.loads(rates)
+        except ValueError:
+            raise ValueError(
+                f"--experts_gpu_rates is {rates!r}, wanted JSON as kt-moe doctor prints it"
+            ) from None
+    for name, number in (("gpu_memory", int), ("cpu_share", float)):
+        if re.fullmatch(r"[0-9]*\.?[0-9]+", str(options[name])):
+            options[name] = number(options[name])
+    return KtMoeConfig(**options, rest=rest)
+
+
+ExpertsConfig: Any = dataclasses.make_dataclass(
+    "ExpertsConfig",
+    _fields(),
+    namespace={"to_config": _to_config, "_argument_group_name": "experts (kt_moe)", "__module__": __name__},
+)
+ExpertsConfig.__doc__ = "How kt_moe holds and computes the experts: `KtMoeConfig`'s options."

@@ -1,0 +1,321 @@
+"""`kt-moe sft` and its siblings on real small files: TRL's options, kinds of data, what we add."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from user_errors import one_line_error
+
+from kt_moe.cli import main
+from kt_moe.cli.experts_config import ExpertsConfig
+from kt_moe.cli.output import RunDirectory
+from kt_moe.cli.train import parse, quiet
+from kt_moe.cli.trainer import first_bad, losses_by_length
+from kt_moe.hf import KtMoeConfig
+
+MODEL = Path(__file__).resolve().parents[2] / "examples" / "tiny-qwen3-moe"
+SHORT = [
+    *("--max_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "2", "--max_length", "64"),
+    *("--learning_rate", "1e-3", "--lora_r", "4", "--gradient_checkpointing", "false"),
+]
+
+
+def arguments(data: Path | str, output: Path, *more: str) -> list[str]:
+    files = ["--model_name_or_path", str(MODEL), "--dataset_name", str(data), "--output_dir", str(output)]
+    return [*files, *SHORT, *more]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def texts(path: Path, number: int = 8) -> Path:
+    return write_rows(path, [{"text": f"def f{n}(x): return x + {n}"} for n in range(number)])
+
+
+def adapter(output: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = load_file(output / "adapter_model.safetensors")
+    return found
+
+
+SAID = {"role": "user", "content": "What is two and two?"}
+ANSWER = [{"role": "assistant", "content": "Four."}]
+KINDS: dict[str, list[dict[str, Any]]] = {
+    "sft": [{"prompt": [SAID], "completion": ANSWER} for _ in range(4)],
+    "dpo": [{"prompt": "2 + 2 =", "chosen": " 4", "rejected": f" {n}"} for n in range(5, 9)],
+    "kto": [{"prompt": "2 + 2 =", "completion": f" {n}", "label": n == 4} for n in range(4, 8)],
+    "reward": [{"prompt": "2 + 2 =", "chosen": " 4", "rejected": f" {n}"} for n in range(5, 9)],
+    "grpo": [{"prompt": f"{n} + 2 ="} for n in range(4)],
+    "rloo": [{"prompt": f"{n} + 2 ="} for n in range(4)],
+}
+MORE = {
+    "reward": ["--lora_task_type", "SEQ_CLS"],
+    "grpo": [
+        "--reward_funcs",
+        "test_train.length_reward",
+        "--max_completion_length",
+        "4",
+        "--num_generations",
+        "2",
+    ],
+    "rloo": [
+        "--reward_funcs",
+        "test_train.length_reward",
+        "--max_completion_length",
+        "4",
+        "--num_generations",
+        "2",
+    ],
+}
+
+
+def length_reward(completions: list[str], **kwargs: Any) -> list[float]:
+    """A reward function by its dotted name, as TRL's --reward_funcs takes it."""
+    return [float(len(text)) for text in completions]
+
+
+@pytest.mark.parametrize("command", KINDS)
+def test_every_command_trains_the_experts(command: str, tmp_path: Path) -> None:
+    data, out = write_rows(tmp_path / "d.jsonl", KINDS[command]), tmp_path / "out"
+    given = arguments(data, out, *MORE.get(command, []))
+    if command in ("grpo", "rloo"):
+        at = given.index("--max_length")
+        del given[at : at + 2]
+    assert main([command, *given]) == 0
+    moved = [
+        name for name, value in adapter(out).items() if "experts" in name and "lora_B" in name and value.any()
+    ]
+    assert moved
+
+
+def test_tools_and_empty_contents_arrive_in_the_template(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% for t in tools or [] %}[{{ t.name }}]{% endfor %}{% for m in messages %}<{{ m.role }}>"
+        "{{ m.content or '' }}{{ m.reasoning_content or '' }}{% for c in m.tool_calls or [] %}"
+        "({{ c.function.name }}:{{ c.function.arguments | tojson }}){% endfor %}{% endfor %}"
+    )
+    call = {"function": {"name": "add", "arguments": {"a": 1}}}
+    other = {"function": {"name": "say", "arguments": {"what": "yes"}}}
+    rows = [
+        {
+            "messages": [SAID, {"role": "assistant", "content": None, "tool_calls": [c]}],
+            "tools": [{"name": "add"}],
+        }
+        for c in (call, other)
+    ]
+    rows.append(
+        {"messages": [SAID, {"role": "assistant", "content": "4", "reasoning_content": "2 + 2"}], "tools": []}
+    )
+    data, out = write_rows(tmp_path / "d.jsonl", rows), tmp_path / "out"
+    seen: list[str] = []
+
+    def look(job: Any, trainer: Any) -> None:
+        seen.extend(trainer.processing_class.decode(row["input_ids"]) for row in trainer.train_dataset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kt_moe.cli.train.Job.report", look)
+        assert main(["sft", *arguments(data, out, "--chat_template_path", str(template))]) == 0
+    assert seen == [
+        '[add]<user>What is two and two?<assistant>(add:{"a": 1})',  # and no "what" of the other row
+        '[add]<user>What is two and two?<assistant>(say:{"what": "yes"})',
+        "<user>What is two and two?<assistant>42 + 2",
+    ]
+
+
+def test_a_yaml_file_has_the_options_and_the_command_line_wins(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("learning_rate: 0.5\nexperts_format: int8\nlora_r: 3\nlora_target_modules: [experts]\n")
+    with quiet():
+        found = parse("sft", ["--config", str(file), "--lora_r", "5", "--output_dir", "o"])
+    assert (found.training.learning_rate, found.model.lora_r) == (0.5, 5)
+    assert found.experts.to_config().format == "int8"
+    assert found.model.lora_target_modules == "experts"
+    assert (found.model.use_peft, found.training.bf16) == (True, False)
+
+
+def test_experts_config_has_the_options_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    ours = set(KtMoeConfig().to_dict()) - {"quant_method", "rest"}
+    assert {f"experts_{name}" for name in ours} == set(vars(ExpertsConfig()))
+    assert ExpertsConfig().to_config().to_dict() == KtMoeConfig().to_dict()
+    with pytest.raises(SystemExit):
+        main(["sft", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--experts_gpu_memory" in text
+    assert "Of the GPU for expert weights: bytes" in text
+    assert "Defaults that differ from TRL's: use_peft true; lora_target_modules attention experts" in text
+
+
+def test_killed_run_resumes_with_the_same_bytes(tmp_path: Path) -> None:
+    data = texts(tmp_path / "d.jsonl")
+    more = ["--max_steps", "4", "--save_steps", "2", "--lora_dropout", "0.1"]
+    kill = (
+        "import os, signal, sys\n"
+        "from kt_moe.cli import main, trainer\n"
+        "def die(self, args, state, control, **_):\n"
+        "    if state.global_step == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "trainer.StopOnSignal.on_step_end = die\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    killed = [sys.executable, "-c", kill, "sft", *arguments(data, tmp_path / "killed", *more)]
+    assert subprocess.run(killed, capture_output=True).returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "adapter_model.safetensors").exists()
+    again = [sys.executable, "-m", "kt_moe.cli", "sft"]
+    for output, rest in (("killed", ["--resume_from_checkpoint", "last"]), ("whole", [])):
+        done = subprocess.run(
+            [*again, *arguments(data, tmp_path / output, *more, *rest)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    ours, theirs = (
+        (tmp_path / run / "adapter_model.safetensors").read_bytes() for run in ("killed", "whole")
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_leave_a_checkpoint(
+    number: signal.Signals,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data, out = texts(tmp_path / "d.jsonl"), tmp_path / "out"
+    monkeypatch.setattr(
+        "kt_moe.cli.trainer.Clock.on_step_begin", lambda *_, **__: os.kill(os.getpid(), number)
+    )
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        assert main(["sft", *arguments(data, out, "--max_steps", "9")]) == 128 + number
+    finally:
+        signal.signal(number, before)
+    assert RunDirectory(out).last_checkpoint() == out / "checkpoint-1"
+    said = capsys.readouterr().out
+    assert said.rstrip().endswith("--resume_from_checkpoint last")
+    assert not (out / "adapter_model.safetensors").exists()
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, out = texts(tmp_path / "d.jsonl"), tmp_path / "out"
+    monkeypatch.setattr(
+        "kt_moe.cli.trainer.Clock.on_step_begin", lambda *_, **__: os.kill(os.getpid(), signal.SIGHUP)
+    )
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert main(["sft", *arguments(data, out)]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = texts(tmp_path / "d.jsonl"), tmp_path / "out"
+
+    def spoil(self: Any, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        if state.global_step == 1:
+            model.get_base_model().model.layers[2].post_attention_layernorm.weight.data.fill_(float("nan"))
+
+    monkeypatch.setattr("kt_moe.cli.trainer.Clock.on_step_begin", spoil)
+    error = one_line_error(capsys, "sft", lambda: main(["sft", *arguments(data, out)]))
+    assert (
+        "step 2: the loss is nan, the first layer with such numbers is model.layers.2.post_attention" in error
+    )
+    assert not (out / "adapter_model.safetensors").exists()
+
+
+def test_first_bad_names_parameters_before_layers() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[1].bias.data[0] = float("inf")
+    assert "1 trained tensors are not finite, the first is 1.bias" in first_bad(model, {})
+
+
+def test_two_runs_do_not_share_an_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out = texts(tmp_path / "d.jsonl"), tmp_path / "out"
+    with RunDirectory(out).locked():
+        error = one_line_error(capsys, "sft", lambda: main(["sft", *arguments(data, out)]))
+    assert f"another run is writing to --output_dir {out}" in error
+    assert not out.exists()
+
+
+def test_an_adapter_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, out = texts(tmp_path / "d.jsonl"), tmp_path / "out"
+    assert main(["sft", *arguments(data, out)]) == 0
+    before = (out / "adapter_model.safetensors").read_bytes()
+    assert not list(out.glob(".*"))
+
+    def fail(self: Any, *args: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", fail)
+    more = ["--overwrite", "--save_strategy", "no", "--learning_rate", "1"]
+    assert main(["sft", *arguments(data, out, *more)]) == 2
+    assert (out / "adapter_model.safetensors").read_bytes() == before
+    assert not list(out.glob(".*"))
+
+
+def test_a_full_disk_and_no_tokenizer_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = texts(tmp_path / "d.jsonl"), tmp_path / "out"
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise RuntimeError(
+            "[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file"
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.save", fail)
+        error = one_line_error(capsys, "sft", lambda: main(["sft", *arguments(data, out)]))
+    assert f"the disk of --output_dir {out} is full" in error
+    bare = tmp_path / "model"
+    bare.mkdir()
+    for file in MODEL.iterdir():
+        if "token" not in file.name:
+            (bare / file.name).symlink_to(file)
+    given = arguments(data, tmp_path / "other", "--model_name_or_path", str(bare))
+    error = one_line_error(capsys, "sft", lambda: main(["sft", *given]))
+    assert f"{bare} has no tokenizer" in error
+    assert not (tmp_path / "other").exists()
+
+
+def test_documents_that_the_length_cuts_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "word " * 70, "completion": "end"}, {"prompt": "a", "completion": "b " * 90}]
+    rows += [{"prompt": "short", "completion": f"{n}"} for n in range(4)]
+    data = write_rows(tmp_path / "d.jsonl", rows)
+    assert main(["sft", *arguments(data, tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "2 of 6 documents are longer than 64 tokens and lose" in said
+    assert "of 1 nothing is left to learn, they are dropped" in said
+    assert "train     5 rows" in said
+
+
+def test_losses_by_length_counts_tokens() -> None:
+    from datasets import Dataset
+
+    learned = {"input_ids": [[1, 2, 3, 4, 5], [1, 2]], "labels": [[-100, -100, -100, 4, 5], [1, 2]]}
+    rows = Dataset.from_dict(learned)
+    said = losses_by_length(rows, 3, "keep_start")
+    assert "1 of 2 documents are longer than 3 tokens and lose 2 of 7 tokens; of 1 nothing" in said
+    assert "dropped" not in losses_by_length(rows, 3, "keep_end")
+    assert losses_by_length(rows, 5, "keep_start") == ""
+
+
+def test_packing_keeps_what_it_can(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_rows(tmp_path / "d.jsonl", [{"text": "word " * 100}, {"text": "short"}])
+    more = ["--packing", "--packing_strategy", "wrapped", "--per_device_train_batch_size", "1"]
+    assert main(["sft", *arguments(data, tmp_path / "out", *more)]) == 0
+    assert "longer than" not in capsys.readouterr().out
