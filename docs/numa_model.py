@@ -27,7 +27,7 @@ BF16 = 2
 FP32 = 4
 LORA_BYTES = 4  # fp32, the default
 BLOCK_ROWS = 512  # kBlockRows of src/cpp/moe/plan.h
-FEW_ROWS = 8  # kFewRows of src/cpp/kernels/kernel_set.h
+GEMV_ROWS = 8  # kGemvRows of src/cpp/kernels/kernel_set.h
 CACHE_BYTES = 512 << 10  # kMostCacheBytes, of a task's weights
 ROW_BYTES = 3 * 256 * FP32  # kChunksInUse chunks of kChunkCols columns of a routed token's result
 TASK, WAIT, FAR_WAIT = 1e-6, 2e-6, 5e-6  # seconds to take a task, to see that others are done, from far
@@ -91,7 +91,7 @@ class Account:
         """Routes, their blocks and those that are packed, and whose P and Q each node computes or adds up."""
         routes = self.call.routes
         blocks = -(-routes // BLOCK_ROWS)
-        amounts = np.stack([routes, blocks, np.where(routes > FEW_ROWS, routes, 0), np.ones_like(routes)])
+        amounts = np.stack([routes, blocks, np.where(routes > GEMV_ROWS, routes, 0), np.ones_like(routes)])
         if homes is not None:
             shared = np.zeros((4, self.nodes))
             np.add.at(shared, (slice(None), homes), amounts)

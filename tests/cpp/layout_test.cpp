@@ -57,13 +57,13 @@ std::vector<std::pair<std::string, Topology>> machines() {
 }
 
 int total_threads(const ShardLayout& layout) {
-  return std::accumulate(layout.teams.begin(), layout.teams.end(), 0,
-                         [](int sum, const Team& team) { return sum + team.threads; });
+  return std::accumulate(layout.nodes.begin(), layout.nodes.end(), 0,
+                         [](int sum, const Node& node) { return sum + node.threads; });
 }
 
 }  // namespace
 
-TEST_CASE("layout: each shard has one team, each thread and CPU counts once, memory is where there is some") {
+TEST_CASE("layout: each shard has one node, each thread and CPU counts once, memory is where there is some") {
   for (const auto& [name, topology] : machines())
     for (int threads = 1; threads <= 64; ++threads)
       for (int shards = 1; shards <= 16; ++shards) {
@@ -72,16 +72,16 @@ TEST_CASE("layout: each shard has one team, each thread and CPU counts once, mem
         CAPTURE(shards);
         const ShardLayout layout = plan_layout(topology, threads, shards);
         REQUIRE(std::ssize(layout.shards) == shards);
-        REQUIRE(!layout.teams.empty());
+        REQUIRE(!layout.nodes.empty());
         REQUIRE(total_threads(layout) == threads);
         index_t next = 0;
         std::vector<int> cpus;
-        for (const Team& team : layout.teams) {
-          REQUIRE(team.shards.begin == next);
-          REQUIRE(team.shards.size() >= 1);
-          REQUIRE(team.threads >= 1);
-          next = team.shards.end;
-          cpus.insert(cpus.end(), team.cpus.begin(), team.cpus.end());
+        for (const Node& node : layout.nodes) {
+          REQUIRE(node.shards.begin == next);
+          REQUIRE(node.shards.size() >= 1);
+          REQUIRE(node.threads >= 1);
+          next = node.shards.end;
+          cpus.insert(cpus.end(), node.cpus.begin(), node.cpus.end());
         }
         REQUIRE(next == shards);
         std::ranges::sort(cpus);
@@ -89,14 +89,15 @@ TEST_CASE("layout: each shard has one team, each thread and CPU counts once, mem
         for (const NumaNode& node : topology.nodes)
           mask.insert(mask.end(), node.cpus.begin(), node.cpus.end());
         std::ranges::sort(mask);
-        // A single team may run anywhere.
-        REQUIRE(cpus == (layout.teams.size() > 1 ? mask : std::vector<int>{}));
+        // A single node may run anywhere.
+        REQUIRE(cpus == (layout.nodes.size() > 1 ? mask : std::vector<int>{}));
 
         const bool some = std::ranges::any_of(topology.nodes, &NumaNode::has_memory);
         for (const Shard& shard : layout.shards) {
           REQUIRE(shard.weight >= 1);
-          REQUIRE(shard.memory.empty() == (topology.nodes.size() == 1));
-          std::vector<int> ids = shard.memory;
+          const std::vector<int>& memory = layout.nodes[shard.node].memory;
+          REQUIRE(memory.empty() == (topology.nodes.size() == 1));
+          std::vector<int> ids = memory;
           std::ranges::sort(ids);
           REQUIRE(std::ranges::adjacent_find(ids) == ids.end());
           for (const int id : ids) {
@@ -114,14 +115,14 @@ TEST_CASE("layout: chosen nodes, each as often as it is named") {
   const Topology twice = choose_nodes(topology, std::array{id, id});
   CHECK(twice.cores == std::ssize(topology.nodes.front().cores));
   const ShardLayout layout = plan_layout(twice, 4, 3);
-  REQUIRE(layout.teams.size() == 2);
-  for (const Team& team : layout.teams) {
-    CHECK(team.threads == 2);
-    CHECK(team.cpus == topology.nodes.front().cpus);
+  REQUIRE(layout.nodes.size() == 2);
+  for (const Node& node : layout.nodes) {
+    CHECK(node.threads == 2);
+    CHECK(node.cpus == topology.nodes.front().cpus);
   }
-  for (const Shard& shard : layout.shards) CHECK(shard.memory == std::vector{id});
+  for (const Node& node : layout.nodes) CHECK(node.memory == std::vector{id});
   const ShardLayout one = plan_layout(choose_nodes(topology, std::array{id}), 2, 1);
-  CHECK(one.teams.front().cpus == topology.nodes.front().cpus);
+  CHECK(one.nodes.front().cpus == topology.nodes.front().cpus);
   CHECK_THROWS_WITH_AS(choose_nodes(topology, std::array{id, 99}), doctest::Contains("nodes names node 99"),
                        ValueError);
   CHECK_THROWS_WITH_AS(choose_nodes(topology, {}), doctest::Contains("nodes is empty"), ValueError);
@@ -153,13 +154,13 @@ TEST_CASE("layout: the shards' parts of a dimension cover it, as large as the co
 TEST_CASE("layout: a shard's weight is its share of its nodes' cores") {
   const ShardLayout one_each = plan_layout(machine({24, 8}), 32, 2);
   CHECK(one_each.shards[0].weight == 3 * one_each.shards[1].weight);
-  CHECK(one_each.teams[0].threads == 24);
-  CHECK(one_each.teams[1].threads == 8);
+  CHECK(one_each.nodes[0].threads == 24);
+  CHECK(one_each.nodes[1].threads == 8);
 
   const ShardLayout four = plan_layout(machine({24, 8}), 32, 4);  // three for node 0, one for node 1
-  REQUIRE(four.teams.size() == 2);
+  REQUIRE(four.nodes.size() == 2);
   index_t sum = 0;
-  for (index_t s = four.teams[0].shards.begin; s < four.teams[0].shards.end; ++s)
+  for (index_t s = four.nodes[0].shards.begin; s < four.nodes[0].shards.end; ++s)
     sum += four.shards[static_cast<std::size_t>(s)].weight;
   CHECK(sum == 3 * four.shards[3].weight);
 
@@ -167,33 +168,33 @@ TEST_CASE("layout: a shard's weight is its share of its nodes' cores") {
     CHECK(shard.weight == plan_layout(machine({28, 28, 28, 28}, 2), 224, 8).shards[0].weight);
 }
 
-TEST_CASE("layout: fewer shards than nodes lie on several, and so do teams of few threads") {
+TEST_CASE("layout: fewer shards or threads than NUMA nodes: several are one node") {
   const Topology eight = machine(std::vector<int>(8, 16));
   const ShardLayout two = plan_layout(eight, 128, 2);
-  CHECK(two.shards[0].memory == std::vector{0, 3, 6, 9});
-  CHECK(two.shards[1].memory == std::vector{12, 15, 18, 21});
-  REQUIRE(two.teams.size() == 2);
-  CHECK(two.teams[0].cpus.size() == 64);
-  CHECK(two.teams[1].threads == 64);
+  CHECK(two.nodes[0].memory == std::vector{0, 3, 6, 9});
+  CHECK(two.nodes[1].memory == std::vector{12, 15, 18, 21});
+  REQUIRE(two.nodes.size() == 2);
+  CHECK(two.nodes[0].cpus.size() == 64);
+  CHECK(two.nodes[1].threads == 64);
 
   const ShardLayout few = plan_layout(eight, 3, 8);
-  REQUIRE(few.teams.size() == 3);
-  CHECK(few.teams[0].shards.size() == 3);
-  CHECK(few.teams[2].shards.size() == 2);
+  REQUIRE(few.nodes.size() == 3);
+  CHECK(few.nodes[0].shards.size() == 3);
+  CHECK(few.nodes[2].shards.size() == 2);
 }
 
 TEST_CASE("layout: a node without memory takes it from the nearest one that has some for this process") {
   Topology topology = machine({8, 8, 8}, 1, {64, 0, 64});
   topology.nodes[1].distances = {32, 10, 12};
-  CHECK(plan_layout(topology, 24, 3).shards[1].memory == std::vector{6});
+  CHECK(plan_layout(topology, 24, 3).nodes[1].memory == std::vector{6});
   topology.nodes[2].memory_allowed = false;
-  CHECK(plan_layout(topology, 24, 3).shards[1].memory == std::vector{0});
-  CHECK(plan_layout(topology, 24, 3).shards[2].memory == std::vector{0});
-  CHECK(plan_layout(topology, 24, 1).shards[0].memory == std::vector{0});
+  CHECK(plan_layout(topology, 24, 3).nodes[1].memory == std::vector{0});
+  CHECK(plan_layout(topology, 24, 3).nodes[2].memory == std::vector{0});
+  CHECK(plan_layout(topology, 24, 1).nodes[0].memory == std::vector{0});
 }
 
 TEST_CASE("layout: a node of memory alone serves no shard while another has some") {
   const ShardLayout layout = plan_layout(machine({16, 0}, 2, {64, 256}), 32, 4);
-  CHECK(layout.teams.size() == 1);
-  for (const Shard& shard : layout.shards) CHECK(shard.memory == std::vector{0});
+  CHECK(layout.nodes.size() == 1);
+  for (const Node& node : layout.nodes) CHECK(node.memory == std::vector{0});
 }

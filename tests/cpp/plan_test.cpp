@@ -30,15 +30,15 @@ ExpertWeights experts_of(int num_experts, Placement placement) {
   return experts;
 }
 
-const Workers kTwoNodes{{2, 6}, {0, 0, 1, 1}, {0, 0, 1, 1}, 1 << 20};
+const Workers kTwoNodes{{2, 6}, {0, 0, 1, 1}, 1 << 20};
 
 // Every input is packed before it is multiplied, and no slot is filled again before its products are added.
 void check_schedule(const Plan& plan) {
   const PackSchedule schedule(plan);
   std::set<std::size_t> packed, multiplied;
-  std::vector<std::vector<std::size_t>> in_slot(plan.team_threads.size());
-  for (std::size_t team = 0; team < in_slot.size(); ++team)
-    in_slot[team].assign(static_cast<std::size_t>(schedule.slots[team]), PackSchedule::kNone);
+  std::vector<std::vector<std::size_t>> in_slot(plan.node_threads.size());
+  for (std::size_t node = 0; node < in_slot.size(); ++node)
+    in_slot[node].assign(static_cast<std::size_t>(schedule.slots[node]), PackSchedule::kNone);
   for (const PackSchedule::Step& step : schedule.steps) {
     const Block& block = plan.blocks[step.block];
     if (!step.packs) {
@@ -48,7 +48,7 @@ void check_schedule(const Plan& plan) {
     }
     CHECK(block.packer == step.block);
     CHECK(packed.insert(step.block).second);
-    std::size_t& slot = in_slot[block.team][static_cast<std::size_t>(step.slot)];
+    std::size_t& slot = in_slot[block.node][static_cast<std::size_t>(step.slot)];
     CHECK(step.emptied == slot);
     if (slot != PackSchedule::kNone)
       for_readers(plan, slot, [&](const Block& reader) { CHECK(multiplied.contains(reader.index)); });
@@ -66,7 +66,7 @@ TEST_CASE("token blocks hold every routed token once a shard, and shards are roo
   const Plan plan(routing, experts, kernels, kTwoNodes);
   CHECK(plan.shards.size() == 3);  // without the empty one
   CHECK(plan.threads == 8);
-  CHECK_FALSE(plan.all_small_m);
+  CHECK_FALSE(plan.all_by_gemv);
   index_t next = 0;
   std::set<std::size_t> roots;
   for (std::size_t b = 0; b < plan.blocks.size(); b += 3) {
@@ -81,8 +81,8 @@ TEST_CASE("token blocks hold every routed token once a shard, and shards are roo
     for (const Block& block : plan.token_block(root)) {
       CHECK(&plan.root(block) == &root);
       CHECK(block.first == root.first);
-      CHECK(block.team == plan.shards[block.shard].team);
-      CHECK(plan.blocks[block.packer].team == block.team);
+      CHECK(block.node == plan.shards[block.shard].node);
+      CHECK(plan.blocks[block.packer].node == block.node);
       CHECK(plan.width(block) == 32);
       shards.insert(block.shard);
     }
@@ -93,14 +93,14 @@ TEST_CASE("token blocks hold every routed token once a shard, and shards are roo
   check_schedule(plan);
 }
 
-TEST_CASE("an expert that lives on one shard is computed by that shard's team") {
+TEST_CASE("an expert that lives on one shard is computed by that shard's node") {
   const KernelSet kernels = kernel_set("scalar", 0);
   const ExpertWeights experts = experts_of(4, Placement::expert);
   const Routing routing = routing_of({40, 40, 40, 40});
   const Plan plan(routing, experts, kernels, kTwoNodes);
   CHECK(plan.shards.size() == 1);
   for (const Block& block : plan.blocks) {
-    CHECK(block.team == (block.expert < 2 ? 0 : 1));
+    CHECK(block.node == (block.expert < 2 ? 0 : 1));
     CHECK(plan.width(block) == experts.intermediate);
   }
   check_schedule(plan);
@@ -112,7 +112,7 @@ TEST_CASE("a schedule of more blocks than a ring has slots") {
     const ExpertWeights experts = experts_of(40, placement);
     const Routing routing = routing_of(std::vector<index_t>(40, 3));
     const Plan plan(routing, experts, kernels, kTwoNodes);
-    CHECK(plan.all_small_m);
+    CHECK(plan.all_by_gemv);
     check_schedule(plan);
     CHECK(PackSchedule(plan).slots == std::vector<index_t>{4, 6});
   }

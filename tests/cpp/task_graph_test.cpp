@@ -38,11 +38,11 @@ Topology two_nodes() {
   return choose_nodes(topology, std::array{node.id, node.id});
 }
 
-// Groups of different sizes, empty ones too, of the teams in turn; every task of one comes after two earlier
+// Groups of different sizes, empty ones too, of the nodes in turn; every task of one comes after two earlier
 // groups, one of them named for all tasks and one for each, and checks that their plain, not atomic, results
 // are there.
-void check_chain(Runtime& runtime, std::size_t teams, int groups) {
-  TaskGraph graph(teams);
+void check_chain(Runtime& runtime, std::size_t nodes, int groups) {
+  TaskGraph graph(nodes);
   TaskGraph::Groups group;
   std::vector<std::vector<int>> done(static_cast<std::size_t>(groups));
   std::vector<std::vector<TaskGraph::Groups>> each(done.size());
@@ -63,7 +63,7 @@ void check_chain(Runtime& runtime, std::size_t teams, int groups) {
       }
       ++done[g][static_cast<std::size_t>(task)];
     };
-    group.push_back(graph.add(Stage::down, g % teams, std::ssize(done[g]), {std::move(all), each[g]}, body));
+    group.push_back(graph.add(Stage::down, g % nodes, std::ssize(done[g]), {std::move(all), each[g]}, body));
   }
   run(graph, runtime);
   CHECK(wrong == 0);
@@ -73,7 +73,7 @@ void check_chain(Runtime& runtime, std::size_t teams, int groups) {
 
 }  // namespace
 
-TEST_CASE("tasks find what they come after, whatever the number of threads and teams") {
+TEST_CASE("tasks find what they come after, whatever the number of threads and nodes") {
   const Deadline deadline;
   for (const int threads : kThreads) {
     CAPTURE(threads);
@@ -85,7 +85,7 @@ TEST_CASE("tasks find what they come after, whatever the number of threads and t
   }
 }
 
-TEST_CASE("an exception in one team ends the tasks of all, and the runtime stays usable") {
+TEST_CASE("an exception in one node ends the tasks of all, and the runtime stays usable") {
   const Deadline deadline;
   Runtime runtime(4, 2, "scalar", two_nodes());
   for (int round = 0; round < 50; ++round) {

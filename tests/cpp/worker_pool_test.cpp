@@ -67,24 +67,24 @@ TEST_CASE("every task runs once") {
   }
 }
 
-TEST_CASE("teams run their own tasks, and none of the others'") {
+TEST_CASE("nodes run their own tasks, and none of the others'") {
   WorkerPool pool({{2, {0, 1}}, {1, {1, 3}}, {3, {3, 4}}});
   CHECK(pool.threads() == 6);
   const auto claim = pool.claim();
-  constexpr std::array kFirst{0, 2, 3, 6};  // worker of each team
+  constexpr std::array kFirst{0, 2, 3, 6};  // worker of each node
   for (const std::array<int, 3>& tasks : {std::array{50, 0, 7}, {0, 0, 0}, {0, 1, 0}, {1000, 1000, 1000}}) {
     std::array<std::vector<std::atomic<int>>, 3> runs;
     for (std::size_t t = 0; t < 3; ++t) runs[t] = std::vector<std::atomic<int>>(std::size_t(tasks[t]));
     const int all = tasks[0] + tasks[1] + tasks[2];
     std::atomic<int> wrong{0};
-    pool.parallel_for_teams(tasks, [&](int team, int task, int worker) {
-      const auto t = static_cast<std::size_t>(team);
+    pool.parallel_for_nodes(tasks, [&](int node, int task, int worker) {
+      const auto t = static_cast<std::size_t>(node);
       if (all > 1 && (worker < kFirst[t] || worker >= kFirst[t + 1])) ++wrong;
       ++runs[t][static_cast<std::size_t>(task)];
     });
     CHECK(wrong == 0);
-    for (const auto& team : runs)
-      for (const auto& n : team) CHECK(n == 1);
+    for (const auto& node : runs)
+      for (const auto& n : node) CHECK(n == 1);
   }
 }
 

@@ -17,6 +17,7 @@
 #include "base/error.h"
 #include "bindings/gil.h"
 #include "bindings/tensor.h"
+#include "kernels/registry.h"
 #include "weights/loader.h"
 
 namespace py = pybind11;

@@ -58,62 +58,17 @@ std::vector<const NumaNode*> usable_nodes(const Topology& topology) {
   return usable;
 }
 
-// NUMA nodes that own the same shards.
-struct NodeGroup {
-  Nodes nodes;
-  Range shards;
-};
-
-std::vector<NodeGroup> groups_of(Nodes nodes, index_t shards) {
-  const index_t count = std::min(shards, std::ssize(nodes));
-  std::vector<NodeGroup> groups;
-  std::vector<index_t> weights;
-  for (index_t p = 0; p < count; ++p) {
-    groups.push_back({part_of(nodes, split(std::ssize(nodes), count, p)), {}});
-    weights.push_back(cores_of(groups.back().nodes));
+// Some of the machine's nodes as one.
+Node node_of(Nodes some, const Topology& topology, bool bound) {
+  Node node;
+  for (const NumaNode* member : some) {
+    if (bound) node.cpus.insert(node.cpus.end(), member->cpus.begin(), member->cpus.end());
+    const int from = memory_of(topology, *member);
+    if ((topology.nodes.size() > 1 || topology.chosen) &&
+        std::ranges::find(node.memory, from) == node.memory.end())
+      node.memory.push_back(from);
   }
-  const std::vector<Range> ranges = share_out(shards, weights);
-  for (std::size_t p = 0; p < groups.size(); ++p) groups[p].shards = ranges[p];
-  return groups;
-}
-
-std::vector<Shard> shards_of(const std::vector<NodeGroup>& groups, const Topology& topology) {
-  const bool bound = topology.nodes.size() > 1 || topology.chosen;
-  std::vector<Shard> shards;
-  for (std::size_t p = 0; p < groups.size(); ++p) {
-    const NodeGroup& group = groups[p];
-    Shard shard{cores_of(group.nodes) * kShares / group.shards.size(), p};
-    for (const NumaNode* node : group.nodes)
-      if (const int from = memory_of(topology, *node);
-          bound && std::ranges::find(shard.memory, from) == shard.memory.end())
-        shard.memory.push_back(from);
-    shards.insert(shards.end(), static_cast<std::size_t>(group.shards.size()), shard);
-  }
-  return shards;
-}
-
-// A team for each group of nodes; or where there are fewer threads, for some that follow one another.
-std::vector<Team> teams_of(const std::vector<NodeGroup>& groups, const Topology& topology, index_t threads) {
-  const index_t count = std::min(std::ssize(groups), threads);
-  const bool bound = count > 1 || topology.chosen;
-  std::vector<Team> teams(static_cast<std::size_t>(count));
-  std::vector<index_t> weights;
-  for (std::size_t t = 0; t < teams.size(); ++t) {
-    const Range some = split(std::ssize(groups), count, static_cast<index_t>(t));
-    const auto members = std::span(groups).subspan(static_cast<std::size_t>(some.begin),
-                                                   static_cast<std::size_t>(some.size()));
-    teams[t].shards = {members.front().shards.begin, members.back().shards.end};
-    index_t cores = 0;
-    for (const NodeGroup& group : members) {
-      cores += cores_of(group.nodes);
-      for (const NumaNode* node : group.nodes)
-        if (bound) teams[t].cpus.insert(teams[t].cpus.end(), node->cpus.begin(), node->cpus.end());
-    }
-    weights.push_back(cores);
-  }
-  const std::vector<Range> threads_of = share_out(threads, weights);
-  for (std::size_t t = 0; t < teams.size(); ++t) teams[t].threads = static_cast<int>(threads_of[t].size());
-  return teams;
+  return node;
 }
 
 std::string usable_ids(const std::vector<NumaNode>& nodes) {
@@ -145,9 +100,23 @@ Topology choose_nodes(Topology topology, std::span<const int> nodes) {
 }
 
 ShardLayout plan_layout(const Topology& topology, int threads, int shards) {
-  const std::vector<const NumaNode*> nodes = usable_nodes(topology);
-  const std::vector<NodeGroup> groups = groups_of(nodes, shards);
-  return {shards_of(groups, topology), teams_of(groups, topology, threads)};
+  const std::vector<const NumaNode*> usable = usable_nodes(topology);
+  const index_t count = std::min<index_t>({shards, threads, std::ssize(usable)});
+  ShardLayout layout;
+  std::vector<index_t> cores;  // of each node
+  for (index_t n = 0; n < count; ++n) {
+    const Nodes some = part_of(usable, split(std::ssize(usable), count, n));
+    layout.nodes.push_back(node_of(some, topology, count > 1 || topology.chosen));
+    cores.push_back(cores_of(some));
+  }
+  const std::vector<Range> shards_of = share_out(shards, cores), threads_of = share_out(threads, cores);
+  for (std::size_t n = 0; n < layout.nodes.size(); ++n) {
+    layout.nodes[n].shards = shards_of[n];
+    layout.nodes[n].threads = static_cast<int>(threads_of[n].size());
+    const Shard shard{cores[n] * kShares / shards_of[n].size(), n};
+    layout.shards.insert(layout.shards.end(), static_cast<std::size_t>(shards_of[n].size()), shard);
+  }
+  return layout;
 }
 
 }  // namespace kt

@@ -60,9 +60,9 @@ class OnCpus {
   bool moved_ = false;
 };
 
-int sum_of_threads(std::span<const Team> teams) {
+int sum_of_threads(std::span<const Node> nodes) {
   int threads = 0;
-  for (const Team& team : teams) threads += team.threads;
+  for (const Node& node : nodes) threads += node.threads;
   return threads;
 }
 
@@ -70,18 +70,18 @@ int sum_of_threads(std::span<const Team> teams) {
 
 // The threads of one process.
 struct WorkerPool::Crew {
-  explicit Crew(std::span<const Team> teams) : queues(teams.size()) {
-    for (std::size_t t = 0; t < teams.size(); ++t) {
-      queues[t].cpus = teams[t].cpus;
-      team_of.insert(team_of.end(), static_cast<std::size_t>(teams[t].threads), static_cast<int>(t));
+  explicit Crew(std::span<const Node> nodes) : queues(nodes.size()) {
+    for (std::size_t t = 0; t < nodes.size(); ++t) {
+      queues[t].cpus = nodes[t].cpus;
+      node_of.insert(node_of.end(), static_cast<std::size_t>(nodes[t].threads), static_cast<int>(t));
     }
     try {
-      for (int worker = 1; worker < std::ssize(team_of); ++worker)
+      for (int worker = 1; worker < std::ssize(node_of); ++worker)
         members.emplace_back([this, worker] { serve(worker); });
     } catch (const std::exception& refusal) {
       const std::size_t started = members.size() + 1;
       stop();
-      throw IoError(message("threads is {}, but only {} could be started: {}", team_of.size(), started,
+      throw IoError(message("threads is {}, but only {} could be started: {}", node_of.size(), started,
                             refusal.what()));
     }
   }
@@ -96,7 +96,7 @@ struct WorkerPool::Crew {
   }
 
   void serve(int worker) {
-    set_affinity(queues[static_cast<std::size_t>(team_of[static_cast<std::size_t>(worker)])].cpus);
+    set_affinity(queues[static_cast<std::size_t>(node_of[static_cast<std::size_t>(worker)])].cpus);
     for (unsigned seen = 0;;) {
       wait_while(loop, seen);
       seen = loop.load(std::memory_order_acquire);
@@ -112,11 +112,11 @@ struct WorkerPool::Crew {
   // `between` is called after each task.
   void work(int worker, const std::function<void()>& between = {}) {
     inside_task = true;
-    const int team = shared ? 0 : team_of[static_cast<std::size_t>(worker)];
-    Queue& queue = queues[static_cast<std::size_t>(team)];
+    const int node = shared ? 0 : node_of[static_cast<std::size_t>(worker)];
+    Queue& queue = queues[static_cast<std::size_t>(node)];
     for (int task; (task = queue.next.fetch_add(1, std::memory_order_relaxed)) < queue.tasks;) {
       try {
-        (*body)(team, task, worker);
+        (*body)(node, task, worker);
         if (between) between();
       } catch (...) {
         const std::lock_guard lock(error_mutex);
@@ -128,7 +128,7 @@ struct WorkerPool::Crew {
   }
 
   // `share`: all threads take tasks from the first queue.
-  void run(std::span<const int> tasks, bool share, const TeamBody& f, const std::function<void()>& between) {
+  void run(std::span<const int> tasks, bool share, const NodeBody& f, const std::function<void()>& between) {
     // What can throw comes first: from the moment when the members see the loop until they are done with it,
     // this frame has to stay.
     const OnCpus here(queues.front().cpus);
@@ -154,24 +154,24 @@ struct WorkerPool::Crew {
     int tasks = 0;
     std::vector<int> cpus;
   };
-  std::vector<Queue> queues;  // one a team
-  std::vector<int> team_of;   // of every worker
+  std::vector<Queue> queues;  // one a node
+  std::vector<int> node_of;   // of every worker
 
   std::mutex claimed;
   std::atomic<unsigned> loop{0}, done{0};
   std::atomic<bool> stopping{false};
   std::atomic<int> busy{0};
   bool shared = true;
-  const TeamBody* body = nullptr;
+  const NodeBody* body = nullptr;
   std::mutex error_mutex;
   std::exception_ptr error;
   std::vector<std::thread> members;
 };
 
-WorkerPool::WorkerPool(std::vector<Team> teams)
-    : teams_(std::move(teams)),
-      threads_(sum_of_threads(teams_)),
-      crew_([this] { return std::make_unique<Crew>(teams_); }) {}
+WorkerPool::WorkerPool(std::vector<Node> nodes)
+    : nodes_(std::move(nodes)),
+      threads_(sum_of_threads(nodes_)),
+      crew_([this] { return std::make_unique<Crew>(nodes_); }) {}
 
 WorkerPool::~WorkerPool() = default;
 
@@ -192,19 +192,19 @@ void WorkerPool::parallel_for(int tasks, const std::function<void(int, int)>& bo
   run({&tasks, 1}, /*share=*/true, [&](int, int task, int worker) { body(task, worker); }, between);
 }
 
-void WorkerPool::parallel_for_teams(std::span<const int> tasks, const TeamBody& body) {
-  assert(tasks.size() == teams_.size());
+void WorkerPool::parallel_for_nodes(std::span<const int> tasks, const NodeBody& body) {
+  assert(tasks.size() == nodes_.size());
   run(tasks, /*share=*/false, body, {});
 }
 
-void WorkerPool::run(std::span<const int> tasks, bool share, const TeamBody& body,
+void WorkerPool::run(std::span<const int> tasks, bool share, const NodeBody& body,
                      const std::function<void()>& between) {
   assert(!inside_task);
   if (std::accumulate(tasks.begin(), tasks.end(), index_t{0}) > 1)
     return crew_.get().run(tasks, share, body, between);
-  for (std::size_t team = 0; team < tasks.size(); ++team)  // not worth waking anyone
-    if (tasks[team] > 0) {
-      body(static_cast<int>(team), 0, 0);
+  for (std::size_t node = 0; node < tasks.size(); ++node)  // not worth waking anyone
+    if (tasks[node] > 0) {
+      body(static_cast<int>(node), 0, 0);
       if (between) between();
     }
 }

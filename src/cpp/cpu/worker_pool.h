@@ -14,17 +14,17 @@ namespace kt {
 
 class WorkerPool {
  public:
-  // Workers are numbered team by team; the calling thread is number 0. Threads of a team that has CPUs run on
+  // Workers are numbered node by node; the calling thread is number 0. Threads of a node that has CPUs run on
   // those alone, the calling one during a loop, if the operating system lets them. IoError when it refuses to
   // start one.
-  explicit WorkerPool(std::vector<Team> teams);
-  explicit WorkerPool(int threads) : WorkerPool(std::vector<Team>{{threads, {0, 1}}}) {}
+  explicit WorkerPool(std::vector<Node> nodes);
+  explicit WorkerPool(int threads) : WorkerPool(std::vector<Node>{{threads, {0, 1}}}) {}
   ~WorkerPool();
   WorkerPool(const WorkerPool&) = delete;
   WorkerPool& operator=(const WorkerPool&) = delete;
 
   int threads() const { return threads_; }
-  std::span<const Team> teams() const { return teams_; }
+  std::span<const Node> nodes() const { return nodes_; }
 
   // The pool for one caller at a time. Of the thread that made it.
   class Claim {
@@ -50,17 +50,17 @@ class WorkerPool {
   void parallel_for(int tasks, const std::function<void(int task, int worker)>& body,
                     const std::function<void()>& between = {});
 
-  // The same with a loop for each team, over tasks[team] tasks that only its own threads run.
-  using TeamBody = std::function<void(int team, int task, int worker)>;
-  void parallel_for_teams(std::span<const int> tasks, const TeamBody& body);
+  // The same with a loop for each node, over tasks[node] tasks that only its own threads run.
+  using NodeBody = std::function<void(int node, int task, int worker)>;
+  void parallel_for_nodes(std::span<const int> tasks, const NodeBody& body);
 
  private:
   struct Crew;
   // `share`: all threads take tasks of the first and only loop.
-  void run(std::span<const int> tasks, bool share, const TeamBody& body,
+  void run(std::span<const int> tasks, bool share, const NodeBody& body,
            const std::function<void()>& between);
 
-  std::vector<Team> teams_;
+  std::vector<Node> nodes_;
   int threads_;
   PerProcess<Crew> crew_;
 };

@@ -171,7 +171,7 @@ void brgemm(const KernelSet& kernels, std::span<const Term> terms, float* c, ind
 
 namespace {
 
-void call_gemv(const KernelSet& kernels, FewRows* product, index_t n, const Rows& x, Rows w, float* c,
+void call_gemv(const KernelSet& kernels, Gemv* product, index_t n, const Rows& x, Rows w, float* c,
                index_t ldc, bool accumulate, Arena& scratch) {
   const Arena::Frame frame(scratch);
   w = in_bf16(kernels, w, scratch);
@@ -183,17 +183,17 @@ void call_gemv(const KernelSet& kernels, FewRows* product, index_t n, const Rows
 
 void gemv_nt(const KernelSet& kernels, Rows x, Rows w, float* c, index_t ldc, bool accumulate,
              Arena& scratch) {
-  call_gemv(kernels, kernels.few.times_transposed, w.matrix.rows, x, w, c, ldc, accumulate, scratch);
+  call_gemv(kernels, kernels.gemv.nt, w.matrix.rows, x, w, c, ldc, accumulate, scratch);
 }
 
 void gemv_nn(const KernelSet& kernels, Rows x, Rows w, float* c, index_t ldc, bool accumulate,
              Arena& scratch) {
-  call_gemv(kernels, kernels.few.times, w.matrix.cols, x, w, c, ldc, accumulate, scratch);
+  call_gemv(kernels, kernels.gemv.nn, w.matrix.cols, x, w, c, ldc, accumulate, scratch);
 }
 
 namespace {
 
-constexpr index_t kDecodedRows = 32;  // for `times`: the order of additions hangs on it
+constexpr index_t kDecodedRows = 32;  // for `nn`: the order of additions depends on it
 constexpr index_t kCodedRows = 128;   // that a kernel gets at a time: it looks at all their scales first
 static_assert(kCodedRows % kDecodedRows == 0);
 
@@ -211,9 +211,11 @@ void for_decoded(const KernelSet& kernels, const WeightBlock& w, index_t each, A
 }
 
 // The product with the codes as they are, if the kernels have it.
-bool gemv_of_codes(FewCoded* const (&products)[kCodeTypes], const Rows& x, const WeightBlock& w, float* c,
-                   index_t ldc, bool accumulate) {
-  FewCoded* product = products[static_cast<int>(traits_of(w.weight->type.format).codes)];
+bool gemv_of_codes(const KernelSet& kernels, CodedGemv* const* CodedGemvKernels::* direction, const Rows& x,
+                   const WeightBlock& w, float* c, index_t ldc, bool accumulate) {
+  if (kernels.gemv.coded == nullptr) return false;
+  CodedGemv* product =
+      (kernels.gemv.coded->*direction)[static_cast<int>(traits_of(w.weight->type.format).codes)];
   return product != nullptr && is_run(w) &&
          product(static_cast<int>(x.matrix.rows), from_row(x, 0), coded(w), c, ldc, accumulate) != 0;
 }
@@ -275,7 +277,7 @@ void gemv_nt(const KernelSet& kernels, Rows x, const WeightBlock& w, float* c, i
   for_strips(w, 1, [&](Range rows) {
     const WeightBlock strip = w.rows_of(rows);
     float* to = c + rows.begin;
-    if (!gemv_of_codes(kernels.few.coded.times_transposed, x, strip, to, ldc, accumulate))
+    if (!gemv_of_codes(kernels, &CodedGemvKernels::nt, x, strip, to, ldc, accumulate))
       decode_and_gemv_nt(kernels, x, strip, to, ldc, accumulate, scratch);
   });
 }
@@ -288,7 +290,7 @@ void gemv_nn(const KernelSet& kernels, Rows x, const WeightBlock& w, float* c, i
       const WeightBlock strip = w.cols_of(cols).rows_of(rows);
       const Rows part = cols_of(x, rows);
       const bool add = accumulate || rows.begin > 0;
-      if (!gemv_of_codes(kernels.few.coded.times, part, strip, c + cols.begin, ldc, add))
+      if (!gemv_of_codes(kernels, &CodedGemvKernels::nn, part, strip, c + cols.begin, ldc, add))
         decode_and_gemv_nn(kernels, part, strip, c + cols.begin, ldc, add, scratch);
     });
   });

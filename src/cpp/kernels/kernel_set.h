@@ -83,14 +83,14 @@ struct GemmKernels {
   bool in_place;
 };
 
-// Most rows whose products are few rows': arithmetic takes as long as memory there.
-constexpr int kFewRows = 8;
+// Most rows whose products are a GEMV's: arithmetic takes as long as memory there.
+constexpr int kGemvRows = 8;
 
-// Products of few rows, straight from natural row-major matrices: nothing of W is packed, and each of its
-// elements is read from memory once. 1 <= rows <= max_rows; n, k >= 1. An element's additions run in an order
-// that only rows and k decide: the same bits whatever columns of C a caller computes at a time.
-using FewRows = void(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
-                     ptrdiff_t ldc, int accumulate);
+// A product of up to max_rows rows, straight from natural row-major matrices: nothing of W is packed, and
+// each of its elements is read from memory once. 1 <= rows <= max_rows; n, k >= 1. An element's additions run
+// in an order that only rows and k decide: the same bits whatever columns of C a caller computes at a time.
+using Gemv = void(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
+                  ptrdiff_t ldc, int accumulate);
 
 // A block of rows of quantised weights (base/weight.h has the formats).
 struct CodedRows {
@@ -108,21 +108,21 @@ struct CodedRows {
 };
 
 // The same where W is codes, decoded in registers: bit for bit the product with what DecodeCodes makes of
-// them, where `times` adds up 32 rows of W at a time, and each such sum to C. 0: nothing was done, for a
-// kernel need not take every shape nor every scale.
-using FewCoded = int(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate);
+// them, where `nn` adds up 32 rows of W at a time, and each such sum to C. 0: nothing was done, for a kernel
+// need not take every shape nor every scale.
+using CodedGemv = int(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate);
 
-// By the type of W's codes; null: decode, then multiply.
-struct FewCodedKernels {
-  FewCoded *times_transposed[kCodeTypes], *times[kCodeTypes];
+// By the type of W's codes, [kCodeTypes]; null: decode, then multiply.
+struct CodedGemvKernels {
+  CodedGemv *const *nt, *const *nn;
 };
 
-struct FewRowsKernels {
+struct GemvKernels {
   int max_rows;
-  int max_tail;               // rows behind whole tiles that are cheaper here than as a tile
-  FewRows* times_transposed;  // C[rows x n] (+)= X[rows x k] * W', W [n x k]: a weight going forward
-  FewRows* times;             // C[rows x n] (+)= X[rows x k] * W, W [k x n]: the same weight going backward
-  FewCodedKernels coded = {};
+  int max_edge;  // rows behind whole tiles that are cheaper here than as a tile
+  Gemv* nt;      // C[rows x n] (+)= X[rows x k] * W', W [n x k]: a weight going forward
+  Gemv* nn;      // C[rows x n] (+)= X[rows x k] * W, W [k x n]: the same weight going backward
+  const CodedGemvKernels* coded = nullptr;
 };
 
 // What experts make of G and U: h = act(G, U). A table has one entry for each, in this order.
@@ -191,10 +191,10 @@ struct DecodeKernels {
 };
 
 // A null gemm.micro_kernel, or any other null slot, takes the next lower set's (the slots of gemm go
-// together, and so do those of few).
+// together, and so do those of gemv).
 struct KernelSet {
   GemmKernels gemm;
-  FewRowsKernels few;
+  GemvKernels gemv;
   EpilogueKernels epilogue;
   DecodeKernels decode;
 };

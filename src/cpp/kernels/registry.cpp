@@ -57,7 +57,7 @@ void fill(Slot& slot, Slot own) {
 
 void overlay(KernelSet& set, const KernelSet& own) {
   if (own.gemm.micro_kernel != nullptr) set.gemm = own.gemm;
-  if (own.few.times != nullptr) set.few = own.few;
+  if (own.gemv.nn != nullptr) set.gemv = own.gemv;
   fill(set.epilogue.transpose, own.epilogue.transpose);
   fill(set.epilogue.sum_scaled, own.epilogue.sum_scaled);
   fill(set.epilogue.round_scaled, own.epilogue.round_scaled);
@@ -111,6 +111,19 @@ KernelSet kernel_set(std::string_view isa, unsigned features) {
     if (entry.name == isa) break;
   }
   return set;
+}
+
+Activation activation_from(std::string_view name) {
+  std::string known;
+  for (int a = 0; a < kActivationCount; ++a) {
+    if (name == kActivationNames[a]) return static_cast<Activation>(a);
+    known += (known.empty() ? "" : ", ") + std::string(kActivationNames[a]);
+  }
+  throw ValueError(message("activation is \"{}\", wanted one of {}", name, known));
+}
+
+std::string_view name_of(Activation activation) {
+  return kActivationNames[static_cast<std::size_t>(activation)];
 }
 
 }  // namespace kt

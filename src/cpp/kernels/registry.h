@@ -1,4 +1,5 @@
-// Which kernel sets exist, which this CPU can run, and the complete table of one of them.
+// Which kernel sets exist, which this CPU can run, and the complete table of one of them; and the names of
+// activations.
 #pragma once
 
 #include <span>
@@ -32,5 +33,9 @@ std::string_view best_permitted_isa(unsigned features);
 // The table of `isa`: slots it leaves empty come from the sets before it. ValueError when unknown or not
 // available, or not permitted by the operating system, which is asked.
 KernelSet kernel_set(std::string_view isa, unsigned features);
+
+// ValueError for a name that is not known.
+Activation activation_from(std::string_view name);
+std::string_view name_of(Activation activation);
 
 }  // namespace kt

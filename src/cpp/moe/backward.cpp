@@ -18,7 +18,7 @@ namespace {
 
 using Groups = TaskGraph::Groups;
 
-constexpr index_t kDotCols = 64;  // of h, that one dot of few rows sums
+constexpr index_t kDotCols = 64;  // of h, that one dot of a GEMV sums
 constexpr index_t kRowsAhead = 8;
 
 index_t packed_gradient_bytes(const Pass& pass, Projection p, index_t rows, index_t cols) {
@@ -30,13 +30,13 @@ void prefetch(const bf16_t* row, index_t n) {
   for (index_t i = 0; i < n; i += 64 / static_cast<index_t>(sizeof *row)) __builtin_prefetch(row + i);
 }
 
-// The number of threads decides how few rows are cut, but not how their dots are: the sums would differ.
+// The number of threads decides how a GEMV is cut, but not how its dots are: the sums would differ.
 Dots take_dots(Pass& pass) {
   Dots dots{nullptr,
             0,
             pass.routing.routes(),
             {},
-            pass.plan.all_small_m,
+            pass.plan.all_by_gemv,
             pass.experts.biases[index_of(Projection::down)] != nullptr};
   for (const NcRanges& ranges : pass.grad_down_ranges) {
     dots.first_row.push_back(dots.count);
@@ -52,7 +52,7 @@ Dots take_dots(Pass& pass) {
 
 // The gradient of a projection's output, packed; and Q of it, packed behind it.
 void pack_grad_rows(Pass& pass, Projection p, const Block& block, char* into) {
-  if (!pass.plan.small_m(block))
+  if (!pass.plan.by_gemv(block))
     pass.packed_grad[index_of(p)][block.index].rows =
         pack_a_into(into, pass.kernels(), pass.grad_output(p, block, {0, pass.rows(p, block)}));
 }
@@ -67,7 +67,7 @@ void bias_dots(const Pass& pass, const Block& block, Arena& scratch) {
   const index_t hidden = pass.experts.hidden;
   const bf16_t* bias = pass.experts.bias(Projection::down, block.expert);
   const Rows row{view(bias, DType::bf16, 1, hidden)};
-  for_mc_ranges(block, pass.kernels().few.max_rows, [&](const Block& mc) {
+  for_mc_ranges(block, pass.kernels().gemv.max_rows, [&](const Block& mc) {
     gemv_nt(pass.kernels(), pass.grad_output(Projection::down, mc, {0, hidden}), row,
             pass.dots.of_bias() + mc.first, /*stride=*/1,
             /*accumulate=*/false, scratch);
@@ -197,7 +197,7 @@ Groups add_recomputation(Pass& pass) {
 Groups add_grad_down(Pass& pass, const Groups& recomputed, float* grad_topk_weights) {
   const Plan& plan = pass.plan;
   const GemmKernels& gemm = pass.kernels().gemm;
-  const index_t hidden = pass.experts.hidden, tile = plan.all_small_m ? kDotCols : gemm.nr;
+  const index_t hidden = pass.experts.hidden, tile = plan.all_by_gemv ? kDotCols : gemm.nr;
   for (const ShardSlice& shard : plan.shards)
     pass.grad_down_ranges.push_back(plan.nc_ranges(shard.range.size(), tile, hidden * gemm.element_bytes));
   pass.dots = take_dots(pass);

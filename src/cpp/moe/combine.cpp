@@ -15,11 +15,11 @@ constexpr index_t kTokensPerTask = 64;
 constexpr index_t kChunkRanges = 4;  // NC ranges in a chunk: all but the first are fetched early
 constexpr index_t kRangeTiles = 4;   // at most, in an NC range
 
-std::vector<Partial> partials_of_teams(const Plan& plan, const TaskGraph::Groups& ready) {
+std::vector<Partial> partials_of_nodes(const Plan& plan, const TaskGraph::Groups& ready) {
   std::vector<Partial> partials;
-  for (std::size_t team = 0; team < plan.team_threads.size(); ++team) partials.push_back({team, -1});
+  for (std::size_t node = 0; node < plan.node_threads.size(); ++node) partials.push_back({node, -1});
   for (const Block& block : plan.blocks) {
-    Partial& partial = partials[block.team];
+    Partial& partial = partials[block.node];
     partial.products.push_back({block});
     partial.ready.push_back({ready[block.index]});
     partial.routes += block.count;
@@ -29,12 +29,12 @@ std::vector<Partial> partials_of_teams(const Plan& plan, const TaskGraph::Groups
 
 std::vector<Partial> partials_of(const Plan& plan, index_t routes, const TaskGraph::Groups& ready) {
   const std::vector<ShardSlice>& shards = plan.shards;
-  if (shards.size() == 1) return partials_of_teams(plan, ready);
+  if (shards.size() == 1) return partials_of_nodes(plan, ready);
   std::vector<Partial> partials;
   for (std::size_t s = 0, end; s < shards.size(); s = end) {
     for (end = s; end < shards.size() && shards[end].node == shards[s].node;) ++end;
     Partial& partial = partials.emplace_back();
-    partial.team = shards[s].team;
+    partial.node = shards[s].node;
     partial.shard = to_int(static_cast<index_t>(shards[s].number));
     partial.routes = routes;
     for (std::size_t b = 0; b < plan.blocks.size(); b += shards.size()) {
@@ -80,7 +80,7 @@ Combine::Combine(Pass& pass, const Result& result, bool weighted, index_t tile, 
   memory_.resize(static_cast<std::size_t>(std::min(ranges_.count, kChunksInUse)));
   for (Memory& own : memory_)
     for (const Partial& partial : partials_) {
-      Arena& arena = pass.lease.memory(partial.team);
+      Arena& arena = pass.lease.memory(partial.node);
       own.rows.push_back(arena.take<float>(partial.routes * stride_));
       own.sums.push_back(reduces_ ? arena.take<float>(pass.inputs.hidden_states.rows * width) : nullptr);
     }
@@ -109,7 +109,7 @@ void Combine::add_products(std::size_t c, Stage stage, Product* product, Product
     if (const ChunkGroups* before = previous(c); before != nullptr)
       readers = reduces_ ? TaskGraph::Groups{before->sums[l]} : before->sums;
     groups_[c].products.push_back(pass_.tasks.add(
-        {stage, {partial.shard}}, partial.team, std::ssize(partial.products),
+        {stage, {partial.shard}}, partial.node, std::ssize(partial.products),
         {std::move(readers), partial.ready},
         [=, this, &partial](index_t task, Arena& scratch) {
           multiply(c, l, partial.products[static_cast<std::size_t>(task)], product, scratch);
@@ -127,7 +127,7 @@ void Combine::multiply(std::size_t c, std::size_t partial, std::span<const Block
   const Range all = chunk(c);
   const Block& block = blocks.front();
   float* rows = row(c, partial, block.first);
-  const index_t count = pass_.plan.small_m(block) ? 1 : ceil_div(all.size(), nc_);
+  const index_t count = pass_.plan.by_gemv(block) ? 1 : ceil_div(all.size(), nc_);
   for_nc_ranges({all.size(), count, ranges_.tile}, 0, count, [&](index_t, Range nc, Range next) {
     const Arena::Frame frame(scratch);
     const auto cols = [&](Range r) { return Range{all.begin + r.begin, all.begin + r.end}; };
@@ -145,9 +145,9 @@ void Combine::add_token_sums(std::size_t c) {
           store(c, t, total);
         }
       },
-      [this, c](std::size_t team, Range tokens) {
-        Work work = cost_of_rows(c, tokens, team);
-        return work += cost_of_result(c, tokens, team);
+      [this, c](std::size_t node, Range tokens) {
+        Work work = cost_of_rows(c, tokens, node);
+        return work += cost_of_result(c, tokens, node);
       });
 }
 
@@ -162,7 +162,7 @@ void Combine::add_partial_sums(std::size_t c) {
     if (const ChunkGroups* before = previous(c); before != nullptr)
       after.insert(after.end(), before->reduced.begin(), before->reduced.end());
     groups_[c].sums.push_back(pass_.tasks.add(
-        {Stage::combine, {partials_[l].shard}}, partials_[l].team, ceil_div(tokens, kTokensPerTask),
+        {Stage::combine, {partials_[l].shard}}, partials_[l].node, ceil_div(tokens, kTokensPerTask),
         std::move(after),
         [=, this](index_t task, Arena& scratch) {
           const Range some = tokens_of(task);
@@ -193,30 +193,30 @@ void Combine::add_reduced_sums(std::size_t c) {
           store(c, t, total);
         }
       },
-      [this, c](std::size_t team, Range tokens) {
-        Work work = cost_of_result(c, tokens, team);
+      [this, c](std::size_t node, Range tokens) {
+        Work work = cost_of_result(c, tokens, node);
         for (const Partial& partial : partials_)
-          work += moved(tokens.size() * chunk(c).size() * kFloat, partial.team, team);
+          work += moved(tokens.size() * chunk(c).size() * kFloat, partial.node, node);
         return work;
       });
 }
 
-// Adds tasks body(tokens, scratch) for the share of all tokens that each team has.
+// Adds tasks body(tokens, scratch) for the share of all tokens that each node has.
 template <class Body, class Cost>
 void Combine::add_by_token(Stage stage, TaskGraph::Groups after, TaskGraph::Groups& added, const Body& body,
                            const Cost& cost) {
-  const std::vector<int>& team_threads = pass_.plan.team_threads;
-  const std::vector<index_t> threads(team_threads.begin(), team_threads.end());
+  const std::vector<int>& node_threads = pass_.plan.node_threads;
+  const std::vector<index_t> threads(node_threads.begin(), node_threads.end());
   const std::vector<Range> shares = split_by(pass_.inputs.hidden_states.rows, threads, kTokensPerTask);
-  for (std::size_t team = 0; team < shares.size(); ++team) {
-    const auto tokens = [share = shares[team]](index_t task) {
+  for (std::size_t node = 0; node < shares.size(); ++node) {
+    const auto tokens = [share = shares[node]](index_t task) {
       const index_t first = share.begin + task * kTokensPerTask;
       return Range{first, std::min(share.end, first + kTokensPerTask)};
     };
     added.push_back(pass_.tasks.add(
-        stage, team, ceil_div(shares[team].size(), kTokensPerTask), after,
+        stage, node, ceil_div(shares[node].size(), kTokensPerTask), after,
         [=](index_t task, Arena& scratch) { body(tokens(task), scratch); },
-        [=](index_t task) { return cost(team, tokens(task)); }));
+        [=](index_t task) { return cost(node, tokens(task)); }));
   }
 }
 
@@ -245,18 +245,18 @@ std::span<const std::int32_t> Combine::routes_of(Range tokens) const {
   return {routes + offset[tokens.begin], routes + offset[tokens.end]};
 }
 
-Work Combine::cost_of_rows(std::size_t c, Range tokens, std::size_t team) const {
+Work Combine::cost_of_rows(std::size_t c, Range tokens, std::size_t node) const {
   const index_t bytes = chunk(c).size() * kFloat;
   const std::span<const std::int32_t> routes = routes_of(tokens);
-  if (rows_.empty()) return moved(std::ssize(routes) * bytes, partials_.front().team, team);
+  if (rows_.empty()) return moved(std::ssize(routes) * bytes, partials_.front().node, node);
   Work work;
   for (const std::int32_t route : routes)
-    work += moved(bytes, partials_[rows_[static_cast<std::size_t>(route)].partial].team, team);
+    work += moved(bytes, partials_[rows_[static_cast<std::size_t>(route)].partial].node, node);
   return work;
 }
 
-Work Combine::cost_of_result(std::size_t c, Range tokens, std::size_t team) const {
-  return moved(tokens.size() * chunk(c).size() * static_cast<index_t>(size_of(result_.dtype)), 0, team);
+Work Combine::cost_of_result(std::size_t c, Range tokens, std::size_t node) const {
+  return moved(tokens.size() * chunk(c).size() * static_cast<index_t>(size_of(result_.dtype)), 0, node);
 }
 
 }  // namespace kt

@@ -10,9 +10,9 @@
 
 namespace kt {
 
-// What one node, or where every block is computed by one team alone, one team adds to the result.
+// What one node adds to the result.
 struct Partial {
-  std::size_t team;
+  std::size_t node;
   int shard;  // the first, by its number in a profile; -1: there is but one
   std::vector<std::vector<Block>> products = {};  // a token block's shards on the node, in order
   std::vector<TaskGraph::Groups> ready = {};      // what each product waits for
@@ -64,8 +64,8 @@ class Combine {
   void sum_routes(std::size_t c, std::size_t partial, index_t token, float* total, Arena& scratch) const;
   void store(std::size_t c, index_t token, const float* total) const;
   std::span<const std::int32_t> routes_of(Range tokens) const;
-  Work cost_of_rows(std::size_t c, Range tokens, std::size_t team) const;
-  Work cost_of_result(std::size_t c, Range tokens, std::size_t team) const;
+  Work cost_of_rows(std::size_t c, Range tokens, std::size_t node) const;
+  Work cost_of_result(std::size_t c, Range tokens, std::size_t node) const;
 
   std::size_t chunks() const { return static_cast<std::size_t>(ranges_.count); }
   Range chunk(std::size_t c) const { return ranges_[static_cast<index_t>(c)]; }

@@ -21,13 +21,13 @@ Work cost_of_product(const Pass& pass, Projection p, const Block& block, index_t
 }  // namespace
 
 Work cost_of_packing(const Pass& pass, const Block& block) {
-  return moved(block.count * pass.experts.hidden * kBf16, 0, block.team);
+  return moved(block.count * pass.experts.hidden * kBf16, 0, block.node);
 }
 
 Work cost_of_gate_up(const Pass& pass, const Block& block, Range nc) {
   const index_t matrix = block.count * nc.size() * kBf16;
   Work work{0, matrix, 0};                                           // h
-  if (!pass.gate.empty()) work += moved(2 * matrix, 0, block.team);  // G, U
+  if (!pass.gate.empty()) work += moved(2 * matrix, 0, block.node);  // G, U
   for (const Projection p : kGateUp)
     work += cost_of_product(pass, p, block, nc.size(), pass.cols(p, block),
                             /*here=*/true);
@@ -45,7 +45,7 @@ Work cost_of_down(const Pass& pass, std::span<const Block> blocks, Range nc) {
 Work cost_of_grad_down(const Pass& pass, const Block& block, Range nc) {
   const index_t matrix = block.count * nc.size() * kBf16;
   Work work{0, 3 * matrix, 0};                                             // dG, dU, h
-  work += moved(2 * matrix, pass.recompute ? block.team : 0, block.team);  // G, U
+  work += moved(2 * matrix, pass.recompute ? block.node : 0, block.node);  // G, U
   work += cost_of_product(pass, Projection::down, block, nc.size(), pass.rows(Projection::down, block), true);
   return work;
 }

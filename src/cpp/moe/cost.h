@@ -8,9 +8,9 @@
 
 namespace kt {
 
-// Bytes in the memory of one team that another one reads or writes.
-inline Work moved(index_t bytes, std::size_t memory, std::size_t team) {
-  return memory == team ? Work{0, bytes, 0} : Work{0, 0, bytes};
+// Bytes in the memory of one node that another one reads or writes.
+inline Work moved(index_t bytes, std::size_t memory, std::size_t node) {
+  return memory == node ? Work{0, bytes, 0} : Work{0, 0, bytes};
 }
 
 // A product of a block's rows with n x rank numbers of LoRA.

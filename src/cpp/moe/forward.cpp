@@ -41,7 +41,7 @@ void pack_p_of_x(Pass& pass, const Block& block, char* slot) {
 // X, packed, and P = s X A' of gate and up.
 void pack_x(Pass& pass, const Block& block, char* slot, Arena& scratch) {
   PackedB& rows = pass.packed_x[block.index].rows;
-  if (!pass.plan.small_m(block))
+  if (!pass.plan.by_gemv(block))
     rows =
         pack_b_cols_into(slot, pass.kernels(), pass.input(Projection::gate, block, {0, pass.experts.hidden}));
   if (!pass.plan.is_root(block)) return;
@@ -91,7 +91,7 @@ void gate_up(const Pass& pass, const Block& block, index_t, Range nc, Range next
 // h, packed, and its product with Ad'.
 void pack_h(Pass& pass, const Block& block, float* product, Arena& scratch) {
   PackedInput& h = pass.packed_h[block.index];
-  if (!pass.plan.small_m(block))
+  if (!pass.plan.by_gemv(block))
     h.rows = pack_b_cols_into(h.memory, pass.kernels(),
                               pass.input(Projection::down, block, {0, pass.plan.width(block)}));
   if (pass.lora(Projection::down)) multiply_a(pass, Projection::down, block, h.rows, product, scratch);

@@ -18,10 +18,9 @@
 
 namespace kt {
 
-// ValueError for a name that is not known.
-Activation activation_from(std::string_view name);
-std::string_view name_of(Activation activation);
-const ActivationKernels& kernels_of(const KernelSet& kernels, Activation activation);
+inline const ActivationKernels& kernels_of(const KernelSet& kernels, Activation activation) {
+  return kernels.epilogue.activations[static_cast<std::size_t>(activation)];
+}
 
 // How experts are divided among shards. `tensor` (tensor parallel): every shard has a slice of each expert's
 // intermediate dimension. `expert` (expert parallel): a shard has whole experts, and computes them alone.

@@ -21,9 +21,9 @@ Rows p_rows(const Pass& pass, Projection p, const Block& rows, Arena& scratch) {
   return {view(natural, DType::bf16, rows.count, rank)};
 }
 
-// Few rows: the weights are read once, where they lie.
-void multiply_small_m_forward(const Pass& pass, Projection p, const ForwardWeights& w, const Block& mc,
-                              float* result, index_t stride, bool accumulate, Arena& scratch) {
+// GEMV: the weights are read once, where they lie.
+void gemv_forward(const Pass& pass, Projection p, const ForwardWeights& w, const Block& mc, float* result,
+                  index_t stride, bool accumulate, Arena& scratch) {
   const KernelSet& kernels = pass.kernels();
   const Block rows = pass.plan.on_shard_of(w.block, mc);
   const index_t width = w.weights.rows.size();
@@ -53,7 +53,7 @@ ForwardWeights forward_weights(const Pass& pass, Projection p, const Block& bloc
   if (const bf16_t* bias = pass.experts.bias(p, block.expert); bias != nullptr && here)
     w.bias = bias + pass.first_row(p, block) + nc.begin;
   if (w.lora) w.lora_b = {pass.lora_b(p, block).block(nc.begin, 0, nc.size(), pass.rank(p))};
-  if (pass.plan.small_m(block)) return w;
+  if (pass.plan.by_gemv(block)) return w;
   const Span span(pass.recorder(scratch), packing(w.weights));
   w.packed_weights = pack_a(kernels, w.weights, scratch);
   if (w.lora) w.packed_lora_b = pack_a(kernels, w.lora_b, scratch);
@@ -65,15 +65,15 @@ void multiply_forward(const Pass& pass, Projection p, std::span<const ForwardWei
   const KernelSet& kernels = pass.kernels();
   const Arena::Frame frame(scratch);
   const index_t width = weights.front().weights.rows.size(), nr = kernels.gemm.nr;
-  if (pass.plan.small_m(mc) || mc.count <= kernels.few.max_tail) {
+  if (pass.plan.by_gemv(mc) || mc.count <= kernels.gemv.max_edge) {
     for (const ForwardWeights& w : weights)
-      multiply_small_m_forward(pass, p, w, mc, result, stride, /*accumulate=*/&w != weights.data(), scratch);
+      gemv_forward(pass, p, w, mc, result, stride, /*accumulate=*/&w != weights.data(), scratch);
     return;
   }
   const Range rows = pass.plan.within(mc);
   const index_t all = pass.plan.blocks[mc.index].count;
-  Range fetching = rows;  // of the next weights; and what a tail of few rows would fetch
-  if (all - fetching.end <= kernels.few.max_tail) fetching.end = all;
+  Range fetching = rows;  // of the next weights; and what a GEMV of the edge would fetch
+  if (all - fetching.end <= kernels.gemv.max_edge) fetching.end = all;
   const bf16_t* bias = nullptr;  // what the sum starts from
   std::size_t n = 0;
   auto* terms = scratch.take<Term>(2 * std::ssize(weights));
@@ -91,13 +91,13 @@ void multiply_forward(const Pass& pass, Projection p, std::span<const ForwardWei
 
 void add_backward_weights(const Pass& pass, std::span<const Projection> targets, const Block& block, Range nc,
                           Range next, BackwardWeights& weights, Arena& scratch) {
-  const bool small_m = pass.plan.small_m(block);
+  const bool by_gemv = pass.plan.by_gemv(block);
   const auto packed = [&](const auto& source) {
-    return small_m ? PackedB{} : pack_b_rows(pass.kernels(), source, scratch);
+    return by_gemv ? PackedB{} : pack_b_rows(pass.kernels(), source, scratch);
   };
   for (const Projection p : targets) {
     const WeightBlock all = pass.weight(p, block), w = all.cols_of(nc);
-    const Span span(small_m ? nullptr : pass.recorder(scratch), packing(w));
+    const Span span(by_gemv ? nullptr : pass.recorder(scratch), packing(w));
     weights.push_back({block, p, false, w, {}, packed(w), codes_of(all.cols_of(next))});
   }
   for (const Projection p : targets)
@@ -118,7 +118,7 @@ void sum_of_products(const Pass& pass, std::span<const BackwardTerm> weights, co
   auto* terms = scratch.take<Term>(std::ssize(weights));
   for (std::size_t i = 0; i < weights.size(); ++i) {
     const auto& [block, p, lora, frozen, lora_a, packed, next] = weights[i];
-    if (pass.plan.small_m(mc)) {
+    if (pass.plan.by_gemv(mc)) {
       const Block rows = pass.plan.on_shard_of(block, mc);
       const index_t rank = pass.rank(p);
       if (lora)
@@ -128,14 +128,14 @@ void sum_of_products(const Pass& pass, std::span<const BackwardTerm> weights, co
         gemv_nn(kernels, pass.grad_output(p, rows, {0, pass.rows(p, rows)}), frozen, result, stride,
                 /*accumulate=*/i > 0, scratch);
     } else {
-      // dG and dU are packed by each shard, dOut once for all shards of a team.
+      // dG and dU are packed by each shard, dOut once for all shards of a node.
       const std::size_t packer = p == Projection::down ? block.packer : block.index;
       const PackedGradient& gradient = pass.packed_grad[index_of(p)][packer];
       terms[i] = {rows_of(kernels, lora ? gradient.low_rank : gradient.rows, within), packed,
                   share(next, within, pass.plan.blocks[mc.index].count)};
     }
   }
-  if (!pass.plan.small_m(mc)) brgemm(kernels, {terms, weights.size()}, result, stride);
+  if (!pass.plan.by_gemv(mc)) brgemm(kernels, {terms, weights.size()}, result, stride);
 }
 
 }  // namespace

@@ -10,7 +10,8 @@
 namespace kt {
 
 // W, LoRA B and the bias of a projection for an NC range of its output: as left operands, unless the block
-// has few rows; and the packed input that they multiply. Only the root has LoRA B and the bias of down.
+// is multiplied by GEMV; and the packed input that they multiply. Only the root has LoRA B and the bias of
+// down.
 struct ForwardWeights {
   Block block;
   const PackedInput* input;
@@ -29,7 +30,8 @@ ForwardWeights forward_weights(const Pass& pass, Projection p, const Block& bloc
 void multiply_forward(const Pass& pass, Projection p, std::span<const ForwardWeights> weights,
                       const Block& mc, float* result, index_t stride, Arena& scratch);
 
-// W or LoRA A of a projection, for an NC range of its input: as right operand, unless the block has few rows.
+// W or LoRA A of a projection, for an NC range of its input: as right operand, unless the block is multiplied
+// by GEMV.
 struct BackwardTerm {
   Block block;
   Projection projection;

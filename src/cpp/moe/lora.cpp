@@ -65,14 +65,14 @@ void multiply_a(const Pass& pass, Projection p, const Block& block, PackedB pack
   const Arena::Frame frame(scratch);
   const MatView lora_a = pass.lora_a(p, block);
   const index_t rank = lora_a.rows, in = lora_a.cols, stride = min_ldc(kernels, block.count);
-  const bool small_m = pass.plan.small_m(block);
+  const bool by_gemv = pass.plan.by_gemv(block);
   Span span(pass.recorder(scratch), Stage::lora_p);
   span.count(cost_of_low_rank(block, rank, in));
-  const PackedA a = small_m ? PackedA{} : pack_a(kernels, {lora_a}, scratch);
+  const PackedA a = by_gemv ? PackedA{} : pack_a(kernels, {lora_a}, scratch);
   for_mc_ranges(block, kernels.gemm.nr, [&](const Block& mc) {
     const Arena::Frame mc_frame(scratch);
     float* to = product + pass.plan.within(mc).begin;
-    if (small_m) {
+    if (by_gemv) {
       auto* by_row = scratch.take<float>(mc.count * rank);
       gemv_nt(kernels, lora_input(pass, p, mc, {0, in}, scratch), {lora_a}, by_row, rank,
               /*accumulate=*/false, scratch);
@@ -105,7 +105,7 @@ void round_p(const Pass& pass, Projection p, const Block& block, float* product)
 }
 
 PackedB pack_p(const Pass& pass, Projection p, const Block& block, char* into) {
-  if (pass.plan.small_m(block)) return {};
+  if (pass.plan.by_gemv(block)) return {};
   return pack_b_rows_into(into, pass.kernels(), {pass.low_rank(pass.lora_p[index_of(p)], p, block)});
 }
 
@@ -118,14 +118,14 @@ void multiply_b(const Pass& pass, Projection p, const Block& block, float* produ
   const Arena::Frame frame(scratch);
   const Rows lora_b{pass.lora_b(p, block)};
   const index_t stride = min_ldc(kernels, pass.rank(p));
-  const bool small_m = pass.plan.small_m(block);
-  const PackedB b = small_m ? PackedB{} : pack_b_rows(kernels, lora_b, scratch);
+  const bool by_gemv = pass.plan.by_gemv(block);
+  const PackedB b = by_gemv ? PackedB{} : pack_b_rows(kernels, lora_b, scratch);
   const PackedA packed = pass.packed_grad[index_of(p)][block.index].rows;
   Span span(pass.recorder(scratch), Stage::lora_q);
   span.count(cost_of_low_rank(block, pass.rank(p), pass.rows(p, block)));
   for_mc_ranges(block, backward_mc(pass), [&](const Block& mc) {
     float* to = product + pass.plan.within(mc).begin * stride;
-    if (small_m) {
+    if (by_gemv) {
       gemv_nn(kernels, pass.grad_output(p, mc, {0, pass.rows(p, block)}), lora_b, to, stride,
               /*accumulate=*/false, scratch);
     } else {
@@ -155,7 +155,7 @@ void round_q(const Pass& pass, Projection p, const Block& block, float* product,
 }
 
 PackedA pack_q(const Pass& pass, Projection p, const Block& block, char* into) {
-  if (pass.plan.small_m(block)) return {};
+  if (pass.plan.by_gemv(block)) return {};
   const index_t rank = pass.rank(p);
   return pack_a_into(into, pass.kernels(), pass.by_route(pass.lora_q[index_of(p)], rank, block, {0, rank}));
 }
@@ -208,7 +208,7 @@ void add_lora_gradient(Pass& pass, const LayerGradients& gradients, Projection p
   index_t rows = 0;
   for (const Block* block : blocks) after.push_back(ready[block->index]), rows += block->count;
   pass.tasks.add(
-      pass.label(Stage::lora_grad, first), first.team, ranges.count, std::move(after),
+      pass.label(Stage::lora_grad, first), first.node, ranges.count, std::move(after),
       [&pass, &gradients, p, m, ranges, own = std::vector(blocks.begin(), blocks.end())](index_t i,
                                                                                          Arena& scratch) {
         if (ranges[i].size() > 0) lora_gradient(pass, gradients, p, m, own, ranges[i], scratch);

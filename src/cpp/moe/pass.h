@@ -19,8 +19,8 @@ static_assert(2 * kMostShards + 2 <= kMostTerms);
 // A matrix of each block, by the block's index; empty: there is none of any block.
 using ByBlock = std::vector<bf16_t*>;
 
-// The input of a forward product, packed once for all NC ranges of the weights; nothing of a block of few
-// rows.
+// The input of a forward product, packed once for all NC ranges of the weights; nothing of a block by
+// GEMV.
 struct PackedInput {
   char* memory = nullptr;                // of h and its P; X lies in a slot of a ring
   PackedB rows = {};                     // X or h
@@ -121,7 +121,7 @@ struct Pass {
   ByBlock saved_inner(bf16_t* matrix) const;
   ByBlock take_low_rank(Projection p);
   ByBlock saved_low_rank(Projection p, bf16_t* matrix) const;
-  Arena& memory(const Block& block) { return lease.memory(block.team); }
+  Arena& memory(const Block& block) { return lease.memory(block.node); }
   // One row of fp32 results, stored in the wanted type.
   void store(const float* row, index_t n, const Result& result, index_t offset) const;
 

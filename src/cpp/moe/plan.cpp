@@ -9,7 +9,7 @@ namespace {
 constexpr index_t kTasksPerThread = 4;  // at least, where they are small
 constexpr index_t kMostRanges = 4;      // of one task: each fetches the next one's weights
 constexpr index_t kLeastCols = 24;      // of a range, or its input is read too often
-constexpr index_t kSmallMCols = 128;    // of a range for few rows, at least: runs of 256 bytes
+constexpr index_t kGemvCols = 128;      // of a range for a GEMV, at least: runs of 256 bytes
 
 }  // namespace
 
@@ -19,35 +19,34 @@ Range nc_of_task(const NcRanges& ranges, index_t task, index_t per_task) {
 
 Plan::Plan(const Routing& routing, const ExpertWeights& experts, const KernelSet& kernels,
            const Workers& workers)
-    : team_threads(workers.threads),
-      threads(std::accumulate(team_threads.begin(), team_threads.end(), 0)),
+    : node_threads(workers.threads),
+      threads(std::accumulate(node_threads.begin(), node_threads.end(), 0)),
       cache_bytes(std::min(static_cast<index_t>(workers.l2_bytes) / 2, kMostCacheBytes)),
       kernels_(kernels) {
   const bool expert_parallel = experts.placement == Placement::expert;
   for (std::size_t s = 0; s < experts.shards.size() && !expert_parallel; ++s)
-    if (experts.shards[s].size() > 0)
-      shards.push_back({experts.shards[s], s, workers.node_of[s], workers.team_of[s]});
-  if (shards.empty()) shards.push_back({{0, experts.intermediate}, 0, 0, 0});
+    if (experts.shards[s].size() > 0) shards.push_back({experts.shards[s], s, workers.node_of[s]});
+  if (shards.empty()) shards.push_back({{0, experts.intermediate}, 0, 0});
   for (const int e : routing.experts) {
     const index_t count = routing.count(e), cuts = ceil_div(count, kBlockRows);
     const index_t each = round_up(ceil_div(count, cuts), kernels.gemm.nr);
     Block block{e, 0, 0, 0, 0, routing.first(e), count};
     if (expert_parallel)
-      block.team = workers.team_of[static_cast<std::size_t>(experts.homes[static_cast<std::size_t>(e)])];
+      block.node = workers.node_of[static_cast<std::size_t>(experts.homes[static_cast<std::size_t>(e)])];
     for_mc_ranges(block, each, [&](const Block& rows) { add_token_block(rows, expert_parallel); });
   }
 }
 
 void Plan::add_token_block(Block block, bool expert_parallel) {
   most_rows = std::max(most_rows, block.count);
-  all_small_m = all_small_m && block.count <= kernels_.few.max_rows;
+  all_by_gemv = all_by_gemv && block.count <= kernels_.gemv.max_rows;
   const std::size_t root = blocks.size();
-  std::vector<std::size_t> packers(team_threads.size(), blocks.max_size());
+  std::vector<std::size_t> packers(node_threads.size(), blocks.max_size());
   for (std::size_t i = 0; i < shards.size(); ++i) {
     block.index = blocks.size();
     block.shard = (root / shards.size() + i) % shards.size();  // shards are roots in turn
-    if (!expert_parallel) block.team = shards[block.shard].team;
-    std::size_t& first = packers[block.team];
+    if (!expert_parallel) block.node = shards[block.shard].node;
+    std::size_t& first = packers[block.node];
     block.packer = first = std::min(first, block.index);
     blocks.push_back(block);
   }
@@ -57,9 +56,9 @@ NcRanges Plan::nc_ranges(index_t n, index_t tile, index_t bytes) const {
   const auto cut = [&](index_t count, index_t most) {
     return NcRanges{n, std::clamp(count, index_t{1}, most), tile};
   };
-  if (all_small_m)
+  if (all_by_gemv)
     return cut(ceil_div(kTasksPerThread * threads, std::max(std::ssize(blocks), index_t{1})),
-               ceil_div(n, std::max(tile, kSmallMCols)));
+               ceil_div(n, std::max(tile, kGemvCols)));
   return cut(ceil_div(n, std::max(round_up(kLeastCols, tile), cache_bytes / bytes)), ceil_div(n, tile));
 }
 
@@ -74,10 +73,10 @@ PackSchedule::PackSchedule(const Plan& plan) {
     std::size_t multiplied = 0;            // of these inputs
   };
   std::vector<Ring> rings;
-  for (std::size_t team = 0; team < plan.team_threads.size(); ++team) {
-    const auto ahead = static_cast<std::size_t>(std::max(2, plan.team_threads[team] / 2));
+  for (std::size_t node = 0; node < plan.node_threads.size(); ++node) {
+    const auto ahead = static_cast<std::size_t>(std::max(2, plan.node_threads[node] / 2));
     const auto inputs = static_cast<std::size_t>(std::ranges::count_if(
-        plan.blocks, [&](const Block& block) { return block.team == team && block.packer == block.index; }));
+        plan.blocks, [&](const Block& block) { return block.node == node && block.packer == block.index; }));
     rings.push_back({ahead, std::min(inputs, 2 * ahead)});
     slots.push_back(static_cast<index_t>(rings.back().slots));
   }
@@ -87,7 +86,7 @@ PackSchedule::PackSchedule(const Plan& plan) {
   };
   for (const Block& block : plan.blocks) {
     if (block.packer != block.index) continue;
-    Ring& ring = rings[block.team];
+    Ring& ring = rings[block.node];
     const std::size_t turn = ring.inputs.size();
     steps.push_back({block.index, true, static_cast<index_t>(turn % ring.slots),
                      turn < ring.slots ? kNone : ring.inputs[turn - ring.slots]});

@@ -1,4 +1,4 @@
-// The plan of a pass: which routed tokens are multiplied together, on which shard and by which team, and into
+// The plan of a pass: which routed tokens are multiplied together, on which shard and by which node, and into
 // which ranges products are cut. Plain data, made without threads or memory.
 #pragma once
 
@@ -34,17 +34,16 @@ inline constexpr std::array kDown{Projection::down};
 // another, and the first is its root, which computes what all of them need, and reduces their partial sums.
 struct Block {
   int expert;
-  std::size_t shard, team;  // of those in the plan
+  std::size_t shard, node;  // of those in the plan
   std::size_t index;        // in the plan
-  std::size_t packer;       // the block of its team that packs the input that they have in common
+  std::size_t packer;       // the block of its node that packs the input that they have in common
   index_t first, count;     // its routed tokens
 };
 
-// A shard of the plan: its slice of the intermediate dimension, its number in the runtime, the NUMA node that
-// owns it and the team that computes it.
+// A shard of the plan: its slice of the intermediate dimension, its number in the runtime and its node.
 struct ShardSlice {
   Range range;
-  std::size_t number, node, team;
+  std::size_t number, node;
 };
 
 // The n columns of a product, cut into `count` ranges of NC columns each, on multiples of `tile`. Ranges at
@@ -87,14 +86,14 @@ class Plan {
 
   std::vector<ShardSlice> shards;  // those that have some of the intermediate dimension
   std::vector<Block> blocks;       // every token block once a shard, experts in order
-  std::vector<int> team_threads;
+  std::vector<int> node_threads;
   int threads = 0;
   index_t most_rows = 0;    // of a block
   index_t cache_bytes = 0;  // of weights that a task keeps in its L2 cache
-  bool all_small_m = true;  // every block
+  bool all_by_gemv = true;  // every block
 
-  // Whether a block has so few rows that its products read the weights where they lie, without packing.
-  bool small_m(const Block& block) const { return blocks[block.index].count <= kernels_.few.max_rows; }
+  // Whether a block has so few rows that its products are GEMVs, which read the weights where they lie.
+  bool by_gemv(const Block& block) const { return blocks[block.index].count <= kernels_.gemv.max_rows; }
 
   bool is_root(const Block& block) const { return block.index % shards.size() == 0; }
   // All shards of the same token block, its root first.
@@ -124,7 +123,7 @@ class Plan {
   // end half a tile or few rows where those save a large part of a tile.
   template <class Body>
   void for_forward_mc_ranges(const Block& block, const Body& body) const {
-    const index_t tile = kernels_.gemm.nr, half = tile / 2, tail = kernels_.few.max_tail;
+    const index_t tile = kernels_.gemm.nr, half = tile / 2, tail = kernels_.gemv.max_edge;
     for (index_t i = 0, rows; i < block.count; i += rows) {
       const index_t left = block.count - i;
       rows = left <= tail || left > half + tail ? std::min(tile, left) : std::min(half, left);
@@ -138,7 +137,7 @@ class Plan {
   const KernelSet& kernels_;
 };
 
-// The order in which a team's inputs are packed and multiplied. Packing runs some blocks ahead, by a team's
+// The order in which a node's inputs are packed and multiplied. Packing runs some blocks ahead, by a node's
 // threads, so that products seldom wait, into a ring of slots, each free again when its products are done.
 struct PackSchedule {
   struct Step {
@@ -152,7 +151,7 @@ struct PackSchedule {
 
   explicit PackSchedule(const Plan& plan);
 
-  std::vector<index_t> slots;  // of each team's ring
+  std::vector<index_t> slots;  // of each node's ring
   std::vector<Step> steps;
 };
 

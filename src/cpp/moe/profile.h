@@ -57,7 +57,7 @@ static_assert(kStages == static_cast<std::size_t>(Stage::idle) + 1);
 constexpr std::string_view name_of(Stage stage) { return stage_names[static_cast<std::size_t>(stage)]; }
 
 // The work of some time. Bytes are those that a step has to read or write, caches aside: local ones lie in
-// the memory of the team that does it, remote ones in that of another. The caller's tensors lie in team 0's.
+// the memory of the node that does it, remote ones in that of another. The caller's tensors lie in node 0's.
 struct Work {
   std::int64_t flops = 0, local = 0, remote = 0;
 

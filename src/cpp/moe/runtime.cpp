@@ -78,17 +78,15 @@ Runtime::Runtime(std::optional<int> threads, std::optional<int> shards, std::opt
       kernels_(kernel_set(isa_, cpu_features())),
       topology_(std::move(topology)),
       layout_(choose_layout(topology_, threads, shards)),
-      pool_(layout_.teams) {
+      pool_(layout_.nodes) {
   // The first cache level has a way for each 4 KiB of its size, and lines that lie a multiple of 4 KiB apart
   // share a set. With fewer ways than a tile has rows, these would drive each other out where they lie.
   constexpr std::size_t kWay = 4096;
   if (topology_.l1d < static_cast<std::size_t>(kernels_.gemm.mr) * kWay) kernels_.gemm.in_place = false;
   l2_bytes_ = topology_.l2 == 0 ? kUsualL2 : topology_.l2;
-  for (const Team& team : layout_.teams) {
-    team_of_.insert(team_of_.end(), static_cast<std::size_t>(team.shards.size()), memory_.size());
-    const std::vector<int>& nodes = layout_.shards[static_cast<std::size_t>(team.shards.begin)].memory;
-    memory_.emplace_back(nodes);
-    for (int thread = 0; thread < team.threads; ++thread) scratch_.emplace_back(nodes);
+  for (const Node& node : layout_.nodes) {
+    memory_.emplace_back(node.memory);
+    for (int thread = 0; thread < node.threads; ++thread) scratch_.emplace_back(node.memory);
   }
 }
 
@@ -120,8 +118,8 @@ void Runtime::set_profile(std::shared_ptr<Profile> profile) {
 
 std::vector<int> Runtime::first_shards() const {
   std::vector<int> shards;
-  for (const Team& team : layout_.teams)
-    shards.insert(shards.end(), static_cast<std::size_t>(team.threads), static_cast<int>(team.shards.begin));
+  for (const Node& node : layout_.nodes)
+    shards.insert(shards.end(), static_cast<std::size_t>(node.threads), static_cast<int>(node.shards.begin));
   return shards;
 }
 
@@ -137,8 +135,8 @@ Runtime::Lease::Lease(Runtime& runtime) : runtime_(runtime), claim_(runtime.pool
 }
 
 Workers Runtime::Lease::workers() const {
-  Workers workers{{}, runtime_.team_of_, {}, runtime_.l2_bytes_};
-  for (const Team& team : runtime_.pool_.teams()) workers.threads.push_back(team.threads);
+  Workers workers{{}, {}, runtime_.l2_bytes_};
+  for (const Node& node : runtime_.layout_.nodes) workers.threads.push_back(node.threads);
   for (const Shard& shard : runtime_.layout_.shards) workers.node_of.push_back(shard.node);
   return workers;
 }
@@ -154,13 +152,13 @@ void Runtime::Lease::parallel_for(index_t tasks, const std::function<void(index_
   runtime_.pool_.parallel_for(static_cast<int>(tasks), with_scratch, between);
 }
 
-void Runtime::Lease::parallel_for_teams(std::span<const index_t> tasks, const TeamBody& body) {
+void Runtime::Lease::parallel_for_nodes(std::span<const index_t> tasks, const NodeBody& body) {
   const std::vector<int> counts(tasks.begin(), tasks.end());
-  runtime_.pool_.parallel_for_teams(counts, [&](int team, int task, int worker) {
+  runtime_.pool_.parallel_for_nodes(counts, [&](int node, int task, int worker) {
     Arena& scratch = runtime_.scratch_[static_cast<std::size_t>(worker)];
     scratch.reset();
     const UsualFloats floats;
-    body(static_cast<std::size_t>(team), task, scratch);
+    body(static_cast<std::size_t>(node), task, scratch);
   });
 }
 

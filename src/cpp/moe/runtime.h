@@ -22,8 +22,8 @@ inline constexpr int kMostShards = 64;
 
 // The threads of a runtime and the shards they serve, as plain data.
 struct Workers {
-  std::vector<int> threads;                   // of each team
-  std::vector<std::size_t> team_of, node_of;  // of each shard
+  std::vector<int> threads;          // of each node
+  std::vector<std::size_t> node_of;  // of each shard
   std::size_t l2_bytes;
 };
 
@@ -43,7 +43,9 @@ class Runtime {
   // brings its weights to the shards' memory use the same cut.
   std::vector<Range> split(index_t n, index_t align) const;
   // The NUMA nodes of a shard's memory; none where the machine has but one.
-  const std::vector<int>& memory_of(std::size_t shard) const { return layout_.shards[shard].memory; }
+  const std::vector<int>& memory_of(std::size_t shard) const {
+    return layout_.nodes[layout_.shards[shard].node].memory;
+  }
   // A shard's share of all work, in the same unit for all shards.
   index_t weight_of(std::size_t shard) const { return layout_.shards[shard].weight; }
   const std::string& isa() const { return isa_; }
@@ -65,10 +67,10 @@ class Runtime {
     explicit Lease(Runtime& runtime);
 
     const KernelSet& kernels() const { return runtime_.kernels_; }
-    std::size_t teams() const { return runtime_.pool_.teams().size(); }
+    std::size_t nodes() const { return runtime_.layout_.nodes.size(); }
     Workers workers() const;
-    // Memory of a team's own, on its nodes.
-    Arena& memory(std::size_t team) { return runtime_.memory_[team]; }
+    // Memory of a node's own.
+    Arena& memory(std::size_t node) { return runtime_.memory_[node]; }
     // The profile that records this call, or null.
     Profile* profile() const { return runtime_.profile_.get(); }
     // The recorder of the thread whose scratch this is, or null.
@@ -81,9 +83,9 @@ class Runtime {
     // `between` is that of WorkerPool::parallel_for.
     void parallel_for(index_t tasks, const std::function<void(index_t task, Arena& scratch)>& body,
                       const std::function<void()>& between = {});
-    // The same for every team, with tasks[team] tasks of its own.
-    using TeamBody = std::function<void(std::size_t team, index_t task, Arena& scratch)>;
-    void parallel_for_teams(std::span<const index_t> tasks, const TeamBody& body);
+    // The same for every node, with tasks[node] tasks of its own.
+    using NodeBody = std::function<void(std::size_t node, index_t task, Arena& scratch)>;
+    void parallel_for_nodes(std::span<const index_t> tasks, const NodeBody& body);
 
    private:
     Runtime& runtime_;
@@ -97,9 +99,8 @@ class Runtime {
   ShardLayout layout_;
   std::size_t l2_bytes_;
   WorkerPool pool_;
-  std::vector<std::size_t> team_of_;  // of every shard
-  std::vector<Arena> memory_;         // one a team
-  std::vector<Arena> scratch_;        // one a worker
+  std::vector<Arena> memory_;   // one a node
+  std::vector<Arena> scratch_;  // one a worker
   std::shared_ptr<Profile> profile_;
   std::shared_ptr<BufferPool> results_ = std::make_shared<BufferPool>();
 };

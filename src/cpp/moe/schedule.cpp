@@ -19,14 +19,14 @@ Groups of_readers(const Plan& plan, std::size_t packer, const Groups& groups) {
 const TaskGraph::Group* add_packing(Pass& pass, const PackedProducts& products, const Block& block,
                                     char* slot, Groups emptied, const Groups& packed) {
   const auto* own = pass.tasks.add(
-      pass.label(Stage::dispatch, block), block.team, 1, std::move(emptied),
+      pass.label(Stage::dispatch, block), block.node, 1, std::move(emptied),
       [&pass, &block, slot, pack = products.pack](index_t, Arena& scratch) {
         pack(pass, block, slot, scratch);
       },
       [&pass, &block](index_t) { return cost_of_packing(pass, block); });
   if (products.pack_low_rank == nullptr || pass.plan.is_root(block)) return own;
   return pass.tasks.add(
-      pass.label(Stage::dispatch, block), block.team, 1, Groups{own, packed[pass.plan.root(block).index]},
+      pass.label(Stage::dispatch, block), block.node, 1, Groups{own, packed[pass.plan.root(block).index]},
       [&pass, &block, slot, pack = products.pack_low_rank](index_t, Arena&) { pack(pass, block, slot); });
 }
 
@@ -35,7 +35,7 @@ const TaskGraph::Group* add_products(Pass& pass, const PackedProducts& products,
   const NcRanges& ranges = products.ranges[block.shard];
   const index_t per_task = pass.plan.ranges_per_task(ranges);
   return pass.tasks.add(
-      pass.label(products.stage, block), block.team, ceil_div(ranges.count, per_task), std::move(after),
+      pass.label(products.stage, block), block.node, ceil_div(ranges.count, per_task), std::move(after),
       [&pass, &block, &ranges, per_task, multiply = products.multiply](index_t task, Arena& scratch) {
         for_nc_ranges(ranges, task, per_task, [&](index_t i, Range nc, Range next) {
           const Arena::Frame frame(scratch);
@@ -52,15 +52,15 @@ const TaskGraph::Group* add_products(Pass& pass, const PackedProducts& products,
 Groups add_packed_products(Pass& pass, const PackedProducts& products, const Groups& ready) {
   const Plan& plan = pass.plan;
   const PackSchedule schedule(plan);
-  std::vector<char*> rings;  // by team
-  for (std::size_t team = 0; team < schedule.slots.size(); ++team)
-    rings.push_back(pass.lease.memory(team).take<char>(schedule.slots[team] * products.slot_bytes));
+  std::vector<char*> rings;  // by node
+  for (std::size_t node = 0; node < schedule.slots.size(); ++node)
+    rings.push_back(pass.lease.memory(node).take<char>(schedule.slots[node] * products.slot_bytes));
   Groups packed(plan.blocks.size()), done(plan.blocks.size());  // by block
   for (const PackSchedule::Step& step : schedule.steps) {
     const Block& block = plan.blocks[step.block];
     if (step.packs) {
       packed[block.index] =
-          add_packing(pass, products, block, rings[block.team] + step.slot * products.slot_bytes,
+          add_packing(pass, products, block, rings[block.node] + step.slot * products.slot_bytes,
                       of_readers(plan, step.emptied, done), packed);
     } else {
       Groups after{packed[block.packer]};
@@ -80,7 +80,7 @@ Groups add_shard_sums(Pass& pass, const ShardSums& sums, const Groups& ready) {
     const index_t n = sums.floats(pass, block);
     float* own = sharded ? pass.memory(block).take<float>(n) : nullptr;
     products[block.shard] = own;
-    done[block.index] = pass.tasks.add(pass.label(sums.stage, block), block.team, 1, ready[block.index],
+    done[block.index] = pass.tasks.add(pass.label(sums.stage, block), block.node, 1, ready[block.index],
                                        [=, &pass, &block](index_t, Arena& scratch) {
                                          float* product = sharded ? own : scratch.take<float>(n);
                                          sums.multiply(pass, block, product, scratch);
@@ -92,7 +92,7 @@ Groups add_shard_sums(Pass& pass, const ShardSums& sums, const Groups& ready) {
     for (const Block& shard : token_block) partial.push_back(done[shard.index]);
     const Block& root = token_block.front();
     done[root.index] =
-        pass.tasks.add(pass.label(Stage::reduce, root), root.team, 1, std::move(partial),
+        pass.tasks.add(pass.label(Stage::reduce, root), root.node, 1, std::move(partial),
                        [=, &pass, &root](index_t, Arena& scratch) {
                          const std::vector<float> once(products.size(), 1.0f);
                          auto* sum = scratch.take<float>(n);

@@ -10,8 +10,8 @@ namespace kt {
 // runs some blocks ahead, through a ring of slots.
 struct PackedProducts {
   Stage stage;
-  // The packing of a block's input into a slot, by the first of its shards on each team; the root also
-  // computes the input's low rank, which `pack_low_rank` then packs into the slots of other teams. Null:
+  // The packing of a block's input into a slot, by the first of its shards on each node; the root also
+  // computes the input's low rank, which `pack_low_rank` then packs into the slots of other nodes. Null:
   // there is no LoRA.
   void (*pack)(Pass& pass, const Block& block, char* slot, Arena& scratch);
   void (*pack_low_rank)(Pass& pass, const Block& block, char* slot);

@@ -14,9 +14,9 @@ constexpr int kSpins = 4000;
 
 }  // namespace
 
-const TaskGraph::Group* TaskGraph::add(const Label& label, std::size_t team, index_t count, After after,
+const TaskGraph::Group* TaskGraph::add(const Label& label, std::size_t node, index_t count, After after,
                                        Body body, Cost cost) {
-  Queue& queue = queues_[team];
+  Queue& queue = queues_[node];
   queue.groups.emplace_back(label, queue.tasks, count, std::move(after), std::move(body), std::move(cost));
   queue.tasks += count;
   return &queue.groups.back();
@@ -25,8 +25,8 @@ const TaskGraph::Group* TaskGraph::add(const Label& label, std::size_t team, ind
 void TaskGraph::run(Runtime::Lease& lease) {
   std::vector<index_t> tasks;
   for (const Queue& queue : queues_) tasks.push_back(queue.tasks);
-  lease.parallel_for_teams(tasks, [&](std::size_t team, index_t task, Arena& scratch) {
-    Group& group = *std::prev(std::ranges::upper_bound(queues_[team].groups, task, {}, &Group::first_));
+  lease.parallel_for_nodes(tasks, [&](std::size_t node, index_t task, Arena& scratch) {
+    Group& group = *std::prev(std::ranges::upper_bound(queues_[node].groups, task, {}, &Group::first_));
     const index_t number = task - group.first_;
     Recorder* recorder = lease.recorder(scratch);
     if (!wait_for(group, number, recorder)) return;

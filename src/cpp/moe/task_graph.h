@@ -1,4 +1,4 @@
-// The scheduler: tasks, the team that runs each, and the tasks that each comes after. It knows nothing of
+// The scheduler: tasks, the node that runs each, and the tasks that each comes after. It knows nothing of
 // what they compute. All threads run them without a barrier.
 #pragma once
 
@@ -31,16 +31,16 @@ class TaskGraph {
     std::span<const Groups> each = {};  // task i waits for each[i] too; or empty. It outlives the run.
   };
 
-  explicit TaskGraph(std::size_t teams = 1) : queues_(teams) {}
+  explicit TaskGraph(std::size_t nodes = 1) : queues_(nodes) {}
 
-  // `count` tasks of a team that may run at the same time: body(task, scratch), task in [0, count). Tasks of
-  // a team start in the order in which they were added. A profile records each under its label, with
+  // `count` tasks of a node that may run at the same time: body(task, scratch), task in [0, count). Tasks of
+  // a node start in the order in which they were added. A profile records each under its label, with
   // cost(task) as what it does. The group lives as long as the graph.
-  const Group* add(const Label& label, std::size_t team, index_t count, After after, Body body,
+  const Group* add(const Label& label, std::size_t node, index_t count, After after, Body body,
                    Cost cost = {});
 
   // Runs every task; the first exception ends the run and is rethrown here. It never blocks for ever: of all
-  // tasks that are not done, the one added first waits for none, and is the next that its team starts.
+  // tasks that are not done, the one added first waits for none, and is the next that its node starts.
   void run(Runtime::Lease& lease);
 
  private:
@@ -53,7 +53,7 @@ class TaskGraph {
     std::deque<Group> groups;
     index_t tasks = 0;
   };
-  std::vector<Queue> queues_;  // one a team
+  std::vector<Queue> queues_;  // one a node
   std::atomic<bool> failed_{false};
   std::mutex error_mutex_;
   std::exception_ptr error_;
@@ -75,7 +75,7 @@ class TaskGraph::Group {
   bool done() const { return left_.load(std::memory_order_acquire) == 0; }
 
   Label label_;
-  index_t first_;  // the number of its first task in the team's queue
+  index_t first_;  // the number of its first task in the node's queue
   std::atomic<int> left_;
   After after_;
   Body body_;

@@ -3,7 +3,7 @@
 #include <string.h>
 
 #include "kernels/amx/tile_unit.h"
-#include "kernels/avx512/few.h"
+#include "kernels/avx512/gemv.h"
 #include "kernels/avx512_bf16/set.h"
 
 namespace kt::KT_AMX {
@@ -137,7 +137,7 @@ extern const KernelSet table;
 const KernelSet table = {
     .gemm = {MR, NR, KB, sizeof(uint16_t), pack_a, avx512_bf16::pack_b_cols, avx512_bf16::pack_b_rows,
              micro_kernel, begin, end, peak, false},
-    .few = {kFewRows, 0, avx512_bf16::few_times_transposed, avx512_bf16::few_times, avx512_bf16::kFewCoded},
+    .gemv = {kGemvRows, 0, avx512_bf16::gemv_nt, avx512_bf16::gemv_nn, &avx512_bf16::coded_gemv},
     .epilogue = {},
     .decode = {},
 };

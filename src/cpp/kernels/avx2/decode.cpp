@@ -1,7 +1,7 @@
 #include <string.h>
 
 #include "kernels/avx2/set.h"
-#include "kernels/scalar/groups.h"
+#include "kernels/generic/groups.h"
 #include "kernels/scalar/set.h"
 
 namespace kt::avx2 {

@@ -14,7 +14,7 @@ constexpr int KB = 16;  // k in one 64-byte run of a packed A row
 PackRows pack_a, pack_b_cols;
 PackAcross pack_b_rows;
 MicroKernel micro_kernel;
-FewRows few_times_transposed, few_times;
+Gemv gemv_nt, gemv_nn;
 
 Transpose transpose;
 SumScaled sum_scaled;

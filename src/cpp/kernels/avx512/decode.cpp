@@ -1,6 +1,5 @@
-#include "kernels/avx512/lines.h"
 #include "kernels/avx512/set.h"
-#include "kernels/scalar/groups.h"
+#include "kernels/generic/groups.h"
 #include "kernels/scalar/set.h"
 
 namespace kt::avx512 {

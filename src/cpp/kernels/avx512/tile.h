@@ -115,4 +115,21 @@ constexpr const Tile* kTiles[kTileRows] = {
     kTilesOf<Step, 9>, kTilesOf<Step, 10>, kTilesOf<Step, 11>, kTilesOf<Step, 12>,
 };
 
+// The multiply-add of a set on registers alone.
+template <class Step>
+static double multiply_registers(int rounds, void* registers) {
+  constexpr int kChains = 16;  // two units, each with a latency of at most 8 multiply-adds
+  char* words = static_cast<char*>(registers);
+  const typename Step::Operand a = Step::load(words), b = Step::load(words + 64);
+  __m512 acc[kChains];
+#pragma GCC unroll 16
+  for (int i = 0; i < kChains; ++i) acc[i] = _mm512_load_ps(words + 64 * i);
+  for (int round = 0; round < rounds; ++round)
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) acc[i] = Step::multiply_add(a, b, acc[i]);
+#pragma GCC unroll 16
+  for (int i = 0; i < kChains; ++i) _mm512_store_ps(words + 64 * i, acc[i]);
+  return 2.0 * Step::kDepth * 16 * kChains * rounds;
+}
+
 }  // namespace kt

@@ -11,16 +11,26 @@ constexpr int KB = 2 * kRun;  // k in one 64-byte run of a packed A row
 PackRows pack_a, pack_b_cols;
 PackAcross pack_b_rows;
 MicroKernel micro_kernel;
-FewRows few_times_transposed, few_times;
-FewCoded few_times_transposed_int8, few_times_transposed_int4, few_times_transposed_e4m3,
-    few_times_transposed_e2m1;
-FewCoded few_times_int8, few_times_int4, few_times_e4m3, few_times_e2m1;
+Gemv gemv_nt, gemv_nn;
+extern const CodedGemvKernels coded_gemv;
 DecodeCodes from_int8;
 
-constexpr FewCodedKernels kFewCoded = {
-    {nullptr, few_times_transposed_int8, few_times_transposed_int4, few_times_transposed_e4m3,
-     few_times_transposed_e2m1},
-    {nullptr, few_times_int8, few_times_int4, few_times_e4m3, few_times_e2m1}};
+namespace {
+
+// 32 codes decoded in registers with VCVTNE2PS2BF16, which rounds as wanted where no product is denormal.
+struct Int8 {
+  __m512 scale;
+
+  __attribute__((always_inline)) __m512 product(const uint8_t* codes) const {
+    const __m512i values = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)codes));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(values), scale);
+  }
+  __attribute__((always_inline)) __m512i line(const uint8_t* codes) const {
+    return (__m512i)_mm512_cvtne2ps_pbh(product(codes + 16), product(codes));
+  }
+};
+
+}  // namespace
 
 // The A panel of a set with `Rows` rows: [k / KB][Rows][KB]; behind the last row, up to a multiple of four,
 // it is repeated.

@@ -1,6 +1,6 @@
 #include <string.h>
 
-#include "kernels/scalar/groups.h"
+#include "kernels/generic/groups.h"
 #include "kernels/scalar/set.h"
 
 namespace kt::scalar {

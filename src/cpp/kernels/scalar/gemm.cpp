@@ -3,6 +3,56 @@
 
 namespace kt::scalar {
 
+namespace {
+
+const uint16_t* row(RowSource src, int i) { return src.base + (src.index ? src.index[i] : i) * src.stride; }
+
+// panel[p][i] = row i at p, for `width` rows of which `rows` exist.
+void interleave_rows(RowSource src, int rows, int width, int k, float* panel) {
+  for (int i = 0; i < width; ++i)
+    for (int p = 0; p < k; ++p) panel[p * width + i] = i < rows ? widen(row(src, i)[p]) : 0.0f;
+}
+
+// W [n x k] or [k x n] by the distance between neighbours in n and in k.
+void multiply(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t n_stride, ptrdiff_t k_stride,
+              float* c, ptrdiff_t ldc, int accumulate) {
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < n; ++j) {
+      float sum = 0.0f;
+      for (int p = 0; p < k; ++p) sum += widen(row(x, i)[p]) * widen(w[j * n_stride + p * k_stride]);
+      c[i * ldc + j] = (accumulate ? c[i * ldc + j] : 0.0f) + sum;
+    }
+}
+
+}  // namespace
+
+void pack_a(RowSource src, int rows, int k, void* panel) {
+  interleave_rows(src, rows, MR, k, static_cast<float*>(panel));
+}
+
+void pack_b_cols(RowSource src, int cols, int k, void* panel) {
+  interleave_rows(src, cols, NR, k, static_cast<float*>(panel));
+}
+
+void pack_b_rows(RowSource src, int k, int cols, void* panels, ptrdiff_t panel_bytes) {
+  for (int first = 0; first < cols; first += NR) {
+    float* panel = reinterpret_cast<float*>(static_cast<char*>(panels) + first / NR * panel_bytes);
+    for (int p = 0; p < k; ++p)
+      for (int j = 0; j < NR; ++j)
+        panel[p * NR + j] = first + j < cols ? widen(row(src, p)[first + j]) : 0.0f;
+  }
+}
+
+void gemv_nt(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
+             ptrdiff_t ldc, int accumulate) {
+  multiply(rows, n, k, x, w, w_stride, 1, c, ldc, accumulate);
+}
+
+void gemv_nn(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
+             ptrdiff_t ldc, int accumulate) {
+  multiply(rows, n, k, x, w, 1, w_stride, c, ldc, accumulate);
+}
+
 // Panels hold fp32: A as [k][MR], B as [k][NR].
 void micro_kernel(int rows, int, const BatchElement* batch, int count, float* c, ptrdiff_t ldc,
                   int accumulate) {
@@ -22,7 +72,7 @@ extern const KernelSet table;
 const KernelSet table = {
     .gemm = {MR, NR, 1, sizeof(float), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr,
              nullptr, false},
-    .few = {kFewRows, 0, few_times_transposed, few_times},
+    .gemv = {kGemvRows, 0, gemv_nt, gemv_nn},
     .epilogue = {transpose, sum_scaled, round_scaled, activations.kernels},
     .decode = {from_f32, from_f16, {nullptr, from_int8, from_int4, from_e4m3, from_e2m1}},
 };

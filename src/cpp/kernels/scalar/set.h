@@ -13,7 +13,7 @@ uint16_t round(float value);  // fp32 to bf16, nearest even, a NaN stays a NaN
 PackRows pack_a, pack_b_cols;
 PackAcross pack_b_rows;
 MicroKernel micro_kernel;
-FewRows few_times_transposed, few_times;
+Gemv gemv_nt, gemv_nn;
 
 Transpose transpose;
 SumScaled sum_scaled;

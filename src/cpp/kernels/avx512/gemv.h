@@ -1,4 +1,4 @@
-// The products of few rows that the AVX-512 sets have in common. `Step` says how a line of 32 weights is
+// The GEMVs that the AVX-512 sets have in common. `Step` says how a line of 32 weights is
 // read and multiplied; it has internal linkage, and so has what is instantiated with it.
 //
 // A weight takes part in few multiplications, so what counts is how many lines are on their way from memory.
@@ -119,8 +119,8 @@ static inline void for_dot_tiles(int n, int k, RowSource x, const Tile& tile) {
 }
 
 template <class Step, int M>
-static void few_times_transposed(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t stride, float* c,
-                                 ptrdiff_t ldc, int accumulate) {
+static void gemv_nt(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t stride, float* c, ptrdiff_t ldc,
+                    int accumulate) {
   constexpr int R = M <= 4 ? 1 : 2;
   for_dot_tiles<Step, M, R>(n, k, x, [&](const char* lines, int p, int count, int j, int panel) {
     const ptrdiff_t far = panel + 2 * kPanelRows <= n ? kPanelRows * stride : 0;
@@ -210,8 +210,8 @@ static void store_sums(const float* sum, int cols, float* c, ptrdiff_t ldc, int 
 // Goes through a block of rows of W line by line of columns, from top to bottom with C in registers; between
 // blocks C is on the stack.
 template <class Step, int M>
-static void few_times(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t stride, float* c, ptrdiff_t ldc,
-                      int accumulate) {
+static void gemv_nn(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t stride, float* c, ptrdiff_t ldc,
+                    int accumulate) {
   constexpr int kColumns = kStackBytes / (4 * M * kLine) * kLine;
   alignas(64) float sum[kColumns * M];
   uint32_t terms[kBlockRows / Step::kRows * M];
@@ -231,20 +231,19 @@ static void few_times(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t st
   }
 }
 
-using FewProduct = void(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
-                        ptrdiff_t ldc, int accumulate);
+using GemvProduct = void(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
+                         ptrdiff_t ldc, int accumulate);
 
 template <class Step>
-constexpr FewProduct* kFewTimesTransposed[kFewRows] = {
-    few_times_transposed<Step, 1>, few_times_transposed<Step, 2>, few_times_transposed<Step, 3>,
-    few_times_transposed<Step, 4>, few_times_transposed<Step, 5>, few_times_transposed<Step, 6>,
-    few_times_transposed<Step, 7>, few_times_transposed<Step, 8>,
+constexpr GemvProduct* kGemvNt[kGemvRows] = {
+    gemv_nt<Step, 1>, gemv_nt<Step, 2>, gemv_nt<Step, 3>, gemv_nt<Step, 4>,
+    gemv_nt<Step, 5>, gemv_nt<Step, 6>, gemv_nt<Step, 7>, gemv_nt<Step, 8>,
 };
 
 template <class Step>
-constexpr FewProduct* kFewTimes[kFewRows] = {
-    few_times<Step, 1>, few_times<Step, 2>, few_times<Step, 3>, few_times<Step, 4>,
-    few_times<Step, 5>, few_times<Step, 6>, few_times<Step, 7>, few_times<Step, 8>,
+constexpr GemvProduct* kGemvNn[kGemvRows] = {
+    gemv_nn<Step, 1>, gemv_nn<Step, 2>, gemv_nn<Step, 3>, gemv_nn<Step, 4>,
+    gemv_nn<Step, 5>, gemv_nn<Step, 6>, gemv_nn<Step, 7>, gemv_nn<Step, 8>,
 };
 
 }  // namespace kt

@@ -1,4 +1,4 @@
-#include "kernels/avx512/few.h"
+#include "kernels/avx512/gemv.h"
 
 #include "kernels/avx512/set.h"
 
@@ -12,7 +12,7 @@ struct Step {
     __m512 even, odd;
   };
   static constexpr int kLineBytes = 128;  // of X, for a line of W
-  static constexpr int kRows = 1;         // of W in a term of `times`
+  static constexpr int kRows = 1;         // of W in a term of `nn`
   static constexpr int kUnaided = 1;      // rows of X whose loads need no requests along k
 
   static Line load(const uint16_t* w, __mmask32 mask) {
@@ -49,14 +49,14 @@ struct Step {
 
 }  // namespace
 
-void few_times_transposed(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride,
-                          float* c, ptrdiff_t ldc, int accumulate) {
-  kFewTimesTransposed<Step>[rows - 1](n, k, x, w, w_stride, c, ldc, accumulate);
+void gemv_nt(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
+             ptrdiff_t ldc, int accumulate) {
+  kGemvNt<Step>[rows - 1](n, k, x, w, w_stride, c, ldc, accumulate);
 }
 
-void few_times(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
-               ptrdiff_t ldc, int accumulate) {
-  kFewTimes<Step>[rows - 1](n, k, x, w, w_stride, c, ldc, accumulate);
+void gemv_nn(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
+             ptrdiff_t ldc, int accumulate) {
+  kGemvNn<Step>[rows - 1](n, k, x, w, w_stride, c, ldc, accumulate);
 }
 
 }  // namespace kt::avx512

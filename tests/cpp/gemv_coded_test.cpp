@@ -1,4 +1,4 @@
-// Products of few rows with codes: the bits of decode, then multiply.
+// GEMVs with codes: the bits of decode, then multiply.
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -68,12 +68,12 @@ std::vector<bf16_t> random_bf16(index_t n) {
   return values;
 }
 
-enum class Direction { times_transposed, times };
-constexpr Direction kDirections[] = {Direction::times_transposed, Direction::times};
+enum class Direction { nt, nn };
+constexpr Direction kDirections[] = {Direction::nt, Direction::nn};
 
 // The set without products of codes: it decodes.
 KernelSet decoding(KernelSet set) {
-  set.few.coded = {};
+  set.gemv.coded = nullptr;
   return set;
 }
 
@@ -81,9 +81,9 @@ std::vector<float> product(const KernelSet& set, Direction direction, Rows x, co
                            bool accumulate) {
   constexpr index_t kMargin = 3;
   Arena scratch;
-  const index_t n = direction == Direction::times ? w.cols.size() : w.rows.size(), stride = n + kMargin;
+  const index_t n = direction == Direction::nn ? w.cols.size() : w.rows.size(), stride = n + kMargin;
   std::vector<float> c(static_cast<std::size_t>(x.matrix.rows * stride), 0.5f);
-  if (direction == Direction::times)
+  if (direction == Direction::nn)
     gemv_nn(set, x, w, c.data(), stride, accumulate, scratch);
   else
     gemv_nt(set, x, w, c.data(), stride, accumulate, scratch);
@@ -95,7 +95,7 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
 }
 
 void check_block(Direction direction, index_t rows, const WeightBlock& w) {
-  CAPTURE(direction == Direction::times);
+  CAPTURE(direction == Direction::nn);
   CAPTURE(name_of(w.weight->type.format));
   CAPTURE(name_of(w.weight->type.scale));
   CAPTURE(w.weight->group());
@@ -105,12 +105,12 @@ void check_block(Direction direction, index_t rows, const WeightBlock& w) {
   CAPTURE(w.rows.end);
   CAPTURE(w.cols.begin);
   CAPTURE(w.cols.end);
-  const index_t k = direction == Direction::times ? w.rows.size() : w.cols.size();
+  const index_t k = direction == Direction::nn ? w.rows.size() : w.cols.size();
   const std::vector<bf16_t> x = random_bf16(2 * rows * k);
   std::vector<std::int32_t> index;
   for (index_t i = 0; i < rows; ++i) index.push_back(static_cast<std::int32_t>(2 * rows - 1 - i));
   for_every_available_set([&](const KernelSet& set) {
-    if (rows > set.few.max_rows) return;
+    if (rows > set.gemv.max_rows) return;
     for (const bool accumulate : {false, true}) {
       const Rows of{view(x.data(), DType::bf16, rows, k), accumulate ? index.data() : nullptr};
       const std::vector<float> found = product(set, direction, of, w, accumulate);
@@ -197,7 +197,7 @@ TEST_CASE("global scales of any size, and e4m3 scales that are 0 or NaN") {
 
 TEST_CASE("common shapes are multiplied without decoding them first") {
   const KernelSet set = kernel_set(best_isa(cpu_features()), cpu_features());
-  if (set.few.coded.times[static_cast<int>(CodeType::int4)] == nullptr) return;
+  if (set.gemv.coded == nullptr) return;
   KernelSet no_decode = set;  // which would crash
   no_decode.decode = {};
   for (const auto& [type, cols] :
@@ -211,7 +211,7 @@ TEST_CASE("common shapes are multiplied without decoding them first") {
     const Coded coded(type, 320, cols);
     for (const Direction direction : kDirections)
       for (const index_t rows : {1, 8}) {
-        const index_t k = direction == Direction::times ? 320 : cols;
+        const index_t k = direction == Direction::nn ? 320 : cols;
         const std::vector<bf16_t> x = random_bf16(rows * k);
         const Rows of{view(x.data(), DType::bf16, rows, k)};
         const WeightBlock w = whole(coded.weight);

@@ -1,4 +1,4 @@
-// The products of few rows of every kernel set that this CPU runs, against the definition in double.
+// The GEMVs of every kernel set that this CPU runs, against the definition in double.
 #include <doctest/doctest.h>
 #include <sys/mman.h>
 
@@ -20,14 +20,14 @@ constexpr bf16_t kNan = 0x7fc0;
 
 template <class Body>
 void for_every_set(const Body& body) {
-  for_every_available_set([&](const KernelSet& set) { body(set.few); });
+  for_every_available_set([&](const KernelSet& set) { body(set.gemv); });
 }
 
-enum class Direction { times_transposed, times };
-constexpr Direction kDirections[] = {Direction::times_transposed, Direction::times};
+enum class Direction { nt, nn };
+constexpr Direction kDirections[] = {Direction::nt, Direction::nn};
 
-FewRows* kernel(const FewRowsKernels& few, Direction direction) {
-  return direction == Direction::times ? few.times : few.times_transposed;
+Gemv* kernel(const GemvKernels& gemv, Direction direction) {
+  return direction == Direction::nn ? gemv.nn : gemv.nt;
 }
 
 // A matrix whose last row ends where a page ends, before one that may not be touched; what its stride leaves
@@ -80,15 +80,14 @@ struct Operands {
       for (int p = 0; p < k; ++p) weight(j, p) = to_bf16(normal(random));
   }
 
-  bool across() const { return direction == Direction::times; }
+  bool across() const { return direction == Direction::nn; }
   bf16_t& weight(int j, int p) const { return across() ? w.at(p, j) : w.at(j, p); }
   RowSource source() const { return {x.data(), x.stride(), index.empty() ? nullptr : index.data()}; }
 
   // Columns begin.. of the product into c, as many as c has.
-  void multiply(const FewRowsKernels& few, int begin, int cols, const Matrix<float>& c,
-                bool accumulate) const {
-    kernel(few, direction)(rows, cols, k, source(), &weight(begin, 0), w.stride(), c.data(), c.stride(),
-                           accumulate);
+  void multiply(const GemvKernels& gemv, int begin, int cols, const Matrix<float>& c, bool accumulate) const {
+    kernel(gemv, direction)(rows, cols, k, source(), &weight(begin, 0), w.stride(), c.data(), c.stride(),
+                            accumulate);
   }
 
   double exact(int i, int j) const {
@@ -107,12 +106,12 @@ struct Operands {
 
 constexpr float kCanary = -77.0f;
 
-void check_product(const FewRowsKernels& few, const Operands& operands, int padding, bool accumulate) {
+void check_product(const GemvKernels& gemv, const Operands& operands, int padding, bool accumulate) {
   const Matrix<float> c(operands.rows, operands.n, operands.n + padding, kCanary);
   for (int i = 0; i < operands.rows; ++i)
     for (int j = 0; j < operands.n; ++j)
       c.at(i, j) = accumulate ? 0.5f : std::numeric_limits<float>::quiet_NaN();
-  operands.multiply(few, 0, operands.n, c, accumulate);
+  operands.multiply(gemv, 0, operands.n, c, accumulate);
 
   const double tolerance = 2e-5 * std::sqrt(operands.k) + 1e-6 * operands.k / 64;
   for (int i = 0; i < operands.rows; ++i)
@@ -130,16 +129,16 @@ void check_product(const FewRowsKernels& few, const Operands& operands, int padd
 }
 
 void check_shape(Direction direction, int rows, int n, int k) {
-  CAPTURE(direction == Direction::times);
+  CAPTURE(direction == Direction::nn);
   CAPTURE(rows);
   CAPTURE(n);
   CAPTURE(k);
   for (const int padding : {0, 5})
     for (const bool indexed : {false, true}) {
       const Operands operands(direction, rows, n, k, padding, indexed);
-      for_every_set([&](const FewRowsKernels& few) {
-        check_product(few, operands, padding, false);
-        check_product(few, operands, padding, true);
+      for_every_set([&](const GemvKernels& gemv) {
+        check_product(gemv, operands, padding, false);
+        check_product(gemv, operands, padding, true);
       });
     }
 }
@@ -148,7 +147,7 @@ void check_shape(Direction direction, int rows, int n, int k) {
 
 TEST_CASE("every number of rows, tails of n and k, odd k: nothing is read or written beyond the matrices") {
   int most = 0;
-  for_every_set([&](const FewRowsKernels& few) { most = std::max(most, few.max_rows); });
+  for_every_set([&](const GemvKernels& gemv) { most = std::max(most, gemv.max_rows); });
   for (const Direction direction : kDirections)
     for (int rows = 1; rows <= most; ++rows)
       for (const int n : {1, 3, 16, 31, 33, 70})
@@ -162,9 +161,9 @@ TEST_CASE("matrices larger than the blocks that the kernels take at a time") {
     check_shape(direction, 5, 34, 2049);
     check_shape(direction, 3, 129, 130);
   }
-  for_every_set([](const FewRowsKernels& few) {
-    check_product(few, Operands(Direction::times_transposed, 1, 2, 40000, 0, false), 0, true);
-    check_product(few, Operands(Direction::times, 1, 40000, 3, 0, false), 0, true);
+  for_every_set([](const GemvKernels& gemv) {
+    check_product(gemv, Operands(Direction::nt, 1, 2, 40000, 0, false), 0, true);
+    check_product(gemv, Operands(Direction::nn, 1, 40000, 3, 0, false), 0, true);
   });
 }
 
@@ -172,12 +171,12 @@ TEST_CASE("the bits of a result do not depend on the columns computed with it") 
   for (const Direction direction : kDirections)
     for (const int rows : {1, 4, 8}) {
       const Operands operands(direction, rows, 200, 1100, 0, false);
-      for_every_set([&](const FewRowsKernels& few) {
+      for_every_set([&](const GemvKernels& gemv) {
         const Matrix<float> whole(rows, 200, 200, 0.0f);
-        operands.multiply(few, 0, 200, whole, false);
+        operands.multiply(gemv, 0, 200, whole, false);
         for (const auto& [begin, end] : {std::pair{0, 1}, {1, 18}, {37, 102}, {150, 200}}) {
           const Matrix<float> part(rows, end - begin, end - begin, 0.0f);
-          operands.multiply(few, begin, end - begin, part, false);
+          operands.multiply(gemv, begin, end - begin, part, false);
           for (int i = 0; i < rows; ++i)
             CHECK(std::memcmp(&part.at(i, 0), &whole.at(i, begin),
                               static_cast<std::size_t>(end - begin) * sizeof(float)) == 0);
@@ -192,9 +191,9 @@ TEST_CASE("a NaN or an infinity reaches the results it belongs to, and no other"
       const Operands operands(direction, 3, 37, 35, 2, false);
       operands.x.at(1, 34) = special;
       operands.weight(36, 34) = special;
-      for_every_set([&](const FewRowsKernels& few) {
+      for_every_set([&](const GemvKernels& gemv) {
         const Matrix<float> c(3, 37, 37, 0.0f);
-        operands.multiply(few, 0, 37, c, false);
+        operands.multiply(gemv, 0, 37, c, false);
         for (int i = 0; i < 3; ++i)
           for (int j = 0; j < 37; ++j) CHECK(std::isfinite(c.at(i, j)) == (i != 1 && j != 36));
         CHECK(std::isnan(c.at(1, 0)) == (special == kNan));  // an infinity stays one

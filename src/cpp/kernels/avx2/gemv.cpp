@@ -1,4 +1,4 @@
-// bf16 widened to fp32 in registers, the even and the odd elements of a run of 16. As in avx512/few.h, each
+// bf16 widened to fp32 in registers, the even and the odd elements of a run of 16. As in avx512/gemv.h, each
 // line of W is asked for twice ahead, since a prefetch may be dropped.
 #include <string.h>
 
@@ -193,25 +193,25 @@ void times(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t stride, float
   }
 }
 
-using FewProduct = void(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
-                        ptrdiff_t ldc, int accumulate);
+using GemvProduct = void(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
+                         ptrdiff_t ldc, int accumulate);
 
-constexpr FewProduct* kTimesTransposed[kFewRows] = {
+constexpr GemvProduct* kTimesTransposed[kGemvRows] = {
     times_transposed<1>, times_transposed<2>, times_transposed<3>, times_transposed<4>,
     times_transposed<5>, times_transposed<6>, times_transposed<7>, times_transposed<8>};
 
-constexpr FewProduct* kTimes[kFewRows] = {times<1>, times<2>, times<3>, times<4>,
-                                          times<5>, times<6>, times<7>, times<8>};
+constexpr GemvProduct* kTimes[kGemvRows] = {times<1>, times<2>, times<3>, times<4>,
+                                            times<5>, times<6>, times<7>, times<8>};
 
 }  // namespace
 
-void few_times_transposed(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride,
-                          float* c, ptrdiff_t ldc, int accumulate) {
+void gemv_nt(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
+             ptrdiff_t ldc, int accumulate) {
   kTimesTransposed[rows - 1](n, k, x, w, w_stride, c, ldc, accumulate);
 }
 
-void few_times(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
-               ptrdiff_t ldc, int accumulate) {
+void gemv_nn(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
+             ptrdiff_t ldc, int accumulate) {
   kTimes[rows - 1](n, k, x, w, w_stride, c, ldc, accumulate);
 }
 

@@ -1,6 +1,6 @@
-// Products of few rows with codes. To decode what memory gives takes as long as to load it, so there is no
+// GEMVs with codes. To decode what memory gives takes as long as to load it, so there is no
 // time for a detour through the cache: lines are decoded in registers and multiplied at once. Columns come in
-// whole lines, in `times` rows in pairs, and scales are ordinary; everything else is refused.
+// whole lines, in `nn` rows in pairs, and scales are ordinary; everything else is refused.
 #include "kernels/avx512_bf16/coded.h"
 #include "kernels/avx512_bf16/set.h"
 
@@ -81,7 +81,7 @@ void coded_dot_tile(const char* x, const Coded& w, int p, int count, int j, ptrd
 }
 
 template <class Codes, int M>
-void coded_times_transposed(RowSource x, const Coded& w, float* c, ptrdiff_t ldc, int accumulate) {
+void coded_nt(RowSource x, const Coded& w, float* c, ptrdiff_t ldc, int accumulate) {
   constexpr int R = M <= 2 ? 4 : 2;  // as many sums at once as hide the latency of an addition
   const int row_bytes = w.cols / kLine * Codes::kBytes, together = R * row_bytes;
   const ptrdiff_t ahead = row_bytes >= kAhead ? kAhead : (kAhead + together - 1) / together * R * w.stride;
@@ -172,7 +172,7 @@ void cross_blocks(RowSource x, const Coded& w, float* c, ptrdiff_t ldc, int accu
 }
 
 template <class Codes, int M>
-void coded_times(RowSource x, const Coded& w, float* c, ptrdiff_t ldc, int accumulate) {
+void coded_nn(RowSource x, const Coded& w, float* c, ptrdiff_t ldc, int accumulate) {
   if constexpr (Codes::kScales == 1)
     if (w.scale_stride == 0) return cross_blocks<Codes, M, true>(x, w, c, ldc, accumulate);
   cross_blocks<Codes, M, false>(x, w, c, ldc, accumulate);
@@ -180,29 +180,26 @@ void coded_times(RowSource x, const Coded& w, float* c, ptrdiff_t ldc, int accum
 
 using CodedProduct = void(RowSource x, const Coded& w, float* c, ptrdiff_t ldc, int accumulate);
 
-struct TimesTransposed {
+struct Nt {
   template <class Codes>
-  static constexpr CodedProduct* kProducts[kFewRows] = {
-      coded_times_transposed<Codes, 1>, coded_times_transposed<Codes, 2>, coded_times_transposed<Codes, 3>,
-      coded_times_transposed<Codes, 4>, coded_times_transposed<Codes, 5>, coded_times_transposed<Codes, 6>,
-      coded_times_transposed<Codes, 7>, coded_times_transposed<Codes, 8>,
+  static constexpr CodedProduct* kProducts[kGemvRows] = {
+      coded_nt<Codes, 1>, coded_nt<Codes, 2>, coded_nt<Codes, 3>, coded_nt<Codes, 4>,
+      coded_nt<Codes, 5>, coded_nt<Codes, 6>, coded_nt<Codes, 7>, coded_nt<Codes, 8>,
   };
-  static bool takes(const CodedRows& w) { return w.cols % kLine == 0 && scales_are_ordinary(w); }
+  static bool takes(const CodedRows& w) { return w.cols % kLine == 0; }
 };
 
-struct Times {
+struct Nn {
   template <class Codes>
-  static constexpr CodedProduct* kProducts[kFewRows] = {
-      coded_times<Codes, 1>, coded_times<Codes, 2>, coded_times<Codes, 3>, coded_times<Codes, 4>,
-      coded_times<Codes, 5>, coded_times<Codes, 6>, coded_times<Codes, 7>, coded_times<Codes, 8>,
+  static constexpr CodedProduct* kProducts[kGemvRows] = {
+      coded_nn<Codes, 1>, coded_nn<Codes, 2>, coded_nn<Codes, 3>, coded_nn<Codes, 4>,
+      coded_nn<Codes, 5>, coded_nn<Codes, 6>, coded_nn<Codes, 7>, coded_nn<Codes, 8>,
   };
-  static bool takes(const CodedRows& w) {
-    return w.cols % kLine == 0 && w.rows % Step::kRows == 0 && scales_are_ordinary(w);
-  }
+  static bool takes(const CodedRows& w) { return w.cols % kLine == 0 && w.rows % Step::kRows == 0; }
 };
 
 template <class Direction, template <ScaleType> class Codes>
-CodedProduct* const* products(ScaleType scale) {
+CodedProduct* const* by_scale(ScaleType scale) {
   switch (scale) {
     case ScaleType::f32: return Direction::template kProducts<Codes<ScaleType::f32>>;
     case ScaleType::bf16: return Direction::template kProducts<Codes<ScaleType::bf16>>;
@@ -215,10 +212,25 @@ using PlainInt4 = Int4Codes<Kind, false>;
 template <ScaleType Kind>
 using ZerosInt4 = Int4Codes<Kind, true>;
 
-template <class Direction>
-int multiply(CodedProduct* const* products, int rows, RowSource x, const CodedRows& w, float* c,
-             ptrdiff_t ldc, int accumulate) {
-  if (products == nullptr || !Direction::takes(w)) return 0;
+// The products of a type of codes by the number of rows, or null.
+template <class Direction, CodeType Type>
+CodedProduct* const* products(const CodedRows& w) {
+  if constexpr (Type == CodeType::int8) return by_scale<Direction, Int8Codes>(w.scale_type);
+  if constexpr (Type == CodeType::e4m3) return by_scale<Direction, Fp8Codes>(w.scale_type);
+  if constexpr (Type == CodeType::int4)
+    return w.zeros ? by_scale<Direction, ZerosInt4>(w.scale_type)
+                   : by_scale<Direction, PlainInt4>(w.scale_type);
+  if constexpr (Type == CodeType::e2m1) {
+    if (w.scale_type == ScaleType::e4m3 && w.group == kLine / 2)
+      return Direction::template kProducts<Nvfp4Codes>;
+    return w.scale_type == ScaleType::e8m0 ? Direction::template kProducts<Mxfp4Codes> : nullptr;
+  }
+}
+
+template <class Direction, CodeType Type>
+int coded(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
+  CodedProduct* const* by_rows = products<Direction, Type>(w);
+  if (by_rows == nullptr || !Direction::takes(w) || !scales_are_ordinary(w)) return 0;
   float scale_values[kScaleValues];
   if (w.scale_type == ScaleType::e4m3) {
     uint8_t all[kScaleValues];
@@ -227,61 +239,33 @@ int multiply(CodedProduct* const* products, int rows, RowSource x, const CodedRo
     scales.scales = all;
     load_scales(scales, 0, kScaleValues, scale_values);
   }
-  products[rows - 1](x, {w, scale_values}, c, ldc, accumulate);
+  by_rows[rows - 1](x, {w, scale_values}, c, ldc, accumulate);
   return 1;
 }
 
+// In the order of CodeType.
 template <class Direction>
-CodedProduct* const* int4_products(const CodedRows& w) {
-  return w.zeros ? products<Direction, ZerosInt4>(w.scale_type)
-                 : products<Direction, PlainInt4>(w.scale_type);
-}
-
-template <class Direction>
-CodedProduct* const* e2m1_products(const CodedRows& w) {
-  if (w.scale_type == ScaleType::e4m3 && w.group == kLine / 2)
-    return Direction::template kProducts<Nvfp4Codes>;
-  return w.scale_type == ScaleType::e8m0 ? Direction::template kProducts<Mxfp4Codes> : nullptr;
-}
+constexpr CodedGemv* kByType[kCodeTypes] = {
+    nullptr,
+    coded<Direction, CodeType::int8>,
+    coded<Direction, CodeType::int4>,
+    coded<Direction, CodeType::e4m3>,
+    coded<Direction, CodeType::e2m1>,
+};
 
 }  // namespace
 
-int few_times_transposed_int8(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc,
-                              int accumulate) {
-  return multiply<TimesTransposed>(products<TimesTransposed, Int8Codes>(w.scale_type), rows, x, w, c, ldc,
-                                   accumulate);
+void gemv_nt(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
+             ptrdiff_t ldc, int accumulate) {
+  kGemvNt<Step>[rows - 1](n, k, x, w, w_stride, c, ldc, accumulate);
 }
 
-int few_times_transposed_int4(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc,
-                              int accumulate) {
-  return multiply<TimesTransposed>(int4_products<TimesTransposed>(w), rows, x, w, c, ldc, accumulate);
+void gemv_nn(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
+             ptrdiff_t ldc, int accumulate) {
+  kGemvNn<Step>[rows - 1](n, k, x, w, w_stride, c, ldc, accumulate);
 }
 
-int few_times_transposed_e4m3(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc,
-                              int accumulate) {
-  return multiply<TimesTransposed>(products<TimesTransposed, Fp8Codes>(w.scale_type), rows, x, w, c, ldc,
-                                   accumulate);
-}
-
-int few_times_transposed_e2m1(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc,
-                              int accumulate) {
-  return multiply<TimesTransposed>(e2m1_products<TimesTransposed>(w), rows, x, w, c, ldc, accumulate);
-}
-
-int few_times_int8(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
-  return multiply<Times>(products<Times, Int8Codes>(w.scale_type), rows, x, w, c, ldc, accumulate);
-}
-
-int few_times_int4(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
-  return multiply<Times>(int4_products<Times>(w), rows, x, w, c, ldc, accumulate);
-}
-
-int few_times_e4m3(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
-  return multiply<Times>(products<Times, Fp8Codes>(w.scale_type), rows, x, w, c, ldc, accumulate);
-}
-
-int few_times_e2m1(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
-  return multiply<Times>(e2m1_products<Times>(w), rows, x, w, c, ldc, accumulate);
-}
+extern const CodedGemvKernels coded_gemv;
+const CodedGemvKernels coded_gemv = {kByType<Nt>, kByType<Nn>};
 
 }  // namespace kt::avx512_bf16
