@@ -1,4 +1,4 @@
-"""KT_MOE_PROFILE: every runtime is watched from its making until the interpreter exits."""
+"""KT_MOE_PROFILE: every runtime is watched until the interpreter exits, which prints the table too."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def _write_at_exit(process: int) -> None:
                 written += 1
                 to = path if written == 1 else path.with_stem(f"{path.stem}-{written}")
                 recording.write(to)
+                print(f"KT_MOE_PROFILE: {to}\n{recording.table()}", file=sys.stderr)
         except (OSError, RuntimeError) as error:
             print(f"KT_MOE_PROFILE: {error}", file=sys.stderr)
     if process == os.getpid() and written == 0:

@@ -269,8 +269,8 @@ def profile(
     the end of the block waits for the GPU.
 
     Args:
-        path: gets the spans as a trace for https://ui.perfetto.dev, chrome://tracing and `kt-moe
-            trace-view`, when the block ends, also if by an exception; whole or not at all. None: no file.
+        path: gets the spans as a trace for https://ui.perfetto.dev and chrome://tracing, when the block ends,
+            also if by an exception; whole or not at all. None: no file.
         runtime: whose threads to watch. None: the only one there is, or else `default_runtime()`.
         max_spans: to keep, of all threads together (72 bytes each); later ones are counted only.
 

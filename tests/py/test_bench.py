@@ -53,7 +53,7 @@ def test_json_holds_every_case_and_agrees_with_float64(tmp_path: Path) -> None:
     found = json.loads(file.read_text())
     assert set(found) == {
         "schema", "date", "command", "machine", "versions", "layer", "settings", "ceilings", "results",
-        "comparisons", "lora_costs", "growth", "memory", "notes", "ok",
+        "comparisons", "lora_costs", "memory", "notes", "ok",
     }  # fmt: skip
     assert finite(found)
     assert found["ok"]

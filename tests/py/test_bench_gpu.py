@@ -253,7 +253,7 @@ def test_the_loss_in_parts_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--layers", "2"], "--layers is for --gpu"),
         (["--step"], "--step is for --gpu"),
-        (["--gpu", "--device", "cpu", "--grow", "tokens"], "--grow is not for --gpu"),
+        (["--gpu", "--device", "cpu", "--quick"], "--quick is not for --gpu"),
         (["--gpu", "--device", "cpu", "--rank", "12"], "--rank is 12, wanted a multiple of 8"),
         (["--gpu", "--device", "cpu", "--rank", "8,16"], "--rank has 2 values, --gpu takes one"),
         (

@@ -24,7 +24,6 @@ from user_errors import one_line_error
 import kt_moe
 from kt_moe import RoutingHistory
 from kt_moe.cli import main, trainer
-from kt_moe.cli.info import describe
 from kt_moe.cli.output import RunDirectory
 
 STEPS = 6
@@ -368,43 +367,6 @@ def test_incomplete_checkpoints_are_passed_over(tmp_path: Path) -> None:
     last = RunDirectory(tmp_path).last_checkpoint()
     assert last is not None
     assert last.name == "checkpoint-10"
-
-
-def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KT_MOE_THREADS", "1")
-    monkeypatch.setenv("KT_MOE_SHARDS", "1")
-    assert main(["info"]) == 0
-    text = capsys.readouterr().out
-    assert "KT_MOE_THREADS: 1" in text
-    assert "KT_MOE_SHARDS: 1" in text
-    assert "threads        1\n" in text
-    assert f"kt_moe: {kt_moe.__version__}" in text
-    assert main(["info", "--json"]) == 0
-    assert set(kt_moe.cpu_info()) <= set(json.loads(capsys.readouterr().out))
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("KT_MOE_ISA", "mmx", 'isa is "mmx", wanted one of scalar'),
-        ("KT_MOE_THREADS", "zero", 'KT_MOE_THREADS is "zero", wanted a number'),
-    ],
-)
-def test_info_with_an_override_that_does_not_hold(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
-) -> None:
-    monkeypatch.setenv(name, value)
-    assert main(["info"]) == 2
-    assert f"kt-moe info: error: {message}" in capsys.readouterr().err
-
-
-def test_info_shows_caches_in_their_units() -> None:
-    shown = describe({"caches": {"L1d": 48 << 10, "L3": 3 << 19}, "isa_features": ["avx2", "fma"]})
-    assert shown.splitlines() == [
-        "caches         L1d: 48 KiB",
-        "               L3: 1.5 MiB",
-        "isa features   avx2 fma",
-    ]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

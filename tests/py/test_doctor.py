@@ -17,10 +17,9 @@ import kt_moe
 from kt_moe.cli import main
 from kt_moe.cli.doctor import findings, gpus
 from kt_moe.cli.doctor.gpus import Gpu, Gpus, Link
+from kt_moe.cli.doctor.machine import OVERRIDES, read_machine, read_recorded
 from kt_moe.cli.doctor.machine import Machine as Seen
-from kt_moe.cli.doctor.machine import read_machine, read_recorded
 from kt_moe.cli.doctor.report import describe
-from kt_moe.cli.info import OVERRIDES
 
 GIB = 2**30
 THP = "sys/kernel/mm/transparent_hugepage/enabled"

@@ -15,7 +15,6 @@ from strategies import make_problem, run_ours
 from test_layer import ALL
 
 import kt_moe
-from kt_moe.cli import main
 from kt_moe.gpu import Gpu, spans
 from kt_moe.gpu import streams as streams_module
 from kt_moe.gpu.lanes import LayerPass, bound, steps
@@ -159,9 +158,7 @@ def test_the_table_has_a_block_for_the_device(recorded: kt_moe.Profile) -> None:
     assert f" experts, {rows} rows; CPU" in lines[7]
 
 
-def test_the_trace_has_lanes_beside_the_threads(
-    traced: tuple[Path, kt_moe.Profile], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_trace_has_lanes_beside_the_threads(traced: tuple[Path, kt_moe.Profile]) -> None:
     path, p = traced
     events = json.loads(path.read_text())["traceEvents"]
     names = {(e["name"], e["pid"], e["tid"]): e["args"].get("name") for e in events if e["ph"] == "M"}
@@ -174,14 +171,12 @@ def test_the_trace_has_lanes_beside_the_threads(
     assert link["args"].keys() == {"layer", "experts", "bytes"}
     one = next(event for event in ours if event["tid"] == 0)
     assert one["args"]["gpu_rows"] == p.passes[0].report.gpu_rows
-    assert main(["trace-view", str(path), "--table"]) == 0
-    assert path.with_suffix(".png").exists()
-    of_trace, of_profile = (lane_rows(text) for text in (capsys.readouterr().out, p.table()))
-    assert of_trace.keys() == of_profile.keys() == set(LANES) - {"passes", "host"}
-    for lane, (count, busy) in of_profile.items():
-        assert of_trace[lane] == (count, pytest.approx(busy, abs=2e-3))
-    assert main(["trace-view", str(path), "--table", "--call", "1"]) == 0
-    assert "\n\ncpu, " in capsys.readouterr().out
+    found = lane_rows(p.table())
+    assert found.keys() == set(LANES) - {"passes", "host"}
+    for lane, (count, busy) in found.items():
+        of_lane = [e for e in ours if e["tid"] == LANES.index(lane)]
+        assert count == len(of_lane)
+        assert busy <= sum(e["dur"] for e in of_lane) / 1e6 + 2e-3
 
 
 def lane_rows(table: str) -> dict[str, tuple[int, float]]:
@@ -191,7 +186,7 @@ def lane_rows(table: str) -> dict[str, tuple[int, float]]:
     return {lane: (int(count), float(busy)) for lane, (count, busy, *_) in cells.items()}
 
 
-def test_all_on_the_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_on_the_gpu(tmp_path: Path) -> None:
     model = make_model(1, 0.0)
     path = tmp_path / "t.json"
     with kt_moe.profile(path, model.runtime) as p:
@@ -199,8 +194,6 @@ def test_all_on_the_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert p.calls == []
     assert p.table().startswith("cpu, ")
     assert "CPU 0 experts, 0 rows" in p.table()
-    assert main(["trace-view", str(path), "--table"]) == 0
-    assert capsys.readouterr().out.startswith("cpu, ")
 
 
 def test_all_on_the_cpu() -> None:

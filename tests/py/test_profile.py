@@ -355,7 +355,8 @@ def in_environment() -> Any:
 
 def test_the_environment_asks_for_a_profile(in_environment: Any, tmp_path: Path) -> None:
     done = in_environment(tmp_path / "trace.json")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert done.stderr.startswith(f"KT_MOE_PROFILE: {tmp_path / 'trace.json'}\nstage ")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert [event["name"] for event in events if event["ph"] == "X"].count("forward") == 2
     assert [file.name for file in tmp_path.iterdir()] == ["trace.json"]

@@ -31,9 +31,7 @@ _OTHERS = {
     "inspect": "show what a checkpoint holds of experts",
     "merge": "write a checkpoint with an adapter merged in",
     "models": "list the families of models whose experts work",
-    "info": "show what this machine offers and what will run on it",
-    "doctor": "find what about this machine costs speed, and what mends it",
-    "trace-view": "draw a profile's trace as a timeline",
+    "doctor": "show this machine, what will run on it, and what costs speed, with its mend",
     "bench": "time a layer against this machine's ceilings and its rivals",
 }
 

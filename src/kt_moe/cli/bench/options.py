@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kt_moe import _core
 from kt_moe.cli.bench.layer import PRESETS, Shape
 from kt_moe.cli.bench.peers import PEERS
 from kt_moe.cli.errors import UserError
@@ -23,10 +22,6 @@ _DEFAULTS: dict[str, Any] = {
     "reps": 7,
 }
 _QUICK: dict[str, Any] = {"most_experts": 32, "reps": 3}
-
-_AXES = ("tokens", "experts", "rank", "threads")
-_BASE: dict[str, Any] = {"tokens": [1024], "rank": [16]}  # what stays while another grows
-_QUICK_BASE: dict[str, Any] = {"tokens": [256]}
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,6 @@ class Settings:
     quick: bool
     seed: int
     peers: list[str]
-    grow: dict[str, list[int]]  # what to vary alone, and its values; the base case is the one case above
     json: Path | None
     plot: Path | None
 
@@ -68,10 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the LoRA tensors")
     how.add_argument("--routing", choices=["uniform", "skewed"], default="uniform", help="tokens to experts")
     how.add_argument("--recompute", action="store_true", help="backward computes G and U again")
-    how.add_argument(
-        "--grow", type=list_of(one_of(_AXES)), default=[], metavar="NAME,..",
-        help=f"vary each of these alone around a base case: {', '.join(_AXES)}",
-    )  # fmt: skip
     how.add_argument("--reps", type=count, metavar="N", help="turns each one takes at a case (7)")
     how.add_argument("--seed", type=number_from(0), default=0, help="of weights, inputs and routes (0)")
     how.add_argument("--quick", action="store_true", help="32 experts, fewer turns: half a minute")
@@ -82,10 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME,..",
         help=f"time these too: {', '.join(PEERS)}",
     )
+    parser.set_defaults(grow=None)  # which gpu_options refuses
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw a roofline, or what --grow found, as PNG"
-    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a roofline as PNG")
 
 
 def read(args: argparse.Namespace) -> Settings:
@@ -96,11 +85,7 @@ def read(args: argparse.Namespace) -> Settings:
     """
     chosen = {**_DEFAULTS, **(_QUICK if args.quick else {})}
     given = {name: value for name, value in vars(args).items() if value is not None}
-    lists: dict[str, list[int]] = {}
-    if args.grow:
-        chosen |= {**_BASE, **(_QUICK_BASE if args.quick else {})}
-        lists = _lists_of_growth(given, args)
-    chosen |= {name: value for name, value in given.items() if name not in lists}
+    chosen |= given
     unknown = [name for name in args.peers if name not in PEERS]
     if unknown:
         raise UserError(f"--peers has {', '.join(unknown)}, wanted some of {', '.join(PEERS)}")
@@ -108,9 +93,8 @@ def read(args: argparse.Namespace) -> Settings:
     check_writable("--plot", args.plot)
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise UserError("--plot needs matplotlib: pip install 'kt_moe[train]'")
-    shape = shape_of(chosen)
     return Settings(
-        shape=shape,
+        shape=shape_of(chosen),
         tokens=chosen["tokens"],
         ranks=chosen["rank"],
         threads=chosen.get("threads") or [None],
@@ -122,51 +106,9 @@ def read(args: argparse.Namespace) -> Settings:
         quick=args.quick,
         seed=args.seed,
         peers=list(dict.fromkeys(args.peers)),
-        grow={name: lists.get(name) or _usual_growth(name, args, shape) for name in args.grow},
         json=args.json,
         plot=args.plot,
     )
-
-
-def _lists_of_growth(given: dict[str, Any], args: argparse.Namespace) -> dict[str, list[int]]:
-    """The values given for what grows, by name; a single one is the base case's.
-
-    Raises:
-        UserError: something else has several values, or there are peers or --reps.
-    """
-    if args.peers:
-        raise UserError("--grow times kt_moe alone: leave out --peers")
-    if args.reps is not None:
-        raise UserError("--grow runs each point for a second: leave out --reps")
-    lists = {name: given[name] for name in ("isa", *_AXES) if len(_as_list(given.get(name))) > 1}
-    for name, values in lists.items():
-        if name not in args.grow:
-            raise UserError(f"--{name} has {len(values)} values, but only what --grow names may vary")
-    return {name: sorted(values) for name, values in lists.items()}
-
-
-def _usual_growth(name: str, args: argparse.Namespace, shape: Shape) -> list[int]:
-    if name == "tokens":
-        return [1, 4, 16, 64, 256, 1024] if args.quick else _powers(1, 16384)
-    if name == "experts":
-        return _powers(max(8, shape.topk), args.experts or (shape.experts if args.quick else 256))
-    if name == "rank":
-        return [0, 4, 16, 64] if args.quick else [0, *_powers(1, 256)]
-    cpus: int = _core.cpu_info()["cpus"]
-    return _powers(1, cpus)
-
-
-def _powers(first: int, last: int) -> list[int]:
-    """first, 2 first, 4 first, ... and last."""
-    powers = []
-    while first < last:
-        powers.append(first)
-        first *= 2
-    return [*powers, last]
-
-
-def _as_list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def check_writable(option: str, path: Path | None) -> None:

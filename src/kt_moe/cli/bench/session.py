@@ -15,10 +15,9 @@ from typing import Any
 import torch
 
 import kt_moe
-from kt_moe.cli.bench import ceilings, growth, options, report, summary
+from kt_moe.cli.bench import ceilings, options, report, summary
 from kt_moe.cli.bench.contestants import KtMoe
 from kt_moe.cli.bench.data import Weights, make_inputs, make_weights
-from kt_moe.cli.bench.growth_plot import plot_growth
 from kt_moe.cli.bench.layer import GIB, Case, fit_experts, variants_of
 from kt_moe.cli.bench.peer_process import PeerError, PeerProcess
 from kt_moe.cli.bench.peers import PEERS, Job
@@ -29,7 +28,7 @@ from kt_moe.cli.errors import UserError
 from kt_moe.cli.output import write_json
 from kt_moe.host_memory import free_memory
 
-SCHEMA = 2  # of the JSON; grows when a key changes its meaning or goes
+SCHEMA = 3  # of the JSON; grows when a key changes its meaning or goes
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,29 +49,25 @@ class _Bench:
         self.results: list[Result] = []
         self.comparisons: list[dict[str, Any]] = []
         self.lora_costs: list[dict[str, Any]] = []
-        self.points: list[growth.Point] = []
         self.memory: dict[str, Any] = {}
 
     def run(self) -> int:
         started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         print(f"kt-moe bench, {started}")
         self._find_peers()
-        most = self._fit()
+        self._fit()
         runtimes = [
             self._runtime(*pair) for pair in itertools.product(self.settings.threads, self.settings.isas)
         ]
         self._introduce()
-        weights = make_weights(replace(self.shape, experts=most), self.settings.seed)
-        if self.settings.grow:
-            self._grow(runtimes[0], weights)
-        else:
-            for runtime in runtimes:
-                self._measure(runtime, weights)
-            self._conclude()
+        weights = make_weights(self.shape, self.settings.seed)
+        for runtime in runtimes:
+            self._measure(runtime, weights)
+        self._conclude()
         if self.settings.json is not None:
             write_json(self.settings.json, self._to_dict(started))
         if self.settings.plot is not None:
-            self._plot()
+            plot_roofline(self.results, self.settings.plot, f"{self.shape.name}, E = {self.shape.experts}")
         return int(self.notes.wrong)
 
     def _find_peers(self) -> None:
@@ -82,19 +77,16 @@ class _Bench:
             except ValueError as error:
                 self.notes.note(f"{name}: {error}")
 
-    def _fit(self) -> int:
-        """Fits the shape to memory; how many experts the weights are to have, which may grow."""
+    def _fit(self) -> None:
+        """Fits the shape to memory."""
         copies = 2 + sum(PEERS[name].copies for name in self.peers)  # ours: the original and the packed one
-        free = free_memory()
-        most = max([self.settings.shape.experts, *self.settings.grow.get("experts", [])])
-        fitting = fit_experts(replace(self.settings.shape, experts=most), copies, free).experts
-        self.shape = replace(self.settings.shape, experts=min(self.settings.shape.experts, fitting))
-        if fitting < most:
+        free, wanted = free_memory(), self.shape.experts
+        self.shape = fit_experts(self.shape, copies, free)
+        if self.shape.experts < wanted:
             self.notes.note(
-                f"{fitting} experts instead of {most}: what half of the {free / GIB:.1f} GiB of free memory "
-                f"holds {copies} times" + ("" if self.settings.grow else "; each gets more tokens so")
+                f"{self.shape.experts} experts instead of {wanted}: what half of the {free / GIB:.1f} GiB of "
+                f"free memory holds {copies} times; each gets more tokens so"
             )
-        return fitting
 
     @staticmethod
     def _runtime(threads: int | None, isa: str | None) -> kt_moe.Runtime:
@@ -118,16 +110,6 @@ class _Bench:
 
     def _add_ceilings(self, runtime: kt_moe.Runtime, found: ceilings.Ceilings) -> None:
         self.ceilings.append({"isa": runtime.isa, "threads": runtime.threads, **asdict(found)})
-
-    def _grow(self, runtime: kt_moe.Runtime, weights: Weights) -> None:
-        base = f"tokens {self.settings.tokens[0]}, rank {self.settings.ranks[0]}, {runtime.threads} threads"
-        print(f"\n{runtime.isa}; one thing varies, the others stay: {base}, experts {self.shape.experts}")
-        grown = growth.Growth(self.settings, weights, runtime, self.notes)
-        self.points = grown.run()
-        for used, found in grown.ceilings:
-            self._add_ceilings(used, found)
-            print(f"\nceilings of {used.threads} threads:\n{summary.ceiling_lines(found, used.threads)}")
-        self.memory["peak_resident_bytes"] = _peak_resident()
 
     def _measure(self, runtime: kt_moe.Runtime, weights: Weights) -> None:
         """All cases of one runtime."""
@@ -205,20 +187,6 @@ class _Bench:
         self.memory["peak_resident_bytes"] = _peak_resident()
         print(summary.memory_line(self.memory))
 
-    def _plot(self) -> None:
-        shape, path = self.shape, self.settings.plot
-        assert path is not None
-        if not self.settings.grow:
-            return plot_roofline(self.results, path, f"{shape.name}, E = {shape.experts}")
-        threads = self.ceilings[0]["threads"]
-        plot_growth(
-            self.points,
-            path,
-            f"{shape.name}, {self.ceilings[0]['isa']}, {self.machine['model']}; one varies, the others stay: "
-            f"tokens {self.settings.tokens[0]}, experts {shape.experts}, rank {self.settings.ranks[0]}, "
-            f"threads {threads}",
-        )
-
     def _to_dict(self, started: str) -> dict[str, Any]:
         apart = ("json", "plot", "shape")
         return {
@@ -233,7 +201,6 @@ class _Bench:
             "results": [result.to_dict() for result in self.results],
             "comparisons": self.comparisons,
             "lora_costs": self.lora_costs,
-            "growth": growth.to_dicts(self.points),
             "memory": self.memory,
             "notes": self.notes.texts,
             "ok": not self.notes.wrong,

@@ -14,8 +14,8 @@ from typing import Any
 
 from kt_moe import _core
 from kt_moe.cli.doctor.gpus import Gpus, read_gpus, recorded_gpus
-from kt_moe.cli.info import OVERRIDES
 
+OVERRIDES = ("KT_MOE_ISA", "KT_MOE_THREADS", "KT_MOE_SHARDS", "KT_MOE_NODES", "KT_MOE_PROFILE")
 OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _BIG_BLOCK = 9  # pages of 4 KiB in powers of two: 2 MiB
 
