@@ -13,7 +13,7 @@
 #include "base/error.h"
 #include "base/memory.h"
 #include "base/per_process.h"
-#include "base/split.h"
+#include "base/view.h"
 #include "forks.h"
 
 using namespace kt;

@@ -6,7 +6,6 @@
 #include <utility>
 #include <vector>
 
-#include "base/split.h"
 #include "base/view.h"
 #include "end_of_page.h"
 #include "kernel_sets.h"

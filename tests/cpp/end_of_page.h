@@ -4,7 +4,7 @@
 #include <doctest/doctest.h>
 #include <sys/mman.h>
 
-#include "base/split.h"
+#include "base/view.h"
 
 // n elements that end where a page ends, before one that may not be touched.
 template <class T>

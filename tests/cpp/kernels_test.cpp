@@ -16,7 +16,6 @@
 #include <vector>
 
 #include "base/error.h"
-#include "base/split.h"
 #include "base/view.h"
 #include "cpu/processor.h"
 #include "end_of_page.h"

@@ -12,8 +12,8 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/affinity.h"
 #include "cpu/processor.h"
+#include "cpu/sysfs.h"
 #include "kernels/registry.h"
 #include "moe/layer.h"
 #include "moe/routing.h"

@@ -74,12 +74,14 @@ TEST_CASE("layout: each shard has one node, each thread and CPU counts once, mem
         REQUIRE(std::ssize(layout.shards) == shards);
         REQUIRE(!layout.nodes.empty());
         REQUIRE(total_threads(layout) == threads);
+        REQUIRE(layout.nodes.front().threads >= 1);
         index_t next = 0;
         std::vector<int> cpus;
         for (const Node& node : layout.nodes) {
           REQUIRE(node.shards.begin == next);
           REQUIRE(node.shards.size() >= 1);
-          REQUIRE(node.threads >= 1);
+          REQUIRE(node.threads >= (threads < std::ssize(layout.nodes) ? 0 : 1));
+          REQUIRE((node.threads > 0 || node.cpus.empty()));
           next = node.shards.end;
           cpus.insert(cpus.end(), node.cpus.begin(), node.cpus.end());
         }
@@ -89,8 +91,8 @@ TEST_CASE("layout: each shard has one node, each thread and CPU counts once, mem
         for (const NumaNode& node : topology.nodes)
           mask.insert(mask.end(), node.cpus.begin(), node.cpus.end());
         std::ranges::sort(mask);
-        // A single node may run anywhere.
-        REQUIRE(cpus == (layout.nodes.size() > 1 ? mask : std::vector<int>{}));
+        // All threads of one node may run anywhere.
+        REQUIRE(cpus == (layout.nodes.size() > 1 && threads > 1 ? mask : std::vector<int>{}));
 
         const bool some = std::ranges::any_of(topology.nodes, &NumaNode::has_memory);
         for (const Shard& shard : layout.shards) {
@@ -168,7 +170,8 @@ TEST_CASE("layout: a shard's weight is its share of its nodes' cores") {
     CHECK(shard.weight == plan_layout(machine({28, 28, 28, 28}, 2), 224, 8).shards[0].weight);
 }
 
-TEST_CASE("layout: fewer shards or threads than NUMA nodes: several are one node") {
+TEST_CASE(
+    "layout: fewer shards than NUMA nodes: several are one; fewer threads than nodes: one serves some") {
   const Topology eight = machine(std::vector<int>(8, 16));
   const ShardLayout two = plan_layout(eight, 128, 2);
   CHECK(two.nodes[0].memory == std::vector{0, 3, 6, 9});
@@ -178,9 +181,10 @@ TEST_CASE("layout: fewer shards or threads than NUMA nodes: several are one node
   CHECK(two.nodes[1].threads == 64);
 
   const ShardLayout few = plan_layout(eight, 3, 8);
-  REQUIRE(few.nodes.size() == 3);
-  CHECK(few.nodes[0].shards.size() == 3);
-  CHECK(few.nodes[2].shards.size() == 2);
+  REQUIRE(few.nodes.size() == 8);
+  for (const std::size_t node : {0, 3, 6}) CHECK(few.nodes[node].threads == 1);
+  CHECK(few.nodes[0].cpus.size() == 48);
+  CHECK(few.nodes[6].cpus.size() == 32);
 }
 
 TEST_CASE("layout: a node without memory takes it from the nearest one that has some for this process") {

@@ -11,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/affinity.h"
+#include "cpu/sysfs.h"
 #include "forks.h"
 
 using namespace kt;

@@ -6,10 +6,11 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <string_view>
 
 #include "base/code_type.h"
-#include "base/split.h"
+#include "base/error.h"
 #include "base/view.h"
 
 namespace kt {
@@ -84,7 +85,17 @@ constexpr const FormatTraits& traits_of(Format format) { return formats[static_c
 constexpr std::string_view name_of(Format format) { return traits_of(format).name; }
 
 // ValueError for a name that no format has.
-Format format_from(std::string_view name);
+inline Format format_from(std::string_view name) {
+  const auto at = std::ranges::find(formats, name, &FormatTraits::name);
+  if (at != formats.end()) return at->quantized.format;
+  std::string names;
+  for (const FormatTraits& row : formats)
+    names += (&row == &formats.front()  ? ""
+              : &row == &formats.back() ? " or "
+                                        : ", ") +
+             std::string(row.name);
+  throw ValueError(message("format is \"{}\", wanted {}", name, names));
+}
 
 // Where the parts of a matrix lie, each row-major and dense; a row of codes begins on a byte.
 template <class Byte>

@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "bindings/gil.h"
-#include "cpu/affinity.h"
+#include "cpu/layout.h"
 #include "cpu/processor.h"
 #include "cpu/topology.h"
 #include "kernels/registry.h"

@@ -2,9 +2,12 @@
 
 #include <algorithm>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "base/error.h"
+#include "base/memory.h"
+#include "cpu/sysfs.h"
 
 namespace kt {
 
@@ -59,10 +62,10 @@ std::vector<const NumaNode*> usable_nodes(const Topology& topology) {
 }
 
 // Some of the machine's nodes as one.
-Node node_of(Nodes some, const Topology& topology, bool bound) {
+Node node_of(Nodes some, const Topology& topology) {
   Node node;
   for (const NumaNode* member : some) {
-    if (bound) node.cpus.insert(node.cpus.end(), member->cpus.begin(), member->cpus.end());
+    node.cpus.insert(node.cpus.end(), member->cpus.begin(), member->cpus.end());
     const int from = memory_of(topology, *member);
     if ((topology.nodes.size() > 1 || topology.chosen) &&
         std::ranges::find(node.memory, from) == node.memory.end())
@@ -71,11 +74,56 @@ Node node_of(Nodes some, const Topology& topology, bool bound) {
   return node;
 }
 
+// Each node gets one thread at least; or where there are fewer, the first of some that follow one another.
+void share_threads(std::vector<Node>& nodes, const std::vector<index_t>& cores, index_t threads,
+                   bool chosen) {
+  const index_t count = std::min(std::ssize(nodes), threads);
+  std::vector<index_t> weights;
+  for (index_t part = 0; part < count; ++part) {
+    const Range some = split(std::ssize(nodes), count, part);
+    Node& first = nodes[static_cast<std::size_t>(some.begin)];
+    index_t& weight = weights.emplace_back(0);
+    for (auto n = static_cast<std::size_t>(some.begin); n < static_cast<std::size_t>(some.end); ++n) {
+      weight += cores[n];
+      nodes[n].threads = 0;
+      if (&nodes[n] == &first) continue;
+      first.cpus.insert(first.cpus.end(), nodes[n].cpus.begin(), nodes[n].cpus.end());
+      nodes[n].cpus.clear();
+    }
+  }
+  const std::vector<Range> threads_of = share_out(threads, weights);
+  for (index_t part = 0; part < count; ++part) {
+    Node& first = nodes[static_cast<std::size_t>(split(std::ssize(nodes), count, part).begin)];
+    first.threads = static_cast<int>(threads_of[static_cast<std::size_t>(part)].size());
+    if (count == 1 && !chosen) first.cpus.clear();
+  }
+}
+
 std::string usable_ids(const std::vector<NumaNode>& nodes) {
   std::string text;
   for (const NumaNode& node : nodes)
     if (!node.cpus.empty()) text += (text.empty() ? "" : ", ") + std::to_string(node.id);
   return text;
+}
+
+constexpr std::size_t kPage = 4096;
+
+NodeProbe probe(const NumaNode& node, std::size_t bytes) {
+  NodeProbe result{node.id};
+  const Buffer memory(bytes);
+  auto* const first = static_cast<char*>(memory.data());
+  result.asked = place_memory(first, memory.size(), std::vector{node.id});
+  std::vector<const void*> pages;
+  for (std::size_t at = 0; at < bytes; at += kPage) pages.push_back(first + at);
+  std::thread([&] {
+    result.bound = !node.cpus.empty() && set_affinity(node.cpus);
+    for (std::size_t at = 0; at < bytes; at += kPage) first[at] = 1;
+  }).join();
+  const std::vector<int> found = nodes_of(pages);
+  result.pages = static_cast<int>(pages.size());
+  result.right = static_cast<int>(std::ranges::count(found, node.id));
+  result.unknown = static_cast<int>(std::ranges::count(found, -1));
+  return result;
 }
 
 }  // namespace
@@ -101,22 +149,29 @@ Topology choose_nodes(Topology topology, std::span<const int> nodes) {
 
 ShardLayout plan_layout(const Topology& topology, int threads, int shards) {
   const std::vector<const NumaNode*> usable = usable_nodes(topology);
-  const index_t count = std::min<index_t>({shards, threads, std::ssize(usable)});
+  const index_t count = std::min<index_t>(shards, std::ssize(usable));
   ShardLayout layout;
   std::vector<index_t> cores;  // of each node
   for (index_t n = 0; n < count; ++n) {
     const Nodes some = part_of(usable, split(std::ssize(usable), count, n));
-    layout.nodes.push_back(node_of(some, topology, count > 1 || topology.chosen));
+    layout.nodes.push_back(node_of(some, topology));
     cores.push_back(cores_of(some));
   }
-  const std::vector<Range> shards_of = share_out(shards, cores), threads_of = share_out(threads, cores);
+  share_threads(layout.nodes, cores, threads, topology.chosen);
+  const std::vector<Range> shards_of = share_out(shards, cores);
   for (std::size_t n = 0; n < layout.nodes.size(); ++n) {
     layout.nodes[n].shards = shards_of[n];
-    layout.nodes[n].threads = static_cast<int>(threads_of[n].size());
     const Shard shard{cores[n] * kShares / shards_of[n].size(), n};
     layout.shards.insert(layout.shards.end(), static_cast<std::size_t>(shards_of[n].size()), shard);
   }
   return layout;
+}
+
+std::vector<NodeProbe> probe_nodes(const Topology& topology, std::size_t bytes) {
+  std::vector<NodeProbe> probes;
+  for (const NumaNode& node : topology.nodes)
+    if (node.has_memory()) probes.push_back(probe(node, bytes));
+  return probes;
 }
 
 }  // namespace kt

@@ -1,10 +1,12 @@
-// The nodes of a runtime: NUMA nodes with the shards, the threads and the memory that each has. Pure.
+// The nodes of a runtime: NUMA nodes with the shards, the threads and the memory that each has. And whether
+// memory can be placed on the nodes of this machine: some is, and looked for.
 #pragma once
 
+#include <cstddef>
 #include <span>
 #include <vector>
 
-#include "base/split.h"
+#include "base/view.h"
 #include "cpu/topology.h"
 
 namespace kt {
@@ -15,8 +17,8 @@ struct Shard {
   std::size_t node = 0;  // that owns and computes it
 };
 
-// A NUMA node, or several where there are fewer shards or threads. Its threads serve its shards, whichever is
-// next.
+// A NUMA node, or several where there are fewer shards. Its threads serve its shards, whichever is next;
+// those of a node without threads are served by the last node before it that has some.
 struct Node {
   int threads = 1;
   Range shards;
@@ -33,7 +35,20 @@ struct ShardLayout {
 // that has no CPU this process may use.
 Topology choose_nodes(Topology topology, std::span<const int> nodes);
 
-// As many nodes as there are NUMA nodes, shards and threads for. `threads`, `shards` >= 1.
+// As many nodes as there are NUMA nodes and shards for, whatever the number of threads, so that results do
+// not depend on it; the first node has some. `threads`, `shards` >= 1.
 ShardLayout plan_layout(const Topology& topology, int threads, int shards);
+
+// Memory asked for on one node and first touched by a thread of that node.
+struct NodeProbe {
+  int node = 0;
+  bool asked = false;        // the kernel took the wish (mbind)
+  bool bound = false;        // there was a thread on the node's CPUs
+  int pages = 0, right = 0;  // of them, on the node
+  int unknown = 0;           // the kernel did not tell (move_pages)
+};
+
+// For every node with memory, `bytes` of it at a time.
+std::vector<NodeProbe> probe_nodes(const Topology& topology, std::size_t bytes = std::size_t{4} << 20);
 
 }  // namespace kt

@@ -6,26 +6,15 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 #include <string_view>
 
 namespace kt {
 
 namespace {
-
-struct Known {
-  Feature feature;
-  std::string_view name;
-  std::vector<std::string_view> flags;
-};
-
-const std::array kKnown{
-    Known{Feature::avx2, "avx2", {"avx2", "fma", "f16c"}},
-    Known{Feature::avx512, "avx512", {"avx512f", "avx512bw", "avx512vl", "avx512dq"}},
-    Known{Feature::avx512_bf16, "avx512_bf16", {"avx512_bf16"}},
-    Known{Feature::amx_bf16, "amx_bf16", {"amx_tile", "amx_bf16"}},
-};
 
 struct Leaf {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -46,22 +35,66 @@ std::uint64_t saved_registers() {
   return (std::uint64_t{high} << 32) | low;
 }
 
+// What CPUID says of this CPU, and which registers the operating system saves.
+struct Processor {
+  Leaf one = cpuid(1), seven = cpuid(7), seven_one = cpuid(7, 1);
+  std::uint64_t saved = bit(one.ecx, 27) ? saved_registers() : 0;  // OSXSAVE
+  bool ymm = (saved & 0x6) == 0x6, zmm = (saved & 0xe6) == 0xe6, tiles = (saved & 0x60000) == 0x60000;
+};
+
+// A feature, what /proc/cpuinfo calls its instructions, and whether a CPU has them.
+struct Feature {
+  std::string_view name;
+  std::vector<std::string_view> flags;
+  bool (*is_there)(const Processor& cpu);
+};
+
+const auto& known_features() {
+  static const std::array known{
+      Feature{"avx2",
+              {"avx2", "fma", "f16c"},
+              [](const Processor& cpu) {
+                return cpu.ymm && bit(cpu.seven.ebx, 5) && bit(cpu.one.ecx, 12) && bit(cpu.one.ecx, 29);
+              }},
+      Feature{"avx512",
+              {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+              [](const Processor& cpu) {
+                return cpu.zmm && bit(cpu.seven.ebx, 16) && bit(cpu.seven.ebx, 17) &&
+                       bit(cpu.seven.ebx, 30) && bit(cpu.seven.ebx, 31);
+              }},
+      Feature{"avx512_bf16",
+              {"avx512_bf16"},
+              [](const Processor& cpu) { return cpu.zmm && bit(cpu.seven_one.eax, 5); }},
+      Feature{
+          "amx_bf16",
+          {"amx_tile", "amx_bf16"},
+          [](const Processor& cpu) { return cpu.tiles && bit(cpu.seven.edx, 22) && bit(cpu.seven.edx, 24); }},
+  };
+  return known;
+}
+
+// The bits of the features for which it is so.
+template <class Is>
+unsigned bits_of(const Is& is) {
+  unsigned bits = 0;
+  for (std::size_t i = 0; i < known_features().size(); ++i)
+    if (is(known_features()[i])) bits |= 1u << i;
+  return bits;
+}
+
 }  // namespace
 
-unsigned cpu_features() {
-  const Leaf one = cpuid(1), seven = cpuid(7), seven_one = cpuid(7, 1);
-  if (!bit(one.ecx, 27)) return 0;  // OSXSAVE
-  const std::uint64_t saved = saved_registers();
-  const bool ymm = (saved & 0x6) == 0x6, zmm = (saved & 0xe6) == 0xe6, tiles = (saved & 0x60000) == 0x60000;
+unsigned features_named(std::initializer_list<std::string_view> names) {
+  const unsigned bits =
+      bits_of([&](const Feature& f) { return std::ranges::find(names, f.name) != names.end(); });
+  if (static_cast<std::size_t>(std::popcount(bits)) != names.size())
+    throw std::logic_error("a kernel set needs a feature that cpu/processor.cpp does not know");
+  return bits;
+}
 
-  unsigned features = 0;
-  if (ymm && bit(seven.ebx, 5) && bit(one.ecx, 12) && bit(one.ecx, 29)) features = features | Feature::avx2;
-  const bool f_dq_bw_vl =
-      bit(seven.ebx, 16) && bit(seven.ebx, 17) && bit(seven.ebx, 30) && bit(seven.ebx, 31);
-  if (zmm && f_dq_bw_vl) features = features | Feature::avx512;
-  if (zmm && bit(seven_one.eax, 5)) features = features | Feature::avx512_bf16;
-  if (tiles && bit(seven.edx, 22) && bit(seven.edx, 24)) features = features | Feature::amx_bf16;
-  return features;
+unsigned cpu_features() {
+  const Processor cpu;
+  return bits_of([&](const Feature& f) { return f.is_there(cpu); });
 }
 
 bool invariant_tsc() {
@@ -76,16 +109,16 @@ bool request_tiles() {
 
 std::vector<std::string> feature_names(unsigned features) {
   std::vector<std::string> names;
-  for (const Known& known : kKnown)
-    if (features & static_cast<unsigned>(known.feature)) names.emplace_back(known.name);
+  for (std::size_t i = 0; i < known_features().size(); ++i)
+    if (bit(features, static_cast<int>(i))) names.emplace_back(known_features()[i].name);
   return names;
 }
 
 std::vector<std::string> cpuinfo_flags(unsigned features) {
   std::vector<std::string> flags;
-  for (const Known& known : kKnown)
-    if (features & static_cast<unsigned>(known.feature))
-      flags.insert(flags.end(), known.flags.begin(), known.flags.end());
+  for (std::size_t i = 0; i < known_features().size(); ++i)
+    if (bit(features, static_cast<int>(i)))
+      flags.insert(flags.end(), known_features()[i].flags.begin(), known_features()[i].flags.end());
   return flags;
 }
 

@@ -7,25 +7,18 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace kt {
 
-enum class Feature : unsigned {
-  none = 0,
-  avx2 = 1,         // AVX2, FMA, F16C
-  avx512 = 2,       // AVX-512 F, BW, VL, DQ
-  avx512_bf16 = 4,  // VDPBF16PS
-  amx_bf16 = 8,     // AMX tiles with TDPBF16PS, as the CPU reports it; the kernel's permission is asked later
-};
+// Features are bits, each for some instructions of the CPU: a row of the table in processor.cpp.
+unsigned features_named(std::initializer_list<std::string_view> names);
 
-constexpr unsigned operator|(Feature a, Feature b) {
-  return static_cast<unsigned>(a) | static_cast<unsigned>(b);
-}
-constexpr unsigned operator|(unsigned a, Feature b) { return a | static_cast<unsigned>(b); }
-
-// Bits of Feature; a bit is set only when the registers it needs are saved by the operating system too.
+// Those of this CPU; a bit is set only when the registers it needs are saved by the operating system too. AMX
+// tiles also want its permission, which is asked later.
 unsigned cpu_features();
 
 // Linux lets a process use AMX tiles after it has asked (Documentation/arch/x86/xstate.rst), and from then on

@@ -2,6 +2,7 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -81,6 +82,11 @@ std::vector<std::string> mounts(const std::string& controllers) {
     }
   return found;
 }
+
+struct FreeMask {
+  void operator()(cpu_set_t* mask) const { CPU_FREE(mask); }
+};
+using Mask = std::unique_ptr<cpu_set_t, FreeMask>;
 
 }  // namespace
 
@@ -200,6 +206,32 @@ CgroupLimits cgroup_limits(const SystemFiles& files) {
     for (const char* controllers : {"", "cpu", "memory"})
       for (const std::string& mount : mounts(controllers)) limits.read(mount);
   return limits.found();
+}
+
+std::vector<int> affinity() {
+  // The mask grows until the kernel accepts it.
+  for (int most = CPU_SETSIZE; most <= kMostIds; most *= 2) {
+    const Mask mask(CPU_ALLOC(most));
+    const std::size_t bytes = CPU_ALLOC_SIZE(most);
+    if (!mask || sched_getaffinity(0, bytes, mask.get()) != 0) continue;
+    std::vector<int> cpus;
+    for (int cpu = 0; cpu < most; ++cpu)
+      if (CPU_ISSET_S(cpu, bytes, mask.get())) cpus.push_back(cpu);
+    return cpus;
+  }
+  return {};
+}
+
+bool set_affinity(std::span<const int> cpus) noexcept {
+  if (cpus.empty()) return true;
+  const auto [lowest, highest] = std::ranges::minmax(cpus);
+  if (lowest < 0 || highest >= kMostIds) return false;
+  const Mask mask(CPU_ALLOC(highest + 1));
+  if (!mask) return false;
+  const std::size_t bytes = CPU_ALLOC_SIZE(highest + 1);
+  CPU_ZERO_S(bytes, mask.get());
+  for (const int cpu : cpus) CPU_SET_S(cpu, bytes, mask.get());
+  return sched_setaffinity(0, bytes, mask.get()) == 0;
 }
 
 }  // namespace kt

@@ -1,10 +1,12 @@
-// Small files of /proc and /sys below a root, the numbers in them, and the limits of control groups.
-// What is missing or damaged is empty, in little time and memory: nothing here throws for it.
+// What the operating system says: small files of /proc and /sys below a root and the numbers in them, the
+// limits of control groups, and the CPUs that a thread may run on. What is missing or damaged is empty, in
+// little time and memory: nothing here throws for it.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -49,5 +51,12 @@ struct CgroupLimits {
 };
 
 CgroupLimits cgroup_limits(const SystemFiles& files);
+
+// The CPUs that the calling thread may run on, also where a machine has more than 1024.
+// Ascending; empty where the kernel does not tell.
+std::vector<int> affinity();
+
+// Lets the calling thread run on these alone. False where the kernel refuses; no CPUs: nothing is asked.
+bool set_affinity(std::span<const int> cpus) noexcept;
 
 }  // namespace kt

@@ -7,7 +7,6 @@
 #include <set>
 #include <tuple>
 
-#include "cpu/affinity.h"
 #include "cpu/sysfs.h"
 
 namespace kt {

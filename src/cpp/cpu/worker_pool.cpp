@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "base/error.h"
-#include "cpu/affinity.h"
 #include "cpu/processor.h"
+#include "cpu/sysfs.h"
 
 namespace kt {
 

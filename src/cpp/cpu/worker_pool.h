@@ -50,7 +50,8 @@ class WorkerPool {
   void parallel_for(int tasks, const std::function<void(int task, int worker)>& body,
                     const std::function<void()>& between = {});
 
-  // The same with a loop for each node, over tasks[node] tasks that only its own threads run.
+  // The same with a loop for each node, over tasks[node] tasks that only its own threads run: none
+  // for a node without threads. The first node has some.
   using NodeBody = std::function<void(int node, int task, int worker)>;
   void parallel_for_nodes(std::span<const int> tasks, const NodeBody& body);
 

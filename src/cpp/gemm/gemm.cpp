@@ -3,7 +3,7 @@
 #include <array>
 #include <cassert>
 
-#include "base/split.h"
+#include "base/view.h"
 
 namespace kt {
 

@@ -7,7 +7,6 @@
 #include <span>
 
 #include "base/memory.h"
-#include "base/split.h"
 #include "base/view.h"
 #include "gemm/decode.h"
 #include "kernels/kernel_set.h"

@@ -27,26 +27,26 @@ extern const KernelSet table;
 
 namespace {
 
-constexpr unsigned kAvx2 = Feature::none | Feature::avx2;
-constexpr unsigned kAvx512 = kAvx2 | Feature::avx512;
-constexpr unsigned kAvx512Bf16 = kAvx512 | Feature::avx512_bf16;
-constexpr unsigned kTiles = Feature::none | Feature::amx_bf16;
-constexpr unsigned kAmx = kAvx512Bf16 | kTiles;
-
-constexpr std::array kRegistry = {
-    KernelEntry{"scalar", 0, &scalar::table},
-    KernelEntry{"avx2", kAvx2, &avx2::table},
-    KernelEntry{"avx512", kAvx512, &avx512::table},
-    KernelEntry{"avx512_bf16", kAvx512Bf16, &avx512_bf16::table},
-    KernelEntry{"amx", kAmx, &amx::table},
-};
+// From the slowest, which runs everywhere, to the fastest.
+const auto& registry() {
+  static const std::array entries{
+      KernelEntry{"scalar", 0, &scalar::table},
+      KernelEntry{"avx2", features_named({"avx2"}), &avx2::table},
+      KernelEntry{"avx512", features_named({"avx2", "avx512"}), &avx512::table},
+      KernelEntry{"avx512_bf16", features_named({"avx2", "avx512", "avx512_bf16"}), &avx512_bf16::table},
+      KernelEntry{"amx", features_named({"avx2", "avx512", "avx512_bf16", "amx_bf16"}), &amx::table},
+  };
+  return entries;
+}
 
 // Whether the operating system lets this process use the entry's registers: it is asked.
-bool permitted(const KernelEntry& entry) { return (entry.needs & kTiles) == 0 || request_tiles(); }
+bool permitted(const KernelEntry& entry) {
+  return (entry.needs & features_named({"amx_bf16"})) == 0 || request_tiles();
+}
 
 std::string known_names() {
   std::string names;
-  for (const KernelEntry& entry : kRegistry) names += (names.empty() ? "" : ", ") + std::string(entry.name);
+  for (const KernelEntry& entry : registry()) names += (names.empty() ? "" : ", ") + std::string(entry.name);
   return names;
 }
 
@@ -70,11 +70,11 @@ void overlay(KernelSet& set, const KernelSet& own) {
 
 }  // namespace
 
-std::span<const KernelEntry> kernel_registry() { return kRegistry; }
+std::span<const KernelEntry> kernel_registry() { return registry(); }
 
 const KernelEntry& kernel_entry(std::string_view isa) {
-  const auto found = std::ranges::find(kRegistry, isa, &KernelEntry::name);
-  KT_CHECK(found != kRegistry.end(), "isa is \"{}\", wanted one of {}", isa, known_names());
+  const auto found = std::ranges::find(registry(), isa, &KernelEntry::name);
+  KT_CHECK(found != registry().end(), "isa is \"{}\", wanted one of {}", isa, known_names());
   return *found;
 }
 
@@ -89,7 +89,7 @@ std::string availability(const KernelEntry& entry, unsigned features) {
 
 std::string_view best_isa(unsigned features) {
   std::string_view best;
-  for (const KernelEntry& entry : kRegistry)
+  for (const KernelEntry& entry : registry())
     if (availability(entry, features) == "available") best = entry.name;
   return best;
 }
@@ -97,7 +97,7 @@ std::string_view best_isa(unsigned features) {
 std::string_view best_permitted_isa(unsigned features) {
   const std::string_view best = best_isa(features);
   if (permitted(kernel_entry(best))) return best;
-  return best_isa(features & ~kTiles);
+  return best_isa(features & ~features_named({"amx_bf16"}));
 }
 
 KernelSet kernel_set(std::string_view isa, unsigned features) {
@@ -106,7 +106,7 @@ KernelSet kernel_set(std::string_view isa, unsigned features) {
   KT_CHECK(permitted(kernel_entry(isa)),
            "isa is \"{}\": the operating system refuses its registers to this process", isa);
   KernelSet set{};
-  for (const KernelEntry& entry : kRegistry) {
+  for (const KernelEntry& entry : registry()) {
     if (entry.own != nullptr) overlay(set, *entry.own);
     if (entry.name == isa) break;
   }

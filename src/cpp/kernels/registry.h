@@ -12,7 +12,7 @@ namespace kt {
 
 struct KernelEntry {
   std::string_view name;
-  unsigned needs;        // bits of Feature
+  unsigned needs;        // bits of features
   const KernelSet* own;  // the slots it fills; null while its kernels are not written
 };
 

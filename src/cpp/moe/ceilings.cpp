@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <latch>
 
-#include "base/split.h"
+#include "base/view.h"
 #include "cpu/topology.h"
 #include "gemm/gemm.h"
 

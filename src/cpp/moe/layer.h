@@ -9,7 +9,6 @@
 #include <string_view>
 #include <vector>
 
-#include "base/split.h"
 #include "base/view.h"
 #include "base/weight.h"
 #include "gemm/decode.h"

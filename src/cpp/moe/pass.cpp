@@ -14,7 +14,7 @@ Pass::Pass(Runtime& runtime, const ExpertWeights& weights, const LayerInputs& la
       activation(kernels_of(kernels(), weights.activation)),
       routing(find_routes()),
       plan(routing, weights, kernels(), lease.workers()),
-      tasks(lease.nodes()) {
+      tasks(plan.node_threads) {
   if (experts.fetch)
     tasks.add(Stage::fetch, 0, std::ssize(routing.experts), {},
               [this](index_t i, Arena&) { experts.fetch(routing.experts[static_cast<std::size_t>(i)]); });

@@ -7,7 +7,7 @@
 #include <span>
 #include <vector>
 
-#include "base/split.h"
+#include "base/view.h"
 #include "base/weight.h"
 #include "kernels/kernel_set.h"
 #include "moe/layer.h"

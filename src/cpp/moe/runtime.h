@@ -67,7 +67,6 @@ class Runtime {
     explicit Lease(Runtime& runtime);
 
     const KernelSet& kernels() const { return runtime_.kernels_; }
-    std::size_t nodes() const { return runtime_.layout_.nodes.size(); }
     Workers workers() const;
     // Memory of a node's own.
     Arena& memory(std::size_t node) { return runtime_.memory_[node]; }

@@ -14,9 +14,17 @@ constexpr int kSpins = 4000;
 
 }  // namespace
 
+TaskGraph::TaskGraph(std::span<const int> threads) : queues_(threads.size()) {
+  std::size_t served_by = 0;
+  for (std::size_t node = 0; node < threads.size(); ++node) {
+    if (threads[node] > 0) served_by = node;
+    queue_of_.push_back(served_by);
+  }
+}
+
 const TaskGraph::Group* TaskGraph::add(const Label& label, std::size_t node, index_t count, After after,
                                        Body body, Cost cost) {
-  Queue& queue = queues_[node];
+  Queue& queue = queues_[queue_of_[node]];
   queue.groups.emplace_back(label, queue.tasks, count, std::move(after), std::move(body), std::move(cost));
   queue.tasks += count;
   return &queue.groups.back();

@@ -2,6 +2,7 @@
 // what they compute. All threads run them without a barrier.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <deque>
 #include <exception>
@@ -31,7 +32,9 @@ class TaskGraph {
     std::span<const Groups> each = {};  // task i waits for each[i] too; or empty. It outlives the run.
   };
 
-  explicit TaskGraph(std::size_t nodes = 1) : queues_(nodes) {}
+  // Of nodes with so many threads each; those of a node without threads go to the last one before it that has
+  // some.
+  explicit TaskGraph(std::span<const int> threads = std::array{1});
 
   // `count` tasks of a node that may run at the same time: body(task, scratch), task in [0, count). Tasks of
   // a node start in the order in which they were added. A profile records each under its label, with
@@ -53,7 +56,8 @@ class TaskGraph {
     std::deque<Group> groups;
     index_t tasks = 0;
   };
-  std::vector<Queue> queues_;  // one a node
+  std::vector<Queue> queues_;          // one a node
+  std::vector<std::size_t> queue_of_;  // where the tasks of each node are
   std::atomic<bool> failed_{false};
   std::mutex error_mutex_;
   std::exception_ptr error_;

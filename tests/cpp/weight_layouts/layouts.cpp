@@ -4,7 +4,7 @@
 #include <cstring>
 #include <functional>
 
-#include "base/split.h"
+#include "base/view.h"
 #include "kernels.h"
 
 namespace kt::layouts {

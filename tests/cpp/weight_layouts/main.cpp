@@ -11,7 +11,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "base/split.h"
+#include "base/view.h"
 #include "cpu/processor.h"
 #include "cpu/topology.h"
 #include "cpu/worker_pool.h"
