@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -263,13 +264,13 @@ def test_options_of_the_experts_arrive(cli: Any, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("kt_moe.cli.experts_config.KtMoeConfig", Config)
     monkeypatch.setattr("kt_moe.cli.train.refuse_without_gpu", lambda experts: None)
     more = ["--gpu-memory", "6GiB", "--cpu-share", "0.5", "--lora-device", "cpu", "--max-steps", "1"]
-    assert cli(tmp_path / "out", *more, "--experts_gpu_rates", '{"link": 1e9}', "--format", "int4") == 2
-    rates = '{"link": 1e9, "gpu_flops": 1e12, "gpu_bytes": 1e11, "cpu_flops": 1e11, "cpu_bytes": 1e10}'
+    assert cli(tmp_path / "out", *more, "--experts_gpu_rates", "link=1e9", "--format", "int4") == 2
+    rates = ",".join(f"{rate.name}={1e9 + n}" for n, rate in enumerate(fields(kt_moe.Rates)))
     assert cli(tmp_path / "out", *more, "--experts_gpu_rates", rates, "--format", "int4") == 0
     options = made[1]
     assert (options["gpu"], options["gpu_memory"], options["cpu_share"]) == ("auto", "6GiB", 0.5)
     assert (options["lora_device"], options["checkpoint_experts"]) == ("cpu", "recompute")
-    assert (options["format"], options["gpu_rates"]["link"]) == ("int4", 1e9)
+    assert (options["format"], options["gpu_rates"]["gpu_flops"]) == ("int4", 1e9 + 1)
 
 
 def test_conversation_the_template_refuses(

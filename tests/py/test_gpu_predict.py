@@ -15,8 +15,8 @@ from tiny_models import PEFT_WARNINGS, tiny_config
 from user_errors import one_line_error
 
 import kt_moe
-from kt_moe.cli import main
-from kt_moe.cli.plan import gpu_speed
+from kt_moe.cli import finetune, main, train
+from kt_moe.cli.plan import dry_run, gpu_speed
 from kt_moe.gpu.plan import cut, layer_costs
 from kt_moe.gpu.predict import (
     LINKS,
@@ -155,11 +155,14 @@ def test_no_prediction_without_a_gpu(config: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rates", "lnk=3"], "argument --rates: 'lnk=3', wanted one of link, gpu_flops"),
-        (["--rates", "link=0"], "argument --rates: 'link=0'"),
-        (["--rates", "link"], "argument --rates: 'link'"),
-        (["--rates", "link=nan"], "argument --rates: 'link=nan'"),
-        (["--gpu-memory", "10B"], "--gpu-memory: the GPU memory for experts is 10 bytes, wanted at least"),
+        (["--rates", "lnk=3"], "--experts_gpu_rates has lnk=3, wanted one of link, gpu_flops"),
+        (["--rates", "link=0"], "--experts_gpu_rates has link=0"),
+        (["--rates", "link"], "--experts_gpu_rates has link="),
+        (["--rates", "link=nan"], "--experts_gpu_rates has link=nan"),
+        (
+            ["--gpu-memory", "10B"],
+            "--experts_gpu_memory: the GPU memory for experts is 10 bytes, wanted",
+        ),
     ],
 )
 def test_user_errors(
@@ -172,11 +175,13 @@ def test_rates_of_a_gpu_that_is_here_are_measured(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = gpu_speed.measured_rates
+    given = ["--batch-size", "1", "--seq-len", "16", "--threads", "1", "--experts_gpu_rates", "link=1e9"]
+    with train.quiet():
+        options = finetune.parse(["--model", str(config), *given, "--plan_json"], "plan")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (8 << 30, 8 << 30))
     monkeypatch.setattr(gpu_speed, "measured_rates", lambda *args: measured(*args[:-1], torch.device("cpu")))
-    options = ["--batch", "1", "--sequence", "16", "--threads", "1", "--rates", "link=1e9", "--json"]
-    assert main(["plan", str(config), *options]) == 0
+    assert dry_run(options) == 0
     found = json.loads(capsys.readouterr().out)["gpu_speed"]
     assert found["sources"] == {"link": "given", "elsewhere": "assumed"} | dict.fromkeys(
         ("gpu_flops", "gpu_bytes", "cpu_flops", "cpu_bytes"), "measured"

@@ -308,6 +308,25 @@ def test_options_of_the_gpu_and_of_checkpointing(tmp_path: Path, capsys: pytest.
     assert "adamw, gradient checkpointing, experts retained" in capsys.readouterr().out
 
 
+def test_dry_run_is_the_plan_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(write_config(tmp_path / "config.json", tiny_config(num_experts=64)))
+    more = ["--per_device_train_batch_size", "2", "--max_length", "32", "--lora_r", "4", "--no_plan_measure"]
+    given = ["--model_name_or_path", file, "--optim", "adamw_8bit", "--dry_run", *more, "--plan_json"]
+    assert main(["sft", *given]) == 0
+    found = json.loads(capsys.readouterr().out)["run"]
+    assert (found["batch"], found["sequence"], found["rank"]) == (2, 32, 4)
+    assert (found["optimizer"], found["checkpointing"]) == ("adamw-8bit", True)
+    assert main(["dpo", *given]) == 0
+    capsys.readouterr()
+    assert main(["sft", *given, "--plan_host_memory", "1MiB"]) == 1
+    assert json.loads(capsys.readouterr().out)["host"]["available"] == 1 << 20
+    assert main(["sft", *given, "--plan_gpu", "24GiB", "--experts_gpu_rates", "link=25e9"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["gpu"]["available"] == 24 << 30
+    assert found["gpu_speed"]["rates"]["link"] == 25e9
+    assert main(["sft", *given[2:]]) == 2
+
+
 def test_it_says_when_it_does_not_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -386,7 +405,7 @@ def test_what_is_measured_is_the_models(
 
     monkeypatch.setattr("kt_moe.cli.plan.measure.Experts", make)
     file = write_config(tmp_path / "config.json", tiny_config(model_type))
-    options = ["--batch", "1", "--sequence", "16", "--threads", "1", "--format", "int4", "--json"]
+    options = ["--batch-size", "1", "--seq-len", "16", "--threads", "1", "--format", "int4", "--json"]
     assert main(["plan", str(file), *options]) == 0
     assert json.loads(capsys.readouterr().out)["speed"]["forward"] > 0
     (options_made,) = made
@@ -397,7 +416,16 @@ def test_what_is_measured_is_the_models(
 
 def test_a_measured_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = save_tiny_checkpoint(tmp_path / "m", dtype=torch.bfloat16)
-    options = ["--batch", "2", "--sequence", "16", "--threads", "1", "--targets", "gate,down,attention"]
+    options = [
+        "--batch-size",
+        "2",
+        "--seq-len",
+        "16",
+        "--threads",
+        "1",
+        "--targets",
+        "experts.gate_proj,experts.down_proj,attention",
+    ]
     assert main(["plan", str(path), *options]) == 0
     text = capsys.readouterr().out
     assert "qwen3_moe: layers 0-1 with 8 experts each, hidden 32, intermediate 24, 2 experts a token" in text
@@ -414,14 +442,15 @@ def test_a_measured_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (tiny_config("deepseek_v3", first_k_dense_replace=2), [], "has no layer with routed experts"),
         (
             tiny_config(),
-            ["--targets", "gate,nothing"],
+            ["--targets", "experts,nothing"],
             "targets ['nothing'], which match nothing in this model",
         ),
-        (tiny_config(), ["--targets", ","], "--targets is empty"),
-        (tiny_config(), ["--rank", "0"], "argument --rank: '0', wanted an integer of at least 1"),
-        (tiny_config(), ["--gpu", "off", "--cpu-share", "0.5"], "--gpu off excludes --gpu-memory and --cpu"),
-        (tiny_config(), ["--checkpoint-experts", "retain"], "retain is for --gradient-checkpointing"),
-        (tiny_config(), ["--gpu", "cuda:99"], "--gpu cuda:99: there are "),
+        (tiny_config(), ["--targets", "all-linear"], "a plan wants --lora_target_modules by name"),
+        (tiny_config(), ["--rank", "0"], "rank of experts is 0, wanted at least 1"),
+        (tiny_config(), ["--gpu", "off", "--cpu-share", "0.5"], 'has gpu="off" and gpu_memory or cpu_share'),
+        (tiny_config(), ["--gpu-memory", "six"], "gpu_memory is 'six', wanted a positive number of bytes"),
+        (tiny_config(), ["--plan_gpu", "big"], "--plan_gpu is 'big', wanted a positive number of bytes"),
+        (tiny_config(), ["--checkpoint-experts", "retain"], "retain is for --gradient_checkpointing"),
     ],
 )
 def test_user_errors_are_one_line(
@@ -449,7 +478,18 @@ def test_the_plan_is_what_a_run_takes(tmp_path: Path) -> None:
     path = save_tiny_checkpoint(tmp_path / "m", dtype=torch.bfloat16, **MEDIUM)
     environment = {**os.environ, **EXACT_HEAP}
     python = [sys.executable, "-W", "ignore"]
-    command = [*python, "-m", "kt_moe.cli", "plan", str(path), "--batch", "4", "--sequence", "128", "--json"]
+    command = [
+        *python,
+        "-m",
+        "kt_moe.cli",
+        "plan",
+        str(path),
+        "--batch-size",
+        "4",
+        "--seq-len",
+        "128",
+        "--json",
+    ]
     planned = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     parts = {p["name"]: p["nbytes"] for p in json.loads(planned.stdout)["host"]["parts"]}
     process = parts.pop("process")

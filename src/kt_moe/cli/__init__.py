@@ -24,9 +24,9 @@ _TRAINING = {
     "grpo": "train by rewards of groups of the model's own answers (TRL's GRPO)",
     "rloo": "train by rewards of the model's own answers (TRL's RLOO)",
     "finetune": "sft with short names of options and defaults for a first run",
+    "plan": "tell memory and speed of a run before it is started (finetune --dry_run)",
 }
 _OTHERS = {
-    "plan": "tell the memory and speed of a run before it is started",
     "pack": "write experts to a directory from which they are mapped",
     "inspect": "show what a checkpoint holds of experts",
     "merge": "write a checkpoint with an adapter merged in",
@@ -53,10 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, words: list[str]) -> int:
     if command in _TRAINING:
         try:
-            train = import_module(f"kt_moe.cli.{'finetune' if command == 'finetune' else 'train'}")
+            own = command in ("finetune", "plan")
+            module = import_module(f"kt_moe.cli.{command if own else 'train'}")
         except ModuleNotFoundError as error:
             raise UserError(f"{error.name} is missing: pip install 'kt_moe[train]'") from error
-        status: int = train.run(words[1:]) if command == "finetune" else train.run(command, words[1:])
+        status: int = module.run(words[1:]) if own else module.run(command, words[1:])
         return status
     args, unknown = _parser(command).parse_known_args(words)
     if unknown:

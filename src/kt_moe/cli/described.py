@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,19 +73,23 @@ def resolve_targets(model: nn.Module, architecture: Architecture, lora: Any) -> 
         UserError: a name that matches nothing; lists those there are.
     """
     put_experts(model, architecture)
-    names = lora.target_modules
-    if isinstance(names, str):
-        if names == "all-linear" or not names.replace(",", "").replace(".", "").replace("_", "").isalnum():
-            return names  # a regular expression
-        names = names.split(",")
-    if names is not None and ATTENTION in names:
+    names = split_targets(lora.target_modules)
+    if names is None or names == ["all-linear"]:
+        return lora.target_modules
+    if ATTENTION in names:
         linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         found = {n.rpartition(".")[2] for n in linear if "attn" in n or ATTENTION in n}
-        names = (set(names) | found) - {ATTENTION}
-    if names is not None:
-        lora.target_modules = set(names)
-        try:
-            find_targets(model, lora, architecture)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    return None if names is None else sorted(names)
+        names = list((set(names) | found) - {ATTENTION})
+    lora.target_modules = set(names)
+    try:
+        find_targets(model, lora, architecture)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return sorted(names)
+
+
+def split_targets(given: Any) -> list[str] | None:
+    """Names in `lora_target_modules`, also words with commas between; None: a regular expression, or none."""
+    if isinstance(given, str):
+        return given.split(",") if re.fullmatch(r"[\w.,-]+", given) else None
+    return None if given is None else [name for word in given for name in word.split(",")]

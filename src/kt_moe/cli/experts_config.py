@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import re
 from collections.abc import Sequence
 from typing import Any, get_args, get_type_hints
 
+from kt_moe.gpu import Rates
 from kt_moe.hf import KtMoeConfig
 from kt_moe.hf.quantizer import CHOICES
 
@@ -61,22 +61,40 @@ def _to_config(self: Any, rest: Any = None) -> KtMoeConfig:
         ValueError: an option out of range; names it.
     """
     options = {name.removeprefix(PREFIX): value for name, value in vars(self).items()}
-    if isinstance(rates := options["gpu_rates"], str):
-        try:
-            options["gpu_rates"] = json.loads(rates)
-        except ValueError:
-            raise ValueError(
-                f"--experts_gpu_rates is {rates!r}, wanted JSON as kt-moe doctor prints it"
-            ) from None
+    options["gpu_rates"] = self.rates()
     for name, number in (("gpu_memory", int), ("cpu_share", float)):
         if re.fullmatch(r"[0-9]*\.?[0-9]+", str(options[name])):
             options[name] = number(options[name])
     return KtMoeConfig(**options, rest=rest)
 
 
+def _rates(self: Any) -> dict[str, float] | None:
+    """What --experts_gpu_rates says, "link=55e9,gpu_flops=4e14" or a mapping of a YAML file; None: nothing.
+
+    Raises:
+        ValueError: none of `kt_moe.Rates`, or no positive number.
+    """
+    given = self.experts_gpu_rates
+    if isinstance(given, str):
+        given = dict(part.strip().partition("=")[::2] for part in given.split(","))
+    names = [rate.name for rate in dataclasses.fields(Rates)]
+    found: dict[str, float] = {}
+    for name, value in (given or {}).items():
+        if name not in names or not re.fullmatch(r"[0-9.]+([eE][+]?[0-9]+)?", str(value)) or not float(value):
+            wanted = f"one of {', '.join(names)}, = and a number"
+            raise ValueError(f"--experts_gpu_rates has {name}={value}, wanted {wanted}")
+        found[name] = float(value)
+    return found or None
+
+
 ExpertsConfig: Any = dataclasses.make_dataclass(
     "ExpertsConfig",
     _fields(),
-    namespace={"to_config": _to_config, "_argument_group_name": "experts (kt_moe)", "__module__": __name__},
+    namespace={
+        "to_config": _to_config,
+        "rates": _rates,
+        "_argument_group_name": "experts (kt_moe)",
+        "__module__": __name__,
+    },
 )
 ExpertsConfig.__doc__ = "How kt_moe holds and computes the experts: `KtMoeConfig`'s options."

@@ -64,17 +64,17 @@ def run(argv: Sequence[str]) -> int:
         UserError: bad input, named in one line.
     """
     with train.quiet():
-        return train.Job(parse(argv)).run()
+        return train.start(parse(argv))
 
 
-def parse(argv: Sequence[str]) -> train.Options:
-    """The options of a command line, short names and others."""
+def parse(argv: Sequence[str], name: str = "finetune") -> train.Options:
+    """The options of a command line, short names and others. name: the command's."""
     names = "; ".join(f"{short} {long}" for short, long in ALIASES.items())
     options = train.parse(
-        "sft", [spelled_out(word) for word in argv], name="finetune", defaults=DEFAULTS,
+        "sft", [spelled_out(word) for word in argv], name=name, defaults=DEFAULTS,
         epilog=f"The options are those of kt-moe sft; short names: {names}.",
     )  # fmt: skip
-    options.command_line = ["finetune", *argv]
+    options.command_line = [name, *argv]
     options.training.per_device_eval_batch_size = options.training.per_device_train_batch_size
     chosen = any(word.startswith(("--eval_strategy", "--eval-strategy")) for word in argv)
     if not options.run.eval_fraction and not chosen:

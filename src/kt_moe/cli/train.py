@@ -110,6 +110,29 @@ class RunConfig:
 
 
 @dataclass
+class PlanConfig:
+    """What is to be told before a run, instead of it."""
+
+    _argument_group_name = "plan (kt_moe)"
+
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Tell memory and time of the run and stop: status 0 if it fits, 1 if not."},
+    )
+    plan_host_memory: str | None = field(
+        default=None, metadata={"help": "Of another machine, such as 256GiB; default: what is free here."}
+    )
+    plan_gpu: str | None = field(
+        default=None,
+        metadata={"help": "GPU memory of another machine, such as 24GiB; default: this one's."},
+    )
+    plan_measure: bool = field(
+        default=True, metadata={"help": "Time one layer here; otherwise arithmetic alone."}
+    )
+    plan_json: bool = field(default=False, metadata={"help": "Print the plan as JSON."})
+
+
+@dataclass
 class Options:
     """What the command line and a YAML file gave."""
 
@@ -121,6 +144,7 @@ class Options:
     mixture: Any
     experts: Any
     run: RunConfig
+    plan: PlanConfig
 
 
 def parse(
@@ -146,7 +170,7 @@ def parse(
     changed = {**DEFAULTS, **(defaults or {})}
     said = "; ".join(f"{key} {_shown(value)}" for key, value in changed.items())
     prog = f"kt-moe {name or command}"
-    parser = _Parser([*theirs, ExpertsConfig, RunConfig], prog=prog, allow_abbrev=False)
+    parser = _Parser([*theirs, ExpertsConfig, RunConfig, PlanConfig], prog=prog, allow_abbrev=False)
     parser.epilog = f"{epilog} Defaults that differ from TRL's: {said}.".strip()
     unknown = parser.set_defaults_with_config(**changed)
     assert not set(unknown[::2]) - {f"--{key}" for key in defaults or {}}, unknown
@@ -175,7 +199,16 @@ def run(command: str, argv: Sequence[str]) -> int:
         UserError: bad input, named in one line.
     """
     with quiet():
-        return Job(parse(command, argv)).run()
+        return start(parse(command, argv))
+
+
+def start(options: Options) -> int:
+    """Carry out what the options say: a run, or its plan."""
+    if options.plan.dry_run:
+        from kt_moe.cli.plan import dry_run
+
+        return dry_run(options)
+    return Job(options).run()
 
 
 class Job:
@@ -236,8 +269,7 @@ class Job:
     def _check(self) -> None:
         """What can be refused before anything is loaded."""
         options, training = self.options, self.options.training
-        if options.experts.experts_checkpoint_experts == "retain" and not training.gradient_checkpointing:
-            raise UserError("--experts_checkpoint_experts retain is for --gradient_checkpointing")
+        check_experts(options)
         if popularity := options.run.popularity:
             if options.experts.experts_placement == "tensor":
                 raise UserError("--popularity is for --experts_placement expert")
@@ -453,6 +485,19 @@ def lora_of(options: Options) -> Any:
     if found is not None and options.run.lora_shared_outer:
         found.__class__ = SharedOuterLoraConfig
     return found
+
+
+def check_experts(options: Options) -> None:
+    """UserError where options of the experts do not go together, or need a GPU that is not there."""
+    experts = options.experts
+    if experts.experts_checkpoint_experts == "retain" and not options.training.gradient_checkpointing:
+        raise UserError("--experts_checkpoint_experts retain is for --gradient_checkpointing")
+    if experts.experts_gpu.startswith("cuda") and torch.cuda.is_available():
+        number = experts.experts_gpu.partition(":")[2]
+        if int(number or 0) >= torch.cuda.device_count():
+            raise UserError(
+                f"--experts_gpu {experts.experts_gpu}: there are {torch.cuda.device_count()} GPUs"
+            )
 
 
 def refuse_without_gpu(experts: Any) -> None:

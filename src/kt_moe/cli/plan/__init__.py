@@ -1,71 +1,94 @@
-"""`kt-moe plan`: the memory a training run will take, whether this machine has it, and its speed at most."""
+"""`--dry_run` and `kt-moe plan`: the memory a run will take, whether it is there, and its speed at most."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
+import torch
+
+from kt_moe import Runtime
+from kt_moe.cli import finetune, train
+from kt_moe.cli.described import blamed_on, read_config
 from kt_moe.cli.errors import UserError
-from kt_moe.cli.plan.options import Run, add_arguments
+from kt_moe.cli.plan import memory, report
+from kt_moe.cli.plan.gpu_speed import speed_of
+from kt_moe.cli.plan.measure import measure as measure_layer
+from kt_moe.cli.plan.measure import process_bytes
+from kt_moe.cli.plan.options import Run
+from kt_moe.cli.plan.outline import outline
+from kt_moe.cli.plan.weights import weights_part
+from kt_moe.gpu import parse_bytes
 from kt_moe.host_memory import free_memory, resident
 
-__all__ = ["add_arguments", "run"]
+_SHORT = {"--json": "--plan_json", "--no-measure": "--no_plan_measure", "--rates": "--experts_gpu_rates"}
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print the plan; 0 if the run fits this machine, 1 if not.
+def run(argv: Sequence[str]) -> int:
+    """`kt-moe plan MODEL ...`: the plan of `kt-moe finetune --model MODEL ...`, without data or output.
+
+    Raises:
+        UserError: bad input, named in one line.
+    """
+    words = [_SHORT.get(word, word) for word in argv]
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--model")
+    with train.quiet():
+        return dry_run(finetune.parse(words, "plan"))
+
+
+def dry_run(options: train.Options) -> int:
+    """Print the plan of a run; 0 if it fits, 1 if not.
 
     Raises:
         UserError: no such model, an architecture that the core cannot compute, or wrong options.
     """
-    wanted = Run.from_args(args)
+    asked, experts = options.plan, options.experts
+    name = options.model.model_name_or_path
+    if not name:
+        raise UserError("--model_name_or_path is missing: a directory, a config.json, or a name on the hub")
+    train.check_experts(options)
+    config = read_config(name, revision=options.model.model_revision)
     try:
-        from kt_moe.cli import train  # (all that a run imports, for its memory)
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is missing: pip install 'kt_moe[train]'") from error
-    with train.quiet():
-        return _plan(args, wanted)
-
-
-def _plan(args: argparse.Namespace, wanted: Run) -> int:
-    import torch
-
-    from kt_moe import Runtime
-    from kt_moe.cli.described import blamed_on, read_config
-    from kt_moe.cli.plan import memory, report
-    from kt_moe.cli.plan.gpu_speed import speed_of
-    from kt_moe.cli.plan.measure import measure, process_bytes
-    from kt_moe.cli.plan.outline import outline
-    from kt_moe.cli.plan.weights import weights_part
-
-    try:
-        runtime = Runtime(args.threads)
-    except ValueError as error:  # KT_MOE_ISA and its kin
+        wanted = Run.from_options(options)
+        replace(experts, experts_gpu_rates=None).to_config()  # refuses what a run would
+        experts.rates()
+        runtime = Runtime(experts.experts_threads)
+        sizes = [parse_bytes(f"--{n}", v) for n, v in _sizes(asked) if v is not None]
+    except ValueError as error:
         raise UserError(str(error)) from error
     process = memory.Part("process", process_bytes(), "measured", "Python, PyTorch and other libraries")
     available = free_memory() + resident("RssAnon")  # the run will not be beside this process
-    config = read_config(str(args.model))
-    with blamed_on(args.model):
+    gpu_available = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    if asked.plan_host_memory is not None:
+        available = sizes.pop(0)
+    if asked.plan_gpu is not None:
+        gpu_available = sizes.pop(0)
+    with blamed_on(name):
         model = outline(config, wanted)
-        weights, format = weights_part(args.model, config, model, wanted.format)
+        weights, format = weights_part(Path(name), config, model, wanted.format)
     layer = model.layers[0]
-    speed = None if args.no_measure else measure(layer, wanted, format, runtime, free_memory())
+    speed = measure_layer(layer, wanted, format, runtime, free_memory()) if asked.plan_measure else None
     if speed is None:
         note = "about 10 I bytes a route, and a block of tokens a thread"
         size = memory.scratch_bytes(layer, wanted, runtime.threads)
         scratch = memory.Part("scratch of a layer call", size, "estimated", note)
     else:
         scratch = memory.Part("scratch of a layer call", speed.scratch, "measured", "scaled to all tokens")
-    device = None if args.gpu in ("auto", "off") else args.gpu
-    gpu_available = torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else None
     set_by_user = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
     threshold = int(set_by_user) if set_by_user.isdecimal() else memory.MMAP_THRESHOLD
     plan = memory.make_plan(
         model, wanted, weights=weights, process=process, scratch=scratch,
         gpu=gpu_available, mmap_threshold=threshold,
     )  # fmt: skip
-    with_gpu = speed_of(args, model, wanted, format, weights.nbytes, runtime, gpu_available)
+    with_gpu = speed_of(options, model, wanted, format, weights.nbytes, runtime, gpu_available)
     answer = report.Answer(model, wanted, plan, available, gpu_available, speed, with_gpu)
-    print(json.dumps(report.to_dict(answer), indent=2) if args.json else report.describe(answer))
+    print(json.dumps(report.to_dict(answer), indent=2) if asked.plan_json else report.describe(answer))
     return 0 if answer.fits else 1
+
+
+def _sizes(asked: train.PlanConfig) -> list[tuple[str, str | None]]:
+    return [("plan_host_memory", asked.plan_host_memory), ("plan_gpu", asked.plan_gpu)]

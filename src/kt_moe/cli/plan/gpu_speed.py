@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from kt_moe.cli.plan.memory import weights_on_gpu
 from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.shapes import ExpertLayer, Outline
 from kt_moe.cli.text import size_text, table
+from kt_moe.cli.train import Options
 from kt_moe.gpu.plan import Rates
 from kt_moe.gpu.predict import REFERENCE, ROUTINGS, Prediction, Workload, predict
 from kt_moe.gpu.rates import measure
@@ -42,7 +42,7 @@ class GpuSpeed:
 
 
 def speed_of(
-    args: argparse.Namespace,
+    options: Options,
     model: Outline,
     run: Run,
     format: str,
@@ -50,31 +50,31 @@ def speed_of(
     runtime: Runtime,
     free: int | None,
 ) -> GpuSpeed | None:
-    """Of the run that options describe; None without a GPU, here or by --gpu-memory or --rates.
+    """Of the run that options describe; None without a GPU, here or by memory or rates that are given.
 
     Args:
         weights: bytes of all experts.
         free: bytes of the GPU; None: there is none.
 
     Raises:
-        UserError: --gpu-memory does not hold one expert.
+        UserError: --experts_gpu_memory does not hold one expert.
     """
-    if run.gpu_memory == 0 or (free is None and run.gpu_memory == "auto" and args.rates is None):
+    given, share = options.experts.rates(), options.experts.experts_cpu_share
+    if run.gpu_memory == 0 or (free is None and run.gpu_memory == "auto" and given is None):
         return None
     memory = run.gpu_memory if isinstance(run.gpu_memory, int) else None
     measured = None
     if free is not None:
         memory = weights_on_gpu(weights, run.gpu_memory, free - model.rest_bytes)
-        if not args.no_measure:
-            device = torch.device(args.gpu if args.gpu.startswith("cuda") else "cuda")
-            measured = measured_rates(model.layers[0], format, runtime, device)
+        if options.plan.plan_measure and torch.cuda.is_available():
+            measured = measured_rates(model.layers[0], format, runtime, torch.device("cuda"))
     try:
         return gpu_speed(
-            model, run, format, memory=memory, given=args.rates, measured=measured,
-            cpu_share=None if args.cpu_share == "auto" else args.cpu_share,
+            model, run, format, memory=memory, given=given, measured=measured,
+            cpu_share=None if share == "auto" else float(share),
         )  # fmt: skip
     except ValueError as error:
-        raise UserError(f"--gpu-memory: {error}") from error
+        raise UserError(f"--experts_gpu_memory: {error}") from error
 
 
 def measured_rates(

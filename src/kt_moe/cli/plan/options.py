@@ -1,19 +1,16 @@
-"""The options of `kt-moe plan`, and the run that they describe."""
+"""The run that is planned, from the options of a training command."""
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, fields
-from pathlib import Path
+from typing import Any
 
+from kt_moe.cli.described import split_targets
 from kt_moe.cli.errors import UserError
-from kt_moe.cli.formats import QUANTISED
-from kt_moe.cli.options import add_checkpointing, add_gpu, check_together, integer
 from kt_moe.functional import PROJECTIONS
+from kt_moe.gpu import parse_bytes
 from kt_moe.gpu.plan import Rates
 
-OPTIMIZERS = ("adamw", "adamw-8bit", "sgd")
-LORA_BYTES = {"fp32": 4, "bf16": 2}
 RATES = tuple(field.name for field in fields(Rates))
 
 
@@ -25,8 +22,9 @@ class Run:
         batch, sequence: rows of a forward pass, and tokens of a row.
         rank: of every LoRA pair.
         projections: of the experts that get LoRA.
-        modules: others that do, by the names `kt-moe finetune --targets` takes.
+        modules: others that do, by the names `--lora_target_modules` takes.
         format: of the experts in memory; None: as they are stored.
+        optimizer: "adamw", "adamw-8bit" or "sgd", of what it keeps.
         lora_bytes: of a number of the experts' LoRA.
         checkpointing: gradient checkpointing: a layer's activations are computed again in backward.
         retain: not its experts: what they save and their results are kept from forward.
@@ -53,66 +51,34 @@ class Run:
         return self.batch * self.sequence
 
     @classmethod
-    def from_args(cls, args: argparse.Namespace) -> Run:
-        """From parsed options.
+    def from_options(cls, options: Any) -> Run:
+        """From `kt_moe.cli.train.Options`.
 
         Raises:
-            UserError: no targets, or options that exclude each other.
+            UserError: no target by name.
         """
-        check_together(args)
-        cpu_alone = args.gpu == "off" or args.cpu_share == 1.0
-        names = [name.strip() for name in args.targets.split(",") if name.strip()]
-        if not names:
-            raise UserError("--targets is empty, wanted names separated by commas")
-        projections = PROJECTIONS if "experts" in names else tuple(p for p in PROJECTIONS if p in names)
-        modules = tuple(sorted(set(names) - {*PROJECTIONS, "experts"}))
+        training, model, experts = options.training, options.model, options.experts
+        names = split_targets(model.lora_target_modules)
+        if not names or names == ["all-linear"]:
+            raise UserError("a plan wants --lora_target_modules by name, such as attention experts")
+        whole = "experts" in names
+        projections = tuple(p for p in PROJECTIONS if whole or {p, f"experts.{p}_proj"} & set(names))
+        of_experts = {"experts", *PROJECTIONS, *(f"experts.{p}_proj" for p in PROJECTIONS)}
+        optim = str(getattr(training.optim, "value", training.optim))
+        kept = "sgd" if "sgd" in optim else "adamw-8bit" if "8bit" in optim else "adamw"
+        memory = experts.experts_gpu_memory
+        cpu_alone = experts.experts_gpu == "off" or experts.experts_cpu_share in ("1", "1.0", 1)
         return cls(
-            args.batch, args.sequence, args.rank, projections, modules, args.format,
-            args.optimizer, LORA_BYTES[args.lora_dtype], args.gradient_checkpointing,
-            args.checkpoint_experts == "retain", 0 if cpu_alone else args.gpu_memory, args.lora_device,
-        )  # fmt: skip
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    add = parser.add_argument
-    targets = (
-        "gate,up,down of the experts (experts: all three), and modules beside them such as attention or "
-        "q_proj, as in finetune; default: gate,up,down"
-    )
-    add("model", type=Path, metavar="DIR_OR_CONFIG", help="model directory, or a config.json alone")
-    add("--batch", type=integer(1), default=4, metavar="N", help="rows a pass; default: 4")
-    add("--sequence", type=integer(2), default=1024, metavar="N", help="tokens a row; default: 1024")
-    add("--rank", type=integer(1), default=16, metavar="R", help="default: 16")
-    add("--targets", default="gate,up,down", metavar="NAMES", help=targets)
-    add("--format", choices=list(QUANTISED), help="of the experts in memory; default: as they are stored")
-    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="default: adamw")
-    add("--lora-dtype", choices=list(LORA_BYTES), default="fp32", help="of the experts' LoRA; default: fp32")
-    add_checkpointing(add)
-    add_gpu(add)
-    rates = (
-        f"of a machine with a GPU: {', '.join(RATES)} (bytes and FLOPs a second, elsewhere in seconds); "
-        "predicts a step there; those left out are measured, or assumed where there is no GPU; kt-moe doctor "
-        "prints a machine's"
-    )
-    add("--rates", type=parse_rates, metavar="link=55e9,...", help=rates)
-    add("--threads", type=integer(1, 4096), metavar="N", help="default: the cores this process may use")
-    add("--no-measure", action="store_true", help="compute alone: no speed, scratch by its formula")
-    add("--json", action="store_true", help="the same as JSON")
-    parser.epilog = "Exit status: 0 it fits this machine, 1 it does not, 2 wrong usage."
-
-
-def parse_rates(text: str) -> dict[str, float]:
-    """An argparse type: "link=55e9,gpu_flops=4e14", any of the fields of `kt_moe.Rates`."""
-    found: dict[str, float] = {}
-    for part in text.split(","):
-        name, _, value = part.strip().partition("=")
-        try:
-            number = float(value)
-        except ValueError:
-            number = -1.0
-        if name not in RATES or not 0.0 < number < float("inf"):
-            wanted = f"one of {', '.join(RATES)}, = and a number"
-            raise argparse.ArgumentTypeError(f"{part.strip()!r}, wanted {wanted}")
-        found[name] = number
-    return found
+            training.per_device_train_batch_size,
+            getattr(training, "max_length", None) or 1024,
+            model.lora_r,
+            projections,
+            tuple(sorted(set(names) - of_experts)),
+            None if experts.experts_format == "as-stored" else experts.experts_format,
+            kept,
+            4,
+            training.gradient_checkpointing,
+            experts.experts_checkpoint_experts == "retain",
+            0 if cpu_alone else memory if memory == "auto" else parse_bytes("gpu_memory", memory),
+            experts.experts_lora_device,
+        )
