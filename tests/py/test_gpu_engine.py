@@ -8,6 +8,7 @@ import math
 import os
 import threading
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -22,8 +23,9 @@ from test_layer import ALL, assert_as_good_as_eager, assert_formula
 import kt_moe
 from kt_moe.experts import FORMATS
 from kt_moe.gpu import Gpu, Rates, torch_products
+from kt_moe.gpu import lora as lora_transfer
 from kt_moe.gpu.cpu_part import Worker
-from kt_moe.gpu.streams import Streams
+from kt_moe.gpu.streams import Streams, _Done
 
 SHARES = (0.0, 0.3, 0.7, 1.0)
 RATES = Rates(link=50e9, gpu_flops=1e13, gpu_bytes=1e12, cpu_flops=1e12, cpu_bytes=5e10)
@@ -158,6 +160,26 @@ def test_backward_has_the_lora_that_its_forward_sent(monkeypatch):
         leaf.data.fill_(1.0)
     out.backward(problem.grad_out)
     same({name: leaf.grad for name, leaf in leaves.items()}, {k: expected[k] for k in leaves})
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_pass_ends_when_its_lora_has_been_read(fails, monkeypatch):
+    problem = make_problem(20, 64, 48, 6, 2, ALL)
+    experts = experts_of(problem, Gpu("cpu", cpu_share=0.0))
+    waited = []
+    monkeypatch.setattr(_Done, "synchronize", lambda event: waited.append(event))
+    read = _Done()
+
+    def to_device(*arguments):
+        return sent(*arguments)[0], read
+
+    sent = lora_transfer.to_device
+    monkeypatch.setattr(lora_transfer, "to_device", to_device)
+    if fails:
+        monkeypatch.setattr("kt_moe.gpu.engine.forward_chunk", None)
+    with pytest.raises(TypeError) if fails else nullcontext():
+        kt_moe.moe(problem.hidden_states, problem.topk_ids, problem.topk_weights, experts, problem.lora)
+    assert read in waited
 
 
 def test_layers_prefetch_and_repeat_bit_for_bit():

@@ -132,6 +132,7 @@ class Engine:
         self._elsewhere = Elsewhere(self._streams) if layers.rates is None else None
         self.log = PassLog(self._streams)
         self._slots: Slots | None = None
+        self._reading: Event | None = None  # behind the device's reading of LoRA matrices of the host
         self._held: weakref.WeakKeyDictionary[Identity, _Held] = weakref.WeakKeyDictionary()
         self._numbers = count()
         self._gone: deque[int] = deque()  # numbers of layers that the engine still has to forget
@@ -154,7 +155,7 @@ class Engine:
         """
         streams, share = self._streams, self._layers.cpu_share
         with self.lock, self._one_pass(experts) as held:
-            stacks, lora_read = lora_transfer.to_device(lora, share != 1.0, streams)
+            stacks, self._reading = lora_transfer.to_device(lora, share != 1.0, streams)
             counted = count_routes(ids, experts.num_experts, streams)
             plan = self._cut(experts, held, counted.counts, share, lora, train)
             self._start(held, plan, backward=False)
@@ -188,8 +189,6 @@ class Engine:
             )
             on_gpu = list(plan.gpu)
             experts._routed_elsewhere[on_gpu] += counted.counts[on_gpu]
-            if lora_read is not None:
-                lora_read.synchronize()  # from here on the caller may change the matrices
         return out, saved
 
     def backward(
@@ -225,7 +224,7 @@ class Engine:
                 )
             feed = self._feed(held, plan, backward=True)
             crossed = saved.crossed if plan.gpu else ((None, None),) * len(saved.crossed)
-            stacks, lora_read = lora_transfer.to_device_again(lora, crossed, streams)
+            stacks, self._reading = lora_transfer.to_device_again(lora, crossed, streams)
             layer = self._layer(experts, held, lora, stacks)
             of_gpu = lora_transfer.device_gradients(
                 lora, [n and not only_cpu for n in needs_lora], len(plan.gpu) == experts.num_experts, streams
@@ -247,8 +246,6 @@ class Engine:
             of_lora, arrived = lora_transfer.join_gradients(
                 lora, plan.cpu, each_tensor(of_gpu), of_host, streams
             )
-            if lora_read is not None:
-                lora_read.synchronize()
         return grads.hidden_states, dweights, of_lora, arrived
 
     def drop_slots(self) -> None:
@@ -288,6 +285,9 @@ class Engine:
                     ) from error
                 raise
             finally:
+                reading, self._reading = self._reading, None
+                if reading is not None:
+                    reading.synchronize()  # from here on the caller may change the matrices
                 self._streams.end_pass()
 
     def forget_gone(self) -> None:
