@@ -224,14 +224,13 @@ def test_the_order_of_passes_is_learned(again):
     for this in step * 2:
         order.begin(this)
     for number, this in enumerate(step):
-        order.begin(this)
+        assert order.begin(this) == (number >= 3 and not this.backward)
         following = list(order.following())
-        expected = [*step[number + 1 :], step[0]]
-        if number < 2:
-            expected = expected[:1]  # a forward with new routes, which nothing follows
-        assert following == [
-            (after, number >= 2 and place < len(expected) - 1) for place, after in enumerate(expected)
-        ]
+        after = [*step[number + 1 :], *step]
+        assert [pass_ for pass_, _ in following] == (after + step)[: len(following)]
+        assert len(following) >= len(step) - 1
+        new = 0 if number < 2 else len(step) - number - 1  # the first pass whose routes are not known
+        assert [known for _, known in following] == [place < new for place in range(len(following))]
     order.forget(1)
     order.begin(step[0])
     assert list(order.following()) == []

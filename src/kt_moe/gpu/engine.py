@@ -45,9 +45,11 @@ if TYPE_CHECKING:
     from kt_moe.experts import Experts
 
 # The routes of a next forward are not known yet. Guessed are experts that were on the GPU in so many of the
-# last ones (a forward counts as much as all before it together), the most popular first: so many bytes of
-# them, or what the link brings while the model computes what is before them.
+# last ones (a forward counts as much as all before it together), the most popular first; all of them where so
+# many of the last guess were right, otherwise so many bytes of them, or what the link brings while the model
+# computes what is before them.
 _LIKELY = 0.5
+_GOOD_GUESS = 0.85
 _GUESS_BYTES = 64 << 20
 
 
@@ -61,6 +63,7 @@ class _Held:
         planned: experts on the GPU in the last forward, which its backward wants again.
         popular: [E] how often each of them was, an average over the last forwards.
         likely: the guess for the next one, the most popular first.
+        right: the part of the last guess that was right.
     """
 
     stored: StoredExperts
@@ -70,11 +73,13 @@ class _Held:
     not_locked: str | None = None
     planned: tuple[int, ...] = ()
     likely: tuple[int, ...] = ()
+    right: float = 0.0
 
-    def plan(self, experts: tuple[int, ...]) -> None:
-        """Take note of a forward's plan."""
-        if experts == self.planned:
-            return  # of a forward that is computed again, as a rule
+    def plan(self, experts: tuple[int, ...], again: bool) -> None:
+        """Take note of a forward's plan; `again`: of one that seems to be computed again."""
+        if again and experts == self.planned:
+            return
+        self.right = len(set(self.likely) & set(experts)) / max(len(self.likely), 1)
         here = np.zeros_like(self.popular)
         here[list(experts)] = 1.0
         self.popular = here if not self.planned else (self.popular + here) / 2
@@ -372,7 +377,7 @@ class Engine:
     def _start(self, held: _Held, plan: Cut, *, backward: bool) -> None:
         """Take note of a pass and its plan."""
         this = Pass(held.number, backward)
-        self._order.begin(this)
+        again = self._order.begin(this)
         if self._elsewhere is not None and self._layers.rates is not None:
             seconds = self._elsewhere.begin(this)
             if seconds is not None:
@@ -380,7 +385,7 @@ class Engine:
                 self._elsewhere = None
         self.log.begin(this, plan, self._slots)
         if not backward:
-            held.plan(plan.gpu)
+            held.plan(plan.gpu, again)
 
     def _feed(self, held: _Held, plan: Cut, *, backward: bool) -> Feed | None:
         """Start the copies of a pass, and of those to come as there will be room."""
@@ -398,12 +403,13 @@ class Engine:
                 if after.layer == held.number:
                     room -= len(plan.gpu)  # they stay for it
                 continue
-            if known:
-                guess = other.planned[:room]
-            else:
-                guess = other.likely[: max(1, self._guess_bytes() // other.stored.slot_bytes)][:room]
+            sure = known or other.right >= _GOOD_GUESS
+            most = room if sure else min(room, max(1, self._guess_bytes() // other.stored.slot_bytes))
+            guess = (other.planned if known else other.likely)[:most]
             wanted.append(Wanted(other.number, other.stored, guess))
             room -= len(guess)
+            if not sure:
+                break
         for wants in wanted:
             self._page_lock(by_number[wants.layer])
         feed = Feed(slots, wanted)

@@ -16,6 +16,16 @@ class Pass(NamedTuple):
     backward: bool
 
 
+def is_again(before: Pass | None, this: Pass) -> bool:
+    """Whether a pass is a forward that gradient checkpointing computes again, as the pass before tells.
+
+    It comes behind the forward of the same layer, or behind the backward of another one.
+    """
+    if before is None or this.backward:
+        return False
+    return (this.layer == before.layer) != before.backward
+
+
 class PassOrder:
     """Learns which pass follows which: layers forward and then in reverse, or as a trainer has it.
 
@@ -27,27 +37,27 @@ class PassOrder:
         self._after: dict[tuple[Pass | None, Pass], Pass] = {}
         self._last: tuple[Pass | None, Pass | None] = (None, None)
 
-    def begin(self, this: Pass) -> None:
-        """Say that a pass begins."""
+    def begin(self, this: Pass) -> bool:
+        """Say that a pass begins; returns whether it seems to be a forward that is computed again."""
         before, last = self._last
         if last is not None:
             self._after[before, last] = this
         self._last = last, this
+        return is_again(last, this)
 
     def following(self) -> Iterator[tuple[Pass, bool]]:
-        """The passes that came after the present one the last time, nearest first.
+        """The passes that came after the present one the last time, nearest first, until two come again.
 
         With each whether its routes are known: those of a backward, and of a forward that is computed again
-        for it. Nothing follows a forward with new routes.
+        for it, but of nothing behind a forward with new routes.
         """
         before, this = self._last
         known = True
         seen: set[tuple[Pass | None, Pass]] = set()
-        while known and this is not None and (before, this) not in seen:
+        while this is not None and (before, this) not in seen:
             seen.add((before, this))
             if (after := self._after.get((before, this))) is not None:
-                # A forward is computed again behind itself, or behind the backward of another layer.
-                known = after.backward or (after.layer == this.layer) != this.backward
+                known = known and (after.backward or is_again(this, after))
                 yield after, known
             before, this = this, after
 
