@@ -114,7 +114,7 @@ class Checkpoint:
 class Experts:
     @staticmethod
     def from_tensors(
-        gate: Tensor,
+        gate: Tensor | None,
         up: Tensor,
         down: Tensor,
         gate_bias: Tensor | None,
@@ -146,6 +146,8 @@ class Experts:
     @property
     def intermediate_size(self) -> int: ...
     @property
+    def gated(self) -> bool: ...
+    @property
     def activation(self) -> str: ...
     @property
     def format(self) -> str: ...
@@ -174,7 +176,8 @@ class Experts:
         """A row a shard: pages on the wanted nodes, elsewhere, unknown"""
     def weights_at(self) -> list[list[dict[str, Any]]]:
         """Where the weights lie, for as long as this object lives: for gate, up and down a dict for each
-        slice of the intermediate dimension that has memory of its own (one: all of it).
+        slice of the intermediate dimension that has memory of its own (one: all of it), for a gate that there
+        is not none.
 
         first, last: the slice. rows, cols: of the stored matrix. code: "bf16" | "int8" | "int4" | "e4m3" |
         "e2m1". scale: "none" | "f32" | "bf16" | "e8m0" | "e4m3". scale_rows, scale_cols: that share a scale,
@@ -184,7 +187,7 @@ class Experts:
         """
     def bias(self, projection: str, into: Tensor | None) -> bool:
         """Whether a projection has a bias; it is written into a bf16 tensor [E, rows] if one is given."""
-    def dequantize(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
+    def dequantize(self, gate: Tensor | None, up: Tensor, down: Tensor) -> None:
         """Write the bf16 weights the kernels multiply by into three bf16 tensors."""
 
 def count_routes(topk_ids: Tensor, num_experts: int) -> int:
@@ -207,7 +210,7 @@ def forward(
     scaling: tuple[float, float, float],  # gate, up, down
     dropout: float,
     seed: int,
-    saved: Tensor | None,  # [routes, 2 I + ranks] bf16, written: G, U and the P of each LoRA
+    saved: Tensor | None,  # [routes, 2 I + ranks] bf16, written: G, U and the P of each LoRA; without G: I
     out: Tensor,  # [T, H] bf16 | fp32, written
 ) -> None: ...
 def backward(

@@ -1,9 +1,10 @@
-"""The activations of experts: h = value(G) * factor(U), as tensors in any dtype, with their derivatives.
+"""The activations of experts, as tensors in any dtype, with their derivatives: h = value(G) * factor(U), and
+of experts without a gate h = value(U).
 
 "silu": silu(G) * U. "gelu": gelu(G) * U, the exact one; "gelu_tanh": GELU's approximation by tanh. Two have
 limits: "clamped_silu" (DeepSeek-V4), silu(min(G, 10)) * clamp(U, -10, 10); and "gpt_oss",
 g * sigmoid(1.702 g) * (clamp(U, -7, 7) + 1) with g = min(G, 7). "softcapped_silu" (Inkling 2):
-cap(G, 4) * sigmoid(G) * cap(U, 25), where cap(x, c) = c * tanh(x / c).
+cap(G, 4) * sigmoid(G) * cap(U, 25), where cap(x, c) = c * tanh(x / c). "relu2": relu(G)^2 * U.
 
 The core's are in src/cpp/kernels (`kernel_set.h` has the constants), those of Triton in
 `gpu/triton_activations.py`.
@@ -33,23 +34,27 @@ def _itself(U: Tensor) -> WithSlope:
 
 @dataclass(frozen=True)
 class Activation:
-    """h = value(G) * factor(U).
+    """h = value(G) * factor(U), or without a gate, where G is None, value(U).
 
     Attributes:
         value, factor: give a function's value and its derivative.
-        limit: G above it counts as the limit, and so does a U of larger magnitude, with its sign; 0: none.
+        limit: what value is taken of counts as the limit above it, and so does the U of factor if its
+            magnitude is larger, with its sign; 0: none.
     """
 
     value: Callable[[Tensor], WithSlope]
     factor: Callable[[Tensor], WithSlope] = _itself
     limit: float = 0.0
 
-    def __call__(self, G: Tensor, U: Tensor) -> Tensor:
+    def __call__(self, G: Tensor | None, U: Tensor) -> Tensor:
         """h."""
         return self.with_gradients(G, U)[0]
 
-    def with_gradients(self, G: Tensor, U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def with_gradients(self, G: Tensor | None, U: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """h, dh / dG and dh / dU; what is beyond the limit has none."""
+        if G is None:
+            h, slope = self.value(U.clamp(max=self.limit) if self.limit else U)
+            return h, None, slope.masked_fill(U.gt(self.limit), 0.0) if self.limit else slope
         gate, up = (G.clamp(max=self.limit), U.clamp(-self.limit, self.limit)) if self.limit else (G, U)
         value, slope = self.value(gate)
         factor, factor_slope = self.factor(up)
@@ -59,11 +64,12 @@ class Activation:
             by_up.masked_fill_(U.abs() > self.limit, 0.0)
         return value * factor, by_gate, by_up
 
-    def to_save(self, G: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
+    def to_save(self, G: Tensor | None, U: Tensor) -> tuple[Tensor | None, Tensor]:
         """G and U for a backward that gets them rounded: away from the limits that they are beyond."""
         if self.limit:
-            G = torch.where(G.gt(self.limit), G * BEYOND_LIMIT, G)
-            U = torch.where(U.abs() > self.limit, U * BEYOND_LIMIT, U)
+            beyond = U.gt(self.limit) if G is None else U.abs() > self.limit
+            U = torch.where(beyond, U * BEYOND_LIMIT, U)
+            G = None if G is None else torch.where(G.gt(self.limit), G * BEYOND_LIMIT, G)
         return G, U
 
 
@@ -115,6 +121,11 @@ def _softcapped_up(U: Tensor) -> WithSlope:
     return _softcap(U, UP_SOFTCAP)
 
 
+def _relu2(G: Tensor) -> WithSlope:
+    x = G.clamp(min=0.0)
+    return x * x, x + x
+
+
 # Those of `kt_moe.Experts`, in the core's order.
 ACTIVATIONS = {
     "silu": Activation(_silu),
@@ -123,4 +134,5 @@ ACTIVATIONS = {
     "gelu_tanh": Activation(_gelu_tanh),
     "gelu": Activation(_gelu),
     "softcapped_silu": Activation(_softcapped_silu, _softcapped_up),
+    "relu2": Activation(_relu2),
 }

@@ -18,11 +18,12 @@ from torch import nn
 from kt_moe.checkpoint import ExpertList
 from kt_moe.computation import Computation, computation_of, is_experts, unmarked_experts
 from kt_moe.conversion import saved_lists
+from kt_moe.experts import PROJECTIONS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_GATED = ("gate_proj", "up_proj", "down_proj")
+_WORDS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class ExpertModule:
         path: of the module in its model.
         number: of the decoder layer; of the second list of a layer, a number beyond those of all layers.
         num_experts, hidden_size, intermediate_size: E, H, I.
+        gated: whether there is a gate.
         activation: as `kt_moe.Experts` takes it.
         interleaved: whether gate and up alternate in the module's own parameters.
         saved: what transformers calls its tensors when it saves the model; None where it stores them in a way
@@ -46,6 +48,7 @@ class ExpertModule:
     num_experts: int
     hidden_size: int
     intermediate_size: int
+    gated: bool
     activation: str
     interleaved: bool
     saved: ExpertList | None
@@ -57,8 +60,9 @@ class ExpertModule:
         """Numbers in its own parameters in plain transformers, biases included."""
         if self.same_as is not None:
             return 0
-        biases = 2 * self.intermediate_size + self.hidden_size if self.has_bias else 0
-        return self.num_experts * (3 * self.intermediate_size * self.hidden_size + biases)
+        inner = len(self.words) - 1
+        biases = inner * self.intermediate_size + self.hidden_size if self.has_bias else 0
+        return self.num_experts * ((inner + 1) * self.intermediate_size * self.hidden_size + biases)
 
     @property
     def keyed(self) -> ExpertList | None:
@@ -66,13 +70,25 @@ class ExpertModule:
         return None if self.saved is None or self.saved.fused else self.saved
 
     @property
-    def projections(self) -> tuple[str, str, str]:
-        """Names of gate, up and down of one expert on disk; the usual ones where no key is an expert's."""
-        return _GATED if self.keyed is None else self.keyed.words
+    def words(self) -> dict[str, str]:
+        """What checkpoints call an expert's projections; the usual names where no key is an expert's."""
+        words = _WORDS if self.keyed is None else dict(zip(PROJECTIONS, self.keyed.words, strict=True))
+        return {p: word for p, word in words.items() if self.gated or p != "gate"}
+
+    @property
+    def fused(self) -> dict[str, tuple[str, ...]]:
+        """The parameters of all experts in the module, in PEFT's order, and the projections in each."""
+        return fused_parameters(self.gated)
 
     def disk_path(self, path: str) -> str:
         """What checkpoints with a key an expert call this module at `path`, the end of which is its own."""
         return path if self.keyed is None else path.removesuffix(self.path) + self.keyed.prefix
+
+
+def fused_parameters(gated: bool) -> dict[str, tuple[str, ...]]:
+    """See `ExpertModule.fused`."""
+    first = {"gate_up_proj": ("gate", "up")} if gated else {"up_proj": ("up",)}
+    return {**first, "down_proj": ("down",)}
 
 
 @dataclass(frozen=True)
@@ -151,7 +167,7 @@ def _derive(model: PreTrainedModel) -> Architecture:
     numbers = _numbers(list(experts))
     modules = []
     for path, c in computed.items():
-        sizes = c.num_experts, c.hidden_size, c.intermediate_size
+        sizes = c.num_experts, c.hidden_size, c.intermediate_size, c.gated
         interleaved = not experts[path].is_concatenated
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         same_as = tied.get(f"{path}.down_proj", "").removesuffix(".down_proj") or None

@@ -43,19 +43,21 @@ class LayerInfo:
     scale_type: str
     """Of the scales in memory: "none", "f32", "bf16", "e8m0" or "e4m3"."""
     scale_rows: int
-    """Rows of gate that share a scale."""
+    """Rows of gate and up that share a scale."""
     scale_cols: int
-    """Columns of gate that share a scale; 0: all of a row."""
+    """Columns of gate and up that share a scale; 0: all of a row."""
     zero_points: bool
     """Whether int4 codes have zero points of their own."""
     global_scale: bool
     """Whether an fp32 number scales the scales of each matrix."""
+    gated: bool
+    """Whether there is a gate."""
     biases: bool
     """Whether the projections have biases."""
     mappable: bool
     """Whether the files' layout is the one in memory, as `paged` wants it."""
     memory_bytes: Mapping[str, int]
-    """Bytes in memory as stored, of all experts' "gate", "up" and "down"."""
+    """Bytes in memory as stored, of all experts' "gate" if there is one, "up" and "down"."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class ExpertList:
         prefix: what all names begin with, up to a dot: "model.layers.3.mlp.experts".
         fused: `{prefix}.{word}` holds all experts, gate and up together; else each matrix has a tensor
             `{prefix}.{expert}.{word}.weight`. Quantised weights have other tails.
-        words: of gate, up and down; those of gate and up are the same where fused.
+        words: of gate, up and down; those of gate and up are the same where fused, and gate's is "" where
+            there is none.
         first_expert, num_experts: which numbers are those of the module, where there are numbers.
         interleaved: whether gate and up alternate, where fused; None: as the files tell.
     """

@@ -19,15 +19,13 @@ from torch.nn import functional
 
 from kt_moe.activations import ACTIVATIONS
 
-Gating = Callable[[Tensor, Tensor], Tensor]  # h of G and U
+Gating = Callable[[Tensor | None, Tensor], Tensor]  # h of G and U; without a gate of None and U
 
-_BIASES = ("gate_up_proj_bias", "down_proj_bias")
 _EXPERTS = re.compile(r"(?!Kt)(?!.*Shared).*Experts")  # as all such classes are called
 
 # Known well enough to be named in a refusal.
 _NAMED: dict[str, Gating] = {
-    "ReLU": lambda g, u: functional.relu(g) * u,
-    "squared ReLU": lambda g, u: functional.relu(g).square() * u,
+    "ReLU": lambda g, u: functional.relu(u) if g is None else functional.relu(g) * u,
 }
 
 
@@ -37,6 +35,7 @@ class Computation:
 
     Attributes:
         num_experts, hidden_size, intermediate_size: E, H, I by its parameters' shapes.
+        gated: whether there is a gate.
         activation: as `kt_moe.Experts` takes it; "" where the core lacks something.
         lacks: what the core lacks, in words; empty if it can compute the module.
     """
@@ -44,6 +43,7 @@ class Computation:
     num_experts: int
     hidden_size: int
     intermediate_size: int
+    gated: bool
     activation: str
     lacks: tuple[str, ...] = ()
 
@@ -61,23 +61,41 @@ def unmarked_experts(model: nn.Module) -> list[str]:
 
 def computation_of(module: Any) -> Computation:
     """Ask a module that `is_experts`, with parameters on any device, meta included."""
-    gated = getattr(module, "has_gate", True)
-    lacks, activation = [], ""
-    if not gated:
-        lacks.append(f"experts without a gate ({_name_of(getattr(module, 'act_fn', None))} of up_proj alone)")
-    else:
-        activation = next((name for name, known in ACTIVATIONS.items() if _computes(module, known)), "")
-        if not activation:
-            lacks.append(f"the activation {_describe(module)}")
+    lacks = []
+    activation = next((name for name, known in ACTIVATIONS.items() if _computes(module, known)), "")
+    if not activation:
+        lacks.append(f"the activation {_describe(module)}")
+    if not is_gated(module) and module.is_transposed:  # their shapes do not tell which way rows run
+        lacks.append("experts without a gate whose rows run along the outputs")
     if _overrides_forward(type(module)):
         lacks.append(f"what {type(module).__name__}.forward computes")
-    if getattr(module, "has_post_expert_norm", False):
-        lacks.append(f"a norm on each expert's output ({_name_of(module.post_expert_norm)})")
-    known_names = {"gate_up_proj" if gated else "up_proj", "down_proj", *(_BIASES if module.has_bias else ())}
+    known_names = {*parameter_names(module), *(bias_names(module) if module.has_bias else ())}
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     if others := sorted({name for name, _ in own} - known_names):
         lacks.append(f"the parameters {', '.join(others)}")
-    return Computation(*sizes_of(module), "" if lacks else activation, tuple(lacks))
+    return Computation(*sizes_of(module), is_gated(module), "" if lacks else activation, tuple(lacks))
+
+
+def output_norm(module: Any) -> nn.Module | None:
+    """What is applied to each expert's output before the routing weight; None where nothing is."""
+    found: nn.Module | None = getattr(module, "post_expert_norm", None)
+    return found
+
+
+def is_gated(module: Any) -> bool:
+    """Whether a module that `is_experts` has a gate."""
+    return bool(getattr(module, "has_gate", True))
+
+
+def parameter_names(module: Any) -> tuple[str, str]:
+    """What a module that `is_experts` calls the parameters of gate and up, and of down."""
+    return "gate_up_proj" if is_gated(module) else "up_proj", "down_proj"
+
+
+def bias_names(module: Any) -> tuple[str, str]:
+    """Their biases."""
+    first, down = parameter_names(module)
+    return f"{first}_bias", f"{down}_bias"
 
 
 def _overrides_forward(experts: type) -> bool:
@@ -117,17 +135,22 @@ def _computes(module: Any, known: Gating) -> bool:
     """Whether the module's gating is this activation, on the grid."""
     with torch.no_grad(), torch.device("cpu"):  # a model may be under construction on meta
         gate, up = _grid()
+        if not is_gated(module):
+            return _agree(lambda: module.act_fn(gate), known(None, gate))
         # Two columns, so that gate and up alternate differently from standing side by side.
         gates, ups = torch.cat([gate, up], dim=1), torch.cat([up, gate], dim=1)
         both = torch.cat([gates, ups], dim=1)
         if not module.is_concatenated:
             both = torch.stack([gates, ups], dim=2).flatten(1)
-        try:
-            found = module._apply_gate(both)
-        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
-            return False
-        wanted = known(gates, ups)
-        return found.shape == wanted.shape and torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-5)
+        return _agree(lambda: module._apply_gate(both), known(gates, ups))
+
+
+def _agree(compute: Callable[[], Tensor], wanted: Tensor) -> bool:
+    try:
+        found = compute()
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    return found.shape == wanted.shape and torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def _describe(module: Any) -> str:
@@ -141,7 +164,7 @@ def _describe(module: Any) -> str:
             if _computes(module, _clamped(known, float(limit))):
                 return f"{name} with gate and up clamped to {limit:g}"
     act = getattr(module, "act_fn", None)
-    own = type(module)._apply_gate.__module__ == type(module).__module__
+    own = is_gated(module) and type(module)._apply_gate.__module__ == type(module).__module__
     options = {n: v for n, v in vars(module).items() if n.removeprefix("swiglu_") in ("alpha", "limit")}
     text = f"of {type(module).__name__}._apply_gate" if own else _name_of(act)
     details = [f"{name} {value:g}" for name, value in options.items()]
@@ -150,7 +173,12 @@ def _describe(module: Any) -> str:
 
 
 def _clamped(known: Gating, limit: float) -> Gating:
-    return lambda gate, up: known(gate.clamp(max=limit), up.clamp(-limit, limit))
+    def clamped(gate: Tensor | None, up: Tensor) -> Tensor:
+        if gate is None:
+            return known(None, up.clamp(max=limit))
+        return known(gate.clamp(max=limit), up.clamp(-limit, limit))
+
+    return clamped
 
 
 def _name_of(function: Any) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kt_moe.checkpoint import ExpertList
+from kt_moe.computation import is_gated, parameter_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +28,11 @@ if TYPE_CHECKING:
 
 _E, _I, _H = 2, 2, 3  # of the marked tensors: 2I, I and H differ, so that shapes tell the dimensions
 _PER_EXPERT_WORDS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-_OWN_WORDS = ("gate_up_proj", "gate_up_proj", "down_proj")  # of the modules themselves
+# Of the modules themselves, with a gate and without.
+_OWN_WORDS = {
+    True: ("gate_up_proj", "gate_up_proj", "down_proj"),
+    False: ("", "up_proj", "down_proj"),
+}
 _LAST_NUMBER = re.compile(r"^(.*\.)?(\d+)(\..*|$)")
 
 
@@ -37,7 +42,7 @@ def saved_lists(model: PreTrainedModel, modules: Mapping[str, Any]) -> dict[str,
     None where the core has no name for it: gate and up fused over all experts but apart, rows along the
     outputs in tensors of one expert, and the like.
     """
-    marks = {path: _marks(number) for number, path in enumerate(modules)}
+    marks = {path: _marks(number, is_gated(module)) for number, (path, module) in enumerate(modules.items())}
     state = {
         f"{path}.{name}": tensor
         for path, module in modules.items()
@@ -79,26 +84,28 @@ class _Marked:
     gate: Tensor  # [E, I, H]
     up: Tensor
     down: Tensor  # [E, H, I]
+    gated: bool  # whether there is a gate
+
+    @property
+    def matrices(self) -> list[tuple[int, Tensor]]:
+        """Those that there are, with the numbers of their projections."""
+        return list(enumerate((self.gate, self.up, self.down)))[not self.gated :]
 
 
-def _marks(number: int) -> _Marked:
+def _marks(number: int, gated: bool) -> _Marked:
     """Weights of one module, no two elements alike in the whole model."""
     count = _E * _I * _H
     values = torch.arange(3 * count, device="cpu", dtype=torch.float64) + number * _MARKS
     gate, up, down = values.view(3, count)
-    return _Marked(gate.view(_E, _I, _H), up.view(_E, _I, _H), down.view(_E, _H, _I))
+    return _Marked(gate.view(_E, _I, _H), up.view(_E, _I, _H), down.view(_E, _H, _I), gated)
 
 
 def _as_parameters(marks: _Marked, module: Any) -> dict[str, Tensor]:
     """Under the names and in the layout of the module's parameters."""
     down = marks.down.mT if module.is_transposed else marks.down
-    if not getattr(module, "has_gate", True):
-        return {"up_proj": marks.up.mT if module.is_transposed else marks.up, "down_proj": down}
-    both = _fused(marks, interleaved=not module.is_concatenated)
-    return {
-        "gate_up_proj": both.mT.contiguous() if module.is_transposed else both,
-        "down_proj": down.contiguous(),
-    }
+    inner = _fused(marks, interleaved=not module.is_concatenated) if is_gated(module) else marks.up
+    inner = inner.mT if module.is_transposed else inner
+    return dict(zip(parameter_names(module), (inner.contiguous(), down.contiguous()), strict=True))
 
 
 def _fused(marks: _Marked, *, interleaved: bool) -> Tensor:
@@ -121,23 +128,24 @@ def _from_scratch(model: PreTrainedModel) -> Iterator[None]:
 
 def _recognise(saved: dict[str, Tensor], marks: _Marked) -> ExpertList | None:
     """The names of a module's tensors by what is in them."""
-    return _recognise_per_expert(saved, marks) if len(saved) == 3 * _E else _recognise_fused(saved, marks)
+    per_expert = len(saved) == len(marks.matrices) * _E
+    return _recognise_per_expert(saved, marks) if per_expert else _recognise_fused(saved, marks)
 
 
 def _recognise_per_expert(saved: dict[str, Tensor], marks: _Marked) -> ExpertList | None:
     names = {
         (p, e): name
-        for p, stack in enumerate((marks.gate, marks.up, marks.down))
+        for p, stack in marks.matrices
         for e in range(_E)
         for name, tensor in saved.items()
         if tensor.shape == stack[e].shape and torch.equal(tensor, stack[e])
     }
     parts = {key: re.fullmatch(r"(.+)\.(\d+)\.([^.]+)\.weight", name) for key, name in names.items()}
-    first = parts.get((0, 0))
-    if first is None or len(parts) != 3 * _E:
+    first = parts.get((1, 0))
+    if first is None or len(parts) != len(marks.matrices) * _E:
         return None
     prefix, begin = first[1], int(first[2])
-    gate, up, down = (part[3] if (part := parts[p, 0]) else "" for p in range(3))
+    gate, up, down = (part[3] if (part := parts.get((p, 0))) else "" for p in range(3))
     words = (gate, up, down)
     for (p, e), part in parts.items():
         if part is None or part[0] != f"{prefix}.{begin + e}.{words[p]}.weight":
@@ -154,20 +162,24 @@ def _recognise_fused(saved: dict[str, Tensor], marks: _Marked) -> ExpertList | N
         return None
 
     down = name_of(marks.down)
+    if down is None:
+        return None
+    if not marks.gated:
+        up = name_of(marks.up)
+        return None if up is None else _fused_names("", up, down)
     for interleaved in (False, True):
         both = name_of(_fused(marks, interleaved=interleaved))
-        if both is not None and down is not None:
-            prefix, words = _split_names(both, down)
-            return ExpertList(prefix, True, words, 0, _E, interleaved)
+        if both is not None:
+            return replace(_fused_names(both, both, down), interleaved=interleaved)
     return None
 
 
-def _split_names(both: str, down: str) -> tuple[str, tuple[str, str, str]]:
-    """What two names share, up to a dot, and what each has beyond."""
-    firsts, seconds = both.split("."), down.split(".")
+def _fused_names(gate: str, up: str, down: str) -> ExpertList:
+    """What the names share, up to a dot, and what each has beyond."""
+    firsts, seconds = up.split("."), down.split(".")
     shared = next(i for i, (a, b) in enumerate(zip(firsts, seconds, strict=False)) if a != b)
-    word = ".".join(firsts[shared:])
-    return ".".join(firsts[:shared]), (word, word, ".".join(seconds[shared:]))
+    gate, up, down = (".".join(name.split(".")[shared:]) for name in (gate, up, down))
+    return ExpertList(".".join(firsts[:shared]), True, (gate, up, down), 0, _E)
 
 
 def stored_lists(
@@ -276,7 +288,8 @@ def _per_expert(module: ExpertModule, prefix: str, tail: str) -> ExpertList:
     saved = module.saved
     if saved is not None and not saved.fused and word in saved.words:
         return replace(saved, prefix=prefix)
-    words = next((words for words in _PER_EXPERT_WORDS if word in words), _PER_EXPERT_WORDS[0])
+    gate, up, down = next((words for words in _PER_EXPERT_WORDS if word in words), _PER_EXPERT_WORDS[0])
+    words = (gate if module.gated else "", up, down)
     return ExpertList(prefix, False, words, 0, module.num_experts)
 
 
@@ -284,14 +297,16 @@ def _fused_list(module: ExpertModule, name: str, converted: bool) -> ExpertList 
     """The list to which a tensor without an expert's number belongs; None if it is none of experts."""
     saved = module.saved
     if saved is not None and saved.fused:
-        for word in saved.words:
+        for word in filter(None, saved.words):
             at = name.rfind(f".{word}")
             if at >= 0:
                 return replace(saved, prefix=name[:at])
-    for word in () if converted else _OWN_WORDS:
+    words = _OWN_WORDS[module.gated]
+    for word in () if converted else filter(None, words):
         at = name.rfind(f".{word}")
         if at >= 0:
-            return ExpertList(name[:at], True, _OWN_WORDS, 0, module.num_experts, module.interleaved)
+            interleaved = module.interleaved if module.gated else None
+            return ExpertList(name[:at], True, words, 0, module.num_experts, interleaved)
     return None
 
 

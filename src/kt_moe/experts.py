@@ -21,6 +21,7 @@ from kt_moe.tensors import check_tensor, numbers, on_cpu
 
 FORMATS = tuple(_core.quantized_types())  # of weights in memory
 CHECKPOINT_FORMATS = ("as-stored", *FORMATS)
+PROJECTIONS = ("gate", "up", "down")
 PLACEMENTS = ("tensor", "expert")  # of experts on shards
 
 
@@ -28,11 +29,12 @@ class Experts:
     """Expert weights packed once for this machine.
 
     Args:
-        gate, up: [E, I, H], bf16, fp16 or fp32 (rounded to bf16), CPU or CUDA.
+        gate, up: [E, I, H], bf16, fp16 or fp32 (rounded to bf16), CPU or CUDA. A gate of None: the experts
+            have none.
         down: [E, H, I].
         gate_bias, up_bias, down_bias: [E, I], [E, I] and [E, H], like the weights; None where there is none.
         activation: a name of `kt_moe.activations.ACTIVATIONS`, which has the formulas: "silu",
-            h = silu(G) * U, or that of another family.
+            h = silu(G) * U, or that of another family. Without a gate it is of U alone: h = silu(U).
         format: how the weights are kept in memory: "bf16", or quantised to another one of `FORMATS`, such as
             "int8" or "int4"; docs/formats.md has their groups, bytes and errors.
         runtime: None means `default_runtime()`.
@@ -51,11 +53,12 @@ class Experts:
     """
 
     recompute: bool
-    """False: forward saves G and U (4 * I bytes a route). True: backward computes them again."""
+    """False: forward saves G and U (4 * I bytes a route, 2 * I without a gate). True: backward computes them
+    again."""
 
     def __init__(
         self,
-        gate: Tensor,
+        gate: Tensor | None,
         up: Tensor,
         down: Tensor,
         *,
@@ -73,12 +76,14 @@ class Experts:
         _check_known("placement", placement, PLACEMENTS)
         gpu = as_gpu(gpu)
         runtime = runtime or default_runtime()
-        for name, tensor in (("gate", gate), ("up", up), ("down", down)):
+        for name, tensor in (("up", up), ("down", down)) if gate is None else (
+            ("gate", gate), ("up", up), ("down", down)
+        ):  # fmt: skip
             check_tensor(name, tensor)
         for name, bias in (("gate_bias", gate_bias), ("up_bias", up_bias), ("down_bias", down_bias)):
             if bias is not None:
                 check_tensor(name, bias)
-        gate, up, down = (on_cpu(t) for t in (gate, up, down))
+        gate, up, down = None if gate is None else on_cpu(gate), on_cpu(up), on_cpu(down)
         gate_bias, up_bias, down_bias = (
             None if b is None else on_cpu(b) for b in (gate_bias, up_bias, down_bias)
         )
@@ -222,6 +227,21 @@ class Experts:
         return self._core.intermediate_size
 
     @property
+    def gated(self) -> bool:
+        """Whether there is a gate."""
+        return self._core.gated
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Names of the projections that there are, of "gate", "up" and "down"."""
+        return PROJECTIONS if self.gated else PROJECTIONS[1:]
+
+    @property
+    def _saved_width(self) -> int:
+        """Numbers of G and U that forward saves for a routed token."""
+        return (len(self.projections) - 1) * self.intermediate_size
+
+    @property
     def activation(self) -> str:
         """Name of the activation."""
         return self._core.activation
@@ -305,12 +325,14 @@ class Experts:
         names = ("wanted", "elsewhere", "unknown")
         return [dict(zip(names, counts, strict=True)) for counts in self._core.page_nodes()]
 
-    def dequantize(self) -> tuple[Tensor, Tensor, Tensor]:
-        """gate, up [E, I, H] and down [E, H, I] in bf16: exactly what the kernels multiply by."""
+    def dequantize(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        """gate, up [E, I, H] and down [E, H, I] in bf16: exactly what the kernels multiply by.
+
+        None stands for a gate that there is not.
+        """
         e, h, i = self.num_experts, self.hidden_size, self.intermediate_size
-        gate, up, down = (
-            torch.empty(s, dtype=torch.bfloat16, device="cpu") for s in ((e, i, h), (e, i, h), (e, h, i))
-        )
+        up, down = (torch.empty(s, dtype=torch.bfloat16, device="cpu") for s in ((e, i, h), (e, h, i)))
+        gate = torch.empty_like(up) if self.gated else None
         self._core.dequantize(gate, up, down)
         return gate, up, down
 

@@ -19,11 +19,9 @@ from torch import Tensor, nn
 
 from kt_moe.adapter_files import write_adapter
 from kt_moe.adapters import StrPath, check_adapter_name, save_adapter
-from kt_moe.functional import PROJECTIONS
 from kt_moe.hf.config import Names
 from kt_moe.hf.lora import INITIAL_VALUES, KtLoraExperts
 from kt_moe.hf.portable import PREFIX, ExpertsForm, Matrices
-from kt_moe.hf.targets import FUSED
 
 # Programs, and whether they read LoRA on experts that checkpoints hold fused, as PEFT writes it.
 _SERVERS = {"vllm": True, "sglang": False, "llamacpp": False}
@@ -81,12 +79,12 @@ def export_adapter(
             matrices = _all_projections(form, layer, adapter_name, rank)
             if fused_on_disk:
                 tensors |= _weights(form.fuse(matrices))
-                parameters |= {f"{name}.{fused}" for fused in FUSED}
+                parameters |= {f"{name}.{fused}" for fused in layer.fused}
                 continue
             shared = target == "sglang" and adapter_name in layer.shared_outer
             found = _weights(_shared_outer(form, matrices) if shared else form.split(matrices))
             experts.add(name)
-            modules |= {f"{form.module.disk_path(name)}.{word}" for word in form.module.projections}
+            modules |= {f"{form.module.disk_path(name)}.{word}" for word in form.module.words.values()}
         elif isinstance(layer, Linear) or (
             target == "llamacpp" and isinstance(layer, ParamWrapper) and layer.num_experts == 1
         ):
@@ -115,7 +113,7 @@ def export_adapter(
         inference_mode=True,
         base_model_name_or_path=config.base_model_name_or_path or getattr(model, "name_or_path", None),
     )
-    if parameters:
+    if any(name.endswith(".gate_up_proj") for name in parameters):
         saved.rank_pattern = saved.alpha_pattern = {"gate_up_proj": 2 * rank}
     write_adapter(Path(directory), saved, {f"{PREFIX}{k}": t.contiguous() for k, t in tensors.items()})
 
@@ -136,9 +134,9 @@ def _partners(model: nn.Module, names: Collection[str]) -> Iterator[tuple[str, n
 
 
 def _all_projections(form: ExpertsForm, layer: KtLoraExperts, adapter_name: str, rank: int) -> Matrices:
-    """LoRA of gate, up and down, with scaling 1 at this rank."""
+    """LoRA of all projections, with scaling 1 at this rank."""
     matrices: Matrices = {}
-    for projection in PROJECTIONS:
+    for projection in form.module.words:
         if projection in layer.pairs[adapter_name].pairs:
             scaling = layer.scaling_of(adapter_name, projection)
             matrices[projection] = _filled(*layer.matrices(adapter_name, projection), rank, scaling)
@@ -151,7 +149,7 @@ def _all_projections(form: ExpertsForm, layer: KtLoraExperts, adapter_name: str,
 
 def _shared_outer(form: ExpertsForm, matrices: Matrices) -> dict[str, Tensor]:
     """SGLang's form with shared outer matrices: a tensor for all experts, those that are shared [1, ...]."""
-    names = dict(zip(PROJECTIONS, form.module.projections, strict=True))
+    names = form.module.words
     result: dict[str, Tensor] = {}
     for projection, (a, b) in matrices.items():
         place = f"{form.module.disk_path(form.path)}.{names[projection]}"

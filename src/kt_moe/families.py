@@ -62,7 +62,7 @@ class Family:
         """`layers.N.mlp.experts.E.{gate_proj,up_proj,down_proj}`; "" where it is not known."""
         if self.saved is None:
             return ""
-        words = dict.fromkeys(self.saved.words)
+        words = dict.fromkeys(filter(None, self.saved.words))
         prefix = re.sub(r"(^|\.)\d+(?=\.)", r"\1N", self.saved.prefix)
         return f"{prefix}.{'' if self.saved.fused else 'E.'}{{{','.join(words)}}}"
 

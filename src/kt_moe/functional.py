@@ -2,7 +2,7 @@
 
 For expert e with routed tokens X (Hu et al. 2021 for LoRA, Shazeer 2020 for the gated unit)::
 
-    G = X Wg' + s (X Ag') Bg'      U = X Wu' + s (X Au') Bu'      h = act(G, U)
+    G = X Wg' + s (X Ag') Bg'      U = X Wu' + s (X Au') Bu'      h = act(G, U), without a gate act(U)
     Y = h Wd' + s (h Ad') Bd'      out[t] = sum over k of topk_weights[t, k] * Y[route (t, k)]
 """
 
@@ -20,14 +20,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kt_moe import _core, checkpointing
-from kt_moe.experts import Experts
+from kt_moe.experts import PROJECTIONS, Experts
 from kt_moe.tensors import Versions, check_tensor, empty, on_cpu, refuse_tracing
 
 if TYPE_CHECKING:
     from kt_moe.gpu.function import Arrival
     from kt_moe.gpu.lora import LoraOptions
 
-PROJECTIONS = ("gate", "up", "down")
 LORA_NAMES = tuple(f"{p}_lora_{m}" for p in PROJECTIONS for m in "ab")
 _INPUT_NAMES = ("hidden_states", "topk_ids", "topk_weights")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -231,8 +230,8 @@ class MoEFunction:
             topk_weights: [T, K] floating point.
             experts: the frozen weights.
             lora: scaling and dropout; None means scaling 1 and no dropout.
-            gate_lora_a, up_lora_a: [E, r, H] fp32 or bf16, or None. Of these and the next, [1, ...] is a
-                matrix that all experts share.
+            gate_lora_a, up_lora_a: [E, r, H] fp32 or bf16, or None, as of a gate that there is not. Of these
+                and the next, [1, ...] is a matrix that all experts share.
             gate_lora_b, up_lora_b: [E, I, r], given exactly when the A is.
             down_lora_a, down_lora_b: [E, r, I] and [E, H, r].
 
@@ -335,7 +334,7 @@ def _compute(
     if save:
         routes = _core.count_routes(ids, experts.num_experts)
         ranks = sum(a.shape[1] for a in pairs[::2] if a is not None and a.ndim == 3)
-        saved = empty((routes, 2 * experts.intermediate_size + ranks), torch.bfloat16, runtime)
+        saved = empty((routes, experts._saved_width + ranks), torch.bfloat16, runtime)
     out = empty(x.shape, _result_dtype(hidden_states), runtime)
     _core.forward(experts._core, x, ids, weights, pairs, *options, saved, out)
     return _like(out, hidden_states), (saved, options)

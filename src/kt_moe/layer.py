@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kt_moe.experts import Experts
-from kt_moe.functional import PROJECTIONS, Lora, MoEFunction
+from kt_moe.functional import Lora, MoEFunction
 
 
 def outer_sizes(num_experts: int, projection: str) -> tuple[int, int]:
@@ -25,7 +25,7 @@ class MoELayer(nn.Module):
         rank: r of every LoRA pair.
         alpha: numerator of the scaling.
         dropout: probability of dropping an element of a LoRA product's input while training.
-        targets: which of "gate", "up" and "down" get a LoRA pair.
+        targets: which of "gate", "up" and "down" get a LoRA pair; None: all that the experts have.
         use_rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023) instead of alpha / r.
         dtype: of the LoRA parameters, fp32 or bf16.
         shared_outer: whether A of gate and up, and B of down, are one matrix [1, ...] for all experts.
@@ -40,16 +40,17 @@ class MoELayer(nn.Module):
         rank: int = 16,
         alpha: float = 32,
         dropout: float = 0.0,
-        targets: Sequence[str] = PROJECTIONS,
+        targets: Sequence[str] | None = None,
         use_rslora: bool = False,
         *,
         dtype: torch.dtype = torch.float32,
         shared_outer: bool = False,
     ) -> None:
         super().__init__()
-        unknown = [t for t in targets if t not in PROJECTIONS]
+        targets = experts.projections if targets is None else targets
+        unknown = [t for t in targets if t not in experts.projections]
         if unknown or isinstance(targets, str) or len(set(targets)) < len(targets):
-            raise ValueError(f"targets is {targets!r}, wanted some of {list(PROJECTIONS)}")
+            raise ValueError(f"targets is {targets!r}, wanted some of {list(experts.projections)}")
         if rank < 1:
             raise ValueError(f"rank is {rank}, wanted at least 1")
         self.experts, self.rank, self.alpha, self.targets = experts, rank, alpha, tuple(targets)

@@ -21,11 +21,10 @@ from kt_moe.adapters import fill, with_adapter
 from kt_moe.architectures import Architecture, architecture_of
 from kt_moe.checkpoint import Checkpoint, ExpertList
 from kt_moe.conversion import stored_lists
-from kt_moe.functional import PROJECTIONS
+from kt_moe.experts import PROJECTIONS
 from kt_moe.hf.lora import INITIAL_VALUES, KtLoraExperts, lora_layers
 from kt_moe.hf.portable import PREFIX, ExpertsForm
 from kt_moe.hf.quantizer import put_experts
-from kt_moe.hf.targets import FUSED
 from kt_moe.requantise import Stored, stored_as
 
 _NAME = "merged"  # of the adapter in the model without weights
@@ -283,7 +282,7 @@ def _of_list(
         form, module=replace(form.module, interleaved=layout == "mxfp4" or "interleaved" in layout)
     )
     changes: dict[str, Change] = {}
-    for fused, parts in FUSED.items():
+    for fused, parts in form.module.fused.items():
         own = {p: pairs[p] for p in parts if p in pairs}
         if own:
             name = f"{stored.prefix}.{words[parts[0]]}"

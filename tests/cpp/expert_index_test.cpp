@@ -199,6 +199,66 @@ TEST_CASE("fused tensors are cut into experts and halves") {
   }
 }
 
+TEST_CASE("experts without a gate: of each expert as the files tell, where somebody names them as he says") {
+  const TempDir dir;
+  Writer writer;
+  for (int e = 0; e < E; ++e) {
+    writer.add(message("{}{}.up_proj.weight", qwen, e), "BF16", {I, H}, 2);
+    writer.add(message("{}{}.down_proj.weight", qwen, e), "BF16", {H, I}, 2);
+  }
+  const auto tables = index_of_path(writer.write_to(dir / "m.safetensors"));
+  ExpertList list{"model.layers.3.mlp.experts", Form::per_expert, {"", "up_proj", "down_proj"}, 0, E};
+  const ExpertIndex named(tables, {{3, list}});
+  for (const ExpertIndex* index : {&tables, &named}) {
+    const auto source = index->open(3);
+    CHECK_FALSE(source->info().gated);
+    CHECK(source->info().nbytes == E * 2 * H * I * 2);
+    for (int e = 0; e < E; ++e) {
+      const auto name = message("{}{}.", qwen, e);
+      check_mapped(source->map(e, Projection::up), bytes_of(index->checkpoint(), name + "up_proj.weight"), I,
+                   H);
+      check_mapped(source->map(e, Projection::down), bytes_of(index->checkpoint(), name + "down_proj.weight"),
+                   H, I);
+    }
+  }
+  list.words[0] = "gate_proj";
+  CHECK(contains(refusal(ExpertIndex(tables, {{3, list}}), 3), "0.gate_proj.weight\" is missing"));
+
+  writer.add(qwen + "1.gate_proj.weight", "BF16", {I, H}, 2);
+  CHECK(contains(refusal(index_of_path(writer.write_to(dir / "m.safetensors")), 3),
+                 "0.gate_proj.weight\" is missing"));
+}
+
+TEST_CASE("experts without a gate in fused tensors") {
+  const TempDir dir;
+  const ExpertList list{"model.layers.3.mlp.experts", Form::fused, {"", "up_proj", "down_proj"}, 0, E};
+  const auto stored = [&](const std::vector<index_t>& up) {
+    const auto tables = index_of_path(Writer()
+                                          .add(qwen + "up_proj", "BF16", up, 2)
+                                          .add(qwen + "down_proj", "BF16", {E, H, I}, 2)
+                                          .write_to(dir / "m.safetensors"));
+    return ExpertIndex(tables, {{3, list}});
+  };
+  const ExpertIndex index = stored({E, I, H});
+  const auto source = index.open(3);
+  CHECK_FALSE(source->info().gated);
+  CHECK(source->info().layout == "fused");
+  for (int e = 0; e < E; ++e) {
+    check_mapped(source->map(e, Projection::up),
+                 bytes_of(index.checkpoint(), qwen + "up_proj") + e * I * H * 2, I, H);
+    check_mapped(source->map(e, Projection::down),
+                 bytes_of(index.checkpoint(), qwen + "down_proj") + e * H * I * 2, H, I);
+  }
+  CHECK(contains(refusal(stored({E, 2 * I, H}), 3), "wanted [E, I, H] and [E, H, I]"));
+}
+
+TEST_CASE("a norm of the experts' outputs is none of them") {
+  const TempDir dir;
+  auto writer = per_expert(qwen, proj);
+  writer.add(qwen + "post_expert_norm.weight", "BF16", {H}, 2);
+  CHECK(index_of_path(writer.write_to(dir / "m.safetensors")).layer(3).num_experts == E);
+}
+
 TEST_CASE("other types and mixtures of types are refused") {
   const TempDir dir;
   const auto stored = [&](std::string_view gate_type, int gate_size, std::string_view type, int size) {

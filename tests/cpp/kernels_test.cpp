@@ -395,6 +395,28 @@ TEST_CASE("every half-precision number decodes as in the scalar set") {
 
 namespace {
 
+void check_dot(float dot, float truth) {
+  if (std::isnan(truth))
+    CHECK(std::isnan(dot));
+  else if (std::isinf(truth))
+    CHECK(dot == truth);
+  else
+    CHECK(dot == doctest::Approx(truth).epsilon(1e-5));
+}
+
+// n elements of each row, and the 77 behind them.
+void check_rows(int n, const std::vector<bf16_t*>& ours, const std::vector<std::vector<bf16_t>>& truth) {
+  for (std::size_t i = 0; i < ours.size(); ++i) {
+    CHECK(ours[i][n] == 77);
+    for (std::size_t j = 0; j < static_cast<std::size_t>(n); ++j) {
+      CAPTURE(i);
+      CAPTURE(j);
+      if (std::abs(to_float(truth[i][j])) < 1e-30f && std::abs(to_float(ours[i][j])) < 1e-30f) continue;
+      check_same_bf16(ours[i][j], truth[i][j], 1);
+    }
+  }
+}
+
 void check_like_scalar(int activation) {
   std::vector<float> g = floats(203, 7), u = floats(203, 8), dh = floats(203, 9);
   for (std::size_t i = 0; i < g.size(); ++i) g[i] *= 10.0f, u[i] *= 5.0f;
@@ -402,6 +424,9 @@ void check_like_scalar(int activation) {
                                    -1e4f, -1e30f, 1e30f, 3e38f,  -3e38f, kNan,   kInf,  -kInf};
   std::copy(special.begin(), special.end(), g.begin() + 20);
   std::copy(special.begin(), special.end(), u.begin() + 120);
+  // Times a large slope they overflow, by the order of the factors.
+  for (float& x : u)
+    if (std::isfinite(x)) x = std::clamp(x, -1e35f, 1e35f);
   const std::vector<float> limits{6.96875f, 7.0f,  7.03125f, -6.96875f, -7.0f,  -7.03125f,
                                   9.9375f,  10.0f, 10.0625f, -9.9375f,  -10.0f, -10.0625f};
   std::copy(limits.begin(), limits.end(), g.begin() + 60);
@@ -428,20 +453,17 @@ void check_like_scalar(int activation) {
           kernels.backward(n, dh.data(), 0.7f, truth[0].data(), truth[1].data(), ours[3], ours[4], ours[5]);
       const float dot_truth = scalar.backward(n, dh.data(), 0.7f, truth[0].data(), truth[1].data(),
                                               truth[3].data(), truth[4].data(), truth[5].data());
-      if (std::isnan(dot_truth))
-        CHECK(std::isnan(dot));
-      else
-        CHECK(dot == doctest::Approx(dot_truth).epsilon(1e-5));
-      for (std::size_t i = 0; i < ours.size(); ++i) {
-        CHECK(ours[i][n] == 77);
-        for (std::size_t j = 0; j + 1 < size; ++j) {
-          CAPTURE(i);
-          CAPTURE(j);
-          CAPTURE(g[j]);
-          if (std::abs(to_float(truth[i][j])) < 1e-30f && std::abs(to_float(ours[i][j])) < 1e-30f) continue;
-          check_same_bf16(ours[i][j], truth[i][j], 1);
-        }
-      }
+      check_dot(dot, dot_truth);
+      check_rows(n, ours, truth);
+
+      std::fill_n(rows[3].data, 205, bf16_t{77});
+      std::fill(truth[3].begin(), truth[3].end(), bf16_t{77});
+      kernels.ungated_forward(n, g.data(), ours[0], ours[1]);
+      scalar.ungated_forward(n, g.data(), truth[0].data(), truth[1].data());
+      check_dot(
+          kernels.ungated_backward(n, dh.data(), 0.7f, truth[0].data(), ours[2], ours[3]),
+          scalar.ungated_backward(n, dh.data(), 0.7f, truth[0].data(), truth[2].data(), truth[3].data()));
+      check_rows(n, ours, truth);
     }
   });
 }
@@ -461,34 +483,47 @@ double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
 // The definitions, and the limit beyond which G and U count as the limit.
 struct Definition {
-  double (*h)(double g, double u);
+  double (*value)(double g);
   double limit = INFINITY;
+  double (*factor)(double u) = [](double u) { return u; };
+
+  double h(double g, double u) const { return value(g) * factor(u); }
 };
+
+double silu(double g) { return g * sigmoid(g); }
 
 Definition definition(Activation activation) {
   switch (activation) {
-    case Activation::silu: return {[](double g, double u) { return g * sigmoid(g) * u; }};
-    case Activation::gpt_oss: return {[](double g, double u) { return g * sigmoid(1.702 * g) * (u + 1); }, 7};
-    case Activation::clamped_silu: return {[](double g, double u) { return g * sigmoid(g) * u; }, 10};
+    case Activation::silu: return {silu};
+    case Activation::gpt_oss:
+      return {[](double g) { return g * sigmoid(1.702 * g); }, 7, [](double u) { return u + 1; }};
+    case Activation::clamped_silu: return {silu, 10};
     case Activation::gelu_tanh:
-      return {[](double g, double u) {
+      return {[](double g) {
         const double z = std::sqrt(2 / std::numbers::pi) * (g + 0.044715 * g * g * g);
-        return g * sigmoid(2 * z) * u;
+        return g * sigmoid(2 * z);
       }};
-    case Activation::gelu:
-      return {[](double g, double u) { return g * std::erfc(-g / std::numbers::sqrt2) / 2 * u; }};
+    case Activation::gelu: return {[](double g) { return g * std::erfc(-g / std::numbers::sqrt2) / 2; }};
     case Activation::softcapped_silu:
-      return {[](double g, double u) { return 4 * std::tanh(g / 4) * sigmoid(g) * 25 * std::tanh(u / 25); }};
+      return {[](double g) { return 4 * std::tanh(g / 4) * sigmoid(g); }, INFINITY,
+              [](double u) { return 25 * std::tanh(u / 25); }};
+    case Activation::relu2: return {[](double g) { return g > 0 ? g * g : 0; }};
   }
   return {};
 }
 
-// h at (g, u), dh / dg and dh / du by central differences. Nothing moves beyond a limit.
+// h at (g, u), dh / dg and dh / du by differences. Nothing moves beyond a limit.
 std::array<double, 3> defined(const Definition& of, double g, double u) {
-  const double gate = std::min(g, of.limit), up = std::clamp(u, -of.limit, of.limit), step = 1e-5;
-  const double by_gate = (of.h(gate + step, up) - of.h(gate - step, up)) / (2 * step);
-  const double by_up = (of.h(gate, up + step) - of.h(gate, up - step)) / (2 * step);
+  const double gate = std::min(g, of.limit), up = std::clamp(u, -of.limit, of.limit), step = 1e-6;
+  const double by_gate = (of.h(gate, up) - of.h(gate - step, up)) / step;
+  const double by_up = (of.h(gate, up) - of.h(gate, up - step)) / step;
   return {of.h(gate, up), g > of.limit ? 0 : by_gate, std::abs(u) > of.limit ? 0 : by_up};
+}
+
+// Without a gate: h at u, and dh / du.
+std::array<double, 2> ungated(const Definition& of, double u) {
+  const double up = std::min(u, of.limit), step = 1e-6;
+  return {of.value(up), u > of.limit ? 0 : (of.value(up) - of.value(up - step)) / step};
 }
 
 }  // namespace
@@ -516,6 +551,29 @@ TEST_CASE("activations are those of their definitions, and their slopes the diff
             CHECK(found == doctest::Approx(wanted).epsilon(0.005).scale(1e-5));
           CHECK(dot == doctest::Approx(value).epsilon(1e-4).scale(1e-5));
         }
+    }
+  });
+}
+
+TEST_CASE("without a gate activations are of U alone") {
+  for_every_set([](const KernelSet& set) {
+    for (int a = 0; a < kActivationCount; ++a) {
+      CAPTURE(kActivationNames[a]);
+      const Definition of = definition(static_cast<Activation>(a));
+      const ActivationKernels& kernels = set.epilogue.activations[a];
+      for (const float u : {-20.0f, -5.0f, -1.0f, -0.25f, 0.0f, 0.5f, 2.0f, 6.5f, 7.0f, 7.0625f, 9.5f, 10.0f,
+                            10.0625f, 30.0f}) {
+        CAPTURE(u);
+        const float dh = 3.0f;
+        bf16_t up, du, h[2];
+        kernels.ungated_forward(1, &u, &up, h);
+        const float dot = kernels.ungated_backward(1, &dh, 0.5f, &up, &du, h + 1);
+        const auto [value, by_up] = ungated(of, u);
+        for (const bf16_t found : h)
+          CHECK(to_float(found) == doctest::Approx(value).epsilon(0.005).scale(1e-5));
+        CHECK(to_float(du) == doctest::Approx(1.5 * by_up).epsilon(0.005).scale(1e-4));
+        CHECK(dot == doctest::Approx(3 * value).epsilon(1e-4).scale(1e-5));
+      }
     }
   });
 }

@@ -10,6 +10,7 @@
 #include <string>
 #include <thread>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/processor.h"
@@ -40,6 +41,7 @@ struct Options {
   WeightType weights = {};
   Activation activation = Activation::silu;
   std::array<bool, 3> biases = {};
+  bool gated = true;
 };
 
 // Beyond the limits of gpt-oss's activation.
@@ -60,8 +62,8 @@ class Layer {
   Layer(const Shape& shape, const Options& options) : shape_(shape), options_(options) {
     const auto [name, t, k, e, h, n, to, ranks] = shape;
     const float to_hidden = 1.0f / std::sqrt(float(h)), to_inner = 1.0f / std::sqrt(float(n));
-    experts_ = {LayerShape{e, h, n}, {}, options.activation};
-    for (const Projection p : projections) {
+    experts_ = {LayerShape{e, h, n, {}, options.gated}, {}, options.activation};
+    for (const Projection p : projections_of(options.gated)) {
       add_weights(p, p == Projection::down ? to_inner : to_hidden);
       if (options.biases[index_of(p)])
         experts_.biases[index_of(p)] =
@@ -73,7 +75,7 @@ class Layer {
     inputs_.topk_ids = view(ids_.data(), DType::i32, t, k);
     inputs_.topk_weights = view(numbers(t * k, 0.5f, DType::f32), DType::f32, t, k);
     inputs_.dropout = {options.dropout, 17};
-    for (const Projection p : projections) {
+    for (const Projection p : projections_of(options.gated)) {
       const index_t r = ranks[index_of(p)], in = p == Projection::down ? n : h, out = h + n - in;
       if (r == 0) continue;
       inputs_.lora[index_of(p)] = {stack(e, r, in, 1.0f / std::sqrt(float(in)), options.lora),
@@ -102,12 +104,16 @@ class Layer {
     };
     const auto [name, t, k, e, h, n, to, ranks] = shape_;
     const index_t routes = count_routes(inputs_.topk_ids, e);
-    std::vector<bf16_t> kept(static_cast<std::size_t>(routes * (2 * n + ranks[0] + ranks[1] + ranks[2])));
+    index_t width = std::ssize(gate_up_of(options_.gated)) * n;
+    for (const LoraPair& lora : inputs_.lora) width += lora.rank();
+    std::vector<bf16_t> kept(static_cast<std::size_t>(routes * width));
     Saved saved;
     if (options_.save && routes > 0) {
-      saved.gate = kept.data(), saved.up = kept.data() + routes * n;
-      bf16_t* next = saved.up + routes * n;
-      for (std::size_t i = 0; i < 3; next += routes * ranks[i++]) saved.low_rank[i] = next;
+      bf16_t* next = kept.data();
+      if (options_.gated) saved.gate = std::exchange(next, next + routes * n);
+      saved.up = std::exchange(next, next + routes * n);
+      for (const Projection p : projections)
+        saved.low_rank[index_of(p)] = std::exchange(next, next + routes * inputs_.of(p).rank());
     }
     forward(runtime, experts_, inputs_, saved, {result("out", t * h, options_.result), options_.result});
 
@@ -159,7 +165,8 @@ class Layer {
       }
   }
 
-  // out and the gradient of the routing weights of a layer like gpt-oss's, without LoRA, in double.
+  // out and the gradient of the routing weights of a layer like gpt-oss's, or without a gate like
+  // Nemotron-H's, without LoRA, in double.
   std::array<std::vector<float>, 2> by_definition() const {
     const auto [name, t, k, e, h, n, to, ranks] = shape_;
     const auto at = [](const void* data, index_t i) {
@@ -168,7 +175,7 @@ class Layer {
     const auto project = [&](Projection p, int expert, const std::vector<double>& x) {
       std::vector<double> y;
       for (index_t row = 0; row < experts_.rows(p); ++row) {
-        y.push_back(at(experts_.bias(p, expert), row));
+        y.push_back(experts_.bias(p, expert) == nullptr ? 0.0 : at(experts_.bias(p, expert), row));
         for (index_t i = 0; i < std::ssize(x); ++i)
           y.back() +=
               at(experts_.of(p, expert).codes, row * std::ssize(x) + i) * x[static_cast<std::size_t>(i)];
@@ -181,12 +188,17 @@ class Layer {
       const int expert = ids_[static_cast<std::size_t>(route)];
       std::vector<double> x;
       for (index_t i = 0; i < h; ++i) x.push_back(at(inputs_.hidden_states.data, first + i));
-      std::vector<double> g = project(Projection::gate, expert, x), u = project(Projection::up, expert, x);
-      for (std::size_t i = 0; i < g.size(); ++i) {
-        const double gate = std::min(g[i], 7.0), up = std::clamp(u[i], -7.0, 7.0);
-        g[i] = (up + 1) * gate / (1 + std::exp(-1.702 * gate));
+      std::vector<double> g, u = project(Projection::up, expert, x);
+      if (options_.gated) g = project(Projection::gate, expert, x);
+      for (std::size_t i = 0; i < u.size(); ++i) {
+        if (options_.gated) {
+          const double gate = std::min(g[i], 7.0), up = std::clamp(u[i], -7.0, 7.0);
+          u[i] = (up + 1) * gate / (1 + std::exp(-1.702 * gate));
+        } else {
+          u[i] = u[i] > 0 ? u[i] * u[i] : 0;
+        }
       }
-      const std::vector<double> y = project(Projection::down, expert, g);
+      const std::vector<double> y = project(Projection::down, expert, u);
       const float weight = static_cast<const float*>(inputs_.topk_weights.data)[route];
       double dot = 0;
       for (index_t i = 0; i < h; ++i) {
@@ -409,6 +421,18 @@ TEST_CASE("biases and other activations: the bits of any number of threads, clos
     }
 }
 
+TEST_CASE("without a gate: the bits of any number of threads, close to the scalar set") {
+  for (const Shape& shape : kShapes) {
+    check(shape, {.activation = Activation::relu2, .gated = false});
+    check(shape,
+          {.save = false, .activation = Activation::gelu, .biases = {false, true, true}, .gated = false},
+          {5});
+    check(shape,
+          {true, 0.3, DType::bf16, DType::bf16, kInt4, Activation::clamped_silu, {false, true, false}, false},
+          {16});
+  }
+}
+
 TEST_CASE("shards on nodes: the bits of any number of threads, close to one shard's") {
   alarm(600);
   for (const KernelEntry& entry : kernel_registry()) {
@@ -419,7 +443,8 @@ TEST_CASE("shards on nodes: the bits of any number of threads, close to one shar
         for (const Options& options :
              {Options{},
               Options{false, 0.3, DType::bf16, DType::bf16, kInt4, Activation::gpt_oss, {true, true, true}},
-              Options{.weights = kFp8, .biases = {false, true, true}}}) {
+              Options{.weights = kFp8, .biases = {false, true, true}},
+              Options{.weights = kInt8, .activation = Activation::relu2, .gated = false}}) {
           CAPTURE(std::string(shape.name));
           CAPTURE(shards);
           CAPTURE(options.save);
@@ -446,7 +471,8 @@ TEST_CASE("shards on nodes: the bits of any number of threads, close to one shar
 
 TEST_CASE("whole experts on shards: bit for bit what one shard computes") {
   for (const Shape& shape : kShapes)
-    for (const Options& options : {Options{}, Options{false, 0.3, DType::bf16, DType::bf16, kInt8}})
+    for (const Options& options : {Options{}, Options{false, 0.3, DType::bf16, DType::bf16, kInt8},
+                                   Options{.activation = Activation::relu2, .gated = false}})
       for (const auto& [threads, shards, nodes] : {std::tuple{1, 3, 1}, {5, 4, 1}, {7, 4, 4}, {3, 16, 2}}) {
         CAPTURE(std::string(shape.name));
         CAPTURE(shards);
@@ -458,20 +484,24 @@ TEST_CASE("whole experts on shards: bit for bit what one shard computes") {
       }
 }
 
-TEST_CASE("a layer like gpt-oss's against its definition") {
+TEST_CASE("layers like gpt-oss's and Nemotron-H's against their definitions") {
   const Shape shape{"", 70, 2, 3, 40, 33, To::any, {0, 0, 0}};
   Runtime& runtime = runtime_of("scalar", 1);
-  const Options options{true, 0.0, DType::f32, DType::f32, {}, Activation::gpt_oss, {true, true, true}};
-  const Layer layer(shape, options);
-  const auto results = layer.run(runtime);
-  const auto [out, grad] = layer.by_definition();
-  CHECK(difference(floats(results.at("out"), DType::f32), out) <= kClose);
-  CHECK(difference(floats(results.at("topk_weights"), DType::f32), grad) <= kClose);
+  for (const Options& options : {Options{.activation = Activation::gpt_oss, .biases = {true, true, true}},
+                                 Options{.activation = Activation::relu2, .gated = false}}) {
+    CAPTURE(options.gated);
+    const Layer layer(shape, options);
+    const auto results = layer.run(runtime);
+    const auto [out, grad] = layer.by_definition();
+    CHECK(difference(floats(results.at("out"), DType::f32), out) <= kClose);
+    CHECK(difference(floats(results.at("topk_weights"), DType::f32), grad) <= kClose);
+  }
 }
 
 TEST_CASE("every number of rows that is few, a half tile, or a tail") {
   for (const Options& options :
-       {Options{}, Options{.activation = Activation::gpt_oss, .biases = {true, true, true}}})
+       {Options{}, Options{.activation = Activation::gpt_oss, .biases = {true, true, true}},
+        Options{.activation = Activation::relu2, .gated = false}})
     for (index_t rows = 1; rows <= 70; ++rows)
       check({"rows", rows, 1, 1, 34, 50, To::one, {3, 2, 1}}, options, {5});
 }

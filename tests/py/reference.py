@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear, silu
+from torch.nn.functional import gelu, linear, relu, silu
 
 PROJECTIONS = ("gate", "up", "down")
 LORA_NAMES = tuple(f"{p}_lora_{m}" for p in PROJECTIONS for m in "ab")
@@ -19,7 +19,7 @@ Masks = dict[str, Tensor]  # projection -> [T, K, in], the factor of each input 
 class Problem:
     """Inputs of one layer call, and the gradient that comes back to it."""
 
-    weights: tuple[Tensor, Tensor, Tensor]  # gate, up [E, I, H]; down [E, H, I]; bf16
+    weights: tuple[Tensor | None, Tensor, Tensor]  # gate or none, up [E, I, H]; down [E, H, I]; bf16
     hidden_states: Tensor  # [T, H] bf16
     topk_ids: Tensor  # [T, K]; E means no route
     topk_weights: Tensor  # [T, K] fp32
@@ -38,36 +38,48 @@ class Problem:
         return {"hidden_states": self.hidden_states, "topk_weights": self.topk_weights, **self.lora}
 
 
-def gpt_oss(G: Tensor, U: Tensor) -> Tensor:
+def gpt_oss(G: Tensor | None, U: Tensor) -> Tensor:
     """As transformers' GptOssExperts has it."""
-    gate, up = G.clamp(max=7.0), U.clamp(min=-7.0, max=7.0)
-    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    gate = (U if G is None else G).clamp(max=7.0)
+    up = U.clamp(min=-7.0, max=7.0)
+    return (1 if G is None else up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "silu": lambda G, U: silu(G) * U,
+def _product(
+    value: Callable[[Tensor], Tensor], factor: Callable[[Tensor], Tensor] = lambda U: U
+) -> Callable[[Tensor | None, Tensor], Tensor]:
+    """Of G and U, or of U alone."""
+    return lambda G, U: value(U) if G is None else value(G) * factor(U)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor | None, Tensor], Tensor]] = {
+    "silu": _product(silu),
     "gpt_oss": gpt_oss,
-    "clamped_silu": lambda G, U: silu(G.clamp(max=10.0)) * U.clamp(-10.0, 10.0),
-    "gelu_tanh": lambda G, U: gelu(G, approximate="tanh") * U,
-    "gelu": lambda G, U: gelu(G) * U,
-    "softcapped_silu": lambda G, U: 4 * torch.tanh(G / 4) * torch.sigmoid(G) * 25 * torch.tanh(U / 25),
+    "clamped_silu": _product(lambda G: silu(G.clamp(max=10.0)), lambda U: U.clamp(-10.0, 10.0)),
+    "gelu_tanh": _product(lambda G: gelu(G, approximate="tanh")),
+    "gelu": _product(gelu),
+    "softcapped_silu": _product(
+        lambda G: 4 * torch.tanh(G / 4) * torch.sigmoid(G), lambda U: 25 * torch.tanh(U / 25)
+    ),
+    "relu2": _product(lambda G: relu(G).square()),
 }
 LIMITS = {"gpt_oss": 7.0, "clamped_silu": 10.0}  # beyond which there is no gradient
 
 
-def _saved(activation: str, G: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
-    """What backward gets of G and U: rounded, and still beyond a limit that they were beyond."""
+def _saved(activation: str, G: Tensor | None, U: Tensor) -> list[Tensor]:
+    """What backward gets of G and U, or of U alone: rounded, and still beyond limits that they were."""
     if limit := LIMITS.get(activation):
-        G = torch.where(G.gt(limit), G * (1 + 2**-8), G)
-        U = torch.where(U.abs() > limit, U * (1 + 2**-8), U)
-    return _round(G), _round(U)
+        beyond = U.gt(limit) if G is None else U.abs() > limit
+        U = torch.where(beyond, U * (1 + 2**-8), U)
+        G = None if G is None else torch.where(G.gt(limit), G * (1 + 2**-8), G)
+    return [_round(v) for v in (G, U) if v is not None]
 
 
 def moe(
     hidden_states: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    weights: tuple[Tensor, ...],
+    weights: tuple[Tensor | None, ...],
     lora: dict[str, Tensor],
     scaling: tuple[float, ...],
     masks: Masks | None = None,
@@ -76,7 +88,7 @@ def moe(
 ) -> Tensor:
     """The mathematics, expert by expert, in whatever dtype the tensors have."""
     out = torch.zeros_like(hidden_states)
-    for e in range(weights[0].shape[0]):
+    for e in range(weights[1].shape[0]):
         token, slot = (topk_ids == e).nonzero(as_tuple=True)
         if len(token) == 0:
             continue
@@ -91,7 +103,8 @@ def moe(
             return y + scaling[i] * linear(linear(dropped, lora[f"{p}_lora_a"][e]), lora[f"{p}_lora_b"][e])
 
         x = hidden_states[token]
-        y = project(ACTIVATIONS[activation](project(x, 0), project(x, 1)), 2)
+        gate = None if weights[0] is None else project(x, 0)
+        y = project(ACTIVATIONS[activation](gate, project(x, 1)), 2)
         out = out.index_add(0, token, y * topk_weights[token, slot, None].to(y.dtype))
     return out
 
@@ -100,7 +113,7 @@ def run(problem: Problem, dtype: torch.dtype, masks: Masks | None = None) -> dic
     """`out` and the gradient of every leaf, computed in `dtype`."""
     leaves = {k: v.detach().to(dtype, copy=True).requires_grad_() for k, v in problem.leaves().items()}
     lora = {k: v for k, v in leaves.items() if k in LORA_NAMES}
-    weights = tuple(w.to(dtype) for w in problem.weights)
+    weights = tuple(None if w is None else w.to(dtype) for w in problem.weights)
     hidden_states, topk_weights = leaves["hidden_states"], leaves["topk_weights"]
     biases = tuple(None if b is None else b.to(dtype) for b in problem.biases)
     out = moe(
@@ -120,11 +133,13 @@ def run_rounded(problem: Problem, masks: Masks | None = None, p_drop: float = 0.
     """
     r = _round
     x, grad_out = problem.hidden_states.double(), problem.grad_out.double()
-    gate, up, down = (w.double() for w in problem.weights)
-    gate_bias, up_bias, down_bias = (
-        torch.zeros(w.shape[:2], dtype=torch.float64) if b is None else b.double()
-        for w, b in zip(problem.weights, problem.biases, strict=True)
-    )
+    W = {p: w.double() for p, w in zip(PROJECTIONS, problem.weights, strict=True) if w is not None}
+    bias = {
+        p: torch.zeros(W[p].shape[:2], dtype=torch.float64) if b is None else b.double()
+        for p, b in zip(PROJECTIONS, problem.biases, strict=True)
+        if p in W
+    }
+    inner = [p for p in W if p != "down"]  # gate and up
     act = ACTIVATIONS[problem.activation]
     keep = 1.0 - p_drop
     lora = {k: r(v.double()) for k, v in problem.lora.items()}
@@ -132,41 +147,36 @@ def run_rounded(problem: Problem, masks: Masks | None = None, p_drop: float = 0.
     dw = torch.zeros_like(problem.topk_weights, dtype=torch.float64)
     grads = {k: torch.zeros_like(v, dtype=torch.float64) for k, v in problem.lora.items()}
 
-    for e in range(gate.shape[0]):
+    for e in range(W["up"].shape[0]):
         token, slot = (problem.topk_ids == e).nonzero(as_tuple=True)
         if len(token) == 0:
             continue
         w = problem.topk_weights[token, slot, None].double()
         pairs = _pairs(problem, lora, masks, token, slot, e, keep)
         X, dY = x[token], grad_out[token]
-        P = {p: r(pairs[p].scale * (X * pairs[p].mask) @ pairs[p].a.T) for p in ("gate", "up")}
-        G = X @ gate[e].T + P["gate"] @ pairs["gate"].b.T + gate_bias[e]
-        U = X @ up[e].T + P["up"] @ pairs["up"].b.T + up_bias[e]
-        h = r(act(G, U))
+        P = {p: r(pairs[p].scale * (X * pairs[p].mask) @ pairs[p].a.T) for p in inner}
+        Y = {p: X @ W[p][e].T + P[p] @ pairs[p].b.T + bias[p][e] for p in inner}  # G and U
+        h = r(act(Y.get("gate"), Y["up"]))
         Pd = pairs["down"].scale * (h * pairs["down"].mask) @ pairs["down"].a.T
-        out.index_add_(0, token, w * (h @ down[e].T + r(Pd) @ pairs["down"].b.T + down_bias[e]))
+        out.index_add_(0, token, w * (h @ W["down"][e].T + r(Pd) @ pairs["down"].b.T + bias["down"][e]))
 
         Qd = pairs["down"].scale * dY @ pairs["down"].b
-        dh = dY @ down[e] + (r(Qd) @ pairs["down"].a) * pairs["down"].mask
-        G, U = (v.requires_grad_() for v in _saved(problem.activation, G, U))
-        h = act(G, U)
-        dG, dU = (r(d) for d in torch.autograd.grad(h, (G, U), w * dh))
+        dh = dY @ W["down"][e] + (r(Qd) @ pairs["down"].a) * pairs["down"].mask
+        saved = [v.requires_grad_() for v in _saved(problem.activation, Y.get("gate"), Y["up"])]
+        h = act(saved[0] if len(saved) == 2 else None, saved[-1])
+        d = dict(zip(inner, (r(d) for d in torch.autograd.grad(h, saved, w * dh)), strict=True))
         h = h.detach()
-        dw[token, slot] = (dh * h).sum(-1) + dY @ down_bias[e]
+        dw[token, slot] = (dh * h).sum(-1) + dY @ bias["down"][e]
         h = r(h)
-        Q = {p: r(pairs[p].scale * d @ pairs[p].b) for p, d in (("gate", dG), ("up", dU))}
-        dx_e = dG @ gate[e] + dU @ up[e]
-        for p in ("gate", "up"):
-            dx_e = dx_e + (Q[p] @ pairs[p].a) * pairs[p].mask
-        dx.index_add_(0, token, dx_e)
+        Q = {p: r(pairs[p].scale * d[p] @ pairs[p].b) for p in inner}
+        dx.index_add_(0, token, sum(d[p] @ W[p][e] + (Q[p] @ pairs[p].a) * pairs[p].mask for p in inner))
         products = {
-            "gate_lora_a": Q["gate"].T @ (X * pairs["gate"].mask),
-            "gate_lora_b": dG.T @ P["gate"],
-            "up_lora_a": Q["up"].T @ (X * pairs["up"].mask),
-            "up_lora_b": dU.T @ P["up"],
             "down_lora_a": r(w * Qd).T @ (h * pairs["down"].mask),
             "down_lora_b": dY.T @ r(w * Pd),
         }
+        for p in inner:
+            products[f"{p}_lora_a"] = Q[p].T @ (X * pairs[p].mask)
+            products[f"{p}_lora_b"] = d[p].T @ P[p]
         for name in problem.lora:
             grads[name][e] = products[name]
     grads = {k: r(v) if problem.lora[k].dtype is torch.bfloat16 else v for k, v in grads.items()}
@@ -183,7 +193,7 @@ class _Pair:
 
 def _pairs(problem, lora, masks, token, slot, e, keep) -> dict[str, _Pair]:
     """LoRA of each projection of one expert; rank 0 where there is none."""
-    H, inner = problem.hidden_states.shape[1], problem.weights[0].shape[1]
+    H, inner = problem.hidden_states.shape[1], problem.weights[1].shape[1]
     pairs = {}
     for i, p in enumerate(PROJECTIONS):
         into, out = (inner, H) if p == "down" else (H, inner)
@@ -203,7 +213,7 @@ def _round(x: Tensor) -> Tensor:
 def dropout_masks(problem: Problem, p_drop: float, seed: int) -> Masks:
     """The core's masks: a hash of seed, projection, place in topk_ids and column; kept: 1 / (1 - p_drop)."""
     T, K = problem.topk_ids.shape
-    H, inner = problem.hidden_states.shape[1], problem.weights[0].shape[1]
+    H, inner = problem.hidden_states.shape[1], problem.weights[1].shape[1]
 
     def mix(x: np.ndarray) -> np.ndarray:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -29,6 +29,7 @@ def make_problem(
     scaling: tuple[float, float, float] = (2.0, 1.5, 0.5),
     biased: tuple[str, ...] = (),
     activation: str = "silu",
+    gated: bool = True,
 ) -> Problem:
     """A layer problem with values of ordinary size.
 
@@ -36,10 +37,11 @@ def make_problem(
     routing: "random" (distinct experts a token), "one" (all on expert 0), "repeat" (an expert in several
         slots), "sparse" (a third of the slots has no route), "none".
     biased: the projections with a bias, of a size that reaches the limits of "gpt_oss".
+    gated: False leaves out the gate, with its LoRA and bias.
     """
     call = (
         f"make_problem({T}, {H}, {inner}, {E}, {K}, {ranks}, {routing=}, {seed=}, {lora_dtype=}, "
-        f"{scaling=}, {biased=}, {activation=})"
+        f"{scaling=}, {biased=}, {activation=}, {gated=})"
     )
     random = torch.Generator().manual_seed(seed)
 
@@ -48,12 +50,14 @@ def make_problem(
 
     lora = {}
     for p, r in ranks.items():
+        if p == "gate" and not gated:
+            continue
         into, out = (inner, H) if p == "down" else (H, inner)
         lora[f"{p}_lora_a"] = normal(E, r, into, scale=into**-0.5).to(lora_dtype)
         lora[f"{p}_lora_b"] = normal(E, out, r, scale=r**-0.5).to(lora_dtype)
     problem = Problem(
         weights=(
-            normal(E, inner, H, scale=H**-0.5).bfloat16(),
+            normal(E, inner, H, scale=H**-0.5).bfloat16() if gated else None,
             normal(E, inner, H, scale=H**-0.5).bfloat16(),
             normal(E, H, inner, scale=inner**-0.5).bfloat16(),
         ),
@@ -67,7 +71,7 @@ def make_problem(
         activation=activation,
     )
     problem.biases = tuple(
-        normal(*w.shape[:2], scale=5.0).bfloat16() if p in biased else None
+        normal(*w.shape[:2], scale=5.0).bfloat16() if p in biased and w is not None else None
         for p, w in zip(PROJECTIONS, problem.weights, strict=True)
     )
     return problem
@@ -107,6 +111,7 @@ def problems(draw: st.DrawFn) -> Problem:
         lora_dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
         biased=tuple(draw(st.sampled_from([(), PROJECTIONS, ("up",), ("down",)]))),
         activation=draw(st.sampled_from(list(ACTIVATIONS))),
+        gated=draw(st.sampled_from([True, True, False])),
     )
 
 

@@ -60,9 +60,10 @@ def in_fp8(family: Family, directory: Path) -> None:
     assert architecture is not None
     for saved in (module.saved for module in architecture.modules if module.saved is not None):
         numbers = range(saved.first_expert, saved.first_expert + saved.num_experts)
-        names = [f"{saved.prefix}.{word}" for word in dict.fromkeys(saved.words)]
+        words = dict.fromkeys(filter(None, saved.words))
+        names = [f"{saved.prefix}.{word}" for word in words]
         if not saved.fused:
-            names = [f"{saved.prefix}.{e}.{word}.weight" for e in numbers for word in saved.words]
+            names = [f"{saved.prefix}.{e}.{word}.weight" for e in numbers for word in words]
         for name in names:
             tensors[name], tensors[f"{name}_scale_inv"] = fp8(tensors[name])
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})

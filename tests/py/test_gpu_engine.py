@@ -46,7 +46,7 @@ def run(problem: Problem, gpu: Gpu | str, format: str = "bf16", shards: int = 1,
 
 def few_slots(problem: Problem, number: int) -> int:
     """Memory for a number of bf16 experts."""
-    H, inner = problem.weights[0].shape[2], problem.weights[0].shape[1]
+    H, inner = problem.weights[1].shape[2], problem.weights[1].shape[1]
     return number * 3 * math.ceil(2 * H * inner / 64) * 64
 
 
@@ -79,10 +79,19 @@ def test_error_is_no_larger_than_bf16_eager(share, activation, lora_dtype):
     assert_as_good_as_eager(run(problem, Gpu("cpu", cpu_share=share)), problem)
 
 
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("activation", ["relu2", "gelu", "clamped_silu"])
+def test_experts_without_a_gate(share, activation):
+    problem = make_problem(90, 128, 96, 8, 4, ALL, activation=activation, biased=("up",), gated=False)
+    ours = run(problem, Gpu("cpu", cpu_share=share))
+    assert_as_good_as_eager(ours, problem)
+    assert_formula(ours, problem)
+
+
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("shards", [1, 3])
-def test_stored_weights_are_decoded_exactly(format, shards):
-    problem = make_problem(40, 128, 192, 6, 3, ALL)
+@pytest.mark.parametrize(("shards", "gated"), [(1, True), (3, True), (3, False)])
+def test_stored_weights_are_decoded_exactly(format, shards, gated):
+    problem = make_problem(40, 128, 192, 6, 3, ALL, gated=gated)
     experts = experts_of(problem, Gpu("cpu", cpu_share=0.4), format, shards)
     ours = run_ours(problem, experts.runtime, experts=experts)
     problem.weights = experts.dequantize()

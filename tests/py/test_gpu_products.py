@@ -245,14 +245,16 @@ def test_gate_up_activates_the_sums_before_they_are_rounded(
     index = chunk.below(5, chunk.n)
     h, g, u = (chunk.normal(m, N) for _ in range(3))
     saves = data.draw(st.sampled_from([(True, True), (True, False), (False, True)]))
+    gated = data.draw(st.sampled_from([True, True, False]))
 
     code.gate_up(
-        *terms,
+        terms[0] if gated else [],
+        terms[1],
         chunk.groups,
         activation,
         h=h if saves[0] else None,
-        saved=(g, u) if saves[1] else None,
-        bias_gate=biases[0],
+        saved=(g if gated else None, u) if saves[1] else None,
+        bias_gate=biases[0] if gated else None,
         bias_up=biases[1],
         bias_index=index,
     )
@@ -261,18 +263,21 @@ def test_gate_up_activates_the_sums_before_they_are_rounded(
     rows = index.cpu().long()[chunk.of_row]
     G, U = (x if b is None else x + b.cpu().double()[rows] for x, b in zip((G, U), biases, strict=True))
     if saves[0]:
-        truth = ACTIVATIONS[activation](G, U)
-        slack = 1.2 * (U.abs() + 1) * slack_g + (G.abs() + 1) * slack_u + truth.abs() * 2.0**-20
-        check(h, truth, slack, "h")
+        truth = ACTIVATIONS[activation](G if gated else None, U)
+        slack = 1.2 * (U.abs() + 1) * slack_g + (G.abs() + 1) * slack_u if gated else 1.2 * slack_u
+        if activation == "relu2":
+            slack = slack * 2 * (1 + (G if gated else U).abs())
+        check(h, truth, slack + truth.abs() * 2.0**-20, "h")
     for name, result, x, slack in (("g", g, G, slack_g), ("u", u, U, slack_u)):
-        if not saves[1]:
+        if not saves[1] or (name == "g" and not gated):
             continue
         slack = slack + x.abs() * 2.0**-22
         if limit := LIMITS.get(activation):
-            beyond = x > limit if name == "g" else x.abs() > limit
+            above = name == "g" or not gated  # what the activation is of
+            beyond = x > limit if above else x.abs() > limit
             clear = (x.abs() - limit).abs() > slack  # on which side of the limit it is
             saved = result.cpu().double()
-            found = saved > limit if name == "g" else saved.abs() > limit
+            found = saved > limit if above else saved.abs() > limit
             assert torch.equal(found[clear], beyond[clear])
             x = torch.where(beyond, x * (1 + 2.0**-8), x)
             slack = torch.where(clear, slack, 0.1)
@@ -281,24 +286,34 @@ def test_gate_up_activates_the_sums_before_they_are_rounded(
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("m", "N"), [(5, 17), (3, 1030), (0, 8)])
-def test_activation_grad_is_autograds(code: Code, activation: str, m: int, N: int) -> None:
+@pytest.mark.parametrize("gated", [True, False])
+def test_activation_grad_is_autograds(code: Code, activation: str, gated: bool, m: int, N: int) -> None:
     chunk = Chunk(code, N, [m])
     dh = chunk.normal(m, N, dtype=torch.float32)
     g, u = chunk.normal(m, N) * 6, chunk.normal(m, N) * 6
     if m > 0:
         limits = torch.tensor([7.0, -7.0, 7.03125, -7.03125, 10.0, -10.0, 10.0625, -10.0625])
-        edges = torch.cat([limits, torch.tensor([0.0, 80.0, -80.0, -1000.0, 1e30])])
+        large = 1e9 if activation == "relu2" else 1e30
+        edges = torch.cat([limits, torch.tensor([0.0, 80.0, -80.0, -1000.0, large])])
         g[0, :13], u[1, :13] = edges, edges
     weights = torch.randn(m, generator=chunk.random).to(code.device)
     dg, du, h = (chunk.normal(m, N) for _ in range(3))
     dweights = torch.empty(m, device=code.device)
 
-    code.activation_grad(dh, g, u, weights, activation, dg, du, h, dweights)
+    before = dg.clone()
+    code.activation_grad(
+        dh, g if gated else None, u, weights, activation, dg if gated else None, du, h, dweights
+    )
 
     G, U = (x.cpu().double().requires_grad_() for x in (g, u))
     d, w = dh.cpu().double(), weights.cpu().double()[:, None]
-    act = ACTIVATIONS[activation](G, U)
-    dG, dU = torch.autograd.grad(act, (G, U), w * d)
+    act = ACTIVATIONS[activation](G if gated else None, U)
+    if gated:
+        dG, dU = torch.autograd.grad(act, (G, U), w * d)
+    else:  # U is what G is with a gate, and a factor of 1 takes its place
+        dG, dU = *torch.autograd.grad(act, (U,), w * d), torch.zeros_like(d)
+        assert torch.equal(dg, before)
+        dg, du, G, U = du, dU, U, torch.ones_like(U)
     act, G, U = act.detach(), G.detach(), U.detach()
     tiny = 2.0**-20 * (w * d).abs() * (1 + U.abs())  # what silu' loses where it is about 0
     part, least = 2.0**-18, torch.zeros_like(act)
@@ -369,7 +384,7 @@ def test_grouped_outer_adds_up_the_rows_of_each_group(code: Code, data: st.DataO
 def test_drop_is_the_cores(code: Code, projection: int, seed: int, dtype: torch.dtype) -> None:
     T, K, n, p = 3, 2, 70, 0.3
     problem = SimpleNamespace(
-        topk_ids=torch.zeros(T, K), hidden_states=torch.zeros(T, n), weights=[torch.zeros(1, n, n)]
+        topk_ids=torch.zeros(T, K), hidden_states=torch.zeros(T, n), weights=[None, torch.zeros(1, n, n)]
     )
     mask = list(dropout_masks(problem, p, seed).values())[projection].reshape(T * K, n) > 0
     chunk = Chunk(code, 0, [5])

@@ -92,6 +92,17 @@ def test_a_layer_with_another_activation_and_biases(runtime, T, activation, reco
     assert_formula(ours, problem)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("biased", [(), ("up", "down")])
+def test_a_layer_without_a_gate(runtime, activation, biased, recompute):
+    problem = make_problem(100, 96, 80, 4, 2, ALL, seed=1, biased=biased, activation=activation, gated=False)
+    ours = run_ours(problem, runtime, recompute=recompute)
+    assert "gate_lora_a" not in ours
+    assert_as_good_as_eager(ours, problem)
+    assert_formula(ours, problem)
+
+
 def test_a_layer_that_is_cut_into_slices(runtime):
     """A quarter of any L2 cache holds fewer columns of these weights than there are: every product is cut."""
     problem = make_problem(24, 6000, 310, 2, 1, {"gate": 3, "up": 5, "down": 4})

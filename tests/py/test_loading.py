@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from strategies import make_problem, run_ours
 from torch import Tensor
 
@@ -58,6 +58,49 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def packed_files(cache: Path) -> list[Path]:
     return sorted(path for path in cache.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("format", ["bf16", "int4", "nvfp4"])
+def test_experts_without_a_gate(checkpoint: Path, tmp_path: Path, format: str, shards: int) -> None:
+    gated = load_file(checkpoint / "model.safetensors")
+    tensors = {name: tensor for name, tensor in gated.items() if ".gate_proj." not in name}
+    save_file(tensors, tmp_path / "up.safetensors")
+    _, up, down = weights()
+    runtime = kt_moe.Runtime(2, shards)
+    made = kt_moe.Experts(None, up, down, activation="relu2", format=format, runtime=runtime)
+    assert made.projections == ("up", "down")
+    assert made.dequantize()[0] is None
+    _, wanted_up, wanted_down = kt_moe.Experts(*weights(), format=format).dequantize()
+    for options in ({}, {"cache_dir": tmp_path / "packed"}, {"cache_dir": tmp_path / "packed"}):
+        loaded = kt_moe.Experts.from_checkpoint(
+            tmp_path / "up.safetensors", 0, activation="relu2", format=format, runtime=runtime, **options
+        )
+        assert not loaded.gated
+        assert loaded.nbytes == made.nbytes
+        assert loaded.quantization_error == made.quantization_error
+        assert same(loaded.dequantize()[1:], (wanted_up, wanted_down))
+        assert loaded.verify()
+    if format == "bf16":
+        paged = kt_moe.Experts.from_checkpoint(tmp_path / "up.safetensors", 0, paged=True, runtime=runtime)
+        assert same(paged.dequantize()[1:], (wanted_up, wanted_down))
+        assert paged.page_nodes()
+
+
+def test_a_gate_where_there_is_none_is_refused() -> None:
+    _, up, down = weights()
+    with pytest.raises(ValueError, match="gate_bias is given, but gate is None"):
+        kt_moe.Experts(None, up, down, gate_bias=torch.zeros(E, I))
+    with pytest.raises(ValueError, match=r"down has shape .*, wanted .*\[E, H, I\] of up's \[E, I, H\]"):
+        kt_moe.Experts(None, up, up)
+    experts = kt_moe.Experts(None, up, down, activation="relu2")
+    with pytest.raises(ValueError, match=r"targets is \('gate', 'up'\), wanted some of \['up', 'down'\]"):
+        kt_moe.MoELayer(experts, targets=("gate", "up"))
+    assert kt_moe.MoELayer(experts).targets == ("up", "down")
+    lora = {"gate_lora_a": torch.zeros(E, 1, H), "gate_lora_b": torch.zeros(E, I, 1)}
+    hidden, ids, routing = torch.zeros(2, H), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
+    with pytest.raises(ValueError, match="gate_lora_a is given, but the experts have no gate"):
+        kt_moe.moe(hidden, ids, routing, experts, lora)
 
 
 @pytest.mark.parametrize("format", QUANTISED)

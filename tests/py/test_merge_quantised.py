@@ -29,7 +29,7 @@ from tiny_models import (
 from torch import Tensor
 
 import kt_moe
-from kt_moe.functional import PROJECTIONS
+from kt_moe.experts import PROJECTIONS
 
 pytestmark = PEFT_WARNINGS
 

@@ -25,7 +25,7 @@ from tiny_models import (
 )
 from torch import Tensor
 
-from kt_moe.functional import PROJECTIONS
+from kt_moe.experts import PROJECTIONS
 from kt_moe.hf import KtExperts, KtLoraExperts, KtMoeConfig
 
 pytestmark = PEFT_WARNINGS

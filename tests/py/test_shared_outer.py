@@ -21,7 +21,7 @@ from torch import Tensor
 
 import kt_moe
 from kt_moe.cli import finetune, train
-from kt_moe.functional import PROJECTIONS
+from kt_moe.experts import PROJECTIONS
 
 pytestmark = PEFT_WARNINGS
 

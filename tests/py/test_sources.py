@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ ROOT = f"model.layers.{LAYER}.mlp.experts"
 DATA = Path(__file__).parents[1] / "data"
 RUNTIMES = [Runtime(threads=2, shards=shards) for shards in (1, 2, 3, 16)]
 
-Values = list[Tensor]  # gate, up [E, I, H], down [E, H, I]
+Values = list[Tensor | None]  # gate or None, up [E, I, H], down [E, H, I]
 Make = Callable[[int, int, int], stored.Matrix]
 
 
@@ -57,11 +58,15 @@ def save(tensors: dict[str, Tensor], folder: Path) -> Path:
 
 def check(path: Path, values: Values, layout: str, dtype: str) -> None:
     info = Checkpoint(path).layer(LAYER)
+    assert info.gated == (values[0] is not None)
     found = (info.num_experts, info.hidden_size, info.intermediate_size, info.layout, info.dtype)
     assert found == (*values[2].shape, layout, dtype)
     for runtime in RUNTIMES:
         decoded = Experts.from_checkpoint(path, LAYER, runtime=runtime).dequantize()
         for name, got, want in zip(("gate", "up", "down"), decoded, values, strict=True):
+            if want is None:
+                assert got is None
+                continue
             assert got.dtype == torch.bfloat16
             assert torch.equal(got.view(torch.int16), want.bfloat16().view(torch.int16)), name
 
@@ -101,6 +106,24 @@ def test_floats_of_all_experts(tmp_path: Path, dtype: torch.dtype, name: str, la
             f"{ROOT}.down_proj_bias": torch.randn(E, H).to(dtype),
         }
     check(save(tensors, tmp_path), [gate, up, down], layout, name)
+
+
+WITHOUT_GATE: dict[str, tuple[Make, str, str]] = {
+    "fp8": (stored.fp8, "per-expert", "F8_E4M3"),
+    "int8": (stored.int8_rows, "per-expert", "I8"),
+    "compressed-tensors": (partial(stored.compressed_tensors, group=32), "compressed-tensors", "I32"),
+    "gptq": (partial(stored.gptq, group=64, asymmetric=True), "gptq", "I32"),
+    "awq": (partial(stored.awq, group=64), "awq", "I32"),
+    "nvfp4": (stored.nvfp4, "nvfp4, compressed-tensors", "U8"),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_GATE)
+def test_experts_without_a_gate(tmp_path: Path, kind: str) -> None:
+    make, layout, dtype = WITHOUT_GATE[kind]
+    tensors, values = per_expert(make)
+    tensors = {name: tensor for name, tensor in tensors.items() if ".gate_proj." not in name}
+    check(save(tensors, tmp_path), [None, *values[1:]], layout, dtype)
 
 
 def test_square_experts_are_not_ambiguous(tmp_path: Path) -> None:

@@ -81,6 +81,14 @@ _CHOSEN: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral4": ("mistral4", {"head_dim": 16, "qk_head_dim": 16}),
     "minimax_m3_vl": ("minimax_m3_vl_text", {}),
     "muse_spark": ("muse_spark_text", {}),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            "layers_block_type": ["full_attention", "moe", "linear_attention", "moe"],
+            "moe_latent_size": 28,
+            **{"mamba_num_heads": 8, "n_groups": 2, "ssm_state_size": 8},
+        },
+    ),
     "qwen3_5_moe": ("qwen3_5_moe_text", _ATTENTION),
     "qwen3_next": ("qwen3_next", _ATTENTION),
     "qwen3_omni_moe": ("qwen3_omni_moe_thinker", {"audio_config": {"downsample_hidden_size": 8}}),
@@ -102,8 +110,8 @@ def tiny_family(family: str, model_type: str | None = None, *, seed: int = 0) ->
     torch.manual_seed(seed)
     model = made(config)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 or "post_expert_norm" in name:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
             parameter.copy_(parameter.bfloat16())
         for module in model.modules():

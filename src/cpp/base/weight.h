@@ -1,11 +1,12 @@
 // Frozen weights in the precision they are kept in: a matrix (codes, and the scales of blocks of them), and
-// the three of each expert of a layer. Owns nothing. docs/formats.md has the formats bit by bit.
+// those of each expert of a layer. Owns nothing. docs/formats.md has the formats bit by bit.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <string_view>
 
@@ -15,10 +16,18 @@
 
 namespace kt {
 
-// The three weight matrices of an expert.
+// The weight matrices of an expert: three, or without a gate two.
 enum class Projection : std::uint8_t { gate, up, down };
 
 inline constexpr std::array projections{Projection::gate, Projection::up, Projection::down};
+
+// Those of an expert, and of these the ones that read hidden_states.
+constexpr std::span<const Projection> projections_of(bool gated) {
+  return std::span(projections).last(gated ? 3 : 2);
+}
+constexpr std::span<const Projection> gate_up_of(bool gated) {
+  return projections_of(gated).first(gated ? 2 : 1);
+}
 
 // For arrays with one element a projection.
 constexpr std::size_t index_of(Projection p) { return static_cast<std::size_t>(p); }
@@ -145,6 +154,7 @@ struct LayerShape {
   int num_experts = 0;
   index_t hidden = 0, intermediate = 0;
   std::array<WeightType, projections.size()> types = {};
+  bool gated = true;  // else there is no gate
 
   index_t rows(Projection p) const { return p == Projection::down ? hidden : intermediate; }
   index_t cols(Projection p) const { return p == Projection::down ? intermediate : hidden; }
@@ -153,7 +163,7 @@ struct LayerShape {
   // Of the weights and scales of all experts.
   index_t bytes() const {
     index_t bytes = 0;
-    for (const Projection p : projections) bytes += num_experts * matrix(p).bytes();
+    for (const Projection p : projections_of(gated)) bytes += num_experts * matrix(p).bytes();
     return bytes;
   }
 

@@ -51,9 +51,10 @@ py::dict layer(const kt::ExpertIndex& index, int number) {
   out["dtype"] = info.stored_type;
   out["layout"] = info.layout;
   out["nbytes"] = info.nbytes;
+  out["gated"] = info.gated;
   out["biases"] = info.biases;
   out["mappable"] = info.mappable;
-  const kt::WeightType& gate = info.types.front();
+  const kt::WeightType& gate = info.types[kt::index_of(kt::projections_of(info.gated).front())];
   out["format"] = kt::name_of(gate.format);
   out["scale_type"] = kt::name_of(gate.scale);
   out["scale_rows"] = gate.scale_rows;
@@ -61,7 +62,7 @@ py::dict layer(const kt::ExpertIndex& index, int number) {
   out["zero_points"] = gate.zero_points;
   out["global_scale"] = gate.global_scale != kt::GlobalScale::none;
   py::dict memory;
-  for (const kt::Projection p : kt::projections)
+  for (const kt::Projection p : kt::projections_of(info.gated))
     memory[py::str(std::string(kt::name_of(p)))] = info.num_experts * info.matrix(p).bytes();
   out["memory_bytes"] = memory;
   return out;

@@ -45,28 +45,36 @@ std::shared_ptr<Experts> from_tensors(py::handle gate, py::handle up, py::handle
                                       py::handle up_bias, py::handle down_bias, const std::string& activation,
                                       const std::string& format, std::shared_ptr<Runtime> runtime,
                                       const std::string& placement, Popularity popularity) {
-  const std::array tensors{read_tensor(gate, "gate", kFloats, 3), read_tensor(up, "up", kFloats, 3),
-                           read_tensor(down, "down", kFloats, 3)};
-  const index_t e = tensors[0].dim(0), i = tensors[0].dim(1), h = tensors[0].dim(2);
-  KT_CHECK(e > 0 && i > 0 && h > 0, "gate has shape {}, wanted [E, I, H] with no dimension 0",
-           shape_text(tensors[0].shape));
+  const bool gated = !gate.is_none();
+  const std::array objects{gate, up, down};
+  std::array<Tensor, 3> tensors;
+  for (const Projection p : projections_of(gated))
+    tensors[index_of(p)] = read_tensor(objects[index_of(p)], std::string(name_of(p)), kFloats, 3);
+  const Projection first_p = projections_of(gated).front();
+  const std::string first(name_of(first_p));
+  const Tensor& inner = tensors[index_of(first_p)];
+  const index_t e = inner.dim(0), i = inner.dim(1), h = inner.dim(2);
+  KT_CHECK(e > 0 && i > 0 && h > 0, "{} has shape {}, wanted [E, I, H] with no dimension 0", first,
+           shape_text(inner.shape));
   constexpr index_t kMostExperts = 1'000'000;
-  KT_CHECK(e <= kMostExperts, "gate has {} experts, wanted at most {}", e, kMostExperts);
+  KT_CHECK(e <= kMostExperts, "{} has {} experts, wanted at most {}", first, e, kMostExperts);
   check_shape(tensors[1], "up", {e, i, h}, "[E, I, H] of gate");
-  check_shape(tensors[2], "down", {e, h, i}, "[E, H, I] of gate's [E, I, H]");
+  check_shape(tensors[2], "down", {e, h, i}, message("[E, H, I] of {}'s [E, I, H]", first));
   Biases biases;
-  const auto read_bias = [&](Projection p, py::handle bias, index_t rows, const char* meaning) {
+  const auto read_bias = [&](Projection p, py::handle bias, index_t rows, const std::string& meaning) {
     if (bias.is_none()) return;
     const std::string name = std::string(name_of(p)) + "_bias";
     const Tensor tensor = read_tensor(bias, name, kFloats, 2);
     check_shape(tensor, name, {e, rows}, meaning);
     biases[index_of(p)] = tensor.matrix();
   };
-  read_bias(Projection::gate, gate_bias, i, "[E, I] of gate's [E, I, H]");
-  read_bias(Projection::up, up_bias, i, "[E, I] of gate's [E, I, H]");
-  read_bias(Projection::down, down_bias, h, "[E, H] of gate's [E, I, H]");
+  const std::string of_weights = message(" of {}'s [E, I, H]", first);
+  KT_CHECK(gated || gate_bias.is_none(), "gate_bias is given, but gate is None");
+  read_bias(Projection::gate, gate_bias, i, "[E, I]" + of_weights);
+  read_bias(Projection::up, up_bias, i, "[E, I]" + of_weights);
+  read_bias(Projection::down, down_bias, h, "[E, H]" + of_weights);
   const Activation act = activation_from(activation);
-  const LayerShape layer{static_cast<int>(e), h, i, types_of(format_from(format))};
+  const LayerShape layer{static_cast<int>(e), h, i, types_of(format_from(format)), gated};
   const ShardingOptions sharding = sharding_options(placement, std::move(popularity));
 
   const kt::ReleaseGil release;
@@ -113,14 +121,15 @@ void dequantize(const Experts& experts, py::handle gate, py::handle up, py::hand
   const ExpertWeights& w = experts.weights();
   const std::array targets{gate, up, down};
   std::array<bf16_t*, 3> memory;
-  for (const Projection p : projections) {
+  KT_CHECK(w.gated || gate.is_none(), "gate is given, but the experts have none: wanted None");
+  for (const Projection p : projections_of(w.gated)) {
     const std::string name(name_of(p));
     const Tensor target = read_tensor(targets[index_of(p)], name, {DType::bf16}, 3);
     check_shape(target, name, {w.num_experts, w.rows(p), w.cols(p)}, "[E, rows, cols]");
     memory[index_of(p)] = static_cast<bf16_t*>(target.data);
   }
   const kt::ReleaseGil release;
-  for (const Projection p : projections) experts.dequantize(p, memory[index_of(p)]);
+  for (const Projection p : projections_of(w.gated)) experts.dequantize(p, memory[index_of(p)]);
 }
 
 // Whether the weights of a packed layer are those that were written.
@@ -164,11 +173,12 @@ py::dict stored_slice(const ExpertWeights& w, Projection p, std::size_t part, Ra
                   "divides"_a = any.type.global_scale == GlobalScale::divides);
 }
 
-// For gate, up and down: the slices that are not empty. Addresses never change.
+// For gate, up and down: the slices that are not empty; none of a gate that there is not. Addresses never
+// change.
 std::array<py::list, 3> weights_at(const Experts& experts) {
   const ExpertWeights& w = experts.weights();
   std::array<py::list, 3> stored;
-  for (const Projection p : projections) {
+  for (const Projection p : projections_of(w.gated)) {
     py::list& slices = stored[index_of(p)];
     if (!w.split()) {
       slices.append(stored_slice(w, p, 0, {0, w.intermediate}));
@@ -207,7 +217,7 @@ std::vector<std::array<index_t, 3>> page_nodes(const Experts& experts) {
 py::object quantization_error(const Experts& experts) {
   if (!experts.errors()) return py::none();
   py::dict errors;
-  for (const Projection p : projections) {
+  for (const Projection p : projections_of(experts.weights().gated)) {
     const auto& [error, norm] = (*experts.errors())[index_of(p)];
     errors[py::str(std::string(name_of(p)))] = norm > 0 ? std::sqrt(error / norm) : 0.0;
   }
@@ -265,8 +275,9 @@ void bind_experts(py::module_& m) {
       .def_property_readonly("intermediate_size", [](const Experts& e) { return e.weights().intermediate; })
       .def_property_readonly("activation",
                              [](const Experts& e) { return kt::name_of(e.weights().activation); })
+      .def_property_readonly("gated", [](const Experts& e) { return e.weights().gated; })
       .def_property_readonly("format",
-                             [](const Experts& e) { return kt::name_of(e.weights().types.front().format); })
+                             [](const Experts& e) { return kt::name_of(e.weights().types.back().format); })
       .def_property_readonly("nbytes", [](const Experts& e) { return e.weights().bytes(); })
       .def_property_readonly("mapped", &Experts::mapped)
       .def("verify", &kt::verify)

@@ -35,6 +35,7 @@ LoraPair read_pair(const ExpertWeights& w, Projection p, py::handle a, py::handl
   KT_CHECK(a.is_none() == b.is_none(), "{} is given without {}", name + (a.is_none() ? "b" : "a"),
            name + (a.is_none() ? "a" : "b"));
   if (a.is_none()) return {};
+  KT_CHECK(w.gated || p != Projection::gate, "{}a is given, but the experts have no gate: wanted None", name);
   const bool down = p == Projection::down;
   const index_t rows = w.rows(p), cols = w.cols(p);
   LoraPair pair{
@@ -76,10 +77,14 @@ Saved read_saved(const py::object& saved, const ExpertWeights& w, const LayerInp
   const index_t routes = count_routes(inputs.topk_ids, w.num_experts);
   index_t ranks = 0;
   for (const LoraPair& pair : inputs.lora) ranks += pair.rank();
-  check_shape(t, "saved", {routes, 2 * w.intermediate + ranks}, "[routes, 2 I + the three ranks]");
+  const index_t inner = std::ssize(gate_up_of(w.gated)) * w.intermediate;
+  check_shape(t, "saved", {routes, inner + ranks},
+              w.gated ? "[routes, 2 I + the three ranks]" : "[routes, I + the two ranks]");
   auto* rest = static_cast<bf16_t*>(t.data);
   const auto take = [&](index_t width) { return std::exchange(rest, rest + routes * width); };
-  Saved kept{take(w.intermediate), take(w.intermediate), {}};
+  Saved kept;
+  if (w.gated) kept.gate = take(w.intermediate);
+  kept.up = take(w.intermediate);
   for (const Projection p : projections) kept.low_rank[index_of(p)] = take(inputs.of(p).rank());
   return kept;
 }

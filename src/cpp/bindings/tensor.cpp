@@ -77,7 +77,7 @@ Tensor read_tensor(py::handle object, const std::string& name, std::initializer_
 }
 
 void check_shape(const Tensor& tensor, const std::string& name, std::initializer_list<index_t> wanted,
-                 const char* meaning) {
+                 std::string_view meaning) {
   KT_CHECK(std::equal(tensor.shape.begin(), tensor.shape.end(), wanted.begin(), wanted.end()),
            "{} has shape {}, wanted {} = {}", name, shape_text(tensor.shape), meaning,
            shape_text({wanted.begin(), wanted.size()}));

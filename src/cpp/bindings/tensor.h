@@ -6,6 +6,7 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "base/view.h"
@@ -31,6 +32,6 @@ Tensor read_tensor(pybind11::handle object, const std::string& name, std::initia
 
 // ValueError unless the shape is the one wanted; `meaning` says what the dimensions are, as "[E, r, H]".
 void check_shape(const Tensor& tensor, const std::string& name, std::initializer_list<index_t> wanted,
-                 const char* meaning);
+                 std::string_view meaning);
 
 }  // namespace kt

@@ -125,11 +125,12 @@ struct GemvKernels {
   const CodedGemvKernels* coded = nullptr;
 };
 
-// What experts make of G and U: h = act(G, U). A table has one entry for each, in this order.
-enum class Activation : uint8_t { silu, gpt_oss, clamped_silu, gelu_tanh, gelu, softcapped_silu };
-constexpr int kActivationCount = 6;
-constexpr const char* kActivationNames[kActivationCount] = {"silu",      "gpt_oss", "clamped_silu",
-                                                            "gelu_tanh", "gelu",    "softcapped_silu"};
+// What experts make of G and U, h = act(G, U) = value(G) * factor(U), or without a gate of U alone, h =
+// act(U) = value(U). A table has one entry for each, in this order.
+enum class Activation : uint8_t { silu, gpt_oss, clamped_silu, gelu_tanh, gelu, softcapped_silu, relu2 };
+constexpr int kActivationCount = 7;
+constexpr const char* kActivationNames[kActivationCount] = {
+    "silu", "gpt_oss", "clamped_silu", "gelu_tanh", "gelu", "softcapped_silu", "relu2"};
 
 // gpt-oss: h = (clamp(U, -limit, limit) + 1) * g * sigmoid(alpha * g), g = min(G, limit).
 constexpr float kGptOssAlpha = 1.702f, kGptOssLimit = 7.0f;
@@ -153,9 +154,16 @@ using ActivationForward = void(int n, const float* g, const float* u, uint16_t* 
 using ActivationBackward = float(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u,
                                  uint16_t* dg, uint16_t* du, uint16_t* h);
 
+// The same of experts without a gate: of a row of U alone.
+using UngatedForward = void(int n, const float* u, uint16_t* u_saved, uint16_t* h);
+using UngatedBackward = float(int n, const float* dh, float weight, const uint16_t* u, uint16_t* du,
+                              uint16_t* h);
+
 struct ActivationKernels {
   ActivationForward* forward;
   ActivationBackward* backward;
+  UngatedForward* ungated_forward;
+  UngatedBackward* ungated_backward;
 };
 
 struct ActivationTable {

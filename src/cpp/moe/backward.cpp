@@ -101,13 +101,18 @@ void activate_grad(const Pass& pass, const Block& mc, Range nc, const float* dh,
   for (index_t i = 0; i < mc.count; ++i) {
     const index_t row = pass.plan.within(mc).begin + i, route = mc.first + i;
     if (const index_t ahead = row + kRowsAhead; ahead < last)
-      for (const bf16_t* rows : {pass.gate[b], pass.up[b]}) prefetch(rows + ahead * n + nc.begin, nc.size());
+      for (const ByBlock* saved : {&pass.gate, &pass.up})
+        if (!saved->empty()) prefetch((*saved)[b] + ahead * n + nc.begin, nc.size());
     for (index_t j = 0; j < nc.size(); j += dot_cols) {
       const index_t at = row * n + nc.begin + j;
+      const int width = to_int(std::min(dot_cols, nc.size() - j));
+      const float weight = pass.route_weight(route), *row_dh = dh + i * stride + j;
+      const bf16_t* up = pass.up[b] + at;
+      bf16_t *du = pass.d_gate_up[1][b] + at, *h = pass.h[b] + at;
       dots[j / dot_cols * pass.routing.routes() + route] =
-          pass.activation.backward(to_int(std::min(dot_cols, nc.size() - j)), dh + i * stride + j,
-                                   pass.route_weight(route), pass.gate[b] + at, pass.up[b] + at,
-                                   pass.d_gate_up[0][b] + at, pass.d_gate_up[1][b] + at, pass.h[b] + at);
+          pass.experts.gated ? pass.activation.backward(width, row_dh, weight, pass.gate[b] + at, up,
+                                                        pass.d_gate_up[0][b] + at, du, h)
+                             : pass.activation.ungated_backward(width, row_dh, weight, up, du, h);
     }
   }
 }
@@ -139,7 +144,7 @@ void sum_dots(const Pass& pass, float* grad_topk_weights) {
 
 // dG and dU, packed, and their products with B for Q; Q = s dG B of them.
 void pack_d_gate_up(Pass& pass, const Block& block, float* product, Arena& scratch) {
-  for (const Projection p : kGateUp) {
+  for (const Projection p : pass.gate_up()) {
     pack_grad_rows(pass, p, block, pass.packed_grad[index_of(p)][block.index].memory);
     if (!pass.lora(p)) continue;
     multiply_b(pass, p, block, product, scratch);
@@ -148,7 +153,7 @@ void pack_d_gate_up(Pass& pass, const Block& block, float* product, Arena& scrat
 }
 
 void pack_q_of_d_gate_up(Pass& pass, const Block& block, float* product, Arena& scratch) {
-  for (const Projection p : kGateUp) {
+  for (const Projection p : pass.gate_up()) {
     if (!pass.lora(p)) continue;
     round_q(pass, p, block, product, scratch);
     product += q_product_floats(pass, p, block);
@@ -157,14 +162,17 @@ void pack_q_of_d_gate_up(Pass& pass, const Block& block, float* product, Arena& 
 }
 
 index_t q_floats_of_gate_up(const Pass& pass, const Block& block) {
-  return q_product_floats(pass, Projection::gate, block) + q_product_floats(pass, Projection::up, block);
+  index_t floats = 0;
+  for (const Projection p : pass.gate_up()) floats += q_product_floats(pass, p, block);
+  return floats;
 }
 
 // dG Wg + dU Wu + Qg Ag + Qu Au, columns nc, summed over the shards that are here.
 void grad_gate_up(const Pass& pass, std::span<const Block> blocks, Range nc, Range next, float* rows,
                   index_t stride, Arena& scratch) {
   BackwardWeights weights;
-  for (const Block& block : blocks) add_backward_weights(pass, kGateUp, block, nc, next, weights, scratch);
+  for (const Block& block : blocks)
+    add_backward_weights(pass, pass.gate_up(), block, nc, next, weights, scratch);
   for_mc_ranges(blocks.front(), backward_mc(pass), [&](const Block& mc) {
     const Arena::Frame frame(scratch);
     multiply_backward(pass, weights, mc, nc, rows + pass.plan.within(mc).begin * stride, stride, scratch);
@@ -221,10 +229,13 @@ void backward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs&
   pass.grad_out = grad_out;
   pass.recompute = !saved;
   pass.h = pass.take_inner();
-  pass.d_gate_up = {pass.take_inner(), pass.take_inner()};
-  pass.gate = saved ? pass.saved_inner(saved.gate) : pass.take_inner();
-  pass.up = saved ? pass.saved_inner(saved.up) : pass.take_inner();
-  for (const Projection p : projections) {
+  const std::array saved_gate_up{saved.gate, saved.up};
+  for (const Projection p : pass.gate_up()) {
+    pass.d_gate_up[index_of(p)] = pass.take_inner();
+    (p == Projection::gate ? pass.gate : pass.up) =
+        saved ? pass.saved_inner(saved_gate_up[index_of(p)]) : pass.take_inner();
+  }
+  for (const Projection p : pass.projections()) {
     const std::size_t i = index_of(p);
     ByBlock& kept = p == Projection::down ? pass.weighted_lora_p : pass.lora_p[i];
     kept = saved ? pass.saved_low_rank(p, saved.low_rank[i]) : pass.take_low_rank(p);
@@ -243,8 +254,8 @@ void backward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs&
   std::optional<Combine> combine;
   if (gradients.hidden_states) {
     const GemmKernels& gemm = pass.kernels().gemm;
-    combine.emplace(pass, gradients.hidden_states, /*weighted=*/false, gemm.nr, 2 * gemm.element_bytes,
-                    packed);
+    combine.emplace(pass, gradients.hidden_states, /*weighted=*/false, gemm.nr,
+                    std::ssize(pass.gate_up()) * gemm.element_bytes, packed);
     combine->add_tasks(Stage::grad_hidden, grad_gate_up, cost_of_grad_gate_up);
   }
   add_lora_gradients(pass, gradients, packed);

@@ -26,9 +26,9 @@ Work cost_of_packing(const Pass& pass, const Block& block) {
 
 Work cost_of_gate_up(const Pass& pass, const Block& block, Range nc) {
   const index_t matrix = block.count * nc.size() * kBf16;
-  Work work{0, matrix, 0};                                           // h
-  if (!pass.gate.empty()) work += moved(2 * matrix, 0, block.node);  // G, U
-  for (const Projection p : kGateUp)
+  Work work{0, matrix, 0};                                                                  // h
+  if (!pass.up.empty()) work += moved(std::ssize(pass.gate_up()) * matrix, 0, block.node);  // G, U
+  for (const Projection p : pass.gate_up())
     work += cost_of_product(pass, p, block, nc.size(), pass.cols(p, block),
                             /*here=*/true);
   return work;
@@ -44,8 +44,9 @@ Work cost_of_down(const Pass& pass, std::span<const Block> blocks, Range nc) {
 
 Work cost_of_grad_down(const Pass& pass, const Block& block, Range nc) {
   const index_t matrix = block.count * nc.size() * kBf16;
-  Work work{0, 3 * matrix, 0};                                             // dG, dU, h
-  work += moved(2 * matrix, pass.recompute ? block.node : 0, block.node);  // G, U
+  const index_t inner = std::ssize(pass.gate_up()) * matrix;  // G, U; and so many dG, dU
+  Work work{0, inner + matrix, 0};                            // and h
+  work += moved(inner, pass.recompute ? block.node : 0, block.node);
   work += cost_of_product(pass, Projection::down, block, nc.size(), pass.rows(Projection::down, block), true);
   return work;
 }
@@ -53,7 +54,7 @@ Work cost_of_grad_down(const Pass& pass, const Block& block, Range nc) {
 Work cost_of_grad_gate_up(const Pass& pass, std::span<const Block> blocks, Range nc) {
   Work work{0, blocks.front().count * nc.size() * kFloat, 0};
   for (const Block& block : blocks)
-    for (const Projection p : kGateUp)
+    for (const Projection p : pass.gate_up())
       work += cost_of_product(pass, p, block, nc.size(), pass.rows(p, block), pass.plan.is_root(block));
   return work;
 }

@@ -31,7 +31,7 @@ index_t p_floats_of_down(const Pass& pass, const Block& block) {
 // P of gate and up, packed behind the packed X.
 void pack_p_of_x(Pass& pass, const Block& block, char* slot) {
   char* into = slot + packed_b_bytes(pass.kernels(), block.count, pass.experts.hidden);
-  for (const Projection p : kGateUp) {
+  for (const Projection p : pass.gate_up()) {
     if (!pass.lora(p)) continue;
     pass.packed_x[block.index].low_rank[index_of(p)] = pack_p(pass, p, block, into);
     into += packed_b_bytes(pass.kernels(), block.count, pass.rank(p));
@@ -43,9 +43,9 @@ void pack_x(Pass& pass, const Block& block, char* slot, Arena& scratch) {
   PackedB& rows = pass.packed_x[block.index].rows;
   if (!pass.plan.by_gemv(block))
     rows =
-        pack_b_cols_into(slot, pass.kernels(), pass.input(Projection::gate, block, {0, pass.experts.hidden}));
+        pack_b_cols_into(slot, pass.kernels(), pass.input(Projection::up, block, {0, pass.experts.hidden}));
   if (!pass.plan.is_root(block)) return;
-  for (const Projection p : kGateUp) {
+  for (const Projection p : pass.gate_up()) {
     if (!pass.lora(p)) continue;
     const Arena::Frame frame(scratch);
     auto* product = scratch.take<float>(p_product_floats(pass, p, block));
@@ -61,14 +61,18 @@ void activate(const Pass& pass, const Block& mc, Range nc, const std::array<floa
   const Arena::Frame frame(scratch);
   const Span span(pass.recorder(scratch), Stage::activation);
   const index_t width = nc.size();
-  const bool saved = !pass.gate.empty();
+  const bool saved = !pass.up.empty();
   // Off a line, for what fills lines may go past the caches.
   auto* unsaved = scratch.take<bf16_t>(width + 1) + 1;
   for (index_t i = 0; i < mc.count; ++i) {
     const index_t at = (pass.plan.within(mc).begin + i) * pass.plan.width(mc) + nc.begin;
+    bf16_t* const up = saved ? pass.up[mc.index] + at : unsaved;
+    if (!pass.experts.gated) {
+      pass.activation.ungated_forward(to_int(width), gate_up[1] + i * width, up, pass.h[mc.index] + at);
+      continue;
+    }
     pass.activation.forward(to_int(width), gate_up[0] + i * width, gate_up[1] + i * width,
-                            saved ? pass.gate[mc.index] + at : unsaved,
-                            saved ? pass.up[mc.index] + at : unsaved, pass.h[mc.index] + at);
+                            saved ? pass.gate[mc.index] + at : unsaved, up, pass.h[mc.index] + at);
   }
 }
 
@@ -76,13 +80,13 @@ void activate(const Pass& pass, const Block& mc, Range nc, const std::array<floa
 void gate_up(const Pass& pass, const Block& block, index_t, Range nc, Range next, Arena& scratch) {
   const PackedInput& x = pass.packed_x[block.packer];
   std::array<ForwardWeights, 2> weights;
-  std::array<float*, 2> result;
-  for (const Projection p : kGateUp) {
+  std::array<float*, 2> result{};
+  for (const Projection p : pass.gate_up()) {
     weights[index_of(p)] = forward_weights(pass, p, block, x, nc, next, scratch);
     result[index_of(p)] = scratch.take<float>(pass.kernels().gemm.nr * nc.size());
   }
   pass.plan.for_forward_mc_ranges(block, [&](const Block& mc) {
-    for (const Projection p : kGateUp)
+    for (const Projection p : pass.gate_up())
       multiply_forward(pass, p, {&weights[index_of(p)], 1}, mc, result[index_of(p)], nc.size(), scratch);
     activate(pass, mc, nc, result, scratch);
   });
@@ -128,11 +132,11 @@ TaskGraph::Groups add_gate_up(Pass& pass) {
   const index_t hidden = pass.experts.hidden;
   const GemmKernels& gemm = pass.kernels().gemm;
   for (const ShardSlice& shard : plan.shards)
-    pass.gate_up_ranges.push_back(
-        plan.nc_ranges(shard.range.size(), gemm.mr, 2 * hidden * gemm.element_bytes));
+    pass.gate_up_ranges.push_back(plan.nc_ranges(shard.range.size(), gemm.mr,
+                                                 std::ssize(pass.gate_up()) * hidden * gemm.element_bytes));
   pass.packed_x.resize(plan.blocks.size());
   const bool lora = pass.lora(Projection::gate) || pass.lora(Projection::up);
-  const index_t slot_bytes = packed_input_bytes(pass, kGateUp, plan.most_rows, hidden);
+  const index_t slot_bytes = packed_input_bytes(pass, pass.gate_up(), plan.most_rows, hidden);
   return add_packed_products(pass,
                              {Stage::gate_up, pack_x, lora ? pack_p_of_x : nullptr, slot_bytes, gate_up,
                               cost_of_gate_up, pass.gate_up_ranges},
@@ -145,7 +149,7 @@ void forward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& 
   Pass pass(runtime, experts, inputs, Direction::forward);
   pass.gate = pass.saved_inner(saved.gate), pass.up = pass.saved_inner(saved.up);
   pass.h = pass.take_inner();
-  for (const Projection p : kGateUp) {
+  for (const Projection p : pass.gate_up()) {
     bf16_t* kept = saved.low_rank[index_of(p)];
     pass.lora_p[index_of(p)] = saved ? pass.saved_low_rank(p, kept) : pass.take_low_rank(p);
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <span>
 #include <vector>
 
 #include "gemm/gemm.h"
@@ -61,7 +62,7 @@ struct Pass {
   TaskGraph tasks;
 
   // m: the rows of a block, I_s: the columns of the intermediate dimension on its shard.
-  ByBlock gate, up;               // G, U [m, I_s]; none where they are not kept
+  ByBlock gate, up;               // G, U [m, I_s]; none where they are not kept, and no G without a gate
   ByBlock h;                      // h [m, I_s]
   std::array<ByBlock, 3> lora_p;  // P' [r, m] of each projection, one for all shards of a token block
   ByBlock weighted_lora_p;        // P' of down times the routing weights [r, m]; none where it is not kept
@@ -71,13 +72,16 @@ struct Pass {
   // Of backward.
   bool recompute = false;                    // forward kept nothing
   MatView grad_out;                          // dOut [T, H]
-  std::array<ByBlock, 2> d_gate_up;          // dG, dU [m, I_s]
+  std::array<ByBlock, 2> d_gate_up;          // dG, dU [m, I_s]; no dG without a gate
   std::array<ByBlock, 3> lora_q;             // Q [m, r]
   std::array<ByBlock, 3> lora_q_transposed;  // Q' [r, m], that of down times the routing weights
   Dots dots;
   std::array<std::vector<PackedGradient>, 3> packed_grad;  // by the block that packed them
 
   const KernelSet& kernels() const { return lease.kernels(); }
+  // All projections that the experts have, and those that read hidden_states.
+  std::span<const Projection> projections() const { return projections_of(experts.gated); }
+  std::span<const Projection> gate_up() const { return gate_up_of(experts.gated); }
   const LoraPair& lora(Projection p) const { return inputs.of(p); }
   index_t rank(Projection p) const { return inputs.of(p).rank(); }
   // s. Dropped inputs are zeros, and the kept ones' factor 1 / (1 - probability) enters here, in fp32.

@@ -25,8 +25,7 @@ inline constexpr index_t kBlockRows = 512;
 // cores share one of 2 MiB.
 inline constexpr index_t kMostCacheBytes = index_t{512} << 10;
 
-// The projections that read hidden_states, and the one that reads h.
-inline constexpr std::array kGateUp{Projection::gate, Projection::up};
+// The projection that reads h.
 inline constexpr std::array kDown{Projection::down};
 
 // A token block on one shard, which is what a verb computes: consecutive routed tokens of one expert, and the

@@ -7,8 +7,8 @@
 namespace kt {
 namespace {
 
-// Qwen, DeepSeek, GLM, Kimi and most others on the hub; Mixtral, MiniMax, LFM2.
-constexpr Spelling kGateUpDown{Form::per_expert, {"gate_proj", "up_proj", "down_proj"}};
+// Qwen, DeepSeek, GLM, Kimi and most others on the hub, without a gate Nemotron-H; Mixtral, MiniMax, LFM2.
+constexpr Spelling kGateUpDown{Form::per_expert, {"gate_proj", "up_proj", "down_proj"}, std::nullopt};
 constexpr Spelling kW1W3W2{Form::per_expert, {"w1", "w3", "w2"}};
 // transformers 5, gpt-oss, Llama 4.
 constexpr Spelling kFused{Form::fused, {"gate_up_proj", "gate_up_proj", "down_proj"}};
@@ -57,6 +57,9 @@ constexpr std::array kSigns{
     Sign{"lora_", "an adapter, not a model"},
 };
 
+// Of the outputs of all experts of a layer: it stays with the model.
+constexpr std::string_view kOutputNorm = ".experts.post_expert_norm.weight";
+
 // A multi-token-prediction head numbers its layers from 0 again; it is no part of the model that is tuned.
 constexpr std::string_view kSkippedSegment = "mtp";
 
@@ -88,7 +91,7 @@ const Tail* find_tail(std::span<const Tail> tails, std::string_view text) {
 
 bool find_word(const Spelling& spelling, std::string_view word, ExpertName& found) {
   const auto at = std::ranges::find(spelling.words, word);
-  if (at == spelling.words.end()) return false;
+  if (at == spelling.words.end() || word.empty()) return false;
   found.spelling = &spelling;
   found.first = found.last = projections[static_cast<std::size_t>(at - spelling.words.begin())];
   return true;
@@ -96,12 +99,12 @@ bool find_word(const Spelling& spelling, std::string_view word, ExpertName& foun
 
 // `last` is a word of the spelling and a tail.
 bool find_fused(const Spelling& spelling, std::string_view last, ExpertName& found) {
-  const auto both = spelling.words.front(), down_word = spelling.words.back();
+  const auto up_word = spelling.words[index_of(Projection::up)], down_word = spelling.words.back();
   const bool down = last.starts_with(down_word);
-  if (!down && !last.starts_with(both)) return false;
-  found.tail = find_tail(kFusedTails, last.substr((down ? down_word : both).size()));
+  if (!down && !last.starts_with(up_word)) return false;
+  found.tail = find_tail(kFusedTails, last.substr((down ? down_word : up_word).size()));
   found.spelling = &spelling;
-  found.first = down ? Projection::down : Projection::gate;
+  found.first = down ? Projection::down : gate_up_of(spelling.gated.value_or(true)).front();
   found.last = down ? Projection::down : Projection::up;
   return true;
 }
@@ -163,6 +166,7 @@ std::string_view root_of(std::string_view name) {
 }  // namespace
 
 std::optional<ExpertName> parse_expert_name(std::string_view name) {
+  if (name.ends_with(kOutputNorm)) return std::nullopt;
   ExpertName found{};
   if (!parse_per_expert(name, found) && !parse_fused(name, found) && !parse_kt(name, found)) {
     if (name.find("exp") == name.npos) return std::nullopt;  // most tensors that are not experts leave here

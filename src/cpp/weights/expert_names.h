@@ -19,17 +19,20 @@ enum class Form : std::uint8_t { per_expert, fused, kt };
 struct Spelling {
   Form form;
   std::array<std::string_view, projections.size()> words;  // of gate, up and down
+  std::optional<bool> gated = true;                        // whether there is a gate; none: as the files tell
 };
 
 // The experts of one module as somebody who knows the model says they are called.
 struct ExpertList {
   std::string prefix;            // of all names: "model.layers.3.block_sparse_moe.experts"
   Form form = Form::per_expert;  // or fused
-  std::array<std::string, projections.size()> words;  // gate's and up's are alike where fused
+  std::array<std::string, projections.size()> words;  // gate's and up's are alike where fused; no gate: ""
   int first_expert = 0, num_experts = 0;              // the numbers that belong to the module, per_expert
   std::optional<bool> interleaved = std::nullopt;     // gate and up alternate, fused; none: as the files tell
 
-  Spelling spelling() const { return {form, {words[0], words[1], words[2]}}; }  // views of the words
+  Spelling spelling() const {  // with views of the words
+    return {form, {words[0], words[1], words[2]}, !words[0].empty()};
+  }
 };
 
 // What the tensors' tails tell of how a matrix is stored; `any`: nothing.

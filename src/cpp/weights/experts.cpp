@@ -21,7 +21,7 @@ std::vector<MatView> codes_in(const ExpertWeights& weights, std::size_t shard) {
   for (int e = 0; e < weights.num_experts; ++e) {
     if (!weights.homes.empty() && weights.homes[static_cast<std::size_t>(e)] != static_cast<int>(shard))
       continue;
-    for (const Projection p : projections)
+    for (const Projection p : projections_of(weights.gated))
       all.push_back(codes_of(weights.placement == Placement::tensor ? weights.of(p, e, shard)
                                                                     : whole(weights.of(p, e))));
   }

@@ -60,7 +60,7 @@ QuantError fill_one(const Matrix& m, const LayerShape& layer, std::span<const La
 
 MutableWeight LayerBlock::at(int expert, Projection p) const {
   std::byte* next = memory + expert * expert_bytes();
-  for (const Projection before : projections) {
+  for (const Projection before : projections_of(shape.gated)) {
     if (before == p) break;
     next += padded_bytes(shape.matrix(before));
   }
@@ -69,7 +69,7 @@ MutableWeight LayerBlock::at(int expert, Projection p) const {
 
 index_t LayerBlock::expert_bytes() const {
   index_t bytes = 0;
-  for (const Projection p : projections) bytes += padded_bytes(shape.matrix(p));
+  for (const Projection p : projections_of(shape.gated)) bytes += padded_bytes(shape.matrix(p));
   return on_pages ? round_up(bytes, 4096) : bytes;
 }
 
@@ -134,7 +134,7 @@ std::span<std::byte> LayerMemory::expert(std::size_t number) const {
 std::vector<Matrix> matrices_of(const LayerShape& layer) {
   std::vector<Matrix> all;
   for (int e = 0; e < layer.num_experts; ++e)
-    for (const Projection p : projections) all.push_back({e, p});
+    for (const Projection p : projections_of(layer.gated)) all.push_back({e, p});
   return all;
 }
 
@@ -148,7 +148,7 @@ QuantErrors fill_all(Runtime& runtime, const LayerShape& layer, std::span<const 
     const std::size_t now = nbytes / tasks * done + (done == tasks ? nbytes % tasks : 0);
     report(now - std::exchange(reported, now));
   };
-  std::vector<QuantError> errors(tasks);
+  std::vector<QuantError> errors(static_cast<std::size_t>(layer.num_experts) * projections.size());
   {
     Runtime::Lease lease(runtime);
     const auto fill_task = [&](index_t task, Arena& scratch) {
@@ -163,7 +163,7 @@ QuantErrors fill_all(Runtime& runtime, const LayerShape& layer, std::span<const 
     if (report) tell();
   }
   QuantErrors sums{};
-  for (std::size_t i = 0; i < tasks; ++i) {
+  for (std::size_t i = 0; i < errors.size(); ++i) {
     sums[i % sums.size()].error += errors[i].error;
     sums[i % sums.size()].norm += errors[i].norm;
   }

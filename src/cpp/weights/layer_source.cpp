@@ -11,20 +11,21 @@ namespace kt {
 
 LayerSource::LayerSource(LayerTensors tensors, LayerInfo info, bool interleaved)
     : tensors_(std::move(tensors)), info_(info), interleaved_(interleaved) {
-  info_.stored_type = tensors_.first(Projection::gate, Role::weight).tensor.type->name;
+  info_.stored_type = tensors_.first(Role::weight).tensor.type->name;
+  info_.gated = tensors_.gated();
   info_.biases = tensors_.has(Role::bias);
   info_.nbytes = tensors_.nbytes();
   if (info_.biases) check_biases();
 }
 
 void LayerSource::check_biases() const {
-  for (const Projection p : projections) {
+  for (const Projection p : tensors_.projections()) {
     const Entry& entry = tensors_.first(p, Role::bias);
     const auto type = entry.tensor.type->dtype;
     if (type != DType::bf16 && type != DType::f16 && type != DType::f32)
       tensors_.fail(entry, "is {}, wanted BF16, F16 or F32", entry.tensor.type->name);
     std::vector<index_t> wanted{info_.rows(p)};
-    if (tensors_.fused()) wanted = {info_.num_experts, info_.rows(p) * (p == Projection::down ? 1 : 2)};
+    if (tensors_.fused()) wanted = {info_.num_experts, info_.rows(p) * tensors_.matrices(p)};
     tensors_.want_shape(p, Role::bias, wanted);
   }
 }
@@ -66,7 +67,7 @@ LayerSource::Stretch LayerSource::stretch(int expert, Projection p) const {
 
 LayerSource::Plane LayerSource::plane(Projection p, index_t rows) const {
   if (!tensors_.fused()) return {rows};
-  if (p == Projection::down) return {rows, 0, 1, rows};
+  if (tensors_.matrices(p) == 1) return {rows, 0, 1, rows};
   const index_t part = p == Projection::up ? 1 : 0;
   if (interleaved_) return {rows, part, 2, 2 * rows};
   return {rows, part * rows, 1, 2 * rows};
@@ -174,8 +175,7 @@ const std::vector<index_t>& shape_of(const LayerTensors& tensors, Projection p, 
 int experts_in(const LayerTensors& tensors, index_t experts) {
   constexpr index_t kMostExperts = 1'000'000;  // far above any model, so that an int counts them
   if (experts > kMostExperts)
-    tensors.fail(tensors.first(Projection::gate, Role::weight), "has {} experts, wanted at most {}", experts,
-                 kMostExperts);
+    tensors.fail(tensors.first(Role::weight), "has {} experts, wanted at most {}", experts, kMostExperts);
   return static_cast<int>(experts);
 }
 
@@ -188,7 +188,7 @@ index_t group_of(const LayerTensors& tensors, const Entry& scales, index_t cols,
 }
 
 void want_type(const LayerTensors& tensors, Role role, std::string_view types) {
-  const Entry& entry = tensors.first(Projection::gate, role);
+  const Entry& entry = tensors.first(role);
   for (std::size_t at = 0; at < types.size();) {
     const auto end = std::min(types.find(' ', at), types.size());
     if (types.substr(at, end - at) == entry.tensor.type->name) return;

@@ -29,6 +29,8 @@ void LayerTensors::decide_layout(std::span<const Member> members) {
              "{}: layer {} is stored in two layouts; {} belongs to the second",
              quote(checkpoint_->path().native()), layer_, quote(entry->name));
   }
+  gated_ = spelling_->gated.value_or(std::ranges::any_of(
+      members, [](const Member& member) { return member.name.first == Projection::gate; }));
 }
 
 void LayerTensors::fill(std::span<const Member> members) {
@@ -42,14 +44,14 @@ void LayerTensors::fill(std::span<const Member> members) {
   KT_CHECK(parts_ == 1 || cells <= members.size(),
            "{}: layer {} has {} experts in {} parts but {} tensors; some are missing",
            quote(checkpoint_->path().native()), layer_, experts_, parts_, members.size());
-  grid_.resize(cells * projections.size() * kRoleCount);
+  grid_.resize(cells * kt::projections.size() * kRoleCount);
   for (const auto& [entry, name] : members) {
     nbytes_ += entry->tensor.nbytes;
     const Role role = name.tail->role;
     if (role == Role::unused || name.expert >= experts_) continue;
     auto& like = likes_[static_cast<std::size_t>(role)];
     if (!like) like = name;
-    for (const Projection p : projections) {
+    for (const Projection p : projections()) {
       if (p < name.first || p > name.last) continue;
       const Entry*& cell = grid_[place(name.expert, p, role, name.part)];
       if (cell != nullptr) fail(*entry, "says the same as {}", quote(cell->name));
@@ -60,7 +62,7 @@ void LayerTensors::fill(std::span<const Member> members) {
 
 void LayerTensors::check_complete() const {
   for (int expert = 0; expert < experts_; ++expert) {
-    for (const Projection p : projections) {
+    for (const Projection p : projections()) {
       for (int part = 0; part < parts_; ++part) {
         for (std::size_t role = 0; role < kRoleCount; ++role) {
           if (!likes_[role] || grid_[place(expert, p, static_cast<Role>(role), part)] != nullptr) continue;
@@ -75,9 +77,10 @@ void LayerTensors::check_alike() const {
   for (std::size_t at = 0; at < grid_.size(); ++at) {
     if (grid_[at] == nullptr) continue;
     const Role role = static_cast<Role>(at % kRoleCount);
-    const Projection p = projections[at / kRoleCount / static_cast<std::size_t>(parts_) % projections.size()];
+    const Projection p =
+        kt::projections[at / kRoleCount / static_cast<std::size_t>(parts_) % kt::projections.size()];
     const StoredTensor &tensor = grid_[at]->tensor, &wanted = first(p, role).tensor;
-    const auto* type = first(Projection::gate, role).tensor.type;
+    const auto* type = first(role).tensor.type;
     if (tensor.type != type)
       fail(*grid_[at], "is {}, the layer's first is {}", tensor.type->name, type->name);
     if (tensor.shape != wanted.shape)
@@ -86,7 +89,7 @@ void LayerTensors::check_alike() const {
 }
 
 void LayerTensors::want_role(Role role, std::string_view called) const {
-  if (!has(role)) fail(first(Projection::gate, Role::weight), "has no {} beside it", called);
+  if (!has(role)) fail(first(Role::weight), "has no {} beside it", called);
 }
 
 void LayerTensors::want_shape(Projection p, Role role, const std::vector<index_t>& wanted) const {

@@ -36,6 +36,10 @@ class LayerTensors {
   bool fused() const { return spelling_->form == Form::fused; }
   std::optional<bool> interleaved() const { return interleaved_; }
   Encoding encoding() const { return encoding_; }
+  bool gated() const { return gated_; }
+  std::span<const Projection> projections() const { return projections_of(gated_); }
+  // Matrices of an expert in a tensor of the projection: gate and up have one where fused.
+  int matrices(Projection p) const { return fused() && gated_ && p != Projection::down ? 2 : 1; }
   int experts() const { return experts_; }  // 1 where fused: the names do not tell
   int parts() const { return parts_; }      // of every matrix
   std::size_t nbytes() const { return nbytes_; }
@@ -47,6 +51,7 @@ class LayerTensors {
   }
   // The layer's first; all have its type, those of the same projection also its shape.
   const Entry& first(Projection p, Role role) const { return at(0, p, role); }
+  const Entry& first(Role role) const { return first(projections().front(), role); }
 
   // All of a tensor.
   template <class T>
@@ -66,7 +71,7 @@ class LayerTensors {
 
  private:
   std::size_t place(int expert, Projection p, Role role, int part) const {
-    const auto matrix = static_cast<std::size_t>(expert) * projections.size() + index_of(p);
+    const auto matrix = static_cast<std::size_t>(expert) * kt::projections.size() + index_of(p);
     return (matrix * static_cast<std::size_t>(parts_) + static_cast<std::size_t>(part)) * kRoleCount +
            static_cast<std::size_t>(role);
   }
@@ -81,6 +86,7 @@ class LayerTensors {
   const Spelling* spelling_ = nullptr;
   std::optional<bool> interleaved_;
   Encoding encoding_ = Encoding::any;
+  bool gated_ = true;
   int experts_ = 1, parts_ = 1;
   std::size_t nbytes_ = 0;
   std::vector<const Entry*> grid_;

@@ -106,8 +106,8 @@ class CheckpointLayer {
         source_(index_->open(layer)),
         info_(source_->info()),
         weights_{info_, {}, options.activation} {
-    for (WeightType& type : weights_.types)
-      if (options.format && *options.format != type.format) {
+    for (const Projection p : projections_of(info_.gated))
+      if (WeightType& type = weights_.types[index_of(p)]; options.format && *options.format != type.format) {
         type = traits_of(*options.format).quantized;
         convert_ = true;
       }
@@ -129,11 +129,11 @@ class CheckpointLayer {
 
   std::array<std::vector<bf16_t>, 3> biases() const {
     std::array<std::vector<bf16_t>, 3> result;
-    for (const Projection p : projections)
+    for (const Projection p : projections_of(info_.gated))
       result[index_of(p)].resize(static_cast<std::size_t>(info_.num_experts * info_.rows(p)));
     Runtime::Lease lease(*runtime_);
     lease.parallel_for(info_.num_experts, [&](index_t expert, Arena& scratch) {
-      for (const Projection p : projections)
+      for (const Projection p : projections_of(info_.gated))
         source_->read_bias(static_cast<int>(expert), p, result[index_of(p)].data() + expert * info_.rows(p),
                            scratch, lease.kernels().decode);
     });
@@ -148,13 +148,14 @@ class CheckpointLayer {
   // Checked as if it were read: the pages of its scales are.
   void map() {
     KT_CHECK(!convert_, "format is \"{}\", paged needs the one in the files: \"{}\"",
-             name_of(*options_.format), name_of(info_.types.front().format));
+             name_of(*options_.format), name_of(info_.types.back().format));
     storage_.checkpoint = index_;
-    for (auto& stack : weights_.weights) stack.resize(static_cast<std::size_t>(info_.num_experts));
+    for (const Projection p : projections_of(info_.gated))
+      weights_.weights[index_of(p)].resize(static_cast<std::size_t>(info_.num_experts));
     {
       Runtime::Lease lease(*runtime_);
       lease.parallel_for(info_.num_experts, [&](index_t expert, Arena&) {
-        for (const Projection p : projections)
+        for (const Projection p : projections_of(info_.gated))
           weights_.weights[index_of(p)][static_cast<std::size_t>(expert)] =
               source_->map(static_cast<int>(expert), p);
       });
@@ -203,7 +204,7 @@ class CheckpointLayer {
     return *options_.cache_dir /
            message("{}-{}", from.filename().native().substr(0, kMostName), checksum(text)) /
            message("layer-{}{}{}.{}.ktmoe", layer_, tag.empty() ? "" : "-", tag,
-                   name_of(weights_.types.front().format));
+                   name_of(weights_.types.back().format));
   }
 
   // Returns the errors of quantising, if the weights are quantised.
@@ -275,7 +276,7 @@ std::shared_ptr<Experts> experts_from_matrices(std::shared_ptr<Runtime> runtime,
   load_to_memory(*runtime, weights, storage, [&](std::span<const LayerBlock> blocks) {
     return fill_all(*runtime, layer, blocks, matrices_of(layer), 0, fill, {});
   });
-  if (layer.types.front().format == Format::bf16) storage.errors.reset();
+  if (layer.types.back().format == Format::bf16) storage.errors.reset();
   for (const Projection p : projections) storage.biases[index_of(p)] = rounded(*runtime, biases[index_of(p)]);
   return std::make_shared<Experts>(std::move(runtime), std::move(weights), std::move(storage));
 }

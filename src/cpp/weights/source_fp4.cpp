@@ -26,8 +26,9 @@ SourcePointer open_mxfp4(LayerTensors tensors) {
   want_type(tensors, Role::weight, "U8");
   tensors.want_role(Role::scale, "_scales");
   want_type(tensors, Role::scale, "U8 F8_E8M0");
+  if (!tensors.gated()) tensors.fail(tensors.first(Role::weight), "has no gate in it: not supported");
   if (!tensors.interleaved().value_or(true))
-    tensors.fail(tensors.first(Projection::gate, Role::weight),
+    tensors.fail(tensors.first(Role::weight),
                  "has gate before up: not supported, wanted that they alternate");
   const auto& both = shape_of(tensors, Projection::gate, Role::weight, 4);
   const auto& down = shape_of(tensors, Projection::down, Role::weight, 4);
@@ -37,7 +38,7 @@ SourcePointer open_mxfp4(LayerTensors tensors) {
   info.layout = "mxfp4";
   const index_t hidden = info.hidden, intermediate = info.intermediate;
   if (both[1] % 2 != 0 || hidden % kMxfp4Group != 0 || intermediate % kMxfp4Group != 0)
-    tensors.fail(tensors.first(Projection::gate, Role::weight),
+    tensors.fail(tensors.first(Role::weight),
                  "has shape {} and that of down {}, wanted [E, 2I, H / 32, 16] and [E, H, I / 32, 16]",
                  shape_text(both), shape_text(down));
   const index_t experts = info.num_experts;
@@ -58,10 +59,9 @@ SourcePointer open_nvfp4(LayerTensors tensors) {
   want_type(tensors, Role::scale, "F8_E4M3");
   want_type(tensors, Role::global_scale, "F32");
   for (const Role role : {Role::zeros, Role::shape, Role::order})
-    if (tensors.has(role))
-      tensors.fail(tensors.first(Projection::gate, role), "stands beside NVFP4: not supported");
+    if (tensors.has(role)) tensors.fail(tensors.first(role), "stands beside NVFP4: not supported");
 
-  const auto& gate = shape_of(tensors, Projection::gate, Role::weight, 2);
+  const auto& gate = shape_of(tensors, tensors.projections().front(), Role::weight, 2);
   const auto& down = shape_of(tensors, Projection::down, Role::weight, 2);
   LayerInfo info;
   info.num_experts = tensors.experts();
@@ -69,10 +69,10 @@ SourcePointer open_nvfp4(LayerTensors tensors) {
   info.layout = packed ? "nvfp4, compressed-tensors" : "nvfp4, modelopt";
   if (info.hidden % kNvfp4Group != 0 || info.intermediate % kNvfp4Group != 0)
     tensors.fail(
-        tensors.first(Projection::gate, Role::weight),
+        tensors.first(Role::weight),
         "has shape {} and that of down {}, wanted [I, H / 2] and [H, I / 2], H and I multiples of 16",
         shape_text(gate), shape_text(down));
-  for (const Projection p : projections) check_projection(tensors, info, p);
+  for (const Projection p : tensors.projections()) check_projection(tensors, info, p);
   info.types.fill({Format::nvfp4, ScaleType::e4m3, 1, kNvfp4Group, false,
                    packed ? GlobalScale::divides : GlobalScale::multiplies});
   return rows_source(std::move(tensors), info, false);

@@ -31,7 +31,7 @@ class WordsSource final : public LayerSource {
   WordsSource(LayerTensors tensors, LayerInfo info, bool awq)
       : LayerSource(std::move(tensors), info, false), awq_(awq) {
     Arena scratch;
-    for (const Projection p : projections) check_order(0, p, scratch);
+    for (const Projection p : this->tensors().projections()) check_order(0, p, scratch);
   }
 
  private:
@@ -107,7 +107,7 @@ SourcePointer open_packed(LayerTensors tensors) {
   if (tensors.has(Role::shape)) want_type(tensors, Role::shape, "I64 I32");
   if (tensors.has(Role::order)) want_type(tensors, Role::order, "I32");
 
-  const auto& gate = shape_of(tensors, Projection::gate, Role::weight, 2);
+  const auto& gate = shape_of(tensors, tensors.projections().front(), Role::weight, 2);
   const auto& down = shape_of(tensors, Projection::down, Role::weight, 2);
   LayerInfo info;
   info.num_experts = tensors.experts();
@@ -115,13 +115,13 @@ SourcePointer open_packed(LayerTensors tensors) {
   info.layout = "compressed-tensors";
   if (gate[1] * kCodesInWord != info.hidden || down[1] * kCodesInWord != info.intermediate)
     tensors.fail(
-        tensors.first(Projection::gate, Role::weight),
+        tensors.first(Role::weight),
         "has shape {} and that of down {}, wanted [I, H / 8] and [H, I / 8], 8 codes of 4 bits a word",
         shape_text(gate), shape_text(down));
   tensors.want_shape(Projection::up, Role::weight, gate);
 
-  const bool short_scales = tensors.first(Projection::gate, Role::scale).tensor.type->dtype == DType::bf16;
-  for (const Projection p : projections)
+  const bool short_scales = tensors.first(Role::scale).tensor.type->dtype == DType::bf16;
+  for (const Projection p : tensors.projections())
     check_groups(tensors, info, p, short_scales ? ScaleType::bf16 : ScaleType::f32);
   return rows_source(std::move(tensors), info, false);
 }
@@ -134,14 +134,14 @@ SourcePointer open_gptq(LayerTensors tensors) {
   want_type(tensors, Role::zeros, "I32");
   if (tensors.has(Role::order)) want_type(tensors, Role::order, "I32");
 
-  const Shape gate = shape_of_words(tensors, Projection::gate);
-  const bool awq = tensors.first(Projection::gate, Role::weight).tensor.shape[1] != gate.out;
+  const Shape gate = shape_of_words(tensors, tensors.projections().front());
+  const bool awq = tensors.first(Role::weight).tensor.shape[1] != gate.out;
   LayerInfo info;
   info.num_experts = tensors.experts();
   info.hidden = gate.in, info.intermediate = gate.out;
   info.layout = awq ? "awq" : "gptq";
   Arena scratch;
-  for (const Projection p : projections) {
+  for (const Projection p : tensors.projections()) {
     const index_t rows = info.rows(p), cols = info.cols(p);
     const index_t words = cols / kCodesInWord, groups = shape_of_words(tensors, p).groups;
     if (cols % kCodesInWord != 0)

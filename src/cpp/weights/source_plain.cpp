@@ -18,7 +18,7 @@ struct Sizes {
 };
 
 Sizes per_expert_sizes(const LayerTensors& tensors) {
-  const auto& gate = shape_of(tensors, Projection::gate, Role::weight, 2);
+  const auto& gate = shape_of(tensors, tensors.projections().front(), Role::weight, 2);
   const index_t intermediate = gate[0], hidden = gate[1];
   tensors.want_shape(Projection::up, Role::weight, gate);
   tensors.want_shape(Projection::down, Role::weight, {hidden, intermediate});
@@ -30,17 +30,19 @@ Sizes per_expert_sizes(const LayerTensors& tensors) {
 }
 
 // [E, 2I, H] with [E, H, I], or [E, H, 2I] with [E, I, H]. No shapes fit both: the second dimension of
-// gate_up_proj is twice the last of down_proj, or the same.
+// gate_up_proj is twice the last of down_proj, or the same. Without a gate it is I for 2I, and all shapes
+// that fit the one fit the other: it is the former.
 Sizes fused_sizes(const LayerTensors& tensors) {
-  const auto& both = shape_of(tensors, Projection::gate, Role::weight, 3);
+  const auto& both = shape_of(tensors, tensors.projections().front(), Role::weight, 3);
   const auto& down = shape_of(tensors, Projection::down, Role::weight, 3);
-  const bool natural = both[1] == 2 * down[2] && both[2] == down[1];
-  const bool transposed = both[1] == down[2] && both[2] == 2 * down[1];
+  const index_t matrices = tensors.matrices(Projection::up);
+  const bool natural = both[1] == matrices * down[2] && both[2] == down[1];
+  const bool transposed = !natural && both[1] == down[2] && both[2] == matrices * down[1];
   if (!natural && !transposed) {
     tensors.fail(
-        tensors.first(Projection::gate, Role::weight),
-        "has shape {} and down_proj {}, wanted [E, 2I, H] and [E, H, I], or [E, H, 2I] and [E, I, H]",
-        shape_text(both), shape_text(down));
+        tensors.first(Role::weight), "has shape {} and down_proj {}, wanted {}", shape_text(both),
+        shape_text(down),
+        matrices == 2 ? "[E, 2I, H] and [E, H, I], or [E, H, 2I] and [E, I, H]" : "[E, I, H] and [E, H, I]");
   }
   tensors.want_shape(Projection::down, Role::weight, {both[0], down[1], down[2]});
   LayerInfo info;
@@ -53,8 +55,8 @@ Sizes fused_sizes(const LayerTensors& tensors) {
 
 SourcePointer open_floats(LayerTensors tensors, Sizes sizes) {
   if (tensors.has(Role::scale))
-    tensors.fail(tensors.first(Projection::gate, Role::scale), "is a scale, but the weights are {}",
-                 tensors.first(Projection::gate, Role::weight).tensor.type->name);
+    tensors.fail(tensors.first(Role::scale), "is a scale, but the weights are {}",
+                 tensors.first(Role::weight).tensor.type->name);
   sizes.info.types.fill({});
   // Of all that store [E, H, 2I], gpt-oss has biases, and lets gate and up alternate.
   const bool interleaved = tensors.interleaved().value_or(sizes.transposed && tensors.has(Role::bias));
@@ -68,7 +70,7 @@ SourcePointer open_floats(LayerTensors tensors, Sizes sizes) {
 
 ScaleType kept_scale(const LayerTensors& tensors) {
   want_type(tensors, Role::scale, "F32 BF16 F16 F8_E8M0");
-  const auto* type = tensors.first(Projection::gate, Role::scale).tensor.type;
+  const auto* type = tensors.first(Role::scale).tensor.type;
   if (type->dtype == DType::bf16) return ScaleType::bf16;
   return type->dtype ? ScaleType::f32 : ScaleType::e8m0;
 }
@@ -89,7 +91,7 @@ ScaleShape scale_shape(const LayerTensors& tensors, int experts, Projection p) {
   if (tensors.fused()) {
     if (shape.size() != 3 || shape[0] != experts)
       tensors.fail(entry, "has shape {}, wanted [{}, ., .]", shape_text(shape), experts);
-    return {p == Projection::down ? 1 : 2, {shape[1], shape[2]}};
+    return {tensors.matrices(p), {shape[1], shape[2]}};
   }
   if (shape.empty()) return {1, {1, 1}};
   if (shape.size() == 1) return {1, {shape[0], 1}};
@@ -125,7 +127,7 @@ WeightType coded_type(const LayerTensors& tensors, const LayerInfo& info, Projec
 }
 
 SourcePointer open_coded(LayerTensors tensors, Sizes sizes, Format format) {
-  const Entry& entry = tensors.first(Projection::gate, Role::weight);
+  const Entry& entry = tensors.first(Role::weight);
   tensors.want_role(Role::scale, "weight_scale_inv or weight_scale");
   if (tensors.interleaved().value_or(false))
     tensors.fail(entry, "is {}, and gate and up alternate in it: not supported, wanted gate first",
@@ -133,7 +135,7 @@ SourcePointer open_coded(LayerTensors tensors, Sizes sizes, Format format) {
   if (sizes.transposed)
     tensors.fail(entry, "is {} of shape {}, rows along the outputs: not supported, wanted [E, 2I, H]",
                  entry.tensor.type->name, shape_text(entry.tensor.shape));
-  for (const Projection p : projections)
+  for (const Projection p : tensors.projections())
     sizes.info.types[index_of(p)] = coded_type(tensors, sizes.info, p, format);
   return rows_source(std::move(tensors), sizes.info, false);
 }
@@ -144,9 +146,9 @@ SourcePointer open_plain(LayerTensors tensors) {
   want_type(tensors, Role::weight, "BF16 F16 F32 F8_E4M3 I8");
   const Sizes sizes = tensors.fused() ? fused_sizes(tensors) : per_expert_sizes(tensors);
   if (tensors.fused() && tensors.has(Role::bias) && !sizes.transposed && !tensors.interleaved())
-    tensors.fail(tensors.first(Projection::gate, Role::bias),
+    tensors.fail(tensors.first(Role::bias),
                  "stands beside gate_up_proj [E, 2I, H]: whether gate and up alternate cannot be known");
-  const StoredType& type = *tensors.first(Projection::gate, Role::weight).tensor.type;
+  const StoredType& type = *tensors.first(Role::weight).tensor.type;
   if (is_float(type)) return open_floats(std::move(tensors), sizes);
   return open_coded(std::move(tensors), sizes, type.name == "I8" ? Format::int8 : Format::fp8);
 }

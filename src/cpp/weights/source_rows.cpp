@@ -23,8 +23,7 @@ class RowsSource final : public LayerSource {
   const Entry& weight(int expert, Projection p) const { return tensors().at(expert, p, Role::weight); }
   const Entry& scale(int expert, Projection p) const { return tensors().at(expert, p, Role::scale); }
   bool scales_are_f16() const {
-    return tensors().has(Role::scale) &&
-           tensors().first(Projection::gate, Role::scale).tensor.type->dtype == DType::f16;
+    return tensors().has(Role::scale) && tensors().first(Role::scale).tensor.type->dtype == DType::f16;
   }
   template <class Byte>
   static index_t scale_row_bytes(const WeightAt<Byte>& m) {
@@ -113,10 +112,10 @@ class RowsSource final : public LayerSource {
     const auto aligned = [](const Entry& entry, index_t size) {
       return entry.tensor.offset % static_cast<std::uint64_t>(size) == 0;
     };
-    if (interleaved() || scales_are_f16() || is_rounded(*weight(0, Projection::gate).tensor.type))
+    if (interleaved() || scales_are_f16() || is_rounded(*tensors().first(Role::weight).tensor.type))
       return false;
     for (int expert = 0; expert < (tensors().fused() ? 1 : info().num_experts); ++expert) {
-      for (const Projection p : projections) {
+      for (const Projection p : tensors().projections()) {
         const auto m = info().matrix(p);
         if (m.type.zero_points) return false;
         if (m.type.format == Format::bf16 && !aligned(weight(expert, p), size_of(DType::bf16))) return false;

@@ -45,12 +45,15 @@ class WeightType:
 QUANTISED = {format: WeightType(format, **type) for format, type in _core.quantized_types().items()}
 
 
-def projection_bytes(kind: WeightType, experts: int, hidden: int, intermediate: int) -> dict[str, int]:
-    """Of all experts of a layer, by projection: gate and up [I, H], down [H, I]."""
+def projection_bytes(
+    kind: WeightType, experts: int, hidden: int, intermediate: int, gated: bool = True
+) -> dict[str, int]:
+    """Of all experts of a layer, by projection: gate, if there is one, and up [I, H], down [H, I]."""
     wide, tall = kind.nbytes(intermediate, hidden), kind.nbytes(hidden, intermediate)
-    return {"gate": experts * wide, "up": experts * wide, "down": experts * tall}
+    gate = {"gate": experts * wide} if gated else {}
+    return {**gate, "up": experts * wide, "down": experts * tall}
 
 
-def bias_bytes(experts: int, hidden: int, intermediate: int) -> int:
+def bias_bytes(experts: int, hidden: int, intermediate: int, gated: bool = True) -> int:
     """Of all experts of a layer with biases, which are bf16 beside weights of any format."""
-    return 2 * experts * (2 * intermediate + hidden)
+    return 2 * experts * ((2 if gated else 1) * intermediate + hidden)

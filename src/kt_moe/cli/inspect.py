@@ -124,7 +124,7 @@ def memory_by_format(layers: Iterable[LayerInfo]) -> dict[str, int]:
     """Bytes of all these layers' experts together, as stored and in each format."""
     memory = dict.fromkeys(("as stored", *QUANTISED), 0)
     for info in layers:
-        shape = info.num_experts, info.hidden_size, info.intermediate_size
+        shape = info.num_experts, info.hidden_size, info.intermediate_size, info.gated
         biases = bias_bytes(*shape) if info.biases else 0
         memory["as stored"] += sum(info.memory_bytes.values()) + biases
         for name, kind in QUANTISED.items():
@@ -179,13 +179,13 @@ def _paragraph(info: LayerInfo, layers: list[int]) -> list[str]:
     )
     sizes = dict(info.memory_bytes)
     if info.biases:
-        sizes["biases"] = bias_bytes(info.num_experts, info.hidden_size, info.intermediate_size)
+        sizes["biases"] = bias_bytes(info.num_experts, info.hidden_size, info.intermediate_size, info.gated)
     memory = ", ".join(f"{name} {size_text(size)}" for name, size in sizes.items())
     total, count = sum(sizes.values()), len(layers)
     used = "used where it lies in the file" if info.mappable else "copied into memory"
     return [
         f"{_heading(layers)}: {count_text(info.num_experts, 'expert')}, hidden {info.hidden_size}, "
-        f"intermediate {info.intermediate_size}",
+        f"intermediate {info.intermediate_size}{'' if info.gated else ', no gate'}",
         f"  stored as  {info.dtype}, {info.layout}, {'with' if info.biases else 'no'} biases",
         f"  kept as    {kind}; {used}",
         f"  a layer    {memory}; {size_text(total)} ({size_text(info.nbytes)} in the files)",

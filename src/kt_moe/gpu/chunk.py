@@ -24,6 +24,7 @@ class Layer:
     Attributes:
         products: the code that multiplies.
         hidden, intermediate: H and I.
+        gated: whether there is a gate.
         activation: of `kt_moe.Experts`.
         biases: of gate, up [E, I] and down [E, H] in bf16, or None.
         lora_in: of gate and up.
@@ -35,6 +36,7 @@ class Layer:
     products: Products
     hidden: int
     intermediate: int
+    gated: bool
     activation: str
     biases: Sequence[Tensor | None]
     lora_in: Sequence[LoraStack]
@@ -48,10 +50,16 @@ class Layer:
         return [self.scalings[projection] / (1.0 - self.dropout) for projection in stack.projections]
 
     @property
+    def inner(self) -> tuple[int, ...]:
+        """The projections that read the hidden states."""
+        return (GATE, UP) if self.gated else (UP,)
+
+    @property
     def row_bytes(self) -> tuple[int, int]:
         """Temporary memory for a row of a forward and of a backward."""
+        inner = 2 * len(self.inner) * self.intermediate  # G and U; or dG and dU
         return 2 * self.intermediate + 4 * self.hidden, max(
-            14 * self.intermediate, 6 * self.intermediate + 4 * self.hidden
+            2 * inner + 6 * self.intermediate, inner + 2 * self.intermediate + 4 * self.hidden
         )
 
 
@@ -67,7 +75,7 @@ class Chunk:
         tokens: [m] int32, t of each row.
         row_weights: [m] fp32, the routing weight of each row.
         inverse: [T, K] int32, the row of each route in the pass.
-        weights: gate, up and down.
+        weights: gate, or None where there is none, up and down.
         low_rank_in: P of gate and up, [jobs, m, r] bf16 for each stack: written by forward, read by backward.
         low_rank_down: w P of down, [1, m, r] bf16, likewise; None where it has no LoRA.
     """
@@ -79,7 +87,7 @@ class Chunk:
     tokens: Tensor
     row_weights: Tensor
     inverse: Tensor
-    weights: tuple[Matrices, ...]
+    weights: Sequence[Matrices | None]
     low_rank_in: Sequence[Tensor]
     low_rank_down: Tensor | None
 
@@ -90,6 +98,10 @@ class Chunk:
     def empty_jobs(self, jobs: int, columns: int) -> Tensor:
         """[jobs, m, columns] bf16 for a result."""
         return empty_jobs(jobs, self.groups.rows, columns, self.tokens)
+
+    def weight(self, projection: int) -> Matrices:
+        """Those of one that the experts have."""
+        return cast(Matrices, self.weights[projection])
 
     def lora(self, matrices: Tensor | None) -> Matrices:
         """LoRA matrices of this chunk's experts."""
@@ -111,7 +123,7 @@ def forward_chunk(layer: Layer, chunk: Chunk, x: Tensor, out: Tensor) -> None:
         )
     h = chunk.empty(layer.intermediate)
     _gate_up(layer, chunk, x, h=h)
-    terms = [Term(h, chunk.weights[DOWN], True)]
+    terms = [Term(h, chunk.weight(DOWN), True)]
     if (down := layer.lora_down) is not None and (weighted := chunk.low_rank_down) is not None:
         p = torch.empty_like(weighted)
         rows, _ = _lora_input(layer, chunk, down, h, None)
@@ -146,7 +158,7 @@ def backward_chunk(layer: Layer, chunk: Chunk, x: Tensor, dy: Tensor, grads: Gra
     """The gradients of the chunk's experts; x [T, H] and dy, the gradient of out, [T, H] in bf16."""
     products, groups, tokens, w = layer.products, chunk.groups, chunk.tokens, chunk.row_weights
     width, down = layer.intermediate, layer.lora_down
-    g, u = chunk.empty(width), chunk.empty(width)
+    g, u = chunk.empty(width) if layer.gated else None, chunk.empty(width)
     _gate_up(layer, chunk, x, saved=(g, u))
 
     dh = chunk.empty(width, torch.float32)
@@ -160,12 +172,14 @@ def backward_chunk(layer: Layer, chunk: Chunk, x: Tensor, dy: Tensor, grads: Gra
             weighted=(w, weighted_q),
         )  # fmt: skip
         low_terms = [(term, DOWN) for term in _by_job(chunk, q, down.a, False)]
-    _add_low_rank(layer, chunk, [Term(dy, chunk.weights[DOWN], False, tokens)], low_terms, dh)
+    _add_low_rank(layer, chunk, [Term(dy, chunk.weight(DOWN), False, tokens)], low_terms, dh)
 
-    d = chunk.empty_jobs(2, width)  # dG and dU
+    inner = layer.inner
+    d = chunk.empty_jobs(len(inner), width)  # dG and dU
     h = chunk.empty(width)
     dw = torch.empty_like(w)
-    products.activation_grad(dh, g, u, w, layer.activation, d[GATE], d[UP], h, dw)
+    dg = d[inner.index(GATE)] if layer.gated else None
+    products.activation_grad(dh, g, u, w, layer.activation, dg, d[inner.index(UP)], h, dw)
     del g, u, dh
     if grads.row_weights is not None:
         if (bias := layer.biases[DOWN]) is not None:
@@ -181,7 +195,7 @@ def backward_chunk(layer: Layer, chunk: Chunk, x: Tensor, dy: Tensor, grads: Gra
             products.grouped_outer(dy, chunk.low_rank_down, groups, grad.b, chunk.experts, a_rows=tokens)
     low_terms = []
     for stack, grad, p in zip(layer.lora_in, grads.lora_in, chunk.low_rank_in, strict=True):
-        first, jobs = stack.projections[0], len(stack.projections)
+        first, jobs = inner.index(stack.projections[0]), len(stack.projections)
         of_stack = d[first : first + jobs]
         q = chunk.empty_jobs(jobs, _rank(stack))
         products.grouped_gemm(
@@ -195,7 +209,7 @@ def backward_chunk(layer: Layer, chunk: Chunk, x: Tensor, dy: Tensor, grads: Gra
             products.grouped_outer(of_stack, p, groups, grad.b, chunk.experts)
     if grads.hidden_states is not None:
         dx = chunk.empty(layer.hidden, torch.float32)
-        terms = [Term(d[i], chunk.weights[i], False) for i in (GATE, UP)]
+        terms = [Term(of_one, chunk.weight(p), False) for of_one, p in zip(d, inner, strict=True)]
         _add_low_rank(layer, chunk, terms, low_terms, dx)
         products.combine(dx, chunk.inverse, chunk.first, grads.hidden_states)
 
@@ -206,9 +220,10 @@ def _gate_up(
     x: Tensor,
     *,
     h: Tensor | None = None,
-    saved: tuple[Tensor, Tensor] | None = None,
+    saved: tuple[Tensor | None, Tensor] | None = None,
 ) -> None:
-    terms = [[Term(x, chunk.weights[projection], True, chunk.tokens)] for projection in (GATE, UP)]
+    terms: dict[int, list[Term]] = {GATE: []}
+    terms |= {p: [Term(x, chunk.weight(p), True, chunk.tokens)] for p in layer.inner}
     for stack, p in zip(layer.lora_in, chunk.low_rank_in, strict=True):
         for projection, term in zip(stack.projections, _by_job(chunk, p, stack.b, True), strict=True):
             terms[projection].append(term)

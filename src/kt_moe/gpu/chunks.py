@@ -103,7 +103,7 @@ class Chunks:
         slots, stored = self._slots, self._stored
         many = slots.roomy or len(slots) >= 2 * len(experts)
         last = min(len(experts), begin + (len(experts) if many else max(1, len(slots) // 2)))
-        decoded = 0 if stored.in_place else bf16_bytes(layer.hidden, layer.intermediate)
+        decoded = 0 if stored.in_place else bf16_bytes(layer.hidden, layer.intermediate, layer.gated)
         row = layer.row_bytes[backward]
         crossing = temporary = 0
         for end in range(begin, last):
@@ -116,29 +116,29 @@ class Chunks:
                     return end + 1
         return last
 
-    def _weights(self, layer: Layer, in_slots: Tensor, in_order: Tensor) -> tuple[Matrices, ...]:
-        """gate, up and down of the experts in some slots in bf16: where they lie, or decoded.
+    def _weights(self, layer: Layer, in_slots: Tensor, in_order: Tensor) -> list[Matrices | None]:
+        """gate (or None), up and down of the experts in some slots in bf16: where they lie, or decoded.
 
         Args:
             in_slots: [n] int32, the slots.
             in_order: [n] int32, 0 to n - 1.
         """
         memory, parts = self._slots.memory, self._stored.parts
+        found: list[Matrices | None] = [None] * 3
         if self._stored.in_place:
-            return tuple(
-                Matrices(
-                    memory[:, part.codes : part.codes + 2 * part.rows * part.cols]
-                    .view(torch.bfloat16)
-                    .view(-1, part.rows, part.cols),
-                    in_slots,
-                )
-                for part in parts
-            )
-        shapes = ((layer.intermediate, layer.hidden),) * 2 + ((layer.hidden, layer.intermediate),)
-        found = [memory.new_empty(len(in_slots), *shape, dtype=torch.bfloat16) for shape in shapes]
-        for part in parts:
-            along = 2 if part.projection == DOWN else 1
-            width = part.cols if part.projection == DOWN else part.rows
-            to = found[part.projection].narrow(along, part.first, width)
-            layer.products.dequantize(memory, in_slots, part, to)
-        return tuple(Matrices(matrices, in_order) for matrices in found)
+            for part in parts:
+                codes = memory[:, part.codes : part.codes + 2 * part.rows * part.cols]
+                matrices = codes.view(torch.bfloat16).view(-1, part.rows, part.cols)
+                found[part.projection] = Matrices(matrices, in_slots)
+            return found
+        wide, tall = (layer.intermediate, layer.hidden), (layer.hidden, layer.intermediate)
+        for projection in (*layer.inner, DOWN):
+            shape = tall if projection == DOWN else wide
+            matrices = memory.new_empty(len(in_slots), *shape, dtype=torch.bfloat16)
+            found[projection] = Matrices(matrices, in_order)
+            for part in parts:
+                if part.projection == projection:
+                    along, width = (2, part.cols) if projection == DOWN else (1, part.rows)
+                    to = matrices.narrow(along, part.first, width)
+                    layer.products.dequantize(memory, in_slots, part, to)
+        return found

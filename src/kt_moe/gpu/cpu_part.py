@@ -177,7 +177,7 @@ def send(
     core_ids = np.where(chosen, ids, experts.num_experts).astype(np.int32)
     saved = None
     if save and not experts.recompute:
-        width = 2 * experts.intermediate_size + sum(lora.ranks)
+        width = experts._saved_width + sum(lora.ranks)
         saved = empty((int(chosen.sum()), width), torch.bfloat16, experts.runtime._core)
     streams.wait(streams.record(), "downlink")
     return CpuPart(

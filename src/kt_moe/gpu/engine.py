@@ -349,7 +349,7 @@ class Engine:
         missing = 1.0 - len(self._slots_for_layers()) / every
         costs = layer_costs(
             rates, experts.hidden_size, experts.intermediate_size, held.stored.slot_bytes, sum(lora.ranks),
-            missing, train, held.stored.in_place,
+            missing, train, held.stored.in_place, experts.gated,
         )  # fmt: skip
         return cut(counts, costs)
 
@@ -430,8 +430,8 @@ class Engine:
 
     def _layer(self, experts: Experts, held: _Held, lora: LoraCall, stacks: Sequence[LoraStack]) -> Layer:
         return Layer(
-            self._streams.products, experts.hidden_size, experts.intermediate_size, experts.activation,
-            held.biases, *split_down(stacks), lora.scalings, lora.dropout, lora.seed,
+            self._streams.products, experts.hidden_size, experts.intermediate_size, experts.gated,
+            experts.activation, held.biases, *split_down(stacks), lora.scalings, lora.dropout, lora.seed,
         )  # fmt: skip
 
 

@@ -149,6 +149,9 @@ def check_call(
     _check(topk_weights.shape == topk_ids.shape, "topk_weights", topk_weights,
            f"{list(topk_ids.shape)}: the shape of topk_ids")  # fmt: skip
     for name, a, b in zip(_PROJECTIONS, lora_tensors[::2], lora_tensors[1::2], strict=True):
+        if name not in experts.projections and not (a is None and b is None):
+            letter = "b" if a is None else "a"
+            raise ValueError(f"{name}_lora_{letter} is given, but the experts have no {name}: wanted None")
         name += "_lora_"
         if a is None or b is None:
             if a is not None or b is not None:

@@ -101,7 +101,7 @@ class PassLog:
         name = "backward_chunk" if report.backward else "forward_chunk"
         stacks = [*layer.lora_in, *([] if layer.lora_down is None else [layer.lora_down])]
         rank = sum(len(stack.projections) * stack.a.shape[2] for stack in stacks if stack.a is not None)
-        flops = row_flops(layer.hidden, layer.intermediate, rank, report.backward, again=True)
+        flops = row_flops(layer.hidden, layer.intermediate, rank, report.backward, True, layer.gated)
         return recorder.span("GPU", name, experts, rows, rows * flops)
 
     def forget(self, layer: int) -> None:

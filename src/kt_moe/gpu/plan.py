@@ -91,24 +91,27 @@ def layer_costs(
     missing: float,
     train: bool,
     in_place: bool,
+    gated: bool = True,
 ) -> Costs:
     """Costs of an expert of a layer.
 
     Args:
         hidden, intermediate: H and I.
         stored_bytes: of one expert's weights as they are stored.
-        rank: the three LoRA ranks together.
+        rank: all LoRA ranks together.
         missing: the part of experts, in [0, 1], that are not on the GPU when they are wanted.
         train: whether a backward follows.
         in_place: whether products read the stored weights, which are not decoded before.
+        gated: whether experts have a gate.
     """
-    decoded = 0 if in_place else bf16_bytes(hidden, intermediate)
+    decoded = 0 if in_place else bf16_bytes(hidden, intermediate, gated)
     passes = (False, True) if train else (False,)
     gpu_flops, cpu_flops = (
-        sum(row_flops(hidden, intermediate, rank, backward, again) for backward in passes)
+        sum(row_flops(hidden, intermediate, rank, backward, again, gated) for backward in passes)
         for again in (True, False)
     )
-    row_bytes = 12 * hidden + 14 * intermediate  # of fp32 and bf16 rows that kernels write and read again
+    # Of fp32 and bf16 rows that kernels write and read again.
+    row_bytes = 12 * hidden + (14 if gated else 10) * intermediate
     return Costs(
         link_expert=len(passes) * stored_bytes * missing / rates.link,
         gpu_expert=len(passes) * (stored_bytes + 2 * decoded) / rates.gpu_bytes,
@@ -120,25 +123,29 @@ def layer_costs(
     )
 
 
-def bf16_bytes(hidden: int, intermediate: int) -> int:
-    """Of the three matrices of an expert."""
-    return 2 * 3 * hidden * intermediate
+def bf16_bytes(hidden: int, intermediate: int, gated: bool = True) -> int:
+    """Of the matrices of an expert: three, or without a gate two."""
+    return 2 * (3 if gated else 2) * hidden * intermediate
 
 
-def row_flops(hidden: int, intermediate: int, rank: int, backward: bool, again: bool) -> int:
+def row_flops(
+    hidden: int, intermediate: int, rank: int, backward: bool, again: bool, gated: bool = True
+) -> int:
     """Floating-point operations of the products of one row of an expert.
 
     Args:
-        rank: the three LoRA ranks together.
+        rank: all LoRA ranks together.
         backward: of that, instead of the forward.
         again: whether backward computes G and U again, with the low-rank products that forward kept.
+        gated: whether there is a gate.
     """
     product, low_rank = 2 * hidden * intermediate, 2 * rank * (hidden + intermediate)
+    inner = 2 if gated else 1
     if not backward:
-        return 3 * product + low_rank
+        return (inner + 1) * product + low_rank
     # dh and dX; Q and Q A, and the gradients of A and B.
-    flops = 3 * product + 2 * low_rank
-    return flops + (2 * product + 2 * rank * intermediate if again else 0)
+    flops = (inner + 1) * product + 2 * low_rank
+    return flops + (inner * product + 2 * rank * intermediate if again else 0)
 
 
 def cut(counts: NDArray[np.integer], costs: Costs) -> Cut:

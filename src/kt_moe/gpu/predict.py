@@ -35,6 +35,7 @@ class Workload:
         rank: the LoRA ranks of gate, up and down together.
         tokens: of a pass.
         recompute: gradient checkpointing computes the forward of experts twice.
+        gated: whether experts have a gate.
     """
 
     layers: int
@@ -46,6 +47,7 @@ class Workload:
     rank: int
     tokens: int
     recompute: bool = False
+    gated: bool = True
 
 
 @dataclass(frozen=True)
@@ -155,9 +157,17 @@ def reference_machine(link: str = "PCIe 5 x16", cpus: int = _REFERENCE_CPUS) -> 
 
 
 def _costs(work: Workload, rates: Rates, missing: float, train: bool) -> Costs:
-    in_place = work.stored_bytes == bf16_bytes(work.hidden, work.intermediate)
+    in_place = work.stored_bytes == bf16_bytes(work.hidden, work.intermediate, work.gated)
     return layer_costs(
-        rates, work.hidden, work.intermediate, work.stored_bytes, work.rank, missing, train, in_place
+        rates,
+        work.hidden,
+        work.intermediate,
+        work.stored_bytes,
+        work.rank,
+        missing,
+        train,
+        in_place,
+        work.gated,
     )
 
 

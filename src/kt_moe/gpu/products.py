@@ -149,7 +149,7 @@ class Products(Protocol):
         activation: str,
         *,
         h: Tensor | None = None,
-        saved: tuple[Tensor, Tensor] | None = None,
+        saved: tuple[Tensor | None, Tensor] | None = None,
         bias_gate: Tensor | None = None,
         bias_up: Tensor | None = None,
         bias_index: Tensor | None = None,
@@ -158,12 +158,12 @@ class Products(Protocol):
 
         Args:
             gate, up: 1 or 2 products each. The first ones have the same a and rows, and matrices of one
-                shape; both or none are transposed.
+                shape; both or none are transposed. No product of gate: there is no gate, and h = act(U).
             groups: the rows by group.
             activation: as `kt_moe.Experts` takes it.
             h: [m, I] bf16, or None.
-            saved: G and U for backward, [m, I] bf16 each, or None. What is beyond an activation's limit is
-                saved times 1 + 2^-8, so that rounding cannot put it on the limit.
+            saved: G (None without a gate) and U for backward, [m, I] bf16 each, or None. What is beyond an
+                activation's limit is saved times 1 + 2^-8, so that rounding cannot put it on the limit.
             bias_gate, bias_up: [S, I] bf16, contiguous; None means 0.
             bias_index: [n] int32: which biases each group adds.
         """
@@ -171,11 +171,11 @@ class Products(Protocol):
     def activation_grad(
         self,
         dh: Tensor,
-        g: Tensor,
+        g: Tensor | None,
         u: Tensor,
         weights: Tensor,
         activation: str,
-        dg: Tensor,
+        dg: Tensor | None,
         du: Tensor,
         h: Tensor,
         dweights: Tensor,
@@ -184,7 +184,7 @@ class Products(Protocol):
 
         Args:
             dh: [m, I] fp32, the gradient of h without the routing weights.
-            g, u: [m, I] bf16, as `gate_up` saves them.
+            g, u: [m, I] bf16, as `gate_up` saves them; g and dg are None without a gate.
             weights: [m] fp32, contiguous: the routing weights.
             activation: as `kt_moe.Experts` takes it. What is beyond a limit gets no gradient.
             dg, du, h: [m, I] bf16, written.

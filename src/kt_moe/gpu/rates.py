@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kt_moe import _core
-from kt_moe.gpu.plan import Rates
+from kt_moe.gpu.plan import Rates, row_flops
 from kt_moe.gpu.products import Groups, Matrices, Term
 from kt_moe.gpu.streams import streams_of
 
@@ -53,7 +53,8 @@ def _cpu(experts: Experts) -> tuple[float, float]:
     number = min(_EXPERTS, experts.num_experts)
     few, many = (_pass_seconds(experts, number, rows) for rows in (_FEW_ROWS, _MANY_ROWS))
     row = max(many - few, 0.1 * many) / (number * (_MANY_ROWS - _FEW_ROWS))
-    flops = 6 * 2 * experts.hidden_size * experts.intermediate_size
+    width, hidden = experts.intermediate_size, experts.hidden_size
+    flops = sum(row_flops(hidden, width, 0, backward, False, experts.gated) for backward in (False, True))
     return flops / row, 2 * experts.nbytes / experts.num_experts * number / few
 
 
@@ -65,7 +66,7 @@ def _pass_seconds(experts: Experts, number: int, rows: int) -> float:
     )
     weights = torch.ones(len(x), 1, dtype=torch.float32, device="cpu")
     out, dx = torch.empty_like(x), torch.empty_like(x)
-    saved = torch.empty(len(x), 2 * experts.intermediate_size, dtype=torch.bfloat16, device="cpu")
+    saved = torch.empty(len(x), experts._saved_width, dtype=torch.bfloat16, device="cpu")
     scalings = (1.0, 1.0, 1.0)
 
     def work(run: int) -> None:

@@ -76,7 +76,7 @@ class StoredExperts:
     """The stored bytes of one layer's experts. Keeps their memory alive.
 
     Attributes:
-        parts: how one expert lies in a slot: gate, up, down, of each its slices in order.
+        parts: how one expert lies in a slot: gate if there is one, up, down, of each its slices in order.
         slot_bytes: size of a slot, a multiple of 64.
         expert_bytes: what is copied for one expert.
         num_experts: E.
@@ -178,7 +178,8 @@ class StoredExperts:
     @property
     def in_place(self) -> bool:
         """Whether products can read a slot as it is: whole bf16 matrices."""
-        return len(self.parts) == 3 and all(part.code == "bf16" for part in self.parts)
+        whole = len({part.projection for part in self.parts}) == len(self.parts)
+        return whole and all(part.code == "bf16" for part in self.parts)
 
     @property
     def pinned(self) -> bool:

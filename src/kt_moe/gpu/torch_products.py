@@ -6,6 +6,7 @@ the arguments. On a GPU, each call waits for the device: it reads the groups' ma
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -63,37 +64,41 @@ def gate_up(
     activation: str,
     *,
     h: Tensor | None = None,
-    saved: tuple[Tensor, Tensor] | None = None,
+    saved: tuple[Tensor | None, Tensor] | None = None,
     bias_gate: Tensor | None = None,
     bias_up: Tensor | None = None,
     bias_index: Tensor | None = None,
 ) -> None:
-    for (rows, G), (_, U) in zip(_sums(gate, groups), _sums(up, groups), strict=True):
+    of_gate = (G for _, G in _sums(gate, groups)) if gate else itertools.repeat(None)
+    for (rows, U), G in zip(_sums(up, groups), of_gate, strict=False):
         at = slice(rows.start, rows.stop)
         for sums, bias in ((G, bias_gate), (U, bias_up)):
-            if bias is not None and bias_index is not None:
+            if sums is not None and bias is not None and bias_index is not None:
                 sums += bias[bias_index[rows.group]].float()
         if h is not None:
             h[at] = ACTIVATIONS[activation](G, U)
         if saved is not None:
-            saved[0][at], saved[1][at] = ACTIVATIONS[activation].to_save(G, U)
+            for to, rounded in zip(saved, ACTIVATIONS[activation].to_save(G, U), strict=True):
+                if to is not None and rounded is not None:
+                    to[at] = rounded
 
 
 def activation_grad(
     dh: Tensor,
-    g: Tensor,
+    g: Tensor | None,
     u: Tensor,
     weights: Tensor,
     activation: str,
-    dg: Tensor,
+    dg: Tensor | None,
     du: Tensor,
     h: Tensor,
     dweights: Tensor,
 ) -> None:
-    act, dG, dU = ACTIVATIONS[activation].with_gradients(g.float(), u.float())
+    act, dG, dU = ACTIVATIONS[activation].with_gradients(None if g is None else g.float(), u.float())
     dweights.copy_(_row_sums(dh * act))
     weighted = weights[:, None] * dh
-    dg.copy_(weighted * dG)
+    if dg is not None and dG is not None:
+        dg.copy_(weighted * dG)
     du.copy_(weighted * dU)
     h.copy_(act)
 

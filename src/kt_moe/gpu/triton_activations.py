@@ -88,7 +88,10 @@ def _softcap(x, CAP: tl.constexpr):
 
 @triton.jit
 def activate(G, U, ACTIVATION: tl.constexpr):
-    """h = act * up, the factors of G and of U, and the derivative of each."""
+    """h = act * up, the factors of G and of U, and the derivative of each.
+
+    Without a gate U is given for both, and h = act; the functions above likewise, whose first result counts.
+    """
     up_slope = 1.0
     if ACTIVATION == "gpt_oss":
         gate, up = _at_most(G, _GPT_OSS_LIMIT), _clamp(U, _GPT_OSS_LIMIT) + 1.0
@@ -117,6 +120,10 @@ def activate(G, U, ACTIVATION: tl.constexpr):
         s = tl.sigmoid(_GELU_SLOPE * near * (1.0 + _GELU_CUBIC * square))
         act = G * s
         slope = s + act * (1.0 - s) * (_GELU_SLOPE * (1.0 + 3.0 * _GELU_CUBIC * square))
+    elif ACTIVATION == "relu2":
+        up, positive = U, tl.where(G < 0.0, 0.0, G)  # a NaN stays one
+        act = positive * positive
+        slope = positive + positive
     else:
         up = U
         s = tl.sigmoid(G)

@@ -184,11 +184,16 @@ def gate_up(
     N: tl.constexpr, H_STRIDE: tl.constexpr, G_STRIDE: tl.constexpr, U_STRIDE: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """G and U of a tile in two accumulators; a block of X is read once for both. See `Products.gate_up`."""
+    """G and U of a tile in two accumulators; a block of X is read once for both. See `Products.gate_up`.
+
+    `gate` is None where there is none, and then so is all of G.
+    """
+    GATED: tl.constexpr = gate is not None
     group, first, count, col = _tile(tiles, N, 1, BLOCK_M, BLOCK_N)
     i = tl.arange(0, BLOCK_M)
     row = first + tl.minimum(i, count - 1)
-    G = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if GATED:
+        G = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     U = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if low_gate is not None:
         G = _add_product(
@@ -203,40 +208,53 @@ def gate_up(
 
     MASK_N: tl.constexpr = not TRANSPOSED and N % BLOCK_N != 0
     cols = _columns(col, N, BLOCK_N, TRANSPOSED)
-    gate_at = gate + tl.load(gate_index + group).to(tl.int64) * GATE_MATRIX
     up_at = up + tl.load(up_index + group).to(tl.int64) * UP_MATRIX
     x_row = row if rows is None else tl.load(rows + row)
     x_at = x + x_row.to(tl.int64)[:, None] * X_STRIDE
     k = tl.arange(0, BLOCK_K)
     left = x_at + k[None, :]
-    gate_right = _pointers(gate_at, k, cols, GATE_STRIDE, TRANSPOSED)
     up_right = _pointers(up_at, k, cols, UP_STRIDE, TRANSPOSED)
+    if GATED:
+        gate_at = gate + tl.load(gate_index + group).to(tl.int64) * GATE_MATRIX
+        gate_right = _pointers(gate_at, k, cols, GATE_STRIDE, TRANSPOSED)
     for _ in range(K // BLOCK_K):
         block = tl.load(left)
-        gate_block = _load(gate_right, k, cols, BLOCK_K, N, BLOCK_K, MASK_N)
+        if GATED:
+            gate_block = _load(gate_right, k, cols, BLOCK_K, N, BLOCK_K, MASK_N)
         up_block = _load(up_right, k, cols, BLOCK_K, N, BLOCK_K, MASK_N)
-        G = tl.dot(block, gate_block, G)
+        if GATED:
+            G = tl.dot(block, gate_block, G)
         U = tl.dot(block, up_block, U)
         left += BLOCK_K
-        gate_right += BLOCK_K if TRANSPOSED else BLOCK_K * GATE_STRIDE
+        if GATED:
+            gate_right += BLOCK_K if TRANSPOSED else BLOCK_K * GATE_STRIDE
         up_right += BLOCK_K if TRANSPOSED else BLOCK_K * UP_STRIDE
     REST: tl.constexpr = K % BLOCK_K
     if REST != 0:
         x_tail = _load_left(left, k, REST, BLOCK_K)
-        G = tl.dot(x_tail, _load(gate_right, k, cols, REST, N, BLOCK_K, MASK_N), G)
+        if GATED:
+            G = tl.dot(x_tail, _load(gate_right, k, cols, REST, N, BLOCK_K, MASK_N), G)
         U = tl.dot(x_tail, _load(up_right, k, cols, REST, N, BLOCK_K, MASK_N), U)
 
     cols = col + tl.arange(0, BLOCK_N)
-    G = _biased(G, bias_gate, bias_index, group, cols, N)
     U = _biased(U, bias_up, bias_index, group, cols, N)
+    if GATED:
+        G = _biased(G, bias_gate, bias_index, group, cols, N)
     mask = (i[:, None] < count) & (cols[None, :] < N)
     to = row.to(tl.int64)[:, None]
     if h is not None:
-        act, up_factor, _, _ = activate(G, U, ACTIVATION)
-        tl.store(h + to * H_STRIDE + cols[None, :], (act * up_factor).to(tl.bfloat16), mask=mask)
-    if g is not None:
-        G, U = to_save(G, U, ACTIVATION)
-        tl.store(g + to * G_STRIDE + cols[None, :], G.to(tl.bfloat16), mask=mask)
+        if GATED:
+            act, up_factor, _, _ = activate(G, U, ACTIVATION)
+            hidden = act * up_factor
+        else:
+            hidden, _, _, _ = activate(U, U, ACTIVATION)
+        tl.store(h + to * H_STRIDE + cols[None, :], hidden.to(tl.bfloat16), mask=mask)
+    if u is not None:
+        if GATED:
+            G, U = to_save(G, U, ACTIVATION)
+            tl.store(g + to * G_STRIDE + cols[None, :], G.to(tl.bfloat16), mask=mask)
+        else:
+            U, _ = to_save(U, U, ACTIVATION)
         tl.store(u + to * U_STRIDE + cols[None, :], U.to(tl.bfloat16), mask=mask)
 
 

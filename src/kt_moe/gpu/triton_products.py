@@ -101,7 +101,7 @@ def gate_up(
     activation: str,
     *,
     h: Tensor | None = None,
-    saved: tuple[Tensor, Tensor] | None = None,
+    saved: tuple[Tensor | None, Tensor] | None = None,
     bias_gate: Tensor | None = None,
     bias_up: Tensor | None = None,
     bias_index: Tensor | None = None,
@@ -109,13 +109,14 @@ def gate_up(
     if groups.rows == 0:
         return
     g, u = saved or (None, None)
-    like = h if h is not None else g
+    like = h if h is not None else u
     if like is None:
         return
-    columns, main = like.shape[1], gate[0]
-    tile = _fitted(_GATE_UP[groups.block_rows], max(columns, _LEAST_GATE_UP), like.device)
-    x_stride, gate_matrix, gate_stride, transposed, K = _shape(main)
-    _, up_matrix, up_stride, _, _ = _shape(up[0])
+    columns, main = like.shape[1], up[0]
+    tiles = _GATE_UP if gate else _WIDE
+    tile = _fitted(tiles[groups.block_rows], max(columns, _LEAST_GATE_UP), like.device)
+    x_stride, up_matrix, up_stride, transposed, K = _shape(main)
+    _, gate_matrix, gate_stride, _, _ = _shape(gate[0]) if gate else (0,) * 5
     low: list[Tensor | None] = []
     low_shapes: list[int] = []
     for terms in (gate, up):
@@ -125,7 +126,7 @@ def gate_up(
     launch(
         triton_gemm.gate_up, grid,
         (groups.tiles, h, g, u, bias_gate, bias_up, bias_index,
-         main.a, main.rows, main.b.data, main.b.index, up[0].b.data, up[0].b.index, *low),
+         main.a, main.rows, *(gate[0].b if gate else (None, None)), *main.b, *low),
         (x_stride, gate_matrix, gate_stride, up_matrix, up_stride, transposed, K, *low_shapes,
          columns, *(0 if x is None else x.stride(0) for x in (h, g, u)), activation, tile.m, tile.n, tile.k),
         num_warps=tile.warps, num_stages=tile.stages,
@@ -134,11 +135,11 @@ def gate_up(
 
 def activation_grad(
     dh: Tensor,
-    g: Tensor,
+    g: Tensor | None,
     u: Tensor,
     weights: Tensor,
     activation: str,
-    dg: Tensor,
+    dg: Tensor | None,
     du: Tensor,
     h: Tensor,
     dweights: Tensor,
@@ -149,7 +150,7 @@ def activation_grad(
     block = min(1024, _power_of_2(columns))
     launch(
         triton_rows.activation_grad, (rows,), (dh, g, u, weights, dg, du, h, dweights),
-        (columns, *(x.stride(0) for x in (dh, g, u, dg, du, h)), activation, block),
+        (columns, *(0 if x is None else x.stride(0) for x in (dh, g, u, dg, du, h)), activation, block),
         num_warps=max(1, block // 256),
     )  # fmt: skip
 

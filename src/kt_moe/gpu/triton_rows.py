@@ -28,15 +28,21 @@ def activation_grad(
         col = first + tl.arange(0, BLOCK)
         mask = col < N
         d = tl.load(dh + row * DH_STRIDE + col, mask=mask, other=0.0)
-        G = tl.load(g + row * G_STRIDE + col, mask=mask, other=0.0).to(tl.float32)
         U = tl.load(u + row * U_STRIDE + col, mask=mask, other=0.0).to(tl.float32)
-        act, up, slope, up_slope = activate(G, U, ACTIVATION)
-        dot += d * (act * up)
-        dG, dU = weight * d * up * slope, weight * d * act * up_slope
-        dG, dU = limited_grad(G, U, dG, dU, ACTIVATION)
-        tl.store(dg + row * DG_STRIDE + col, dG.to(tl.bfloat16), mask=mask)
+        if g is not None:
+            G = tl.load(g + row * G_STRIDE + col, mask=mask, other=0.0).to(tl.float32)
+            act, up, slope, up_slope = activate(G, U, ACTIVATION)
+            hidden = act * up
+            dG, dU = weight * d * up * slope, weight * d * act * up_slope
+            dG, dU = limited_grad(G, U, dG, dU, ACTIVATION)
+            tl.store(dg + row * DG_STRIDE + col, dG.to(tl.bfloat16), mask=mask)
+        else:
+            hidden, _, slope, _ = activate(U, U, ACTIVATION)
+            dU = weight * d * slope
+            dU, _ = limited_grad(U, U, dU, dU, ACTIVATION)
+        dot += d * hidden
         tl.store(du + row * DU_STRIDE + col, dU.to(tl.bfloat16), mask=mask)
-        tl.store(h + row * H_STRIDE + col, (act * up).to(tl.bfloat16), mask=mask)
+        tl.store(h + row * H_STRIDE + col, hidden.to(tl.bfloat16), mask=mask)
     tl.store(dweights + row, tl.sum(dot, 0))
 
 

@@ -13,11 +13,9 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
-from kt_moe.functional import PROJECTIONS
 from kt_moe.hf.lora import KtLoraExperts, experts_architecture
 from kt_moe.hf.portable import is_per_expert, renamed_by_peft
 from kt_moe.hf.targets import (
-    FUSED,
     ExpertPairs,
     Targets,
     check_config_patterns,
@@ -89,7 +87,8 @@ class Names:
         for name, module in free_modules(model):
             names.modules.append(name)
             if architecture is not None and holds_kt_experts(module):
-                names.parameters.extend(f"{name}.{fused}" for fused in FUSED)
+                fused = architecture.module_at(name).fused
+                names.parameters.extend(f"{name}.{parameter}" for parameter in fused)
                 names.projections[name] = [
                     alias for some in names_of(name, architecture).values() for alias in some
                 ]
@@ -164,10 +163,7 @@ def _names_of_all_experts(
     )
     if not uniform or any(other.keys() != pairs[0].keys() for other in pairs):
         return []
-    on_disk = [
-        dict(zip(PROJECTIONS, layer.form(path).module.projections, strict=True))
-        for path, layer in experts.items()
-    ]
+    on_disk = [layer.form(path).module.words for path, layer in experts.items()]
     return list(dict.fromkeys(names[p] for names in on_disk for p in pairs[0]))
 
 
@@ -212,7 +208,7 @@ def _of_experts(
 ) -> Iterator[tuple[str, _Numbers, _Numbers]]:
     """Each projection that an adapter and a config have, with the numbers of both."""
     own = layer.pairs[adapter_name].pairs if adapter_name in layer.pairs else {}
-    fused = {p: name for name in (() if new is None else new.fused) for p in FUSED[name]}
+    fused = {p: name for name in (() if new is None else new.fused) for p in layer.fused[name]}
     for projection, pair in {} if new is None else new.pairs.items():
         if projection not in own:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from collections.abc import Callable
@@ -15,9 +16,17 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from kt_moe.architectures import Architecture, ExpertModule, refuse_unless_computed, refuse_unmarked
-from kt_moe.computation import Computation, is_experts, sizes_of
+from kt_moe.computation import (
+    Computation,
+    bias_names,
+    is_experts,
+    is_gated,
+    output_norm,
+    parameter_names,
+    sizes_of,
+)
 from kt_moe.experts import Experts
-from kt_moe.functional import MoEFunction
+from kt_moe.functional import Lora, MoEFunction
 
 NAME = "kt_moe"
 
@@ -37,14 +46,15 @@ class _Held:
 class KtExperts(nn.Module):
     """Routed experts of one layer, held by `kt_moe.Experts` and not by torch.
 
-    It has no parameters and no state: `state_dict`, `parameters()`, `.to()` and `get_memory_footprint()` pass
-    it by. Copies, as of deepcopy and DataParallel, share the weights, which are frozen; of lazy ones the
-    first copy that needs them loads them for all.
+    It has no parameters for them and no state: `state_dict`, `parameters()`, `.to()` and
+    `get_memory_footprint()` pass them by. Copies, as of deepcopy and DataParallel, share the weights, which
+    are frozen; of lazy ones the first copy that needs them loads them for all.
 
     Args:
         architecture: of the model.
         module: the experts it stands for, one of the architecture's.
         experts: their weights; None: `load_with` says how they are loaded.
+        norm: of each expert's output, which stays torch's; None where there is none.
 
     Attributes:
         layer: number of the decoder layer (see `ExpertModule.number`).
@@ -56,9 +66,15 @@ class KtExperts(nn.Module):
     lora_device = "auto"
 
     def __init__(
-        self, architecture: Architecture, module: ExpertModule, experts: Experts | None = None
+        self,
+        architecture: Architecture,
+        module: ExpertModule,
+        experts: Experts | None = None,
+        norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        if norm is not None:
+            self.post_expert_norm = norm  # transformers' name
         self.architecture, self.expert_module, self.layer = architecture, module, module.number
         self.num_experts, self.hidden_dim = module.num_experts, module.hidden_size
         self.intermediate_dim = module.intermediate_size
@@ -90,15 +106,15 @@ class KtExperts(nn.Module):
         return self._held.experts
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[T, H], [T, K], [T, K] -> [T, H]; see `kt_moe.MoEFunction.apply`."""
-        out: Tensor = MoEFunction.apply(hidden_states, top_k_index, top_k_weights, self.experts)
-        return out
+        """[T, H], [T, K], [T, K] -> [T, H]; see `computed`."""
+        return computed(self, self.experts, hidden_states, top_k_index, top_k_weights)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KtExperts:
-        copy = KtExperts(self.architecture, self.expert_module)
-        copy._held = self._held
-        copy.training, copy.lora_device = self.training, self.lora_device
-        return copy
+        norm = copy.deepcopy(output_norm(self), memo)
+        twin = KtExperts(self.architecture, self.expert_module, norm=norm)
+        twin._held = self._held
+        twin.training, twin.lora_device = self.training, self.lora_device
+        return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
@@ -205,31 +221,31 @@ def expert_parameters(module: Any) -> tuple[list[str], list[Tensor]]:
             "the experts' parameters are parametrized (PEFT target_parameters), which kt_moe cannot compute: "
             'put LoRA on them with LoraConfig(target_modules=["experts"])'
         )
-    names = ["gate_up_proj", "down_proj"]
-    if module.has_bias:
-        names += ["gate_up_proj_bias", "down_proj_bias"]
+    names = [*parameter_names(module), *(bias_names(module) if module.has_bias else ())]
     return names, [getattr(module, name) for name in names]
 
 
 def pack(module: nn.Module, **options: Any) -> Experts:
-    """From weights [E, out, in] or [E, in, out], gate first or alternating with up.
+    """From weights [E, out, in] or [E, in, out], gate first, alternating with up, or not there.
 
     Args:
         options: of `Experts`, beside its weights and activation.
     """
-    gate_up, down, *biases = (p.detach() for p in expert_parameters(module)[1])
+    inner, down, *biases = (p.detach() for p in expert_parameters(module)[1])
     options["activation"] = _computation(module).activation
     if module.is_transposed:
-        gate_up, down = gate_up.mT, down.mT
-    gate, up = _split(module, gate_up)
+        inner, down = inner.mT, down.mT
+    gate, up = _split(module, inner)
     if biases:
         options["gate_bias"], options["up_bias"] = _split(module, biases[0])
         options["down_bias"] = biases[1]
     return Experts(gate, up, down, **options)
 
 
-def _split(module: nn.Module, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """[E, 2I, ...] to gate and up."""
+def _split(module: nn.Module, gate_up: Tensor) -> tuple[Tensor | None, Tensor]:
+    """[E, 2I, ...] to gate and up; without a gate [E, I, ...] is up."""
+    if not is_gated(module):
+        return None, gate_up
     if module.is_concatenated:
         gate, up = gate_up.chunk(2, dim=1)
         return gate, up
@@ -241,6 +257,11 @@ def dims_of(module: Any) -> tuple[int, int, int]:
     if isinstance(module, KtExperts):
         return module.num_experts, module.hidden_dim, module.intermediate_dim
     return sizes_of(module)
+
+
+def is_gated_module(module: Any) -> bool:
+    """Whether a module that `is_kt_experts` has a gate."""
+    return module.expert_module.gated if isinstance(module, KtExperts) else is_gated(module)
 
 
 def refuse_at_construction(parent: nn.Module, name: str, module: nn.Module | None) -> None:
@@ -265,10 +286,36 @@ def _computation(module: Any) -> Computation:
     return refuse_unless_computed(module, module.config.model_type)
 
 
+def computed(
+    module: nn.Module,
+    experts: Experts,
+    hidden_states: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    lora: Lora | None = None,
+    **tensors: Tensor,
+) -> Tensor:
+    """[T, H], [T, K], [T, K] -> [T, H]: what a module that `is_kt_experts` computes, with LoRA.
+
+    A norm of each expert's output comes between the experts and the sum over them: then the core gets every
+    routed token as a token of its own, with a routing weight of 1, and the norm, the weights and the sum are
+    torch's, in fp32.
+    """
+    norm = output_norm(module)
+    if norm is None:
+        out: Tensor = MoEFunction.apply(hidden_states, ids, weights, experts, lora, **tensors)
+        return out
+    of_routes = hidden_states.float().repeat_interleave(ids.shape[1], 0)
+    ones = torch.ones(ids.numel(), 1, device=weights.device)
+    rows: Tensor = MoEFunction.apply(of_routes, ids.reshape(-1, 1), ones, experts, lora, **tensors)
+    rows = norm(rows).view(*ids.shape, -1)
+    routed = weights.float().masked_fill(ids == experts.num_experts, 0.0)
+    return (rows * routed[..., None]).sum(1).to(hidden_states.dtype)
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def kt_moe_experts_forward(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """What transformers calls for `experts_implementation="kt_moe"`: [T, H], [T, K], [T, K] -> [T, H]."""
-    out: Tensor = MoEFunction.apply(hidden_states, top_k_index, top_k_weights, experts_of(self))
-    return out
+    return computed(self, experts_of(self), hidden_states, top_k_index, top_k_weights)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from kt_moe.architectures import architecture_of
-from kt_moe.computation import is_experts
+from kt_moe.computation import is_experts, output_norm
 from kt_moe.experts import Experts
 from kt_moe.hf.experts import KtExperts, expert_parameters, pack
 from kt_moe.hf.quantizer import KtMoeConfig, KtMoeQuantizer, guard_loaded_model
@@ -86,7 +86,8 @@ def wrap(model: nn.Module, config: KtMoeConfig | None = None) -> nn.Module:
             if described.path in left:
                 module = left.pop(described.path)
                 shared = packed.get(described.same_as)  # where a model ties the parameters of two modules
-                ours = KtExperts(architecture, described, shared or pack(module, **options))
+                experts = shared or pack(module, **options)
+                ours = KtExperts(architecture, described, experts, output_norm(module))
                 packed[described.path] = ours.experts
                 ours.experts.recompute = config.recompute
                 ours.experts.checkpoint_experts = config.checkpoint_experts

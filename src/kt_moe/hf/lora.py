@@ -14,11 +14,12 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from kt_moe.architectures import Architecture, architecture_of
-from kt_moe.functional import PROJECTIONS, Lora, MoEFunction, of_all
-from kt_moe.hf.experts import dims_of, experts_of, is_kt_experts
+from kt_moe.architectures import Architecture, architecture_of, fused_parameters
+from kt_moe.experts import PROJECTIONS
+from kt_moe.functional import Lora, of_all
+from kt_moe.hf.experts import computed, dims_of, experts_of, is_gated_module, is_kt_experts
 from kt_moe.hf.portable import ExpertsForm, Matrices
-from kt_moe.hf.targets import FUSED, ExpertPairs, Pair
+from kt_moe.hf.targets import ExpertPairs, Pair
 from kt_moe.layer import outer_sizes
 from kt_moe.lora_device import LoraParameters, LoraPlace
 
@@ -69,6 +70,11 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         self.shared_outer: set[str] = set()
         self._active_adapter = adapter_name
         self.add_pairs(adapter_name, config, pairs)
+
+    @property
+    def fused(self) -> dict[str, tuple[str, ...]]:
+        """See `ExpertModule.fused`."""
+        return fused_parameters(is_gated_module(self.base_layer))
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         _, hidden, _ = dims_of(module)
@@ -132,7 +138,7 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         in the tensor.
         """
         pairs = dict(self.pairs[adapter_name].pairs)
-        for projection in FUSED["gate_up_proj"]:
+        for projection in self.fused.get("gate_up_proj", ()):
             if projection not in pairs or not {"gate", "up"} & ranks.keys():
                 continue
             if projection not in ranks:
@@ -215,7 +221,7 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         top_k_weights: Tensor,
         adapter_names: Sequence[str] | None = None,
     ) -> Tensor:
-        """[T, H], [T, K], [T, K] -> [T, H]; see `kt_moe.MoEFunction.apply`.
+        """[T, H], [T, K], [T, K] -> [T, H]; see `computed`.
 
         Args:
             adapter_names: one for each sample of the batch, whose tokens follow one another; "__base__" for
@@ -231,7 +237,7 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         if not active:
             return self.base_layer(x, ids, weights)  # type: ignore[no-any-return]
         lora, tensors = self._combined(active)
-        return MoEFunction.apply(x, ids, weights, experts_of(self.base_layer), lora, **tensors)
+        return computed(self.base_layer, experts_of(self.base_layer), x, ids, weights, lora, **tensors)
 
     def _mixed(self, adapter_names: Sequence[str], x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         tokens, samples = len(x), len(adapter_names)
@@ -293,13 +299,13 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
     def fused_ranks(self, adapter_name: str) -> dict[str, int]:
         """Rank of an adapter's LoRA of each fused parameter as it is written."""
         own = self.pairs[adapter_name].pairs
-        ranks = {name: sum(own[p].rank for p in parts if p in own) for name, parts in FUSED.items()}
+        ranks = {name: sum(own[p].rank for p in parts if p in own) for name, parts in self.fused.items()}
         return {name: rank for name, rank in ranks.items() if rank}
 
     def fused_scaling(self, adapter_name: str, fused: str) -> float:
         """Scaling of LoRA of a fused parameter as it is written: for gate_up gate's, if that is not 0."""
         own = self.pairs[adapter_name].pairs
-        found = [own[p].scaling for p in FUSED[fused] if p in own]
+        found = [own[p].scaling for p in self.fused[fused] if p in own]
         return next((scaling for scaling in found if scaling), found[0])
 
     def tensors(
@@ -315,7 +321,7 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
     def fused_factors(self, adapter_name: str) -> dict[str, float]:
         """What each projection's B is multiplied by in fused tensors, which have one scaling."""
         factors = {}
-        for fused, parts in FUSED.items():
+        for fused, parts in self.fused.items():
             for projection in self.pairs[adapter_name].pairs.keys() & parts:
                 own = self.pairs[adapter_name].pairs[projection].scaling
                 written = self.fused_scaling(adapter_name, fused)

@@ -5,7 +5,8 @@ In memory each projection has A [E, r, in] and B [E, out, r]. On disk there are 
 - per expert: `{experts}.{e}.gate_proj.lora_A.weight` [r, in], by the names of the family's checkpoints.
   PEFT's table of conversions (`peft.utils.transformers_weight_conversion`) fuses them on loading, for the
   families that it has, where down has LoRA and gate and up have it both or neither. Servers read this form.
-- fused: the LoRA of the parameters `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I] as PEFT's
+- fused: the LoRA of the parameters `gate_up_proj` [E, 2I, H] (without a gate `up_proj` [E, I, H]) and
+  `down_proj` [E, H, I] as PEFT's
   `target_parameters` has it: A [E * r, in], expert-major, and B [out, r * E], expert fastest. That of gate_up
   has the ranks of gate and up one after the other, and a B that is zero where they would mix. The last of the
   parameters is at `{experts}`, the one before at `{experts}.base_layer`.
@@ -30,8 +31,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, g
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from kt_moe.architectures import ExpertModule
-from kt_moe.functional import PROJECTIONS
-from kt_moe.hf.targets import FUSED, Pair
+from kt_moe.hf.targets import Pair
 
 PREFIX = "base_model.model."
 Matrices = dict[str, tuple[Tensor, Tensor]]  # A [E, r, in] and B [E, out, r] by projection
@@ -103,7 +103,7 @@ class ExpertsForm:
 
     def split(self, matrices: Matrices) -> dict[str, Tensor]:
         """Per-expert tensors, keys without ".weight"."""
-        names = dict(zip(PROJECTIONS, self.module.projections, strict=True))
+        names = self.module.words
         place = self.module.disk_path(self.path)
         first = self.module.keyed.first_expert if self.module.keyed is not None else 0
         return {
@@ -115,7 +115,7 @@ class ExpertsForm:
 
     def fuse(self, matrices: Matrices) -> dict[str, Tensor]:
         """Fused tensors, keys without ".weight"."""
-        parts = {name: [p for p in found if p in matrices] for name, found in FUSED.items()}
+        parts = {name: [p for p in found if p in matrices] for name, found in self.module.fused.items()}
         places = self.places([name for name, found in parts.items() if found])
         result = {}
         for name, place in places.items():
@@ -135,8 +135,8 @@ class ExpertsForm:
         return {n: self.path + ".base_layer" * (len(fused) - 1 - i) for i, n in enumerate(fused)}
 
     def rows(self, gate_up: Tensor, projection: str) -> Tensor:
-        """A view of the rows [E, I, r] of a projection in B [E, 2I, r]; of down all of them."""
-        if projection == "down":
+        """A view of the rows [E, I, r] of gate or up in B [E, 2I, r]; of one with its own tensor all."""
+        if projection == "down" or not self.module.gated:
             return gate_up
         odd, half = projection == "up", self.module.intermediate_size
         if self.module.interleaved:
@@ -166,7 +166,7 @@ class ExpertsForm:
         matrices: Matrices = {}
         on_disk = self.module.disk_path(self.path)
         stored = dict.fromkeys((on_disk, renamed(on_disk)))
-        for name, place in self.places([name for name in FUSED if name in fused]).items():
+        for name, place in self.places([n for n in self.module.fused if n in fused]).items():
             places = [place, *(one + place.removeprefix(self.path) for one in stored)]
             if name == "gate_up_proj":  # where PEFT's conversion puts it, down or not
                 places += [f"{one}.base_layer" for one in (self.path, *stored)]
@@ -177,7 +177,7 @@ class ExpertsForm:
                         p: (a, b if written[p] in (0, 1) else b / written[p]) for p, (a, b) in found.items()
                     }
                     break
-        for projection, word in zip(PROJECTIONS, self.module.projections, strict=True):
+        for projection, word in self.module.words.items():
             pairs = self._pop_experts(state_dict, stored, word)
             if pairs:
                 a, b = zip(*pairs, strict=True)
@@ -226,8 +226,9 @@ class ExpertsForm:
             )
         a = a.view(self.num_experts, rank, into)
         b = b.view(out, rank, self.num_experts).permute(2, 0, 1)
-        if name == "down_proj":
-            return {"down": (a.contiguous(), b.contiguous())}
+        if name != "gate_up_proj":
+            (projection,) = self.module.fused[name]
+            return {projection: (a.contiguous(), b.contiguous())}
         gate, up = self.rows(b, "gate"), self.rows(b, "up")
         cut = _first_of_up(gate, up, own)
         if cut is None:  # trained fused: gate and up share one A, and each gets its own

@@ -19,6 +19,7 @@ from kt_moe import checkpointing
 from kt_moe import lora_device as lora_devices
 from kt_moe.architectures import Architecture, architecture_of
 from kt_moe.checkpoint import Checkpoint
+from kt_moe.computation import output_norm
 from kt_moe.conversion import stored_lists
 from kt_moe.experts import CHECKPOINT_FORMATS, PLACEMENTS, Experts
 from kt_moe.gpu import Gpu, Rates, as_gpu
@@ -347,7 +348,7 @@ def _refuse_gptq_v2(checkpoint: Checkpoint, stored: Any) -> None:
 def put_experts(model: Any, architecture: Architecture, lora_device: str = "auto") -> None:
     """Replace the experts modules of a transformers model by `KtExperts` that have yet to load."""
     for module in architecture.modules:
-        ours = KtExperts(architecture, module)
+        ours = KtExperts(architecture, module, norm=output_norm(model.get_submodule(module.path)))
         ours.lora_device = lora_device
         model.set_submodule(module.path, ours)
         # Some families initialise the experts' parameters from the block they are in.

@@ -3,12 +3,13 @@
 A name matches as in PEFT: the end of a module's path. The projections of routed experts have paths too,
 `...mlp.experts.gate_proj`, though in memory all experts' are one tensor, and perhaps under another name:
 
-- "experts", or a longer end of that path, is all three projections of the routed experts;
+- "experts", or a longer end of that path, is all projections of the routed experts;
 - "gate_proj", "up_proj", "down_proj", or the names that the family's checkpoints have for them, are every
   projection so called: of routed experts, shared experts and dense layers; "experts.down_proj" is that of the
   routed ones alone;
 - "all-linear" is every nn.Linear but the output layer, and the routed experts;
-- `target_parameters` may name `gate_up_proj` and `down_proj` of the fused experts, as PEFT's adapters do.
+- `target_parameters` may name `gate_up_proj` (without a gate `up_proj`) and `down_proj` of the fused experts,
+  as PEFT's adapters do.
 
 A name that matches nothing is an error.
 """
@@ -33,11 +34,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from kt_moe.architectures import Architecture
-from kt_moe.functional import PROJECTIONS
+from kt_moe.experts import PROJECTIONS
 from kt_moe.hf.experts import is_kt_experts
 from kt_moe.patterns import check_patterns, first_match
 
-FUSED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # tensors of all experts, in PEFT's order
 _ALL_LINEAR = "all-linear"
 _LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, Conv1D)
 
@@ -100,27 +100,28 @@ def find_targets(model: nn.Module, config: LoraConfig, architecture: Architectur
     missing = []
     for target, matches in _matchers(model, config, paths):
         found = {name for name in modules if matches(name)}
-        hits = {(path, p) for path in paths for p in PROJECTIONS if any(map(matches, names[path][p]))}
+        hits = {(path, p) for path in paths for p in PROJECTIONS if any(map(matches, names[path].get(p, ())))}
         for path, projection in hits:
             whole[path].add(projection)
         matched |= found
         if not found and not hits:
             missing.append(target)
-    fused, parameters = _parameters(config, modules, paths, matched, missing)
+    parts = {path: architecture.module_at(path).fused for path in paths}
+    fused, parameters = _parameters(config, modules, parts, matched, missing)
     if missing:
         have = {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, (*_LAYERS, BaseTunerLayer))}
-        have |= {f"experts.{p}_proj" for p in PROJECTIONS}
+        have |= {f"experts.{p}_proj" for found in names.values() for p in found if p}
         raise ValueError(
             f"LoraConfig targets {sorted(missing)}, which match nothing in this model; it has {sorted(have)}"
         )
     for path in paths:
         if path in matched:
-            whole[path] |= set(PROJECTIONS)
+            whole[path] |= names[path].keys() - {""}
     excluded = {name for name in modules if _excludes(config, name)}
     matched -= set(paths) | excluded
     weights = {name for name in matched if _only_a_weight(modules[name])}
     experts = {
-        path: _pairs(config, names[path], whole[path], fused[path])
+        path: _pairs(config, names[path], whole[path], {name: parts[path][name] for name in fused[path]})
         for path in paths
         if path not in excluded and (whole[path] or fused[path])
     }
@@ -203,8 +204,8 @@ def names_of(path: str, architecture: Architecture) -> dict[str, list[str]]:
     module = architecture.module_at(path)
     places = dict.fromkeys((path, module.disk_path(path)))
     names: dict[str, list[str]] = {"": list(places)}
-    for projection, on_disk in zip(PROJECTIONS, module.projections, strict=True):
-        fused = next(name for name, parts in FUSED.items() if projection in parts)
+    for projection, on_disk in module.words.items():
+        fused = next(name for name, parts in module.fused.items() if projection in parts)
         aliases = dict.fromkeys((f"{projection}_proj", on_disk, fused))
         names[projection] = [f"{place}{of}.{a}" for place in places for a in aliases for of in ("", ".0")]
         names[projection] += [place for place in places if place != path]
@@ -212,18 +213,22 @@ def names_of(path: str, architecture: Architecture) -> dict[str, list[str]]:
 
 
 def _parameters(
-    config: LoraConfig, modules: dict[str, nn.Module], paths: list[str], matched: set[str], missing: list[str]
+    config: LoraConfig,
+    modules: dict[str, nn.Module],
+    experts: Mapping[str, Iterable[str]],
+    matched: set[str],
+    missing: list[str],
 ) -> tuple[dict[str, set[str]], set[str]]:
     """target_parameters: fused tensors of each layer of experts, and others; adds to `matched`, `missing`.
 
     The weight of a layer that PEFT knows is the layer: its LoRA has the same keys and values.
     """
-    fused: dict[str, set[str]] = {path: set() for path in paths}
+    fused: dict[str, set[str]] = {path: set() for path in experts}
     others: set[str] = set()
     for target in sorted(config.target_parameters or ()):
         found = False
-        for path in paths:
-            hits = {n for n in FUSED if f"{path}.{n}" == target or f"{path}.{n}".endswith(f".{target}")}
+        for path, own in experts.items():
+            hits = {n for n in own if f"{path}.{n}" == target or f"{path}.{n}".endswith(f".{target}")}
             fused[path] |= hits
             found |= bool(hits)
         for name, module in modules.items():
@@ -250,20 +255,23 @@ def _only_a_weight(module: nn.Module) -> bool:
 
 
 def _pairs(
-    config: LoraConfig, names: dict[str, list[str]], by_name: set[str], fused: set[str]
+    config: LoraConfig,
+    names: dict[str, list[str]],
+    by_name: set[str],
+    fused: Mapping[str, tuple[str, ...]],
 ) -> ExpertPairs:
-    """Ranks and scalings of the projections of one layer, by name or by fused tensor."""
+    """Ranks and scalings of the projections of one layer, by name or by fused tensor (with what is in it)."""
     pairs: dict[str, Pair] = {}
     ranks = {}
-    for name in fused:
+    for name, parts in fused.items():
         key = [f"{names[''][0]}.{name}"]
         of_pattern = first_match(config.rank_pattern, key)
         rank = config.r if of_pattern is None else int(of_pattern)
         ranks[name] = rank
         scaling = _scaling(config, rank, first_match(config.alpha_pattern, key))
         # What PEFT makes of separate gate and up has twice the rank; what the file has decides later.
-        halved = len(FUSED[name]) == 2 and rank == 2 * config.r
-        pairs |= {p: Pair(rank // 2 if halved else rank, scaling) for p in FUSED[name]}
+        halved = len(parts) == 2 and rank == 2 * config.r
+        pairs |= {p: Pair(rank // 2 if halved else rank, scaling) for p in parts}
     for projection in sorted(by_name - pairs.keys()):
         key = [n for n in names[projection] if not n.endswith(".gate_up_proj")] + names[""]
         of_pattern = first_match(config.rank_pattern, key)

@@ -128,6 +128,34 @@ struct Kernels {
     hidden.copy_to(h + whole, left);
     return dot + rest;
   }
+
+  static void ungated_forward(int n, const float* u, uint16_t* u_saved, uint16_t* h) {
+    if (n < 16) {
+      const Edge<float> u_edge(u, n);
+      Edge<uint16_t> up, hidden;
+      kt::ungated_forward<A, Lanes>(16, u_edge.data, up.data, hidden.data);
+      up.copy_to(u_saved, n);
+      return hidden.copy_to(h, n);
+    }
+    const int last = n - 16;  // the last 16 elements overlap those before them
+    kt::ungated_forward<A, Lanes>(n / 16 * 16, u, u_saved, h);
+    if (n % 16 != 0) kt::ungated_forward<A, Lanes>(16, u + last, u_saved + last, h + last);
+  }
+
+  static float ungated_backward(int n, const float* dh, float weight, const uint16_t* u, uint16_t* du,
+                                uint16_t* h) {
+    const int left = n % 16, whole = n - left;
+    const float dot = kt::ungated_backward<A, Lanes>(whole, dh, weight, u, du, h);
+    if (left == 0) return dot;
+    const Edge<float> dh_edge(dh + whole, left);
+    const Edge<uint16_t> u_edge(u + whole, left);
+    Edge<uint16_t> up, hidden;
+    const float rest =
+        kt::ungated_backward<A, Lanes>(16, dh_edge.data, weight, u_edge.data, up.data, hidden.data);
+    up.copy_to(du + whole, left);
+    hidden.copy_to(h + whole, left);
+    return dot + rest;
+  }
 };
 
 }  // namespace

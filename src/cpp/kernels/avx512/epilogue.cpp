@@ -90,6 +90,8 @@ template <class A>
 struct Kernels {
   static constexpr ActivationForward* forward = kt::forward<A, Lanes>;
   static constexpr ActivationBackward* backward = kt::backward<A, Lanes>;
+  static constexpr UngatedForward* ungated_forward = kt::ungated_forward<A, Lanes>;
+  static constexpr UngatedBackward* ungated_backward = kt::ungated_backward<A, Lanes>;
 };
 
 }  // namespace

@@ -1,4 +1,5 @@
-// The activations, once for every set: h = value(G) * factor(U) and the derivatives of both.
+// The activations, once for every set: h = value(G) * factor(U) and the derivatives of both. Without a gate
+// it is h = value(U).
 //
 // A set calls them on its own type V of floats, one or many, which has V::all(float), the operators + - * and
 //   mul_add(a, b, c)           a b + c
@@ -191,15 +192,30 @@ struct SoftcappedSilu : Unlimited {
   }
 };
 
+// relu(g)^2, whose slope is 2 relu(g).
+struct Relu2 : Unlimited, TimesUp {
+  template <class V>
+  KT_INLINE static V value(V g) {
+    const V x = at_least(g, 0.0f);
+    return x * x;
+  }
+  template <class V>
+  KT_INLINE static WithSlope<V> value_and_slope(V g) {
+    const V x = at_least(g, 0.0f);
+    return {x * x, x + x};
+  }
+};
+
 // In the order of `Activation`.
 template <class... A>
 struct List {};
-using Activations = List<Silu, GptOss, ClampedSilu, GeluTanh, Gelu, SoftcappedSilu>;
+using Activations = List<Silu, GptOss, ClampedSilu, GeluTanh, Gelu, SoftcappedSilu, Relu2>;
 
 template <template <class> class Kernels, class... A>
 constexpr ActivationTable table_of(List<A...>) {
   static_assert(sizeof...(A) == kActivationCount);
-  return {{{Kernels<A>::forward, Kernels<A>::backward}...}};
+  return {{{Kernels<A>::forward, Kernels<A>::backward, Kernels<A>::ungated_forward,
+            Kernels<A>::ungated_backward}...}};
 }
 
 // A set's table, from a template of its kernels for an activation.
@@ -232,6 +248,19 @@ KT_INLINE Activated<V> activate(V g, V u) {
   const V gate = limited_gate<A>(g), up = limited_up<A>(u), hidden = A::value(gate) * A::factor(up);
   if constexpr (A::kLimit > 0.0f) return {beyond(g, gate), beyond(u, up), hidden};
   return {g, u, hidden};
+}
+
+// U to be saved, and h, of experts without a gate.
+template <class V>
+struct UngatedActivated {
+  V up, hidden;
+};
+
+template <class A, class V>
+KT_INLINE UngatedActivated<V> activate(V u) {
+  const V up = limited_gate<A>(u), hidden = A::value(up);
+  if constexpr (A::kLimit > 0.0f) return {beyond(u, up), hidden};
+  return {u, hidden};
 }
 
 }  // namespace

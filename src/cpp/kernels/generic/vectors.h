@@ -99,5 +99,34 @@ float backward(int n, const float* dh, float weight, const uint16_t* g_saved, co
   return sum(dot);
 }
 
+// The same without a gate.
+template <class A, class Lanes>
+void ungated_forward(int n, const float* u, uint16_t* u_saved, uint16_t* h) {
+  for (int i = 0; i < n; i += Lanes::kSize) {
+    const Lanes lanes = Lanes::first(n - i);
+    const auto [up, hidden] = activate<A>(load(lanes, u + i));
+    stream(lanes, u_saved + i, up);
+    store(lanes, h + i, hidden);
+  }
+}
+
+template <class A, class Lanes>
+float ungated_backward(int n, const float* dh, float weight, const uint16_t* u_saved, uint16_t* du,
+                       uint16_t* h) {
+  using V = decltype(load(Lanes{}, dh));
+  V dot = V::all(0.0f);
+  for (int i = 0; i < n; i += Lanes::kSize) {
+    const Lanes lanes = Lanes::first(n - i);
+    const V u = load(lanes, u_saved + i), up = limited_gate<A>(u);
+    auto [hidden, slope] = A::value_and_slope(up);
+    if constexpr (A::kLimit > 0.0f) slope = within(u, up, slope);
+    const V d = load(lanes, dh + i);
+    dot = mul_add(d, hidden, dot);
+    store(lanes, du + i, V::all(weight) * d * slope);
+    store(lanes, h + i, hidden);
+  }
+  return sum(dot);
+}
+
 }  // namespace
 }  // namespace kt

@@ -58,6 +58,27 @@ struct Kernels {
     }
     return dot;
   }
+
+  static void ungated_forward(int n, const float* u, uint16_t* u_saved, uint16_t* h) {
+    for (int i = 0; i < n; ++i) {
+      const auto [up, hidden] = activate<A>(Vec{u[i]});
+      u_saved[i] = round(up.x);
+      h[i] = round(hidden.x);
+    }
+  }
+
+  static float ungated_backward(int n, const float* dh, float weight, const uint16_t* u_saved, uint16_t* du,
+                                uint16_t* h) {
+    float dot = 0.0f;
+    for (int i = 0; i < n; ++i) {
+      const Vec u{widen(u_saved[i])}, up = limited_gate<A>(u);
+      const auto [hidden, slope] = A::value_and_slope(up);
+      dot += dh[i] * hidden.x;
+      du[i] = changed(u, up) ? 0 : round(weight * dh[i] * slope.x);
+      h[i] = round(hidden.x);
+    }
+    return dot;
+  }
 };
 
 }  // namespace

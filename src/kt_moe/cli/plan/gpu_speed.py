@@ -109,11 +109,12 @@ def gpu_speed(
         ValueError: the memory does not hold one expert.
     """
     layer = model.layers[0]
-    sizes = projection_bytes(QUANTISED[format], 1, layer.hidden, layer.intermediate)
+    sizes = projection_bytes(QUANTISED[format], 1, layer.hidden, layer.intermediate, layer.gated)
     stored = sum(sizes.values())
     work = Workload(
         len(model.layers), layer.hidden, layer.intermediate, layer.experts, layer.topk, stored,
-        len(run.projections) * run.rank, run.tokens, run.checkpointing and not run.retain,
+        sum(p in run.projections for p in layer.projections) * run.rank, run.tokens,
+        run.checkpointing and not run.retain, layer.gated,
     )  # fmt: skip
     values = {"assumed": vars(REFERENCE), "measured": measured or {}, "given": given or {}}
     known: dict[str, float] = {}

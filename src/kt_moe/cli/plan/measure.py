@@ -20,6 +20,7 @@ from kt_moe.cli.bench.layer import SCALING, Case, Shape
 from kt_moe.cli.plan.memory import scratch_bytes
 from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.shapes import ExpertLayer
+from kt_moe.experts import PROJECTIONS
 from kt_moe.host_memory import resident
 
 _SECONDS = 6.0  # of timed steps, about
@@ -66,7 +67,7 @@ def sample(layer: ExpertLayer, tokens: int, free: int) -> tuple[int, int] | None
 
     None if a quarter of the free memory does not hold the experts of one token twice.
     """
-    expert = 3 * layer.hidden * layer.intermediate * 2
+    expert = len(layer.projections) * layer.hidden * layer.intermediate * 2
     if 2 * layer.topk * expert > free // 4:
         return None
     experts = min(layer.experts, max(layer.topk, min(_WEIGHTS, free // 8) // expert))
@@ -103,12 +104,12 @@ def measure(layer: ExpertLayer, run: Run, format: str, runtime: Runtime, free: i
 
 def make_experts(shape: Shape, layer: ExpertLayer, format: str, runtime: Runtime) -> Experts:
     """Random ones like the layer's; the values of biases cost nothing, so theirs are zero."""
-    gate, up, down = make_weights(shape, seed=0)
-    biases: dict[str, Any] = {}
+    made = dict(zip(PROJECTIONS, make_weights(shape, seed=0), strict=True))
+    weights: dict[str, Any] = {"gate": None, **{p: made[p] for p in layer.projections}}
     if layer.biases:
-        weights = {"gate_bias": gate, "up_bias": up, "down_bias": down}
-        biases = {name: torch.zeros(w.shape[:2], dtype=w.dtype) for name, w in weights.items()}
-    return Experts(gate, up, down, **biases, activation=layer.activation, format=format, runtime=runtime)
+        shapes = {p: made[p].shape[:2] for p in layer.projections}
+        weights |= {f"{p}_bias": torch.zeros(*size, dtype=torch.bfloat16) for p, size in shapes.items()}
+    return Experts(**weights, activation=layer.activation, format=format, runtime=runtime)
 
 
 def _step(experts: Experts, shape: Shape, run: Run, tokens: int) -> tuple[float, float]:
@@ -119,7 +120,7 @@ def _step(experts: Experts, shape: Shape, run: Run, tokens: int) -> tuple[float,
     lora = {
         name: tensor.requires_grad_()
         for name, tensor in inputs.lora.items()
-        if name.split("_")[0] in run.projections
+        if name.split("_")[0] in run.projections and name.split("_")[0] in experts.projections
     }
     began = time.perf_counter()
     with torch.enable_grad():

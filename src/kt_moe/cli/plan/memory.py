@@ -58,19 +58,24 @@ def weights_bytes(layers: Iterable[ExpertLayer], format: str) -> int:
     """Of all experts, quantised to a format on loading, and their biases."""
     kind = QUANTISED[format]
     return sum(
-        sum(projection_bytes(kind, x.experts, x.hidden, x.intermediate).values()) + biases_bytes(x)
+        sum(projection_bytes(kind, x.experts, x.hidden, x.intermediate, x.gated).values()) + biases_bytes(x)
         for x in layers
     )
 
 
 def biases_bytes(layer: ExpertLayer) -> int:
     """Of all experts; 0 where they have none."""
-    return bias_bytes(layer.experts, layer.hidden, layer.intermediate) if layer.biases else 0
+    return bias_bytes(layer.experts, layer.hidden, layer.intermediate, layer.gated) if layer.biases else 0
 
 
 def lora_numbers(layer: ExpertLayer, run: Run) -> int:
     """LoRA parameters of a layer's experts."""
-    return len(run.projections) * layer.experts * run.rank * (layer.hidden + layer.intermediate)
+    return _targets(layer, run) * layer.experts * run.rank * (layer.hidden + layer.intermediate)
+
+
+def _targets(layer: ExpertLayer, run: Run) -> int:
+    """How many of its projections have LoRA."""
+    return sum(projection in run.projections for projection in layer.projections)
 
 
 def optimizer_bytes(numbers: int, width: int, optimizer: str) -> int:
@@ -80,8 +85,9 @@ def optimizer_bytes(numbers: int, width: int, optimizer: str) -> int:
 
 def saved_bytes(layer: ExpertLayer, run: Run) -> int:
     """G, U and the P of each LoRA pair, bf16, of every route of a layer."""
-    ranks = len(run.projections) * run.rank
-    return run.tokens * layer.topk * (2 * layer.intermediate + ranks) * 2
+    ranks = _targets(layer, run) * run.rank
+    inner = (len(layer.projections) - 1) * layer.intermediate
+    return run.tokens * layer.topk * (inner + ranks) * 2
 
 
 def scratch_bytes(layer: ExpertLayer, run: Run, threads: int, block: int = _BLOCK_ROWS) -> int:
@@ -89,10 +95,11 @@ def scratch_bytes(layer: ExpertLayer, run: Run, threads: int, block: int = _BLOC
 
     block: routes of the largest.
     """
-    ranks = len(run.projections) * run.rank
+    ranks = _targets(layer, run) * run.rank
     routes = run.tokens * layer.topk
+    inner = 4 * (len(layer.projections) - 1) + 2
     blocks = threads * (min(block, _BLOCK_ROWS) * layer.hidden * 2 + _CACHE_PART)
-    return routes * (10 * layer.intermediate + 4 * ranks) + blocks
+    return routes * (inner * layer.intermediate + 4 * ranks) + blocks
 
 
 def result_bytes(layer: ExpertLayer, run: Run) -> int:

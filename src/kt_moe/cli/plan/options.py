@@ -7,7 +7,7 @@ from typing import Any
 
 from kt_moe.cli.described import split_targets
 from kt_moe.cli.errors import UserError
-from kt_moe.functional import PROJECTIONS
+from kt_moe.experts import PROJECTIONS
 from kt_moe.gpu import parse_bytes
 from kt_moe.gpu.plan import Rates
 

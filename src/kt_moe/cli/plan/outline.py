@@ -63,7 +63,8 @@ def _expert_layers(model: nn.Module, architecture: Architecture) -> list[ExpertL
         if module.same_as is None:  # else its weights are another's
             biases = hasattr(model.get_submodule(module.path), "down_proj_bias")
             sizes = module.num_experts, module.hidden_size, module.intermediate_size
-            layers.append(ExpertLayer(module.number, *sizes, chosen[0], module.activation, biases))
+            kind = module.activation, biases, module.gated
+            layers.append(ExpertLayer(module.number, *sizes, chosen[0], *kind))
     return layers
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kt_moe.experts import PROJECTIONS
+
 
 @dataclass(frozen=True)
 class ExpertLayer:
@@ -12,6 +14,7 @@ class ExpertLayer:
     Attributes:
         activation: its name, as `kt_moe.Experts` takes it.
         biases: whether the projections have some.
+        gated: whether there is a gate.
     """
 
     number: int
@@ -21,6 +24,12 @@ class ExpertLayer:
     topk: int
     activation: str = "silu"
     biases: bool = False
+    gated: bool = True
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Names of the projections."""
+        return PROJECTIONS if self.gated else PROJECTIONS[1:]
 
 
 @dataclass(frozen=True)
