@@ -30,6 +30,12 @@ PROBLEMS = {
     "one LoRA": lambda: make_problem(33, 257, 65, 6, 3, {"down": 8}, biased=("up",)),
     "many rows": lambda: make_problem(1500, 512, 256, 16, 4, ALL, lora_dtype=torch.bfloat16),
     "one expert": lambda: make_problem(200, 128, 96, 4, 2, ALL, routing="one"),
+    "no gate": lambda: make_problem(
+        300, 256, 192, 8, 3, ALL, activation="relu2", biased=("up", "down"), gated=False
+    ),
+    "no gate, narrow": lambda: make_problem(
+        64, 96, 24, 4, 2, {"up": 5}, activation="clamped_silu", biased=("up",), gated=False
+    ),
     "nothing": lambda: make_problem(20, 64, 48, 4, 2, ALL, routing="none"),
 }  # fmt: skip
 
@@ -93,10 +99,10 @@ def test_numbers_and_bits(name, share, lora_device):
     same(run(problem, experts, lora_device), ours)
 
 
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(("name", "shards"), [("even", 1), ("even", 3), ("no gate", 3)])
 @pytest.mark.parametrize("format", FORMATS)
-def test_formats(format, shards):
-    problem = PROBLEMS["even"]()
+def test_formats(format, name, shards):
+    problem = PROBLEMS[name]()
     experts = experts_of(problem, Gpu(cpu_share=0.3), format, shards)
     ours = run(problem, experts)
     assert experts.gpu._layers.stored(experts).pinned
