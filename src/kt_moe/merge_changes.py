@@ -29,7 +29,8 @@ from kt_moe.requantise import Stored, stored_as
 
 _NAME = "merged"  # of the adapter in the model without weights
 _REFUSED = ("use_dora", "lora_bias", "fan_in_fan_out", "layer_replication", "trainable_token_indices")
-_PER_EXPERT = ("per-expert", "compressed-tensors", "gptq", "awq")
+_NVFP4 = ("nvfp4, compressed-tensors", "nvfp4, modelopt")
+_PER_EXPERT = ("per-expert", "compressed-tensors", "gptq", "awq", *_NVFP4)  # layouts
 
 
 @dataclass(frozen=True)

@@ -1,43 +1,25 @@
 """Matrices that checkpoints store quantised: decoded, and encoded again by their format's own rule.
 
-A matrix [out, in] is codes and, for each block of it, a scale and perhaps a zero point; its value is
-`(code - zero point) * scale`. Formats and the names of their tensors are those of docs/formats.md. Encoding
-takes for each block the scale that the format's rule gives, or the one that was there, whichever leaves the
-smaller error: where nothing changed, the codes stay what they were.
+Formats and the names of their tensors are those of docs/formats.md. Encoding takes for each block the scale
+that the format's rule gives, or the one that was there, whichever leaves the smaller error; a block that did
+not change stays what it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
 from torch import Tensor
 
 from kt_moe.checkpoint import TensorInfo
+from kt_moe.quantised_formats import FORMATS, Blocks, Format, Tensors
 
 _FLOATS = ("BF16", "F16", "F32")
-_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device="cpu")
-_BY_ROW = ("fp8", "int8", "int4")  # whose scales are stored as numbers, rows first
-_E8M0 = getattr(torch, "float8_e8m0fnu", None)  # torch 2.7
-_SCALES = ("F32", "BF16", "F16", "F8_E8M0")  # of fp8 and int8
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-_PLAIN_ORDER = tuple(range(8))
-Tensors = Mapping[str, Tensor]  # by role: codes, scales, zeros, order
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """A matrix [R, C] apart: codes [R, C] as fp32 numbers, scale and zero point of each block [r, c] or None.
-
-    block: rows and columns that share them.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    block: tuple[int, int]
+_SCALES = {"fp8": ("F32", "BF16", "F16", "F8_E8M0"), "nvfp4": ("F8_E4M3",)}
+_SCALES["int8"] = _SCALES["fp8"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +27,7 @@ class Stored:
     """How a checkpoint stores a matrix, or one for each expert in the same tensors.
 
     Attributes:
-        format: "fp8", "int8", "int4" (compressed-tensors), "gptq", "awq" or "mxfp4".
+        format: a name of `FORMATS`.
         names: of its tensors, by role.
         shape: [out, in], after [E] where experts are together.
     """
@@ -72,121 +54,39 @@ class Stored:
         """
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{self.names['codes']} merged is not finite")
-        parts = self._blocks(old)
+        # Where the old tensors do not reach as far as the values, both what they cut off and wider ones do.
+        ways = [self._encoded(value, old)]
+        if (wider := self._format.widened(value, old)) is not old:
+            ways.append(self._encoded(value, wider))
+        return min(ways, key=lambda new: float((self.decode(new) - value).square().sum()))
+
+    def _encoded(self, value: Tensor, old: Tensors) -> dict[str, Tensor]:
+        format, parts = self._format, self._blocks(old)
         rows = _in_blocks(value, parts.block)
-        best = _quantised(rows, parts.scales, parts.zeros, self._round)
-        new = _quantised(rows, *self._rule(rows, parts, old["scales"].dtype), self._round)
-        better = (new.error < best.error)[..., None]
+        best = _quantised(rows, parts.scales, parts.zeros, format.nearest)
+        new = _quantised(rows, *format.rule(rows, parts, old), format.nearest)
+        same = (rows == _in_blocks(self.decode(old), parts.block)).all(-1)
+        better = ((new.error < best.error) & ~same)[..., None]
         codes = torch.where(better, new.codes, best.codes)
         scales = torch.where(better[..., 0], new.scales, best.scales)
         zeros = None
         if best.zeros is not None and new.zeros is not None:
             zeros = torch.where(better[..., 0], new.zeros, best.zeros)
         codes = _from_blocks(codes, parts.block, value.shape)
-        codes = torch.where(codes == parts.codes, parts.codes, codes)  # where both are zero, the sign it had
-        return self._tensors(codes, scales, zeros, old)
+        codes = torch.where(_spread(same, parts.block, value.shape), parts.codes, codes)
+        return {**old, **format.pack(replace(parts, codes=codes, scales=scales, zeros=zeros), old)}
+
+    @property
+    def _format(self) -> Format:
+        return FORMATS[self.format]
 
     def _blocks(self, tensors: Tensors) -> Blocks:
-        codes, scales = tensors["codes"], tensors["scales"]
-        out, into = self.shape[-2:]
-        if self.format in ("fp8", "int8"):
-            grid, block = _grid(scales.float(), out, into)
-            return Blocks(codes.float(), grid, None, block)
-        if self.format == "mxfp4":
-            nibbles = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-3).long()
-            values = _E2M1[nibbles & 7] * torch.where(nibbles > 7, -1.0, 1.0)
-            return Blocks(values, torch.exp2(scales.float() - 127), None, (1, 32))
-        zeros = tensors.get("zeros")
-        if self.format == "int4":
-            grid = scales.float()
-            found = None if zeros is None else _nibbles(zeros, 0)[:out].float() - 8
-            symmetric = torch.zeros_like(grid)
-            return Blocks(
-                _nibbles(codes, 1)[:, :into].float() - 8,
-                grid,
-                symmetric if found is None else found,
-                (1, into // grid.shape[1]),
-            )
-        grid = scales.float().T
-        assert zeros is not None
-        if self.format == "gptq":
-            if "order" in tensors and not torch.equal(
-                tensors["order"].long(), torch.arange(into) // (into // grid.shape[1])
-            ):
+        parts = self._format.unpack(tensors, self.shape[-2:])
+        if "order" in tensors:
+            in_order = torch.arange(self.shape[-1]) // parts.block[1]
+            if not torch.equal(tensors["order"].long(), in_order):
                 raise ValueError(f"{self.names['order']}: columns in act-order, which merge_checkpoint lacks")
-            points = (_nibbles(zeros, 1)[:, :out] + 1 & 15).T
-            return Blocks(
-                _nibbles(codes, 0)[:into].T.float(), grid, points.float(), (1, into // grid.shape[1])
-            )
-        points = _nibbles(zeros, 1, _AWQ_ORDER)[:, :out].T
-        levels = _nibbles(codes, 1, _AWQ_ORDER)[:, :out].T
-        return Blocks(levels.float(), grid, points.float(), (1, into // grid.shape[1]))
-
-    def _tensors(
-        self, codes: Tensor, scales: Tensor, zeros: Tensor | None, old: Tensors
-    ) -> dict[str, Tensor]:
-        shape, dtype = old["scales"].shape, old["scales"].dtype
-        new = dict(old)
-        new["scales"] = scales.to(dtype).reshape(shape) if self.format in _BY_ROW else scales
-        if self.format == "fp8":
-            new["codes"] = codes.to(torch.float8_e4m3fn)
-        elif self.format == "int8":
-            new["codes"] = codes.to(torch.int8)
-        elif self.format == "mxfp4":
-            nibbles = torch.bucketize(codes.abs().contiguous(), _E2M1) | (torch.signbit(codes).long() << 3)
-            pairs = nibbles.reshape(*old["codes"].shape, 2)
-            new["codes"] = (pairs[..., 0] | pairs[..., 1] << 4).to(torch.uint8)
-            new["scales"] = (torch.log2(scales).round() + 127).to(dtype)
-        elif self.format == "int4":
-            new["codes"] = _words(codes.long() + 8, 1)
-            if "zeros" in old:
-                assert zeros is not None
-                new["zeros"] = _words(zeros.long() + 8, 0)
-        else:
-            assert zeros is not None
-            gptq = self.format == "gptq"
-            order = _PLAIN_ORDER if gptq else _AWQ_ORDER
-            new["codes"] = _words(codes.long().T, 0 if gptq else 1, order)
-            new["zeros"] = _words((zeros.long() - 1 & 15 if gptq else zeros.long()).T, 1, order)
-            new["scales"] = scales.T.to(dtype).contiguous()
-        return new
-
-    def _round(self, levels: Tensor) -> Tensor:
-        """The nearest codes."""
-        if self.format == "fp8":
-            return levels.clamp(-448, 448).to(torch.float8_e4m3fn).float()
-        if self.format == "mxfp4":  # a tie goes to the code whose last bit is 0
-            middles = (_E2M1[1:] + _E2M1[:-1]) / 2
-            size = levels.abs()
-            below, above = torch.bucketize(size, middles), torch.bucketize(size, middles, right=True)
-            index = torch.where(below % 2 == 0, below, above)
-            return torch.copysign(_E2M1[index], levels)
-        low, high = self._range()
-        return levels.round().clamp(low, high)
-
-    def _range(self) -> tuple[int, int]:
-        return {"int8": (-128, 127), "int4": (-8, 7)}.get(self.format, (0, 15))
-
-    def _rule(self, rows: Tensor, old: Blocks, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Scales, rounded as they are stored, and zero points that the format gives to values in blocks."""
-        largest = rows.abs().amax(-1)
-        zeros = old.zeros
-        if self.format == "mxfp4":
-            exponents = torch.floor(torch.log2(largest)) - 2
-            return torch.exp2(exponents.clamp(-127, 127)), None
-        if self.format == "fp8":
-            scales = largest / 448
-            if dtype is _E8M0:
-                scales = torch.exp2(torch.ceil(torch.log2(scales)).clamp(-127, 127))
-        elif zeros is None or bool((zeros == (sum(self._range()) + 1) // 2).all()):  # symmetric
-            low, high = self._range()
-            scales = largest / ((high - low) / 2)
-        else:
-            least, most = rows.amin(-1).clamp(max=0), rows.amax(-1).clamp(min=0)
-            low, high = self._range()
-            scales = ((most - least) / (high - low)).to(dtype).float()
-            zeros = (low - least / scales).round().nan_to_num(low).clamp(low, high)
-        return scales.to(dtype).float(), zeros
+        return parts
 
 
 @dataclass(frozen=True)
@@ -200,7 +100,7 @@ class _Quantised:
 def _quantised(
     rows: Tensor, scales: Tensor, zeros: Tensor | None, nearest: Callable[[Tensor], Tensor]
 ) -> _Quantised:
-    usable = (scales > 0) & scales.isfinite()
+    usable = (scales != 0) & scales.isfinite()
     wide = torch.where(usable, scales, 1.0)[..., None]
     shift = -0.0 if zeros is None else zeros[..., None]  # -0.0: adding it leaves a zero its sign
     codes = nearest(rows / wide + shift)
@@ -225,6 +125,9 @@ def stored_as(name: str, tensors: Mapping[str, TensorInfo], shape: tuple[int, ..
         if dtype in _FLOATS:
             return None
         scales = next((s for s in (f"{name}_scale_inv", f"{name}_scale") if s in tensors), None)
+        if dtype == "U8" and f"{name}_scale_2" in tensors:  # ModelOpt
+            roles = {"codes": name, "scales": f"{name}_scale", "factor": f"{name}_scale_2"}
+            return _checked(Stored("nvfp4", roles, shape), tensors, (*shape[:-1], shape[-1] // 2))
         format = {"F8_E4M3": "fp8", "I8": "int8"}.get(dtype)
         if format is None or scales is None or f"{name}_zero_point" in tensors:
             raise ValueError(f"{name} is {dtype}, stored in a way that merge_checkpoint does not know")
@@ -236,6 +139,9 @@ def stored_as(name: str, tensors: Mapping[str, TensorInfo], shape: tuple[int, ..
     out, into = shape[-2:]
     if f"{stem}.weight_packed" in tensors:
         roles = {"codes": f"{stem}.weight_packed", "scales": f"{stem}.weight_scale"}
+        if f"{stem}.weight_global_scale" in tensors:
+            roles["divisor"] = f"{stem}.weight_global_scale"
+            return _checked(Stored("nvfp4", roles, shape), tensors, (out, into // 2))
         zeros = f"{stem}.weight_zero_point"
         roles |= {"zeros": zeros} if zeros in tensors else {}
         if f"{stem}.weight_g_idx" in tensors:
@@ -256,46 +162,16 @@ def _checked(stored: Stored, tensors: Mapping[str, TensorInfo], packed: tuple[in
     for name in stored.names.values():
         if name not in tensors:
             raise ValueError(f"the checkpoint lacks {name}")
-    wanted = {"codes": packed, **_beside_codes(stored, tensors[stored.names["scales"]].shape)}
-    for role, name in stored.names.items():
-        found = tensors[name].shape
-        if found != wanted.get(role, found):
-            raise ValueError(f"{name} is {list(found)}, wanted {list(wanted[role])} for {list(stored.shape)}")
     scales = stored.names["scales"]
-    if stored.format in ("fp8", "int8") and tensors[scales].dtype not in _SCALES:
-        raise ValueError(f"{scales} is {tensors[scales].dtype}, wanted one of {', '.join(_SCALES)}")
+    beside = FORMATS[stored.format].beside(stored.shape, tensors[scales].shape)
+    for role, name in stored.names.items():
+        found, wanted = tensors[name].shape, {"codes": packed, **beside}.get(role)
+        if wanted is not None and found != wanted:
+            raise ValueError(f"{name} is {list(found)}, wanted {list(wanted)} for {list(stored.shape)}")
+    allowed = _SCALES.get(stored.format)
+    if allowed is not None and tensors[scales].dtype not in allowed:
+        raise ValueError(f"{scales} is {tensors[scales].dtype}, wanted one of {', '.join(allowed)}")
     return stored
-
-
-def _beside_codes(stored: Stored, scales: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Shapes by role, for the number of groups that the scales have if it divides the columns."""
-    out, into = stored.shape[-2:]
-    if stored.format == "mxfp4":
-        return {"scales": (*stored.shape[:-1], into // 32)}
-    if stored.format == "int4":
-        groups = _groups(scales[-1:], into)
-        return {"scales": (out, groups), "zeros": (ceil(out / 8), groups)}
-    if stored.format in ("gptq", "awq"):
-        groups = _groups(scales[:1], into)
-        return {"scales": (groups, out), "zeros": (groups, ceil(out / 8)), "order": (into,)}
-    return {}  # `_grid` looks at those of fp8 and int8
-
-
-def _groups(found: tuple[int, ...], into: int) -> int:
-    return found[0] if found and found[0] and into % found[0] == 0 else 1
-
-
-def _grid(scales: Tensor, out: int, into: int) -> tuple[Tensor, tuple[int, int]]:
-    """Scales of fp8 or int8 as [r, c], and rows and columns that share one."""
-    if scales.numel() == 1:
-        return scales.view(1, 1), (out, into)
-    if scales.shape in ((out,), (out, 1)):
-        return scales.view(out, 1), (1, into)
-    if scales.shape == (ceil(out / 128), ceil(into / 128)):
-        return scales, (128, 128)
-    if scales.dim() == 2 and scales.shape[0] == out and into % scales.shape[1] == 0:
-        return scales, (1, into // scales.shape[1])
-    raise ValueError(f"scales are {list(scales.shape)} for a matrix of {[out, into]}")
 
 
 def _in_blocks(matrix: Tensor, block: tuple[int, int]) -> Tensor:
@@ -315,18 +191,3 @@ def _spread(grid: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
     """One number an element from one a block."""
     wide = grid.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
     return wide[: shape[0], : shape[1]]
-
-
-def _nibbles(words: Tensor, dim: int, order: tuple[int, ...] = _PLAIN_ORDER) -> Tensor:
-    """Codes of 4 bits, 8 a word of int32 along `dim`; nibble n of a word is code order[n]."""
-    shifts = torch.tensor([4 * order.index(n) for n in range(8)])
-    return ((words.movedim(dim, -1)[..., None] >> shifts) & 15).flatten(-2).movedim(-1, dim).long()
-
-
-def _words(codes: Tensor, dim: int, order: tuple[int, ...] = _PLAIN_ORDER) -> Tensor:
-    """The reverse; filled with zeros."""
-    codes = codes.movedim(dim, -1)
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8))
-    eights = padded.reshape(*padded.shape[:-1], -1, 8)
-    words = (eights[..., list(order)] << torch.arange(0, 32, 4)).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).movedim(-1, dim).contiguous()

@@ -88,6 +88,20 @@ def awq(weight: Tensor) -> Tails:
     return {"qweight": packed[0], "qzeros": packed[1], "scales": scale.T.contiguous()}
 
 
+def nvfp4(weight: Tensor, modelopt: bool = False) -> Tails:
+    """With one number a matrix that leaves the largest scale no room to grow."""
+    parts = weight.float().unflatten(1, (-1, 16))
+    whole = parts.abs().max() / (6 * 448)
+    scale = (parts.abs().amax(2) / 6 / whole).to(torch.float8_e4m3fn)
+    levels = parts / (scale.float() * whole)[..., None]
+    codes = (levels.abs()[..., None] - E2M1[:8]).abs().argmin(-1) | (levels < 0).long() << 3
+    codes = codes.flatten(1)
+    packed = (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8)
+    if modelopt:
+        return {"weight": packed, "weight_scale": scale, "weight_scale_2": whole}
+    return {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": (1 / whole).view(1)}
+
+
 FORMATS: dict[str, tuple[Callable[[Tensor], Tails], str, float]] = {  # with the bound of the error
     "fp8": (fp8, "fp8", 0.05),
     "fp8, bf16 scales": (lambda weight: fp8(weight, torch.bfloat16), "fp8", 0.05),
@@ -96,6 +110,8 @@ FORMATS: dict[str, tuple[Callable[[Tensor], Tails], str, float]] = {  # with the
     "compressed-tensors": (compressed_tensors, "int4", 0.15),
     "gptq": (gptq, "gptq", 0.15),
     "awq": (awq, "awq", 0.15),
+    "nvfp4, compressed-tensors": (nvfp4, "nvfp4", 0.15),
+    "nvfp4, modelopt": (lambda weight: nvfp4(weight, modelopt=True), "nvfp4", 0.15),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,8 +12,11 @@ import stored_formats as stored
 import torch
 from torch import Tensor
 
+import kt_moe
 from kt_moe.checkpoint import TensorInfo
-from kt_moe.requantise import Stored, stored_as
+from kt_moe.gpu.stored import StoredExperts
+from kt_moe.quantised_formats import FORMATS
+from kt_moe.requantise import Stored, _from_blocks, _in_blocks, _quantised, stored_as
 
 CASES = {
     "fp8": partial(stored.fp8, 300, 200),
@@ -27,14 +31,17 @@ CASES = {
     "gptq": partial(stored.gptq, 48, 96, group=32),
     "gptq, zero points": partial(stored.gptq, 48, 96, group=32, asymmetric=True, g_idx=False),
     "awq": partial(stored.awq, 48, 96, group=32),
+    "nvfp4, compressed-tensors": partial(stored.nvfp4, 44, 96),
+    "nvfp4, modelopt": partial(stored.nvfp4, 44, 96, modelopt=True),
     "awq, symmetric": partial(stored.awq, 48, 96, group=32, asymmetric=False),
 }
 if hasattr(torch, "float8_e8m0fnu"):
     CASES["fp8, e8m0 scales"] = partial(stored.fp8, 300, 200, scale_dtype=torch.float8_e8m0fnu)
-ERRORS = {"fp8": 0.03, "int8": 0.01, "int4": 0.1, "gptq": 0.1, "awq": 0.1, "mxfp4": 0.13}
+ERRORS = {"fp8": 0.03, "int8": 0.01, "int4": 0.1, "gptq": 0.1, "awq": 0.1, "mxfp4": 0.13, "nvfp4": 0.13}
 _DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8", torch.int32: "I32", torch.float32: "F32",
-    torch.bfloat16: "BF16", torch.float16: "F16", getattr(torch, "float8_e8m0fnu", None): "F8_E8M0",
+    torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8",
+    getattr(torch, "float8_e8m0fnu", None): "F8_E8M0",
 }  # fmt: skip
 
 
@@ -81,6 +88,60 @@ def test_mxfp4() -> None:
     check(one, {role: tensor[1] for role, tensor in old.items()}, value[1])
 
 
+OF_CORE = {  # tensors by role, of the parts that the core keeps of a matrix
+    "int8": ("int8", torch.int8),
+    "fp8": ("fp8", torch.float8_e4m3fn),
+    "int4": ("int4", torch.uint8),
+    "mxfp4": ("mxfp4", torch.uint8),
+    "nvfp4": ("nvfp4", torch.uint8),
+}
+SCALES = {"f32": torch.float32, "bf16": torch.bfloat16, "e8m0": torch.uint8, "e4m3": torch.float8_e4m3fn}
+
+
+def kept_by_core(weight: Tensor, format: str) -> tuple[Stored, dict[str, Tensor], Tensor]:
+    """A matrix [out, in] quantised by the core: as a checkpoint would store it, and what the core decodes."""
+    out, into = weight.shape
+    experts = kt_moe.Experts(None, weight[None], weight.T[None], activation="relu2", format=format)
+    kept = StoredExperts(experts)
+    part, slot = kept.parts[0], torch.empty(kept.slot_bytes, dtype=torch.uint8)
+    kept.copy_expert(0, slot)
+
+    def read(at: int, dtype: torch.dtype, *shape: int) -> Tensor:
+        return slot[at : at + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+    grid = -(-out // part.scale_rows), -(-into // part.scale_cols)
+    dtype = OF_CORE[format][1]
+    codes = read(part.codes, dtype, out, into // 2 if dtype is torch.uint8 else into)
+    tensors = {"codes": codes, "scales": read(part.scales, SCALES[part.scale], *grid)}
+    if format == "int4":
+        levels = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1).long()
+        tensors["codes"] = stored.pack_nibbles(levels, 1)
+    if format == "mxfp4":
+        tensors["codes"] = codes.view(out, into // 32, 16)
+    if format == "nvfp4":
+        tensors["divisor" if part.divides else "factor"] = read(part.global_scale, torch.float32, 1)
+    one = Stored(OF_CORE[format][0], dict.fromkeys(tensors, "x"), (out, into))
+    return one, tensors, experts.dequantize()[1][0]
+
+
+@pytest.mark.parametrize("format", OF_CORE)
+def test_codes_are_rounded_as_the_core_rounds_them(format: str) -> None:
+    weight = torch.randn(130, 256, generator=stored.rng(5)).bfloat16()
+    one, tensors, decoded = kept_by_core(weight, format)
+    assert torch.equal(one.decode(tensors).bfloat16(), decoded)
+    again = one.encode(weight.float(), tensors)
+    same = again["scales"].view(torch.uint8) == tensors["scales"].view(torch.uint8)
+    assert same.any()
+    errors = [float((one.decode(t) - weight.float()).norm()) for t in (again, tensors)]
+    assert errors[0] <= errors[1] * (1 + 1e-6)
+    if bool(same.all()):  # the core's scales are the best: then its codes are the nearest
+        assert torch.equal(again["codes"].view(torch.uint8), tensors["codes"].view(torch.uint8))
+    kept = one._blocks(tensors)
+    rows = _in_blocks(weight.float(), kept.block)
+    nearest = _quantised(rows, kept.scales, kept.zeros, FORMATS[one.format].nearest)
+    assert torch.equal(_from_blocks(nearest.codes, kept.block, weight.shape), kept.codes)
+
+
 def test_a_block_of_zeros_and_scales_that_would_be_none() -> None:
     tails, value = stored.compressed_tensors(8, 64, 3, group=32)
     one, old = found({f"x.{tail}": tensor for tail, tensor in tails.items()}, "x.weight", tuple(value.shape))
@@ -123,6 +184,11 @@ def test_refused() -> None:
         ("gptq", "g_idx", lambda t: t[:7], r"is \[7\], wanted \[96\]"),
         ("awq", "scales", lambda t: t[:1], r"qzeros is \[3, 6\], wanted \[1, 6\]"),
         ("awq", "qzeros", lambda t: t[:, :2], r"is \[3, 2\], wanted \[3, 6\]"),
+        # Of 96 columns two scales are of 48, or of 64 and the rest.
+        ("compressed-tensors", "weight_scale", lambda t: t[:, :2], r"is \[44, 2\], wanted \[44, 1\]"),
+        ("gptq", "scales", lambda t: t[:2], r"scales is \[2, 48\], wanted \[1, 48\]"),
+        ("nvfp4, modelopt", "weight_scale", lambda t: t[:, :5], r"is \[44, 5\], wanted \[44, 6\]"),
+        ("nvfp4, modelopt", "weight_scale", lambda t: t.float(), r"is F32, wanted one of F8_E4M3"),
     ],
 )
 def test_what_is_beside_the_codes_fits_them(

@@ -247,3 +247,13 @@ def test_experts_keep_their_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found = spread(tmp_path, KtMoeConfig(gpu="cuda:0", gpu_memory=100 * layer), **limits)
     assert set(found.values()) == {1}
     assert set(spread(tmp_path, KtMoeConfig(gpu="off"), **limits).values()) == {0, 1}
+
+
+@pytest.mark.parametrize("call", [kt_moe.load_model, kt_moe.device_map])
+@pytest.mark.parametrize(("path", "error"), [(3, TypeError), (None, TypeError), ("", ValueError)])
+def test_a_path_that_is_none_is_refused_before_the_hub_is_asked(
+    call: Any, path: Any, error: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kt_moe.hf.loading, "AutoConfig", None)
+    with pytest.raises(error, match=r"^path is "):
+        call(path)

@@ -12,7 +12,7 @@ from transformers.integrations.accelerate import _get_device_map
 from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils.generic import ContextManagers
 
-from kt_moe.checkpoint import Checkpoint
+from kt_moe.checkpoint import Checkpoint, check_path
 from kt_moe.families import model_class
 from kt_moe.hf.quantizer import KtMoeConfig
 
@@ -44,12 +44,12 @@ def load_model(
         options: others of `from_pretrained`, as dtype, max_memory, attn_implementation or revision.
 
     Raises:
-        TypeError: config is something else.
+        TypeError: path or config is something else.
         ValueError: transformers has no class for the model's config; the other layers do not fit the GPUs; or
             as `from_pretrained` with `KtMoeConfig`.
         OSError: files are missing.
     """
-    config = _checked(config)
+    path, config = check_path("path", path), _checked(config)
     model_config = options.pop("config", None)
     if model_config is None:
         of_files = {name: options[name] for name in _OF_FILES if name in options}
@@ -82,7 +82,8 @@ def device_map(
     """
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype is {dtype!r}, wanted a torch.dtype")
-    config, model_config = _checked(config), AutoConfig.from_pretrained(path)
+    path, config = check_path("path", path), _checked(config)
+    model_config = AutoConfig.from_pretrained(path)
     made = _class_of(model_config)
     quantizer, model_config, how = get_hf_quantizer(model_config, config, "auto", True, {})
     with ContextManagers(made.get_init_context(dtype, True, False, None)):
