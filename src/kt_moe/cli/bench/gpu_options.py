@@ -24,7 +24,7 @@ _OURS = (
     "layers", "format", "gpu_memory", "cpu_share", "lora_device", "sequence", "checkpoint_experts",
     "new_routes", "step", "compile",
 )  # fmt: skip
-_REFUSED = ("grow", "plot", "isa", "quick")
+_REFUSED = ("plot", "isa", "quick")
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME,..",
         help=f"time these too: {', '.join(PEERS)}",
     )
-    parser.set_defaults(grow=None)  # which gpu_options refuses
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a roofline as PNG")
 
