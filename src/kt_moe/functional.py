@@ -263,6 +263,7 @@ class MoEFunction:
         if not topk_weights.is_floating_point():
             raise ValueError(f"topk_weights is {topk_weights.dtype}, wanted a floating-point dtype")
         versions = Versions((*_INPUT_NAMES, *LORA_NAMES), (hidden_states, topk_ids, topk_weights, *tensors))
+        _check_shared(experts, tensors)
         tensors = [None if t is None else of_all(t, experts.num_experts) for t in tensors]
         train = torch.is_grad_enabled()
         with checkpointing.unseen():
@@ -276,6 +277,22 @@ class MoEFunction:
                 hidden_states, topk_ids, topk_weights, experts, lora or Lora(), made, *tensors
             )
         return out
+
+
+def _check_shared(experts: Experts, tensors: Sequence[Tensor | None]) -> None:
+    """Shapes of matrices that all experts share: the core gets them as one for each, and would name those."""
+    if experts.num_experts == 1:
+        return
+    h, i = experts.hidden_size, experts.intermediate_size
+    for name, tensor, a in zip(LORA_NAMES, tensors, (tensors[n - n % 2] for n in range(6)), strict=True):
+        if tensor is None or a is None or tensor.dim() != 3 or a.dim() != 3 or len(tensor) != 1:
+            continue
+        into, out = (i, h) if name.startswith("down") else (h, i)
+        wanted = [1, a.shape[1], into] if tensor is a else [1, out, a.shape[1]]
+        if list(tensor.shape) != wanted:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, wanted {wanted} of a matrix that all experts share"
+            )
 
 
 def of_all(matrices: Tensor, num_experts: int) -> Tensor:

@@ -120,4 +120,7 @@ def test_only_what_is_trained_goes_into_lora_fa(tmp_path: Path) -> None:
         create_lorafa_optimizer(twin, lr=1e-3)
     with pytest.raises(ValueError, match=r"a tensor of shape \[3\], wanted two or three"):
         Muon([nn.Parameter(torch.zeros(3))])
-    assert bool(model(tokens()).logits.isfinite().all())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(tokens(), labels=tokens()).loss.backward()
+    optimizer.step()
+    assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == trained

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -210,3 +211,18 @@ def test_sglang_reads_the_shared_form(bases: dict[str, Path], tmp_path: Path) ->
             mine = layer.matrices("default", projection)
             delta = layer.scaling_of("default", projection) * (mine[1] @ mine[0])
             assert error(scaling * own_b @ own_a, delta) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "wanted"),
+    [("gate_lora_a", (1, 2, 33), [1, 2, 32]), ("down_lora_b", (1, 32, 3), [1, 32, 2])],
+)
+def test_a_shared_matrix_is_refused_by_its_own_shape(
+    name: str, shape: tuple[int, ...], wanted: list[int]
+) -> None:
+    problem = make_problem(3, 32, 24, 4, 2, {"gate": 2, "down": 2})
+    experts = kt_moe.Experts(*problem.weights)
+    lora = {**problem.lora, name: torch.zeros(shape)}
+    message = f"{name} has shape {list(shape)}, wanted {wanted} of a matrix that all experts share"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kt_moe.moe(problem.hidden_states, problem.topk_ids, problem.topk_weights, experts, lora)
