@@ -29,6 +29,7 @@ from tiny_models import (
 )
 
 import kt_moe
+from kt_moe import cli
 
 pytestmark = PEFT_WARNINGS
 
@@ -237,6 +238,20 @@ def test_the_rank_of_fused_adapters_that_plain_peft_trained(
     kt_moe.export_adapter(ours, tmp_path / "out", target="vllm")
     again = PeftModel.from_pretrained(load(bases[family], kt=False), tmp_path / "out")
     assert error(again(tokens()).logits, theirs.eval()(tokens()).logits) < 1e-4
+
+
+def test_the_command(bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, saved, out = (str(path) for path in (bases["qwen3_moe"], tmp_path / "saved", tmp_path / "out"))
+    model = with_lora(bases["qwen3_moe"], ["experts", "q_proj"])
+    kt_moe.save_adapter(model, saved)
+    kt_moe.export_adapter(model, tmp_path / "wanted", target="vllm")
+    assert cli.main(["export", base, saved, out, "--target", "vllm"]) == 0
+    files = (Path(folder) / "adapter_model.safetensors" for folder in (out, tmp_path / "wanted"))
+    ours, theirs = map(safetensors.torch.load_file, files)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert cli.main(["export", base, str(tmp_path / "nowhere"), out, "--target", "vllm"]) == 2
+    assert "kt-moe export: error: no adapter_config.json in" in capsys.readouterr().err
 
 
 def test_refused(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ _OTHERS = {
     "pack": "write experts to a directory from which they are mapped",
     "inspect": "show what a checkpoint holds of experts",
     "merge": "write a checkpoint with an adapter merged in",
+    "export": "write an adapter as vLLM, SGLang or llama.cpp reads it",
     "models": "list the families of models whose experts work",
     "doctor": "show this machine, what will run on it, and what costs speed, with its mend",
     "bench": "time a layer against this machine's ceilings and its rivals",
