@@ -35,7 +35,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from kt_moe.cli.data import cut_texts, hold_out, load_data
 from kt_moe.cli.plot import History, plot_losses
@@ -126,8 +126,9 @@ def run_kt_moe(data: Path) -> History:
 
 def make_trainer(model: PeftModel, rows: Rows) -> SFTTrainer:
     """TRL's own trainer with the options of kt_moe's run."""
-    options = torch.load(OUT / "kt_moe" / "training_args.bin", weights_only=False)
-    options.output_dir = str(OUT / "plain")
+    theirs = torch.load(OUT / "kt_moe" / "training_args.bin", weights_only=False).to_dict()
+    theirs = {name: value for name, value in theirs.items() if not name.endswith("_token")}  # which it hides
+    options = SFTConfig(**theirs | {"output_dir": str(OUT / "plain"), "model_init_kwargs": None})
     parts = dict(zip(("train_dataset", "eval_dataset"), rows, strict=True))
     tokenizer = AutoTokenizer.from_pretrained(demo.MODEL)
     return SFTTrainer(model, args=options, processing_class=tokenizer, **parts)
