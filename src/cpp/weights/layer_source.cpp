@@ -1,6 +1,7 @@
 #include "weights/layer_source.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <utility>
 
@@ -181,10 +182,12 @@ int experts_in(const LayerTensors& tensors, index_t experts) {
 
 index_t group_of(const LayerTensors& tensors, const Entry& scales, index_t cols, index_t groups) {
   if (groups == 1) return 0;
-  if (groups < 1 || cols % groups != 0 || cols / groups % 32 != 0)
-    tensors.fail(scales, "has {} scales for {} columns, wanted one, or one for each so many multiples of 32",
+  // Groups that are no power of two are larger ones whose last is cut off, in every file seen so far.
+  const index_t group = groups < 1 || cols % groups != 0 ? 0 : cols / groups;
+  if (group < 32 || !std::has_single_bit(static_cast<std::uint64_t>(group)))
+    tensors.fail(scales, "has {} scales for {} columns, wanted one, or one for each 32, 64, 128 and so on",
                  groups, cols);
-  return cols / groups;
+  return group;
 }
 
 void want_type(const LayerTensors& tensors, Role role, std::string_view types) {
