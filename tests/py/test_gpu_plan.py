@@ -236,45 +236,80 @@ def test_the_order_of_passes_is_learned(again):
     assert list(order.following()) == []
 
 
+class Clock(Streams):
+    """Points in time are what a test says."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.now = 0
+
+    def mark(self, name=None):
+        return self.now
+
+
+def step_of(
+    clock: Clock, elsewhere: Elsewhere, layers: int, again: bool = False, slow: int = 1, fails: int = -1
+) -> list[float]:
+    """What `begin` returns in a training step.
+
+    1 ms before a forward, 3 before a backward or the forward that is computed again for it; a `slow` step
+    takes so many times as long; the pass of number `fails` fails.
+    """
+    found = []
+    for number, this in enumerate(forward_and_back(layers, again)):
+        gap = 1_000_000 if number < layers else 50_000 if again and this.backward else 3_000_000
+        clock.now += gap * slow * (100 if number == 0 else 1)  # the optimizer, and data
+        elsewhere.arrive()
+        if (seconds := elsewhere.begin(this, True)) is not None:
+            found.append(seconds)
+        clock.now += 7_000_000
+        if number != fails:
+            elsewhere.leave()
+    return found
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_what_the_model_computes_elsewhere_is_measured_in_two_steps(again):
-    """By points in time as if compilation, the optimizer and a pause took long once."""
-    now, found = 0, []
-
-    class Clock(Streams):
-        def mark(self, name=None):
-            return now
-
-    elsewhere = Elsewhere(Clock(torch.device("cpu")))
-    for step in range(4):
-        for number, this in enumerate(forward_and_back(8, again)):
-            # 1 ms before a forward, 3 before a backward or the forward that is computed again for it.
-            gap = 1_000_000 if number < 8 else 50_000 if again and this.backward else 3_000_000
-            gap *= 100 if number == 0 or step == 0 or (step == 1 and number == 5) else 1
-            now += gap
-            elsewhere.arrive()
-            if (seconds := elsewhere.begin(this)) is not None:
-                found.append((step, seconds))
-            now += 7_000_000
-            elsewhere.leave()
-    assert found[0][0] == 2
+    clock = Clock()
+    elsewhere = Elsewhere(clock)
+    assert step_of(clock, elsewhere, 8, again, slow=50) == []  # kernels are compiled
+    assert step_of(clock, elsewhere, 8, again) == []
     expected = 1e-3 * 7 / 8 + 3e-3 * 7 / 8 + 50e-6 * again
-    assert found[0][1] == pytest.approx(expected, rel=0.15)
+    assert step_of(clock, elsewhere, 8, again)[0] == pytest.approx(expected, rel=0.15)
 
 
-def test_short_gaps_and_failed_passes_are_not_measured():
-    elsewhere = Elsewhere(Streams(torch.device("cpu")))
-    found = []
+def test_evaluation_before_training_is_not_measured():
+    clock = Clock()
+    elsewhere = Elsewhere(clock)
+    for layer in list(range(8)) * 5:
+        clock.now += 500_000_000
+        elsewhere.arrive()
+        assert elsewhere.begin(Pass(layer, False), False) is None
+        elsewhere.leave()
+    assert step_of(clock, elsewhere, 8, slow=100) == []
+    assert step_of(clock, elsewhere, 8) == []
+    assert step_of(clock, elsewhere, 8)[0] == pytest.approx(3.5e-3, rel=0.1)
+
+
+def test_no_gap_begins_at_a_pass_that_failed():
+    clock = Clock()
+    elsewhere = Elsewhere(clock)
     for _ in range(4):
+        clock.now += 10**9
+        assert (
+            step_of(clock, elsewhere, 1, fails=0) == []
+        )  # nothing but one pass, and what comes after a failed one
+
+
+def test_short_gaps_count_nothing():
+    elsewhere = Elsewhere(Clock())
+    found = []
+    for _ in range(3):
         for this in forward_and_back(2, False):
             elsewhere.arrive()
-            found.append(elsewhere.begin(this))
+            found.append(elsewhere.begin(this, True))
             elsewhere.leave()
-    assert {seconds for seconds in found if seconds is not None} == {0.0}
-    failing = Elsewhere(Streams(torch.device("cpu")))
-    for _ in range(9):
-        failing.arrive()
-        assert failing.begin(Pass(0, True)) is None
+    assert found[-1] == 0.0
 
 
 def test_a_feed_claims_in_order_as_far_as_there_is_room():

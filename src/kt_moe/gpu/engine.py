@@ -34,7 +34,7 @@ from kt_moe.gpu.elsewhere import Elsewhere
 from kt_moe.gpu.layers import Identity, Layers
 from kt_moe.gpu.lora import Crossed, LoraCall, LoraOptions, LoraStack, each_tensor, split_down
 from kt_moe.gpu.pass_log import PassLog
-from kt_moe.gpu.plan import FORWARD_PART, Cut, cut, cut_by_share, layer_costs
+from kt_moe.gpu.plan import Cut, cut, cut_by_share, layer_costs
 from kt_moe.gpu.prefetch import Feed, Pass, PassOrder, Wanted
 from kt_moe.gpu.routes import Rows, count_routes, sort_routes
 from kt_moe.gpu.slots import Slots
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 _LIKELY = 0.5
 _GOOD_GUESS = 0.85
 _GUESS_BYTES = 64 << 20
+_FORWARD_PART = 0.25  # of what a model computes elsewhere; backward has more than twice the products
 
 
 @dataclass(eq=False)
@@ -163,7 +164,7 @@ class Engine:
             stacks, self._reading = lora_transfer.to_device(lora, share != 1.0, streams)
             counted = count_routes(ids, experts.num_experts, streams)
             plan = self._cut(experts, held, counted.counts, share, lora, train)
-            self._start(held, plan, backward=False)
+            self._start(held, plan, backward=False, train=train)
             part = pending = None
             if plan.cpu:
                 part = cpu_part.send(
@@ -220,7 +221,7 @@ class Engine:
         data, part = saved.pass_data(lora)
         only_cpu = part is not None and not plan.gpu
         with self.lock, self._one_pass(experts) as held:
-            self._start(held, plan, backward=True)
+            self._start(held, plan, backward=True, train=True)
             of_host = lora_transfer.host_gradients(lora, needs_lora, part is not None, streams)
             pending = None
             if part is not None:
@@ -272,14 +273,15 @@ class Engine:
             self.forget_gone()
             self.log.watch(experts.runtime._profile)
             try:
-                if self._elsewhere is not None:
-                    self._elsewhere.arrive()
+                elsewhere = self._elsewhere if self._layers.cpu_share == "auto" else None
+                if elsewhere is not None:
+                    elsewhere.arrive()
                 held = self._hold(experts)
                 self.log.start(held.number)
                 yield held
                 self.log.end(self._slots)
-                if self._elsewhere is not None:
-                    self._elsewhere.leave()
+                if elsewhere is not None:
+                    elsewhere.leave()
             except BaseException as error:
                 if self._slots is not None:
                     self._slots.release_all()
@@ -374,12 +376,12 @@ class Engine:
             self._slots = Slots(self._streams, slot_bytes, number, roomy=number == every)
         return self._slots
 
-    def _start(self, held: _Held, plan: Cut, *, backward: bool) -> None:
+    def _start(self, held: _Held, plan: Cut, *, backward: bool, train: bool) -> None:
         """Take note of a pass and its plan."""
         this = Pass(held.number, backward)
         again = self._order.begin(this)
-        if self._elsewhere is not None and self._layers.rates is not None:
-            seconds = self._elsewhere.begin(this)
+        if self._elsewhere is not None and plan.seconds is not None:
+            seconds = self._elsewhere.begin(this, train)
             if seconds is not None:
                 self._layers.set_elsewhere(seconds)
                 self._elsewhere = None
@@ -393,15 +395,15 @@ class Engine:
             return None
         slots = self._slots_for_layers()
         wanted = [Wanted(held.number, held.stored, plan.gpu)]
-        room = len(slots)
+        room, kept = len(slots), False
         by_number = {other.number: other for other in self._held.values()}
         for after, known in self._order.following():
             other = by_number.get(after.layer)
             if room <= 0 or other is None:
                 break
             if any(wants.layer == after.layer for wants in wanted):
-                if after.layer == held.number:
-                    room -= len(plan.gpu)  # they stay for it
+                if after.layer == held.number and not kept:
+                    room, kept = room - len(plan.gpu), True  # they stay for it
                 continue
             sure = known or other.right >= _GOOD_GUESS
             most = room if sure else min(room, max(1, self._guess_bytes() // other.stored.slot_bytes))
@@ -418,7 +420,7 @@ class Engine:
 
     def _guess_bytes(self) -> int:
         rates = self._layers.rates
-        return max(_GUESS_BYTES, 0 if rates is None else int(rates.link * rates.elsewhere * FORWARD_PART))
+        return max(_GUESS_BYTES, 0 if rates is None else int(rates.link * rates.elsewhere * _FORWARD_PART))
 
     def _chunks(
         self, held: _Held, feed: Feed | None, layer: Layer, data: PassData, *, backward: bool

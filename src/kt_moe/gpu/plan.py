@@ -15,9 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 _CPU_CALL = 1e-3  # seconds
-FORWARD_PART = (
-    0.25  # of what a model computes elsewhere: backward has twice the products, and computes many again
-)
 # The CPU is left alone where it would save less than what predictions are wrong by.
 _WORTH_DIVIDING = 0.9
 
@@ -31,7 +28,8 @@ class Rates:
         gpu_flops, gpu_bytes: floating-point operations and bytes of memory a second on the GPU.
         cpu_flops, cpu_bytes: the same of the CPU's kernels.
         elsewhere: seconds that a model computes between the experts of one layer and those of the next
-            (attention, router, norms), forward and backward together. The link brings experts meanwhile.
+            (attention, router, norms), forward and backward together, with about as many tokens as a training
+            step has. The link brings experts meanwhile. 0 counts nothing, as passes without a backward do.
     """
 
     link: float
@@ -119,7 +117,7 @@ def layer_costs(
         cpu_expert=len(passes) * stored_bytes / rates.cpu_bytes,
         cpu_row=cpu_flops / rates.cpu_flops,
         cpu_call=len(passes) * _CPU_CALL,
-        elsewhere=rates.elsewhere if train else rates.elsewhere * FORWARD_PART,
+        elsewhere=rates.elsewhere if train else 0.0,
     )
 
 
