@@ -325,6 +325,8 @@ def test_dry_run_is_the_plan_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixt
     assert found["gpu"]["available"] == 24 << 30
     assert found["gpu_speed"]["rates"]["link"] == 25e9
     assert main(["sft", *given[2:]]) == 2
+    assert plan(Path(file), "--rates=link=25e9", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["gpu_speed"]["rates"]["link"] == 25e9
 
 
 def test_it_says_when_it_does_not_fit(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,10 +16,11 @@ import torch
 from safetensors.torch import load_file
 from user_errors import one_line_error
 
-from kt_moe.cli import main
+from kt_moe.cli import finetune, main
+from kt_moe.cli.errors import UserError
 from kt_moe.cli.experts_config import ExpertsConfig
 from kt_moe.cli.output import RunDirectory
-from kt_moe.cli.train import parse, quiet
+from kt_moe.cli.train import Job, parse, quiet, without
 from kt_moe.cli.trainer import first_bad, losses_by_length
 from kt_moe.hf import KtMoeConfig
 
@@ -319,3 +321,117 @@ def test_packing_keeps_what_it_can(tmp_path: Path, capsys: pytest.CaptureFixture
     more = ["--packing", "--packing_strategy", "wrapped", "--per_device_train_batch_size", "1"]
     assert main(["sft", *arguments(data, tmp_path / "out", *more)]) == 0
     assert "longer than" not in capsys.readouterr().out
+
+
+def test_a_test_split_of_the_data_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    texts(folder / "train.jsonl", 8)
+    write_rows(folder / "test.jsonl", [{"text": "held out"}, {"text": "by the user"}, {"text": "alone"}])
+    given = arguments(folder, tmp_path / "out", "--max_steps", "1")
+    assert main(["finetune", *given]) == 0  # its default holds out a part of the data
+    said = capsys.readouterr().out
+    assert "train     8 rows" in said
+    assert "held out  3 rows" in said
+    given = arguments(folder, tmp_path / "other", "--eval-fraction", "0.5")
+    error = one_line_error(capsys, "finetune", lambda: main(["finetune", *given]))
+    assert f"--eval_fraction is 0.5, but {folder} has a split 'test'" in error
+    more = ["--dataset_test_split", "more", "--max_steps", "1"]
+    assert main(["finetune", *given, *more]) == 0
+    assert "held out  4 rows" in capsys.readouterr().out
+
+
+def test_finetune_derives_only_what_was_not_given(tmp_path: Path) -> None:
+    def evaluation(*argv: str) -> tuple[int, str, bool]:
+        with quiet():
+            found = finetune.parse(["--output", "o", *argv]).training
+        return found.per_device_eval_batch_size, found.eval_strategy, found.eval_on_start
+
+    def file(text: str) -> tuple[str, str]:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.yaml"
+        path.write_text(text)
+        return "--config", str(path)
+
+    assert evaluation("--batch-size", "3") == (3, "steps", True)
+    assert evaluation(*file("per_device_train_batch_size: 3")) == (3, "steps", True)
+    assert evaluation("--eval-fraction", "0")[1:] == ("no", False)
+    assert evaluation(*file("eval_fraction: 0.0"))[1:] == ("no", False)
+    for given in (("--per_device_eval_batch_size=2",), file("per_device_eval_batch_size: 2")):
+        assert evaluation("--batch-size", "3", *given)[0] == 2
+    for given in (("--eval-strategy", "epoch"), file("eval_strategy: epoch")):
+        assert evaluation("--eval-fraction", "0", *given)[1:] == ("epoch", True)
+    assert evaluation("--eval_strategy", "no")[1:] == ("no", False)
+    assert evaluation("--eval_strategy", "no", "--eval_on_start", "true")[1:] == ("no", True)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--dataset_streaming"], "--eval_fraction is 0.05, and --dataset_streaming holds out no rows"),
+        (
+            ["--eval_fraction", "0", "--dataset_streaming", "--eval_strategy", "steps", "--max_steps", "1"],
+            "has no split 'test' to evaluate with: pass --eval_strategy no",
+        ),
+        (
+            ["--eval_strategy", "no", "--eval_on_start", "true"],
+            "--eval_on_start is for --eval_strategy steps",
+        ),
+    ],
+)
+def test_evaluation_that_cannot_be(
+    more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = arguments(texts(tmp_path / "d.jsonl"), tmp_path / "out", *more)
+    assert message in one_line_error(capsys, "finetune", lambda: main(["finetune", *given]))
+
+
+def test_a_gpu_that_is_none_is_refused_where_there_are_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for gpu, message in (("cuda:x", "gpu is 'cuda:x'"), ("cuda:2", "--experts_gpu cuda:2: there are 2 GPUs")):
+        with quiet():
+            job = Job(parse("sft", arguments("nobody/nothing", Path("o"), "--experts_gpu", gpu)))
+        with monkeypatch.context() as patch:
+            patch.setattr("torch.cuda.is_available", lambda: True)
+            patch.setattr("torch.cuda.device_count", lambda: 2)
+            with pytest.raises(UserError, match=message):
+                job._check()
+
+
+def test_options_with_their_values_go() -> None:
+    words = ["sft", "--a", "1", "--overwrite", "true", "--b", "--overwrite", "--c", "--overwrite=true", "--d"]
+    assert without(words, "--overwrite") == ["sft", "--a", "1", "--b", "--c", "--d"]
+    words = [
+        "finetune",
+        "--resume-from-checkpoint",
+        "last",
+        "--e=1",
+        "--resume_from_checkpoint=x",
+        "--resume",
+    ]
+    assert without(words, "--resume", "--resume_from_checkpoint") == ["finetune", "--e=1"]
+
+
+@pytest.mark.parametrize("way", [["--overwrite"], ["--overwrite", "true"], ["--overwrite=true"], None])
+def test_the_command_that_resumes_can_be_run(
+    way: list[str] | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, file = tmp_path / "out", tmp_path / "c.yaml"
+    file.write_text("overwrite: true\n" if way is None else "lora_r: 4\n")
+    checkpoint = out / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    more = ["--config", str(file), *(way or [])]
+    with quiet():
+        Job(parse("sft", arguments("d.jsonl", out, *more)))._stopped(signal.SIGTERM)
+    printed = shlex.split(capsys.readouterr().out.rpartition("resume with: kt-moe ")[2])
+    with quiet():
+        again = parse(printed[0], printed[1:])
+    assert (again.run.overwrite, again.training.resume_from_checkpoint) == (False, "last")
+
+
+def test_what_changes_losses_is_recorded() -> None:
+    with quiet():
+        job = Job(parse("sft", arguments("nobody/nothing", Path("o"))))
+    recorded = {name for name in job._record() if name.startswith("dataloader")}
+    assert recorded == {"dataloader_drop_last", "dataloader_in_order"}

@@ -82,7 +82,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     for name, what in (_TRAINING | _OTHERS).items():
         sub = commands.add_parser(name, help=what)
         if name == command:
-            module = import_module(f"kt_moe.cli.{name.replace('-', '_')}")
+            module = import_module(f"kt_moe.cli.{name}")
             module.add_arguments(sub)
             sub.set_defaults(run=module.run, parser=sub)
     return parser

@@ -43,12 +43,11 @@ def load_data(name: str, config: str | None = None, streaming: bool = False) -> 
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
+    check_exists(name)
     path = Path(name)
     files = local_files(path)
     builder = {_BUILDERS[file.suffix] for file in files}
     if not path.exists():
-        if path.suffix in _BUILDERS:
-            raise UserError(f"--dataset_name: no such file: {path}")
         return load_dataset(name, name=config, streaming=streaming)
     if len(builder) != 1:
         found = f"files of {len(builder)} kinds" if builder else "no file"
@@ -64,6 +63,16 @@ def load_data(name: str, config: str | None = None, streaming: bool = False) -> 
     except (DatasetsError, ValueError, OSError) as error:
         raise UserError(_blame(files, error)) from error
     return _split_documents(found) if kind == "text" else found
+
+
+def check_exists(name: str) -> None:
+    """Refuse what is called like a file and is none; other names are those of data on the hub.
+
+    Raises:
+        UserError: no such file.
+    """
+    if Path(name).suffix in _BUILDERS and not Path(name).exists():
+        raise UserError(f"--dataset_name: no such file: {name}")
 
 
 def local_files(path: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from kt_moe.cli import train
 
@@ -67,22 +67,34 @@ def run(argv: Sequence[str]) -> int:
         return train.start(parse(argv))
 
 
-def parse(argv: Sequence[str], name: str = "finetune") -> train.Options:
-    """The options of a command line, short names and others. name: the command's."""
-    names = "; ".join(f"{short} {long}" for short, long in ALIASES.items())
+def parse(
+    argv: Sequence[str], name: str = "finetune", more: Mapping[str, str] | None = None, about: str = ""
+) -> train.Options:
+    """The options of a command line, short names and others.
+
+    Args:
+        name: the command's.
+        more: short names of that command beside `ALIASES`.
+        about: sentences of its --help.
+    """
+    short = {**ALIASES, **(more or {})}
+    names = "; ".join(f"{word} {long}" for word, long in short.items())
     options = train.parse(
-        "sft", [spelled_out(word) for word in argv], name=name, defaults=DEFAULTS,
-        epilog=f"The options are those of kt-moe sft; short names: {names}.",
+        "sft", [spelled_out(word, short) for word in argv], name=name, defaults=DEFAULTS,
+        epilog=f"{about} The options are those of kt-moe sft; short names: {names}.",
     )  # fmt: skip
     options.command_line = [name, *argv]
-    options.training.per_device_eval_batch_size = options.training.per_device_train_batch_size
-    chosen = any(word.startswith(("--eval_strategy", "--eval-strategy")) for word in argv)
-    if not options.run.eval_fraction and not chosen:
-        options.training.eval_strategy, options.training.eval_on_start = "no", False
+    training, given = options.training, options.given
+    if "per_device_eval_batch_size" not in given:
+        training.per_device_eval_batch_size = training.per_device_train_batch_size
+    if not options.run.eval_fraction and "eval_strategy" not in given:
+        training.eval_strategy = "no"
+    if training.eval_strategy == "no" and "eval_on_start" not in given:
+        training.eval_on_start = False
     return options
 
 
-def spelled_out(word: str) -> str:
+def spelled_out(word: str, short: Mapping[str, str] = ALIASES) -> str:
     """A word of the command line, with a short name replaced by that of TRL."""
     name, equals, value = word.partition("=")
-    return ALIASES.get(name, name) + equals + value
+    return short.get(name, name) + equals + value

@@ -54,9 +54,10 @@ _TRAINERS = {
 # Options that a resumed run may have otherwise: they change no loss.
 _FREE = (
     "output_dir", "logging", "log_", "report_to", "run_name", "project", "trackio", "save_", "push_", "hub_",
-    "disable_tqdm", "resume", "restore", "dataloader", "activation_checkpointing", "gradient_checkpointing",
-    "local_rank", "torch_empty_cache_steps", "skip_memory_metrics", "debug", "do_", "use_cpu", "ddp",
-    "include_", "accelerator_config", "model_init_kwargs",
+    "disable_tqdm", "resume", "restore", "activation_checkpointing", "gradient_checkpointing", "local_rank",
+    "dataloader_num_workers", "dataloader_multiprocessing_context", "dataloader_persistent_workers",
+    "dataloader_pin_memory", "dataloader_prefetch_factor", "torch_empty_cache_steps", "skip_memory_metrics",
+    "debug", "do_", "use_cpu", "ddp", "include_", "accelerator_config", "model_init_kwargs",
 )  # fmt: skip
 _DESCRIBE_EXPERTS = ("experts_format", "experts_placement", "experts_shards", "experts_isa", "experts_nodes")
 
@@ -73,8 +74,8 @@ class RunConfig:
     eval_fraction: float = field(
         default=0.0,
         metadata={
-            "help": "Part of the training data to hold out as --dataset_test_split: by contents, so the same "
-            "rows whatever their order; copies stay on one side."
+            "help": "Part of the training data to hold out as --dataset_test_split, if the data has no such "
+            "split: by contents, so the same rows whatever their order; copies stay on one side."
         },
     )
     long_text: str = field(
@@ -134,7 +135,10 @@ class PlanConfig:
 
 @dataclass
 class Options:
-    """What the command line and a YAML file gave."""
+    """What the command line and a YAML file gave.
+
+    given: names of the options that one of them has; the others have their defaults.
+    """
 
     command: str
     command_line: list[str]
@@ -145,6 +149,7 @@ class Options:
     experts: Any
     run: RunConfig
     plan: PlanConfig
+    given: frozenset[str] = frozenset()
 
 
 def parse(
@@ -174,14 +179,31 @@ def parse(
     parser.epilog = f"{epilog} Defaults that differ from TRL's: {said}.".strip()
     unknown = parser.set_defaults_with_config(**changed)
     assert not set(unknown[::2]) - {f"--{key}" for key in defaults or {}}, unknown
+    parser.in_file = set()  # those were ours
     try:
         parts = parser.parse_args_and_config(list(argv))
     except (ValueError, OSError, ImportError) as error:
         raise UserError(str(error)) from error
-    return Options(command, [name or command, *argv], *parts)
+    options = Options(command, [name or command, *argv], *parts)
+    options.given = parser.given(argv)
+    return options
 
 
 class _Parser(trl.TrlParser):  # type: ignore[misc]
+    """TRL's parser, which also knows what was given.
+
+    in_file: names of the options that the YAML file has.
+    """
+
+    def set_defaults_with_config(self, **values: Any) -> list[str]:
+        self.in_file = set(values)
+        return super().set_defaults_with_config(**values)  # type: ignore[no-any-return]
+
+    def given(self, argv: Sequence[str]) -> frozenset[str]:
+        """Names of the options that the YAML file or the command line has."""
+        actions = (self._option_string_actions.get(word.partition("=")[0]) for word in argv)
+        return frozenset(self.in_file | {action.dest for action in actions if action is not None})
+
     def error(self, message: str) -> NoReturn:
         # without argparse's usage, screens of it, in front
         print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
@@ -269,6 +291,10 @@ class Job:
     def _check(self) -> None:
         """What can be refused before anything is loaded."""
         options, training = self.options, self.options.training
+        try:
+            self.config = options.experts.to_config(trl.get_quantization_config(options.model))
+        except ValueError as error:
+            raise UserError(str(error)) from error
         check_experts(options)
         if popularity := options.run.popularity:
             if options.experts.experts_placement == "tensor":
@@ -280,9 +306,17 @@ class Job:
             read_popularity(Path(popularity))
         if not 0.0 <= options.run.eval_fraction < 1.0:
             raise UserError(f"--eval_fraction is {options.run.eval_fraction}, wanted 0 to below 1")
-        name = options.script.dataset_name
-        if name and Path(name).suffix in (".jsonl", ".json", ".parquet", ".txt") and not Path(name).exists():
-            raise UserError(f"--dataset_name: no such file: {name}")
+        if options.run.eval_fraction and options.script.dataset_streaming:
+            raise UserError(
+                f"--eval_fraction is {options.run.eval_fraction}, and --dataset_streaming holds out no rows: "
+                "pass --eval_fraction 0; --eval_strategy steps then wants data with a split "
+                f"{options.script.dataset_test_split!r}"
+            )
+        if options.mixture.datasets and "eval_fraction" in options.given:
+            raise UserError("--eval_fraction is for --dataset_name; --datasets have --test_split_size")
+        if training.eval_on_start and training.eval_strategy == "no":
+            raise UserError("--eval_on_start is for --eval_strategy steps or epoch")
+        data.check_exists(options.script.dataset_name or "")
         model, revision = options.model.model_name_or_path, options.model.model_revision
         config = read_config(model, revision=revision, trust_remote_code=training.trust_remote_code)
         most = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -290,12 +324,13 @@ class Job:
         if most and length and length > most:
             raise UserError(f"--max_length is {length}, the model's longest sequence is {most}")
         try:
-            self.config = options.experts.to_config(trl.get_quantization_config(options.model))
             self.config.runtime()  # KT_MOE_ISA and its kin
             refuse_without_gpu(options.experts)
             self.lora = lora_of(options)
             if self.lora is not None:
-                self.lora.target_modules = resolve_targets(*described(config), self.lora)
+                self.lora.target_modules = resolve_targets(
+                    *described(config, trust_remote_code=training.trust_remote_code), self.lora
+                )
         except ValueError as error:
             raise UserError(str(error)) from error
         self.tokenizer = self._tokenizer(config)
@@ -382,14 +417,17 @@ class Job:
         text = getattr(training, "dataset_text_field", "text")
         data.check_columns(self.command, found[train], name, text)
         self.chat = bool({"messages", "conversations"} & set(found[train].column_names or []))
-        if options.run.eval_fraction and not streaming:
-            found[train], found[test] = data.hold_out(
-                found[train], options.run.eval_fraction, training.seed, text
-            )
+        if fraction := options.run.eval_fraction:
+            if test not in found:
+                found[train], found[test] = data.hold_out(found[train], fraction, training.seed, text)
+            elif "eval_fraction" in options.given:
+                raise UserError(
+                    f"--eval_fraction is {fraction}, but {name} has a split {test!r}: leave it out to "
+                    "evaluate with that split, or name another --dataset_test_split for the rows held out"
+                )
         if training.eval_strategy != "no" and test not in found:
-            raise UserError(
-                f"{name} has no split {test!r} to evaluate with: pass --eval_fraction, or --eval_strategy no"
-            )
+            wanted = "--eval_strategy no" if streaming else "--eval_fraction, or --eval_strategy no"
+            raise UserError(f"{name} has no split {test!r} to evaluate with: pass {wanted}")
         if (
             options.run.long_text == "cut"
             and self.command == "sft"
@@ -454,8 +492,11 @@ class Job:
                 "stopped before the first checkpoint; nothing to resume from, start again with --overwrite"
             )
         else:
-            given = [a for a in self.options.command_line if a not in ("--overwrite", "--resume")]
+            words = self.options.command_line
+            given = without(words, "--overwrite", "--resume", "--resume_from_checkpoint")
             again = "--resume" if given[0] == "finetune" else "--resume_from_checkpoint last"
+            if self.options.run.overwrite and not any(word.startswith("--overwrite") for word in words):
+                again = f"--overwrite false {again}"  # the YAML file has it
             self.say(f"stopped; the last checkpoint is {checkpoint}")
             self.say(f"resume with: kt-moe {shlex.join(given)} {again}")
         return 128 + number
@@ -464,6 +505,21 @@ class Job:
         """Print a line of the run, from its first process alone."""
         if self.options.training.process_index == 0:
             print(text, flush=True)
+
+
+def without(words: Sequence[str], *names: str) -> list[str]:
+    """A command line without these options and their values, of which each has at most one."""
+    kept: list[str] = []
+    dropped = False  # whether the word before was such an option that has its value, if any, in the next
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if name.replace("-", "_") in {known.replace("-", "_") for known in names}:
+            dropped = not equals
+            continue
+        if not dropped or word.startswith("-"):
+            kept.append(word)
+        dropped = False
+    return kept
 
 
 class _Loader:
@@ -488,7 +544,10 @@ def lora_of(options: Options) -> Any:
 
 
 def check_experts(options: Options) -> None:
-    """UserError where options of the experts do not go together, or need a GPU that is not there."""
+    """UserError where options of the experts do not go together, or need a GPU that is not there.
+
+    options: whose `experts.to_config` raised nothing.
+    """
     experts = options.experts
     if experts.experts_checkpoint_experts == "retain" and not options.training.gradient_checkpointing:
         raise UserError("--experts_checkpoint_experts retain is for --gradient_checkpointing")

@@ -25,6 +25,7 @@ from kt_moe.gpu import parse_bytes
 from kt_moe.host_memory import free_memory, resident
 
 _SHORT = {"--json": "--plan_json", "--no-measure": "--no_plan_measure", "--rates": "--experts_gpu_rates"}
+_ABOUT = "kt-moe plan MODEL ...: the model comes first, or anywhere as --model MODEL."
 
 
 def run(argv: Sequence[str]) -> int:
@@ -33,11 +34,11 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         UserError: bad input, named in one line.
     """
-    words = [_SHORT.get(word, word) for word in argv]
+    words = list(argv)
     if words and not words[0].startswith("-"):
         words.insert(0, "--model")
     with train.quiet():
-        return dry_run(finetune.parse(words, "plan"))
+        return dry_run(finetune.parse(words, "plan", _SHORT, _ABOUT))
 
 
 def dry_run(options: train.Options) -> int:
@@ -50,11 +51,12 @@ def dry_run(options: train.Options) -> int:
     name = options.model.model_name_or_path
     if not name:
         raise UserError("--model_name_or_path is missing: a directory, a config.json, or a name on the hub")
-    train.check_experts(options)
-    config = read_config(name, revision=options.model.model_revision)
+    trusted = {"trust_remote_code": options.training.trust_remote_code}
+    config = read_config(name, revision=options.model.model_revision, **trusted)
     try:
         wanted = Run.from_options(options)
         replace(experts, experts_gpu_rates=None).to_config()  # refuses what a run would
+        train.check_experts(options)
         experts.rates()
         runtime = Runtime(experts.experts_threads)
         sizes = [parse_bytes(f"--{n}", v) for n, v in _sizes(asked) if v is not None]
@@ -68,7 +70,7 @@ def dry_run(options: train.Options) -> int:
     if asked.plan_gpu is not None:
         gpu_available = sizes.pop(0)
     with blamed_on(name):
-        model = outline(config, wanted)
+        model = outline(config, wanted, **trusted)
         weights, format = weights_part(Path(name), config, model, wanted.format)
     layer = model.layers[0]
     speed = measure_layer(layer, wanted, format, runtime, free_memory()) if asked.plan_measure else None

@@ -28,14 +28,18 @@ _TOPK = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")  # K, by c
 DTYPE = torch.bfloat16  # of the rest of the model, as `kt-moe finetune` loads it
 
 
-def outline(config: Any, run: Run) -> Outline:
+def outline(config: Any, run: Run, trust_remote_code: bool = False) -> Outline:
     """Build the model of a config without memory and look at it.
+
+    trust_remote_code: whether its code may be the checkpoint's own.
 
     Raises:
         UserError: no layer with routed experts, or a target that the model lacks.
     """
     AttentionInterface.register(_ATTENTION, _attention)
-    model, architecture = described(config, dtype=DTYPE, attn_implementation=_ATTENTION)
+    model, architecture = described(
+        config, dtype=DTYPE, attn_implementation=_ATTENTION, trust_remote_code=trust_remote_code
+    )
     layers = _expert_layers(model, architecture)
     names = [*run.modules, *(["experts"] if run.projections else [])]
     lora = LoraConfig(r=run.rank, target_modules=names, task_type="CAUSAL_LM")
