@@ -36,7 +36,7 @@ from kt_moe.hf import KtMoeConfig
 
 pytestmark = PEFT_WARNINGS
 
-RUN = Run(2, 12, 4, ("gate", "up", "down"), (), None, "adamw", 4, False)
+RUN = Run(2, 12, 4, ("gate", "up", "down"), (), None, "adamw", False)
 LAYER = ExpertLayer(0, experts=8, hidden=32, intermediate=24, topk=2)
 
 # What glibc keeps of freed memory is its own heuristic: in the plan and in the run every tensor of 1 MiB
@@ -138,10 +138,9 @@ def test_bytes_of_lora_and_of_its_optimizer() -> None:
     numbers = memory.lora_numbers(LAYER, RUN)
     assert numbers == 3 * 8 * 4 * (32 + 24)
     assert memory.lora_numbers(LAYER, replace(RUN, projections=("up",))) == numbers // 3
-    assert memory.optimizer_bytes(numbers, 4, "adamw") == 8 * numbers
-    assert memory.optimizer_bytes(numbers, 2, "adamw") == 4 * numbers
-    assert memory.optimizer_bytes(256, 4, "adamw-8bit") == 2 * 256 + 2 * 4
-    assert memory.optimizer_bytes(numbers, 4, "sgd") == 0
+    assert memory.optimizer_bytes(numbers, "adamw") == 8 * numbers
+    assert memory.optimizer_bytes(256, "adamw-8bit") == 2 * 256 + 2 * 4
+    assert memory.optimizer_bytes(numbers, "sgd") == 0
 
 
 def test_bytes_of_a_layer_call() -> None:
@@ -301,7 +300,7 @@ def test_options_of_the_gpu_and_of_checkpointing(tmp_path: Path, capsys: pytest.
     found = json.loads(capsys.readouterr().out)["run"]
     assert (found["checkpointing"], found["retain"], found["lora_device"]) == (True, True, "cpu")
     assert found["gpu_memory"] == 6 << 30
-    for options in (["--gpu", "off"], ["--cpu-share", "1"]):
+    for options in (["--gpu", "off"], ["--cpu-share", "1"], ["--cpu-share", "1.00"]):
         assert plan(file, *options, "--json") == 0
         assert json.loads(capsys.readouterr().out)["run"]["gpu_memory"] == 0
     assert plan(file, *more) == 0
@@ -316,8 +315,6 @@ def test_dry_run_is_the_plan_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixt
     found = json.loads(capsys.readouterr().out)["run"]
     assert (found["batch"], found["sequence"], found["rank"]) == (2, 32, 4)
     assert (found["optimizer"], found["checkpointing"]) == ("adamw-8bit", True)
-    assert main(["dpo", *given]) == 0
-    capsys.readouterr()
     assert main(["sft", *given, "--plan_host_memory", "1MiB"]) == 1
     assert json.loads(capsys.readouterr().out)["host"]["available"] == 1 << 20
     assert main(["sft", *given, "--plan_gpu", "24GiB", "--experts_gpu_rates", "link=25e9"]) == 0
@@ -327,6 +324,44 @@ def test_dry_run_is_the_plan_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["sft", *given[2:]]) == 2
     assert plan(Path(file), "--rates=link=25e9", "--json") == 0
     assert json.loads(capsys.readouterr().out)["gpu_speed"]["rates"]["link"] == 25e9
+
+
+def test_pairs_are_twice_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(write_config(tmp_path / "config.json", tiny_config()))
+    more = ["--max_length", "32", "--optim", "sgd", "--no_plan_measure", "--dry_run", "--plan_json"]
+    given = ["--model_name_or_path", file, "--gradient_checkpointing", "false", *more]
+    found: dict[tuple[str, int], dict[str, int]] = {}
+    for command, batch in (("sft", 3), ("sft", 6), ("dpo", 3), ("reward", 3), ("kto", 3)):
+        assert main([command, *given, "--per_device_train_batch_size", str(batch)]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        parts = {p["name"]: p["nbytes"] for p in printed["host"]["parts"] if p["name"] != "process"}
+        found[command, batch] = {
+            **parts,
+            "batch": printed["run"]["batch"],
+            "tokens": printed["run"]["tokens"],
+        }
+    assert (found["dpo", 3]["batch"], found["dpo", 3]["tokens"]) == (6, 6 * 32)
+    assert found["dpo", 3] == found["reward", 3] == found["sft", 6]
+    assert found["kto", 3] == found["sft", 3]
+    assert found["dpo", 3]["results of a layer call"] == 2 * found["sft", 3]["results of a layer call"]
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "message"),
+    [
+        ("grpo", [], "plans sft, dpo, kto, reward, not grpo, which also generates text"),
+        ("rloo", [], "not rloo, which also generates text"),
+        ("sft", ["--use_peft", "false"], "a plan is that of LoRA, --use_peft false is not planned"),
+        ("sft", ["--load_in_4bit"], "in bf16, --load_in_4bit is not planned"),
+        ("dpo", ["--load_in_8bit"], "in bf16, --load_in_8bit is not planned"),
+    ],
+)
+def test_runs_that_no_plan_is_made_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, more: list[str], message: str
+) -> None:
+    file = str(write_config(tmp_path / "config.json", tiny_config()))
+    given = ["--model_name_or_path", file, "--dry_run", "--no_plan_measure", *more]
+    assert message in one_line_error(capsys, command, lambda: main([command, *given]))
 
 
 def test_it_says_when_it_does_not_fit(

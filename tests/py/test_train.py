@@ -160,6 +160,18 @@ def test_experts_config_has_the_options_of_ours(capsys: pytest.CaptureFixture[st
     assert "Defaults that differ from TRL's: use_peft true; lora_target_modules attention experts" in text
 
 
+def test_rates_are_those_that_kt_moe_takes() -> None:
+    def rates(given: Any) -> Any:
+        return ExpertsConfig(experts_gpu_rates=given).rates()
+
+    assert rates(None) is None
+    assert rates("link=55e9, elsewhere=5e-3") == {"link": 55e9, "elsewhere": 5e-3}
+    assert rates({"elsewhere": 0, "gpu_flops": "4e14"}) == {"elsewhere": 0.0, "gpu_flops": 4e14}
+    for wrong in ("link=0", "link=1.2.3", "link=-1", "link=nan", "link", "speed=1", "", {"link": True}):
+        with pytest.raises(ValueError, match=r"--experts_gpu_rates has .*, wanted one of link, gpu_flops"):
+            rates(wrong)
+
+
 def test_killed_run_resumes_with_the_same_bytes(tmp_path: Path) -> None:
     data = texts(tmp_path / "d.jsonl")
     more = ["--max_steps", "4", "--save_steps", "2", "--lora_dropout", "0.1"]

@@ -72,7 +72,7 @@ def _rates(self: Any) -> dict[str, float] | None:
     """What --experts_gpu_rates says, "link=55e9,gpu_flops=4e14" or a mapping of a YAML file; None: nothing.
 
     Raises:
-        ValueError: none of `kt_moe.Rates`, or no positive number.
+        ValueError: none of `kt_moe.Rates`, or a number that these refuse.
     """
     given = self.experts_gpu_rates
     if isinstance(given, str):
@@ -80,10 +80,12 @@ def _rates(self: Any) -> dict[str, float] | None:
     names = [rate.name for rate in dataclasses.fields(Rates)]
     found: dict[str, float] = {}
     for name, value in (given or {}).items():
-        if name not in names or not re.fullmatch(r"[0-9.]+([eE][+]?[0-9]+)?", str(value)) or not float(value):
-            wanted = f"one of {', '.join(names)}, = and a number"
-            raise ValueError(f"--experts_gpu_rates has {name}={value}, wanted {wanted}")
-        found[name] = float(value)
+        try:
+            found[name] = float(str(value))
+            Rates(**{**dict.fromkeys(names, 1.0), **found})  # judges names and ranges
+        except (TypeError, ValueError):
+            wanted = f"one of {', '.join(names)}, = and a positive number"
+            raise ValueError(f"--experts_gpu_rates has {name}={value}, wanted {wanted}") from None
     return found or None
 
 

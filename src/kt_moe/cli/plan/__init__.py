@@ -54,8 +54,8 @@ def dry_run(options: train.Options) -> int:
     trusted = {"trust_remote_code": options.training.trust_remote_code}
     config = read_config(name, revision=options.model.model_revision, **trusted)
     try:
-        wanted = Run.from_options(options)
         replace(experts, experts_gpu_rates=None).to_config()  # refuses what a run would
+        wanted = Run.from_options(options)
         train.check_experts(options)
         experts.rates()
         runtime = Runtime(experts.experts_threads)

@@ -114,8 +114,7 @@ def make_experts(shape: Shape, layer: ExpertLayer, format: str, runtime: Runtime
 
 def _step(experts: Experts, shape: Shape, run: Run, tokens: int) -> tuple[float, float]:
     """Seconds of forward and of backward."""
-    dtype = "fp32" if run.lora_bytes == 4 else "bf16"
-    inputs = make_inputs(Case(shape, tokens, run.rank, lora_dtype=dtype), seed=tokens)
+    inputs = make_inputs(Case(shape, tokens, run.rank), seed=tokens)
     hidden_states = inputs.hidden_states.requires_grad_()
     lora = {
         name: tensor.requires_grad_()

@@ -11,6 +11,7 @@ from kt_moe.cli.plan.shapes import Activations, ExpertLayer, Outline
 from kt_moe.gpu.layers import auto_memory
 from kt_moe.lora_device import auto_moves
 
+LORA_BYTES = 4  # of a number: LoRA is fp32
 _ADAM_8BIT = 2 * (1 + 4 / 256)  # two moments of a byte, and an fp32 scale for 256 of them
 _BLOCK_ROWS = 512  # most routes that share a packing: kBlockRows of src/cpp/moe/plan.h
 _CACHE_PART = 512 << 10  # most that packed weights take of a thread's cache: kMostCacheBytes there
@@ -78,9 +79,9 @@ def _targets(layer: ExpertLayer, run: Run) -> int:
     return sum(projection in run.projections for projection in layer.projections)
 
 
-def optimizer_bytes(numbers: int, width: int, optimizer: str) -> int:
-    """State of the optimizer: torch's AdamW keeps two moments in the parameter's dtype, SGD none."""
-    return int(numbers * {"adamw": 2.0 * width, "adamw-8bit": _ADAM_8BIT, "sgd": 0.0}[optimizer])
+def optimizer_bytes(numbers: int, optimizer: str) -> int:
+    """State of the optimizer: torch's AdamW keeps two moments in fp32 as the parameters are, SGD none."""
+    return int(numbers * {"adamw": 2.0 * LORA_BYTES, "adamw-8bit": _ADAM_8BIT, "sgd": 0.0}[optimizer])
 
 
 def saved_bytes(layer: ExpertLayer, run: Run) -> int:
@@ -191,7 +192,7 @@ def make_plan(
     there = weights_on_gpu(weights.nbytes, run.gpu_memory, free)
     if there:
         source = "estimated" if run.gpu_memory == "auto" else "computed"
-        copy = Part("expert weights on the GPU", there, source, "copies; --gpu-memory bounds them")
+        copy = Part("expert weights on the GPU", there, source, "copies; --experts_gpu_memory bounds them")
         on_gpu = [copy, *on_gpu, Part("computing experts", _ENGINE_BYTES, "estimated", "at most")]
     return Plan(host, tuple(on_gpu))
 
@@ -215,16 +216,16 @@ class _Sizes:
     @classmethod
     def of(cls, model: Outline, run: Run) -> _Sizes:
         numbers = [lora_numbers(layer, run) for layer in model.layers]
-        together, width = sum(numbers), run.lora_bytes
-        optimizer = optimizer_bytes(together, width, run.optimizer)
+        together = sum(numbers)
+        optimizer = optimizer_bytes(together, run.optimizer)
         lora = (
-            Part("LoRA of the experts", together * width, "computed", f"{together:,} parameters"),
+            Part("LoRA of the experts", together * LORA_BYTES, "computed", f"{together:,} parameters"),
             Part("its optimizer state", optimizer, "computed", run.optimizer),
         )
         saved = [saved_bytes(layer, run) for layer in model.layers]
         results = [kept_bytes(layer, run) for layer in model.layers]
         one_layer = run.checkpointing and not run.retain
-        return cls(lora, numbers, [n * width for n in numbers], saved, results, one_layer)
+        return cls(lora, numbers, [n * LORA_BYTES for n in numbers], saved, results, one_layer)
 
     @property
     def _note(self) -> str:
@@ -251,7 +252,7 @@ class _Sizes:
 def _rest(model: Outline, run: Run) -> tuple[Part, ...]:
     parts = [Part("the rest of the model", model.rest_bytes, "computed", "bf16: attention, router, ...")]
     if model.rest_lora:
-        size = 2 * 4 * model.rest_lora + optimizer_bytes(model.rest_lora, 4, run.optimizer)
+        size = 2 * LORA_BYTES * model.rest_lora + optimizer_bytes(model.rest_lora, run.optimizer)
         note = f"{model.rest_lora:,} parameters, fp32"
         parts.append(Part("its LoRA, gradients, optimizer state", size, "computed", note))
     peak = activation_bytes(model.activations, run.checkpointing)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from kt_moe.cli.described import split_targets
 from kt_moe.cli.errors import UserError
 from kt_moe.experts import PROJECTIONS
 from kt_moe.gpu import parse_bytes
-from kt_moe.gpu.plan import Rates
 
-RATES = tuple(field.name for field in fields(Rates))
+# Rows of a forward pass for each row of a batch, by command: those of pairs go through the model together.
+_ROWS = {"sft": 1, "dpo": 2, "kto": 1, "reward": 2}
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,6 @@ class Run:
         modules: others that do, by the names `--lora_target_modules` takes.
         format: of the experts in memory; None: as they are stored.
         optimizer: "adamw", "adamw-8bit" or "sgd", of what it keeps.
-        lora_bytes: of a number of the experts' LoRA.
         checkpointing: gradient checkpointing: a layer's activations are computed again in backward.
         retain: not its experts: what they save and their results are kept from forward.
         gpu_memory: bytes of the GPU for expert weights; "auto": what the run will take; 0: none.
@@ -39,7 +38,6 @@ class Run:
     modules: tuple[str, ...]
     format: str | None
     optimizer: str
-    lora_bytes: int
     checkpointing: bool
     retain: bool = False
     gpu_memory: int | str = "auto"
@@ -52,12 +50,23 @@ class Run:
 
     @classmethod
     def from_options(cls, options: Any) -> Run:
-        """From `kt_moe.cli.train.Options`.
+        """From `kt_moe.cli.train.Options`, of whose experts `to_config` raised nothing.
 
         Raises:
-            UserError: no target by name.
+            UserError: a command or options that no plan is made for.
         """
         training, model, experts = options.training, options.model, options.experts
+        if options.command not in _ROWS:
+            raise UserError(
+                f"--dry_run plans {', '.join(_ROWS)}, not {options.command}, which also generates text"
+            )
+        if not model.use_peft:
+            raise UserError("a plan is that of LoRA, --use_peft false is not planned")
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if getattr(model, name):
+                raise UserError(
+                    f"a plan has the layers beside the experts in bf16, --{name} is not planned: leave it out"
+                )
         names = split_targets(model.lora_target_modules)
         if not names or names == ["all-linear"]:
             raise UserError("a plan wants --lora_target_modules by name, such as attention experts")
@@ -67,16 +76,16 @@ class Run:
         optim = str(getattr(training.optim, "value", training.optim))
         kept = "sgd" if "sgd" in optim else "adamw-8bit" if "8bit" in optim else "adamw"
         memory = experts.experts_gpu_memory
-        cpu_alone = experts.experts_gpu == "off" or experts.experts_cpu_share in ("1", "1.0", 1)
+        share = str(experts.experts_cpu_share)
+        cpu_alone = experts.experts_gpu == "off" or (share != "auto" and float(share) == 1.0)
         return cls(
-            training.per_device_train_batch_size,
+            training.per_device_train_batch_size * _ROWS[options.command],
             getattr(training, "max_length", None) or 1024,
             model.lora_r,
             projections,
             tuple(sorted(set(names) - of_experts)),
             None if experts.experts_format == "as-stored" else experts.experts_format,
             kept,
-            4,
             training.gradient_checkpointing,
             experts.experts_checkpoint_experts == "retain",
             0 if cpu_alone else memory if memory == "auto" else parse_bytes("gpu_memory", memory),

@@ -81,10 +81,9 @@ def describe(answer: Answer) -> str:
     checkpointing = ", gradient checkpointing" if run.checkpointing else ""
     checkpointing += ", experts retained" if run.retain else ""
     targets = ", ".join((*run.projections, *run.modules))
-    dtype = "fp32" if run.lora_bytes == 4 else "bf16"
     lines = [
         f"model  {_model_text(answer.model)}",
-        f"run    {run.batch} x {run.sequence} tokens, LoRA rank {run.rank} in {dtype} on {targets}, "
+        f"run    {run.batch} x {run.sequence} tokens, LoRA rank {run.rank} in fp32 on {targets}, "
         f"{run.optimizer}{checkpointing}",
         "",
         *_memory_lines("host memory", plan.host, answer.host_available, answer.host_spare),
