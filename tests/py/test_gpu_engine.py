@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from reference import Problem
 from strategies import make_problem, problems, run_ours
 from test_layer import ALL, assert_as_good_as_eager, assert_formula
+from torch.utils.checkpoint import checkpoint
 
 import kt_moe
 from kt_moe.experts import FORMATS
@@ -215,6 +216,29 @@ def test_layers_prefetch_and_repeat_bit_for_bit():
     whole = sum(e.nbytes for e in experts)
     assert moved < 2 * whole
     assert engine._slots.bytes_moved - moved < 2 * (2 * whole - moved // 4)
+
+
+@pytest.mark.parametrize("slots", [4, 6, 8, 10, 12, 16])
+@pytest.mark.parametrize("mode", ["recompute", "retain"])
+def test_checkpointing_moves_experts_once_in_each_direction(slots, mode):
+    problem = make_problem(60, 64, 48, 4, 2, ALL)
+    gpu = Gpu("cpu", few_slots(problem, slots), 0.0)
+    layers = [experts_of(problem, gpu) for _ in range(4)]
+    lora = {name: tensor.requires_grad_() for name, tensor in problem.lora.items()}
+
+    def forward(x: torch.Tensor, experts: kt_moe.Experts) -> torch.Tensor:
+        return kt_moe.moe(x, problem.topk_ids, problem.topk_weights, experts, lora)
+
+    moved = []
+    for _ in range(3):
+        x = problem.hidden_states.clone().requires_grad_()
+        for experts in layers:
+            experts.checkpoint_experts = mode
+            x = checkpoint(forward, x, experts, use_reentrant=False)
+        x.sum().backward()
+        moved.append(gpu.engine(torch.device("cpu"))._slots.bytes_moved)
+    # Four experts of four layers forward and back, less what is still there where the direction turns.
+    assert (moved[2] - moved[1]) // (layers[0].nbytes // 4) <= 2 * (16 - slots) + 4
 
 
 def test_everything_crosses_once_where_it_fits():
