@@ -156,7 +156,7 @@ def test_experts_config_has_the_options_of_ours(capsys: pytest.CaptureFixture[st
         main(["sft", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "--experts_gpu_memory" in text
-    assert "Of the GPU for expert weights: bytes" in text
+    assert "GPU memory for expert weights: bytes" in text
     assert "Defaults that differ from TRL's: use_peft true; lora_target_modules attention experts" in text
 
 

@@ -96,7 +96,9 @@ class RunConfig:
         default=None,
         metadata={"help": "A prompt: show what the model writes after it, before and after training."},
     )
-    sample_tokens: int = field(default=80, metadata={"help": "Length of that."})
+    sample_tokens: int = field(
+        default=80, metadata={"help": "Number of tokens that --sample shows after the prompt."}
+    )
     popularity: str | None = field(
         default=None,
         metadata={
@@ -121,11 +123,16 @@ class PlanConfig:
         metadata={"help": "Tell memory and time of the run and stop: status 0 if it fits, 1 if not."},
     )
     plan_host_memory: str | None = field(
-        default=None, metadata={"help": "Of another machine, such as 256GiB; default: what is free here."}
+        default=None,
+        metadata={
+            "help": "Free host memory of another machine, such as 256GiB; default: what is free on this one."
+        },
     )
     plan_gpu: str | None = field(
         default=None,
-        metadata={"help": "GPU memory of another machine, such as 24GiB; default: this one's."},
+        metadata={
+            "help": "Free GPU memory of another machine, such as 24GiB; default: what is free on this one."
+        },
     )
     plan_measure: bool = field(
         default=True, metadata={"help": "Time one layer here; otherwise arithmetic alone."}

@@ -40,8 +40,9 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How kt_moe holds and computes the experts of a model.
 
     Args:
-        threads: that compute experts. None: the cores this process may use.
-        shards: that the weights of an expert are cut into, one a memory node. None: one for each node.
+        threads: number of threads that compute experts. None: the cores this process may use.
+        shards: number of parts that the weights of an expert are cut into, one a memory node. None: one for
+            each node.
         isa: kernel set, such as "avx2". None: the fastest one of this CPU.
         recompute: False saves G and U for the backward pass, True computes them again (see `kt_moe.Experts`).
         format: how the weights are kept in memory: "as-stored", or a format of `kt_moe.Experts` to which they
@@ -52,9 +53,9 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         placement: how experts are spread over shards: "tensor" puts a slice of every expert on each, "expert"
             whole experts (see `kt_moe.Experts`).
         nodes: memory nodes to use, by number. None: all that this process may use.
-        gpu: that computes experts beside the CPU: "auto" (the model's), "cuda:0" or the like, or "off", which
-            leaves all experts to the CPU.
-        gpu_memory: of the GPU for expert weights: bytes, "6GiB", or "auto", up to half of what is free.
+        gpu: GPU that computes experts beside the CPU: "auto" (the model's), "cuda:0" or the like, or "off",
+            which leaves all experts to the CPU.
+        gpu_memory: GPU memory for expert weights: bytes, "6GiB", or "auto", up to half of what is free.
         cpu_share: part of the experts' rows that the CPU computes, 0.0 to 1.0, or "auto", what ends soonest.
         lora_device: where LoRA parameters of the experts lie, with their gradients and optimizer state.
             "cpu": in host memory, wherever the model is moved. "cuda": on the model's device. "auto": on the
