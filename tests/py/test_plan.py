@@ -483,6 +483,7 @@ def test_a_measured_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
             "targets ['nothing'], which match nothing in this model",
         ),
         (tiny_config(), ["--targets", "all-linear"], "a plan wants --lora_target_modules by name"),
+        (tiny_config(), ["x"], "the command line has ['x'], which are no options: see kt-moe plan --help"),
         (tiny_config(), ["--rank", "0"], "rank of experts is 0, wanted at least 1"),
         (tiny_config(), ["--gpu", "off", "--cpu-share", "0.5"], 'has gpu="off" and gpu_memory or cpu_share'),
         (tiny_config(), ["--gpu-memory", "six"], "gpu_memory is 'six', wanted a positive number of bytes"),
@@ -497,6 +498,23 @@ def test_user_errors_are_one_line(
     if config is not None:
         write_config(file, config)
     assert message in one_line_error(capsys, "plan", lambda: plan(file, *options))
+
+
+def test_code_of_a_checkpoint_is_run_only_where_it_is_trusted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    code = (
+        "from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM\nclass Config(Qwen3MoeConfig): pass\n"
+    )
+    code += "class Model(Qwen3MoeForCausalLM): config_class = Config\n"
+    (tmp_path / "code_of_it.py").write_text(code)
+    of_it = {"AutoConfig": "code_of_it.Config", "AutoModelForCausalLM": "code_of_it.Model"}
+    own = {**tiny_config().to_dict(), "model_type": "of_its_own", "auto_map": of_it}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    assert "trust_remote_code" in one_line_error(capsys, "plan", lambda: plan(tmp_path))
+    assert plan(tmp_path, "--trust_remote_code") == 0
 
 
 def test_weights_that_lack_a_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,6 +146,9 @@ def test_a_yaml_file_has_the_options_and_the_command_line_wins(tmp_path: Path) -
     assert found.experts.to_config().format == "int8"
     assert found.model.lora_target_modules == "experts"
     assert (found.model.use_peft, found.training.bf16) == (True, False)
+    file.write_text("experts_formt: int8\n")
+    with quiet(), pytest.raises(UserError, match=r"file of --config has \['--experts_formt', 'int8'\]"):
+        parse("sft", ["--config", str(file), "--output_dir", "o"])
 
 
 def test_experts_config_has_the_options_of_ours(capsys: pytest.CaptureFixture[str]) -> None:

@@ -188,9 +188,14 @@ def parse(
     assert not set(unknown[::2]) - {f"--{key}" for key in defaults or {}}, unknown
     parser.in_file = set()  # those were ours
     try:
-        parts = parser.parse_args_and_config(list(argv))
+        *parts, in_file, in_line = parser.parse_args_and_config(
+            list(argv), return_remaining_strings=True, separate_remaining_strings=True
+        )
     except (ValueError, OSError, ImportError) as error:
         raise UserError(str(error)) from error
+    if unknown := [*in_line, *in_file]:
+        where = "the command line" if in_line else "the file of --config"
+        raise UserError(f"{where} has {unknown}, which are no options: see {prog} --help")
     options = Options(command, [name or command, *argv], *parts)
     options.given = parser.given(argv)
     return options
