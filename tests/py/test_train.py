@@ -356,6 +356,21 @@ def test_a_test_split_of_the_data_is_kept(tmp_path: Path, capsys: pytest.Capture
     assert "held out  4 rows" in capsys.readouterr().out
 
 
+def test_a_stream_is_cut_into_rows(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "d.jsonl", [{"text": "word " * 200} for _ in range(4)])
+    seen: list[int] = []
+
+    def look(job: Any, trainer: Any) -> None:
+        seen.extend(len(row["input_ids"]) for row in trainer.train_dataset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kt_moe.cli.train.Job.report", look)
+        more = ["--dataset_streaming", "--eval_fraction", "0", "--max_steps", "1"]
+        assert main(["finetune", *arguments(data, tmp_path / "out", *more)]) == 0
+    assert len(seen) > 4
+    assert max(seen) - min(seen) <= 1
+
+
 def test_finetune_derives_only_what_was_not_given(tmp_path: Path) -> None:
     def evaluation(*argv: str) -> tuple[int, str, bool]:
         with quiet():

@@ -168,7 +168,8 @@ def cut_texts(rows: Any, tokenizer: Any, length: int, text_field: str = "text") 
         found = [piece for document in ids for piece in cut(document, length)]
         return {"input_ids": [piece for piece in found if len(piece) > 1]}  # one token predicts nothing
 
-    return rows.map(pieces, batched=True, remove_columns=rows.column_names, desc="Cutting into rows")
+    said = {"desc": "Cutting into rows"} if hasattr(rows, "__len__") else {}  # streams show no progress
+    return rows.map(pieces, batched=True, remove_columns=rows.column_names, **said)
 
 
 def _split_documents(found: Any) -> Any:
