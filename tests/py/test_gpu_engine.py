@@ -351,7 +351,7 @@ def test_measured_rates_serve_the_cut():
 
 
 @pytest.mark.parametrize("rates", [None, RATES])
-def test_what_the_model_computes_elsewhere_is_measured_unless_rates_are_given(rates):
+def test_the_rest_of_the_model_is_measured_unless_rates_are_given(rates):
     problem = make_problem(8, 64, 48, 8, 2, ALL)
     gpu = Gpu("cpu", rates=rates)
     layers = [experts_of(problem, gpu) for _ in range(3)]
@@ -363,7 +363,7 @@ def test_what_the_model_computes_elsewhere_is_measured_unless_rates_are_given(ra
             time.sleep(0.02)  # in the place of attention
             hidden = kt_moe.moe(hidden, problem.topk_ids, problem.topk_weights, experts, lora)
         hidden.sum().backward()
-        found.append(gpu.rates.elsewhere)
+        found.append(gpu.rates.rest_seconds)
     assert found[:2] == [0.0, 0.0]
     if rates is None:
         assert (

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kt_moe.gpu.elsewhere import Elsewhere
 from kt_moe.gpu.plan import Costs, Cut, Rates, cut, cut_by_share, end, layer_costs, seconds_of
 from kt_moe.gpu.prefetch import Feed, Pass, PassOrder, Wanted
+from kt_moe.gpu.rest_timer import RestTimer
 from kt_moe.gpu.slots import Slots
 from kt_moe.gpu.streams import Streams
 
@@ -20,12 +20,15 @@ costs_ = st.builds(Costs, *[seconds] * 7)
 
 
 def ends(counts: np.ndarray, costs: Costs, gpu: tuple[int, ...], cpu: tuple[int, ...]) -> float:
-    """When the last of link, GPU and CPU ends; only the link works while the model computes elsewhere."""
+    """When the last of link, GPU and CPU ends; only the link works in `rest_seconds`."""
     gpu_rows, cpu_rows = (sum(int(counts[e]) for e in place) for place in (gpu, cpu))
     return max(
         len(gpu) * costs.link_expert,
-        costs.elsewhere + len(gpu) * costs.gpu_expert + gpu_rows * costs.gpu_row,
-        costs.elsewhere + len(cpu) * costs.cpu_expert + cpu_rows * costs.cpu_row + bool(cpu) * costs.cpu_call,
+        costs.rest_seconds + len(gpu) * costs.gpu_expert + gpu_rows * costs.gpu_row,
+        costs.rest_seconds
+        + len(cpu) * costs.cpu_expert
+        + cpu_rows * costs.cpu_row
+        + bool(cpu) * costs.cpu_call,
     )
 
 
@@ -74,11 +77,11 @@ def test_the_cpu_takes_the_tail_and_more_of_it_the_slower_the_link_is():
     assert shares[0] > shares[-1]
 
 
-def test_the_link_gets_more_the_longer_the_model_computes_elsewhere():
+def test_the_link_gets_more_the_longer_the_rest_of_the_model_takes():
     counts = np.arange(1, 65, dtype=np.int64)
     numbers = []
-    for elsewhere in (0.0, 2e-3, 4e-3, 1.0):
-        rates = Rates(5e10, 4e14, 2e12, 4e12, 6e10, elsewhere)
+    for rest_seconds in (0.0, 2e-3, 4e-3, 1.0):
+        rates = Rates(5e10, 4e14, 2e12, 4e12, 6e10, rest_seconds)
         numbers.append(len(cut(counts, layer_costs(rates, 2048, 768, 9_437_184, 48, 1.0, True, True)).gpu))
     assert numbers == sorted(numbers)
     assert numbers[0] < numbers[1] < numbers[2] <= numbers[3] == 64
@@ -248,7 +251,7 @@ class Clock(Streams):
 
 
 def step_of(
-    clock: Clock, elsewhere: Elsewhere, layers: int, again: bool = False, slow: int = 1, fails: int = -1
+    clock: Clock, timer: RestTimer, layers: int, again: bool = False, slow: int = 1, fails: int = -1
 ) -> list[float]:
     """What `begin` returns in a training step.
 
@@ -259,56 +262,56 @@ def step_of(
     for number, this in enumerate(forward_and_back(layers, again)):
         gap = 1_000_000 if number < layers else 50_000 if again and this.backward else 3_000_000
         clock.now += gap * slow * (100 if number == 0 else 1)  # the optimizer, and data
-        elsewhere.arrive()
-        if (seconds := elsewhere.begin(this, True)) is not None:
+        timer.arrive()
+        if (seconds := timer.begin(this, True)) is not None:
             found.append(seconds)
         clock.now += 7_000_000
         if number != fails:
-            elsewhere.leave()
+            timer.leave()
     return found
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_what_the_model_computes_elsewhere_is_measured_in_two_steps(again):
+def test_the_rest_of_the_model_is_measured_in_two_steps(again):
     clock = Clock()
-    elsewhere = Elsewhere(clock)
-    assert step_of(clock, elsewhere, 8, again, slow=50) == []  # kernels are compiled
-    assert step_of(clock, elsewhere, 8, again) == []
+    timer = RestTimer(clock)
+    assert step_of(clock, timer, 8, again, slow=50) == []  # kernels are compiled
+    assert step_of(clock, timer, 8, again) == []
     expected = 1e-3 * 7 / 8 + 3e-3 * 7 / 8 + 50e-6 * again
-    assert step_of(clock, elsewhere, 8, again)[0] == pytest.approx(expected, rel=0.15)
+    assert step_of(clock, timer, 8, again)[0] == pytest.approx(expected, rel=0.15)
 
 
 def test_evaluation_before_training_is_not_measured():
     clock = Clock()
-    elsewhere = Elsewhere(clock)
+    timer = RestTimer(clock)
     for layer in list(range(8)) * 5:
         clock.now += 500_000_000
-        elsewhere.arrive()
-        assert elsewhere.begin(Pass(layer, False), False) is None
-        elsewhere.leave()
-    assert step_of(clock, elsewhere, 8, slow=100) == []
-    assert step_of(clock, elsewhere, 8) == []
-    assert step_of(clock, elsewhere, 8)[0] == pytest.approx(3.5e-3, rel=0.1)
+        timer.arrive()
+        assert timer.begin(Pass(layer, False), False) is None
+        timer.leave()
+    assert step_of(clock, timer, 8, slow=100) == []
+    assert step_of(clock, timer, 8) == []
+    assert step_of(clock, timer, 8)[0] == pytest.approx(3.5e-3, rel=0.1)
 
 
 def test_no_gap_begins_at_a_pass_that_failed():
     clock = Clock()
-    elsewhere = Elsewhere(clock)
+    timer = RestTimer(clock)
     for _ in range(4):
         clock.now += 10**9
         assert (
-            step_of(clock, elsewhere, 1, fails=0) == []
+            step_of(clock, timer, 1, fails=0) == []
         )  # nothing but one pass, and what comes after a failed one
 
 
 def test_short_gaps_count_nothing():
-    elsewhere = Elsewhere(Clock())
+    timer = RestTimer(Clock())
     found = []
     for _ in range(3):
         for this in forward_and_back(2, False):
-            elsewhere.arrive()
-            found.append(elsewhere.begin(this, True))
-            elsewhere.leave()
+            timer.arrive()
+            found.append(timer.begin(this, True))
+            timer.leave()
     assert found[-1] == 0.0
 
 

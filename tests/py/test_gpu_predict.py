@@ -79,7 +79,7 @@ def test_a_step_is_its_layers() -> None:
 
 def test_a_step_takes_no_longer_for_what_fits_beside_the_link() -> None:
     without, short, long = (
-        predict(QWEN, replace(REFERENCE, elsewhere=e), ALL // 4) for e in (0.0, 1e-3, 1.0)
+        predict(QWEN, replace(REFERENCE, rest_seconds=e), ALL // 4) for e in (0.0, 1e-3, 1.0)
     )
     assert without.seconds < short.seconds < without.seconds + 48 * 1e-3
     assert long.seconds == pytest.approx(48 * 1.0 + long.gpu)
@@ -125,7 +125,7 @@ def plan(config: Path, *more: str) -> int:
 
 
 def test_a_plan_for_a_gpu_that_is_not_here(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan(config, "--gpu-memory", "1MiB", "--rates", "link=1e9,cpu_flops=2e12,elsewhere=0.004") == 0
+    assert plan(config, "--gpu-memory", "1MiB", "--rates", "link=1e9,cpu_flops=2e12,rest_seconds=0.004") == 0
     text = capsys.readouterr().out
     assert "speed with a GPU, predicted, with 1.00 MiB of its memory for experts" in text
     assert "  given: link 1 GB/s, CPU 2 TFLOP/s, 4 ms a layer for all but experts\n" in text
@@ -183,7 +183,7 @@ def test_rates_of_a_gpu_that_is_here_are_measured(
     monkeypatch.setattr(gpu_speed, "measured_rates", lambda *args: measured(*args[:-1], torch.device("cpu")))
     assert dry_run(options) == 0
     found = json.loads(capsys.readouterr().out)["gpu_speed"]
-    assert found["sources"] == {"link": "given", "elsewhere": "assumed"} | dict.fromkeys(
+    assert found["sources"] == {"link": "given", "rest_seconds": "assumed"} | dict.fromkeys(
         ("gpu_flops", "gpu_bytes", "cpu_flops", "cpu_bytes"), "measured"
     )
     assert found["memory"] == 2 * 8 * 3 * 32 * 24 * 2

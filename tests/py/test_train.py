@@ -168,8 +168,8 @@ def test_rates_are_those_that_kt_moe_takes() -> None:
         return ExpertsConfig(experts_gpu_rates=given).rates()
 
     assert rates(None) is None
-    assert rates("link=55e9, elsewhere=5e-3") == {"link": 55e9, "elsewhere": 5e-3}
-    assert rates({"elsewhere": 0, "gpu_flops": "4e14"}) == {"elsewhere": 0.0, "gpu_flops": 4e14}
+    assert rates("link=55e9, rest_seconds=5e-3") == {"link": 55e9, "rest_seconds": 5e-3}
+    assert rates({"rest_seconds": 0, "gpu_flops": "4e14"}) == {"rest_seconds": 0.0, "gpu_flops": 4e14}
     for wrong in ("link=0", "link=1.2.3", "link=-1", "link=nan", "link", "speed=1", "", {"link": True}):
         with pytest.raises(ValueError, match=r"--experts_gpu_rates has .*, wanted one of link, gpu_flops"):
             rates(wrong)

@@ -83,7 +83,7 @@ class Gpu:
 
     @property
     def rates(self) -> Rates | None:
-        """What "auto" cuts by; None before the first call. `elsewhere` is known from the third step on."""
+        """What "auto" cuts by; None before the first call. `rest_seconds` is known from the third step on."""
         return self._layers.rates
 
     def __repr__(self) -> str:

@@ -30,12 +30,12 @@ from kt_moe.gpu import lora as lora_transfer
 from kt_moe.gpu.chunk import Chunk, Gradients, Layer, backward_chunk, empty_jobs, forward_chunk
 from kt_moe.gpu.chunks import Chunks, PassData
 from kt_moe.gpu.cpu_part import CpuPart, Worker
-from kt_moe.gpu.elsewhere import Elsewhere
 from kt_moe.gpu.layers import Identity, Layers
 from kt_moe.gpu.lora import Crossed, LoraCall, LoraOptions, LoraStack, each_tensor, split_down
 from kt_moe.gpu.pass_log import PassLog
 from kt_moe.gpu.plan import Cut, cut, cut_by_share, layer_costs
 from kt_moe.gpu.prefetch import Feed, Pass, PassOrder, Wanted
+from kt_moe.gpu.rest_timer import RestTimer
 from kt_moe.gpu.routes import Rows, count_routes, sort_routes
 from kt_moe.gpu.slots import Slots
 from kt_moe.gpu.stored import StoredExperts
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 _LIKELY = 0.5
 _GOOD_GUESS = 0.85
 _GUESS_BYTES = 64 << 20
-_FORWARD_PART = 0.25  # of what a model computes elsewhere; backward has more than twice the products
+_FORWARD_PART = 0.25  # of `rest_seconds`; backward has more than twice the products
 
 
 @dataclass(eq=False)
@@ -135,7 +135,7 @@ class Engine:
         layers.links.append(self._streams)
         self._worker = Worker()
         self._order = PassOrder()
-        self._elsewhere = Elsewhere(self._streams) if layers.rates is None else None
+        self._rest_timer = RestTimer(self._streams) if layers.rates is None else None
         self.log = PassLog(self._streams)
         self._slots: Slots | None = None
         self._reading: Event | None = None  # behind the device's reading of LoRA matrices of the host
@@ -273,15 +273,15 @@ class Engine:
             self.forget_gone()
             self.log.watch(experts.runtime._profile)
             try:
-                elsewhere = self._elsewhere if self._layers.cpu_share == "auto" else None
-                if elsewhere is not None:
-                    elsewhere.arrive()
+                timer = self._rest_timer if self._layers.cpu_share == "auto" else None
+                if timer is not None:
+                    timer.arrive()
                 held = self._hold(experts)
                 self.log.start(held.number)
                 yield held
                 self.log.end(self._slots)
-                if elsewhere is not None:
-                    elsewhere.leave()
+                if timer is not None:
+                    timer.leave()
             except BaseException as error:
                 if self._slots is not None:
                     self._slots.release_all()
@@ -380,11 +380,11 @@ class Engine:
         """Take note of a pass and its plan."""
         this = Pass(held.number, backward)
         again = self._order.begin(this)
-        if self._elsewhere is not None and plan.seconds is not None:
-            seconds = self._elsewhere.begin(this, train)
+        if self._rest_timer is not None and plan.seconds is not None:
+            seconds = self._rest_timer.begin(this, train)
             if seconds is not None:
-                self._layers.set_elsewhere(seconds)
-                self._elsewhere = None
+                self._layers.set_rest_seconds(seconds)
+                self._rest_timer = None
         self.log.begin(this, plan, self._slots)
         if not backward:
             held.plan(plan.gpu, again)
@@ -420,7 +420,7 @@ class Engine:
 
     def _guess_bytes(self) -> int:
         rates = self._layers.rates
-        return max(_GUESS_BYTES, 0 if rates is None else int(rates.link * rates.elsewhere * _FORWARD_PART))
+        return max(_GUESS_BYTES, 0 if rates is None else int(rates.link * rates.rest_seconds * _FORWARD_PART))
 
     def _chunks(
         self, held: _Held, feed: Feed | None, layer: Layer, data: PassData, *, backward: bool

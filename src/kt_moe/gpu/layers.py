@@ -94,11 +94,11 @@ class Layers:
             self.rates = measure(experts, device)
         return self.rates
 
-    def set_elsewhere(self, seconds: float) -> None:
+    def set_rest_seconds(self, seconds: float) -> None:
         """What an engine has measured of the rest of the model; the first one decides."""
         assert self.rates is not None
-        if self.rates.elsewhere == 0.0:
-            self.rates = replace(self.rates, elsewhere=seconds)
+        if self.rates.rest_seconds == 0.0:
+            self.rates = replace(self.rates, rest_seconds=seconds)
 
     def finish_links(self) -> None:
         """Let the calling thread wait until every link has brought what it was asked for."""

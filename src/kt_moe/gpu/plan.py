@@ -27,7 +27,7 @@ class Rates:
         link: bytes a second from host memory to the GPU.
         gpu_flops, gpu_bytes: floating-point operations and bytes of memory a second on the GPU.
         cpu_flops, cpu_bytes: the same of the CPU's kernels.
-        elsewhere: seconds that a model computes between the experts of one layer and those of the next
+        rest_seconds: seconds that a model computes between the experts of one layer and those of the next
             (attention, router, norms), forward and backward together, with about as many tokens as a training
             step has. The link brings experts meanwhile. 0 counts nothing, as passes without a backward do.
     """
@@ -37,12 +37,12 @@ class Rates:
     gpu_bytes: float
     cpu_flops: float
     cpu_bytes: float
-    elsewhere: float = 0.0
+    rest_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             number = isinstance(value, Real) and not isinstance(value, bool)
-            none = name == "elsewhere" and number and value == 0
+            none = name == "rest_seconds" and number and value == 0
             if not none and not (number and 0 < value < 1e30):
                 raise ValueError(f"Rates: {name} is {value!r}, wanted a positive number")
 
@@ -52,7 +52,7 @@ class Costs:
     """Seconds of forward and backward together: of one routed expert, and of one of its rows, by place.
 
     `cpu_call` is what a call that leaves any expert to the CPU takes besides, as rows go there and come back;
-    `elsewhere` what the model computes before the next call, while only the link works.
+    `rest_seconds` what the model computes before the next call, while only the link works.
     """
 
     link_expert: float
@@ -61,7 +61,7 @@ class Costs:
     cpu_expert: float
     cpu_row: float
     cpu_call: float
-    elsewhere: float
+    rest_seconds: float
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def layer_costs(
         cpu_expert=len(passes) * stored_bytes / rates.cpu_bytes,
         cpu_row=cpu_flops / rates.cpu_flops,
         cpu_call=len(passes) * _CPU_CALL,
-        elsewhere=rates.elsewhere if train else 0.0,
+        rest_seconds=rates.rest_seconds if train else 0.0,
     )
 
 
@@ -175,8 +175,8 @@ def cut_by_share(counts: NDArray[np.integer], cpu_share: float) -> Cut:
 
 
 def end(costs: Costs, link: Any, gpu: Any, cpu: Any) -> Any:
-    """When all three have ended, in seconds: only the link works while the model computes elsewhere."""
-    return np.maximum(link, costs.elsewhere + np.maximum(gpu, cpu))
+    """When all three have ended, in seconds: only the link works in `rest_seconds`."""
+    return np.maximum(link, costs.rest_seconds + np.maximum(gpu, cpu))
 
 
 def seconds_of(plan: Cut, costs: Costs) -> tuple[float, float, float]:

@@ -84,7 +84,9 @@ def measured_rates(
     experts = min(_EXPERTS, layer.experts)
     shape = Shape("planned", layer.hidden, layer.intermediate, experts, min(layer.topk, experts))
     rates = vars(measure(make_experts(shape, layer, format, runtime), device))
-    return {name: rate for name, rate in rates.items() if name != "elsewhere"}  # that needs the whole model
+    return {
+        name: rate for name, rate in rates.items() if name != "rest_seconds"
+    }  # that needs the whole model
 
 
 def gpu_speed(
@@ -158,7 +160,7 @@ def describe(speed: GpuSpeed) -> list[str]:
         *(f"  {line}" for line in _rates_lines(speed)),
         *indented,
         "  experts and rows of a layer; all else of a forward and backward pass; at most so many tokens/s: "
-        f"{'the loss and the optimizer' if speed.rates.elsewhere else 'attention and the rest'} come on top",
+        f"{'loss and optimizer' if speed.rates.rest_seconds else 'attention and the rest'} come on top",
     ]
 
 
@@ -171,8 +173,8 @@ def _rates_lines(speed: GpuSpeed) -> list[str]:
         "cpu_flops": f"CPU {r.cpu_flops / 1e12:.3g} TFLOP/s",
         "cpu_bytes": f"CPU memory {r.cpu_bytes / 1e9:.3g} GB/s",
     }
-    if r.elsewhere:
-        texts["elsewhere"] = f"{1e3 * r.elsewhere:.3g} ms a layer for all but experts"
+    if r.rest_seconds:
+        texts["rest_seconds"] = f"{1e3 * r.rest_seconds:.3g} ms a layer for all but experts"
     lines = []
     for source in ("given", "measured", "assumed"):
         if of_source := [texts[name] for name in texts if speed.sources[name] == source]:

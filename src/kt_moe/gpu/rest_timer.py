@@ -14,7 +14,7 @@ _TIMES = 2  # that a pass of a training step is looked at: kernels are compiled 
 _LEAST = 5e-4  # seconds; less counts as 0
 
 
-class Elsewhere:
+class RestTimer:
     """From points of the caller's stream at the begin and the end of every pass of a training step.
 
     `arrive`, `begin` and `leave` follow each other in a pass; one that fails lacks the last, or the last two.
