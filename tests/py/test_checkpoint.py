@@ -101,7 +101,7 @@ def test_a_sharded_directory_is_one_model(tmp_path: Path, index: str) -> None:
         assert checkpoint.layer(layer) == LayerInfo(
             num_experts=E, hidden_size=H, intermediate_size=I, dtype="BF16", layout=layout, nbytes=nbytes,
             format="bf16", scale_type="none", scale_rows=1, scale_cols=0, zero_points=False,
-            global_scale=False, biases=False, mappable=True, memory_bytes=memory,
+            global_scale=False, gated=True, biases=False, mappable=True, memory_bytes=memory,
         )  # fmt: skip
     assert repr(checkpoint) == (
         f"Checkpoint({str(tmp_path)!r}: 2 files, {3 * E + 3} tensors, 0.0 MB, experts in 2 layers)"
