@@ -60,25 +60,15 @@ KINDS: dict[str, list[dict[str, Any]]] = {
     "grpo": [{"prompt": f"{n} + 2 ="} for n in range(4)],
     "rloo": [{"prompt": f"{n} + 2 ="} for n in range(4)],
 }
-MORE = {
-    "reward": ["--lora_task_type", "SEQ_CLS"],
-    "grpo": [
-        "--reward_funcs",
-        "test_train.length_reward",
-        "--max_completion_length",
-        "4",
-        "--num_generations",
-        "2",
-    ],
-    "rloo": [
-        "--reward_funcs",
-        "test_train.length_reward",
-        "--max_completion_length",
-        "4",
-        "--num_generations",
-        "2",
-    ],
-}
+GENERATED = [
+    "--reward_funcs",
+    "test_train.length_reward",
+    "--max_completion_length",
+    "4",
+    "--num_generations",
+    "2",
+]
+MORE = {"reward": ["--lora_task_type", "SEQ_CLS"], "grpo": GENERATED, "rloo": GENERATED}
 
 
 def length_reward(completions: list[str], **kwargs: Any) -> list[float]:

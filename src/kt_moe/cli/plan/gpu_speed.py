@@ -83,10 +83,9 @@ def measured_rates(
     """Of a few experts of the model's shape on this machine."""
     experts = min(_EXPERTS, layer.experts)
     shape = Shape("planned", layer.hidden, layer.intermediate, experts, min(layer.topk, experts))
-    rates = vars(measure(make_experts(shape, layer, format, runtime), device))
-    return {
-        name: rate for name, rate in rates.items() if name != "rest_seconds"
-    }  # that needs the whole model
+    rates = asdict(measure(make_experts(shape, layer, format, runtime), device))
+    del rates["rest_seconds"]  # that needs the whole model
+    return rates
 
 
 def gpu_speed(
