@@ -102,7 +102,7 @@ void want_filled(const std::byte* data, kt::index_t size) {
 void look_at(const kt::LayerSource& source, int expert) {
   const auto kernels = kt::kernel_set("scalar", 0).decode;
   kt::Arena scratch;
-  for (const kt::Projection p : kt::projections) {
+  for (const kt::Projection p : kt::projections_of(source.info().gated)) {
     auto m = source.info().matrix(p);
     std::vector<std::byte> codes(m.codes_bytes()), scales(m.scales_bytes()), zeros(m.zeros_bytes());
     std::vector<std::byte> global_scale(m.global_scale_bytes());
