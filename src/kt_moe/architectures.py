@@ -16,7 +16,14 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from kt_moe.checkpoint import ExpertList
-from kt_moe.computation import Computation, computation_of, is_experts, unmarked_experts
+from kt_moe.computation import (
+    Computation,
+    computation_of,
+    is_experts,
+    layout_of,
+    parameter_names,
+    unknown_experts,
+)
 from kt_moe.conversion import saved_lists
 from kt_moe.experts import PROJECTIONS
 
@@ -41,6 +48,9 @@ class ExpertModule:
             that the core does not read, or does not store them.
         same_as: path of the module whose parameters it shares; None where it has its own.
         has_bias: whether the projections have biases.
+        swapped: whether PEFT takes a fused parameter's inputs for its outputs: it is [E, in, out], which
+            nothing tells PEFT.
+        padding: how many experts more gate_up_proj has in the module, of which nothing is computed.
     """
 
     path: str
@@ -54,6 +64,8 @@ class ExpertModule:
     saved: ExpertList | None
     same_as: str | None
     has_bias: bool
+    swapped: bool = False
+    padding: int = 0
 
     @property
     def numel(self) -> int:
@@ -62,7 +74,8 @@ class ExpertModule:
             return 0
         inner = len(self.words) - 1
         biases = inner * self.intermediate_size + self.hidden_size if self.has_bias else 0
-        return self.num_experts * ((inner + 1) * self.intermediate_size * self.hidden_size + biases)
+        one = self.intermediate_size * self.hidden_size
+        return self.num_experts * ((inner + 1) * one + biases) + self.padding * inner * one
 
     @property
     def keyed(self) -> ExpertList | None:
@@ -142,12 +155,12 @@ def refuse_unless_computed(module: nn.Module, model_type: str) -> Computation:
     return found
 
 
-def refuse_unmarked(module: nn.Module, model_type: str) -> None:
-    """ValueError where there are experts in it that transformers does not let others compute."""
-    if unmarked := unmarked_experts(module):
+def refuse_unknown(module: nn.Module, model_type: str) -> None:
+    """ValueError where there are experts in it that nobody says others may compute."""
+    if unknown := unknown_experts(module):
         raise ValueError(
             f"model type {model_type!r} is not supported by kt_moe: transformers does not let others compute "
-            f"{', '.join(unmarked)}, which lacks use_experts_implementation"
+            f"{', '.join(unknown)}, which lacks use_experts_implementation"
         )
 
 
@@ -157,7 +170,7 @@ def _derive(model: PreTrainedModel) -> Architecture:
     if not experts:
         if getattr(type(model), "_can_set_experts_implementation", lambda: False)():
             raise ValueError(f"model type {model_type!r} with this config has no layer with routed experts")
-        refuse_unmarked(model, model_type)
+        refuse_unknown(model, model_type)
         raise ValueError(
             f"model type {model_type!r} is not supported by kt_moe: {type(model).__name__} has no experts "
             "that transformers lets others compute (use_experts_implementation)"
@@ -167,14 +180,25 @@ def _derive(model: PreTrainedModel) -> Architecture:
     numbers = _numbers(list(experts))
     modules = []
     for path, c in computed.items():
-        sizes = c.num_experts, c.hidden_size, c.intermediate_size, c.gated
-        interleaved = not experts[path].is_concatenated
+        layout = layout_of(experts[path])
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         same_as = tied.get(f"{path}.down_proj", "").removesuffix(".down_proj") or None
         saved = None if same_as else lists[path]
-        has_bias = bool(getattr(experts[path], "has_bias", False))
+        first = getattr(experts[path], parameter_names(experts[path])[0])
         module = ExpertModule(
-            path, numbers[path], *sizes, c.activation, interleaved, saved, same_as, has_bias
+            path=path,
+            number=numbers[path],
+            num_experts=c.num_experts,
+            hidden_size=c.hidden_size,
+            intermediate_size=c.intermediate_size,
+            gated=c.gated,
+            activation=c.activation,
+            interleaved=not layout.is_concatenated,
+            saved=saved,
+            same_as=same_as,
+            has_bias=layout.has_bias,
+            swapped=layout.is_transposed and not layout.marked,
+            padding=len(first) - c.num_experts,
         )
         modules.append(module)
     return Architecture(model_type, tuple(modules))

@@ -3,6 +3,7 @@
 transformers marks experts that others may compute with `use_experts_implementation`. The flags it leaves on
 the module say how the weights are laid out, and `_apply_gate` what happens between the two products.
 These are functions of numbers alone, so they are tried on a grid and compared with what the core computes.
+Of a few classes without that mark it is known here how they are laid out (`UNMARKED`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,32 @@ _NAMED: dict[str, Gating] = {
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How a module of experts has its parameters; the words are transformers'.
+
+    Attributes:
+        is_transposed: whether they are [E, in, out], not [E, out, in].
+        is_concatenated: whether gate precedes up in gate_up_proj; else their rows alternate.
+        has_gate, has_bias: whether there are such.
+        marked: whether transformers says so.
+    """
+
+    is_transposed: bool = False
+    is_concatenated: bool = True
+    has_gate: bool = True
+    has_bias: bool = False
+    marked: bool = True
+
+
+# Experts that transformers does not let others compute, by package and class; `hf.unmarked` has what the
+# blocks around them do beside.
+UNMARKED = {
+    ("llama4", "Llama4TextExperts"): Layout(is_transposed=True, marked=False),
+    ("longcat_flash", "LongcatFlashExperts"): Layout(marked=False),
+}
+
+
+@dataclass(frozen=True)
 class Computation:
     """What a module computes, and how its parameters are laid out.
 
@@ -49,12 +76,33 @@ class Computation:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether transformers lets others compute this module."""
-    return hasattr(module, "is_concatenated") and hasattr(module, "is_transposed")
+    """Whether this is a module of experts that transformers lets others compute, or one in `UNMARKED`."""
+    return _layout(module) is not None
 
 
-def unmarked_experts(model: nn.Module) -> list[str]:
-    """Names of the classes of routed experts that transformers does not let others compute."""
+def layout_of(module: nn.Module) -> Layout:
+    """The layout of a module that `is_experts`."""
+    found = _layout(module)
+    assert found is not None
+    return found
+
+
+def _layout(module: Any) -> Layout | None:
+    if hasattr(module, "is_concatenated") and hasattr(module, "is_transposed"):
+        flags = module.is_transposed, module.is_concatenated
+        return Layout(*flags, getattr(module, "has_gate", True), getattr(module, "has_bias", False))
+    return UNMARKED.get(transformers_class(module))
+
+
+def transformers_class(module: nn.Module) -> tuple[str, str]:
+    """Package and name of a class of transformers' models; two empty names for another."""
+    parts = type(module).__module__.split(".")
+    of_model = parts[:2] == ["transformers", "models"] and len(parts) == 4
+    return (parts[2], type(module).__name__) if of_model else ("", "")
+
+
+def unknown_experts(model: nn.Module) -> list[str]:
+    """Names of the classes of routed experts of which is not known what they compute."""
     names = {type(module).__name__ for module in model.modules() if not is_experts(module)}
     return sorted(name for name in names if _EXPERTS.fullmatch(name))
 
@@ -65,11 +113,12 @@ def computation_of(module: Any) -> Computation:
     activation = next((name for name, known in ACTIVATIONS.items() if _computes(module, known)), "")
     if not activation:
         lacks.append(f"the activation {_describe(module)}")
-    if not is_gated(module) and module.is_transposed:  # their shapes do not tell which way rows run
+    layout = layout_of(module)
+    if not layout.has_gate and layout.is_transposed:  # their shapes do not tell which way rows run
         lacks.append("experts without a gate whose rows run along the outputs")
     if _overrides_forward(type(module)):
         lacks.append(f"what {type(module).__name__}.forward computes")
-    known_names = {*parameter_names(module), *(bias_names(module) if module.has_bias else ())}
+    known_names = {*parameter_names(module), *(bias_names(module) if layout.has_bias else ())}
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     if others := sorted({name for name, _ in own} - known_names):
         lacks.append(f"the parameters {', '.join(others)}")
@@ -84,7 +133,7 @@ def output_norm(module: Any) -> nn.Module | None:
 
 def is_gated(module: Any) -> bool:
     """Whether a module that `is_experts` has a gate."""
-    return bool(getattr(module, "has_gate", True))
+    return layout_of(module).has_gate
 
 
 def parameter_names(module: Any) -> tuple[str, str]:
@@ -120,7 +169,7 @@ def _dispatch() -> Any:
 def sizes_of(module: Any) -> tuple[int, int, int]:
     """E, H and I of a module that `is_experts`."""
     experts, rows, columns = (int(n) for n in module.down_proj.shape)
-    return (experts, columns, rows) if module.is_transposed else (experts, rows, columns)
+    return (experts, columns, rows) if layout_of(module).is_transposed else (experts, rows, columns)
 
 
 def _grid() -> tuple[Tensor, Tensor]:
@@ -140,9 +189,17 @@ def _computes(module: Any, known: Gating) -> bool:
         # Two columns, so that gate and up alternate differently from standing side by side.
         gates, ups = torch.cat([gate, up], dim=1), torch.cat([up, gate], dim=1)
         both = torch.cat([gates, ups], dim=1)
-        if not module.is_concatenated:
+        if not layout_of(module).is_concatenated:
             both = torch.stack([gates, ups], dim=2).flatten(1)
-        return _agree(lambda: module._apply_gate(both), known(gates, ups))
+        return _agree(lambda: _apply_gate(module, both), known(gates, ups))
+
+
+def _apply_gate(module: Any, both: Tensor) -> Tensor:
+    """h of G and U beside each other; a module without a function of its own has the usual one."""
+    if hasattr(module, "_apply_gate"):
+        return module._apply_gate(both)  # type: ignore[no-any-return]
+    gate, up = both.chunk(2, dim=-1)
+    return module.act_fn(gate) * up  # type: ignore[no-any-return]
 
 
 def _agree(compute: Callable[[], Tensor], wanted: Tensor) -> bool:
@@ -164,7 +221,8 @@ def _describe(module: Any) -> str:
             if _computes(module, _clamped(known, float(limit))):
                 return f"{name} with gate and up clamped to {limit:g}"
     act = getattr(module, "act_fn", None)
-    own = is_gated(module) and type(module)._apply_gate.__module__ == type(module).__module__
+    gating = getattr(type(module), "_apply_gate", None) if is_gated(module) else None
+    own = getattr(gating, "__module__", None) == type(module).__module__
     options = {n: v for n, v in vars(module).items() if n.removeprefix("swiglu_") in ("alpha", "limit")}
     text = f"of {type(module).__name__}._apply_gate" if own else _name_of(act)
     details = [f"{name} {value:g}" for name, value in options.items()]

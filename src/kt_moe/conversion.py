@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kt_moe.checkpoint import ExpertList
-from kt_moe.computation import is_gated, parameter_names
+from kt_moe.computation import is_gated, layout_of, parameter_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,9 +102,9 @@ def _marks(number: int, gated: bool) -> _Marked:
 
 def _as_parameters(marks: _Marked, module: Any) -> dict[str, Tensor]:
     """Under the names and in the layout of the module's parameters."""
-    down = marks.down.mT if module.is_transposed else marks.down
-    inner = _fused(marks, interleaved=not module.is_concatenated) if is_gated(module) else marks.up
-    inner = inner.mT if module.is_transposed else inner
+    layout = layout_of(module)
+    inner = _fused(marks, interleaved=not layout.is_concatenated) if layout.has_gate else marks.up
+    inner, down = (one.mT if layout.is_transposed else one for one in (inner, marks.down))
     return dict(zip(parameter_names(module), (inner.contiguous(), down.contiguous()), strict=True))
 
 

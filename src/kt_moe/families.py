@@ -1,7 +1,7 @@
 """The families of the installed transformers that have experts others may compute, and whether the core can.
 
-Nothing is listed here: packages are searched for decorated experts, and a model of each is made on the meta
-device, with its default config.
+Nothing is listed here: packages are searched for decorated experts, and for those in `computation.UNMARKED`,
+and a model of each is made on the meta device, with its default config.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers.models.auto.configuration_auto import (
 )
 
 from kt_moe.checkpoint import ExpertList
-from kt_moe.computation import Computation, computation_of, is_experts
+from kt_moe.computation import UNMARKED, Computation, computation_of, is_experts
 from kt_moe.conversion import saved_lists
 
 _DECORATED = re.compile(r"^@use_experts_implementation.*\nclass (\w+)", re.MULTILINE)
@@ -67,13 +67,17 @@ class Family:
         return f"{prefix}.{'' if self.saved.fused else 'E.'}{{{','.join(words)}}}"
 
 
-def decorated() -> dict[str, list[str]]:
-    """Names of the classes that transformers marks with `use_experts_implementation`, by package."""
+def expert_classes() -> dict[str, list[str]]:
+    """Names of the classes that transformers marks with `use_experts_implementation`, or we, by package."""
     found = {}
     (root,) = (Path(path) for path in transformers.models.__path__)
     for package in pkgutil.iter_modules([str(root)]):
         file = root / package.name / f"modeling_{package.name}.py"
-        classes = _DECORATED.findall(file.read_text(encoding="utf-8")) if file.is_file() else []
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        classes = _DECORATED.findall(text)
+        classes += [
+            c for of, c in UNMARKED if of == package.name and c not in classes and f"class {c}(" in text
+        ]
         if classes:
             found[package.name] = classes
     return found
@@ -81,7 +85,7 @@ def decorated() -> dict[str, list[str]]:
 
 def families(names: Collection[str] = ()) -> Iterator[Family]:
     """One for each decorated class, in alphabetical order of the packages; of those named, or of all."""
-    for name, classes in decorated().items():
+    for name, classes in expert_classes().items():
         if names and name not in names:
             continue
         made: dict[str, Family] = {}

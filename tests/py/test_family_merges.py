@@ -77,6 +77,7 @@ WITHOUT_FP8 = {
     "granitemoehybrid",
     "granitemoeshared",
     "inkling2",
+    "llama4",
     "openai_privacy_filter",
 }
 

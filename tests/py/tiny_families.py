@@ -77,6 +77,28 @@ _CHOSEN: dict[str, tuple[str, dict[str, Any]]] = {
     "jamba": ("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1}),
     "kimi_linear": ("kimi_linear", _ATTENTION),
     "lfm2_moe": ("lfm2_moe", {"layer_types": ["conv", "full_attention"]}),
+    "llama4": (
+        "llama4_text",
+        {
+            "intermediate_size": 24,
+            "intermediate_size_mlp": 40,
+            "moe_layers": [0, 1],
+            "no_rope_layers": [1, 0],
+            "layer_types": ["chunked_attention", "full_attention"],
+        },
+    ),
+    # 4 of the 8 are experts that are the identity
+    "longcat_flash": (
+        "longcat_flash",
+        {
+            "num_layers": 2,
+            "moe_topk": 8,
+            "zero_expert_num": 4,
+            "expert_ffn_hidden_size": 24,
+            "ffn_hidden_size": 40,
+            "qk_head_dim": 16,
+        },
+    ),
     "mimo_v2_flash": ("mimo_v2_flash", {"num_key_value_heads": 2}),
     "mistral4": ("mistral4", {"head_dim": 16, "qk_head_dim": 16}),
     "minimax_m3_vl": ("minimax_m3_vl_text", {}),

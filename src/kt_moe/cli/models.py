@@ -25,9 +25,9 @@ def run(args: argparse.Namespace) -> int:
     import transformers
     from transformers.utils import logging
 
-    from kt_moe.families import decorated, families
+    from kt_moe.families import expert_classes, families
 
-    known = decorated()
+    known = expert_classes()
     unknown = sorted(set(args.names) - known.keys())
     if unknown:
         raise UserError(f"transformers {transformers.__version__} has no experts in {', '.join(unknown)}")

@@ -23,7 +23,7 @@ from transformers.integrations import moe as _moe
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from kt_moe.hf import tuner
+from kt_moe.hf import tuner, unmarked
 from kt_moe.hf.config import SharedOuterLoraConfig
 from kt_moe.hf.experts import NAME, KtExperts, kt_moe_experts_forward, refuse_at_construction, repack
 from kt_moe.hf.kt_config import KTConfig
@@ -63,6 +63,7 @@ def _register() -> None:
     used = inspect.signature(_moe.use_experts_implementation).parameters["experts_interface"].default
     for interface in (_moe.ExpertsInterface, type(used)):
         interface.register(NAME, kt_moe_experts_forward)
+    register_module_module_registration_hook(unmarked.mark_at_construction)
     register_module_module_registration_hook(refuse_at_construction)
     tuner.register()
 

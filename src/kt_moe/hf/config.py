@@ -156,15 +156,15 @@ def _names_of_all_experts(
     """The names of projections on disk, if they say all: the same LoRA, of r and alpha, in every layer."""
     layers = [name for name, module in free_modules(model) if holds_kt_experts(module)]
     pairs = [layer.pairs[adapter_name].pairs for layer in experts.values()]
-    if not experts or len(experts) != len(layers) or not is_per_expert(model, pairs[0]):
+    modules = [layer.form(path).module for path, layer in experts.items()]
+    if not experts or len(experts) != len(layers) or not is_per_expert(model, modules[0], pairs[0]):
         return []
     uniform = all(
         p.rank == saved.r and p.scaling == saved.lora_alpha / saved.r for x in pairs for p in x.values()
     )
     if not uniform or any(other.keys() != pairs[0].keys() for other in pairs):
         return []
-    on_disk = [layer.form(path).module.words for path, layer in experts.items()]
-    return list(dict.fromkeys(names[p] for names in on_disk for p in pairs[0]))
+    return list(dict.fromkeys(module.words[p] for module in modules for p in pairs[0]))
 
 
 def check_same(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:

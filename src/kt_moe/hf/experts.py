@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from kt_moe.architectures import Architecture, ExpertModule, refuse_unless_computed, refuse_unmarked
+from kt_moe.architectures import Architecture, ExpertModule, refuse_unknown, refuse_unless_computed
 from kt_moe.computation import (
     Computation,
     bias_names,
     is_experts,
     is_gated,
+    layout_of,
     output_norm,
     parameter_names,
     sizes_of,
+    transformers_class,
 )
 from kt_moe.experts import Experts
 from kt_moe.functional import Lora, MoEFunction
@@ -221,7 +223,7 @@ def expert_parameters(module: Any) -> tuple[list[str], list[Tensor]]:
             "the experts' parameters are parametrized (PEFT target_parameters), which kt_moe cannot compute: "
             'put LoRA on them with LoraConfig(target_modules=["experts"])'
         )
-    names = [*parameter_names(module), *(bias_names(module) if module.has_bias else ())]
+    names = [*parameter_names(module), *(bias_names(module) if layout_of(module).has_bias else ())]
     return names, [getattr(module, name) for name in names]
 
 
@@ -233,7 +235,8 @@ def pack(module: nn.Module, **options: Any) -> Experts:
     """
     inner, down, *biases = (p.detach() for p in expert_parameters(module)[1])
     options["activation"] = _computation(module).activation
-    if module.is_transposed:
+    inner = inner[: len(down)]  # LongCat-Flash has more, for experts that are the identity
+    if layout_of(module).is_transposed:
         inner, down = inner.mT, down.mT
     gate, up = _split(module, inner)
     if biases:
@@ -246,7 +249,7 @@ def _split(module: nn.Module, gate_up: Tensor) -> tuple[Tensor | None, Tensor]:
     """[E, 2I, ...] to gate and up; without a gate [E, I, ...] is up."""
     if not is_gated(module):
         return None, gate_up
-    if module.is_concatenated:
+    if layout_of(module).is_concatenated:
         gate, up = gate_up.chunk(2, dim=1)
         return gate, up
     return gate_up[:, ::2], gate_up[:, 1::2]
@@ -270,7 +273,7 @@ def refuse_at_construction(parent: nn.Module, name: str, module: nn.Module | Non
     So from_pretrained refuses them while it builds the model, before it reads a weight.
 
     Raises:
-        ValueError: as `refuse_unless_computed` and `refuse_unmarked`.
+        ValueError: as `refuse_unless_computed` and `refuse_unknown`.
     """
     if module is None:
         return
@@ -279,11 +282,12 @@ def refuse_at_construction(parent: nn.Module, name: str, module: nn.Module | Non
     if isinstance(parent, PreTrainedModel):
         config: Any = getattr(parent, "config", None)
         if getattr(config, "_experts_implementation", None) == NAME:
-            refuse_unmarked(module, config.model_type)
+            refuse_unknown(module, config.model_type)
 
 
 def _computation(module: Any) -> Computation:
-    return refuse_unless_computed(module, module.config.model_type)
+    model_type = getattr(getattr(module, "config", None), "model_type", transformers_class(module)[0])
+    return refuse_unless_computed(module, model_type)
 
 
 def computed(

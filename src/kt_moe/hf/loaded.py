@@ -17,6 +17,7 @@ from kt_moe.computation import is_experts, output_norm
 from kt_moe.experts import Experts
 from kt_moe.hf.experts import KtExperts, expert_parameters, pack
 from kt_moe.hf.quantizer import KtMoeConfig, KtMoeQuantizer, guard_loaded_model
+from kt_moe.hf.unmarked import mark
 
 _OF_CHECKPOINTS = ("cache_dir", "paged", "lazy", "rest")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -94,6 +95,7 @@ def wrap(model: nn.Module, config: KtMoeConfig | None = None) -> nn.Module:
                 ours.lora_device, ours.training = config.lora_device, module.training
                 guard_loaded_model(inner, KtMoeQuantizer(config))  # from the first layer on
                 for parent, name in list(_places(inner, module)):
+                    mark(parent, module)
                     setattr(parent, name, ours)
                 bar.update(_nbytes(module))
                 del module  # and with it the last reference to the parameters

@@ -9,7 +9,8 @@ In memory each projection has A [E, r, in] and B [E, out, r]. On disk there are 
   `down_proj` [E, H, I] as PEFT's
   `target_parameters` has it: A [E * r, in], expert-major, and B [out, r * E], expert fastest. That of gate_up
   has the ranks of gate and up one after the other, and a B that is zero where they would mix. The last of the
-  parameters is at `{experts}`, the one before at `{experts}.base_layer`.
+  parameters is at `{experts}`, the one before at `{experts}.base_layer`. Of parameters [E, in, out] that do
+  not tell PEFT so (Llama 4's), A and B are in each other's roles: the LoRA of the transposed matrices.
 
 A family outside that table gets the fused form. Both forms of every family are read.
 """
@@ -44,14 +45,15 @@ def renamed_by_peft(model: Any) -> set[str]:
     return set(_MOE_TARGET_MODULE_MAPPING.get(family, ())) if family in _MOE_FUSED_TARGETS else set()
 
 
-def is_per_expert(model: Any, pairs: Mapping[str, Pair]) -> bool:
+def is_per_expert(model: Any, module: ExpertModule, pairs: Mapping[str, Pair]) -> bool:
     """Whether LoRA on these projections is written per expert: whether PEFT converts it then.
 
-    PEFT makes one tensor of gate and up, which has one scaling.
+    PEFT makes one tensor of gate and up, which has one scaling, of as many experts as have keys.
     """
     scalings = {pair.scaling for projection, pair in pairs.items() if projection != "down"}
     both_or_neither = ("gate" in pairs) == ("up" in pairs)
-    return bool(renamed_by_peft(model)) and "down" in pairs and both_or_neither and len(scalings) < 2
+    converted = bool(renamed_by_peft(model)) and not module.padding
+    return converted and "down" in pairs and both_or_neither and len(scalings) < 2
 
 
 def path_to_save(renamed: Callable[[str], str], path: str, module: ExpertModule) -> str:
@@ -126,6 +128,10 @@ class ExpertsForm:
                 own = matrices[projection][1]
                 self.rows(b, projection)[:, :, column : column + own.shape[2]] = own
                 column += own.shape[2]
+            if self.module.swapped:
+                a, b = b.mT, a.mT
+            if name != "down_proj" and (padding := self.module.padding):
+                a, b = (torch.cat([one, one.new_zeros(padding, *one.shape[1:])]) for one in (a, b))
             result[f"{place}.lora_A"] = a.flatten(0, 1)
             result[f"{place}.lora_B"] = b.permute(1, 2, 0).flatten(1, 2)
         return result
@@ -209,23 +215,25 @@ class ExpertsForm:
         self, name: str, place: str, a: Tensor, b: Tensor, *, ranks: set[int], own: Mapping[str, int]
     ) -> Matrices:
         into, out = self.size(name)
-        rank = a.shape[0] // self.num_experts
-        total = rank * self.num_experts
-        if into != out and (a.shape, b.shape) == (
-            (total, out),
-            (into, total),
-        ):  # PEFT before 0.19: W transposed
-            a, b = b.view(into, -1, self.num_experts).permute(2, 1, 0), a.view(self.num_experts, -1, out).mT
+        experts = self.num_experts + (0 if name == "down_proj" else self.module.padding)
+        if ranks == {len(a) / self.num_experts}:  # made by PEFT of keys of experts, which name no padding
+            experts = self.num_experts
+        rank = len(a) // experts
+        total = rank * experts
+        # PEFT before 0.19 took inputs for outputs everywhere
+        may_be_swapped = self.module.swapped or into != out
+        if may_be_swapped and (a.shape, b.shape) == ((total, out), (into, total)):
+            a, b = b.view(into, -1, experts).permute(2, 1, 0), a.view(experts, -1, out).mT
             a, b = a.reshape(-1, into), b.permute(1, 2, 0).reshape(out, -1)
         if rank not in ranks or a.shape != (total, into) or b.shape != (out, total):
-            shapes = [(r * self.num_experts, into, out) for r in sorted(ranks)]
+            shapes = [(r * experts, into, out) for r in sorted(ranks)]
             raise ValueError(
                 f"the adapter's {name} at {place} has another rank or number of experts than its config and "
                 f"the model: A {list(a.shape)} and B {list(b.shape)}, wanted "
                 f"{' or '.join(f'A {[n, i]} and B {[o, n]}' for n, i, o in shapes)}"
             )
-        a = a.view(self.num_experts, rank, into)
-        b = b.view(out, rank, self.num_experts).permute(2, 0, 1)
+        a = a.view(experts, rank, into)[: self.num_experts]
+        b = b.view(out, rank, experts).permute(2, 0, 1)[: self.num_experts]
         if name != "gate_up_proj":
             (projection,) = self.module.fused[name]
             return {projection: (a.contiguous(), b.contiguous())}

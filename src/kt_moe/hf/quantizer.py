@@ -25,6 +25,7 @@ from kt_moe.experts import CHECKPOINT_FORMATS, PLACEMENTS, Experts
 from kt_moe.gpu import Gpu, Rates, as_gpu
 from kt_moe.hf.experts import NAME, KtExperts, dims_of
 from kt_moe.hf.rest import RestQuantizer, as_config
+from kt_moe.hf.unmarked import mark
 from kt_moe.runtime import Runtime, default_runtime
 
 CHOICES = {
@@ -349,11 +350,13 @@ def _refuse_gptq_v2(checkpoint: Checkpoint, stored: Any) -> None:
 def put_experts(model: Any, architecture: Architecture, lora_device: str = "auto") -> None:
     """Replace the experts modules of a transformers model by `KtExperts` that have yet to load."""
     for module in architecture.modules:
-        ours = KtExperts(architecture, module, norm=output_norm(model.get_submodule(module.path)))
+        theirs = model.get_submodule(module.path)
+        ours = KtExperts(architecture, module, norm=output_norm(theirs))
         ours.lora_device = lora_device
+        block = model.get_submodule(module.path.rpartition(".")[0])
+        mark(block, theirs)
         model.set_submodule(module.path, ours)
         # Some families initialise the experts' parameters from the block they are in.
-        block = model.get_submodule(module.path.rpartition(".")[0])
         if not [*block.parameters(recurse=False), *block.buffers(recurse=False)]:
             block._is_hf_initialized = True
     if tied := getattr(model, "all_tied_weights_keys", None):

@@ -210,8 +210,9 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
                         of_all(found.pop(keys[0]), experts),
                         of_all(found.pop(keys[1]), experts),
                     )
-            per_expert = is_per_expert(model, pairs)
-            place = path if per_expert else path_to_save(renamed, path, layer.form(path).module)
+            module = layer.form(path).module
+            per_expert = is_per_expert(model, module, pairs)
+            place = path if per_expert else path_to_save(renamed, path, module)
             tensors = layer.tensors(adapter_name, place, matrices, per_expert)
             found |= {f"{k}.{adapter_name}.weight": t for k, t in tensors.items()}
         return found
