@@ -20,7 +20,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 # C++ tests before Python tests, also under make -j: the closing line is pytest's.
 .NOTPARALLEL:
-.PHONY: help .venv build demo demo-check test test-cpp test-py lint format asan tsan fuzz numa wheel clean
+.PHONY: help .venv build demo demo-check test test-cpp test-py docs lint format asan tsan fuzz numa wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([^:]+):.*## /\1\t/' | expand -t 14
@@ -64,6 +64,14 @@ test-cpp: $(VENV)/.deps  ## C++ tests
 
 test-py: build
 	$(PYTHON) -m pytest
+
+$(VENV)/.docs: $(VENV)/.deps
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation --only-deps '.[docs]'
+	@touch $@
+
+docs: build $(VENV)/.docs  ## the documentation as a site in build/site: runs the tutorial, checks all links
+	$(PYTHON) docs/plots.py
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 
 lint: $(VENV)/.deps  ## ruff, clang-format and mypy, changing nothing
 	$(PYTHON) -m ruff check

@@ -17,8 +17,6 @@ _WRAPPED = re.compile(r"^base_model\.model\.|\.base_layer$")  # what PEFT adds t
 def model_experts(model: nn.Module) -> dict[str, Experts]:
     """The experts of each layer by the name of the module that has them.
 
-    ::
-
         for experts in kt_moe.model_experts(model).values():
             experts.rebalance()  # by the routes so far; or .page_nodes(), .recompute = True
 

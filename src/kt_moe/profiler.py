@@ -256,8 +256,6 @@ def profile(
 ) -> Profile:
     """Record what every thread does in the layers of a `with` block.
 
-    ::
-
         with kt_moe.profile("trace.json") as p:
             loss.backward()
         print(p.table())

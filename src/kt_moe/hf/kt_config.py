@@ -30,8 +30,6 @@ _BACKENDS = {
 class KTConfig:
     """What a training with kt-kernel was set to, for kt_moe.
 
-    ::
-
         settings = kt_moe.KTConfig.from_file("accelerate_kt.yaml")
         model = AutoModelForCausalLM.from_pretrained(path, quantization_config=settings.experts)
         model = peft.get_peft_model(model, settings.lora_config(["q_proj", "v_proj", "experts"]))

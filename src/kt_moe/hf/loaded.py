@@ -27,8 +27,6 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def wrap(model: nn.Module, config: KtMoeConfig | None = None) -> nn.Module:
     """Let kt_moe compute the routed experts of a model that is in memory; the model itself is changed.
 
-    ::
-
         model = AutoModelForCausalLM.from_pretrained(path, dtype="bfloat16")
         kt_moe.wrap(model, kt_moe.KtMoeConfig(format="int4", gpu_memory="6GiB"))
         model = peft.get_peft_model(model, LoraConfig(target_modules=["q_proj", "experts"]))

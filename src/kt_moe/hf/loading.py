@@ -29,8 +29,6 @@ def load_model(
 ) -> Any:
     """A model of any family with its experts on kt_moe, its other layers on the GPUs; on the CPU without one.
 
-    ::
-
         model = kt_moe.load_model("DeepSeek-V3", kt_moe.KtMoeConfig(gpu_memory="8GiB"))
 
     It is `from_pretrained(path, quantization_config=config, device_map="auto")` of the model's own class, be

@@ -1,0 +1,45 @@
+"""The examples for large models, each with --tiny: on a generated model of the same architecture."""
+
+from __future__ import annotations
+
+import ast
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+import kt_moe
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+FORMATS = {  # of the experts in memory
+    "qwen3_30b_one_gpu": "bf16",
+    "qwen3_235b": "int4",
+    "deepseek_v31_fp8": "fp8",
+    "gpt_oss_120b": "mxfp4",
+    "kimi_k2_int4": "int4",
+    "cpu_only": "int4",
+    "dpo": "bf16",
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # those of TRL and PEFT, as a user sees them
+@pytest.mark.parametrize("name", FORMATS)
+def test_tiny(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--tiny", "--output", str(tmp_path)])
+    names = runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    logs = names["trainer"].state.log_history
+    assert sum("loss" in log for log in logs) == 3
+    experts = kt_moe.model_experts(names["model"]).values()
+    assert {e.format for e in experts} == {FORMATS[name]}
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_docstring_has_command_memory_and_what_to_expect(name: str) -> None:
+    source = (EXAMPLES / f"{name}.py").read_text()
+    assert len(source.splitlines()) <= 60
+    text = ast.get_docstring(ast.parse(source)) or ""
+    for part in (f"python examples/{name}.py --data", "--tiny", "\nMemory: ", "\nWhat to expect: "):
+        assert part in text
