@@ -309,7 +309,7 @@ def test_refused_by_name_before_anything_is_read(
             saved.load(**options)
 
 
-UNKNOWN = {"dbrx": "DbrxExperts", "jetmoe": "JetMoeParallelExperts", "step3p7": "Step3p7Experts"}
+UNKNOWN = {"jetmoe": "JetMoeParallelExperts", "step3p7": "Step3p7Experts"}
 
 
 @pytest.mark.parametrize("model_type", UNKNOWN)
