@@ -17,7 +17,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from kt_moe.cli.bench.layer import PRESETS, Shape
+from kt_moe.cli.bench.cases import PRESETS, Shape
 from kt_moe.cli.formats import QUANTISED, WeightType, projection_bytes
 from kt_moe.cli.options import integer, list_of, number
 from kt_moe.cli.text import count_text, table

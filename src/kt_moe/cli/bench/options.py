@@ -3,150 +3,121 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kt_moe.cli.bench.layer import PRESETS, Shape
-from kt_moe.cli.bench.peers import PEERS
+import torch
+
+from kt_moe.checkpointing import CHOICES
+from kt_moe.cli.bench.cases import PRESETS, Shape
 from kt_moe.cli.errors import UserError
-from kt_moe.cli.options import list_of
+from kt_moe.cli.options import cpu_share, integer, list_of, memory_size
+from kt_moe.experts import FORMATS
 
-_DEFAULTS: dict[str, Any] = {
-    "preset": "qwen3-30b-a3b",
-    "tokens": [1, 8, 64, 1024],
-    "rank": [0, 16],
-    "reps": 7,
+_TITLES = {
+    "layer": "a layer on the CPU",
+    "gpu": "a stack of layers (--gpu)",
+    "step": "training steps (--step)",
 }
-_QUICK: dict[str, Any] = {"most_experts": 32, "reps": 3}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to time; threads and isas None mean what a default runtime takes."""
-
-    shape: Shape
-    tokens: list[int]
-    ranks: list[int]
-    threads: list[int | None]
-    isas: list[str | None]
-    lora_dtype: str
-    routing: str
-    recompute: bool
-    reps: int
-    quick: bool
-    seed: int
-    peers: list[str]
-    json: Path | None
-    plot: Path | None
+_PEERS = {
+    "layer": ("torch", "grouped_mm", "kt-kernel"),
+    "gpu": ("streamed", "resident", "cpu", "kt_moe-resident"),
+    "step": ("resident", "roundpipe", "cpu"),
+}
+_COUNT: dict[str, Any] = {"type": integer(1), "metavar": "N"}
+_COUNTS: dict[str, Any] = {"type": list_of(integer(1)), "metavar": "N,.."}
+_NAMES: dict[str, Any] = {"type": list_of(str), "metavar": "NAME,.."}
+_FLAG: dict[str, Any] = {"action": "store_true", "default": None}
+_OWN = "instead of the preset's"
+# By name: what argparse takes, the help, and the defaults of a layer, a stack and a step; ... for none.
+_OPTIONS: dict[str, tuple[dict[str, Any], str, tuple[Any, Any, Any]]] = {
+    "gpu": (_FLAG, "time a stack of layers on CPU and GPU together", (False, True, True)),
+    "step": (_FLAG, "with --gpu: time training steps of a Qwen3-MoE model", (..., False, True)),
+    "preset": ({"choices": PRESETS}, "shape of a model", ("qwen3-30b-a3b",) * 3),
+    "hidden": (_COUNT, _OWN, (None,) * 3),
+    "intermediate": (_COUNT, _OWN, (None,) * 3),
+    "experts": (_COUNT, _OWN, (None,) * 3),
+    "topk": (_COUNT, _OWN, (None,) * 3),
+    "tokens": (_COUNTS, "in a batch", ([1, 8, 64, 1024], [512, 2048, 8192, 16384], [2048, 8192, 16384])),
+    "rank": ({**_COUNTS, "type": list_of(integer(0))}, "of LoRA, 0 for none", ([0, 16], [16], [16])),
+    "format": (_NAMES, "of kt_moe's experts, each a contestant", (["bf16"],) * 3),
+    "threads": (_COUNTS, "(the cores that this process may use)", ([None],) * 3),
+    "isa": (_NAMES, "kernel sets (the best there is)", ([None], ..., ...)),
+    "routing": ({"choices": ["uniform", "skewed"]}, "tokens to experts", ("uniform", "uniform", ...)),
+    "recompute": (_FLAG, "backward computes G and U again", (False,) * 3),
+    "quick": (_FLAG, "32 experts, 3 short turns: half a minute", (False, ..., ...)),
+    "reps": (_COUNT, "turns that each one takes at a case", (7, 5, 5)),
+    "peers": (_NAMES, "", ([], _PEERS["gpu"], _PEERS["step"])),
+    "layers": (_COUNT, "of the stack or the model", (..., 6, 48)),
+    "gpu-memory": ({"type": memory_size, "metavar": "SIZE"}, "such as 2.5GiB", (..., "auto", "auto")),
+    "cpu-share": ({"type": cpu_share, "metavar": "X"}, "of the rows, 0 to 1", (..., "auto", "auto")),
+    "lora-device": ({"choices": ["cuda", "cpu"]}, "of the experts' LoRA", (..., "cuda", "cuda")),
+    "checkpoint-experts": ({"choices": CHOICES}, "as KtMoeConfig has it", (..., ..., "recompute")),
+    "sequence": (_COUNT, "tokens of a row", (..., ..., 1024)),
+    "compile": (_FLAG, "torch.compile attention", (..., ..., False)),
+    "device": ({"choices": ["cuda", "cpu"]}, argparse.SUPPRESS, (..., "cuda", "cuda")),
+    "json": ({"type": Path, "metavar": "FILE"}, "write everything measured", (None,) * 3),
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options; those that --quick changes have no default here."""
-    count, counts = number_from(1), list_of(number_from(1))
-    layer = parser.add_argument_group("layer")
-    layer.add_argument("--preset", choices=PRESETS, help=f"shape of a model ({_DEFAULTS['preset']})")
-    for name, letter in (("hidden", "H"), ("intermediate", "I"), ("experts", "E"), ("topk", "K")):
-        layer.add_argument(f"--{name}", type=count, metavar=letter, help=f"{letter}, instead of the preset's")
-    cases = parser.add_argument_group("cases, every combination of them")
-    cases.add_argument("--tokens", type=counts, metavar="T,..", help="tokens in the batch (1,8,64,1024)")
-    cases.add_argument(
-        "--rank", type=list_of(number_from(0)), metavar="R,..", help="LoRA rank, 0 for none (0,16)"
-    )
-    cases.add_argument("--threads", type=counts, metavar="N,..", help="(the cores this process may use)")
-    cases.add_argument("--isa", type=list_of(str), metavar="NAME,..", help="kernel set (the best there is)")
-    how = parser.add_argument_group("how")
-    how.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the LoRA tensors")
-    how.add_argument("--routing", choices=["uniform", "skewed"], default="uniform", help="tokens to experts")
-    how.add_argument("--recompute", action="store_true", help="backward computes G and U again")
-    how.add_argument("--reps", type=count, metavar="N", help="turns each one takes at a case (7)")
-    how.add_argument("--seed", type=number_from(0), default=0, help="of weights, inputs and routes (0)")
-    how.add_argument("--quick", action="store_true", help="32 experts, fewer turns: half a minute")
-    how.add_argument(
-        "--peers",
-        type=list_of(str),
-        default=[],
-        metavar="NAME,..",
-        help=f"time these too: {', '.join(PEERS)}",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a roofline as PNG")
+    """Declare the options; `read` puts the defaults in, which depend on what is timed."""
+    groups = [parser.add_argument_group(f"options of {title}") for title in _TITLES.values()]
+    peers = "others to time: " + "; ".join(f"{mode}: {', '.join(names)}" for mode, names in _PEERS.items())
+    for name, (how, text, defaults) in _OPTIONS.items():
+        shown = [
+            ",".join(map(str, d)) if isinstance(d, list) else str(d) for d in defaults if d and d is not ...
+        ]
+        if shown and "(" not in text and how is not _FLAG and name != "peers" and text != argparse.SUPPRESS:
+            text += f" ({'; '.join(dict.fromkeys(shown))})"
+        first = next(i for i, default in enumerate(defaults) if default is not ...)
+        groups[first].add_argument(f"--{name}", help=peers if name == "peers" else text, **how)
 
 
-def read(args: argparse.Namespace) -> Settings:
-    """Settings from the parsed arguments.
+def read(args: argparse.Namespace) -> argparse.Namespace:
+    """The same, checked, with the defaults, and with `mode` and `shape`.
 
     Raises:
-        UserError: options that do not go together, an unknown peer, a file that cannot be written.
+        UserError: options that do not go together, an unknown name, no GPU, a file that cannot be written.
     """
-    chosen = {**_DEFAULTS, **(_QUICK if args.quick else {})}
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    chosen |= given
-    unknown = [name for name in args.peers if name not in PEERS]
-    if unknown:
-        raise UserError(f"--peers has {', '.join(unknown)}, wanted some of {', '.join(PEERS)}")
-    check_writable("--json", args.json)
-    check_writable("--plot", args.plot)
-    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib: pip install 'kt_moe[train]'")
-    return Settings(
-        shape=shape_of(chosen),
-        tokens=chosen["tokens"],
-        ranks=chosen["rank"],
-        threads=chosen.get("threads") or [None],
-        isas=args.isa or [None],
-        lora_dtype=args.dtype,
-        routing=args.routing,
-        recompute=args.recompute,
-        reps=chosen["reps"],
-        quick=args.quick,
-        seed=args.seed,
-        peers=list(dict.fromkeys(args.peers)),
-        json=args.json,
-        plot=args.plot,
-    )
+    mode = "layer" if not args.gpu else "step" if args.step else "gpu"
+    found = argparse.Namespace(mode=mode)
+    for name, (_, _, defaults) in _OPTIONS.items():
+        key, default = name.replace("-", "_"), defaults[list(_TITLES).index(mode)]
+        value = getattr(args, key)
+        if value is not None and default is ...:
+            raise UserError(f"--{name} is not for {_TITLES[mode]}")
+        setattr(found, key, value if value is not None else None if default is ... else default)
+    if found.quick and args.reps is None:
+        found.reps = 3
+    for option, known in (("peers", _PEERS[mode]), ("format", FORMATS)):
+        if unknown := [name for name in getattr(found, option) if name not in known]:
+            raise UserError(f"--{option} has {', '.join(unknown)}, wanted some of {', '.join(known)}")
+    if found.json is not None and (
+        found.json.is_dir() or not os.access(found.json.absolute().parent, os.W_OK)
+    ):
+        raise UserError(f"--json {found.json}: no file can be written there")
+    found.shape = _shape(found)
+    if mode == "step" and found.shape.name not in ("qwen3-30b-a3b", "qwen3-235b-a22b", "custom"):
+        raise UserError(f"--step makes Qwen3-MoE models, not {found.shape.name}: time a stack of its layers")
+    if mode != "layer" and any(rank % 8 or rank == 0 for rank in found.rank):
+        raise UserError(f"--rank is {found.rank}, wanted multiples of 8, as torch's grouped_mm does")
+    if found.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--gpu needs a CUDA device, and torch {torch.__version__} finds none")
+    if found.device == "cpu":  # in tests
+        found.lora_device = "cpu"
+    return found
 
 
-def check_writable(option: str, path: Path | None) -> None:
-    """UserError where no file can be written at the path that an option gives."""
-    if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-        raise UserError(f"{option} {path}: no file can be written there")
-
-
-def shape_of(chosen: dict[str, Any]) -> Shape:
-    """The shape that the options of these names and values ask for."""
-    shape = PRESETS[chosen.get("preset", _DEFAULTS["preset"])]
-    given = {n: chosen[n] for n in ("hidden", "intermediate", "experts", "topk") if n in chosen}
-    if any(given.get(n, getattr(shape, n)) != getattr(shape, n) for n in ("hidden", "intermediate", "topk")):
-        shape = replace(shape, name="custom")
-    shape = replace(shape, experts=min(shape.experts, chosen.get("most_experts", shape.experts)))
-    shape = replace(shape, **given)
+def _shape(args: argparse.Namespace) -> Shape:
+    """The preset with what the options change."""
+    shape = PRESETS[args.preset]
+    if args.quick:
+        shape = replace(shape, experts=min(32, shape.experts))
+    given = {n: getattr(args, n) for n in ("hidden", "intermediate", "experts", "topk") if getattr(args, n)}
+    shape = replace(shape, name=shape.name if set(given) <= {"experts"} else "custom", **given)
     if shape.topk > shape.experts:
         raise UserError(f"--topk is {shape.topk}, more than the {shape.experts} experts there are")
     return shape
-
-
-def number_from(least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number from `least`."""
-
-    def parse(text: str) -> int:
-        value = int(text) if text.isdecimal() else -1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"is {text!r}, wanted a whole number from {least}")
-        return value
-
-    return parse
-
-
-def one_of(names: Sequence[str]) -> Callable[[str], str]:
-    """An argparse type: one of these."""
-
-    def parse(text: str) -> str:
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"has {text!r}, wanted some of {', '.join(names)}")
-        return text
-
-    return parse

@@ -206,8 +206,7 @@ def measure_copies(
 def measure_rates(device: torch.device) -> Rates | None:
     """What `kt_moe.Gpu` measures at its first call, of a small layer; None if that fails."""
     from kt_moe import Experts
-    from kt_moe.cli.bench.data import make_weights
-    from kt_moe.cli.bench.layer import Shape
+    from kt_moe.cli.bench.cases import Shape, make_weights
     from kt_moe.gpu.rates import measure
 
     try:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kt_moe import Runtime
-from kt_moe.cli.bench.layer import Shape
+from kt_moe.cli.bench.cases import Shape
 from kt_moe.cli.errors import UserError
 from kt_moe.cli.formats import QUANTISED, projection_bytes
 from kt_moe.cli.plan.measure import make_experts

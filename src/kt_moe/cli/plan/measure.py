@@ -15,8 +15,7 @@ import torch
 from torch.nn import functional
 
 from kt_moe import Experts, Runtime, moe
-from kt_moe.cli.bench.data import make_inputs, make_weights
-from kt_moe.cli.bench.layer import SCALING, Case, Shape
+from kt_moe.cli.bench.cases import SCALING, Case, Shape, make_inputs, make_weights
 from kt_moe.cli.plan.memory import scratch_bytes
 from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.shapes import ExpertLayer
@@ -114,16 +113,16 @@ def make_experts(shape: Shape, layer: ExpertLayer, format: str, runtime: Runtime
 
 def _step(experts: Experts, shape: Shape, run: Run, tokens: int) -> tuple[float, float]:
     """Seconds of forward and of backward."""
-    inputs = make_inputs(Case(shape, tokens, run.rank), seed=tokens)
-    hidden_states = inputs.hidden_states.requires_grad_()
+    inputs = make_inputs(Case(shape, tokens, run.rank))
+    (ids, weights), hidden_states = inputs.routes[0][0], inputs.hidden_states.detach().requires_grad_()
     lora = {
-        name: tensor.requires_grad_()
+        name: tensor.detach().requires_grad_()
         for name, tensor in inputs.lora.items()
         if name.split("_")[0] in run.projections and name.split("_")[0] in experts.projections
     }
     began = time.perf_counter()
     with torch.enable_grad():
-        out = moe(hidden_states, inputs.topk_ids[0], inputs.topk_weights[0], experts, lora, scaling=SCALING)
+        out = moe(hidden_states, ids, weights, experts, lora, scaling=SCALING)
     middle = time.perf_counter()
     out.backward(inputs.grad_out)  # type: ignore[no-untyped-call]
     return middle - began, time.perf_counter() - middle
