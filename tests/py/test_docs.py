@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import kt_moe
+
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
     path
@@ -52,6 +54,13 @@ def test_messages_of_the_troubleshooting_page_are_in_the_sources() -> None:
     for message in quoted:
         pattern = "[^\n]*?".join(re.escape(part) for part in message.split("..."))
         assert re.search(pattern, sources), message
+
+
+def test_every_public_name_is_on_the_api_page() -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    described = set(re.findall(r"^::: kt_moe\.(\w+)$", text, re.MULTILINE))
+    other_names = {"__version__", "hf", "merge_adapter"}  # of which the page has parts, or the newer name
+    assert described == set(kt_moe.__all__) - other_names
 
 
 def test_plots_are_drawn_from_the_tables() -> None:
