@@ -6,7 +6,7 @@ are bf16, sums fp32, and every named result is rounded once. `x` and `dy` are re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -75,7 +75,8 @@ class Chunk:
         tokens: [m] int32, t of each row.
         row_weights: [m] fp32, the routing weight of each row.
         inverse: [T, K] int32, the row of each route in the pass.
-        weights: gate, or None where there is none, up and down.
+        weight: the experts' matrices of a projection; quantised ones are decoded in every call, into memory
+            that lives as long as the result.
         low_rank_in: P of gate and up, [jobs, m, r] bf16 for each stack: written by forward, read by backward.
         low_rank_down: w P of down, [1, m, r] bf16, likewise; None where it has no LoRA.
     """
@@ -87,7 +88,7 @@ class Chunk:
     tokens: Tensor
     row_weights: Tensor
     inverse: Tensor
-    weights: Sequence[Matrices | None]
+    weight: Callable[[int], Matrices]
     low_rank_in: Sequence[Tensor]
     low_rank_down: Tensor | None
 
@@ -98,10 +99,6 @@ class Chunk:
     def empty_jobs(self, jobs: int, columns: int) -> Tensor:
         """[jobs, m, columns] bf16 for a result."""
         return empty_jobs(jobs, self.groups.rows, columns, self.tokens)
-
-    def weight(self, projection: int) -> Matrices:
-        """Those of one that the experts have."""
-        return cast(Matrices, self.weights[projection])
 
     def lora(self, matrices: Tensor | None) -> Matrices:
         """LoRA matrices of this chunk's experts."""
@@ -122,7 +119,7 @@ def forward_chunk(layer: Layer, chunk: Chunk, x: Tensor, out: Tensor) -> None:
             [Term(rows, chunk.lora(stack.a), True, tokens)], groups, p, scale=layer.scales(stack)
         )
     h = chunk.empty(layer.intermediate)
-    _gate_up(layer, chunk, x, h=h)
+    _gate_up(layer, chunk, x, [chunk.weight(p) for p in layer.inner], h=h)
     terms = [Term(h, chunk.weight(DOWN), True)]
     if (down := layer.lora_down) is not None and (weighted := chunk.low_rank_down) is not None:
         p = torch.empty_like(weighted)
@@ -155,12 +152,12 @@ class Gradients:
 
 
 def backward_chunk(layer: Layer, chunk: Chunk, x: Tensor, dy: Tensor, grads: Gradients) -> None:
-    """The gradients of the chunk's experts; x [T, H] and dy, the gradient of out, [T, H] in bf16."""
+    """The gradients of the chunk's experts; x [T, H] and dy, the gradient of out, [T, H] in bf16.
+
+    What needs down comes first: it is gone when gate and up are decoded.
+    """
     products, groups, tokens, w = layer.products, chunk.groups, chunk.tokens, chunk.row_weights
     width, down = layer.intermediate, layer.lora_down
-    g, u = chunk.empty(width) if layer.gated else None, chunk.empty(width)
-    _gate_up(layer, chunk, x, saved=(g, u))
-
     dh = chunk.empty(width, torch.float32)
     low_terms: list[tuple[Term, int]] = []
     weighted_q = None
@@ -175,6 +172,9 @@ def backward_chunk(layer: Layer, chunk: Chunk, x: Tensor, dy: Tensor, grads: Gra
     _add_low_rank(layer, chunk, [Term(dy, chunk.weight(DOWN), False, tokens)], low_terms, dh)
 
     inner = layer.inner
+    weights = [chunk.weight(p) for p in inner]
+    g, u = chunk.empty(width) if layer.gated else None, chunk.empty(width)
+    _gate_up(layer, chunk, x, weights, saved=(g, u))
     d = chunk.empty_jobs(len(inner), width)  # dG and dU
     h = chunk.empty(width)
     dw = torch.empty_like(w)
@@ -209,7 +209,7 @@ def backward_chunk(layer: Layer, chunk: Chunk, x: Tensor, dy: Tensor, grads: Gra
             products.grouped_outer(of_stack, p, groups, grad.b, chunk.experts)
     if grads.hidden_states is not None:
         dx = chunk.empty(layer.hidden, torch.float32)
-        terms = [Term(of_one, chunk.weight(p), False) for of_one, p in zip(d, inner, strict=True)]
+        terms = [Term(of_one, of_all, False) for of_one, of_all in zip(d, weights, strict=True)]
         _add_low_rank(layer, chunk, terms, low_terms, dx)
         products.combine(dx, chunk.inverse, chunk.first, grads.hidden_states)
 
@@ -218,12 +218,15 @@ def _gate_up(
     layer: Layer,
     chunk: Chunk,
     x: Tensor,
+    weights: Sequence[Matrices],
     *,
     h: Tensor | None = None,
     saved: tuple[Tensor | None, Tensor] | None = None,
 ) -> None:
     terms: dict[int, list[Term]] = {GATE: []}
-    terms |= {p: [Term(x, chunk.weight(p), True, chunk.tokens)] for p in layer.inner}
+    terms |= {
+        p: [Term(x, of_all, True, chunk.tokens)] for p, of_all in zip(layer.inner, weights, strict=True)
+    }
     for stack, p in zip(layer.lora_in, chunk.low_rank_in, strict=True):
         for projection, term in zip(stack.projections, _by_job(chunk, p, stack.b, True), strict=True):
             terms[projection].append(term)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from kt_moe.gpu.chunk import Chunk, Layer
 from kt_moe.gpu.pass_log import PassLog
-from kt_moe.gpu.plan import bf16_bytes
 from kt_moe.gpu.prefetch import Feed
 from kt_moe.gpu.products import DOWN, Groups, Matrices
 from kt_moe.gpu.routes import Rows
@@ -20,9 +20,10 @@ from kt_moe.gpu.slots import Slots
 from kt_moe.gpu.stored import StoredExperts
 from kt_moe.gpu.streams import Streams
 
-# Of a chunk: bytes on the link that hide the launches of its products, and a bound of its temporary memory.
+# Of a chunk: bytes on the link that hide the launches of its products, and a bound of its temporary memory,
+# which is that of gate and up of 128 experts of Qwen3-30B-A3B and of some thousand tokens.
 _LINK_BYTES = 128 << 20
-_TEMPORARY_BYTES = 768 << 20
+_TEMPORARY_BYTES = 1 << 30
 
 
 class PassData(NamedTuple):
@@ -88,7 +89,7 @@ class Chunks:
                     tokens=tokens[some],
                     row_weights=data.row_weights[some],
                     inverse=rows.inverse,
-                    weights=self._weights(layer, in_slots, in_order),
+                    weight=partial(self._weight, layer, in_slots, in_order),
                     low_rank_in=low_rank[: len(layer.lora_in)],
                     low_rank_down=None if layer.lora_down is None else low_rank[-1],
                 )
@@ -103,7 +104,8 @@ class Chunks:
         slots, stored = self._slots, self._stored
         many = slots.roomy or len(slots) >= 2 * len(experts)
         last = min(len(experts), begin + (len(experts) if many else max(1, len(slots) // 2)))
-        decoded = 0 if stored.in_place else bf16_bytes(layer.hidden, layer.intermediate, layer.gated)
+        # Gate and up lie there at once, or down alone.
+        decoded = 0 if stored.in_place else 2 * len(layer.inner) * layer.hidden * layer.intermediate
         row = layer.row_bytes[backward]
         crossing = temporary = 0
         for end in range(begin, last):
@@ -116,29 +118,23 @@ class Chunks:
                     return end + 1
         return last
 
-    def _weights(self, layer: Layer, in_slots: Tensor, in_order: Tensor) -> list[Matrices | None]:
-        """gate (or None), up and down of the experts in some slots in bf16: where they lie, or decoded.
+    def _weight(self, layer: Layer, in_slots: Tensor, in_order: Tensor, projection: int) -> Matrices:
+        """A projection's matrices of the experts in some slots, in bf16: where they lie, or decoded.
 
         Args:
             in_slots: [n] int32, the slots.
             in_order: [n] int32, 0 to n - 1.
         """
-        memory, parts = self._slots.memory, self._stored.parts
-        found: list[Matrices | None] = [None] * 3
+        memory = self._slots.memory
+        parts = [part for part in self._stored.parts if part.projection == projection]
         if self._stored.in_place:
-            for part in parts:
-                codes = memory[:, part.codes : part.codes + 2 * part.rows * part.cols]
-                matrices = codes.view(torch.bfloat16).view(-1, part.rows, part.cols)
-                found[part.projection] = Matrices(matrices, in_slots)
-            return found
-        wide, tall = (layer.intermediate, layer.hidden), (layer.hidden, layer.intermediate)
-        for projection in (*layer.inner, DOWN):
-            shape = tall if projection == DOWN else wide
-            matrices = memory.new_empty(len(in_slots), *shape, dtype=torch.bfloat16)
-            found[projection] = Matrices(matrices, in_order)
-            for part in parts:
-                if part.projection == projection:
-                    along, width = (2, part.cols) if projection == DOWN else (1, part.rows)
-                    to = matrices.narrow(along, part.first, width)
-                    layer.products.dequantize(memory, in_slots, part, to)
-        return found
+            (part,) = parts
+            codes = memory[:, part.codes : part.codes + 2 * part.rows * part.cols]
+            return Matrices(codes.view(torch.bfloat16).view(-1, part.rows, part.cols), in_slots)
+        down = projection == DOWN
+        shape = (layer.hidden, layer.intermediate) if down else (layer.intermediate, layer.hidden)
+        matrices = memory.new_empty(len(in_slots), *shape, dtype=torch.bfloat16)
+        for part in parts:
+            to = matrices.narrow(2 if down else 1, part.first, part.cols if down else part.rows)
+            layer.products.dequantize(memory, in_slots, part, to)
+        return Matrices(matrices, in_order)

@@ -44,7 +44,8 @@ class Rates:
             number = isinstance(value, Real) and not isinstance(value, bool)
             none = name == "rest_seconds" and number and value == 0
             if not none and not (number and 0 < value < 1e30):
-                raise ValueError(f"Rates: {name} is {value!r}, wanted a positive number")
+                or_none = " or 0" if name == "rest_seconds" else ""
+                raise ValueError(f"Rates: {name} is {value!r}, wanted a positive number{or_none}")
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def _sorted(counts: NDArray[np.integer]) -> tuple[tuple[int, ...], NDArray[np.in
     order = np.argsort(-counts.astype(np.int64), kind="stable")
     order = order[counts[order] > 0]
     rows = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts[order], dtype=np.int64)])
-    return tuple(int(e) for e in order), rows
+    return tuple(order.tolist()), rows
 
 
 def _cut_at(experts: tuple[int, ...], rows: NDArray[np.int64], at: int) -> Cut:

@@ -5,7 +5,7 @@ fp32, and a result is rounded once when it is stored. The same inputs give the s
 adds up atomically.
 
 Dimensions: m rows of the chunk, H hidden size, I intermediate size (or a shard's part of it), T tokens, K
-slots of a token, S matrices that lie in one tensor.
+routes of a token, S matrices that lie in one tensor.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ class Products(Protocol):
 
         Args:
             rows: [m, n] bf16 or fp32, inputs of a LoRA A product; the last dimension is contiguous.
-            permutation: [m] int32 or int64, contiguous: token * K + slot of each row.
+            permutation: [m] int32 or int64, contiguous: token * K + k of each row.
             projection: GATE, UP or DOWN.
             probability: of dropping, in [0, 1).
             seed: in [0, 2**63).

@@ -42,9 +42,9 @@ def count_routes(ids: Tensor, num_experts: int, streams: Streams) -> Counted:
         streams.record().synchronize()
     found = host.numpy()
     if found.size and not (found.min() >= 0 and found.max() <= num_experts):
-        token, slot = (int(i) for i in np.argwhere((found < 0) | (found > num_experts))[0])
+        token, k = (int(i) for i in np.argwhere((found < 0) | (found > num_experts))[0])
         raise ValueError(
-            f"topk_ids[{token}, {slot}] is {int(found[token, slot])}, wanted an expert in [0, {num_experts}) "
+            f"topk_ids[{token}, {k}] is {int(found[token, k])}, wanted an expert in [0, {num_experts}) "
             f"or {num_experts} for no route"
         )
     counts = np.bincount(found.reshape(-1), minlength=num_experts + 1)
@@ -52,7 +52,7 @@ def count_routes(ids: Tensor, num_experts: int, streams: Streams) -> Counted:
 
 
 class Rows(NamedTuple):
-    """The rows of a pass: the routes of some experts, by expert in their order, then by token and slot.
+    """The rows of a pass: the routes of some experts, by expert in their order, then by token and k.
 
     Attributes:
         counts: rows of each of these experts.
@@ -76,5 +76,5 @@ def sort_routes(counted: Counted, experts: Sequence[int], streams: Streams) -> R
     inverse = torch.empty(len(flat), dtype=torch.int32, device=flat.device)
     inverse.scatter_(0, permutation, torch.arange(len(flat), dtype=torch.int32, device=flat.device))
     inverse = inverse.view(counted.ids.shape)
-    counts = tuple(int(counted.counts[expert]) for expert in experts)
+    counts = tuple(counted.counts[list(experts)].tolist())
     return Rows(counts, permutation[: sum(counts)].to(torch.int32), inverse)

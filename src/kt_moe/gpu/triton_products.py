@@ -156,13 +156,13 @@ def activation_grad(
 
 
 def combine(y: Tensor, inverse: Tensor, first: int, out: Tensor) -> None:
-    tokens, slots = inverse.shape
+    tokens, topk = inverse.shape
     if tokens == 0 or y.shape[0] == 0:
         return
     block = min(2048, _power_of_2(out.shape[1]))
     launch(
         triton_rows.combine, (tokens,), (y, inverse, first, y.shape[0], out),
-        (out.shape[1], slots, _power_of_2(slots), y.stride(0), out.stride(0), block),
+        (out.shape[1], topk, _power_of_2(topk), y.stride(0), out.stride(0), block),
         num_warps=max(1, block // 256),
     )  # fmt: skip
 

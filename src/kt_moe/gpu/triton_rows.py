@@ -49,13 +49,13 @@ def activation_grad(
 @triton.jit(do_not_specialize=["inverse", "first", "count"])
 def combine(
     y, inverse, first, count, out,
-    H: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, Y_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, ROUTES: tl.constexpr, Y_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token; SLOTS is the power of two from K on. See `Products.combine`."""
+    """One token; ROUTES is the power of two from K on. See `Products.combine`."""
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.arange(0, SLOTS)
-    rows = tl.load(inverse + token * K + slot, mask=slot < K, other=-1) - first
+    k = tl.arange(0, ROUTES)
+    rows = tl.load(inverse + token * K + k, mask=k < K, other=-1) - first
     if tl.max(((rows >= 0) & (rows < count)).to(tl.int32), 0) == 0:
         return
     for begin in range(0, H, BLOCK):
