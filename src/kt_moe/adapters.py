@@ -144,9 +144,12 @@ def fill(model: Any, tensors: dict[str, Tensor], adapter_name: str, path: Path, 
         ValueError: tensors that the model lacks or that it does not get, or of other shapes; names some. All
             values are as they were; ranks of experts may have changed.
     """
+    forms = []
+    for name, layer in lora_layers(model, adapter_name):
+        forms.append(layer.form(name.removeprefix(PREFIX)))
+        forms[-1].check_keys(tensors, layer.pairs[adapter_name].pairs)
     if layout == "expert-major":
-        layers = lora_layers(model, adapter_name)
-        tensors = expert_major(tensors, [x.form(name.removeprefix(PREFIX)) for name, x in layers])
+        tensors = expert_major(tensors, forms)
 
     def check(_: nn.Module, state_dict: dict[str, Tensor], *__: Any) -> None:
         _check_fits(model, state_dict, adapter_name, path)

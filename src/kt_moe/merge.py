@@ -55,7 +55,8 @@ def merge_checkpoint(base: StrPath, adapter: StrPath, output: StrPath) -> dict[s
             but no symbolic links that lead out of it.
 
     Returns:
-        for each quantised format of a changed matrix ("fp8", "int8", "int4", "gptq", "awq", "mxfp4") how much
+        for each quantised format of a changed matrix ("fp8", "int8", "int4", "gptq", "gptq_v2",
+        "awq", "mxfp4", "nvfp4") how much
         encoding it again took away; {} where all of them are floats.
 
     Raises:

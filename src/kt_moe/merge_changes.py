@@ -129,7 +129,7 @@ def changes_of(base: Path, adapter: Path, checkpoint: Checkpoint) -> Changes:
     Raises:
         ValueError: as `kt_moe.merge_checkpoint`.
     """
-    model, replaced = _hollow(base, adapter)
+    model, replaced, gptq = _hollow(base, adapter)
     core = model.get_base_model()
     changes: dict[str, Change] = {_on_disk(core, name): _Replaced(t) for name, t in replaced.items()}
     layers = lora_layers(model, _NAME)
@@ -156,7 +156,7 @@ def changes_of(base: Path, adapter: Path, checkpoint: Checkpoint) -> Changes:
     missing = []
     for name, change in changes.items():
         try:
-            found = stored_as(name, checkpoint.tensors, change.shape)
+            found = stored_as(name, checkpoint.tensors, change.shape, gptq)
         except KeyError:
             missing.append(name)
             continue
@@ -172,8 +172,10 @@ def changes_of(base: Path, adapter: Path, checkpoint: Checkpoint) -> Changes:
     return Changes(changes, stored, owner)
 
 
-def _hollow(base: Path, adapter: Path) -> tuple[PeftModel, dict[str, Tensor]]:
-    """The base model without weights, with the adapter's; and base weights that the adapter's file has."""
+def _hollow(base: Path, adapter: Path) -> tuple[PeftModel, dict[str, Tensor], str]:
+    """The base model without weights, with the adapter's; base weights that the adapter's file has; and which
+    of GPTQ's formats the config says.
+    """
     config, tensors = read_adapter(adapter)
     for option in _REFUSED:
         if getattr(config, option, None):
@@ -191,12 +193,11 @@ def _hollow(base: Path, adapter: Path) -> tuple[PeftModel, dict[str, Tensor]]:
         model_config = transformers.AutoConfig.from_pretrained(base)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"config.json in {base} is of no model of transformers: {error}") from error
-    if hasattr(model_config, "quantization_config"):  # the tensors tell nearly all; the model here has none
+    gptq = "gptq"
+    if hasattr(model_config, "quantization_config"):  # the tensors tell the rest; the model here has none
         quantised = model_config.quantization_config
         if isinstance(quantised, dict) and quantised.get("checkpoint_format") == "gptq_v2":
-            raise ValueError(
-                f"config.json in {base} has checkpoint_format gptq_v2, whose zero points are not known here"
-            )
+            gptq = "gptq_v2"
         del model_config.quantization_config
     class_name = next(iter(model_config.architectures or ()), "")
     cls = getattr(transformers, class_name, transformers.AutoModelForCausalLM)
@@ -219,7 +220,7 @@ def _hollow(base: Path, adapter: Path) -> tuple[PeftModel, dict[str, Tensor]]:
     hollow = {name for name, parameter in wrapped.named_parameters() if parameter.is_meta}
     whole = {name: tensors.pop(name) for name in hollow & tensors.keys()}
     fill(wrapped, tensors, _NAME, adapter, "peft")
-    return wrapped, {n.removeprefix(PREFIX): t for n, t in whole.items() if ".base_layer." not in n}
+    return wrapped, {n.removeprefix(PREFIX): t for n, t in whole.items() if ".base_layer." not in n}, gptq
 
 
 def _on_disk(model: Any, name: str) -> str:
@@ -262,8 +263,11 @@ def _of_experts(model: Any, layers: dict[str, KtLoraExperts], checkpoint: Checkp
             ]
             for projection, pair in layer.pairs[_NAME].pairs.items()
         }
-        layout = stored.layer(form.module.number).layout
-        changes |= _of_list(lists[form.module.number], layout, form, pairs)
+        own = lists[form.module.number]
+        first = f"{own.prefix}.{own.first_expert}.{own.words[2]}.qweight"
+        # of GPTQ's second format, which has the same names, the core reads no experts
+        layout = "gptq" if first in checkpoint.tensors else stored.layer(form.module.number).layout
+        changes |= _of_list(own, layout, form, pairs)
     return changes
 
 

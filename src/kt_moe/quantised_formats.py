@@ -148,7 +148,7 @@ def _beside_int4(shape: Shape, scales: Shape) -> dict[str, Shape]:
 
 
 def _unpack_words(tensors: Tensors, shape: Shape, dim: int, order: Shape, less: int) -> Blocks:
-    """gptq and awq: words of codes along `dim`; zero points are stored less `less`."""
+    """gptq, gptq_v2 and awq: words of codes along `dim`; zero points are stored less `less`."""
     out, into = shape
     grid = tensors["scales"].float().T
     codes = _nibbles(tensors["codes"], dim, order)[:into, :out].T
@@ -261,6 +261,7 @@ FORMATS: dict[str, Format] = {
     "int8": Format(_unpack_bytes, _pack_bytes, **_integers(-128, 127)),
     "int4": Format(_unpack_int4, _pack_int4, beside=_beside_int4, **_integers(-8, 7)),
     "gptq": Format(**_words_of(0, _PLAIN_ORDER, 1)),
+    "gptq_v2": Format(**_words_of(0, _PLAIN_ORDER, 0)),
     "awq": Format(**_words_of(1, _AWQ_ORDER, 0)),
     "mxfp4": Format(
         _unpack_mxfp4, _pack_mxfp4, _nearest_e2m1, _rule_mxfp4,

@@ -108,12 +108,15 @@ def _quantised(
     return _Quantised(codes, scales, zeros, torch.where(usable, error, torch.inf))
 
 
-def stored_as(name: str, tensors: Mapping[str, TensorInfo], shape: tuple[int, ...]) -> Stored | None:
+def stored_as(
+    name: str, tensors: Mapping[str, TensorInfo], shape: tuple[int, ...], gptq: str = "gptq"
+) -> Stored | None:
     """How a checkpoint stores a matrix, or one for each expert; None: as a tensor of floats of this name.
 
     Args:
         name: of the tensor if it is one, "...gate_proj.weight" or "...experts.gate_up_proj".
         shape: [out, in], after [E] where experts are together.
+        gptq: which format tensors with GPTQ's names are, "gptq" or "gptq_v2".
 
     Raises:
         KeyError: the checkpoint has none.
@@ -150,11 +153,11 @@ def stored_as(name: str, tensors: Mapping[str, TensorInfo], shape: tuple[int, ..
     if f"{stem}.qweight" in tensors:
         codes = f"{stem}.qweight"
         roles = {"codes": codes, "scales": f"{stem}.scales", "zeros": f"{stem}.qzeros"}
-        gptq = tensors[codes].shape == (ceil(into / 8), out)
-        if gptq and f"{stem}.g_idx" in tensors:
+        by_columns = tensors[codes].shape == (ceil(into / 8), out)
+        if by_columns and f"{stem}.g_idx" in tensors:
             roles["order"] = f"{stem}.g_idx"
-        packed = (ceil(into / 8), out) if gptq else (into, ceil(out / 8))
-        return _checked(Stored("gptq" if gptq else "awq", roles, shape), tensors, packed)
+        packed = (ceil(into / 8), out) if by_columns else (into, ceil(out / 8))
+        return _checked(Stored(gptq if by_columns else "awq", roles, shape), tensors, packed)
     raise KeyError(name)
 
 

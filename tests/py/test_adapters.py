@@ -155,6 +155,8 @@ def without(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda t: without(t, "up_proj"), r"has no LoRA of up_proj of the experts at .*layers\.0\.mlp"),
+        (lambda t: without(t, "down_proj"), r"no LoRA of down_proj of .*, only of gate_proj, up_proj"),
         (lambda t: without(t, "layers.1"), r"lacks 6 keys .*layers\.1\.mlp\.experts"),
         (
             lambda t: {**t, **{f"base_model.model.model.x.lora_{m}.weight": torch.ones(4, 4) for m in "AB"}},
@@ -162,7 +164,7 @@ def without(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
         ),
         (lambda t: without(t, "experts.3"), r"another rank or number of experts .* A \[24, 32\]"),
     ],
-    ids=["missing", "unknown", "experts"],
+    ids=["up", "down", "missing", "unknown", "experts"],
 )
 def test_adapter_that_does_not_fit(change: Any, message: str, checkpoint: Path, tmp_path: Path) -> None:
     kt_moe.save_adapter(with_lora(checkpoint), tmp_path)

@@ -293,17 +293,33 @@ def test_refused(change: Callable[[Tails], object], checkpoint: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-def test_gptq_whose_zero_points_are_stored_in_another_way(checkpoint: Path, tmp_path: Path) -> None:
+def gptq_v2(weight: Tensor) -> Tails:
+    """GPTQ's second format: zero points as they are."""
+    tails = gptq(weight)
+    return tails | {"qzeros": tails["qzeros"] + 0x11111111}  # 7 in each nibble
+
+
+def test_gptq_v2_is_merged_and_loaded_by_others(checkpoint: Path, tmp_path: Path) -> None:
+    """The same values as GPTQ's first format gives, and what our doors refuse by name."""
     kt_moe.save_adapter(with_lora(checkpoint), tmp_path / "adapter")
-    base = quantised(checkpoint, tmp_path / "base", gptq)
-    config = json.loads((base / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}
-    (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="has checkpoint_format gptq_v2, whose zero points"):
-        kt_moe.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="has checkpoint_format gptq_v2, wanted gptq for experts"):
+    merged = {}
+    for name, how in (("gptq", gptq), ("gptq_v2", gptq_v2)):
+        base = quantised(checkpoint, tmp_path / name, how)
+        config = json.loads((base / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "gptq", "checkpoint_format": name}
+        (base / "config.json").write_text(json.dumps(config))
+        found = kt_moe.merge_checkpoint(base, tmp_path / "adapter", tmp_path / f"{name}, merged")
+        merged[name] = found[name], safetensors.torch.load_file(tmp_path / f"{name}, merged" / WEIGHTS)
+    assert merged["gptq"][0] == merged["gptq_v2"][0]
+    first, second = merged["gptq"][1], merged["gptq_v2"][1]
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(second[name], tensor + 0x11111111 if name.endswith(".qzeros") else tensor), name
+    with pytest.raises(ValueError, match="the zero points of a symmetric gptq_v2 file"):
         load(base)
+    (tmp_path / "gptq" / "config.json").write_text(json.dumps(config))  # only the config tells
+    with pytest.raises(ValueError, match="has checkpoint_format gptq_v2, wanted gptq for experts"):
+        load(tmp_path / "gptq")
 
 
 @pytest.mark.parametrize("format", FORMATS)

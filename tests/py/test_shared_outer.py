@@ -191,6 +191,20 @@ def test_servers(bases: dict[str, Path], tmp_path: Path) -> None:
     }  # fmt: skip
     config = json.loads((tmp_path / "sglang" / "adapter_config.json").read_text())
     assert set(config["target_modules"]) == {"gate_proj", "up_proj", "down_proj"}
+    # and that form is read, with matrices of its own for each expert or with shared ones
+    for options, sizes in (({}, {4}), ({"shared_outer": True}, {1})):
+        again = kt_moe.load_adapter(load(bases["qwen3_moe"]), tmp_path / "sglang", **options)
+        assert error(again(tokens()).logits, model(tokens()).logits) < 1e-3
+        assert {len(lora_layers(again)[0].lora_A["default"][p]) for p in ("gate", "up")} == sizes
+    file = tmp_path / "sglang" / "adapter_model.safetensors"
+    wrong = {
+        n: t.repeat(2, 1, 1) if n == f"{place}.gate_proj.lora_A.weight" else t for n, t in tensors.items()
+    }
+    safetensors.torch.save_file(wrong, file)
+    with pytest.raises(
+        ValueError, match=r"gate_proj at .*experts is of \[2, 4\] experts, wanted 4, or 1 that all"
+    ):
+        kt_moe.load_adapter(load(bases["qwen3_moe"]), tmp_path / "sglang")
 
 
 @pytest.mark.skipif("KT_MOE_SGLANG" not in os.environ, reason="KT_MOE_SGLANG is not set")

@@ -24,6 +24,15 @@ from kt_moe.layer import outer_sizes
 from kt_moe.lora_device import LoraParameters, LoraPlace
 
 INITIAL_VALUES = (True, False, "gaussian", "orthogonal")  # of init_lora_weights that leave the base as it is
+_FROM_WEIGHTS = "takes what it starts with out of the base weights, which are frozen in packed form"
+_NO_INITIAL_VALUES = {
+    "pissa": _FROM_WEIGHTS,
+    "olora": _FROM_WEIGHTS,
+    "corda": _FROM_WEIGHTS,
+    "lora_ga": _FROM_WEIGHTS,
+    "loftq": "corrects how this process quantised the weights, while files are for the checkpoint's own",
+    "eva": "looks at the inputs of every projection, of which those of down_proj are not kept",
+}
 _BASE = "__base__"  # PEFT's name, in adapter_names, for no adapter
 NO_MERGE = (
     "kt_moe experts cannot take an adapter in: they are frozen in packed form. Save the adapter and use "
@@ -378,10 +387,12 @@ def _refuse_options(config: LoraConfig, pairs: ExpertPairs) -> None:
     for option in (*variants, "use_dora", "lora_bias", "fan_in_fan_out"):
         if getattr(config, option, None):
             raise ValueError(f"LoraConfig: {option} does not work on kt_moe experts")
-    if config.init_lora_weights not in INITIAL_VALUES:
+    if (initial := config.init_lora_weights) not in INITIAL_VALUES:
+        reasons = (why for word, why in _NO_INITIAL_VALUES.items() if str(initial).lower().startswith(word))
+        why = next(reasons, "is not known")
         raise ValueError(
-            f"LoraConfig: init_lora_weights={config.init_lora_weights!r} does not work on kt_moe experts, "
-            f"whose weights are frozen in packed form, only {list(INITIAL_VALUES)}"
+            f"LoraConfig: init_lora_weights={initial!r} does not work on kt_moe experts: it {why}; wanted "
+            f"one of {list(INITIAL_VALUES)}"
         )
     odd = [f"{p}_proj has {pair.rank}" for p, pair in pairs.pairs.items() if pair.rank % 2]
     if config.init_lora_weights == "orthogonal" and odd:

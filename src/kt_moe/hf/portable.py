@@ -12,12 +12,13 @@ In memory each projection has A [E, r, in] and B [E, out, r]. On disk there are 
   parameters is at `{experts}`, the one before at `{experts}.base_layer`. Of parameters [E, in, out] that do
   not tell PEFT so (Llama 4's), A and B are in each other's roles: the LoRA of the transposed matrices.
 
-A family outside that table gets the fused form. Both forms of every family are read.
+A family outside that table gets the fused form. Both forms of every family are read, and SGLang's form of
+shared outer matrices: `{experts}.gate_proj.lora_A.weight` [E, r, in], or [1, r, in] of one for all experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,11 +185,55 @@ class ExpertsForm:
                     }
                     break
         for projection, word in self.module.words.items():
-            pairs = self._pop_experts(state_dict, stored, word)
-            if pairs:
+            if (shared := self._pop_shared(state_dict, stored, word)) is not None:
+                matrices[projection] = shared
+            elif pairs := self._pop_experts(state_dict, stored, word):
                 a, b = zip(*pairs, strict=True)
                 matrices[projection] = torch.stack(a), torch.stack(b)
+        self._check_complete(matrices, own)
         return matrices
+
+    def check_keys(self, keys: Iterable[str], own: Iterable[str]) -> None:
+        """ValueError where an adapter's keys are of some of a layer's projections with LoRA, not of all.
+
+        PEFT makes one tensor of those of gate and up, and fails where there is one of them only.
+        """
+        first = 0 if self.module.keyed is None else self.module.keyed.first_expert
+        place = f"{self.module.disk_path(self.path)}.{first}"
+        known = {key.removeprefix(PREFIX) for key in keys}
+        found = {p for p, word in self.module.words.items() if f"{place}.{word}.lora_A.weight" in known}
+        self._refuse_missing(set(own) - found, found)
+
+    def _check_complete(self, matrices: Matrices, own: Mapping[str, int]) -> None:
+        """The same of tensors; of fused ones gate may be without up, and up without gate."""
+        parts = [set(own) & set(parts) for parts in self.module.fused.values()]
+        missing = {p for one in parts if not one & matrices.keys() for p in one}
+        self._refuse_missing(missing, matrices.keys())
+
+    def _refuse_missing(self, missing: Collection[str], found: Collection[str]) -> None:
+        if missing and found:
+            named = [", ".join(self.module.words[p] for p in sorted(some)) for some in (missing, found)]
+            raise ValueError(
+                f"the adapter has no LoRA of {named[0]} of the experts at {self.path}, which its config "
+                f"targets, only of {named[1]}"
+            )
+
+    def _pop_shared(
+        self, state_dict: dict[str, Tensor], stored: Iterable[str], name: str
+    ) -> tuple[Tensor, Tensor] | None:
+        """A projection in the form of SGLang, a tensor [E, ...] or [1, ...] for all experts."""
+        for place in dict.fromkeys((self.path, *stored)):
+            found = _pop_pair(state_dict, f"{place}.{name}", dim=3)
+            if found is not None:
+                wanted = (1, self.num_experts)
+                if any(len(one) not in wanted for one in found):
+                    raise ValueError(
+                        f"the adapter's {name} at {place} is of {[len(one) for one in found]} experts, "
+                        f"wanted {self.num_experts}, or 1 that all share"
+                    )
+                a, b = (one.expand(self.num_experts, -1, -1).contiguous() for one in found)
+                return a, b
+        return None
 
     def _pop_experts(
         self, state_dict: dict[str, Tensor], stored: Iterable[str], name: str
@@ -278,7 +323,7 @@ def expert_major(state_dict: dict[str, Tensor], forms: list[ExpertsForm]) -> dic
     return result
 
 
-def _pop_pair(state_dict: dict[str, Tensor], place: str) -> tuple[Tensor, Tensor] | None:
+def _pop_pair(state_dict: dict[str, Tensor], place: str, *, dim: int = 2) -> tuple[Tensor, Tensor] | None:
     for prefix in ("", PREFIX):
         keys = [f"{prefix}{place}.lora_{matrix}.weight" for matrix in "AB"]
         found = [state_dict.pop(key) for key in keys if key in state_dict]
@@ -286,9 +331,9 @@ def _pop_pair(state_dict: dict[str, Tensor], place: str) -> tuple[Tensor, Tensor
             raise ValueError(f"the adapter has one of {keys}, wanted both")
         if found:
             for key, tensor in zip(keys, found, strict=True):
-                if tensor.dim() != 2:
+                if tensor.dim() != dim:
                     raise ValueError(
-                        f"the adapter's {key} has shape {list(tensor.shape)}, wanted two dimensions"
+                        f"the adapter's {key} has shape {list(tensor.shape)}, wanted {dim} dimensions"
                     )
             return found[0], found[1]
     return None
