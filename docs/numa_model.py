@@ -282,7 +282,7 @@ def slices(intermediate: int, nodes: int, kind: WeightType) -> list[int]:
 
 
 def share_out_homes(popularity: np.ndarray, nodes: int) -> list[int]:
-    """[E], as `assign_homes` of src/cpp/weights/sharding.cpp does it for nodes that are alike."""
+    """[E], as `assign_homes` of src/cpp/weights/layer_memory.cpp does it for nodes that are alike."""
     room = [-(-len(popularity) // nodes)] * nodes
     load = [0.0] * nodes
     homes = [0] * len(popularity)

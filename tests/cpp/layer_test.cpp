@@ -17,7 +17,7 @@
 #include "cpu/sysfs.h"
 #include "kernels/registry.h"
 #include "moe/layer.h"
-#include "moe/routing.h"
+#include "moe/plan.h"
 
 using namespace kt;
 

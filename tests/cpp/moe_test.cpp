@@ -4,8 +4,8 @@
 #include <vector>
 
 #include "base/error.h"
-#include "moe/lora.h"
-#include "moe/routing.h"
+#include "moe/linear.h"
+#include "moe/plan.h"
 #include "moe/runtime.h"
 
 using namespace kt;

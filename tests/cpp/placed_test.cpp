@@ -14,7 +14,6 @@
 #include "kernels/registry.h"
 #include "weights/experts.h"
 #include "weights/layer_memory.h"
-#include "weights/sharding.h"
 
 using namespace kt;
 

@@ -1,4 +1,4 @@
-#include "weights/quantize.h"
+#include "weights/convert.h"
 
 #include <doctest/doctest.h>
 

@@ -12,7 +12,7 @@
 #include <tuple>
 #include <vector>
 
-#include "bindings/gil.h"
+#include "bindings/python.h"
 #include "weights/checkpoint.h"
 #include "weights/expert_index.h"
 

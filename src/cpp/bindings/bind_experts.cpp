@@ -15,8 +15,7 @@
 #include <vector>
 
 #include "base/error.h"
-#include "bindings/gil.h"
-#include "bindings/tensor.h"
+#include "bindings/python.h"
 #include "kernels/registry.h"
 #include "weights/loader.h"
 

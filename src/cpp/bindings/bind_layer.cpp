@@ -7,10 +7,9 @@
 #include <vector>
 
 #include "base/error.h"
-#include "bindings/gil.h"
-#include "bindings/tensor.h"
+#include "bindings/python.h"
 #include "moe/layer.h"
-#include "moe/routing.h"
+#include "moe/plan.h"
 #include "weights/experts.h"
 
 namespace py = pybind11;

@@ -10,7 +10,6 @@ void bind_runtime(py::module_& m);
 void bind_checkpoint(py::module_& m);
 void bind_experts(py::module_& m);
 void bind_layer(py::module_& m);
-void bind_profile(py::module_& m);
 
 PYBIND11_MODULE(_core, m) {
   m.attr("__version__") = KT_MOE_VERSION;
@@ -31,5 +30,4 @@ PYBIND11_MODULE(_core, m) {
   bind_checkpoint(m);
   bind_experts(m);
   bind_layer(m);
-  bind_profile(m);
 }

@@ -7,9 +7,7 @@
 #include <optional>
 
 #include "moe/combine.h"
-#include "moe/cost.h"
 #include "moe/linear.h"
-#include "moe/lora.h"
 #include "moe/schedule.h"
 
 namespace kt {

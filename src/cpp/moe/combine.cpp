@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "moe/cost.h"
+#include "moe/schedule.h"
 
 namespace kt {
 

@@ -5,9 +5,7 @@
 #include <algorithm>
 
 #include "moe/combine.h"
-#include "moe/cost.h"
 #include "moe/linear.h"
-#include "moe/lora.h"
 #include "moe/schedule.h"
 
 namespace kt {

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "moe/lora.h"
-
 namespace kt {
 
 namespace {

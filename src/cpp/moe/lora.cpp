@@ -1,11 +1,10 @@
-#include "moe/lora.h"
+#include "moe/linear.h"
 
 #include <algorithm>
 #include <cstring>
 
 #include "cpu/processor.h"
-#include "moe/cost.h"
-#include "moe/linear.h"
+#include "moe/schedule.h"
 
 namespace kt {
 

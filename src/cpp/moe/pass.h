@@ -9,7 +9,6 @@
 #include "gemm/gemm.h"
 #include "moe/layer.h"
 #include "moe/plan.h"
-#include "moe/routing.h"
 #include "moe/task_graph.h"
 
 namespace kt {

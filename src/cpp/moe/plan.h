@@ -1,9 +1,11 @@
-// The plan of a pass: which routed tokens are multiplied together, on which shard and by which node, and into
-// which ranges products are cut. Plain data, made without threads or memory.
+// The plan of a pass: the routed tokens sorted by expert, which of them are multiplied together, on which
+// shard and by which node, and into which ranges products are cut. Plain data, made without threads or
+// memory.
 #pragma once
 
 #include <algorithm>
 #include <array>
+#include <cstdint>
 #include <span>
 #include <vector>
 
@@ -11,9 +13,31 @@
 #include "base/weight.h"
 #include "kernels/kernel_set.h"
 #include "moe/layer.h"
-#include "moe/routing.h"
 
 namespace kt {
+
+// The routed tokens of a call, (token, expert) pairs, sorted by expert, then token, then slot. Their number
+// in that order is what "route" counts.
+struct Routing {
+  // [E + 1]: expert e has the routes from expert_offsets[e] up to expert_offsets[e + 1].
+  std::vector<std::int32_t> expert_offsets;
+  std::vector<std::int32_t> sorted_token_ids;  // [routes]
+  std::vector<std::int32_t> sorted_slots;      // [routes]: token * K + slot, the place in topk_ids
+  std::vector<std::int32_t> experts;           // those that have a routed token
+  // The routes of token t, experts in order, are inverse_permutation[token_offsets[t]] up to [token_offsets[t
+  // + 1]].
+  std::vector<std::int32_t> token_offsets, inverse_permutation;
+
+  index_t routes() const { return static_cast<index_t>(sorted_token_ids.size()); }
+  index_t first(int expert) const { return expert_offsets[static_cast<std::size_t>(expert)]; }
+  index_t count(int expert) const {
+    return expert_offsets[static_cast<std::size_t>(expert) + 1] - first(expert);
+  }
+};
+
+// topk_ids: [T, K] int32 or int64 in [0, E]; E means "no route". ValueError names the first entry outside.
+index_t count_routes(const MatView& topk_ids, int num_experts);
+Routing route(const MatView& topk_ids, int num_experts);
 
 // Kernels count the rows and columns of a tile in int.
 inline int to_int(index_t n) { return static_cast<int>(n); }

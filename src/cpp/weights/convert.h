@@ -1,13 +1,17 @@
-// From what checkpoints store to the formats of base/weight.h: pure functions on memory, no files.
-// None wants its bytes aligned beyond an element.
+// From what checkpoints store to the formats of base/weight.h, and to these from weights in full precision:
+// codes and scales chosen for a small squared error (quantize.cpp). Pure functions on memory, without files
+// or threads, with the same bits from every kernel set. Stored bytes need no alignment beyond an element.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <span>
 
+#include "base/view.h"
 #include "base/weight.h"
+#include "kernels/kernel_set.h"
 
 namespace kt {
 
@@ -46,5 +50,18 @@ void kt_int4_codes(const std::byte* part, index_t rows, index_t cols, std::byte*
 // The place of the first scale that is NaN, infinite or 0; E8M0 and E4M3 are refused for NaN alone, of which
 // a block of zeros may have the scale 0.
 std::optional<index_t> bad_scale(ScaleType type, const std::byte* scales, index_t count);
+
+// Sums over weights, of squares: of what decoding differs by, and of the weight. The relative error of
+// several matrices is sqrt(sum of error / sum of norm).
+struct QuantError {
+  double error = 0, norm = 0;
+};
+using QuantErrors = std::array<QuantError, projections.size()>;  // of gate, up and down
+
+// Fills all of `into` from a bf16 or fp32 matrix of its shape. Its type is the format's own in the table of
+// base/weight.h, or another one that the format's grid takes (grids.h). Where all weights of a scale are
+// zero, it is 1. ValueError for other types and shapes, and for a weight that is not finite (naming its row
+// and column).
+QuantError quantize(const KernelSet& kernels, const MatView& source, const MutableWeight& into);
 
 }  // namespace kt

@@ -10,8 +10,8 @@
 
 #include "base/per_process.h"
 #include "weights/checkpoint.h"
+#include "weights/expert_tensors.h"
 #include "weights/layer_source.h"
-#include "weights/layer_tensors.h"
 
 namespace kt {
 

@@ -6,7 +6,7 @@
 #include "base/error.h"
 #include "base/memory.h"
 #include "gemm/decode.h"
-#include "weights/sharding.h"
+#include "weights/layer_memory.h"
 
 namespace kt {
 

@@ -12,7 +12,7 @@
 #include "base/memory.h"
 #include "base/weight.h"
 #include "kernels/kernel_set.h"
-#include "weights/layer_tensors.h"
+#include "weights/expert_tensors.h"
 
 namespace kt {
 

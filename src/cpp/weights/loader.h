@@ -9,7 +9,7 @@
 
 #include "weights/expert_index.h"
 #include "weights/experts.h"
-#include "weights/sharding.h"
+#include "weights/layer_memory.h"
 
 namespace kt {
 

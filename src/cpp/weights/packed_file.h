@@ -10,8 +10,8 @@
 #include <string>
 
 #include "moe/runtime.h"
+#include "weights/convert.h"
 #include "weights/layer_memory.h"
-#include "weights/quantize.h"
 
 namespace kt {
 

@@ -1,4 +1,4 @@
-#include "weights/quantize.h"
+#include "weights/convert.h"
 
 #include <array>
 #include <bit>

@@ -1,4 +1,4 @@
-#include "bindings/tensor.h"
+#include "bindings/python.h"
 
 #include <pybind11/gil_safe_call_once.h>
 
