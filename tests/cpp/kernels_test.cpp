@@ -24,7 +24,7 @@
 using namespace kt;
 
 namespace kt::amx_software {
-extern const KernelSet table;
+extern const OwnKernels kernels;
 }
 
 namespace {
@@ -43,7 +43,7 @@ void for_every_set(const Body& body) {
   if (availability(kernel_registry()[3], cpu_features()) != "available") return;
   CAPTURE("amx on software tiles");
   KernelSet software = kernel_set("avx512_bf16", cpu_features());  // whose packing it shares
-  software.gemm = amx_software::table.gemm;
+  software.gemm = *amx_software::kernels.gemm;
   body(software);
 }
 

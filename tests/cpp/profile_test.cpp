@@ -128,10 +128,10 @@ TEST_CASE("time goes to the innermost span") {
   CHECK(outer.work.flops == 5);
   CHECK(outer.work.local == 0);
   CHECK(inner.work.local == 64);
-  CHECK(inner.about.shard == 0);
-  CHECK(outer.about.expert == 7);
-  CHECK(outer.about.rows == 33);
-  CHECK(inner.about.expert == -1);
+  CHECK(inner.args.shard == 0);
+  CHECK(outer.args.expert == 7);
+  CHECK(outer.args.rows == 33);
+  CHECK(inner.args.expert == -1);
   const auto sorted = in_order(*recorder);
   CHECK(sorted[0].stage == Stage::down);
   CHECK(sorted[1].stage == Stage::pack);
@@ -149,8 +149,8 @@ TEST_CASE("a span has the shard of the span around it, or the thread's first") {
     const Span inner(recorder, Stage::pack);
   }
   const auto spans = recorder->spans();
-  CHECK(find(spans, Stage::setup).about.shard == 2);
-  CHECK(find(spans, Stage::pack).about.shard == 1);
+  CHECK(find(spans, Stage::setup).args.shard == 2);
+  CHECK(find(spans, Stage::pack).args.shard == 1);
 }
 
 TEST_CASE("spans beyond the limit are dropped and counted, totals go on") {

@@ -205,5 +205,5 @@ TEST_CASE("a profile has a span for each task, with its cost, and one where it w
   CHECK(down.work.flops == 0 + 1 + 2);
   CHECK(down.work.local == 10 * (0 + 1 + 2));
   CHECK(down.work.remote == 300);
-  CHECK(recorder.spans().back().about.expert == 7);
+  CHECK(recorder.spans().back().args.expert == 7);
 }

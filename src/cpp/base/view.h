@@ -79,7 +79,7 @@ constexpr index_t ceil_div(index_t n, index_t d) { return (n + d - 1) / d; }
 constexpr index_t round_up(index_t n, index_t d) { return ceil_div(n, d) * d; }
 
 // Part `part` of [0, n) cut into `parts`, every cut on a multiple of `align`. Part sizes differ by at most
-// one `align` (the last by its tail); with too few blocks the trailing parts are empty.
+// one `align` (the last by what is left); with too few blocks the trailing parts are empty.
 constexpr Range split(index_t n, index_t parts, index_t part, index_t align = 1) {
   const index_t blocks = ceil_div(n, align);
   const index_t each = blocks / parts, extra = blocks % parts;

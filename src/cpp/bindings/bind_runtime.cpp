@@ -183,9 +183,9 @@ class Recording {
     py::list all;
     for (int thread = 0; thread < profile_->threads(); ++thread)
       for (const kt::SpanRecord& span : kt::in_order(profile_->recorder(static_cast<std::size_t>(thread))))
-        all.append(py::make_tuple(name(span.stage), thread, span.about.shard, seconds(time()(span.begin)),
+        all.append(py::make_tuple(name(span.stage), thread, span.args.shard, seconds(time()(span.begin)),
                                   seconds(time()(span.end)), seconds(time().lasted(span.own)), span.call,
-                                  span.about.expert, span.about.rows, span.work.flops, span.work.local,
+                                  span.args.expert, span.args.rows, span.work.flops, span.work.local,
                                   span.work.remote));
     return all;
   }

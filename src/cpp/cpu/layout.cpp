@@ -40,13 +40,13 @@ std::vector<Range> share_out(index_t n, const std::vector<index_t>& weights) {
   return parts;
 }
 
-using Nodes = std::span<const NumaNode* const>;
+using NumaNodes = std::span<const NumaNode* const>;
 
-Nodes part_of(Nodes nodes, Range range) {
+NumaNodes part_of(NumaNodes nodes, Range range) {
   return nodes.subspan(static_cast<std::size_t>(range.begin), static_cast<std::size_t>(range.size()));
 }
 
-index_t cores_of(Nodes nodes) {
+index_t cores_of(NumaNodes nodes) {
   index_t cores = 0;
   for (const NumaNode* node : nodes) cores += cores_of(*node);
   return cores;
@@ -62,7 +62,7 @@ std::vector<const NumaNode*> usable_nodes(const Topology& topology) {
 }
 
 // Some of the machine's nodes as one.
-Node node_of(Nodes some, const Topology& topology) {
+Node node_of(NumaNodes some, const Topology& topology) {
   Node node;
   for (const NumaNode* member : some) {
     node.cpus.insert(node.cpus.end(), member->cpus.begin(), member->cpus.end());
@@ -153,7 +153,7 @@ ShardLayout plan_layout(const Topology& topology, int threads, int shards) {
   ShardLayout layout;
   std::vector<index_t> cores;  // of each node
   for (index_t n = 0; n < count; ++n) {
-    const Nodes some = part_of(usable, split(std::ssize(usable), count, n));
+    const NumaNodes some = part_of(usable, split(std::ssize(usable), count, n));
     layout.nodes.push_back(node_of(some, topology));
     cores.push_back(cores_of(some));
   }

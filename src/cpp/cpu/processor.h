@@ -22,7 +22,7 @@ unsigned features_named(std::initializer_list<std::string_view> names);
 unsigned cpu_features();
 
 // Linux lets a process use AMX tiles after it has asked (Documentation/arch/x86/xstate.rst), and from then on
-// keeps 8 KiB more for every thread that uses them. Threads inherit the leave. False: it refuses.
+// keeps 8 KiB more for every thread that uses them. Threads inherit the permission. False: it refuses.
 bool request_tiles();
 
 std::vector<std::string> feature_names(unsigned features);

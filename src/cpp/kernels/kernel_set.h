@@ -4,14 +4,16 @@
 //
 // Every kernel works on one panel, one tile or one row; the loops around them live in gemm/ and moe/.
 // Kernels never fail, never allocate and never look at the CPU.
-//
-// The function types have names, so that a set declares its kernels by them.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
 #include "base/code_type.h"
+
+// For functions and lambdas of kernels that have to be inlined.
+#define KT_INLINE __attribute__((always_inline)) inline
+#define KT_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace kt {
 
@@ -73,14 +75,15 @@ struct GemmKernels {
   PackRows* pack_b_cols;
   PackAcross* pack_b_rows;
   MicroKernel* micro_kernel;
-  // Around micro-kernel calls of one thread, for units that must be set up; null where there is nothing to
-  // do.
-  void (*begin)();
-  void (*end)();
-  Peak* peak;  // null: the micro-kernel itself is all there is
+  int max_edge = 0;      // rows behind whole tiles that are cheaper as a GEMV than as a tile
+  Peak* peak = nullptr;  // null: the micro-kernel itself is all there is
   // A may be rows of a bf16 matrix where they lie, at any even address, if k is even; nothing behind k is
   // read.
-  bool in_place;
+  bool in_place = false;
+  // Around micro-kernel calls of one thread, for units that must be set up; null where there is nothing to
+  // do.
+  void (*begin)() = nullptr;
+  void (*end)() = nullptr;
 };
 
 // Most rows whose products are a GEMV's: arithmetic takes as long as memory there.
@@ -119,9 +122,8 @@ struct CodedGemvKernels {
 
 struct GemvKernels {
   int max_rows;
-  int max_edge;  // rows behind whole tiles that are cheaper here than as a tile
-  Gemv* nt;      // C[rows x n] (+)= X[rows x k] * W', W [n x k]: a weight going forward
-  Gemv* nn;      // C[rows x n] (+)= X[rows x k] * W, W [k x n]: the same weight going backward
+  Gemv* nt;  // C[rows x n] (+)= X[rows x k] * W', W [n x k]: a weight going forward
+  Gemv* nn;  // C[rows x n] (+)= X[rows x k] * W, W [k x n]: the same weight going backward
   const CodedGemvKernels* coded = nullptr;
 };
 
@@ -198,8 +200,16 @@ struct DecodeKernels {
   DecodeCodes* from_codes[kCodeTypes] = {};  // by the type of codes; bf16 has none
 };
 
-// A null gemm.micro_kernel, or any other null slot, takes the next lower set's (the slots of gemm go
-// together, and so do those of gemv).
+// What an instruction set has of its own. Null, also a slot of the epilogue or of decode: the set before it
+// has it.
+struct OwnKernels {
+  const GemmKernels* gemm = nullptr;
+  const GemvKernels* gemv = nullptr;
+  const EpilogueKernels* epilogue = nullptr;
+  const DecodeKernels* decode = nullptr;
+};
+
+// All that it computes with.
 struct KernelSet {
   GemmKernels gemm;
   GemvKernels gemv;

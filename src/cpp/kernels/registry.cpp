@@ -8,33 +8,26 @@
 
 namespace kt {
 
-namespace scalar {
-extern const KernelSet table;
-}
-namespace avx2 {
-extern const KernelSet table;
-}
-namespace avx512 {
-extern const KernelSet table;
-}
-namespace avx512_bf16 {
-extern const KernelSet table;
-}
-
-namespace amx {
-extern const KernelSet table;
-}
+#define KT_SET(isa)                \
+  namespace isa {                  \
+  extern const OwnKernels kernels; \
+  }
+KT_SET(scalar)
+KT_SET(avx2)
+KT_SET(avx512)
+KT_SET(avx512_bf16)
+KT_SET(amx)
 
 namespace {
 
 // From the slowest, which runs everywhere, to the fastest.
 const auto& registry() {
   static const std::array entries{
-      KernelEntry{"scalar", 0, &scalar::table},
-      KernelEntry{"avx2", features_named({"avx2"}), &avx2::table},
-      KernelEntry{"avx512", features_named({"avx2", "avx512"}), &avx512::table},
-      KernelEntry{"avx512_bf16", features_named({"avx2", "avx512", "avx512_bf16"}), &avx512_bf16::table},
-      KernelEntry{"amx", features_named({"avx2", "avx512", "avx512_bf16", "amx_bf16"}), &amx::table},
+      KernelEntry{"scalar", 0, &scalar::kernels},
+      KernelEntry{"avx2", features_named({"avx2"}), &avx2::kernels},
+      KernelEntry{"avx512", features_named({"avx2", "avx512"}), &avx512::kernels},
+      KernelEntry{"avx512_bf16", features_named({"avx2", "avx512", "avx512_bf16"}), &avx512_bf16::kernels},
+      KernelEntry{"amx", features_named({"avx2", "avx512", "avx512_bf16", "amx_bf16"}), &amx::kernels},
   };
   return entries;
 }
@@ -55,17 +48,20 @@ void fill(Slot& slot, Slot own) {
   if (own != nullptr) slot = own;
 }
 
-void overlay(KernelSet& set, const KernelSet& own) {
-  if (own.gemm.micro_kernel != nullptr) set.gemm = own.gemm;
-  if (own.gemv.nn != nullptr) set.gemv = own.gemv;
-  fill(set.epilogue.transpose, own.epilogue.transpose);
-  fill(set.epilogue.sum_scaled, own.epilogue.sum_scaled);
-  fill(set.epilogue.round_scaled, own.epilogue.round_scaled);
-  fill(set.epilogue.activations, own.epilogue.activations);
-  fill(set.decode.from_f32, own.decode.from_f32);
-  fill(set.decode.from_f16, own.decode.from_f16);
-  for (int type = 0; type < kCodeTypes; ++type)
-    fill(set.decode.from_codes[type], own.decode.from_codes[type]);
+void overlay(KernelSet& set, const OwnKernels& own) {
+  if (own.gemm != nullptr) set.gemm = *own.gemm;
+  if (own.gemv != nullptr) set.gemv = *own.gemv;
+  if (const EpilogueKernels* epilogue = own.epilogue; epilogue != nullptr) {
+    fill(set.epilogue.transpose, epilogue->transpose);
+    fill(set.epilogue.sum_scaled, epilogue->sum_scaled);
+    fill(set.epilogue.round_scaled, epilogue->round_scaled);
+    fill(set.epilogue.activations, epilogue->activations);
+  }
+  if (const DecodeKernels* decode = own.decode; decode != nullptr) {
+    fill(set.decode.from_f32, decode->from_f32);
+    fill(set.decode.from_f16, decode->from_f16);
+    for (int type = 0; type < kCodeTypes; ++type) fill(set.decode.from_codes[type], decode->from_codes[type]);
+  }
 }
 
 }  // namespace
@@ -84,7 +80,7 @@ std::string availability(const KernelEntry& entry, unsigned features) {
     for (const std::string& name : feature_names(missing)) names += (names.empty() ? "" : ", ") + name;
     return "this CPU lacks " + names;
   }
-  return entry.own == nullptr ? "no kernels in this version" : "available";
+  return "available";
 }
 
 std::string_view best_isa(unsigned features) {
@@ -107,7 +103,7 @@ KernelSet kernel_set(std::string_view isa, unsigned features) {
            "isa is \"{}\": the operating system refuses its registers to this process", isa);
   KernelSet set{};
   for (const KernelEntry& entry : registry()) {
-    if (entry.own != nullptr) overlay(set, *entry.own);
+    overlay(set, *entry.own);
     if (entry.name == isa) break;
   }
   return set;

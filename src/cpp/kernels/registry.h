@@ -12,8 +12,8 @@ namespace kt {
 
 struct KernelEntry {
   std::string_view name;
-  unsigned needs;        // bits of features
-  const KernelSet* own;  // the slots it fills; null while its kernels are not written
+  unsigned needs;  // bits of features
+  const OwnKernels* own;
 };
 
 // From the slowest, which runs everywhere, to the fastest.

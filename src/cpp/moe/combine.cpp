@@ -121,7 +121,7 @@ void Combine::add_products(std::size_t c, Stage stage, Product* product, Product
 }
 
 // NC ranges begin on multiples of a tile, so what a product writes behind its columns stays in the row and
-// before the next range. Few rows, which fill no cache, take the chunk as it is.
+// before the next range. A GEMV, whose rows fill no cache, takes the chunk as it is.
 void Combine::multiply(std::size_t c, std::size_t partial, std::span<const Block> blocks, Product* product,
                        Arena& scratch) const {
   const Range all = chunk(c);

@@ -63,7 +63,7 @@ void multiply_forward(const Pass& pass, Projection p, std::span<const ForwardWei
   const KernelSet& kernels = pass.kernels();
   const Arena::Frame frame(scratch);
   const index_t width = weights.front().weights.rows.size(), nr = kernels.gemm.nr;
-  if (pass.plan.by_gemv(mc) || mc.count <= kernels.gemv.max_edge) {
+  if (pass.plan.by_gemv(mc) || mc.count <= kernels.gemm.max_edge) {
     for (const ForwardWeights& w : weights)
       gemv_forward(pass, p, w, mc, result, stride, /*accumulate=*/&w != weights.data(), scratch);
     return;
@@ -71,7 +71,7 @@ void multiply_forward(const Pass& pass, Projection p, std::span<const ForwardWei
   const Range rows = pass.plan.within(mc);
   const index_t all = pass.plan.blocks[mc.index].count;
   Range fetching = rows;  // of the next weights; and what a GEMV of the edge would fetch
-  if (all - fetching.end <= kernels.gemv.max_edge) fetching.end = all;
+  if (all - fetching.end <= kernels.gemm.max_edge) fetching.end = all;
   const bf16_t* bias = nullptr;  // what the sum starts from
   std::size_t n = 0;
   auto* terms = scratch.take<Term>(2 * std::ssize(weights));

@@ -136,20 +136,20 @@ class Plan {
   const Range& slice(const Block& block) const { return shards[block.shard].range; }
   index_t width(const Block& block) const { return slice(block).size(); }
 
-  // Cuts n columns so that `bytes` of weights a column fill a part of the L2 cache; where every block has few
-  // rows, into as many ranges as keep the threads busy.
+  // Cuts n columns so that `bytes` of weights a column fill a part of the L2 cache; where every block
+  // is multiplied by GEMV, into as many ranges as keep the threads busy.
   NcRanges nc_ranges(index_t n, index_t tile, index_t bytes) const;
   // How many ranges of a block one task takes, one after the other.
   index_t ranges_per_task(const NcRanges& ranges) const;
 
-  // Cuts a block into the MC ranges of forward products, whose tiles hold `nr` rows: whole tiles, and in the
-  // end half a tile or few rows where those save a large part of a tile.
+  // Cuts a block into the MC ranges of forward products, whose tiles hold `nr` rows: whole tiles, and behind
+  // them an edge of half a tile, or of so few rows that a GEMV is cheaper than a tile.
   template <class Body>
   void for_forward_mc_ranges(const Block& block, const Body& body) const {
-    const index_t tile = kernels_.gemm.nr, half = tile / 2, tail = kernels_.gemv.max_edge;
+    const index_t tile = kernels_.gemm.nr, half = tile / 2, edge = kernels_.gemm.max_edge;
     for (index_t i = 0, rows; i < block.count; i += rows) {
       const index_t left = block.count - i;
-      rows = left <= tail || left > half + tail ? std::min(tile, left) : std::min(half, left);
+      rows = left <= edge || left > half + edge ? std::min(tile, left) : std::min(half, left);
       body(rows_of(block, i, rows));
     }
   }

@@ -34,7 +34,7 @@ void Recorder::begin_call(int call, Ticks begin) {
 
 void Recorder::idle_until(Ticks end) {
   if (end <= last_) return;
-  keep({last_, end, end - last_, {}, {home_, -1, -1}, call_, Stage::idle});
+  keep({last_, end, end - last_, {}, {first_shard_, -1, -1}, call_, Stage::idle});
   covered_ += end - last_;
   last_ = end;
 }
@@ -59,11 +59,11 @@ void Recorder::keep(const SpanRecord& span) noexcept {
   ++count_;
 }
 
-void Span::open(Stage stage, const About& about) {
+void Span::open(Stage stage, const TraceArgs& args) {
   outer_ = recorder_->innermost_;
   recorder_->innermost_ = this;
-  about_ = about;
-  if (about_.shard < 0) about_.shard = outer_ != nullptr ? outer_->about_.shard : recorder_->home_;
+  args_ = args;
+  if (args_.shard < 0) args_.shard = outer_ != nullptr ? outer_->args_.shard : recorder_->first_shard_;
   stage_ = stage;
   inner_ = 0;
   begin_ = recorder_->clock_.now();
@@ -74,7 +74,7 @@ void Span::open(Stage stage, const About& about) {
 
 void Span::close() noexcept {
   const Ticks end = std::max(recorder_->clock_.now(), begin_), took = end - begin_;
-  recorder_->keep({begin_, end, took - inner_, work_, about_, recorder_->call_, stage_});
+  recorder_->keep({begin_, end, took - inner_, work_, args_, recorder_->call_, stage_});
   recorder_->innermost_ = outer_;
   if (outer_ != nullptr) {
     outer_->inner_ += took;
@@ -84,9 +84,9 @@ void Span::close() noexcept {
   }
 }
 
-Profile::Profile(const std::vector<int>& homes, int shards, std::size_t most_spans) : shards_(shards) {
-  for (const int home : homes)
-    recorders_.push_back(std::make_unique<Recorder>(clock_, home, most_spans / homes.size()));
+Profile::Profile(const std::vector<int>& first_shards, int shards, std::size_t most_spans) : shards_(shards) {
+  for (const int shard : first_shards)
+    recorders_.push_back(std::make_unique<Recorder>(clock_, shard, most_spans / first_shards.size()));
 }
 
 std::int64_t Profile::dropped_spans() const {
@@ -234,10 +234,10 @@ void work(Writer& out, const Work& done) {
 }
 
 void write_span(Writer& out, const TraceTime& time, const SpanRecord& span, int thread) {
-  begin_event(out, name_of(span.stage), time(span.begin), time(span.end), span.about.shard, thread);
+  begin_event(out, name_of(span.stage), time(span.begin), time(span.end), span.args.shard, thread);
   out << R"("call":)" << span.call;
-  if (span.about.expert >= 0) out << R"(,"expert":)" << span.about.expert;
-  if (span.about.rows >= 0) out << R"(,"rows":)" << span.about.rows;
+  if (span.args.expert >= 0) out << R"(,"expert":)" << span.args.expert;
+  if (span.args.rows >= 0) out << R"(,"rows":)" << span.args.rows;
   work(out, span.work);
   out << "}}";
 }
@@ -297,8 +297,8 @@ void write_trace(const Profile& profile, const TraceTime& time, const std::strin
   for (int thread = 0; thread < profile.threads(); ++thread) {
     std::set<int> shards;
     for (const SpanRecord& span : in_order(profile.recorder(static_cast<std::size_t>(thread)))) {
-      if (shards.insert(span.about.shard).second)
-        metadata(out, "thread_name", span.about.shard, thread, "thread ", thread);
+      if (shards.insert(span.args.shard).second)
+        metadata(out, "thread_name", span.args.shard, thread, "thread ", thread);
       write_span(out, time, span, thread);
     }
   }

@@ -68,24 +68,24 @@ struct Work {
 };
 
 // The arguments of a span in a trace; -1 where it has none.
-struct About {
+struct TraceArgs {
   int shard = -1;  // that of the span around it, or else the thread's first
   int expert = -1, rows = -1;
 };
 
 // What tasks are called in a profile.
 struct Label {
-  Label(Stage what, const About& which = {}) : stage(what), about(which) {}
+  Label(Stage what, const TraceArgs& which = {}) : stage(what), args(which) {}
 
   Stage stage;
-  About about;
+  TraceArgs args;
 };
 
 struct SpanRecord {
   Ticks begin, end;
   Ticks own;  // without the spans within it
   Work work;  // done in its own time
-  About about;
+  TraceArgs args;
   std::int32_t call;  // -1: it lies in none
   Stage stage;
 };
@@ -115,7 +115,8 @@ class Span;
 // The spans of one thread. On cache lines of its own; the memory they lie in is first touched by that thread.
 class alignas(128) Recorder {
  public:
-  Recorder(const TickClock& clock, int home, std::size_t most) : clock_(clock), home_(home), most_(most) {}
+  Recorder(const TickClock& clock, int first_shard, std::size_t most)
+      : clock_(clock), first_shard_(first_shard), most_(most) {}
 
   // Adds to what is done in the innermost span that is open.
   inline void count(const Work& work);
@@ -137,7 +138,7 @@ class alignas(128) Recorder {
   void keep(const SpanRecord& span) noexcept;
 
   const TickClock& clock_;
-  const int home_;
+  const int first_shard_;  // that the thread serves
   const std::size_t most_;
   Span* innermost_ = nullptr;
   int call_ = -1;
@@ -155,9 +156,9 @@ class alignas(128) Recorder {
 // a branch.
 class Span {
  public:
-  Span(Recorder* recorder, Stage stage, const About& about = {}) : recorder_(recorder) {
+  Span(Recorder* recorder, Stage stage, const TraceArgs& args = {}) : recorder_(recorder) {
     if (recorder_ != nullptr) [[unlikely]]
-      open(stage, about);
+      open(stage, args);
   }
   ~Span() {
     if (recorder_ != nullptr) [[unlikely]]
@@ -175,14 +176,14 @@ class Span {
   friend class Call;
   friend class Recorder;
 
-  void open(Stage stage, const About& about);
+  void open(Stage stage, const TraceArgs& args);
   void close() noexcept;
 
   Recorder* recorder_;
   Span* outer_;
   Ticks begin_, inner_;
   Work work_;
-  About about_;
+  TraceArgs args_;
   Stage stage_;
 };
 
@@ -200,8 +201,8 @@ class Profile {
  public:
   static constexpr std::size_t kMostCalls = std::size_t{1} << 20;
 
-  // `homes`: the first shard that each thread serves. Keeps about `most_spans` of all threads together.
-  Profile(const std::vector<int>& homes, int shards, std::size_t most_spans);
+  // `first_shards`: the first that each thread serves. Keeps about `most_spans` of all threads together.
+  Profile(const std::vector<int>& first_shards, int shards, std::size_t most_spans);
   Profile(const Profile&) = delete;
   Profile& operator=(const Profile&) = delete;
 

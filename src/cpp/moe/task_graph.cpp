@@ -38,7 +38,7 @@ void TaskGraph::run(Runtime::Lease& lease) {
     const index_t number = task - group.first_;
     Recorder* recorder = lease.recorder(scratch);
     if (!wait_for(group, number, recorder)) return;
-    Span span(recorder, group.label_.stage, group.label_.about);
+    Span span(recorder, group.label_.stage, group.label_.args);
     try {
       if (recorder != nullptr && group.cost_) span.count(group.cost_(number));
       group.body_(number, scratch);
@@ -58,7 +58,7 @@ bool TaskGraph::wait_for(const Group& group, index_t task, Recorder* recorder) c
   const auto done = [](const Group* before) { return before->done(); };
   const bool waits =
       recorder != nullptr && !(std::ranges::all_of(all, done) && std::ranges::all_of(own, done));
-  const Span span(waits ? recorder : nullptr, Stage::wait, {group.label_.about.shard});
+  const Span span(waits ? recorder : nullptr, Stage::wait, {group.label_.args.shard});
   for (const auto groups : {std::span<const Group* const>(all), own})
     for (const Group* before : groups)
       if (!wait_for(*before)) return false;

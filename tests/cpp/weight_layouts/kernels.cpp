@@ -3,7 +3,7 @@
 
 #include "kernels.h"
 #include "kernels/amx/tile_unit.h"
-#include "kernels/avx512/registers.h"
+#include "kernels/avx512/set.h"
 
 namespace kt::layouts {
 

@@ -3,7 +3,6 @@
 #include <string.h>
 
 #include "kernels/amx/tile_unit.h"
-#include "kernels/avx512/gemv.h"
 #include "kernels/avx512_bf16/set.h"
 
 namespace kt::KT_AMX {
@@ -23,7 +22,7 @@ void pack_a(RowSource src, int rows, int k, void* panel) { avx512_bf16::copy_row
 // later is asked for between the products, which gives half as much speed again.
 constexpr int kAhead = 2;
 
-__attribute__((always_inline)) inline void prefetch_tile(const char* bytes) {
+KT_INLINE void prefetch_tile(const char* bytes) {
   for (int line = 0; line < 16; ++line) _mm_prefetch(bytes + 64 * line, _MM_HINT_T0);
 }
 
@@ -33,7 +32,7 @@ struct Step {
   int p = 0;
   const char *a = static_cast<const char*>(element->a), *b = static_cast<const char*>(element->b);
 
-  __attribute__((always_inline)) void advance() {
+  KT_INLINE void advance() {
     p += KB, a += kABytes, b += kBBytes;
     if (p >= element->k && element + 1 != end) *this = {element + 1, end};
   }
@@ -131,15 +130,23 @@ double peak(int rounds, void* registers) {
 void begin() { KT_TILES_BEGIN(); }
 void end() { KT_TILES_END(); }
 
+constexpr GemmKernels gemm = {MR,
+                              NR,
+                              KB,
+                              sizeof(uint16_t),
+                              pack_a,
+                              avx512_bf16::pack_b_cols,
+                              avx512_bf16::pack_b_rows,
+                              micro_kernel,
+                              0,
+                              peak,
+                              false,
+                              begin,
+                              end};
+
 }  // namespace
 
-extern const KernelSet table;
-const KernelSet table = {
-    .gemm = {MR, NR, KB, sizeof(uint16_t), pack_a, avx512_bf16::pack_b_cols, avx512_bf16::pack_b_rows,
-             micro_kernel, begin, end, peak, false},
-    .gemv = {kGemvRows, 0, avx512_bf16::gemv_nt, avx512_bf16::gemv_nn, &avx512_bf16::coded_gemv},
-    .epilogue = {},
-    .decode = {},
-};
+extern const OwnKernels kernels;
+const OwnKernels kernels = {.gemm = &gemm};
 
 }  // namespace kt::KT_AMX

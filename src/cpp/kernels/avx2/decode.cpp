@@ -1,31 +1,22 @@
-#include <string.h>
-
 #include "kernels/avx2/set.h"
 #include "kernels/generic/groups.h"
-#include "kernels/scalar/set.h"
 
 namespace kt::avx2 {
 
 namespace {
-
-constexpr int kAhead = 512;  // elements between a prefetch and its use: memory then gives more
-
-void store(__m256 x, uint16_t* dst, int n) {
-  alignas(16) uint16_t rounded[8];
-  _mm_store_si128((__m128i*)rounded, round_to_bf16(x));
-  memcpy(dst, rounded, n * sizeof *dst);
-}
 
 // The steps of decode_rows.
 
 struct Int8 {
   __m256 scale;
 
-  __attribute__((always_inline)) __m256i product(const uint8_t* codes) const {
+  KT_INLINE explicit Int8(float all) : scale(_mm256_set1_ps(all)) {}
+
+  KT_INLINE __m256i product(const uint8_t* codes) const {
     const __m256i values = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)codes));
     return _mm256_srli_epi32(nearest_bf16(_mm256_mul_ps(_mm256_cvtepi32_ps(values), scale)), 16);
   }
-  __attribute__((always_inline)) void operator()(const uint8_t* codes, uint16_t* dst) const {
+  KT_INLINE void operator()(const uint8_t* codes, uint16_t* dst) const {
     for (int i = 0; i < kStepCols; i += 16) {
       const __m256i words = _mm256_packus_epi32(product(codes + i), product(codes + i + 8));
       _mm256_storeu_si256((__m256i*)(dst + i), _mm256_permute4x64_epi64(words, 0xd8));
@@ -37,7 +28,7 @@ struct Int8 {
 struct Table {
   __m256i lower, upper;
 
-  __attribute__((always_inline)) explicit Table(const float* values, float offset, float scale) {
+  KT_INLINE explicit Table(const float* values, float offset, float scale) {
     // In order after the unpacking: 0-3 and 8-11, 4-7 and 12-15.
     const __m256i even = product(values, values + 8, offset, scale);
     const __m256i odd = product(values + 4, values + 12, offset, scale);
@@ -47,8 +38,7 @@ struct Table {
   }
 
   // Of each half's four products: the third bytes, then the fourth.
-  __attribute__((always_inline)) static __m256i product(const float* low, const float* high, float offset,
-                                                        float scale) {
+  KT_INLINE static __m256i product(const float* low, const float* high, float offset, float scale) {
     const __m256 values = _mm256_sub_ps(_mm256_loadu2_m128(high, low), _mm256_set1_ps(offset));
     const __m256i by_byte = _mm256_set1_epi64x(0x0f0b07030e0a0602);
     return _mm256_shuffle_epi8(nearest_bf16(_mm256_mul_ps(values, _mm256_set1_ps(scale))), by_byte);
@@ -58,7 +48,9 @@ struct Table {
 struct Nibbles {
   Table table;
 
-  __attribute__((always_inline)) void operator()(const uint8_t* codes, uint16_t* dst) const {
+  KT_INLINE Nibbles(const float* values, float zero, float scale) : table(values, zero, scale) {}
+
+  KT_INLINE void operator()(const uint8_t* codes, uint16_t* dst) const {
     // Bytes 0-3 and 8-11, 4-7 and 12-15 as words: so unpacked words are in order.
     const __m256i spread = _mm256_setr_epi8(0, -1, 1, -1, 2, -1, 3, -1, 8, -1, 9, -1, 10, -1, 11, -1,  //
                                             4, -1, 5, -1, 6, -1, 7, -1, 12, -1, 13, -1, 14, -1, 15, -1);
@@ -77,10 +69,12 @@ struct Nibbles {
 struct HalfNibbles {
   __m256i lower, upper;
 
-  __attribute__((always_inline)) HalfNibbles(const Table& first, const Table& second)
+  KT_INLINE HalfNibbles(const float* values, float first_scale, float second_scale)
+      : HalfNibbles(Table(values, 0.0f, first_scale), Table(values, 0.0f, second_scale)) {}
+  KT_INLINE HalfNibbles(const Table& first, const Table& second)
       : lower(_mm256_blend_epi32(first.lower, second.lower, 0xf0)),
         upper(_mm256_blend_epi32(first.upper, second.upper, 0xf0)) {}
-  __attribute__((always_inline)) void operator()(const uint8_t* codes, uint16_t* dst) const {
+  KT_INLINE void operator()(const uint8_t* codes, uint16_t* dst) const {
     const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)codes));
     const __m256i places =
         _mm256_and_si256(_mm256_or_si256(words, _mm256_slli_epi16(words, 4)), _mm256_set1_epi8(15));
@@ -97,7 +91,9 @@ struct HalfNibbles {
 struct Fp8 {
   Table table;
 
-  __attribute__((always_inline)) void operator()(const uint8_t* codes, uint16_t* dst) const {
+  KT_INLINE explicit Fp8(float scale) : table(kCounts, 0.0f, scale * 0x1p-9f) {}
+
+  KT_INLINE void operator()(const uint8_t* codes, uint16_t* dst) const {
     const __m256i zero = _mm256_setzero_si256(), largest = _mm256_set1_epi8(0x7f);
     // Bytes in the order 0-7, 16-23, 8-15, 24-31: so unpacked words are in order.
     const __m256i code = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i*)codes), 0xd8);
@@ -120,51 +116,6 @@ struct Fp8 {
 
 }  // namespace
 
-void from_f32(int n, const float* src, uint16_t* dst) {
-  int i = 0;
-  for (; i + 8 <= n; i += 8) {
-    _mm_prefetch(src + i + kAhead, _MM_HINT_T0);
-    _mm_storeu_si128((__m128i*)(dst + i), round_to_bf16(_mm256_loadu_ps(src + i)));
-  }
-  if (i == n) return;
-  float edge[8] = {};
-  memcpy(edge, src + i, (n - i) * sizeof *src);
-  store(_mm256_loadu_ps(edge), dst + i, n - i);
-}
-
-void from_f16(int n, const uint16_t* src, uint16_t* dst) {
-  int i = 0;
-  for (; i + 8 <= n; i += 8)
-    _mm_storeu_si128((__m128i*)(dst + i),
-                     round_to_bf16(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(src + i)))));
-  if (i == n) return;
-  uint16_t edge[8] = {};
-  memcpy(edge, src + i, (n - i) * sizeof *src);
-  store(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)edge)), dst + i, n - i);
-}
-
-void from_int8(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
-  decode_rows<32>(src, dst, dst_stride, [](float scale, float) { return Int8{_mm256_set1_ps(scale)}; });
-}
-
-void from_int4(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
-  decode_rows<16>(src, dst, dst_stride,
-                  [](float scale, float zero) { return Nibbles{Table(kCounts, zero, scale)}; });
-}
-
-void from_e2m1(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
-  if (has_half_steps(src))
-    return decode_half_steps<16>(src, dst, dst_stride, [](float first, float second) {
-      return HalfNibbles(Table(kE2M1, 0.0f, first), Table(kE2M1, 0.0f, second));
-    });
-  decode_rows<16>(src, dst, dst_stride,
-                  [](float scale, float) { return Nibbles{Table(kE2M1, 0.0f, scale)}; });
-}
-
-void from_e4m3(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
-  if (!products_are_normal(src)) return scalar::from_e4m3(src, dst, dst_stride);
-  decode_rows<32>(src, dst, dst_stride,
-                  [](float scale, float) { return Fp8{Table(kCounts, 0.0f, scale * 0x1p-9f)}; });
-}
+const DecodeKernels decode = Decodes<Vec, Int8, Nibbles, HalfNibbles, Fp8>::kKernels;
 
 }  // namespace kt::avx2

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "kernels/avx2/set.h"
+#include "kernels/generic/pack.h"
 
 namespace kt::avx2 {
 
@@ -17,14 +18,8 @@ constexpr int kNearLines = 4;   // the near one's along rows of W
 
 int smaller(int a, int b) { return a < b ? a : b; }
 
-const uint16_t* source_row(RowSource src, int i) {
-  return src.base + (src.index ? src.index[i] : i) * src.stride;
-}
-
 // Always inlined: gcc takes a function that only prefetches for one without effect, and drops calls of it.
-__attribute__((always_inline)) inline void request(const uint16_t* line) {
-  _mm_prefetch((const char*)line, _MM_HINT_T1);
-}
+KT_INLINE void request(const uint16_t* line) { _mm_prefetch((const char*)line, _MM_HINT_T1); }
 
 struct Run {
   __m256 even, odd;
@@ -56,8 +51,8 @@ float sum_lanes(__m256 x) {
 
 // A run of each of R rows of W times the same run of M rows of X.
 template <int M, int R>
-__attribute__((always_inline)) inline void dot_run(__m256 (&acc)[R * M], const float* x,
-                                                   const uint16_t* const (&row)[R], int p, int left) {
+KT_INLINE void dot_run(__m256 (&acc)[R * M], const float* x, const uint16_t* const (&row)[R], int p,
+                       int left) {
   Run w[R];
 #pragma GCC unroll 2
   for (int r = 0; r < R; ++r) w[r] = load_first(row[r] + p, left);
@@ -203,8 +198,6 @@ constexpr GemvProduct* kTimesTransposed[kGemvRows] = {
 constexpr GemvProduct* kTimes[kGemvRows] = {times<1>, times<2>, times<3>, times<4>,
                                             times<5>, times<6>, times<7>, times<8>};
 
-}  // namespace
-
 void gemv_nt(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
              ptrdiff_t ldc, int accumulate) {
   kTimesTransposed[rows - 1](n, k, x, w, w_stride, c, ldc, accumulate);
@@ -214,5 +207,9 @@ void gemv_nn(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w
              ptrdiff_t ldc, int accumulate) {
   kTimes[rows - 1](n, k, x, w, w_stride, c, ldc, accumulate);
 }
+
+}  // namespace
+
+const GemvKernels gemv = {kGemvRows, gemv_nt, gemv_nn};
 
 }  // namespace kt::avx2

@@ -1,7 +1,8 @@
-// What the files of this kernel set share.
+// What the files of this kernel set share: its vector, and what they define of the set.
 #pragma once
 
 #include <immintrin.h>
+#include <string.h>
 
 #include "kernels/kernel_set.h"
 
@@ -11,19 +12,9 @@ constexpr int MR = 6;   // with NR: 12 accumulators, 2 vectors of B and 1 broadc
 constexpr int NR = 16;  // two vectors
 constexpr int KB = 16;  // k in one 64-byte run of a packed A row
 
-PackRows pack_a, pack_b_cols;
-PackAcross pack_b_rows;
-MicroKernel micro_kernel;
-Gemv gemv_nt, gemv_nn;
-
-Transpose transpose;
-SumScaled sum_scaled;
-RoundScaled round_scaled;
-extern const ActivationTable activations;
-
-DecodeF32 from_f32;
-DecodeF16 from_f16;
-DecodeCodes from_int8, from_int4, from_e4m3, from_e2m1;
+extern const GemvKernels gemv;
+extern const EpilogueKernels epilogue;
+extern const DecodeKernels decode;
 
 static inline __m256 widen(__m128i bits) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
@@ -52,21 +43,93 @@ static inline __m256i round_to_bf16(__m256 low, __m256 high) {
   return _mm256_permute4x64_epi64(_mm256_packus_epi32(lower_bf16(low), lower_bf16(high)), 0xd8);
 }
 
+namespace {
+
+// The first n of N elements on a copy, zeros behind them: without masks nothing else may be read or written.
+template <class T, int N>
+struct alignas(32) Edge {
+  T data[N] = {};
+
+  Edge() = default;
+  Edge(const T* src, int n) {
+    if (n > 0) memcpy(data, src, n * sizeof *src);
+  }
+  void copy_to(T* dst, int n) const {
+    if (n > 0) memcpy(dst, data, n * sizeof *dst);
+  }
+};
+
+// The vector of the loops in generic/. A Part is how many of its elements there are, also more or none.
+struct Vec {
+  using Part = int;
+  static constexpr int kSize = 8;
+  static constexpr Part kAll = kSize;
+  static constexpr bool kMasks = false;
+
+  __m256 x;
+
+  static Vec all(float value) { return {_mm256_set1_ps(value)}; }
+  static Part first(int n) { return n; }
+
+  static Vec load(const float* src, Part n = kAll) {
+    return {n >= kSize ? _mm256_loadu_ps(src) : _mm256_load_ps(Edge<float, kSize>(src, n).data)};
+  }
+  static __m128i load_halves(const uint16_t* src, Part n) {
+    return n >= kSize ? _mm_loadu_si128((const __m128i*)src)
+                      : _mm_load_si128((const __m128i*)Edge<uint16_t, kSize>(src, n).data);
+  }
+  static Vec load_bf16(const uint16_t* src, Part n = kAll) { return {widen(load_halves(src, n))}; }
+  static Vec load_f16(const uint16_t* src, Part n = kAll) { return {_mm256_cvtph_ps(load_halves(src, n))}; }
+
+  void store(float* dst, Part n = kAll) const {
+    if (n >= kSize) return _mm256_storeu_ps(dst, x);
+    Edge<float, kSize> edge;
+    _mm256_store_ps(edge.data, x);
+    edge.copy_to(dst, n);
+  }
+  void store_bf16(uint16_t* dst, Part n = kAll) const {
+    if (n >= kSize) return _mm_storeu_si128((__m128i*)dst, round_to_bf16(x));
+    Edge<uint16_t, kSize> edge;
+    _mm_store_si128((__m128i*)edge.data, round_to_bf16(x));
+    edge.copy_to(dst, n);
+  }
+  // Two neighbours as one store.
+  static void store_bf16(uint16_t* dst, Vec low, Vec high, Part n_low = kAll, Part n_high = kAll) {
+    const __m256i rounded = round_to_bf16(low.x, high.x);
+    if (n_high >= kSize) return _mm256_storeu_si256((__m256i*)dst, rounded);
+    Edge<uint16_t, 2 * kSize> edge;
+    _mm256_store_si256((__m256i*)edge.data, rounded);
+    edge.copy_to(dst, n_high > 0 ? kSize + n_high : n_low);
+  }
+  static void stream_bf16(uint16_t* dst, Vec low, Vec high, Part n_low, Part n_high) {
+    store_bf16(dst, low, high, n_low, n_high);
+  }
+
+  // Of pairs of bf16: the even elements, and the odd ones.
+  Vec even() const { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 16))}; }
+  Vec odd() const {
+    return {_mm256_and_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
+  }
+};
+
 // In place: lane j of row i and lane i of row j change places.
-static inline void transpose8(__m256 r[8]) {
+inline void transpose_block(Vec (&r)[8]) {
   __m256 t[8];
   for (int i = 0; i < 8; i += 4) {
-    const __m256 a = _mm256_unpacklo_ps(r[i], r[i + 1]), b = _mm256_unpackhi_ps(r[i], r[i + 1]);
-    const __m256 c = _mm256_unpacklo_ps(r[i + 2], r[i + 3]), d = _mm256_unpackhi_ps(r[i + 2], r[i + 3]);
+    const __m256 a = _mm256_unpacklo_ps(r[i].x, r[i + 1].x), b = _mm256_unpackhi_ps(r[i].x, r[i + 1].x);
+    const __m256 c = _mm256_unpacklo_ps(r[i + 2].x, r[i + 3].x),
+                 d = _mm256_unpackhi_ps(r[i + 2].x, r[i + 3].x);
     t[i] = _mm256_shuffle_ps(a, c, 0x44);
     t[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
     t[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
     t[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
   }
   for (int i = 0; i < 4; ++i) {
-    r[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
-    r[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
+    r[i].x = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
+    r[i + 4].x = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
   }
 }
+
+}  // namespace
 
 }  // namespace kt::avx2

@@ -7,7 +7,7 @@
 // two instructions, the loads themselves run far enough ahead, and requests only take their buffers.
 #pragma once
 
-#include "kernels/avx512/registers.h"
+#include "kernels/avx512/set.h"
 
 namespace kt {
 
@@ -21,9 +21,7 @@ constexpr int kBlockRows = 32;  // rows of W between two visits to C, and the fa
 static constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
 // Always inlined: gcc takes a function that only prefetches for one without effect, and drops calls of it.
-__attribute__((always_inline)) static inline void request(const void* line) {
-  _mm_prefetch((const char*)line, _MM_HINT_T1);
-}
+KT_INLINE static void request(const void* line) { _mm_prefetch((const char*)line, _MM_HINT_T1); }
 
 // {a, b, c, d}, each summed over its lanes.
 static inline __m128 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
@@ -38,9 +36,8 @@ static inline __m128 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
 
 // A line of each of R weights' rows times the same line of M rows of X.
 template <class Step, int M, int R>
-__attribute__((always_inline)) static inline void dot_line(__m512 (&acc)[R * M], const char* x,
-                                                           const uint16_t* const (&w)[R], int p,
-                                                           __mmask32 mask) {
+KT_INLINE static void dot_line(__m512 (&acc)[R * M], const char* x, const uint16_t* const (&w)[R], int p,
+                               __mmask32 mask) {
   typename Step::Line line[R];
 #pragma GCC unroll 2
   for (int r = 0; r < R; ++r) line[r] = Step::load(w[r] + p, mask);
@@ -60,8 +57,8 @@ static inline void interleave(__m512 (&half)[2], __m512i low) {
 
 // C[M x rows] (+)= the accumulators, rows <= R.
 template <int M, int R>
-__attribute__((always_inline)) static inline void add_dots(const __m512 (&acc)[R * M], int rows, float* c,
-                                                           ptrdiff_t ldc, int accumulate) {
+KT_INLINE static void add_dots(const __m512 (&acc)[R * M], int rows, float* c, ptrdiff_t ldc,
+                               int accumulate) {
   float sum[(R * M + 3) / 4 * 4];
 #pragma GCC unroll 4
   for (int q = 0; q < R * M; q += 4) {
@@ -137,7 +134,7 @@ struct Requests {
   ptrdiff_t to_next_row;
 };
 
-__attribute__((always_inline)) static inline void request_next(Requests& of) {
+KT_INLINE static void request_next(Requests& of) {
   request(of.line);
   of.line += kLine;
   if (--of.left == 0) {
@@ -245,5 +242,17 @@ constexpr GemvProduct* kGemvNn[kGemvRows] = {
     gemv_nn<Step, 1>, gemv_nn<Step, 2>, gemv_nn<Step, 3>, gemv_nn<Step, 4>,
     gemv_nn<Step, 5>, gemv_nn<Step, 6>, gemv_nn<Step, 7>, gemv_nn<Step, 8>,
 };
+
+template <class Step>
+static void gemv_nt_of(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
+                       ptrdiff_t ldc, int accumulate) {
+  kGemvNt<Step>[rows - 1](n, k, x, w, w_stride, c, ldc, accumulate);
+}
+
+template <class Step>
+static void gemv_nn_of(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
+                       ptrdiff_t ldc, int accumulate) {
+  kGemvNn<Step>[rows - 1](n, k, x, w, w_stride, c, ldc, accumulate);
+}
 
 }  // namespace kt

@@ -4,13 +4,9 @@
 // has what is instantiated with it.
 #pragma once
 
-#include "kernels/avx512/registers.h"
+#include "kernels/avx512/set.h"
 
 namespace kt {
-
-constexpr int kTileRows = 12;  // 24 accumulators, 2 vectors of B and 1 broadcast of A in 32 registers
-constexpr int kTileCols = 32;  // two vectors
-constexpr int kRun = 16;       // steps in one 64-byte run of a packed A row
 
 // How far prefetch a tile asks for its operands. A panel of activations comes from L3 or memory, being one of
 // more than L2 holds: out-of-order execution sees 15 steps of 12 cycles prefetch, too few for that. Where a
@@ -24,7 +20,7 @@ struct TileRows {
   ptrdiff_t stride, thrice;           // so that no row needs a register of its own
 };
 
-__attribute__((always_inline)) static inline const char* row_of(const TileRows& a, int r) {
+KT_INLINE static const char* row_of(const TileRows& a, int r) {
   return a.fourth[r / 4] + (r % 4 == 3 ? a.thrice : r % 4 * a.stride);
 }
 
@@ -32,8 +28,7 @@ __attribute__((always_inline)) static inline const char* row_of(const TileRows& 
 
 // One step: every row of A, at an offset, times V vectors of B.
 template <class Step, int R, int V>
-__attribute__((always_inline)) static inline void add_step(__m512 (&acc)[R][V], const TileRows& a, int offset,
-                                                           const char* b) {
+KT_INLINE static void add_step(__m512 (&acc)[R][V], const TileRows& a, int offset, const char* b) {
   typename Step::Operand column[V];
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v) column[v] = Step::load(b + 64 * v);
@@ -46,7 +41,7 @@ __attribute__((always_inline)) static inline void add_step(__m512 (&acc)[R][V], 
 }
 
 // Into L2: packing will read it from there.
-__attribute__((always_inline)) static inline void request(Prefetch& prefetch) {
+KT_INLINE static void request(Prefetch& prefetch) {
   for (int i = 0; i < prefetch.lines_per_step; ++i) {
     _mm_prefetch(prefetch.row + 64 * prefetch.line, _MM_HINT_T1);
     if (++prefetch.line < prefetch.row_lines) continue;
@@ -57,9 +52,8 @@ __attribute__((always_inline)) static inline void request(Prefetch& prefetch) {
 
 // `stride` and `run`: bytes from a row of A to the next, and from a run to the next. Constants for panels.
 template <class Step, int R, int V>
-__attribute__((always_inline)) static inline void add_element(__m512 (&acc)[R][V],
-                                                              const BatchElement& element, ptrdiff_t stride,
-                                                              ptrdiff_t run) {
+KT_INLINE static void add_element(__m512 (&acc)[R][V], const BatchElement& element, ptrdiff_t stride,
+                                  ptrdiff_t run) {
   const char *first = static_cast<const char*>(element.a), *b = static_cast<const char*>(element.b);
   TileRows a{{first, first + 4 * stride, first + 8 * stride}, stride, 3 * stride};
   Prefetch prefetch = element.prefetch;

@@ -87,7 +87,7 @@ inline bool any_extreme(ScaleType type, const void* scales, ptrdiff_t place, int
 
 // Asks for the scale at `place` of the rows behind w: callers pass a matrix strip by strip, and the scales of
 // a strip are looked at before anything else is done with it.
-__attribute__((always_inline)) inline void request_next_scale(const CodedRows& w, ptrdiff_t place) {
+KT_INLINE void request_next_scale(const CodedRows& w, ptrdiff_t place) {
   const int size = w.scale_type == ScaleType::f32 ? 4 : w.scale_type == ScaleType::bf16 ? 2 : 1;
   request((const char*)w.scales + (place + w.rows * w.scale_stride) * size);
 }
@@ -109,7 +109,7 @@ inline bool scales_are_ordinary(const CodedRows& w) {
 }
 
 template <ScaleType Kind>
-__attribute__((always_inline)) inline __m512 scale_of(const Coded& w, ptrdiff_t place) {
+KT_INLINE __m512 scale_of(const Coded& w, ptrdiff_t place) {
   if constexpr (Kind == ScaleType::bf16)
     return _mm512_castsi512_ps(_mm512_set1_epi32(element<uint16_t>(w.scales, place) << 16));
   return _mm512_set1_ps(element<float>(w.scales, place));
@@ -120,7 +120,7 @@ template <class Lines>
 struct LinesPair {
   Lines even, odd;
 
-  __attribute__((always_inline)) void across(const uint8_t* e, const uint8_t* o, __m512i (&b)[2]) const {
+  KT_INLINE void across(const uint8_t* e, const uint8_t* o, __m512i (&b)[2]) const {
     const __m512i even_line = even.line(e), odd_line = odd.line(o);
     b[0] = _mm512_unpacklo_epi16(even_line, odd_line);
     b[1] = _mm512_unpackhi_epi16(even_line, odd_line);
@@ -133,7 +133,7 @@ struct NibbleLines {
   __m512i table;
 
   // The lower four bits of each word choose, the next one either half of the table.
-  __attribute__((always_inline)) __m512i line(const uint8_t* codes) const {
+  KT_INLINE __m512i line(const uint8_t* codes) const {
     return _mm512_permutexvar_epi16(_mm512_srlv_epi16(twofold(codes), _mm512_set1_epi32(4 << 16)), table);
   }
 };
@@ -142,7 +142,7 @@ struct NibbleLines {
 struct NibblePair {
   __m512i table;
 
-  __attribute__((always_inline)) void across(const uint8_t* e, const uint8_t* o, __m512i (&b)[2]) const {
+  KT_INLINE void across(const uint8_t* e, const uint8_t* o, __m512i (&b)[2]) const {
     const __m512i in_turn = _mm512_setr_epi32(  // byte i to lane i, where no mask keeps it away
         0x00008000, 0x00018001, 0x00028002, 0x00038003, 0x00048004, 0x00058005, 0x00068006, 0x00078007,
         0x00088008, 0x00098009, 0x000a800a, 0x000b800b, 0x000c800c, 0x000d800d, 0x000e800e, 0x000f800f);
@@ -169,10 +169,8 @@ struct Int8Codes {
   using Lines = Int8;
   using Pair = LinesPair<Lines>;
 
-  __attribute__((always_inline)) static Lines lines(const Coded& w, ptrdiff_t place) {
-    return {scale_of<Kind>(w, place)};
-  }
-  __attribute__((always_inline)) static Pair pair(const Coded& w, ptrdiff_t even, ptrdiff_t odd) {
+  KT_INLINE static Lines lines(const Coded& w, ptrdiff_t place) { return {scale_of<Kind>(w, place)}; }
+  KT_INLINE static Pair pair(const Coded& w, ptrdiff_t even, ptrdiff_t odd) {
     return {lines(w, even), lines(w, odd)};
   }
 };
@@ -183,10 +181,10 @@ struct Fp8Codes {
   using Lines = Fp8;
   using Pair = LinesPair<Lines>;
 
-  __attribute__((always_inline)) static Lines lines(const Coded& w, ptrdiff_t place) {
+  KT_INLINE static Lines lines(const Coded& w, ptrdiff_t place) {
     return Fp8(_mm512_cvtss_f32(scale_of<Kind>(w, place)));
   }
-  __attribute__((always_inline)) static Pair pair(const Coded& w, ptrdiff_t even, ptrdiff_t odd) {
+  KT_INLINE static Pair pair(const Coded& w, ptrdiff_t even, ptrdiff_t odd) {
     return {lines(w, even), lines(w, odd)};
   }
 };
@@ -197,16 +195,16 @@ struct Int4Codes {
   using Lines = NibbleLines;
   using Pair = NibblePair;
 
-  __attribute__((always_inline)) static __m512 products(const Coded& w, ptrdiff_t place) {
+  KT_INLINE static __m512 products(const Coded& w, ptrdiff_t place) {
     const float zero = Zeros ? static_cast<float>(w.zeros[place]) : 8.0f;
     return _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(kCounts), _mm512_set1_ps(zero)),
                          scale_of<Kind>(w, place));
   }
-  __attribute__((always_inline)) static Lines lines(const Coded& w, ptrdiff_t place) {
+  KT_INLINE static Lines lines(const Coded& w, ptrdiff_t place) {
     const __m512 all = products(w, place);
     return {(__m512i)_mm512_cvtne2ps_pbh(all, all)};
   }
-  __attribute__((always_inline)) static Pair pair(const Coded& w, ptrdiff_t even, ptrdiff_t odd) {
+  KT_INLINE static Pair pair(const Coded& w, ptrdiff_t even, ptrdiff_t odd) {
     return {(__m512i)_mm512_cvtne2ps_pbh(products(w, odd), products(w, even))};
   }
 };
@@ -217,20 +215,20 @@ struct Mxfp4Codes {
   using Lines = NibbleLines;
   using Pair = NibblePair;
 
-  __attribute__((always_inline)) static int exponent(const Coded& w, ptrdiff_t place) {
+  KT_INLINE static int exponent(const Coded& w, ptrdiff_t place) {
     return element<uint8_t>(w.scales, place) << 7;
   }
-  __attribute__((always_inline)) static __m512i scaled(__m512i exponents) {
+  KT_INLINE static __m512i scaled(__m512i exponents) {
     const __m512i unscaled = _mm512_broadcast_i64x4(_mm256_setr_epi16(
         0, static_cast<short>(0xff80), 0, 0x40, 0x80, 0xc0, 0x100, 0x140, static_cast<short>(0x8000), 0x7f80,
         static_cast<short>(0x8000), static_cast<short>(0x8040), static_cast<short>(0x8080),
         static_cast<short>(0x80c0), static_cast<short>(0x8100), static_cast<short>(0x8140)));
     return _mm512_mask_add_epi16(unscaled, 0xfefefefe, unscaled, exponents);
   }
-  __attribute__((always_inline)) static Lines lines(const Coded& w, ptrdiff_t place) {
+  KT_INLINE static Lines lines(const Coded& w, ptrdiff_t place) {
     return {scaled(_mm512_set1_epi16(static_cast<short>(exponent(w, place))))};
   }
-  __attribute__((always_inline)) static Pair pair(const Coded& w, ptrdiff_t even, ptrdiff_t odd) {
+  KT_INLINE static Pair pair(const Coded& w, ptrdiff_t even, ptrdiff_t odd) {
     const __m512i first = _mm512_set1_epi16(static_cast<short>(exponent(w, even)));
     return {scaled(_mm512_mask_set1_epi16(first, 0xffff0000, static_cast<short>(exponent(w, odd))))};
   }
@@ -242,14 +240,14 @@ struct Nvfp4Codes {
   using Lines = HalfNibbles;
   using Pair = LinesPair<Lines>;
 
-  __attribute__((always_inline)) static __m512 products(const Coded& w, ptrdiff_t place) {
+  KT_INLINE static __m512 products(const Coded& w, ptrdiff_t place) {
     const float scale = w.scale_values[element<uint8_t>(w.scales, place)];
     return _mm512_mul_ps(_mm512_load_ps(kE2M1), _mm512_set1_ps(scale));
   }
-  __attribute__((always_inline)) static Lines lines(const Coded& w, ptrdiff_t place) {
+  KT_INLINE static Lines lines(const Coded& w, ptrdiff_t place) {
     return {(__m512i)_mm512_cvtne2ps_pbh(products(w, place + 1), products(w, place))};
   }
-  __attribute__((always_inline)) static Pair pair(const Coded& w, ptrdiff_t even, ptrdiff_t odd) {
+  KT_INLINE static Pair pair(const Coded& w, ptrdiff_t even, ptrdiff_t odd) {
     return {lines(w, even), lines(w, odd)};
   }
 };

@@ -3,15 +3,12 @@
 // panel: [k / 2][NR][2] bf16, neighbours in k side by side as VDPBF16PS multiplies them.
 #include <string.h>
 
-#include "kernels/avx512/set.h"
 #include "kernels/avx512_bf16/set.h"
 #include "kernels/generic/groups.h"
 
 namespace kt::avx512_bf16 {
 
 namespace {
-
-constexpr int kAhead = 32;  // rows between a prefetch, into the second cache level, and its use
 
 // Two rows of one panel, side by side.
 void interleave(__m512i even, __m512i odd, char* dst) {
@@ -22,8 +19,7 @@ void interleave(__m512i even, __m512i odd, char* dst) {
   _mm512_store_si512(dst + 64, _mm512_permutex2var_epi16(even, high, odd));
 }
 
-// The next P panels: a row is read in runs of P lines. One line at a time, rows that lie a power of two of
-// bytes apart fall into one cache set, and what is fetched beside a line is lost before its turn comes.
+// A row is read in runs of P lines: see generic/pack.h.
 template <int P>
 void pack_panels(RowSource src, int k, int cols, char* dst, ptrdiff_t panel_bytes) {
   const __mmask32 last = first32(cols - (P - 1) * NR);
@@ -33,9 +29,9 @@ void pack_panels(RowSource src, int k, int cols, char* dst, ptrdiff_t panel_byte
   int p = 0;
   for (; p + 1 < k; p += 2, dst += 2 * NR * sizeof(uint16_t)) {
     const uint16_t *even = source_row(src, p), *odd = source_row(src, p + 1);
-    const bool ahead = p + 1 + kAhead < k;
-    const uint16_t *even_ahead = ahead ? source_row(src, p + kAhead) : even,
-                   *odd_ahead = ahead ? source_row(src, p + 1 + kAhead) : odd;
+    const bool ahead = p + 1 + kRowsAhead < k;
+    const uint16_t *even_ahead = ahead ? source_row(src, p + kRowsAhead) : even,
+                   *odd_ahead = ahead ? source_row(src, p + 1 + kRowsAhead) : odd;
 #pragma GCC unroll 4
     for (int i = 0; i < P; ++i) {
       _mm_prefetch(even_ahead + i * NR, _MM_HINT_T1);
@@ -49,8 +45,7 @@ void pack_panels(RowSource src, int k, int cols, char* dst, ptrdiff_t panel_byte
       interleave(p < k ? load(source_row(src, p), i) : zero, zero, dst + i * panel_bytes);
 }
 
-using PackPanels = void (*)(RowSource, int, int, char*, ptrdiff_t);
-constexpr PackPanels kPackPanels[] = {pack_panels<1>, pack_panels<2>, pack_panels<3>, pack_panels<4>};
+constexpr PackPanels* kPackPanels[] = {pack_panels<1>, pack_panels<2>, pack_panels<3>, pack_panels<4>};
 
 // A pair of k.
 struct Step {
@@ -66,9 +61,26 @@ struct Step {
   static __m512 multiply_add(Operand a, Operand b, __m512 c) { return _mm512_dpbf16_ps(c, a, b); }
 };
 
-}  // namespace
-
 void pack_a(RowSource src, int rows, int k, void* panel) { copy_rows<MR>(src, rows, k, panel); }
+
+// VCVTNE2PS2BF16 rounds as wanted where no product is denormal.
+void from_int8(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
+  if (!products_are_normal(src)) return scalar::from_int8(src, dst, dst_stride);
+  decode_rows<32>(src, dst, dst_stride,
+                  [](float scale, float) { return Stored<Int8>{{_mm512_set1_ps(scale)}}; });
+}
+
+void micro_kernel(int rows, int cols, const BatchElement* batch, int count, float* c, ptrdiff_t ldc,
+                  int accumulate) {
+  kTiles<Step>[rows - 1][cols > 16](batch, count, c, ldc, accumulate);
+}
+
+constexpr GemmKernels gemm = {
+    MR,          NR,           KB,        sizeof(uint16_t),         pack_a,        pack_b_cols,
+    pack_b_rows, micro_kernel, kGemvRows, multiply_registers<Step>, Step::kInPlace};
+constexpr DecodeKernels decode = {nullptr, nullptr, {nullptr, from_int8}};
+
+}  // namespace
 
 void pack_b_cols(RowSource src, int cols, int k, void* panel) {
   uint32_t* dst = static_cast<uint32_t*>(panel);
@@ -82,30 +94,10 @@ void pack_b_cols(RowSource src, int cols, int k, void* panel) {
 }
 
 void pack_b_rows(RowSource src, int k, int cols, void* panels, ptrdiff_t panel_bytes) {
-  char* dst = static_cast<char*>(panels);
-  for (; cols > 0; cols -= 4 * NR, src.base += 4 * NR, dst += 4 * panel_bytes)
-    kPackPanels[cols > 3 * NR ? 3 : (cols - 1) / NR](src, k, cols, dst, panel_bytes);
+  pack_b_rows_by<NR>(kPackPanels, src, k, cols, panels, panel_bytes);
 }
 
-// VCVTNE2PS2BF16 rounds as wanted where no product is denormal.
-void from_int8(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
-  if (!products_are_normal(src)) return avx512::from_int8(src, dst, dst_stride);
-  decode_rows<32>(src, dst, dst_stride,
-                  [](float scale, float) { return Stored<Int8>{{_mm512_set1_ps(scale)}}; });
-}
-
-void micro_kernel(int rows, int cols, const BatchElement* batch, int count, float* c, ptrdiff_t ldc,
-                  int accumulate) {
-  kTiles<Step>[rows - 1][cols > 16](batch, count, c, ldc, accumulate);
-}
-
-extern const KernelSet table;
-const KernelSet table = {
-    .gemm = {MR, NR, KB, sizeof(uint16_t), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr,
-             multiply_registers<Step>, Step::kInPlace},
-    .gemv = {kGemvRows, kGemvRows, gemv_nt, gemv_nn, &coded_gemv},
-    .epilogue = {},
-    .decode = {.from_f32 = nullptr, .from_f16 = nullptr, .from_codes = {nullptr, from_int8}},
-};
+extern const OwnKernels kernels;
+const OwnKernels kernels = {.gemm = &gemm, .gemv = &gemv, .decode = &decode};
 
 }  // namespace kt::avx512_bf16

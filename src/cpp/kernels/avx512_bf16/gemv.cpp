@@ -16,9 +16,8 @@ constexpr int kAhead = 4096, kNear = 2 * kCacheLine;
 // The next Count lines of R rows, times the same lines of M rows of X. `lines` are made anew for every line
 // where Each, whose groups are of one line or less.
 template <class Codes, int M, int R, int Count, bool Each>
-__attribute__((always_inline)) inline void dot_lines(__m512 (&acc)[R * M], const Coded& w, const char*& x,
-                                                     const uint8_t* (&codes)[R], ptrdiff_t (&place)[R],
-                                                     typename Codes::Lines (&lines)[R], ptrdiff_t ahead) {
+KT_INLINE void dot_lines(__m512 (&acc)[R * M], const Coded& w, const char*& x, const uint8_t* (&codes)[R],
+                         ptrdiff_t (&place)[R], typename Codes::Lines (&lines)[R], ptrdiff_t ahead) {
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
     request(codes[r] + ahead);
@@ -253,19 +252,10 @@ constexpr CodedGemv* kByType[kCodeTypes] = {
     coded<Direction, CodeType::e2m1>,
 };
 
+constexpr CodedGemvKernels coded_gemv = {kByType<Nt>, kByType<Nn>};
+
 }  // namespace
 
-void gemv_nt(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
-             ptrdiff_t ldc, int accumulate) {
-  kGemvNt<Step>[rows - 1](n, k, x, w, w_stride, c, ldc, accumulate);
-}
-
-void gemv_nn(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
-             ptrdiff_t ldc, int accumulate) {
-  kGemvNn<Step>[rows - 1](n, k, x, w, w_stride, c, ldc, accumulate);
-}
-
-extern const CodedGemvKernels coded_gemv;
-const CodedGemvKernels coded_gemv = {kByType<Nt>, kByType<Nn>};
+const GemvKernels gemv = {kGemvRows, gemv_nt_of<Step>, gemv_nn_of<Step>, &coded_gemv};
 
 }  // namespace kt::avx512_bf16

@@ -8,12 +8,10 @@ namespace kt::avx512_bf16 {
 constexpr int MR = kTileRows, NR = kTileCols;
 constexpr int KB = 2 * kRun;  // k in one 64-byte run of a packed A row
 
-PackRows pack_a, pack_b_cols;
+// Which AMX uses too.
+PackRows pack_b_cols;
 PackAcross pack_b_rows;
-MicroKernel micro_kernel;
-Gemv gemv_nt, gemv_nn;
-extern const CodedGemvKernels coded_gemv;
-DecodeCodes from_int8;
+extern const GemvKernels gemv;
 
 namespace {
 
@@ -21,11 +19,11 @@ namespace {
 struct Int8 {
   __m512 scale;
 
-  __attribute__((always_inline)) __m512 product(const uint8_t* codes) const {
+  KT_INLINE __m512 product(const uint8_t* codes) const {
     const __m512i values = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)codes));
     return _mm512_mul_ps(_mm512_cvtepi32_ps(values), scale);
   }
-  __attribute__((always_inline)) __m512i line(const uint8_t* codes) const {
+  KT_INLINE __m512i line(const uint8_t* codes) const {
     return (__m512i)_mm512_cvtne2ps_pbh(product(codes + 16), product(codes));
   }
 };

@@ -14,8 +14,6 @@
 
 #include "kernels/kernel_set.h"
 
-#define KT_INLINE __attribute__((always_inline)) inline
-
 namespace kt {
 namespace {
 

@@ -1,10 +1,11 @@
-// The loops around a decode of codes, shared with the sets that decode fast. Static functions only: each
-// set's objects keep their own copy.
+// The loops around a decode of codes, and the decodes of sets with vectors over their own steps and their own
+// Vec (generic/epilogue.h says what that has). Static functions only: each set's objects keep their own copy.
 #pragma once
 
 #include <string.h>
 
 #include "kernels/kernel_set.h"
+#include "kernels/scalar/set.h"
 
 namespace kt {
 
@@ -129,8 +130,8 @@ static void decode_edges(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stri
 }
 
 template <int StepBytes, class Step>
-__attribute__((always_inline)) static inline void decode_steps(const Step& step, int steps, ptrdiff_t ahead,
-                                                               const uint8_t*& codes, uint16_t*& dst) {
+KT_INLINE static void decode_steps(const Step& step, int steps, ptrdiff_t ahead, const uint8_t*& codes,
+                                   uint16_t*& dst) {
   for (; steps > 0; --steps, codes += StepBytes, dst += kStepCols) {
     __builtin_prefetch(codes + ahead);
     step(codes, dst);
@@ -225,5 +226,56 @@ static inline void decode_half_steps(const CodedRows& src, uint16_t* dst, ptrdif
     return step_of(scale_at(src, place), scale_at(src, edge > kHalfStep ? place + 1 : place));
   });
 }
+
+namespace {
+
+// Elements of a row to bf16: load(place, part) loads a Vec of them.
+template <class Vec, class T, class Load>
+inline void round_row(int n, const T* src, uint16_t* dst, const Load& load) {
+  constexpr int kAhead =
+      512;  // elements between a prefetch and its use: memory then gives up to three times as much
+  int i = 0;
+  for (; i + Vec::kSize <= n; i += Vec::kSize) {
+    __builtin_prefetch(src + i + kAhead);
+    load(src + i, Vec::kAll).store_bf16(dst + i);
+  }
+  if (i < n) load(src + i, Vec::first(n - i)).store_bf16(dst + i, Vec::first(n - i));
+}
+
+// A step of 32 columns is made from their scale, that of nibbles also from what the sixteen codes stand for
+// and from the zero point, and HalfNibbles from the scales of either half.
+template <class Vec, class Int8, class Nibbles, class HalfNibbles, class Fp8>
+struct Decodes {
+  static void from_f32(int n, const float* src, uint16_t* dst) { round_row<Vec>(n, src, dst, Vec::load); }
+  static void from_f16(int n, const uint16_t* src, uint16_t* dst) {
+    round_row<Vec>(n, src, dst, Vec::load_f16);
+  }
+
+  static void from_int8(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
+    decode_rows<32>(src, dst, dst_stride, [](float scale, float) { return Int8(scale); });
+  }
+
+  static void from_int4(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
+    decode_rows<16>(src, dst, dst_stride,
+                    [](float scale, float zero) { return Nibbles(kCounts, zero, scale); });
+  }
+
+  static void from_e2m1(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
+    if (has_half_steps(src))
+      return decode_half_steps<16>(
+          src, dst, dst_stride, [](float first, float second) { return HalfNibbles(kE2M1, first, second); });
+    decode_rows<16>(src, dst, dst_stride, [](float scale, float) { return Nibbles(kE2M1, 0.0f, scale); });
+  }
+
+  static void from_e4m3(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
+    if (!products_are_normal(src)) return scalar::from_e4m3(src, dst, dst_stride);
+    decode_rows<32>(src, dst, dst_stride, [](float scale, float) { return Fp8(scale); });
+  }
+
+  static constexpr DecodeKernels kKernels = {
+      from_f32, from_f16, {nullptr, from_int8, from_int4, from_e4m3, from_e2m1}};
+};
+
+}  // namespace
 
 }  // namespace kt

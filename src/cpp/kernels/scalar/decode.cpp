@@ -17,7 +17,7 @@ float half_to_float(uint16_t half) {
 
 // value(row of codes, column, place of the scale) is the number a code stands for.
 template <class Value>
-void decode(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride, Value value) {
+void decode_by(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride, Value value) {
   for (int i = 0; i < src.rows; ++i)
     for (int j = 0; j < src.cols; ++j) {
       const ptrdiff_t place = i * src.scale_stride + j / src.group;
@@ -26,6 +26,24 @@ void decode(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride, Value val
 }
 
 int nibble(const uint8_t* row, int j) { return row[j / 2] >> 4 * (j % 2) & 15; }
+
+void from_f32(int n, const float* src, uint16_t* dst) {
+  for (int i = 0; i < n; ++i) dst[i] = round(src[i]);
+}
+
+void from_f16(int n, const uint16_t* src, uint16_t* dst) {
+  for (int i = 0; i < n; ++i) dst[i] = round(half_to_float(src[i]));
+}
+
+void from_int4(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
+  decode_by(src, dst, dst_stride, [&](const uint8_t* row, int j, ptrdiff_t place) {
+    return static_cast<float>(nibble(row, j) - (src.zeros ? src.zeros[place] : 8));
+  });
+}
+
+void from_e2m1(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
+  decode_by(src, dst, dst_stride, [](const uint8_t* row, int j, ptrdiff_t) { return kE2M1[nibble(row, j)]; });
+}
 
 }  // namespace
 
@@ -39,32 +57,16 @@ uint16_t round(float value) {
   return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
-void from_f32(int n, const float* src, uint16_t* dst) {
-  for (int i = 0; i < n; ++i) dst[i] = round(src[i]);
-}
-
-void from_f16(int n, const uint16_t* src, uint16_t* dst) {
-  for (int i = 0; i < n; ++i) dst[i] = round(half_to_float(src[i]));
-}
-
 void from_int8(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
-  decode(src, dst, dst_stride, [](const uint8_t* row, int j, ptrdiff_t) {
+  decode_by(src, dst, dst_stride, [](const uint8_t* row, int j, ptrdiff_t) {
     return static_cast<float>(static_cast<int8_t>(row[j]));
   });
 }
 
-void from_int4(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
-  decode(src, dst, dst_stride, [&](const uint8_t* row, int j, ptrdiff_t place) {
-    return static_cast<float>(nibble(row, j) - (src.zeros ? src.zeros[place] : 8));
-  });
-}
-
 void from_e4m3(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
-  decode(src, dst, dst_stride, [](const uint8_t* row, int j, ptrdiff_t) { return kt::from_e4m3(row[j]); });
+  decode_by(src, dst, dst_stride, [](const uint8_t* row, int j, ptrdiff_t) { return kt::from_e4m3(row[j]); });
 }
 
-void from_e2m1(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
-  decode(src, dst, dst_stride, [](const uint8_t* row, int j, ptrdiff_t) { return kE2M1[nibble(row, j)]; });
-}
+const DecodeKernels decode = {from_f32, from_f16, {nullptr, from_int8, from_int4, from_e4m3, from_e2m1}};
 
 }  // namespace kt::scalar

@@ -81,8 +81,6 @@ struct Kernels {
   }
 };
 
-}  // namespace
-
 void transpose(const float* src, ptrdiff_t src_stride, int rows, int cols, float* dst, ptrdiff_t dst_stride) {
   for (int j = 0; j < cols; ++j)
     for (int i = 0; i < rows; ++i) dst[j * dst_stride + i] = src[i * src_stride + j];
@@ -100,6 +98,10 @@ void round_scaled(int n, float scale, const float* x, uint16_t* y) {
   for (int i = 0; i < n; ++i) y[i] = round(scale * x[i]);
 }
 
-const ActivationTable activations = activation_table<Kernels>();
+constexpr ActivationTable activations = activation_table<Kernels>();
+
+}  // namespace
+
+const EpilogueKernels epilogue = {transpose, sum_scaled, round_scaled, activations.kernels};
 
 }  // namespace kt::scalar

@@ -1,16 +1,17 @@
 // The readable truth: every other set is tested against this one.
+#include "kernels/generic/pack.h"
 #include "kernels/scalar/set.h"
 
 namespace kt::scalar {
 
 namespace {
 
-const uint16_t* row(RowSource src, int i) { return src.base + (src.index ? src.index[i] : i) * src.stride; }
+constexpr int MR = 4, NR = 16;
 
 // panel[p][i] = row i at p, for `width` rows of which `rows` exist.
 void interleave_rows(RowSource src, int rows, int width, int k, float* panel) {
   for (int i = 0; i < width; ++i)
-    for (int p = 0; p < k; ++p) panel[p * width + i] = i < rows ? widen(row(src, i)[p]) : 0.0f;
+    for (int p = 0; p < k; ++p) panel[p * width + i] = i < rows ? widen(source_row(src, i)[p]) : 0.0f;
 }
 
 // W [n x k] or [k x n] by the distance between neighbours in n and in k.
@@ -19,12 +20,10 @@ void multiply(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t 
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < n; ++j) {
       float sum = 0.0f;
-      for (int p = 0; p < k; ++p) sum += widen(row(x, i)[p]) * widen(w[j * n_stride + p * k_stride]);
+      for (int p = 0; p < k; ++p) sum += widen(source_row(x, i)[p]) * widen(w[j * n_stride + p * k_stride]);
       c[i * ldc + j] = (accumulate ? c[i * ldc + j] : 0.0f) + sum;
     }
 }
-
-}  // namespace
 
 void pack_a(RowSource src, int rows, int k, void* panel) {
   interleave_rows(src, rows, MR, k, static_cast<float*>(panel));
@@ -39,7 +38,7 @@ void pack_b_rows(RowSource src, int k, int cols, void* panels, ptrdiff_t panel_b
     float* panel = reinterpret_cast<float*>(static_cast<char*>(panels) + first / NR * panel_bytes);
     for (int p = 0; p < k; ++p)
       for (int j = 0; j < NR; ++j)
-        panel[p * NR + j] = first + j < cols ? widen(row(src, p)[first + j]) : 0.0f;
+        panel[p * NR + j] = first + j < cols ? widen(source_row(src, p)[first + j]) : 0.0f;
   }
 }
 
@@ -68,13 +67,13 @@ void micro_kernel(int rows, int, const BatchElement* batch, int count, float* c,
     for (int j = 0; j < NR; ++j) c[i * ldc + j] = (accumulate ? c[i * ldc + j] : 0.0f) + sum[i][j];
 }
 
-extern const KernelSet table;
-const KernelSet table = {
-    .gemm = {MR, NR, 1, sizeof(float), pack_a, pack_b_cols, pack_b_rows, micro_kernel, nullptr, nullptr,
-             nullptr, false},
-    .gemv = {kGemvRows, 0, gemv_nt, gemv_nn},
-    .epilogue = {transpose, sum_scaled, round_scaled, activations.kernels},
-    .decode = {from_f32, from_f16, {nullptr, from_int8, from_int4, from_e4m3, from_e2m1}},
-};
+constexpr GemmKernels gemm = {MR, NR, 1, sizeof(float), pack_a, pack_b_cols, pack_b_rows, micro_kernel};
+
+constexpr GemvKernels gemv = {kGemvRows, gemv_nt, gemv_nn};
+
+}  // namespace
+
+extern const OwnKernels kernels;
+const OwnKernels kernels = {&gemm, &gemv, &epilogue, &decode};
 
 }  // namespace kt::scalar

@@ -1,0 +1,87 @@
+// Packing. The functions named _f32 are for sets whose panels hold fp32, written over the set's own Vec
+// (generic/epilogue.h says what it has): A [k / KB][MR][KB], runs of 64 bytes reached from one pointer with
+// constant offsets, and B [k][NR] with NR two Vecs. Everything here is local to the file that includes it.
+#pragma once
+
+#include "kernels/kernel_set.h"
+
+namespace kt {
+namespace {
+
+inline const uint16_t* source_row(RowSource src, int i) {
+  return src.base + (src.index ? src.index[i] : i) * src.stride;
+}
+
+constexpr int kRowsAhead = 32;  // between a prefetch, into the second cache level, and its use
+
+// Packs the next 1 to 4 panels of B, of NR columns each.
+using PackPanels = void(RowSource src, int k, int cols, char* dst, ptrdiff_t panel_bytes);
+
+template <int NR>
+void pack_b_rows_by(PackPanels* const (&pack)[4], RowSource src, int k, int cols, void* panels,
+                    ptrdiff_t panel_bytes) {
+  char* dst = static_cast<char*>(panels);
+  for (; cols > 0; cols -= 4 * NR, src.base += 4 * NR, dst += 4 * panel_bytes)
+    pack[cols > 3 * NR ? 3 : (cols - 1) / NR](src, k, cols, dst, panel_bytes);
+}
+
+template <class Vec, int MR, int KB>
+void pack_a_f32(RowSource src, int rows, int k, void* panel) {
+  float* dst = static_cast<float*>(panel);
+  for (int i = 0; i < rows; ++i) {
+    const uint16_t* row = source_row(src, i);
+    for (int p = 0; p < k; p += KB)
+      for (int v = 0; v < KB; v += Vec::kSize)
+        Vec::load_bf16(row + p + v, Vec::first(k - p - v)).store(dst + p * MR + i * KB + v);
+  }
+}
+
+// A row is read in runs of P panels' lines. One line at a time, rows that lie a power of two of bytes apart
+// fall into one cache set, and what is fetched beside a line is lost before its turn comes.
+template <class Vec, int P>
+void pack_panels_f32(RowSource src, int k, int cols, char* dst, ptrdiff_t panel_bytes) {
+  constexpr int NR = 2 * Vec::kSize, kLine = 32;
+  const typename Vec::Part low = Vec::first(cols - (P - 1) * NR),
+                           high = Vec::first(cols - (P - 1) * NR - Vec::kSize);
+  for (int p = 0; p < k; ++p, dst += NR * sizeof(float)) {
+    const uint16_t* row = source_row(src, p);
+    const uint16_t* ahead = p + kRowsAhead < k ? source_row(src, p + kRowsAhead) : row;
+#pragma GCC unroll 4
+    for (int i = 0; i < P; ++i) {
+      if (i * NR % kLine == 0) __builtin_prefetch(ahead + i * NR, 0, 2);
+      const bool last = i + 1 == P;
+      float* panel = reinterpret_cast<float*>(dst + i * panel_bytes);
+      Vec::load_bf16(row + i * NR, last ? low : Vec::kAll).store(panel);
+      Vec::load_bf16(row + i * NR + Vec::kSize, last ? high : Vec::kAll).store(panel + Vec::kSize);
+    }
+  }
+}
+
+template <class Vec>
+void pack_b_rows_f32(RowSource src, int k, int cols, void* panels, ptrdiff_t panel_bytes) {
+  constexpr PackPanels* kPack[] = {pack_panels_f32<Vec, 1>, pack_panels_f32<Vec, 2>, pack_panels_f32<Vec, 3>,
+                                   pack_panels_f32<Vec, 4>};
+  pack_b_rows_by<2 * Vec::kSize>(kPack, src, k, cols, panels, panel_bytes);
+}
+
+// Pairs of neighbours in k are transposed, then taken apart. load_pairs(src, j, cols, p, k, r): from p on,
+// those of rows j and following, as many as a Vec has elements; zeros behind the last row and behind k.
+template <class Vec, class LoadPairs>
+void pack_b_cols_f32(RowSource src, int cols, int k, void* panel, const LoadPairs& load_pairs) {
+  constexpr int N = Vec::kSize, NR = 2 * N;
+  float* dst = static_cast<float*>(panel);
+  for (int j = 0; j < NR; j += N)
+    for (int p = 0; p < k; p += 2 * N) {
+      Vec r[N];
+      load_pairs(src, j, cols, p, k, r);
+      transpose_block(r);
+      for (int i = 0; i < N && p + 2 * i < k; ++i) {
+        float* pair = dst + (p + 2 * i) * NR + j;
+        r[i].even().store(pair);
+        if (p + 2 * i + 1 < k) r[i].odd().store(pair + NR);
+      }
+    }
+}
+
+}  // namespace
+}  // namespace kt
