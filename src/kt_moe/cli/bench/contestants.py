@@ -107,25 +107,11 @@ class Contestant:
 
 
 class KtMoe(Contestant):
-    """This library, called as a user calls it; `gpu` is a `kt_moe.Gpu`, or "off" for the CPU alone."""
+    """This library, called as a user calls it; `gpu` is what its experts were made with."""
 
-    def __init__(
-        self,
-        weights: Weights,
-        runtime: kt_moe.Runtime,
-        format: str = "bf16",
-        gpu: Gpu | str = "off",
-        layers: int = 1,
-        recompute: bool = False,
-        **place: Any,
-    ) -> None:
+    def __init__(self, experts: list[kt_moe.Experts], gpu: Gpu | str = "off", **place: Any) -> None:
         super().__init__(**place)
-        self._gpu = gpu
-        self.experts = [
-            kt_moe.Experts(*weights, format=format, runtime=runtime, gpu=gpu) for _ in range(layers)
-        ]
-        for experts in self.experts:
-            experts.recompute = recompute
+        self.experts, self._gpu = experts, gpu
 
     def layer(self, index: int, x: Tensor, ids: Tensor, weights: Tensor, lora: dict[str, Tensor]) -> Tensor:
         return kt_moe.moe(x, ids, weights, self.experts[index], lora, scaling=SCALING)

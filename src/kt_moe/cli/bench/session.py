@@ -171,7 +171,7 @@ class _Session:
         """A contestant of this process, with a first step on a GPU behind it."""
         settings, layers, format = self.settings, self.settings.layers or 1, name.partition(" ")[2]
         if settings.mode == "layer":
-            return contestants.KtMoe(weights, runtime, format, recompute=settings.recompute)
+            return self._kt_moe(weights, runtime, format, "off")
         gc.collect()
         before = contestants.allocated(self.device)
         place: dict[str, Any] = {"device": settings.device, "residual": True, "lora_device": settings.device}
@@ -188,11 +188,22 @@ class _Session:
             gpu = "off" if name == "cpu" else kt_moe.Gpu(settings.device, memory, share)
             place["lora_device"] = "cpu" if name == "cpu" else settings.lora_device
             format = format or settings.format[0]
-            made = contestants.KtMoe(weights, runtime, format, gpu, layers, settings.recompute, **place)
+            made = self._kt_moe(weights, runtime, format, gpu, **place)
         made.prepare(Case(self.shape, min(settings.tokens), settings.rank[0], layers=layers))
         made.step(0)
         made.standing = contestants.allocated(self.device) - before
         return made
+
+    def _kt_moe(
+        self, weights: Weights, runtime: kt_moe.Runtime, format: str, gpu: Any, **place: Any
+    ) -> Contestant:
+        experts = [
+            kt_moe.Experts(*weights, format=format, runtime=runtime, gpu=gpu)
+            for _ in range(self.settings.layers or 1)
+        ]
+        for one in experts:
+            one.recompute = self.settings.recompute
+        return contestants.KtMoe(experts, gpu, **place)
 
     def _time_case(
         self, case: Case, made: dict[str, Any], weights: Weights, ceilings: yardsticks.Ceilings | None

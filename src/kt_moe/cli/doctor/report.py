@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from kt_moe import _core
-from kt_moe.cli.doctor.finding import Finding
+from kt_moe.cli.doctor.findings import Finding
 from kt_moe.cli.doctor.gpus import Gpu, Gpus
 from kt_moe.cli.doctor.machine import Machine
 from kt_moe.cli.nodes import node_lines

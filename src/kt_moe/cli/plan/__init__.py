@@ -59,16 +59,18 @@ def dry_run(options: train.Options) -> int:
         train.check_experts(options)
         experts.rates()
         runtime = Runtime(experts.experts_threads)
-        sizes = [parse_bytes(f"--{n}", v) for n, v in _sizes(asked) if v is not None]
+        described = {
+            name: parse_bytes(f"--{name}", value)
+            for name in ("plan_host_memory", "plan_gpu")
+            if (value := getattr(asked, name)) is not None
+        }
     except ValueError as error:
         raise UserError(str(error)) from error
     process = memory.Part("process", process_bytes(), "measured", "Python, PyTorch and other libraries")
     available = free_memory() + resident("RssAnon")  # the run will not be beside this process
     gpu_available = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
-    if asked.plan_host_memory is not None:
-        available = sizes.pop(0)
-    if asked.plan_gpu is not None:
-        gpu_available = sizes.pop(0)
+    available = described.get("plan_host_memory", available)
+    gpu_available = described.get("plan_gpu", gpu_available)
     with blamed_on(name):
         model = outline(config, wanted, **trusted)
         weights, format = weights_part(Path(name), config, model, wanted.format)
@@ -87,10 +89,10 @@ def dry_run(options: train.Options) -> int:
         gpu=gpu_available, mmap_threshold=threshold,
     )  # fmt: skip
     with_gpu = speed_of(options, model, wanted, format, weights.nbytes, runtime, gpu_available)
-    answer = report.Answer(model, wanted, plan, available, gpu_available, speed, with_gpu)
+    host = report.Memory("host memory", plan.host, available)
+    gpu = None
+    if plan.gpu is not None and gpu_available is not None:
+        gpu = report.Memory("GPU memory", plan.gpu, gpu_available)
+    answer = report.Answer(model, wanted, host, gpu, speed, with_gpu)
     print(json.dumps(report.to_dict(answer), indent=2) if asked.plan_json else report.describe(answer))
     return 0 if answer.fits else 1
-
-
-def _sizes(asked: train.PlanConfig) -> list[tuple[str, str | None]]:
-    return [("plan_host_memory", asked.plan_host_memory), ("plan_gpu", asked.plan_gpu)]

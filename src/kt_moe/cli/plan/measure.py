@@ -7,24 +7,23 @@ expert is the same, and the layer's time is that of its experts together.
 from __future__ import annotations
 
 import statistics
-import time
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from kt_moe import Experts, Runtime, moe
-from kt_moe.cli.bench.cases import SCALING, Case, Shape, make_inputs, make_weights
+from kt_moe import Experts, Runtime
+from kt_moe.cli.bench.cases import Case, Shape, make_weights
+from kt_moe.cli.bench.contestants import KtMoe, Step
 from kt_moe.cli.plan.memory import scratch_bytes
 from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.shapes import ExpertLayer
 from kt_moe.experts import PROJECTIONS
 from kt_moe.host_memory import resident
 
-_SECONDS = 6.0  # of timed steps, about
+_SECONDS = 3.0  # of timed steps, about
 _WEIGHTS = 1 << 29  # bytes of bf16 weights, about
-_STEPS = 5
 _PILOT = 64  # tokens of the step that tells how many are affordable
 
 
@@ -80,17 +79,18 @@ def measure(layer: ExpertLayer, run: Run, format: str, runtime: Runtime, free: i
         return None
     experts, tokens = found
     shape = Shape("planned", layer.hidden, layer.intermediate, experts, layer.topk)
-    kept = make_experts(shape, layer, format, runtime)
+    one = KtMoe([make_experts(shape, layer, format, runtime)])
+
+    def steps(tokens: int, seconds: float) -> list[Step]:
+        one.prepare(Case(shape, tokens, run.rank))
+        projections = set(run.projections) & set(layer.projections)
+        one.lora = [{n: t for n, t in one.lora[0].items() if n.split("_")[0] in projections}]
+        return one.turn(1, seconds)
+
     pilot = min(tokens, _PILOT)
-    _step(kept, shape, run, pilot)  # touches memory and wakes the threads
-    seconds = sum(_step(kept, shape, run, pilot))
-    affordable = max(pilot, int(pilot * _SECONDS / (3 * seconds)))
+    affordable = max(pilot, int(pilot * _SECONDS / (3 * sum(steps(pilot, 0.0)[0]))))
     tokens = min(tokens, affordable)
-    steps: list[tuple[float, float]] = []
-    end = time.perf_counter() + _SECONDS
-    while len(steps) < _STEPS and (not steps or time.perf_counter() < end):
-        steps.append(_step(kept, shape, run, tokens))
-    forward, backward = (statistics.median(times) for times in zip(*steps, strict=True))
+    forward, backward = (statistics.median(times) for times in zip(*steps(tokens, _SECONDS), strict=True))
     more = run.tokens / tokens
     here = replace(run, batch=1, sequence=tokens)
     rows = tokens * layer.topk // experts  # of an expert, at least in the largest block
@@ -109,20 +109,3 @@ def make_experts(shape: Shape, layer: ExpertLayer, format: str, runtime: Runtime
         shapes = {p: made[p].shape[:2] for p in layer.projections}
         weights |= {f"{p}_bias": torch.zeros(*size, dtype=torch.bfloat16) for p, size in shapes.items()}
     return Experts(**weights, activation=layer.activation, format=format, runtime=runtime)
-
-
-def _step(experts: Experts, shape: Shape, run: Run, tokens: int) -> tuple[float, float]:
-    """Seconds of forward and of backward."""
-    inputs = make_inputs(Case(shape, tokens, run.rank))
-    (ids, weights), hidden_states = inputs.routes[0][0], inputs.hidden_states.detach().requires_grad_()
-    lora = {
-        name: tensor.detach().requires_grad_()
-        for name, tensor in inputs.lora.items()
-        if name.split("_")[0] in run.projections and name.split("_")[0] in experts.projections
-    }
-    began = time.perf_counter()
-    with torch.enable_grad():
-        out = moe(hidden_states, ids, weights, experts, lora, scaling=SCALING)
-    middle = time.perf_counter()
-    out.backward(inputs.grad_out)  # type: ignore[no-untyped-call]
-    return middle - began, time.perf_counter() - middle

@@ -39,21 +39,6 @@ class Plan:
     host: tuple[Part, ...]
     gpu: tuple[Part, ...] | None
 
-    @property
-    def host_bytes(self) -> int:
-        """Sum of the host's parts."""
-        return total(self.host)
-
-    @property
-    def gpu_bytes(self) -> int:
-        """Sum of the GPU's parts."""
-        return total(self.gpu or ())
-
-
-def total(parts: Iterable[Part]) -> int:
-    """Sum of the parts."""
-    return sum(part.nbytes for part in parts)
-
 
 def weights_bytes(layers: Iterable[ExpertLayer], format: str) -> int:
     """Of all experts, quantised to a format on loading, and their biases."""

@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from kt_moe.cli.plan import gpu_speed
 from kt_moe.cli.plan.gpu_speed import GpuSpeed
 from kt_moe.cli.plan.measure import Speed
-from kt_moe.cli.plan.memory import Part, Plan, total
+from kt_moe.cli.plan.memory import Part
 from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.shapes import Outline
 from kt_moe.cli.text import count_text, ranges_text, size_text, table
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What of the run lies in one memory, and the bytes of it that the run may take."""
+
+    title: str
+    parts: tuple[Part, ...]
+    available: int
+
+    @property
+    def nbytes(self) -> int:
+        """Sum of the parts."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def spare(self) -> int:
+        """Bytes left over, negative if the parts do not fit."""
+        return self.available - self.nbytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        parts = [asdict(part) for part in self.parts]
+        return {"parts": parts, "nbytes": self.nbytes, "available": self.available, "spare": self.spare}
+
+    def describe(self) -> list[str]:
+        """A line for each part, and whether they fit."""
+        rows = [[part.name, size_text(part.nbytes), part.source, part.note] for part in self.parts]
+        rows += [[name, size_text(getattr(self, key)), "", ""] for name, key in _SUMS]
+        verdict = "it fits, with {} to spare" if self.spare >= 0 else "IT DOES NOT FIT, by {}"
+        table_lines = table(rows, right=[1]).splitlines()
+        return [self.title, *(f"  {x}" for x in (*table_lines, verdict.format(size_text(abs(self.spare)))))]
+
+
+_SUMS = (("together", "nbytes"), ("available", "available"))
 
 
 @dataclass(frozen=True)
@@ -20,33 +54,27 @@ class Answer:
     """A plan beside the machine it is for.
 
     Attributes:
-        host_available, gpu_available: bytes that the run may take; None: no GPU.
+        gpu: None where there is none.
         speed: None where nothing was measured.
         gpu_speed: predicted; None without a GPU.
     """
 
     model: Outline
     run: Run
-    plan: Plan
-    host_available: int
-    gpu_available: int | None
+    host: Memory
+    gpu: Memory | None
     speed: Speed | None
     gpu_speed: GpuSpeed | None = None
 
     @property
+    def memories(self) -> list[Memory]:
+        """Of the host, and of the GPU if there is one."""
+        return [self.host] if self.gpu is None else [self.host, self.gpu]
+
+    @property
     def fits(self) -> bool:
         """Whether every memory holds its parts."""
-        return self.host_spare >= 0 and (self.gpu_spare is None or self.gpu_spare >= 0)
-
-    @property
-    def host_spare(self) -> int:
-        """Bytes left over, negative if the plan does not fit."""
-        return self.host_available - self.plan.host_bytes
-
-    @property
-    def gpu_spare(self) -> int | None:
-        """The same of the GPU; None where there is none."""
-        return None if self.gpu_available is None else self.gpu_available - self.plan.gpu_bytes
+        return all(memory.spare >= 0 for memory in self.memories)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -59,7 +87,7 @@ class Answer:
 
 def to_dict(answer: Answer) -> dict[str, Any]:
     """As JSON takes it."""
-    model, plan, speed = answer.model, answer.plan, answer.speed
+    model, speed = answer.model, answer.speed
     return {
         "model": {
             "model_type": model.model_type,
@@ -67,8 +95,8 @@ def to_dict(answer: Answer) -> dict[str, Any]:
             "rest_bytes": model.rest_bytes,
         },
         "run": {**asdict(answer.run), "tokens": answer.run.tokens},
-        "host": _memory_dict(plan.host, answer.host_available, answer.host_spare),
-        "gpu": plan.gpu and _memory_dict(plan.gpu, answer.gpu_available, answer.gpu_spare),
+        "host": answer.host.to_dict(),
+        "gpu": answer.gpu and answer.gpu.to_dict(),
         "speed": speed and {**asdict(speed), "tokens_per_second_at_most": answer.tokens_per_second},
         "gpu_speed": None if answer.gpu_speed is None else gpu_speed.to_dict(answer.gpu_speed),
         "fits": answer.fits,
@@ -77,7 +105,7 @@ def to_dict(answer: Answer) -> dict[str, Any]:
 
 def describe(answer: Answer) -> str:
     """Model, memory by part, whether it fits, speed."""
-    run, plan = answer.run, answer.plan
+    run = answer.run
     checkpointing = ", gradient checkpointing" if run.checkpointing else ""
     checkpointing += ", experts retained" if run.retain else ""
     targets = ", ".join((*run.projections, *run.modules))
@@ -85,11 +113,9 @@ def describe(answer: Answer) -> str:
         f"model  {_model_text(answer.model)}",
         f"run    {run.batch} x {run.sequence} tokens, LoRA rank {run.rank} in fp32 on {targets}, "
         f"{run.optimizer}{checkpointing}",
-        "",
-        *_memory_lines("host memory", plan.host, answer.host_available, answer.host_spare),
     ]
-    if plan.gpu is not None and answer.gpu_available is not None and answer.gpu_spare is not None:
-        lines += ["", *_memory_lines("GPU memory", plan.gpu, answer.gpu_available, answer.gpu_spare)]
+    for memory in answer.memories:
+        lines += ["", *memory.describe()]
     lines += ["", *_speed_lines(answer)]
     if answer.gpu_speed is not None:
         lines += ["", *gpu_speed.describe(answer.gpu_speed)]
@@ -105,15 +131,6 @@ def _model_text(model: Outline) -> str:
     )
 
 
-def _memory_lines(title: str, parts: Sequence[Part], available: int, spare: int) -> list[str]:
-    rows = [[part.name, size_text(part.nbytes), part.source, part.note] for part in parts]
-    rows += [["together", size_text(total(parts)), "", ""], ["available", size_text(available), "", ""]]
-    verdict = "it fits, with" if spare >= 0 else "IT DOES NOT FIT, by"
-    left = " to spare" if spare >= 0 else ""
-    indented = [f"  {line}" for line in table(rows, right=[1]).splitlines()]
-    return [title, *indented, f"  {verdict} {size_text(abs(spare))}{left}"]
-
-
 def _speed_lines(answer: Answer) -> list[str]:
     speed, rate = answer.speed, answer.tokens_per_second
     if speed is None or rate is None:
@@ -126,12 +143,3 @@ def _speed_lines(answer: Answer) -> list[str]:
         f"({speed.isa}, {count_text(speed.threads, 'thread')}), "
         f"scaled from {count_text(speed.tokens, 'token')} through {speed.experts} of {layer.experts} experts",
     ]
-
-
-def _memory_dict(parts: Sequence[Part], available: int | None, spare: int | None) -> dict[str, Any]:
-    return {
-        "parts": [asdict(part) for part in parts],
-        "nbytes": total(parts),
-        "available": available,
-        "spare": spare,
-    }
