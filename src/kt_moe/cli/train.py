@@ -14,7 +14,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
@@ -25,6 +25,7 @@ import transformers
 import trl
 from jinja2 import TemplateError
 from safetensors import SafetensorError
+from transformers.hf_argparser import HfArg
 
 from kt_moe.cli import data
 from kt_moe.cli.described import described, read_config, resolve_targets
@@ -68,47 +69,35 @@ class RunConfig:
 
     _argument_group_name = "run (kt_moe)"
 
-    overwrite: bool = field(
-        default=False, metadata={"help": "Start anew where an adapter or a run already is in --output_dir."}
+    overwrite: bool = HfArg(
+        default=False, help="Start anew where an adapter or a run already is in --output_dir."
     )
-    eval_fraction: float = field(
+    eval_fraction: float = HfArg(
         default=0.0,
-        metadata={
-            "help": "Part of the training data to hold out as --dataset_test_split, if the data has no such "
-            "split: by contents, so the same rows whatever their order; copies stay on one side."
-        },
+        help="Part of the training data to hold out as --dataset_test_split, if the data has no such split: "
+        "by contents, so the same rows whatever their order; copies stay on one side.",
     )
-    long_text: str = field(
+    long_text: str = HfArg(
         default="truncate",
-        metadata={
-            "choices": ["truncate", "cut"],
-            "help": "What becomes of texts longer than --max_length (sft): they lose their end, as in TRL, "
-            "or are cut into rows of nearly equal length.",
-        },
+        help="What becomes of texts longer than --max_length (sft): they lose their end, as in TRL, or are "
+        "cut into rows of nearly equal length.",
+        metadata={"choices": ["truncate", "cut"]},
     )
-    report: bool = field(
+    report: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Leave loss.png, metrics.json, and how often experts were chosen, in --output_dir."
-        },
+        help="Leave loss.png, metrics.json, and how often experts were chosen, in --output_dir.",
     )
-    sample: str | None = field(
+    sample: str | None = HfArg(
+        default=None, help="A prompt: show what the model writes after it, before and after training."
+    )
+    sample_tokens: int = HfArg(default=80, help="Number of tokens that --sample shows after the prompt.")
+    popularity: str | None = HfArg(
         default=None,
-        metadata={"help": "A prompt: show what the model writes after it, before and after training."},
+        help="routing.safetensors of an earlier run: with --experts_placement expert, whole experts are "
+        "shared out by it.",
     )
-    sample_tokens: int = field(
-        default=80, metadata={"help": "Number of tokens that --sample shows after the prompt."}
-    )
-    popularity: str | None = field(
-        default=None,
-        metadata={
-            "help": "routing.safetensors of an earlier run: with --experts_placement expert, whole experts "
-            "are shared out by it."
-        },
-    )
-    lora_shared_outer: bool = field(
-        default=False,
-        metadata={"help": "One A of gate and up, and one B of down, for all experts of a layer."},
+    lora_shared_outer: bool = HfArg(
+        default=False, help="One A of gate and up, and one B of down, for all experts of a layer."
     )
 
 
@@ -118,26 +107,17 @@ class PlanConfig:
 
     _argument_group_name = "plan (kt_moe)"
 
-    dry_run: bool = field(
-        default=False,
-        metadata={"help": "Tell memory and time of the run and stop: status 0 if it fits, 1 if not."},
+    dry_run: bool = HfArg(
+        default=False, help="Tell memory and time of the run and stop: status 0 if it fits, 1 if not."
     )
-    plan_host_memory: str | None = field(
-        default=None,
-        metadata={
-            "help": "Free host memory of another machine, such as 256GiB; default: what is free on this one."
-        },
+    plan_host_memory: str | None = HfArg(
+        default=None, help="Free host memory of another machine, such as 256GiB; default: what is free here."
     )
-    plan_gpu: str | None = field(
-        default=None,
-        metadata={
-            "help": "Free GPU memory of another machine, such as 24GiB; default: what is free on this one."
-        },
+    plan_gpu: str | None = HfArg(
+        default=None, help="Free GPU memory of another machine, such as 24GiB; default: what is free here."
     )
-    plan_measure: bool = field(
-        default=True, metadata={"help": "Time one layer here; otherwise arithmetic alone."}
-    )
-    plan_json: bool = field(default=False, metadata={"help": "Print the plan as JSON."})
+    plan_measure: bool = HfArg(default=True, help="Time one layer here; otherwise arithmetic alone.")
+    plan_json: bool = HfArg(default=False, help="Print the plan as JSON.")
 
 
 @dataclass

@@ -42,12 +42,12 @@ _OPTIONS: dict[str, tuple[dict[str, Any], str, tuple[Any, Any, Any]]] = {
     "topk": (_COUNT, _OWN, (None,) * 3),
     "tokens": (_COUNTS, "in a batch", ([1, 8, 64, 1024], [512, 2048, 8192, 16384], [2048, 8192, 16384])),
     "rank": ({**_COUNTS, "type": list_of(integer(0))}, "of LoRA, 0 for none", ([0, 16], [16], [16])),
-    "format": (_NAMES, "of kt_moe's experts, each a contestant", (["bf16"],) * 3),
+    "format": (_NAMES, "of kt_moe's experts, each timed", (["bf16"],) * 3),
     "threads": (_COUNTS, "(the cores that this process may use)", ([None],) * 3),
-    "isa": (_NAMES, "kernel sets (the best there is)", ([None], ..., ...)),
+    "isa": (_NAMES, "kernel sets of a layer (the best there is)", ([None], ..., ...)),
     "routing": ({"choices": ["uniform", "skewed"]}, "tokens to experts", ("uniform", "uniform", ...)),
     "recompute": (_FLAG, "backward computes G and U again", (False,) * 3),
-    "quick": (_FLAG, "32 experts, 3 short turns: half a minute", (False, ..., ...)),
+    "quick": (_FLAG, "of a layer 32 experts, 3 short turns: half a minute", (False, ..., ...)),
     "reps": (_COUNT, "turns that each one takes at a case", (7, 5, 5)),
     "peers": (_NAMES, "", ([], _PEERS["gpu"], _PEERS["step"])),
     "layers": (_COUNT, "of the stack or the model", (..., 6, 48)),
@@ -64,7 +64,8 @@ _OPTIONS: dict[str, tuple[dict[str, Any], str, tuple[Any, Any, Any]]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options; `read` puts the defaults in, which depend on what is timed."""
-    groups = [parser.add_argument_group(f"options of {title}") for title in _TITLES.values()]
+    titles = ("what is timed (defaults of a layer; a stack; a step)", "with --gpu", "with --gpu --step")
+    groups = [parser.add_argument_group(title) for title in titles]
     peers = "others to time: " + "; ".join(f"{mode}: {', '.join(names)}" for mode, names in _PEERS.items())
     for name, (how, text, defaults) in _OPTIONS.items():
         shown = [

@@ -146,7 +146,9 @@ class _Session:
             for rank, tokens in itertools.product(settings.rank, settings.tokens):
                 variants = cases.variants_of(self.shape, tokens, l3) if ceilings else 1
                 case = Case(self.shape, tokens, rank, settings.routing, variants, settings.layers or 1)
-                self._add([{**found, **here} for found in self._time_case(case, made, weights, ceilings)])
+                results = [{**found, **here} for found in self._time_case(case, made, weights, ceilings)]
+                self.record["results"] += results
+                self._show(results)
         if ceilings and (moved := yardsticks.drift(ceilings, yardsticks.ceilings(runtime))):
             ratios = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in moved.items())
             self.note(f"ceilings at the end over those at the start: {ratios}; do not trust the shares")
@@ -235,22 +237,15 @@ class _Session:
                 steps[name] += more or []
                 if more is None:
                     del steps[name]
-        if (
-            ceilings
-            and (name := "kt_moe bf16") in marks
-            and self._outputs(name, case, made[name]) != marks[name]
-        ):
-            self.fault(f"{name}, {case}: the last step's outputs are not the first one's")
+        ours = "kt_moe bf16"
+        if ceilings and ours in steps and self._outputs(ours, case, made[ours]) != marks[ours]:
+            self.fault(f"{ours}, {case}: the last step's outputs are not the first one's")
         results = []
         for name in steps:
             forward, backward = (list(column) for column in zip(*steps[name], strict=True))
             seconds_of = {"forward": forward, "backward": backward, "both": list(map(sum, steps[name]))}
-            found = {
-                "errors": errors[name],
-                "worst_error": max(errors[name].values()),
-                **made[name].figures(),
-            }
-            results.append(_result(name, case, seconds_of, found))
+            found = {"errors": errors[name], "worst_error": max(errors[name].values())}
+            results.append(_result(name, case, seconds_of, found | made[name].figures()))
         return self._with_limits(results, case, ceilings)
 
     def _outputs(self, name: str, case: Case, one: Any) -> list[int]:
@@ -268,13 +263,13 @@ class _Session:
     ) -> list[dict[str, Any]]:
         """Faults of ours, and what the machine allows: by its ceilings, or by its link and the GPU alone."""
         resident = next((r["seconds"]["both"]["median"] for r in results if r["who"] == "resident"), 0.0)
+        touched = cases.make_inputs(case).touched
         for found in results:
             ours = found["who"] == "kt_moe bf16"
             if ours and not found["worst_error"] <= _WORST_ERROR[self.settings.mode]:
                 self.fault(f"{found['who']}, {case}: an output is off: {found['errors']}")
             took = {name: seconds["median"] for name, seconds in found["seconds"].items()}
             if ceilings is not None:
-                touched = cases.make_inputs(case).touched
                 found |= {"flops": case.flops(), "bytes": case.bytes(touched), "experts_touched": touched}
                 found |= {f"{n}_per_second": found[n]["both"] / took["both"] for n in ("flops", "bytes")}
                 found["bound"], found["limit_seconds"] = yardsticks.bound(case, touched, ceilings)
@@ -290,7 +285,7 @@ class _Session:
         """Each contestant in a process of its own, one after the other: few fit beside another."""
         from kt_moe.cli.bench.training import Trainer  # transformers and PEFT, which take seconds to import
 
-        settings, results = self.settings, []
+        settings, results = self.settings, self.record["results"]
         for rank, name in itertools.product(settings.rank, self._names()):
             job = argparse.Namespace(**{**vars(settings), "rank": rank, "threads": runtime.threads})
             with ExitStack() as stack:
@@ -298,25 +293,22 @@ class _Session:
                 for tokens in settings.tokens if trainer is not None else ():
                     found = self._attempt(f"{name}, {tokens} tokens", trainer.run, tokens)
                     if found is not None:
-                        case = Case(self.shape, tokens, rank, layers=settings.layers)
+                        case = Case(self.shape, found["tokens"], rank, layers=settings.layers)
                         results.append(_result(name, case, {"both": found.pop("seconds")}, found))
                         print(results_table(results[-1:]), flush=True)
-        results.sort(key=lambda found: found["tokens"])
-        for _, group in itertools.groupby(results, lambda found: found["tokens"]):
-            self._add(list(group))
+                        self._write()
+        for tokens in dict.fromkeys(found["tokens"] for found in results):
+            self._show([found for found in results if found["tokens"] == tokens])
 
-    def _add(self, results: Sequence[dict[str, Any]]) -> None:
-        """Record and show results of one case, in the order of the contestants."""
+    def _show(self, results: Sequence[dict[str, Any]]) -> None:
+        """Print results of one case, in the order of the contestants, with their times over others'."""
         plain = {(r["who"], r["tokens"]): r for r in self.record["results"] if r["rank"] == 0}
         for found in results:
-            for name, other in (
-                ("first", results[0]),
-                ("rank_0", plain.get((found["who"], found["tokens"]))),
-            ):
+            others = {"first": results[0], "rank_0": plain.get((found["who"], found["tokens"]))}
+            for name, other in others.items():
                 if other is not None:
                     ratio = found["seconds"]["both"]["median"] / other["seconds"]["both"]["median"]
                     found[f"time_over_{name}"] = ratio
-        self.record["results"] += results
         self._write()
         if results:
             print(f"\n{results_table(results)}", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from typing import Any
 
@@ -59,7 +60,7 @@ class Trainer:
         self._vocabulary, self._build_seconds = model.config.vocab_size, time.perf_counter() - begin
 
     def run(self, tokens: int) -> dict[str, Any]:
-        """Times and losses of steps on random tokens, and the memory that they take."""
+        """Times and losses of steps on random tokens, about as many, and the memory that they take."""
         settings, generator = self._settings, torch.Generator().manual_seed(0)
         size = (max(1, tokens // settings.sequence), min(tokens, settings.sequence))
         seconds, losses = [], []
@@ -71,6 +72,7 @@ class Trainer:
             losses.append(self._step(ids))
             seconds.append(time.perf_counter() - begin)
         return {
+            "tokens": size[0] * size[1],
             "seconds": seconds[_WARM_UP:],
             "losses": losses,
             "gpu_bytes": allocated(self._device, peak=True),
@@ -132,9 +134,14 @@ def roundpipe_step(model: Any) -> Any:
 
     layers = [_First(model.model), *map(_Middle, model.model.layers), _Last(model)]
     pipe = roundpipe.RoundPipe(nn.Sequential(*layers), optim_dtype=torch.float32, name="qwen3_moe")
-    adam = roundpipe.optim.Adam(
-        list(pipe.optim_parameters()), lr=_LEARNING_RATE, weight_decay=0.01, decoupled_weight_decay=True
-    )
+    trained = list(pipe.optim_parameters())
+    try:  # its own is compiled now
+        adam: Any = roundpipe.optim.Adam(
+            trained, lr=_LEARNING_RATE, weight_decay=0.01, decoupled_weight_decay=True
+        )
+    except (RuntimeError, OSError) as error:
+        print(f"roundpipe.optim.Adam does not compile, torch's AdamW instead: {error}", file=sys.stderr)
+        adam = torch.optim.AdamW(trained, lr=_LEARNING_RATE, fused=True)
 
     def update() -> None:
         adam.step()
