@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from kt_moe.adapter_files import read_adapter, write_adapter
 from kt_moe.hf.config import KtLoraConfig, SharedOuterLoraConfig, check_same
@@ -29,6 +29,9 @@ def save_adapter(model: nn.Module, directory: StrPath, *, adapter_name: str = "d
     and on disk, so that a full disk leaves the adapter that was there, and readers can tell a pair whose
     second file is still to come.
 
+    Of a model that fully_shard shards every process has to call it; the first one of them writes, and all
+    return when it has.
+
     Args:
         model: a PeftModel, or a transformers model with an adapter added.
         directory: made if it does not exist; other files in it stay.
@@ -41,9 +44,22 @@ def save_adapter(model: nn.Module, directory: StrPath, *, adapter_name: str = "d
     config.inference_mode = True
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None)
-    state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    own = {n: t for n, t in model.state_dict().items() if f".{adapter_name}" in n or not _is_sharded(t)}
+    sharded = any(map(_is_sharded, own.values()))
+    own = {name: tensor.full_tensor() if _is_sharded(tensor) else tensor for name, tensor in own.items()}
+    state_dict = get_peft_model_state_dict(model, own, adapter_name=adapter_name)
     tensors = {key: tensor.detach().to("cpu").contiguous() for key, tensor in state_dict.items()}
-    write_adapter(Path(directory), config, tensors)
+    try:
+        if not sharded or distributed.get_rank() == 0:
+            write_adapter(Path(directory), config, tensors)
+    finally:
+        if sharded:
+            distributed.barrier()
+
+
+def _is_sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor, of which a process has a part."""
+    return hasattr(tensor, "full_tensor")
 
 
 def check_adapter_name(model: Any, adapter_name: str) -> Any:

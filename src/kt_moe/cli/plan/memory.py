@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kt_moe.cli.formats import QUANTISED, bias_bytes, projection_bytes
 from kt_moe.cli.plan.options import Run
@@ -56,7 +56,8 @@ def biases_bytes(layer: ExpertLayer) -> int:
 
 def lora_numbers(layer: ExpertLayer, run: Run) -> int:
     """LoRA parameters of a layer's experts."""
-    return _targets(layer, run) * layer.experts * run.rank * (layer.hidden + layer.intermediate)
+    outer = 1 if run.shared_outer else layer.experts
+    return _targets(layer, run) * run.rank * (outer * layer.hidden + layer.experts * layer.intermediate)
 
 
 def _targets(layer: ExpertLayer, run: Run) -> int:
@@ -152,16 +153,19 @@ def make_plan(
     experts, rest = _Sizes.of(model, run), _rest(model, run)
     widest = max(result_bytes(layer, run) for layer in model.layers)
     call = (scratch, Part("results of a layer call", widest, "computed"))
+    # What one side has of a layer's LoRA and the other needs, and the gradients that come back; of matrices
+    # that experts share, each expert's.
+    most = max(lora_numbers(layer, replace(run, shared_outer=False)) for layer in model.layers)
+    copies = Part("a layer's LoRA and gradients", 2 * most * LORA_BYTES, "computed", "copies")
     if gpu is None:
         slack = heap_slack(model.activations, run.checkpointing, mmap_threshold)
         note = "holes that malloc keeps; MALLOC_MMAP_THRESHOLD_=1048576 avoids them"
         heap = (Part("slack of the heap", slack, "estimated", note),) if slack else ()
         saved = experts.saved_with_gradients(results=True)
-        return Plan((process, weights, *experts.lora, saved, *call, *rest, *heap), None)
+        shared = (copies,) if run.shared_outer else ()
+        return Plan((process, weights, *experts.lora, saved, *call, *shared, *rest, *heap), None)
 
     free = gpu - model.rest_bytes
-    # What one side has of a layer's LoRA and the other needs, and the gradients that come back.
-    copies = Part("a layer's LoRA and gradients", 2 * max(experts.gradients), "computed", "copies")
     on_gpu = list(rest)
     if run.retain:
         kept = Part("results of the experts", sum(experts.results), "computed", "kept for recomputations")

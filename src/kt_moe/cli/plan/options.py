@@ -29,6 +29,7 @@ class Run:
         retain: not its experts: what they save and their results are kept from forward.
         gpu_memory: bytes of the GPU for expert weights; "auto": what the run will take; 0: none.
         lora_device: where the experts' LoRA lies: "auto", "cpu" or "cuda".
+        shared_outer: whether all experts of a layer share A of gate and up, and B of down.
     """
 
     batch: int
@@ -42,6 +43,7 @@ class Run:
     retain: bool = False
     gpu_memory: int | str = "auto"
     lora_device: str = "auto"
+    shared_outer: bool = False
 
     @property
     def tokens(self) -> int:
@@ -90,4 +92,5 @@ class Run:
             experts.experts_checkpoint_experts == "retain",
             0 if cpu_alone else memory if memory == "auto" else parse_bytes("gpu_memory", memory),
             experts.experts_lora_device,
+            options.run.lora_shared_outer,
         )
