@@ -60,7 +60,7 @@ class Inputs(NamedTuple):
         on a GPU is to wait for it.
 
         Args:
-            options: scaling and dropout of LoRA.
+            options: scaling and dropout of LoRA, and what computes: kept state is in its form.
         """
         x = hidden_states
         return cls(ids, (x.shape, x.dtype, x.device, options, tuple(_version(t) for t in lora)))

@@ -190,7 +190,7 @@ class Experts:
     def gpu(self, gpu: Gpu | str) -> None:
         gpu = as_gpu(gpu)
         if self._gpu is not None:
-            self._gpu._layers.remove(self)
+            self._gpu._remove(self)
         self._gpu = gpu
         gpu._layers.add(self)
 

@@ -133,6 +133,7 @@ class _MoE(torch.autograd.Function):
         *lora_tensors: Tensor | None,
     ) -> Tensor:
         call = checkpointing.call(experts) if experts.checkpoint_experts == "retain" else None
+        ctx.experts, ctx.engine = experts, experts.gpu.engine(hidden_states.device)
         # Also where kept results are taken: torch's generator moves on as it did in the first run.
         dropout, seed = _dropout_and_seed(lora, lora_tensors)
         options = lora.scalings, dropout, seed
@@ -140,9 +141,9 @@ class _MoE(torch.autograd.Function):
         kept = None
         if call is not None:
             train = train or call.hides_grad
-            inputs = checkpointing.Inputs.of(hidden_states, topk_ids, options[:2], lora_tensors)
+            where = options[:2], ctx.engine
+            inputs = checkpointing.Inputs.of(hidden_states, topk_ids, where, lora_tensors)
             kept = call.take(inputs)
-        ctx.experts, ctx.engine = experts, experts.gpu.engine(hidden_states.device)
         ctx.arrival, ctx.versions = made.arrival, made.versions
         if ctx.engine is None:
             out, state = kept or _compute(

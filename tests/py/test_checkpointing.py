@@ -648,6 +648,22 @@ def test_nothing_is_kept_unless_asked(reentrant: bool) -> None:
 # The GPU engine, on the CPU
 
 
+def test_what_another_engine_kept_is_not_taken() -> None:
+    experts, gpu = make_experts(), kt_moe.Gpu("cpu", cpu_share=0.0)
+    hidden = torch.randn(6, experts.hidden_size)
+    ids, weights = torch.randint(experts.num_experts, (6, 2)), torch.rand(6, 2)
+    gradients = []
+    for first, second in ((gpu, gpu), (gpu, "off"), ("off", gpu)):
+        x = hidden.clone().requires_grad_()
+        experts.gpu = first
+        out = checkpoint(lambda x: kt_moe.moe(x, ids, weights, experts), x, use_reentrant=True)
+        experts.gpu = second
+        out.sum().backward()
+        gradients.append(x.grad)
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=2e-2, atol=2e-2)
+
+
 @BOTH
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_the_engines_experts_are_computed_once(

@@ -338,6 +338,54 @@ def test_a_layer_that_goes_leaves_its_slots():
     assert_formula(run_ours(other, new.runtime, experts=new), other)
 
 
+@pytest.mark.parametrize("way", ["backward", "copy", "prefetch", "replaced"])
+def test_a_layer_that_is_given_another_gpu(way):
+    """What the first one knows of it goes, and comes back with a pass that still needs it."""
+    large, small = make_problem(20, 64, 48, 4, 2, ALL), make_problem(20, 16, 16, 4, 2, ALL, routing="one")
+    gpu = Gpu("cpu", cpu_share=0.0)
+    experts, other = experts_of(large, gpu), experts_of(small, gpu)
+    expected, of_other = (run_ours(p, e.runtime, experts=e) for p, e in ((large, experts), (small, other)))
+    run_ours(large, experts.runtime, experts=experts)
+    if way == "backward":
+        hidden = large.hidden_states.clone().requires_grad_()
+        lora = {name: tensor.clone().requires_grad_() for name, tensor in large.lora.items()}
+        out = kt_moe.moe(hidden, large.topk_ids, large.topk_weights, experts, lora, scaling=large.scaling)
+        del other
+        experts.gpu = "off"
+        out.backward(large.grad_out)
+        assert torch.equal(hidden.grad, expected["hidden_states"])
+    elif way == "copy":
+        copied = copy.deepcopy(experts)
+        del other
+        copied.gpu = "off"
+        same(run_ours(large, experts.runtime, experts=experts), expected)
+    elif way == "prefetch":  # of an expert that is larger than slots are now
+        experts.gpu = "off"
+        same(run_ours(small, other.runtime, experts=other), of_other)
+        numbers = {layer for layer, _ in gpu.engine(torch.device("cpu"))._slots._slot_of}
+        assert numbers == {1}
+    else:  # by one of as many experts, which find its slots
+        experts.gpu = "off"
+        new = experts_of(large, gpu)
+        same(run_ours(large, new.runtime, experts=new), expected)
+
+
+def test_a_layer_that_goes_in_the_pass_of_one_that_replaces_it(monkeypatch):
+    gpu = Gpu("cpu", cpu_share=0.0)
+    problem = make_problem(20, 64, 48, 4, 2, ALL)
+    old = [experts_of(problem, gpu)]
+    expected = run_ours(problem, old[0].runtime, experts=old[0])
+    new = experts_of(problem, gpu)
+    to_device = lora_transfer.to_device
+
+    def and_collect(*arguments):
+        old.clear()
+        return to_device(*arguments)
+
+    monkeypatch.setattr(lora_transfer, "to_device", and_collect)
+    same(run_ours(problem, new.runtime, experts=new), expected)
+
+
 def test_measured_rates_serve_the_cut():
     problem = make_problem(40, 64, 48, 8, 2, ALL)
     gpu = Gpu("cpu")

@@ -69,7 +69,7 @@ class Gpu:
     def memory(self, value: int | str) -> None:
         auto = isinstance(value, str) and value == "auto"
         self._layers.memory = "auto" if auto else parse_bytes("memory", value)
-        for engine in self._engines.values():
+        for engine in list(self._engines.values()):
             engine.drop_slots()
 
     @property
@@ -131,14 +131,28 @@ class Gpu:
         ]
         return "\n".join(lines) or "no layer was computed with it yet: no hidden states were on its device"
 
+    def _remove(self, experts: Experts) -> None:
+        """A layer is given another one. A pass that still comes, of a copy or backward, adds it again."""
+        with self._between_passes() as engines:
+            for engine in engines:
+                engine.forget(experts)
+            self._layers.remove(experts)
+
     @contextmanager
     def _paused(self, experts: Experts) -> Iterator[None]:
         """Nothing reads or locks a layer's weights meanwhile: the core moves them."""
-        with ExitStack() as locks:
-            for engine in list(self._engines.values()):
-                locks.enter_context(engine.lock)
+        with self._between_passes():
             self._layers.unlock(experts)
             yield
+
+    @contextmanager
+    def _between_passes(self) -> Iterator[list[Engine]]:
+        """No engine is in a pass meanwhile; yields all of them."""
+        with ExitStack() as locks:
+            engines = list(self._engines.values())
+            for engine in engines:
+                locks.enter_context(engine.lock)
+            yield engines
 
 
 def parse_bytes(name: str, value: int | str) -> int:

@@ -297,6 +297,13 @@ class Engine:
                     reading.synchronize()  # from here on the caller may change the matrices
                 self._streams.end_pass()
 
+    def forget(self, experts: Experts) -> None:
+        """A layer is given to another `kt_moe.Gpu`."""
+        with self.lock:
+            held = self._held.pop(experts._identity, None)
+            if held is not None:
+                self._gone.append(held.number)
+
     def forget_gone(self) -> None:
         """Layers that are gone leave the slots and the log."""
         with self.lock:
@@ -363,6 +370,7 @@ class Engine:
             torch.OutOfMemoryError: the device does not have it.
         """
         slot_bytes, every = self._layers.sizes()
+        self.forget_gone()  # not counted there, so that there may be no slots for them
         budget = self._layers.budget(self.device)
         number = min(every, budget // slot_bytes)
         if number < 1:
