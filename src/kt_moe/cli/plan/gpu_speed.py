@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,29 +51,42 @@ def speed_of(
 ) -> GpuSpeed | None:
     """Of the run that options describe; None without a GPU, here or by memory or rates that are given.
 
+    Rates are given, or measured on a GPU that is here, or `REFERENCE`'s.
+
     Args:
-        weights: bytes of all experts.
+        format: of the experts in memory; `weights` bytes together.
         free: bytes of the GPU; None: there is none.
 
     Raises:
         UserError: --experts_gpu_memory does not hold one expert.
     """
-    given, share = options.experts.rates(), options.experts.experts_cpu_share
+    given, share, layer = options.experts.rates(), options.experts.experts_cpu_share, model.layers[0]
     if run.gpu_memory == 0 or (free is None and run.gpu_memory == "auto" and given is None):
         return None
-    memory = run.gpu_memory if isinstance(run.gpu_memory, int) else None
-    measured = None
+    sizes = projection_bytes(QUANTISED[format], 1, layer.hidden, layer.intermediate, layer.gated)
+    stored, memory, measured = sum(sizes.values()), run.gpu_memory, {}
     if free is not None:
-        memory = weights_on_gpu(weights, run.gpu_memory, free - model.rest_bytes)
+        memory = weights_on_gpu(weights, memory, free - model.rest_bytes)
         if options.plan.plan_measure and torch.cuda.is_available():
-            measured = measured_rates(model.layers[0], format, runtime, torch.device("cuda"))
+            measured = measured_rates(layer, format, runtime, torch.device("cuda"))
+    elif memory == "auto":
+        memory = 2 * layer.experts * stored  # of two layers, so that nothing stays there
+    work = Workload(
+        len(model.layers), layer.hidden, layer.intermediate, layer.experts, layer.topk, stored,
+        sum(p in run.projections for p in layer.projections) * run.rank, run.tokens,
+        run.checkpointing and not run.retain, layer.gated,
+    )  # fmt: skip
+    known: dict[str, float] = {}
+    sources: dict[str, str] = {}
+    for source, rates in (("assumed", vars(REFERENCE)), ("measured", measured), ("given", given or {})):
+        known |= rates
+        sources |= dict.fromkeys(rates, source)
+    cpu_share = None if share == "auto" else float(share)
     try:
-        return gpu_speed(
-            model, run, format, memory=memory, given=given, measured=measured,
-            cpu_share=None if share == "auto" else float(share),
-        )  # fmt: skip
+        found = [predict(work, Rates(**known), int(memory), routing, cpu_share) for routing in ROUTINGS]
     except ValueError as error:
         raise UserError(f"--experts_gpu_memory: {error}") from error
+    return GpuSpeed(int(memory), Rates(**known), sources, tuple(found))
 
 
 def measured_rates(
@@ -86,48 +98,6 @@ def measured_rates(
     rates = asdict(measure(make_experts(shape, layer, format, runtime), device))
     del rates["rest_seconds"]  # that needs the whole model
     return rates
-
-
-def gpu_speed(
-    model: Outline,
-    run: Run,
-    format: str,
-    *,
-    memory: int | None,
-    cpu_share: float | None = None,
-    given: Mapping[str, float] | None = None,
-    measured: Mapping[str, float] | None = None,
-) -> GpuSpeed:
-    """Predict a step of the run.
-
-    Args:
-        format: of the experts in memory.
-        memory: bytes for experts on the GPU; None: for those of two layers, so that nothing stays there.
-        cpu_share: part of the rows that the CPU computes; None: what ends soonest.
-        given, measured: rates; those that are in neither are `REFERENCE`'s.
-
-    Raises:
-        ValueError: the memory does not hold one expert.
-    """
-    layer = model.layers[0]
-    sizes = projection_bytes(QUANTISED[format], 1, layer.hidden, layer.intermediate, layer.gated)
-    stored = sum(sizes.values())
-    work = Workload(
-        len(model.layers), layer.hidden, layer.intermediate, layer.experts, layer.topk, stored,
-        sum(p in run.projections for p in layer.projections) * run.rank, run.tokens,
-        run.checkpointing and not run.retain, layer.gated,
-    )  # fmt: skip
-    values = {"assumed": vars(REFERENCE), "measured": measured or {}, "given": given or {}}
-    known: dict[str, float] = {}
-    sources: dict[str, str] = {}
-    for source, rates in values.items():
-        known |= rates
-        sources |= dict.fromkeys(rates, source)
-    if memory is None:
-        memory = 2 * layer.experts * stored
-    all_rates = Rates(**known)
-    predictions = (predict(work, all_rates, memory, routing, cpu_share) for routing in ROUTINGS)
-    return GpuSpeed(memory, all_rates, sources, tuple(predictions))
 
 
 def to_dict(speed: GpuSpeed) -> dict[str, Any]:

@@ -150,92 +150,57 @@ def make_plan(
     gpu: free bytes of the GPU that the rest of the model is on; None: there is none.
     mmap_threshold: from so many bytes on malloc maps a block by itself.
     """
-    experts, rest = _Sizes.of(model, run), _rest(model, run)
+    numbers = [lora_numbers(layer, run) for layer in model.layers]
+    gradients, together = [LORA_BYTES * n for n in numbers], sum(numbers)
+    saved = [saved_bytes(layer, run) for layer in model.layers]
+    results = [kept_bytes(layer, run) for layer in model.layers]
+    one_layer = run.checkpointing and not run.retain
+    note = "G, U, P of a route" + (", one layer at a time" if one_layer else "")
+    shared = "saved for backward, LoRA gradients"
+    lora = (
+        Part("LoRA of the experts", together * LORA_BYTES, "computed", f"{together:,} parameters"),
+        Part("its optimizer state", optimizer_bytes(together, run.optimizer), "computed", run.optimizer),
+    )
     widest = max(result_bytes(layer, run) for layer in model.layers)
     call = (scratch, Part("results of a layer call", widest, "computed"))
+    rest = _rest(model, run)
     # What one side has of a layer's LoRA and the other needs, and the gradients that come back; of matrices
     # that experts share, each expert's.
-    most = max(lora_numbers(layer, replace(run, shared_outer=False)) for layer in model.layers)
-    copies = Part("a layer's LoRA and gradients", 2 * most * LORA_BYTES, "computed", "copies")
+    widest = max(lora_numbers(layer, replace(run, shared_outer=False)) for layer in model.layers)
+    copies = Part("a layer's LoRA and gradients", 2 * widest * LORA_BYTES, "computed", "copies")
     if gpu is None:
+        kept = [one + result for one, result in zip(saved, results, strict=True)]
+        note += (", results" if any(results) else "") + "; they share memory"
+        most = Part(shared, backward_bytes(kept, gradients, one_layer), "computed", note)
         slack = heap_slack(model.activations, run.checkpointing, mmap_threshold)
-        note = "holes that malloc keeps; MALLOC_MMAP_THRESHOLD_=1048576 avoids them"
-        heap = (Part("slack of the heap", slack, "estimated", note),) if slack else ()
-        saved = experts.saved_with_gradients(results=True)
-        shared = (copies,) if run.shared_outer else ()
-        return Plan((process, weights, *experts.lora, saved, *call, *shared, *rest, *heap), None)
+        holes = "holes that malloc keeps; MALLOC_MMAP_THRESHOLD_=1048576 avoids them"
+        heap = (Part("slack of the heap", slack, "estimated", holes),) if slack else ()
+        outer = (copies,) if run.shared_outer else ()
+        return Plan((process, weights, *lora, most, *call, *outer, *rest, *heap), None)
 
     free = gpu - model.rest_bytes
     on_gpu = list(rest)
     if run.retain:
-        kept = Part("results of the experts", sum(experts.results), "computed", "kept for recomputations")
-        on_gpu.insert(0, kept)
-    if lora_on_gpu(sum(experts.numbers), run.lora_device, free):
-        host: tuple[Part, ...] = (process, weights, experts.saved_alone(), *call, copies)
-        gradients = Part("gradients of it", sum(experts.gradients), "computed")
-        on_gpu = [*experts.lora, gradients, *on_gpu]
+        on_gpu = [Part("results of the experts", sum(results), "computed", "kept for recomputations"), *rest]
+    if lora_on_gpu(together, run.lora_device, free):
+        alone = backward_bytes(saved, [0] * len(saved), one_layer)
+        host: tuple[Part, ...] = (
+            process, weights, Part("saved for backward", alone, "computed", note), *call, copies,
+        )  # fmt: skip
+        on_gpu = [*lora, Part("gradients of it", sum(gradients), "computed"), *on_gpu]
     else:
-        saved = experts.saved_with_gradients(results=False)
-        host = (process, weights, *experts.lora, saved, experts.lora_for_backward(), *call)
+        size = backward_bytes(saved, gradients, one_layer)
+        most = Part(shared, size, "computed", f"{note}; they share memory")
+        # What a forward has sent to the GPU, and its backward sends again.
+        again = 2 * (max(numbers) if one_layer else together)
+        sent = Part("LoRA for backward", again, "computed", "bf16, page-locked")
+        host = (process, weights, *lora, most, sent, *call)
         on_gpu.insert(0, copies)
-    there = weights_on_gpu(weights.nbytes, run.gpu_memory, free)
-    if there:
+    if there := weights_on_gpu(weights.nbytes, run.gpu_memory, free):
         source = "estimated" if run.gpu_memory == "auto" else "computed"
         copy = Part("expert weights on the GPU", there, source, "copies; --experts_gpu_memory bounds them")
         on_gpu = [copy, *on_gpu, Part("computing experts", _ENGINE_BYTES, "estimated", "at most")]
     return Plan(host, tuple(on_gpu))
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Of the experts' LoRA and of what is kept for their backward, a number a layer.
-
-    Attributes:
-        lora: the parameters' part and that of their optimizer.
-        results: bytes that layers keep where they are retained.
-    """
-
-    lora: tuple[Part, Part]
-    numbers: list[int]
-    gradients: list[int]
-    saved: list[int]
-    results: list[int]
-    one_layer: bool
-
-    @classmethod
-    def of(cls, model: Outline, run: Run) -> _Sizes:
-        numbers = [lora_numbers(layer, run) for layer in model.layers]
-        together = sum(numbers)
-        optimizer = optimizer_bytes(together, run.optimizer)
-        lora = (
-            Part("LoRA of the experts", together * LORA_BYTES, "computed", f"{together:,} parameters"),
-            Part("its optimizer state", optimizer, "computed", run.optimizer),
-        )
-        saved = [saved_bytes(layer, run) for layer in model.layers]
-        results = [kept_bytes(layer, run) for layer in model.layers]
-        one_layer = run.checkpointing and not run.retain
-        return cls(lora, numbers, [n * LORA_BYTES for n in numbers], saved, results, one_layer)
-
-    @property
-    def _note(self) -> str:
-        return "G, U, P of a route" + (", one layer at a time" if self.one_layer else "")
-
-    def saved_alone(self) -> Part:
-        """Where the gradients are elsewhere."""
-        most = backward_bytes(self.saved, [0] * len(self.saved), self.one_layer)
-        return Part("saved for backward", most, "computed", self._note)
-
-    def lora_for_backward(self) -> Part:
-        """What a forward has sent to the GPU of LoRA in host memory, and its backward sends again."""
-        numbers = max(self.numbers) if self.one_layer else sum(self.numbers)
-        return Part("LoRA for backward", 2 * numbers, "computed", "bf16, page-locked")
-
-    def saved_with_gradients(self, *, results: bool) -> Part:
-        """results: whether those that are kept are in the same memory."""
-        saved = [one + (kept if results else 0) for one, kept in zip(self.saved, self.results, strict=True)]
-        most = backward_bytes(saved, self.gradients, self.one_layer)
-        note = self._note + (", results" if results and any(self.results) else "")
-        return Part("saved for backward, LoRA gradients", most, "computed", f"{note}; they share memory")
 
 
 def _rest(model: Outline, run: Run) -> tuple[Part, ...]:
