@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import reference
 import torch
 
 from kt_moe.cli import main
-from kt_moe.cli.bench import cases, contestants, options, session, yardsticks
+from kt_moe.cli.bench import cases, contestants, options, remote, session, yardsticks
 from kt_moe.cli.bench.cases import SCALING, Case, Shape, make_inputs, make_weights
 from kt_moe.cli.bench.remote import Remote, RemoteError
 from kt_moe.cli.bench.report import ceilings_table, results_table
@@ -235,16 +237,35 @@ def test_a_rivals_process_stands_still_between_calls() -> None:
         with pytest.raises(RemoteError, match=r"AttributeError: .*'nothing'"):
             rival.nothing()
         with pytest.raises(RemoteError, match="its process ended"):
-            rival.step(Killer())
+            rival.step(Unpickled(os._exit, 3))
 
 
-class Killer:
-    """Ends the process that unpickles it."""
+@dataclass
+class Unpickled:
+    """Calls something in the process that unpickles it."""
+
+    call: Any
+    argument: float
 
     def __reduce__(self) -> Any:
-        import os
+        return self.call, (self.argument,)
 
-        return os._exit, (3,)
+
+def test_a_rivals_process_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Remote(Fraction, 1) as rival:
+        assert rival.limit_denominator(5) == 1
+        monkeypatch.setattr(remote, "_PATIENCE", 0.5)
+        with pytest.raises(RemoteError, match="its process ended or hangs"):
+            rival.limit_denominator(Unpickled(time.sleep, 600))
+
+
+def test_other_bits_at_the_end_are_exit_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right, calls = contestants.KtMoe.layer, iter(range(10_000))
+    monkeypatch.setattr(contestants.KtMoe, "layer", lambda *args: right(*args) * (1 + 2e-4 * next(calls)))
+    assert main([*RUN, "--tokens", "4", "--rank", "0", "--quick"]) == 1
+    assert "WRONG, kt_moe bf16, tokens 4, rank 0: the last step's outputs are not" in capsys.readouterr().out
 
 
 def test_a_missing_rival_is_left_out_with_the_way_to_install_it(

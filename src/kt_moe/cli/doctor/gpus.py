@@ -155,8 +155,8 @@ def _measured(device: torch.device, properties: Any, address: str) -> Gpu:
     def look() -> None:
         nonlocal link
         root = Path("/")
-        there = address and (root / PCI / address).exists()
-        link = read_link(root, address) if there else _nvml_link(properties)
+        if address and (root / PCI / address).exists():  # not under WSL
+            link = read_link(root, address)
 
     rates: tuple[float | None, float | None] = None, None
     try:
@@ -238,27 +238,6 @@ def _address(properties: Any) -> str:
         return ""
     domain, device = (getattr(properties, f"pci_{name}_id", 0) for name in ("domain", "device"))
     return f"{domain:04x}:{bus:02x}:{device:02x}.0"
-
-
-def _nvml_link(properties: Any) -> Link | None:
-    """By nvidia-ml-py, where it is installed: /sys may lack the device, as under WSL."""
-    try:
-        import pynvml  # type: ignore[import-not-found, unused-ignore]
-
-        pynvml.nvmlInit()
-        try:
-            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
-            return Link(
-                str(pynvml.nvmlDeviceGetPciInfo(handle).busId),
-                int(pynvml.nvmlDeviceGetCurrPcieLinkGeneration(handle)),
-                int(pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle)),
-                int(pynvml.nvmlDeviceGetMaxPcieLinkGeneration(handle)),
-                int(pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)),
-            )
-        finally:
-            pynvml.nvmlShutdown()
-    except Exception:  # not installed, no such library, no such device: each its own type
-        return None
 
 
 def _generation(speed: str) -> int | None:
