@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from test_families import Family
 from tiny_models import (
     ALL_EXPERTS,
     PEFT_WARNINGS,
@@ -210,6 +211,29 @@ def test_families(bases: dict[str, Path], tmp_path: Path) -> None:
     for target in ("sglang", "llamacpp"):
         with pytest.raises(ValueError, match=f"{target} reads no LoRA on experts of gpt_oss"):
             kt_moe.export_adapter(oss, tmp_path / "x", target=target)
+
+
+@pytest.mark.parametrize("target", ["vllm", "sglang"])
+def test_experts_without_a_gate(target: str, tmp_path: Path) -> None:
+    """Of Nemotron-H: up and down of each expert, both, under the names of its checkpoints.
+
+    vLLM packs (up, down, nothing) of an expert and asserts the first two; SGLang stacks up alone.
+    """
+    family = Family("nemotron_h", tmp_path / "base")
+    model = with_lora(tmp_path, ["experts.down_proj"], base=family.by_config()).eval()
+    kt_moe.export_adapter(model, tmp_path / "out", target=target)
+    tensors = safetensors.torch.load_file(tmp_path / "out" / "adapter_model.safetensors")
+    place = "base_model.model.backbone.layers"
+    assert tensors.keys() == {
+        f"{place}.{layer}.mixer.experts.{e}.{p}_proj.lora_{m}.weight"
+        for layer in (1, 3) for e in range(4) for p in ("up", "down") for m in "AB"
+    }  # fmt: skip
+    assert all(bool(t.any()) == ("up_proj.lora" not in key) for key, t in tensors.items())
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert sorted(name.rpartition(".")[2] for name in config["target_modules"]) == ["down_proj", "up_proj"]
+    again = kt_moe.load_adapter(family.by_config(), tmp_path / "out")
+    with torch.no_grad():
+        assert error(again(family.ids)[0], model(family.ids)[0]) < 1e-3
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
