@@ -6,9 +6,12 @@ import copy
 import itertools
 import math
 import os
+import pickle
+import sys
 import threading
 import time
 from contextlib import nullcontext
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -386,6 +389,34 @@ def test_a_layer_that_goes_in_the_pass_of_one_that_replaces_it(monkeypatch):
     same(run_ours(problem, new.runtime, experts=new), expected)
 
 
+def test_layers_come_and_go_beside_a_pass():
+    gpu, problem = Gpu("cpu"), make_problem(0, 16, 16, 2, 1, {})
+    stays, *others = (experts_of(problem, gpu) for _ in range(9))
+    one = gpu._layers.stored(stays)
+    threads, ends = [], time.monotonic() + 0.5
+    interval = sys.getswitchinterval()
+
+    def come_and_go(experts: kt_moe.Experts) -> None:
+        while time.monotonic() < ends:
+            for choice in ("off", gpu):
+                experts.gpu = choice
+
+    sys.setswitchinterval(1e-6)
+    try:
+        for experts in others:
+            threads.append(threading.Thread(target=come_and_go, args=(experts,)))
+            threads[-1].start()
+        while time.monotonic() < ends:
+            slot_bytes, number = gpu._layers.sizes()
+            assert slot_bytes == one.slot_bytes
+            assert 2 <= number <= 18
+    finally:
+        sys.setswitchinterval(interval)
+        for thread in threads:
+            thread.join()
+    assert gpu._layers.sizes() == (one.slot_bytes, 18)
+
+
 def test_measured_rates_serve_the_cut():
     problem = make_problem(40, 64, 48, 8, 2, ALL)
     gpu = Gpu("cpu")
@@ -496,9 +527,41 @@ def test_worker_does_jobs_in_order_and_hands_on_exceptions():
     assert not thread.is_alive()
 
 
+@pytest.mark.parametrize("started", [False, True])
+def test_a_worker_whose_start_is_interrupted(started, monkeypatch):
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        if started:
+            start(thread)
+        raise KeyboardInterrupt
+
+    worker, done = Worker(), []
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            worker.submit(lambda: done.append("lost"))
+    job = worker.submit(lambda: done.append("done"))
+    deadline = time.monotonic() + 10
+    while not done and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert done == ["done"]
+    job.wait()
+    worker.finish()
+
+
+def test_a_gpu_is_not_pickled():
+    with pytest.raises(TypeError, match=r"cannot pickle a kt_moe\.Gpu"):
+        pickle.dumps(Gpu())
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        ({"memory": 10**400}, "memory is 1000"),
+        ({"device": "cuda:999999"}, "device is 'cuda:999999'"),
+        ({"device": b"cuda"}, "device is b'cuda'"),
+        ({"device": 10**30}, "device is 1000"),
         ({"memory": np.ones(2)}, "memory is array"),
         ({"cpu_share": np.ones(2)}, "cpu_share is array"),
         ({"memory": "8"}, "memory is '8', wanted a positive number of bytes"),
@@ -526,7 +589,13 @@ def test_numbers_of_other_libraries():
     assert copy.copy(gpu) is gpu
 
 
-@pytest.mark.parametrize("bad", [True, 10**400, "1e9", float("nan"), float("inf")])
+def test_rates_are_floats_whatever_they_were():
+    for number in (np.int8(100), np.float16(100), Fraction(100)):
+        rates = Rates(*[number] * 6)
+        assert all(type(value) is float and value == 100.0 for value in vars(rates).values())
+
+
+@pytest.mark.parametrize("bad", [True, 10**400, "1e9", float("nan"), float("inf"), 1e-300])
 def test_rates_out_of_range(bad):
     with pytest.raises(ValueError, match="Rates: link is "):
         Rates(bad, 1, 1, 1, 1)

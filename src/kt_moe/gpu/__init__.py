@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -96,6 +96,9 @@ class Gpu:
     def __deepcopy__(self, memo: dict[int, Any]) -> Gpu:
         return self  # layers that were copied share it, as they share their weights
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("cannot pickle a kt_moe.Gpu: its layers are in this process; make one of its options")
+
     def engine(self, device: torch.device) -> Engine | None:
         """The engine for hidden states on that device; None: the CPU computes them where they are.
 
@@ -168,7 +171,8 @@ def parse_bytes(name: str, value: int | str) -> int:
         if found is not None and unit in _UNITS:
             number = float(found[1]) * _UNITS[unit]
     elif isinstance(value, Real) and not isinstance(value, bool):
-        number = float(value)
+        with suppress(OverflowError):
+            number = float(value)
     if not 1 <= number < 2**63:
         raise ValueError(
             f'{name} is {value!r}, wanted a positive number of bytes, such as "6GiB", "500 MB" or 6442450944'
@@ -181,8 +185,12 @@ def _device(device: str | torch.device) -> torch.device | None:
         return None
     try:
         found = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f'device is {device!r}, wanted "auto", "cuda:0" or the like') from None
+        # torch takes bytes too, and numbers that it has no room for as others.
+        known = isinstance(device, torch.device) or device in (found.type, str(found))
+    except (RuntimeError, TypeError, ValueError):
+        known = False
+    if not known:
+        raise ValueError(f'device is {device!r}, wanted "auto", "cuda:0" or the like')
     if found.type not in ("cuda", "cpu"):
         raise ValueError(f'device is {device!r}, wanted a CUDA device or "auto"')
     return torch.device("cuda", found.index or 0) if found.type == "cuda" else torch.device("cpu")

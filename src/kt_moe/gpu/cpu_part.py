@@ -66,11 +66,12 @@ class Worker:
     def submit(self, work: Callable[[], None]) -> Job:
         """Do it behind what was submitted before."""
         if self._thread is None or self._process != os.getpid():
-            self._jobs, self._process = queue.SimpleQueue(), os.getpid()
-            self._thread = threading.Thread(target=_serve, args=(self._jobs,), name="kt_moe_cpu", daemon=True)
-            self._thread.start()
-            weakref.finalize(self, self._jobs.put, None).atexit = False
+            jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+            thread = threading.Thread(target=_serve, args=(jobs,), name="kt_moe_cpu", daemon=True)
+            weakref.finalize(self, jobs.put, None).atexit = False
             _workers.add(self)
+            thread.start()  # an interrupt may come here; then the next job has another thread
+            self._jobs, self._process, self._thread = jobs, os.getpid(), thread
         job = Job(work)
         self._jobs.put(job)
         return job

@@ -37,7 +37,7 @@ class _Layer:
 
 @dataclass(eq=False)
 class Layers:
-    """The layers and the options.
+    """The layers and the options. Layers may come in one thread while another is in a pass.
 
     Attributes:
         memory, cpu_share, rates: of `kt_moe.Gpu`.
@@ -52,28 +52,34 @@ class Layers:
     def __post_init__(self) -> None:
         self._layers: weakref.WeakKeyDictionary[Identity, _Layer] = weakref.WeakKeyDictionary()
         self._free: dict[torch.device, int] = {}
-        self._sizes: tuple[int, int, int] | None = None  # number of layers, and `sizes`
+        self._changes = 0
+        self._sizes: tuple[tuple[int, int], int, int] | None = None  # what they are of, and `sizes`
 
     def add(self, experts: Experts) -> None:
         """A layer is given the options."""
         self._layers.setdefault(experts._identity, _Layer(experts._core))
-        self._sizes = None
+        self._changes += 1
 
     def remove(self, experts: Experts) -> None:
         """It is given others."""
         self._layers.pop(experts._identity, None)
-        self._sizes = None
+        self._changes += 1
 
     def stored(self, experts: Experts) -> StoredExperts:
         """Where a layer's weights lie."""
-        return self._layers.setdefault(experts._identity, _Layer(experts._core)).find_stored()
+        self.add(experts)
+        return self._layers[experts._identity].find_stored()
 
     def sizes(self) -> tuple[int, int]:
         """Bytes of a slot that holds any expert, and the number of experts of all layers."""
-        if self._sizes is None or self._sizes[0] != len(self._layers):
-            stored = [layer.find_stored() for layer in list(self._layers.values())]
-            self._sizes = len(stored), max(s.slot_bytes for s in stored), sum(s.num_experts for s in stored)
-        return self._sizes[1:]
+        now, found = (self._changes, len(self._layers)), self._sizes
+        if found is None or found[0] != now:
+            keys = (ref() for ref in self._layers.keyrefs())  # a list, unlike `values`
+            layers = [layer for key in keys if key is not None and (layer := self._layers.get(key))]
+            stored = [layer.find_stored() for layer in layers]
+            found = now, max(s.slot_bytes for s in stored), sum(s.num_experts for s in stored)
+            self._sizes = found
+        return found[1:]
 
     def budget(self, device: torch.device) -> int:
         """Bytes for slots on a device; with "auto" at most half of what is free there at the first call."""

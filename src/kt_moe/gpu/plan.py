@@ -7,6 +7,8 @@ are predicted to end together.
 
 from __future__ import annotations
 
+import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -41,11 +43,15 @@ class Rates:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            number = isinstance(value, Real) and not isinstance(value, bool)
-            none = name == "rest_seconds" and number and value == 0
-            if not none and not (number and 0 < value < 1e30):
+            number = math.nan
+            if isinstance(value, Real) and not isinstance(value, bool):
+                with suppress(OverflowError):
+                    number = float(value)
+            none = name == "rest_seconds" and number == 0
+            if not none and not 1e-30 < number < 1e30:
                 or_none = " or 0" if name == "rest_seconds" else ""
                 raise ValueError(f"Rates: {name} is {value!r}, wanted a positive number{or_none}")
+            object.__setattr__(self, name, number)  # other types of numbers overflow in costs
 
 
 @dataclass(frozen=True)
