@@ -13,10 +13,12 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import Tensor, distributed, nn
 
 from kt_moe.adapter_files import read_adapter, write_adapter
+from kt_moe.checkpoint import check_path
 from kt_moe.hf.config import KtLoraConfig, SharedOuterLoraConfig, check_same
 from kt_moe.hf.lora import experts_architecture, lora_layers
 from kt_moe.hf.portable import PREFIX, expert_major
 from kt_moe.hf.targets import check_config_patterns
+from kt_moe.tensors import check_module
 
 StrPath = str | os.PathLike[str]
 _LAYOUTS = ("peft", "expert-major")
@@ -37,9 +39,12 @@ def save_adapter(model: nn.Module, directory: StrPath, *, adapter_name: str = "d
         directory: made if it does not exist; other files in it stay.
 
     Raises:
+        TypeError: model or directory is something else.
         ValueError: the model has no adapter of this name.
         OSError: the files cannot be written; those of an older adapter are intact.
     """
+    check_module("model", model)
+    path = Path(check_path("directory", directory))
     config = copy.copy(check_adapter_name(model, adapter_name))
     config.inference_mode = True
     if config.base_model_name_or_path is None:
@@ -51,7 +56,7 @@ def save_adapter(model: nn.Module, directory: StrPath, *, adapter_name: str = "d
     tensors = {key: tensor.detach().to("cpu").contiguous() for key, tensor in state_dict.items()}
     try:
         if not sharded or distributed.get_rank() == 0:
-            write_adapter(Path(directory), config, tensors)
+            write_adapter(path, config, tensors)
     finally:
         if sharded:
             distributed.barrier()
@@ -94,13 +99,15 @@ def load_adapter(
         the PeftModel; `model` itself if it was one. A further adapter is not made the active one.
 
     Raises:
+        TypeError: model or directory is something else.
         FileNotFoundError: no adapter in the directory.
         ValueError: no adapter of this model, or one with numbers that no adapter has; the message names them.
             The model is as it was.
     """
     if layout not in _LAYOUTS:
         raise ValueError(f"layout is {layout!r}, wanted one of {list(_LAYOUTS)}")
-    path = Path(directory)
+    check_module("model", model)
+    path = Path(check_path("directory", directory))
     config, tensors = read_adapter(path)
     config.inference_mode = not is_trainable
     if shared_outer:

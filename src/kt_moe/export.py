@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from kt_moe.adapter_files import write_adapter
 from kt_moe.adapters import StrPath, check_adapter_name, save_adapter
+from kt_moe.checkpoint import check_path
 from kt_moe.hf.config import Names
 from kt_moe.hf.lora import INITIAL_VALUES, KtLoraExperts
 from kt_moe.hf.portable import PREFIX, ExpertsForm, Matrices
+from kt_moe.tensors import check_module
 
 # Programs, and whether they read LoRA on experts that checkpoints hold fused, as PEFT writes it.
 _SERVERS = {"vllm": True, "sglang": False, "llamacpp": False}
@@ -42,6 +44,7 @@ def export_adapter(
             convert_lora_to_gguf.py reads.
 
     Raises:
+        TypeError: model or directory is something else.
         ValueError: an unknown target or adapter, or something in the adapter that the program does not have;
             names it.
         OSError: the files cannot be written; those of an older adapter are intact.
@@ -51,6 +54,8 @@ def export_adapter(
     if target == "peft":
         save_adapter(model, directory, adapter_name=adapter_name)
         return
+    check_module("model", model)
+    path = Path(check_path("directory", directory))
     config = check_adapter_name(model, adapter_name)
     if config.modules_to_save or config.trainable_token_indices:
         raise ValueError(f"the adapter has modules_to_save or trainable tokens, which {target} does not read")
@@ -115,7 +120,7 @@ def export_adapter(
     )
     if any(name.endswith(".gate_up_proj") for name in parameters):
         saved.rank_pattern = saved.alpha_pattern = {"gate_up_proj": 2 * rank}
-    write_adapter(Path(directory), saved, {f"{PREFIX}{k}": t.contiguous() for k, t in tensors.items()})
+    write_adapter(path, saved, {f"{PREFIX}{k}": t.contiguous() for k, t in tensors.items()})
 
 
 def _partners(model: nn.Module, names: Collection[str]) -> Iterator[tuple[str, nn.Linear]]:

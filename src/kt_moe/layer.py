@@ -47,6 +47,8 @@ class MoELayer(nn.Module):
         shared_outer: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(experts, Experts):
+            raise TypeError(f"experts is a {type(experts).__name__}, wanted kt_moe.Experts")
         targets = experts.projections if targets is None else targets
         unknown = [t for t in targets if t not in experts.projections]
         if unknown or isinstance(targets, str) or len(set(targets)) < len(targets):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kt_moe.adapter_files import save_tensors, scratch
 from kt_moe.adapters import StrPath
-from kt_moe.checkpoint import Checkpoint
+from kt_moe.checkpoint import Checkpoint, check_path
 from kt_moe.merge_changes import Change, Changes, Fused, changes_of
 from kt_moe.requantise import Stored
 
@@ -60,18 +60,20 @@ def merge_checkpoint(base: StrPath, adapter: StrPath, output: StrPath) -> dict[s
         encoding it again took away; {} where all of them are floats.
 
     Raises:
+        TypeError: a path is something else.
         FileNotFoundError: a directory without a checkpoint or adapter.
         ValueError: an adapter that is not plain LoRA on weights of this checkpoint, a checkpoint that is
             malformed or quantised in another way, or output is taken.
         OSError: what was read back is not what was to be written, or the disk is full; no output is left.
     """
-    base, output = Path(base), Path(output)
+    base, adapter = Path(check_path("base", base)), Path(check_path("adapter", adapter))
+    output = Path(check_path("output", output))
     if not base.is_dir():
         raise FileNotFoundError(f"base is {base}, wanted the directory of a checkpoint")
     checkpoint = Checkpoint(base)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output is {output}, which exists already")
-    changes = changes_of(base, Path(adapter), checkpoint)
+    changes = changes_of(base, adapter, checkpoint)
     output = output.resolve()  # a link leads to the result, and is not replaced
     output.parent.mkdir(parents=True, exist_ok=True)
     errors: dict[str, _Errors] = {}

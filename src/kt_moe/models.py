@@ -10,6 +10,7 @@ from torch import nn
 from kt_moe.experts import Experts
 from kt_moe.hf.experts import is_kt_experts, loaded_experts
 from kt_moe.layer import MoELayer
+from kt_moe.tensors import check_module
 
 _WRAPPED = re.compile(r"^base_model\.model\.|\.base_layer$")  # what PEFT adds to a module's name
 
@@ -28,7 +29,8 @@ def model_experts(model: nn.Module) -> dict[str, Experts]:
 
 
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Experts | None]]:
-    """Names, modules and their experts, None where these are not loaded."""
+    """Names, modules and their experts, None where these are not loaded. TypeError for what is no model."""
+    check_module("model", model)
     for path, module in model.named_modules():
         name = _WRAPPED.sub("", path)
         if isinstance(module, MoELayer):

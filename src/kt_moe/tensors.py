@@ -16,6 +16,12 @@ from kt_moe import _core
 _RECYCLED = 1 << 20  # bytes: of smaller tensors the allocator keeps the pages itself
 
 
+def check_module(name: str, value: object) -> None:
+    """TypeError unless it is a torch.nn.Module."""
+    if not isinstance(value, torch.nn.Module):
+        raise TypeError(f"{name} is a {type(value).__name__}, wanted a torch.nn.Module")
+
+
 def check_tensor(name: str, value: object) -> None:
     """Refuse what has no rows of numbers in memory.
 

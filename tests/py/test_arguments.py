@@ -281,3 +281,35 @@ class TestRuntime:
 def _python(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, **environment}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
+
+
+MODEL, NOTHING = torch.nn.Linear(2, 2), "no such directory"
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: kt_moe.save_adapter(3, NOTHING), "model"),
+        (lambda: kt_moe.save_adapter(MODEL, 3), "directory"),
+        (lambda: kt_moe.load_adapter(3, NOTHING), "model"),
+        (lambda: kt_moe.load_adapter(MODEL, 3), "directory"),
+        (lambda: kt_moe.export_adapter(3, NOTHING, target="vllm"), "model"),
+        (lambda: kt_moe.export_adapter(MODEL, 3, target="vllm"), "directory"),
+        (lambda: kt_moe.merge_checkpoint(3, NOTHING, NOTHING), "base"),
+        (lambda: kt_moe.merge_checkpoint(NOTHING, 3, NOTHING), "adapter"),
+        (lambda: kt_moe.merge_checkpoint(NOTHING, NOTHING, 3), "output"),
+        (lambda: kt_moe.load_model(3), "path"),
+        (lambda: kt_moe.device_map(3), "path"),
+        (lambda: kt_moe.load_model(NOTHING, 3), "config"),
+        (lambda: kt_moe.wrap(3), "model"),
+        (lambda: kt_moe.repack(3), "model"),
+        (lambda: kt_moe.model_experts(3), "model"),
+        (lambda: kt_moe.routing_counts(3), "model"),
+        (lambda: kt_moe.KtMoeConfig(nodes=3), "KtMoeConfig: nodes"),
+        (lambda: kt_moe.KtMoeConfig(cache_dir=3), "KtMoeConfig: cache_dir"),
+        (lambda: kt_moe.MoELayer(3), "experts"),
+    ],
+)
+def test_what_is_no_model_and_no_path_is_refused_by_name(call, name):
+    with pytest.raises(TypeError, match=f"^{name} is (a int|3), wanted"):
+        call()

@@ -29,6 +29,7 @@ from kt_moe.computation import (
 )
 from kt_moe.experts import Experts
 from kt_moe.functional import Lora, MoEFunction
+from kt_moe.tensors import check_module
 
 NAME = "kt_moe"
 
@@ -169,6 +170,7 @@ def repack(model: nn.Module) -> int:
     Returns:
         the number of modules that the next call will pack again.
     """
+    check_module("model", model)
     return sum(_packed.pop(module, None) is not None for module in model.modules())
 
 

@@ -18,6 +18,7 @@ from kt_moe.experts import Experts
 from kt_moe.hf.experts import KtExperts, expert_parameters, pack
 from kt_moe.hf.quantizer import KtMoeConfig, KtMoeQuantizer, guard_loaded_model
 from kt_moe.hf.unmarked import mark
+from kt_moe.tensors import check_module
 
 _OF_CHECKPOINTS = ("cache_dir", "paged", "lazy", "rest")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -56,8 +57,7 @@ def wrap(model: nn.Module, config: KtMoeConfig | None = None) -> nn.Module:
             is packed: as after an interrupt, the model works on with the layers before taken over, and may
             be given again.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, wanted a torch.nn.Module")
+    check_module("model", model)
     config = KtMoeConfig() if config is None else config
     if not isinstance(config, KtMoeConfig):
         raise TypeError(f"config is a {type(config).__name__}, wanted kt_moe.KtMoeConfig or None")

@@ -6,7 +6,7 @@ import copy
 import functools
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from kt_moe import checkpointing
 from kt_moe import lora_device as lora_devices
 from kt_moe.architectures import Architecture, architecture_of
-from kt_moe.checkpoint import Checkpoint
+from kt_moe.checkpoint import Checkpoint, check_path
 from kt_moe.computation import output_norm
 from kt_moe.conversion import stored_lists
 from kt_moe.experts import CHECKPOINT_FORMATS, PLACEMENTS, Experts
@@ -76,6 +76,7 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         stored: what the loaded checkpoint's config says of its quantisation; None: nothing.
 
     Raises:
+        TypeError: nodes or cache_dir is something else.
         ValueError: an unknown option or choice, `paged` with `cache_dir`, gpu="off" with gpu_memory or
             cpu_share.
     """
@@ -105,9 +106,11 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
     ) -> None:
         self.quant_method = unknown.pop("quant_method", NAME)  # part of every serialised quantization config
         self.threads, self.shards, self.isa = threads, shards, isa
+        if nodes is not None and not isinstance(nodes, Iterable):
+            raise TypeError(f"KtMoeConfig: nodes is {nodes!r}, wanted a list of numbers or None")
         self.nodes = None if nodes is None else list(nodes)
         self.recompute, self.format = recompute, format
-        self.cache_dir = None if cache_dir is None else os.fspath(cache_dir)  # to_dict wants what JSON knows
+        self.cache_dir = None if cache_dir is None else check_path("KtMoeConfig: cache_dir", cache_dir)
         self.paged, self.lazy, self.placement = paged, lazy, placement
         self.gpu, self.gpu_memory, self.cpu_share = gpu, gpu_memory, cpu_share
         self.lora_device, self.checkpoint_experts = lora_device, checkpoint_experts
