@@ -13,6 +13,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -186,6 +187,16 @@ def test_config_round_trip() -> None:
         assert again.make_gpu().rates == rates
 
 
+def test_config_takes_numbers_of_numpy() -> None:
+    given = KtMoeConfig(
+        gpu_memory=np.int64(5e9),  # type: ignore[arg-type]
+        cpu_share=np.float32(0.5),
+        gpu_rates=dict.fromkeys(vars(kt_moe.Rates(*[1] * 5)), np.float32(1e9)),
+    )
+    gpu = KtMoeConfig(**json.loads(given.to_json_string())).make_gpu()
+    assert (gpu.memory, gpu.cpu_share, gpu.rates) == (5 * 10**9, 0.5, kt_moe.Rates(*[1e9] * 6))
+
+
 def test_config_options_arrive(checkpoint: Path) -> None:
     model = load(checkpoint, quantization_config=KtMoeConfig(threads=1, isa="scalar", recompute=True))
     experts = [m.experts for m in model.modules() if isinstance(m, KtExperts)]
@@ -226,6 +237,7 @@ def test_options_of_the_gpu_arrive(checkpoint: Path) -> None:
             {"gpu_rates": dict.fromkeys(vars(kt_moe.Rates(*[1] * 5)), 0)},
             "Rates: link is 0, wanted a positive number",
         ),
+        ({"gpu": "off", "gpu_rates": {"link": 0}}, "KtMoeConfig: gpu_rates is {'link': 0}, wanted "),
         ({"gpu": "off", "cpu_share": 0.5}, 'KtMoeConfig has gpu="off" and gpu_memory or cpu_share'),
         (
             {"lora_device": "gpu"},

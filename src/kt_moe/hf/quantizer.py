@@ -127,7 +127,12 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 raise ValueError(f"KtMoeConfig: {name} is {value!r}, wanted one of {list(known)}")
         if paged and cache_dir is not None:
             raise ValueError("KtMoeConfig has paged and cache_dir, wanted one of them")
-        self.make_gpu()  # refuses its options
+        made = self.make_gpu()  # refuses its options
+        # JSON knows no numbers of numpy.
+        self.gpu_memory = gpu_memory if isinstance(gpu_memory, str) else made.memory
+        self.cpu_share = cpu_share if isinstance(cpu_share, str) else made.cpu_share
+        rates = self._rates()
+        self.gpu_rates = None if rates is None else asdict(rates)
 
     def to_dict(self) -> dict[str, Any]:
         """The options, in values that JSON knows."""
@@ -142,20 +147,25 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """
         if not isinstance(self.gpu, str):
             raise ValueError(f'KtMoeConfig: gpu is {self.gpu!r}, wanted "auto", "off" or a name as "cuda:0"')
-        if self.gpu == "off" and (self.gpu_memory, self.cpu_share) != ("auto", "auto"):
-            raise ValueError('KtMoeConfig has gpu="off" and gpu_memory or cpu_share, wanted one of them')
+        rates = self._rates()
         if self.gpu == "off":
+            if (self.gpu_memory, self.cpu_share) != ("auto", "auto"):
+                raise ValueError('KtMoeConfig has gpu="off" and gpu_memory or cpu_share, wanted one of them')
             return as_gpu("off")
-        try:
-            rates = None if self.gpu_rates is None else Rates(**self.gpu_rates)
-        except TypeError:
-            wanted = [rate.name for rate in fields(Rates)]
-            raise ValueError(f"KtMoeConfig: gpu_rates is {self.gpu_rates!r}, wanted {wanted}") from None
         try:
             return Gpu(self.gpu, self.gpu_memory, self.cpu_share, rates)
         except ValueError as error:
             text = re.sub("^(device|memory) is", lambda found: f"{_GPU_NAMES[found[1]]} is", str(error))
             raise ValueError(f"KtMoeConfig: {text}") from None
+
+    def _rates(self) -> Rates | None:
+        if self.gpu_rates is None:
+            return None
+        try:
+            return Rates(**self.gpu_rates)
+        except TypeError:
+            wanted = [rate.name for rate in fields(Rates)]
+            raise ValueError(f"KtMoeConfig: gpu_rates is {self.gpu_rates!r}, wanted {wanted}") from None
 
     def runtime(self) -> Runtime:
         """The runtime these options ask for."""
