@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import PEFT_WARNINGS, error, save_tiny_checkpoint, tokens
+from tiny_models import ALL_EXPERTS, PEFT_WARNINGS, error, save_tiny_checkpoint, tokens
 from torch import Tensor, nn
 
 import kt_moe
@@ -120,6 +120,18 @@ def test_without_the_note_it_is_refused(quantised: Quantised) -> None:
     del config.quantization_config
     with pytest.raises(ValueError, match=r"weight is F8_E4M3 in the checkpoint, .* Leave it there"):
         quantised.load(config=config, quantization_config=KtMoeConfig())
+
+
+def test_layers_beside_the_experts_by_quanto(tmp_path: Path) -> None:
+    quanto = pytest.importorskip("optimum.quanto")
+    plain = load(save_tiny_checkpoint(tmp_path, **ALL_EXPERTS))
+    ours = load(tmp_path, quantization_config=KtMoeConfig(rest=transformers.QuantoConfig(weights="int8")))
+    assert isinstance(ours.model.layers[0].self_attn.q_proj, quanto.QLinear)
+    assert len(kt_moe.model_experts(ours)) == 2
+    assert 0 < error(logits(ours), logits(plain)) < 5e-2
+    model = peft.get_peft_model(ours, peft.LoraConfig(target_modules=["experts"], init_lora_weights=False))
+    model(tokens()).logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "lora_" in n)
 
 
 def test_another_quantiser_than_the_stored_one_is_refused(quantised: Quantised) -> None:
