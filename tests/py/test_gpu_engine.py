@@ -389,6 +389,31 @@ def test_a_layer_that_goes_in_the_pass_of_one_that_replaces_it(monkeypatch):
     same(run_ours(problem, new.runtime, experts=new), expected)
 
 
+@pytest.mark.parametrize("place", ["weakref.finalize", "PassOrder.forget", "Slots.forget"])
+def test_an_interrupt_as_a_layer_comes_or_goes(place, monkeypatch):
+    """Its slots are another one's later."""
+    gpu, problem = Gpu("cpu", cpu_share=0.0), make_problem(20, 64, 48, 4, 2, ALL)
+    experts = experts_of(problem, gpu)
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if place == "weakref.finalize":
+            patch.setattr(f"kt_moe.gpu.engine.{place}", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                run_ours(problem, experts.runtime, experts=experts)
+    expected = run_ours(problem, experts.runtime, experts=experts)
+    del experts
+    with monkeypatch.context() as patch:
+        if place != "weakref.finalize":
+            patch.setattr(f"kt_moe.gpu.engine.{place}", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                gpu.report()
+    new = experts_of(problem, gpu)
+    same(run_ours(problem, new.runtime, experts=new), expected)
+
+
 def test_layers_come_and_go_beside_a_pass():
     gpu, problem = Gpu("cpu"), make_problem(0, 16, 16, 2, 1, {})
     stays, *others = (experts_of(problem, gpu) for _ in range(9))

@@ -308,11 +308,12 @@ class Engine:
         """Layers that are gone leave the slots and the log."""
         with self.lock:
             while self._gone:
-                layer = self._gone.popleft()
+                layer = self._gone[0]
                 self._order.forget(layer)
                 self.log.forget(layer)
                 if self._slots is not None:
                     self._slots.forget(layer)
+                self._gone.popleft()
 
     def _hold(self, experts: Experts) -> _Held:
         identity = experts._identity
@@ -320,11 +321,10 @@ class Engine:
         if held is None:
             stored = self._layers.stored(experts)
             biases = [None if bias is None else bias.to(self.device) for bias in stored.biases()]
-            held = self._held[identity] = _Held(
-                stored, biases, next(self._numbers), popular=np.zeros(experts.num_experts)
-            )
+            held = _Held(stored, biases, next(self._numbers), popular=np.zeros(experts.num_experts))
             # Garbage collection may run anywhere, so that it only takes note.
             weakref.finalize(identity, self._gone.append, held.number).atexit = False
+            self._held[identity] = held  # behind that: an interrupt may come in between
         return held
 
     def _page_lock(self, held: _Held) -> None:

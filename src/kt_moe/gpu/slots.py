@@ -165,9 +165,10 @@ class Slots:
     def forget(self, layer: Hashable) -> None:
         """Drop a layer's experts, whose host memory is about to go: waits for its copies."""
         for key in [key for key in self._slot_of if key[0] == layer]:
-            slot = self._slot_of.pop(key)
+            slot = self._slot_of[key]
             if (ready := self._ready[slot]) is not None:
                 ready.synchronize()
             self._holds[slot], self._ready[slot] = None, None
             self._unclaimed[slot] = None
             self._unclaimed.move_to_end(slot, last=False)
+            del self._slot_of[key]  # last: what an interrupt leaves is forgotten the next time
