@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,7 +16,6 @@ from kt_moe.files import check_writable, replacing
 from kt_moe.gpu.lanes import (
     DeviceEvents,
     LayerPass,
-    append_to_trace,
     lane_table,
     lane_times,
     layer_passes,
@@ -24,6 +24,7 @@ from kt_moe.gpu.lanes import (
 from kt_moe.gpu.spans import DeviceSpan, Recorder
 from kt_moe.runtime import Runtime, default_runtime, live_runtimes
 from kt_moe.stages import StageTime, Summary, ThreadTime
+from kt_moe.trace import host_events, write_trace
 
 if TYPE_CHECKING:
     from kt_moe.gpu.streams import Streams
@@ -129,10 +130,17 @@ class Profile:
 
     def write(self, path: Path) -> None:
         """Write the spans as a trace, whole or not at all; what the end of the block does with `path`."""
+        shards = self.runtime.shards
+        other = {
+            "threads": self.runtime.threads,
+            "shards": shards,
+            "dropped_spans": self.dropped,
+            "dropped_calls": self._read().dropped_calls,
+        }
+        of_devices = (device.events(number) for number, device in enumerate(self._devices, shards + 1))
+        events = chain(host_events(self.calls, self.spans, shards), *of_devices)
         with replacing(path) as part:
-            self._read().write(part)
-            if self._devices:
-                append_to_trace(part, self.runtime.shards + 1, self._devices)
+            write_trace(part, other, events)
 
     def _recorder(self, streams: Streams) -> Recorder:
         """What records the lanes of a GPU engine."""

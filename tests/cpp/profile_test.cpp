@@ -4,20 +4,12 @@
 
 #include <chrono>
 #include <cmath>
-#include <filesystem>
-#include <fstream>
-#include <map>
-#include <nlohmann/json.hpp>
-#include <set>
 #include <stdexcept>
 #include <thread>
 
-#include "base/error.h"
 #include "cpu/worker_pool.h"
-#include "temp_files.h"
 
 using namespace kt;
-using kt::test::TempDir;
 
 namespace {
 
@@ -228,53 +220,4 @@ TEST_CASE("a call that an exception ends is a call") {
   CHECK(profile.calls().size() == 2);
   CHECK(profile.total(Direction::backward).calls == 2);
   const Span outside(&profile.recorder(0), Stage::down);
-}
-
-TEST_CASE("a trace is JSON of the trace event format") {
-  WorkerPool pool(2);
-  Profile profile({0, 1}, 3, kMany);
-  for (const Direction d : {Direction::forward, Direction::backward}) call(pool, profile, d, 12, 50);
-  const TempDir dir;
-  const std::string path = dir / "trace.json";
-  write_trace(profile, TraceTime(profile), path);
-  const auto trace = nlohmann::json::parse(std::ifstream(path));
-  std::set<std::pair<int, int>> named, seen;
-  std::map<std::pair<int, int>, std::vector<std::pair<double, double>>> open;
-  int counters = 0, spans = 0;
-  for (const auto& event : trace.at("traceEvents")) {
-    const std::string phase = event.at("ph");
-    const std::pair<int, int> lane{event.at("pid"), event.at("tid")};
-    if (phase == "M") {
-      if (event.at("name") == "thread_name") named.insert(lane);
-      continue;
-    }
-    const double ts = event.at("ts");
-    CHECK(ts >= 0);
-    if (phase == "C") {
-      ++counters;
-      continue;
-    }
-    REQUIRE(phase == "X");
-    const double end = ts + event.at("dur").get<double>();
-    CHECK(end >= ts);
-    if (lane.first == profile.shards()) continue;
-    ++spans;
-    seen.insert(lane);
-    auto& stack = open[lane];
-    while (!stack.empty() && stack.back().second <= ts + 1e-4) stack.pop_back();
-    if (!stack.empty()) CHECK(end <= stack.back().second + 1e-4);
-    stack.emplace_back(ts, end);
-  }
-  CHECK(seen == named);
-  CHECK(counters == 2 * 6);
-  CHECK(spans == std::ssize(profile.recorder(0).spans()) + std::ssize(profile.recorder(1).spans()));
-  CHECK(trace.at("otherData").at("threads") == 2);
-}
-
-TEST_CASE("a trace that cannot be written") {
-  const Profile profile({0}, 1, kMany);
-  CHECK_THROWS_AS(write_trace(profile, TraceTime(profile), "/dev/full"), IoError);
-  const TempDir dir;
-  CHECK_THROWS_WITH_AS(write_trace(profile, TraceTime(profile), dir / "none" / "t.json"),
-                       doctest::Contains("none/t.json"), IoError);
 }

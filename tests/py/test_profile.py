@@ -205,8 +205,16 @@ def check_trace(path: Path, p: kt_moe.Profile) -> None:
     assert {(pid, tid) for name, pid, tid in names if name == "thread_name"} == lanes
     assert sum(e["pid"] < shards for e in complete) == len(p.spans)
     assert [e["name"] for e in complete if e["pid"] == shards] == [call.direction for call in p.calls]
-    counters = {event["name"] for event in events if event["ph"] == "C"}
-    assert counters == {"rows per expert", "FLOPs", "bytes"}
+    for lane in lanes:  # spans of a thread lie within each other or apart
+        open_ends: list[float] = []
+        for event in (e for e in complete if (e["pid"], e["tid"]) == lane):
+            while open_ends and open_ends[-1] <= event["ts"] + 2e-3:
+                open_ends.pop()
+            assert not open_ends or event["ts"] + event["dur"] <= open_ends[-1] + 2e-3
+            open_ends.append(event["ts"] + event["dur"])
+    counters = [event["name"] for event in events if event["ph"] == "C"]
+    assert set(counters) == {"rows per expert", "FLOPs", "bytes"}
+    assert len(counters) == 2 * 3 * len(p.calls)
 
 
 def test_the_file_is_written_when_the_block_raises(

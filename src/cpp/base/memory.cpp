@@ -80,31 +80,15 @@ std::vector<int> nodes_of(std::span<const void* const> addresses) {
 Buffer::Buffer(std::size_t bytes, std::span<const int> nodes) : size_(bytes) {
   if (bytes == 0) return;
   // The kernel places mappings of 2 MiB and more on a huge-page boundary where it can.
-  mapped_ = rounded(bytes, bytes >= kHugePage ? kHugePage : 4096);
-  void* memory = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  const std::size_t mapped = rounded(bytes, bytes >= kHugePage ? kHugePage : 4096);
+  void* memory = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
-  if (bytes >= kHugePage) madvise(memory, mapped_, MADV_HUGEPAGE);  // advice: small pages are only slower
-  refused_ = !place_memory(memory, mapped_, nodes);
-  data_ = memory;
+  data_ = std::unique_ptr<void, Unmap>(memory, Unmap{mapped});
+  if (bytes >= kHugePage) madvise(memory, mapped, MADV_HUGEPAGE);  // advice: small pages are only slower
+  refused_ = !place_memory(memory, mapped, nodes);
 }
 
-Buffer::~Buffer() {
-  if (data_ != nullptr) munmap(data_, mapped_);
-}
-
-Buffer::Buffer(Buffer&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)),
-      size_(std::exchange(other.size_, 0)),
-      mapped_(std::exchange(other.mapped_, 0)),
-      refused_(other.refused_) {}
-
-Buffer& Buffer::operator=(Buffer&& other) noexcept {
-  std::swap(data_, other.data_);
-  std::swap(size_, other.size_);
-  std::swap(mapped_, other.mapped_);
-  std::swap(refused_, other.refused_);
-  return *this;
-}
+void Buffer::Unmap::operator()(void* memory) const noexcept { munmap(memory, bytes); }
 
 void* Arena::take_bytes(std::size_t bytes) {
   bytes = rounded(bytes, kLine);

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <list>
+#include <memory>
 #include <mutex>
 #include <span>
 #include <utility>
@@ -36,17 +37,18 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(std::size_t bytes, std::span<const int> nodes = {});
-  ~Buffer();
-  Buffer(Buffer&& other) noexcept;
-  Buffer& operator=(Buffer&& other) noexcept;
 
-  void* data() const { return data_; }
+  void* data() const { return data_.get(); }
   std::size_t size() const noexcept { return size_; }
   bool refused() const noexcept { return refused_; }  // the nodes: it comes from any
 
  private:
-  void* data_ = nullptr;
-  std::size_t size_ = 0, mapped_ = 0;
+  struct Unmap {
+    std::size_t bytes;
+    void operator()(void* memory) const noexcept;
+  };
+  std::unique_ptr<void, Unmap> data_;
+  std::size_t size_ = 0;
   bool refused_ = false;
 };
 

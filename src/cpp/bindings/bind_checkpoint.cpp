@@ -17,6 +17,7 @@
 #include "weights/expert_index.h"
 
 namespace py = pybind11;
+using namespace py::literals;
 
 namespace {
 
@@ -44,28 +45,18 @@ py::dict tensors(const kt::ExpertIndex& index) {
 
 py::dict layer(const kt::ExpertIndex& index, int number) {
   const auto info = index.layer(number);
-  py::dict out;
-  out["num_experts"] = info.num_experts;
-  out["hidden_size"] = info.hidden;
-  out["intermediate_size"] = info.intermediate;
-  out["dtype"] = info.stored_type;
-  out["layout"] = info.layout;
-  out["nbytes"] = info.nbytes;
-  out["gated"] = info.gated;
-  out["biases"] = info.biases;
-  out["mappable"] = info.mappable;
   const kt::WeightType& gate = info.types[kt::index_of(kt::projections_of(info.gated).front())];
-  out["format"] = kt::name_of(gate.format);
-  out["scale_type"] = kt::name_of(gate.scale);
-  out["scale_rows"] = gate.scale_rows;
-  out["scale_cols"] = gate.scale_cols;
-  out["zero_points"] = gate.zero_points;
-  out["global_scale"] = gate.global_scale != kt::GlobalScale::none;
   py::dict memory;
   for (const kt::Projection p : kt::projections_of(info.gated))
     memory[py::str(std::string(kt::name_of(p)))] = info.num_experts * info.matrix(p).bytes();
-  out["memory_bytes"] = memory;
-  return out;
+  return py::dict("num_experts"_a = info.num_experts, "hidden_size"_a = info.hidden,
+                  "intermediate_size"_a = info.intermediate, "dtype"_a = info.stored_type,
+                  "layout"_a = info.layout, "nbytes"_a = info.nbytes, "gated"_a = info.gated,
+                  "biases"_a = info.biases, "mappable"_a = info.mappable,
+                  "format"_a = kt::name_of(gate.format), "scale_type"_a = kt::name_of(gate.scale),
+                  "scale_rows"_a = gate.scale_rows, "scale_cols"_a = gate.scale_cols,
+                  "zero_points"_a = gate.zero_points,
+                  "global_scale"_a = gate.global_scale != kt::GlobalScale::none, "memory_bytes"_a = memory);
 }
 
 // The fields of `kt_moe.checkpoint.ExpertList`.

@@ -20,6 +20,7 @@
 #include "weights/loader.h"
 
 namespace py = pybind11;
+using namespace py::literals;
 
 namespace kt {
 
@@ -161,7 +162,6 @@ py::dict stored_slice(const ExpertWeights& w, Projection p, std::size_t part, Ra
     return at;
   };
   const Weight& any = matrices.front();
-  using namespace py::literals;
   return py::dict("first"_a = slice.begin, "last"_a = slice.end, "rows"_a = any.rows, "cols"_a = any.cols,
                   "code"_a = name_of(traits_of(any.type.format).codes), "scale"_a = name_of(any.type.scale),
                   "scale_rows"_a = any.type.scale_rows, "scale_cols"_a = any.group(),
@@ -225,7 +225,6 @@ py::object quantization_error(const Experts& experts) {
 
 // What weights that are quantised on loading are kept as, by name, in the order of Format.
 py::dict quantized_types() {
-  using namespace py::literals;
   py::dict types;
   for (const FormatTraits& row : formats) {
     const WeightType& type = row.quantized;

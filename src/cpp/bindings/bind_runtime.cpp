@@ -2,9 +2,7 @@
 // at most.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <pybind11/stl/filesystem.h>
 
-#include <filesystem>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -22,45 +20,30 @@
 #include "moe/runtime.h"
 
 namespace py = pybind11;
+using namespace py::literals;
 
 namespace {
 
 py::dict node_dict(const kt::NumaNode& node) {
-  py::dict d;
-  d["id"] = node.id;
-  d["cpus"] = node.cpus;
-  d["cores"] = node.cores;
-  d["memory_bytes"] = node.memory_bytes;
-  d["free_bytes"] = node.free_bytes;
-  d["cache_bytes"] = node.cache_bytes;
-  d["memory_allowed"] = node.memory_allowed;
-  d["distances"] = node.distances;
-  return d;
+  return py::dict("id"_a = node.id, "cpus"_a = node.cpus, "cores"_a = node.cores,
+                  "memory_bytes"_a = node.memory_bytes, "free_bytes"_a = node.free_bytes,
+                  "cache_bytes"_a = node.cache_bytes, "memory_allowed"_a = node.memory_allowed,
+                  "distances"_a = node.distances);
 }
 
 py::object limit(auto value) { return value > 0 ? py::cast(value) : py::none(); }
 
 py::dict topology_dict(const kt::Topology& topology) {
-  py::dict caches, info;
   py::list nodes;
-  caches["l1d"] = topology.l1d;
-  caches["l2"] = topology.l2;
-  caches["l3"] = topology.l3;
   for (const kt::NumaNode& node : topology.nodes) nodes.append(node_dict(node));
-  info["model"] = topology.model;
-  info["cpus"] = topology.cpus;
-  info["cores"] = topology.cores;
-  info["threads_per_core"] = topology.threads_per_core;
-  info["packages"] = topology.packages;
-  info["online_cpus"] = topology.online.size();
-  info["caches"] = caches;
-  info["l2_domains"] = topology.l2_domains.size();
-  info["l3_domains"] = topology.l3_domains.size();
-  info["cgroup_cpu_limit"] = limit(topology.cgroup_cpus);
-  info["cgroup_memory_limit"] = limit(topology.cgroup_memory);
-  info["numa_nodes"] = topology.nodes.size();
-  info["nodes"] = nodes;
-  return info;
+  return py::dict("model"_a = topology.model, "cpus"_a = topology.cpus, "cores"_a = topology.cores,
+                  "threads_per_core"_a = topology.threads_per_core, "packages"_a = topology.packages,
+                  "online_cpus"_a = topology.online.size(),
+                  "caches"_a = py::dict("l1d"_a = topology.l1d, "l2"_a = topology.l2, "l3"_a = topology.l3),
+                  "l2_domains"_a = topology.l2_domains.size(), "l3_domains"_a = topology.l3_domains.size(),
+                  "cgroup_cpu_limit"_a = limit(topology.cgroup_cpus),
+                  "cgroup_memory_limit"_a = limit(topology.cgroup_memory),
+                  "numa_nodes"_a = topology.nodes.size(), "nodes"_a = nodes);
 }
 
 py::dict read_topology(const std::string& root, const std::optional<std::vector<int>>& cpus) {
@@ -97,16 +80,9 @@ py::list probe_nodes() {
     probes = kt::probe_nodes(kt::read_topology());
   }
   py::list list;
-  for (const kt::NodeProbe& probe : probes) {
-    py::dict d;
-    d["node"] = probe.node;
-    d["asked"] = probe.asked;
-    d["bound"] = probe.bound;
-    d["pages"] = probe.pages;
-    d["right"] = probe.right;
-    d["unknown"] = probe.unknown;
-    list.append(d);
-  }
+  for (const kt::NodeProbe& probe : probes)
+    list.append(py::dict("node"_a = probe.node, "asked"_a = probe.asked, "bound"_a = probe.bound,
+                         "pages"_a = probe.pages, "right"_a = probe.right, "unknown"_a = probe.unknown));
   return list;
 }
 
@@ -137,16 +113,10 @@ py::dict measure_ceilings(const std::shared_ptr<kt::Runtime>& runtime, double se
     const kt::ReleaseGil release;
     ceilings = kt::measure_ceilings(*runtime, seconds, read_bytes);
   }
-  py::dict lists;
-  lists["registers_one"] = ceilings.registers_one;
-  lists["registers_all"] = ceilings.registers_all;
-  lists["l1_one"] = ceilings.l1_one;
-  lists["l1_all"] = ceilings.l1_all;
-  lists["l2_one"] = ceilings.l2_one;
-  lists["l2_all"] = ceilings.l2_all;
-  lists["read_one"] = ceilings.read_one;
-  lists["read_all"] = ceilings.read_all;
-  return lists;
+  return py::dict("registers_one"_a = ceilings.registers_one, "registers_all"_a = ceilings.registers_all,
+                  "l1_one"_a = ceilings.l1_one, "l1_all"_a = ceilings.l1_all, "l2_one"_a = ceilings.l2_one,
+                  "l2_all"_a = ceilings.l2_all, "read_one"_a = ceilings.read_one,
+                  "read_all"_a = ceilings.read_all);
 }
 
 // A runtime's profile, from construction to `stop`; what it holds may be read after that.
@@ -164,8 +134,6 @@ class Recording {
   }
 
   bool stopped() const { return time_.has_value(); }
-
-  void write(const std::filesystem::path& path) const { kt::write_trace(*profile_, time(), path.native()); }
 
   py::list calls() const {
     py::list all;
@@ -268,7 +236,6 @@ void bind_runtime(py::module_& m) {
            Released())
       .def("stop", &Recording::stop, Released())
       .def_property_readonly("stopped", &Recording::stopped)
-      .def("write", &Recording::write, py::arg("path"), Released())
       .def("calls", &Recording::calls)
       .def("spans", &Recording::spans)
       .def("totals", &Recording::totals)

@@ -118,9 +118,6 @@ class alignas(128) Recorder {
   Recorder(const TickClock& clock, int first_shard, std::size_t most)
       : clock_(clock), first_shard_(first_shard), most_(most) {}
 
-  // Adds to what is done in the innermost span that is open.
-  inline void count(const Work& work);
-
   // Spans in the order of their ends, no more than `most`.
   std::vector<SpanRecord> spans() const;
   const StageTotal& total(Stage stage) const { return totals_[static_cast<std::size_t>(stage)]; }
@@ -174,7 +171,6 @@ class Span {
 
  private:
   friend class Call;
-  friend class Recorder;
 
   void open(Stage stage, const TraceArgs& args);
   void close() noexcept;
@@ -186,10 +182,6 @@ class Span {
   TraceArgs args_;
   Stage stage_;
 };
-
-void Recorder::count(const Work& work) {
-  if (innermost_ != nullptr) innermost_->count(work);
-}
 
 // All calls in one direction, kept or dropped.
 struct CallTotal {
@@ -272,9 +264,5 @@ class TraceTime {
 
 // The kept spans of a thread by their begin, outer ones before inner ones.
 std::vector<SpanRecord> in_order(const Recorder& recorder);
-
-// Writes a trace for Perfetto and chrome://tracing: JSON of the Trace Event Format, shards as processes,
-// threads as threads, and one process more for the calls. IoError if the file cannot be written.
-void write_trace(const Profile& profile, const TraceTime& time, const std::string& path);
 
 }  // namespace kt

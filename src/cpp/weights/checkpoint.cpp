@@ -18,9 +18,6 @@ namespace {
 constexpr std::string_view kDataSuffix = ".safetensors";
 constexpr std::string_view kIndexSuffix = ".safetensors.index.json";
 constexpr std::string_view kPreferredIndex = "model.safetensors.index.json";
-[[noreturn]] void throw_system(const fs::path& path, std::string_view what, const std::error_code& error) {
-  throw IoError(message("{}: {}: {}", quote(path.native()), what, error.message()));
-}
 
 std::vector<fs::path> list(const fs::path& directory) {
   std::error_code error;
@@ -28,7 +25,7 @@ std::vector<fs::path> list(const fs::path& directory) {
   for (fs::directory_iterator at(directory, error), end; !error && at != end; at.increment(error)) {
     found.push_back(at->path());
   }
-  if (error) throw_system(directory, "cannot list", error);
+  if (error) throw_errno(directory, "cannot list", error.value());
   std::ranges::sort(found);
   return found;
 }
@@ -43,10 +40,9 @@ std::vector<fs::path> with_suffix(const std::vector<fs::path>& paths, std::strin
 bool names_directory(const fs::path& path) {
   std::error_code error;
   const auto status = fs::status(path, error);
-  if (status.type() == fs::file_type::not_found) {
+  if (status.type() == fs::file_type::not_found)
     throw NotFoundError(message("{}: no such file or directory", quote(path.native())));
-  }
-  if (error) throw_system(path, "cannot stat", error);
+  if (error) throw_errno(path, "cannot stat", error.value());
   return fs::is_directory(status);
 }
 

@@ -25,18 +25,18 @@ std::string subject(const std::filesystem::path& path, std::string_view tensor =
   return tensor.empty() ? file : message("{}: tensor {}", file, quote(tensor));
 }
 
-[[noreturn]] void throw_errno(std::string_view what, std::string_view did, int error) {
-  const auto text = message("{}: {}: {}", what, did, std::system_category().message(error));
-  if (error == ENOENT || error == ENOTDIR) throw NotFoundError(text);
-  throw IoError(text);
-}
-
 FileStamp stamp_of(const struct stat& info) {
   return {static_cast<std::uint64_t>(info.st_size),
           std::int64_t{info.st_mtim.tv_sec} * 1'000'000'000 + info.st_mtim.tv_nsec, info.st_ino};
 }
 
 }  // namespace
+
+void throw_errno(const std::filesystem::path& path, std::string_view did, int error, std::string_view tensor) {
+  const auto text = message("{}: {}: {}", subject(path, tensor), did, std::system_category().message(error));
+  if (error == ENOENT || error == ENOTDIR) throw NotFoundError(text);
+  throw IoError(text);
+}
 
 // Four sums of multiplied words: as fast as memory.
 std::uint64_t checksum(std::span<const std::byte> bytes) {
@@ -61,15 +61,12 @@ std::uint64_t checksum(std::span<const std::byte> bytes) {
 // O_NONBLOCK: opening a FIFO must not wait for a writer. It means nothing for a regular file.
 OpenFile::OpenFile(std::filesystem::path path)
     : path_(std::move(path)), descriptor_(::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
-  if (descriptor_ < 0) {
-    const int error = errno;
-    throw_errno(subject(path_), "cannot open", error);
-  }
+  if (descriptor_ < 0) throw_errno(path_, "cannot open", errno);
   struct stat info{};
   const int error = ::fstat(descriptor_, &info) == 0 ? 0 : errno;
   if (error != 0 || !S_ISREG(info.st_mode)) {
     ::close(descriptor_);
-    if (error != 0) throw_errno(subject(path_), "cannot stat", error);
+    if (error != 0) throw_errno(path_, "cannot stat", error);
     throw ValueError(message("{}: not a regular file", subject(path_)));
   }
   stamp_ = stamp_of(info);
@@ -82,10 +79,8 @@ void OpenFile::read(std::uint64_t offset, std::span<std::byte> to, std::string_v
   while (!to.empty()) {
     const ssize_t got = ::pread(descriptor_, to.data(), to.size(), static_cast<off_t>(offset));
     if (got < 0 && errno == EINTR) continue;
-    if (got < 0) {
-      const int error = errno;
-      throw_errno(subject(path_, tensor), message("cannot read {} bytes at {}", to.size(), offset), error);
-    }
+    if (const int error = errno; got < 0)
+      throw_errno(path_, message("cannot read {} bytes at {}", to.size(), offset), error, tensor);
     KT_CHECK(got > 0, "{}: the file was shortened: it ends at byte {}, wanted {}", subject(path_, tensor),
              offset, end);
     offset += static_cast<std::uint64_t>(got);
@@ -126,10 +121,7 @@ std::span<const std::byte> DataFile::map(std::string_view tensor) const {
     const auto opened = open(tensor);
     const auto size = static_cast<std::size_t>(stamp_.size);
     void* data = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, opened->descriptor(), 0);
-    if (data == MAP_FAILED) {
-      const int error = errno;
-      throw_errno(subject(path_, tensor), "cannot map the file", error);
-    }
+    if (data == MAP_FAILED) throw_errno(path_, "cannot map the file", errno, tensor);
     mapping.bytes = {static_cast<const std::byte*>(data), size};
   }
   return mapping.bytes;

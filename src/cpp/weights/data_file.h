@@ -20,6 +20,10 @@ namespace kt {
 std::uint64_t checksum(std::span<const std::byte> bytes);
 inline std::uint64_t checksum(std::string_view text) { return checksum(std::as_bytes(std::span(text))); }
 
+// What a system call that failed on a file makes: NotFoundError or IoError. `tensor` is whom it served.
+[[noreturn]] void throw_errno(const std::filesystem::path& path, std::string_view did, int error,
+                              std::string_view tensor = {});
+
 // Tells versions of a file apart.
 struct FileStamp {
   std::uint64_t size = 0;

@@ -96,10 +96,6 @@ std::uint64_t weights_checksum(Runtime& runtime, const LayerShape& shape, const 
   return checksum(std::as_bytes(std::span(sums)));
 }
 
-[[noreturn]] void throw_errno(const fs::path& path, std::string_view what, int error) {
-  throw IoError(message("{}: {}: {}", quote(path.native()), what, std::system_category().message(error)));
-}
-
 class Descriptor {
  public:
   explicit Descriptor(int fd) : fd_(fd) {}
@@ -175,7 +171,7 @@ PackedWriter::PackedWriter(fs::path path, const LayerShape& shape, const Report&
   temporary_ += ".part";
   std::error_code error;
   fs::create_directories(path_.parent_path(), error);
-  if (error) throw IoError(message("{}: {}", quote(path_.parent_path().native()), error.message()));
+  if (error) throw_errno(path_.parent_path(), "cannot make the directory", error.value());
   if (fs::is_directory(path_, error)) throw_errno(path_, "cannot write", EISDIR);
   // What a killed writer left is locked by nobody, and taken over. A name whose file went away meanwhile was
   // its writer's: commit renames it.

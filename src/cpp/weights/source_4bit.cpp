@@ -122,10 +122,7 @@ SourcePointer open_packed(LayerTensors tensors) {
 
   const auto& gate = shape_of(tensors, tensors.projections().front(), Role::weight, 2);
   const auto& down = shape_of(tensors, Projection::down, Role::weight, 2);
-  LayerInfo info;
-  info.num_experts = tensors.experts();
-  info.intermediate = gate[0], info.hidden = down[0];
-  info.layout = "compressed-tensors";
+  LayerInfo info{{tensors.experts(), down[0], gate[0]}, {}, "compressed-tensors"};
   if (gate[1] * kCodesInWord != info.hidden || down[1] * kCodesInWord != info.intermediate)
     tensors.fail(
         tensors.first(Role::weight),
@@ -149,10 +146,7 @@ SourcePointer open_gptq(LayerTensors tensors) {
 
   const Shape gate = shape_of_words(tensors, tensors.projections().front());
   const bool awq = tensors.first(Role::weight).tensor.shape[1] != gate.out;
-  LayerInfo info;
-  info.num_experts = tensors.experts();
-  info.hidden = gate.in, info.intermediate = gate.out;
-  info.layout = awq ? "awq" : "gptq";
+  LayerInfo info{{tensors.experts(), gate.in, gate.out}, {}, awq ? "awq" : "gptq"};
   Arena scratch;
   for (const Projection p : tensors.projections()) {
     const index_t rows = info.rows(p), cols = info.cols(p);
@@ -181,10 +175,7 @@ SourcePointer open_mxfp4(LayerTensors tensors) {
                  "has gate before up: not supported, wanted that they alternate");
   const auto& both = shape_of(tensors, Projection::gate, Role::weight, 4);
   const auto& down = shape_of(tensors, Projection::down, Role::weight, 4);
-  LayerInfo info;
-  info.num_experts = experts_in(tensors, both[0]);
-  info.hidden = down[1], info.intermediate = both[1] / 2;
-  info.layout = "mxfp4";
+  LayerInfo info{{experts_in(tensors, both[0]), down[1], both[1] / 2}, {}, "mxfp4"};
   const index_t hidden = info.hidden, intermediate = info.intermediate;
   if (both[1] % 2 != 0 || hidden % kMxfp4Group != 0 || intermediate % kMxfp4Group != 0)
     tensors.fail(tensors.first(Role::weight),
@@ -212,10 +203,9 @@ SourcePointer open_nvfp4(LayerTensors tensors) {
 
   const auto& gate = shape_of(tensors, tensors.projections().front(), Role::weight, 2);
   const auto& down = shape_of(tensors, Projection::down, Role::weight, 2);
-  LayerInfo info;
-  info.num_experts = tensors.experts();
-  info.intermediate = gate[0], info.hidden = down[0];
-  info.layout = packed ? "nvfp4, compressed-tensors" : "nvfp4, modelopt";
+  LayerInfo info{{tensors.experts(), down[0], gate[0]},
+                 {},
+                 packed ? "nvfp4, compressed-tensors" : "nvfp4, modelopt"};
   if (info.hidden % kNvfp4Group != 0 || info.intermediate % kNvfp4Group != 0)
     tensors.fail(
         tensors.first(Role::weight),

@@ -71,10 +71,7 @@ SourcePointer open_kt(LayerTensors tensors) {
   want_type(tensors, Role::scale, "F32");
   const Part gate = part_of(tensors, Projection::gate), down = part_of(tensors, Projection::down);
   const index_t parts = tensors.parts();
-  LayerInfo info;
-  info.num_experts = tensors.experts();
-  info.hidden = down.rows, info.intermediate = gate.rows * parts;
-  info.layout = "kt";
+  LayerInfo info{{tensors.experts(), down.rows, gate.rows * parts}, {}, "kt"};
   // A byte for each of the hidden columns of gate, or one for two of them.
   const int bits = gate.bytes == gate.rows * info.hidden ? 8 : 4;
   for (const Projection p : projections) {

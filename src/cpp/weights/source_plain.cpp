@@ -22,11 +22,7 @@ Sizes per_expert_sizes(const LayerTensors& tensors) {
   const index_t intermediate = gate[0], hidden = gate[1];
   tensors.want_shape(Projection::up, Role::weight, gate);
   tensors.want_shape(Projection::down, Role::weight, {hidden, intermediate});
-  LayerInfo info;
-  info.num_experts = tensors.experts();
-  info.hidden = hidden, info.intermediate = intermediate;
-  info.layout = "per-expert";
-  return {info};
+  return {{{tensors.experts(), hidden, intermediate}, {}, "per-expert"}};
 }
 
 // [E, 2I, H] with [E, H, I], or [E, H, 2I] with [E, I, H]. No shapes fit both: the second dimension of
@@ -45,12 +41,9 @@ Sizes fused_sizes(const LayerTensors& tensors) {
         matrices == 2 ? "[E, 2I, H] and [E, H, I], or [E, H, 2I] and [E, I, H]" : "[E, I, H] and [E, H, I]");
   }
   tensors.want_shape(Projection::down, Role::weight, {both[0], down[1], down[2]});
-  LayerInfo info;
-  info.num_experts = experts_in(tensors, both[0]);
-  info.hidden = transposed ? down[2] : down[1];
-  info.intermediate = transposed ? down[1] : down[2];
-  info.layout = transposed ? "fused, transposed" : "fused";
-  return {info, transposed};
+  const int experts = experts_in(tensors, both[0]);
+  if (transposed) return {{{experts, down[2], down[1]}, {}, "fused, transposed"}, true};
+  return {{{experts, down[1], down[2]}, {}, "fused"}};
 }
 
 SourcePointer open_floats(LayerTensors tensors, Sizes sizes) {

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from kt_moe.gpu.pass_log import PassReport
 from kt_moe.gpu.spans import LANES, DeviceSpan
+from kt_moe.trace import complete, metadata, name_process
 
 PROCESS = "GPU engine "  # and the device: a process of the trace
 _WORKING = ("link", "GPU", "CPU part")
 _BOUND = 0.5  # part of the time that a lane has to be busy to bound it
 _MOST_STEPS = 10
-_END = b"\n]}\n"  # of a trace file
 
 
 class LaneTime(NamedTuple):
@@ -182,26 +180,6 @@ def _works(name: str) -> bool:
     return not name.startswith("wait")
 
 
-def append_to_trace(path: Path, first_process: int, devices: Sequence[DeviceEvents]) -> None:
-    """Add the lanes of devices to a trace that the core has written, each as a process.
-
-    Args:
-        first_process: number of the first device's; larger than those in the file.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    with path.open("r+b") as file:
-        file.seek(-len(_END), 2)
-        assert file.read() == _END, "not a trace of the core's making"
-        file.seek(-len(_END), 2)
-        file.truncate()
-        for number, device in enumerate(devices, first_process):
-            for event in device.events(number):
-                file.write(b",\n" + json.dumps(event, separators=(",", ":")).encode())
-        file.write(_END)
-
-
 class DeviceEvents(NamedTuple):
     """The spans and passes of one device, for a trace."""
 
@@ -211,30 +189,20 @@ class DeviceEvents(NamedTuple):
 
     def events(self, process: int) -> Iterator[dict[str, Any]]:
         """As the Trace Event Format has them."""
-        about = {"ph": "M", "pid": process, "tid": 0}
-        yield {"name": "process_name", **about, "args": {"name": PROCESS + self.device}}
-        yield {"name": "process_sort_index", **about, "args": {"sort_index": process}}
+        yield from name_process(process, PROCESS + self.device)
         used = {span.lane for span in self.spans} | ({"passes"} if self.passes else set())
         for thread, lane in enumerate(LANES):
             if lane in used:
-                of_lane = {"ph": "M", "pid": process, "tid": thread}
-                yield {"name": "thread_name", **of_lane, "args": {"name": lane}}
-                yield {"name": "thread_sort_index", **of_lane, "args": {"sort_index": thread}}
+                yield metadata("thread_name", process, thread, name=lane)
+                yield metadata("thread_sort_index", process, thread, sort_index=thread)
         for one in self.passes:
             report = {name: value for name, value in vars(one.report).items() if name != "seconds"}
             args = report | {"bound": one.bound or "none"}
             seconds = max(one.end - one.begin, 1e-9)
             args |= {f"busy {lane}": f"{busy / seconds:.0%}" for lane, busy in one.busy.items()}
             name = "backward" if one.report.backward else "forward"
-            yield _event(name, one.begin, one.end, process, "passes", args)
+            yield complete(name, one.begin, one.end, process, LANES.index("passes"), args)
         for span in self.spans:
             args = {name: getattr(span, name) for name in ("experts", "rows", "flops", "bytes")}
             args = {"layer": span.layer} | {name: value for name, value in args.items() if value}
-            yield _event(span.name, span.begin, span.end, process, span.lane, args)
-
-
-def _event(
-    name: str, begin: float, end: float, process: int, lane: str, args: dict[str, Any]
-) -> dict[str, Any]:
-    us = {"ts": round(1e6 * begin, 3), "dur": round(1e6 * (end - begin), 3)}
-    return {"name": name, "ph": "X", **us, "pid": process, "tid": LANES.index(lane), "args": args}
+            yield complete(span.name, span.begin, span.end, process, LANES.index(span.lane), args)
