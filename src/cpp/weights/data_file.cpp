@@ -32,7 +32,8 @@ FileStamp stamp_of(const struct stat& info) {
 
 }  // namespace
 
-void throw_errno(const std::filesystem::path& path, std::string_view did, int error, std::string_view tensor) {
+void throw_errno(const std::filesystem::path& path, std::string_view did, int error,
+                 std::string_view tensor) {
   const auto text = message("{}: {}: {}", subject(path, tensor), did, std::system_category().message(error));
   if (error == ENOENT || error == ENOTDIR) throw NotFoundError(text);
   throw IoError(text);

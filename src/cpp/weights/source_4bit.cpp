@@ -203,9 +203,8 @@ SourcePointer open_nvfp4(LayerTensors tensors) {
 
   const auto& gate = shape_of(tensors, tensors.projections().front(), Role::weight, 2);
   const auto& down = shape_of(tensors, Projection::down, Role::weight, 2);
-  LayerInfo info{{tensors.experts(), down[0], gate[0]},
-                 {},
-                 packed ? "nvfp4, compressed-tensors" : "nvfp4, modelopt"};
+  LayerInfo info{
+      {tensors.experts(), down[0], gate[0]}, {}, packed ? "nvfp4, compressed-tensors" : "nvfp4, modelopt"};
   if (info.hidden % kNvfp4Group != 0 || info.intermediate % kNvfp4Group != 0)
     tensors.fail(
         tensors.first(Role::weight),
