@@ -3,7 +3,7 @@
 Tensors are read and written in place through their data pointers; they must be contiguous and on the CPU.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -189,8 +189,18 @@ class Experts:
     def dequantize(self, gate: Tensor | None, up: Tensor, down: Tensor) -> None:
         """Write the bf16 weights the kernels multiply by into three bf16 tensors."""
 
-def count_routes(topk_ids: Tensor, num_experts: int) -> int:
-    """Number of entries of topk_ids below num_experts; ValueError names the first not in [0, num_experts]."""
+def count_routes(topk_ids: Tensor, num_experts: int) -> list[int]:
+    """Entries of topk_ids by expert, and last those that are num_experts, "no route".
+
+    ValueError names the first one that is not in [0, num_experts].
+    """
+
+def sort_routes(topk_ids: Tensor, num_experts: int, experts: Sequence[int], into: Tensor) -> None:
+    """Sort the routes of some experts by expert in the order given, then by their place in topk_ids.
+
+    Written into int32 of `into`: [T, K], the row of each entry, or -1 if it is none of these experts; then
+    [rows], the place t * K + k of each row in topk_ids.
+    """
 
 def measure_ceilings(runtime: Runtime, seconds: float, read_bytes: int) -> dict[str, list[float]]:
     """Rates measured again and again, about `seconds` for each list.

@@ -350,7 +350,7 @@ def _compute(
     runtime = experts.runtime._core
     saved = None
     if save:
-        routes = _core.count_routes(ids, experts.num_experts)
+        routes = ids.numel() - _core.count_routes(ids, experts.num_experts)[-1]
         ranks = sum(a.shape[1] for a in pairs[::2] if a is not None and a.ndim == 3)
         saved = empty((routes, experts._saved_width + ranks), torch.bfloat16, runtime)
     out = empty(x.shape, _result_dtype(hidden_states), runtime)

@@ -55,6 +55,23 @@ TEST_CASE("routing names the first id out of range") {
                        ValueError);
 }
 
+TEST_CASE("routes of some experts are sorted in the order given") {
+  const std::vector<std::int64_t> ids{2, 0,  //
+                                      1, 2,  //
+                                      4, 2};
+  std::vector<std::int32_t> permutation(4), inverse(6);
+  sort_routes(ids_view(ids, 2), 4, {2, 3, 0}, permutation, inverse);
+  CHECK(permutation == std::vector<std::int32_t>{0, 3, 5, 1});
+  CHECK(inverse == std::vector<std::int32_t>{0, 3, -1, 1, -1, 2});
+  CHECK_THROWS_WITH_AS(sort_routes(ids_view(ids, 2), 4, {2, 2}, permutation, inverse),
+                       doctest::Contains("experts has 2, wanted numbers in [0, 4), each once"), ValueError);
+  CHECK_THROWS_WITH_AS(sort_routes(ids_view(ids, 2), 4, {4}, permutation, inverse),
+                       doctest::Contains("experts has 4"), ValueError);
+  CHECK_THROWS_WITH_AS(sort_routes(ids_view(ids, 2), 4, {2}, permutation, inverse),
+                       doctest::Contains("there is room for 4 routes and 6 entries, wanted 3 and 6"),
+                       ValueError);
+}
+
 TEST_CASE("dropout depends on its place alone, and on the seed, the projection and the route") {
   const Dropout dropout{0.3f, 42};
   const auto mask = [](const Dropout& d, Projection p, index_t slot, index_t col, index_t n) {

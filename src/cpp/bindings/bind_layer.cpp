@@ -142,9 +142,22 @@ void run_backward(const Experts& experts, py::handle hidden_states, py::handle t
   backward(experts.runtime(), w, inputs, kept, dout.matrix(), gradients);
 }
 
-index_t routes(py::handle topk_ids, int num_experts) {
-  const Tensor ids = read_tensor(topk_ids, "topk_ids", {DType::i64, DType::i32}, 2);
-  return count_routes(ids.matrix(), num_experts);
+MatView read_ids(py::handle topk_ids) {
+  return read_tensor(topk_ids, "topk_ids", {DType::i64, DType::i32}, 2).matrix();
+}
+
+std::vector<std::int32_t> routes_of_each(py::handle topk_ids, int num_experts) {
+  return count_routes_of_each(read_ids(topk_ids), num_experts);
+}
+
+void sorted_routes(py::handle topk_ids, int num_experts, const std::vector<int>& experts, py::handle into) {
+  const MatView ids = read_ids(topk_ids);
+  const Tensor to = read_tensor(into, "into", {DType::i32}, 1);
+  const index_t entries = ids.rows * ids.cols, rows = to.dim(0) - entries;
+  KT_CHECK(rows >= 0, "into has {} entries, wanted at least those of topk_ids, {}", to.dim(0), entries);
+  auto* data = static_cast<std::int32_t*>(to.data);
+  sort_routes(ids, num_experts, experts, {data + entries, static_cast<std::size_t>(rows)},
+              {data, static_cast<std::size_t>(entries)});
 }
 
 }  // namespace
@@ -152,7 +165,9 @@ index_t routes(py::handle topk_ids, int num_experts) {
 }  // namespace kt
 
 void bind_layer(py::module_& m) {
-  m.def("count_routes", &kt::routes, py::arg("topk_ids"), py::arg("num_experts"));
+  m.def("count_routes", &kt::routes_of_each, py::arg("topk_ids"), py::arg("num_experts"));
+  m.def("sort_routes", &kt::sorted_routes, py::arg("topk_ids"), py::arg("num_experts"), py::arg("experts"),
+        py::arg("into"));
   m.def("forward", &kt::run_forward, py::arg("experts"), py::arg("hidden_states"), py::arg("topk_ids"),
         py::arg("topk_weights"), py::arg("lora"), py::arg("scaling"), py::arg("dropout"), py::arg("seed"),
         py::arg("saved"), py::arg("out"));

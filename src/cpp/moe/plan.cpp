@@ -2,6 +2,7 @@
 
 #include <limits>
 #include <numeric>
+#include <utility>
 
 #include "base/error.h"
 
@@ -19,8 +20,9 @@ std::int64_t expert_at(const MatView& ids, index_t i) {
                                  : static_cast<const std::int32_t*>(ids.data)[i];
 }
 
-// Routes of each expert, after checking every id.
-std::vector<std::int32_t> histogram(const MatView& ids, int num_experts) {
+}  // namespace
+
+std::vector<std::int32_t> count_routes_of_each(const MatView& ids, int num_experts) {
   KT_CHECK(ids.rows * ids.cols <= std::numeric_limits<std::int32_t>::max(),
            "topk_ids has {} x {} entries, more than 2^31 - 1", ids.rows, ids.cols);
   std::vector<std::int32_t> routes(static_cast<std::size_t>(num_experts) + 1);
@@ -34,14 +36,32 @@ std::vector<std::int32_t> histogram(const MatView& ids, int num_experts) {
   return routes;
 }
 
-}  // namespace
-
 index_t count_routes(const MatView& topk_ids, int num_experts) {
-  return topk_ids.rows * topk_ids.cols - histogram(topk_ids, num_experts).back();
+  return topk_ids.rows * topk_ids.cols - count_routes_of_each(topk_ids, num_experts).back();
+}
+
+void sort_routes(const MatView& topk_ids, int num_experts, const std::vector<int>& experts,
+                 std::span<std::int32_t> permutation, std::span<std::int32_t> inverse) {
+  const std::vector<std::int32_t> routes = count_routes_of_each(topk_ids, num_experts);
+  std::vector<std::int32_t> next(routes.size(), -1);  // where the next route of each expert goes
+  std::int32_t first = 0;
+  for (const int e : experts) {
+    KT_CHECK(e >= 0 && e < num_experts && next[static_cast<std::size_t>(e)] < 0,
+             "experts has {}, wanted numbers in [0, {}), each once", e, num_experts);
+    next[static_cast<std::size_t>(e)] = std::exchange(first, first + routes[static_cast<std::size_t>(e)]);
+  }
+  KT_CHECK(std::ssize(permutation) == first && std::ssize(inverse) == topk_ids.rows * topk_ids.cols,
+           "there is room for {} routes and {} entries, wanted {} and {}", permutation.size(),
+           inverse.size(), first, topk_ids.rows * topk_ids.cols);
+  for (std::size_t i = 0; i < inverse.size(); ++i) {
+    std::int32_t& place = next[static_cast<std::size_t>(expert_at(topk_ids, static_cast<index_t>(i)))];
+    inverse[i] = place < 0 ? -1 : place++;
+    if (inverse[i] >= 0) permutation[static_cast<std::size_t>(inverse[i])] = static_cast<std::int32_t>(i);
+  }
 }
 
 Routing route(const MatView& topk_ids, int num_experts) {
-  const std::vector<std::int32_t> routes = histogram(topk_ids, num_experts);
+  const std::vector<std::int32_t> routes = count_routes_of_each(topk_ids, num_experts);
   Routing r;
   r.expert_offsets.push_back(0);
   for (int e = 0; e < num_experts; ++e) {

@@ -37,6 +37,13 @@ struct Routing {
 
 // topk_ids: [T, K] int32 or int64 in [0, E]; E means "no route". ValueError names the first entry outside.
 index_t count_routes(const MatView& topk_ids, int num_experts);
+// Of each expert, and last the entries that are no route: [E + 1].
+std::vector<std::int32_t> count_routes_of_each(const MatView& topk_ids, int num_experts);
+// The routes of some experts in the order given: writes permutation [their routes], the place of each in
+// topk_ids, and inverse [T, K], the reverse of it; -1 where there is none of these. ValueError for an expert
+// that is outside of [0, E) or comes twice, and for a permutation of another size.
+void sort_routes(const MatView& topk_ids, int num_experts, const std::vector<int>& experts,
+                 std::span<std::int32_t> permutation, std::span<std::int32_t> inverse);
 Routing route(const MatView& topk_ids, int num_experts);
 
 // Kernels count the rows and columns of a tile in int.

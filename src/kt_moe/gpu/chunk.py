@@ -209,7 +209,7 @@ def backward_chunk(layer: Layer, chunk: Chunk, x: Tensor, dy: Tensor, grads: Gra
             products.grouped_outer(of_stack, p, groups, grad.b, chunk.experts)
     if grads.hidden_states is not None:
         dx = chunk.empty(layer.hidden, torch.float32)
-        terms = [Term(of_one, of_all, False) for of_one, of_all in zip(d, weights, strict=True)]
+        terms = [Term(of_one, of_all, False) for of_one, of_all in zip(d.unbind(), weights, strict=True)]
         _add_low_rank(layer, chunk, terms, low_terms, dx)
         products.combine(dx, chunk.inverse, chunk.first, grads.hidden_states)
 
@@ -242,10 +242,8 @@ def _rank(stack: LoraStack) -> int:
 
 def _by_job(chunk: Chunk, low_rank: Tensor, matrices: Tensor | None, transposed: bool) -> list[Term]:
     """P B or Q A of each projection of a stack."""
-    return [
-        Term(rows, chunk.lora(of_job), transposed)
-        for rows, of_job in zip(low_rank, cast(Tensor, matrices), strict=True)
-    ]
+    of_jobs = zip(low_rank.unbind(), cast(Tensor, matrices).unbind(), strict=True)
+    return [Term(rows, chunk.lora(of_job), transposed) for rows, of_job in of_jobs]
 
 
 def _add_low_rank(

@@ -168,7 +168,7 @@ class Engine:
             part = pending = None
             if plan.cpu:
                 part = cpu_part.send(
-                    experts, plan.cpu, counted.host_ids, x, weights, lora, each_tensor(stacks), train, streams
+                    experts, plan.cpu, counted.ids.numpy(), x, weights, lora, each_tensor(stacks), train, streams
                 )
                 pending = cpu_part.submit_forward(experts, part, self._worker, streams)
             feed = self._feed(held, plan, backward=False)

@@ -10,21 +10,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kt_moe import _core
 from kt_moe.gpu.streams import Streams
 
 
 class Counted(NamedTuple):
-    """Routes on both sides.
+    """The routes of a call on the host.
 
     Attributes:
-        counts: [E] routes of each expert, on the host.
-        host_ids: [T, K] on the host.
-        ids: [T, K] on the device.
+        ids: [T, K] int64 or int32.
+        counts: [E] routes of each expert.
     """
 
-    counts: NDArray[np.int64]
-    host_ids: NDArray[np.integer]
     ids: Tensor
+    counts: NDArray[np.int64]
 
 
 def count_routes(ids: Tensor, num_experts: int, streams: Streams) -> Counted:
@@ -40,15 +39,8 @@ def count_routes(ids: Tensor, num_experts: int, streams: Streams) -> Counted:
     host.copy_(ids, non_blocking=True)
     with streams.span("host", "wait_routes"):
         streams.record().synchronize()
-    found = host.numpy()
-    if found.size and not (found.min() >= 0 and found.max() <= num_experts):
-        token, k = (int(i) for i in np.argwhere((found < 0) | (found > num_experts))[0])
-        raise ValueError(
-            f"topk_ids[{token}, {k}] is {int(found[token, k])}, wanted an expert in [0, {num_experts}) "
-            f"or {num_experts} for no route"
-        )
-    counts = np.bincount(found.reshape(-1), minlength=num_experts + 1)
-    return Counted(counts[:num_experts], found, ids)
+    counts = _core.count_routes(host, num_experts)
+    return Counted(host, np.array(counts[:num_experts], dtype=np.int64))
 
 
 class Rows(NamedTuple):
@@ -56,8 +48,8 @@ class Rows(NamedTuple):
 
     Attributes:
         counts: rows of each of these experts.
-        permutation: [rows] int32, t * K + k of each row, which sorts the routes by expert.
-        inverse: [T, K] int32, the row of each route; beyond the last row: not of these experts.
+        permutation: [rows] int32 on the device, t * K + k of each row, which sorts the routes by expert.
+        inverse: [T, K] int32 on the device, the row of each route; -1: not of these experts.
     """
 
     counts: tuple[int, ...]
@@ -67,14 +59,11 @@ class Rows(NamedTuple):
 
 def sort_routes(counted: Counted, experts: Sequence[int], streams: Streams) -> Rows:
     """Rows of the experts in the order given."""
-    num_experts = len(counted.counts)
-    order = np.full(num_experts + 1, len(experts), dtype=np.int32)
-    order[list(experts)] = np.arange(len(experts), dtype=np.int32)
-    flat = counted.ids.reshape(-1)
-    keys = streams.upload(order).index_select(0, flat)
-    permutation = keys.to(torch.int16 if len(experts) < 2**15 else torch.int32).sort(stable=True).indices
-    inverse = torch.empty(len(flat), dtype=torch.int32, device=flat.device)
-    inverse.scatter_(0, permutation, torch.arange(len(flat), dtype=torch.int32, device=flat.device))
-    inverse = inverse.view(counted.ids.shape)
     counts = tuple(counted.counts[list(experts)].tolist())
-    return Rows(counts, permutation[: sum(counts)].to(torch.int32), inverse)
+    entries = counted.ids.numel()
+    host = streams.host_empty((entries + sum(counts),), torch.int32)
+    _core.sort_routes(counted.ids, len(counted.counts), experts, host)
+    both = torch.empty_like(host, device=streams.device)
+    streams.products.copy_from_host(both, host)
+    streams.keep(host)
+    return Rows(counts, both[entries:], both[:entries].view(counted.ids.shape))
