@@ -51,8 +51,8 @@ void sort_routes(const MatView& topk_ids, int num_experts, const std::vector<int
     next[static_cast<std::size_t>(e)] = std::exchange(first, first + routes[static_cast<std::size_t>(e)]);
   }
   KT_CHECK(std::ssize(permutation) == first && std::ssize(inverse) == topk_ids.rows * topk_ids.cols,
-           "there is room for {} routes and {} entries, wanted {} and {}", permutation.size(),
-           inverse.size(), first, topk_ids.rows * topk_ids.cols);
+           "there is room for {} routes and {} entries, wanted {} and {}", permutation.size(), inverse.size(),
+           first, topk_ids.rows * topk_ids.cols);
   for (std::size_t i = 0; i < inverse.size(); ++i) {
     std::int32_t& place = next[static_cast<std::size_t>(expert_at(topk_ids, static_cast<index_t>(i)))];
     inverse[i] = place < 0 ? -1 : place++;
@@ -159,8 +159,9 @@ PackSchedule::PackSchedule(const Plan& plan) {
     slots.push_back(static_cast<index_t>(rings.back().slots));
   }
   const auto multiply_next = [&](Ring& ring) {
-    for_readers(plan, ring.inputs[ring.multiplied++],
-                [&](const Block& block) { steps.push_back({block.index, false}); });
+    for_readers(plan, ring.inputs[ring.multiplied++], [&](const Block& block) {
+      steps.push_back({block.index, false});
+    });
   };
   for (const Block& block : plan.blocks) {
     if (block.packer != block.index) continue;

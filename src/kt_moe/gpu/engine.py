@@ -168,8 +168,9 @@ class Engine:
             part = pending = None
             if plan.cpu:
                 part = cpu_part.send(
-                    experts, plan.cpu, counted.ids.numpy(), x, weights, lora, each_tensor(stacks), train, streams
-                )
+                    experts, plan.cpu, counted.ids.numpy(), x, weights, lora, each_tensor(stacks), train,
+                    streams,
+                )  # fmt: skip
                 pending = cpu_part.submit_forward(experts, part, self._worker, streams)
             feed = self._feed(held, plan, backward=False)
             rows = sort_routes(counted, plan.gpu, streams)
