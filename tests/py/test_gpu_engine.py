@@ -254,6 +254,63 @@ def test_everything_crosses_once_where_it_fits():
     assert engine._slots.bytes_moved == routed * experts.nbytes // 8
 
 
+def test_a_forward_that_is_computed_again_is_divided_as_the_first_time():
+    problem = make_problem(60, 64, 48, 8, 2, ALL, routing="sparse")
+    lora = {name: tensor.requires_grad_() for name, tensor in problem.lora.items()}
+    device = torch.device("cpu")
+    changed = 0
+    for link in 10.0 ** np.arange(6.0, 10.0, 0.25):
+        # Another layer that is given the same Gpu leaves fewer slots for this one, which the cut counts.
+        rates = Rates(link=link, gpu_flops=1e13, gpu_bytes=1e12, cpu_flops=1e10, cpu_bytes=1e9)
+        gpu = Gpu("cpu", few_slots(problem, 6), rates=rates)
+        experts, others = experts_of(problem, gpu), []
+
+        def forward(x, experts=experts):
+            return kt_moe.moe(x, problem.topk_ids, problem.topk_weights, experts, lora)
+
+        rows = []
+        for _ in range(2):
+            hidden = problem.hidden_states.clone().requires_grad_()
+            out = checkpoint(forward, hidden, use_reentrant=False)
+            (first,) = gpu.engine(device).log.last.values()
+            others += [experts_of(problem, gpu) for _ in range(3)]
+            out.sum().backward()  # torch raises if what is saved has other shapes than the first time
+            again, back = gpu.engine(device).log.last.values()
+            assert first.gpu_rows == again.gpu_rows == back.gpu_rows
+            rows.append(first.gpu_rows)
+            gpu.engine(device).log.last.clear()
+        changed += rows[0] != rows[1]
+    assert changed > 0
+
+
+@pytest.mark.parametrize("larger", [False, True])
+def test_a_layer_that_is_given_another_gpu_leaves_the_rest_alone(larger):
+    gpu = Gpu("cpu", cpu_share=0.0)
+    problem = make_problem(40, 64, 48, 8, 2, ALL, seed=1)
+    leaving = make_problem(40, 64, 96 if larger else 48, 8, 2, ALL, seed=2)
+    experts, left = experts_of(problem, gpu), experts_of(leaving, gpu)
+    before = [run_ours(p, e.runtime, experts=e) for p, e in ((leaving, left), (problem, experts)) * 2]
+    left.gpu = "off"
+    for _ in range(3):
+        same(run_ours(problem, experts.runtime, experts=experts), before[3])
+    left.gpu = gpu
+    same(run_ours(leaving, left.runtime, experts=left), before[2])
+
+
+def test_a_layer_is_given_another_gpu_between_forward_and_backward():
+    problem = make_problem(40, 64, 48, 8, 2, ALL)
+    expected = run(problem, Gpu("cpu", cpu_share=0.3))
+    experts = experts_of(problem, Gpu("cpu", cpu_share=0.3))
+    leaves = {k: v.clone().requires_grad_() for k, v in problem.leaves().items()}
+    out = kt_moe.moe(
+        leaves["hidden_states"], problem.topk_ids, leaves["topk_weights"], experts,
+        {k: leaves[k] for k in problem.lora}, scaling=problem.scaling,
+    )  # fmt: skip
+    experts.gpu = "off"
+    out.backward(problem.grad_out)
+    same({"out": out.detach(), **{k: v.grad for k, v in leaves.items()}}, expected)
+
+
 def test_several_forwards_before_any_backward():
     problems_ = [make_problem(30, 64, 48, 6, 2, ALL, seed=seed) for seed in (1, 2, 3)]
     experts = experts_of(problems_[0], Gpu("cpu", few_slots(problems_[0], 4), 0.3))

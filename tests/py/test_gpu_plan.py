@@ -154,24 +154,60 @@ def test_slots_hold_what_was_claimed_until_it_is_released(data, count, kind):
 
 
 @pytest.mark.parametrize("roomy", [False, True])
-def test_an_interrupted_claim_loses_no_slot(roomy):
+@pytest.mark.parametrize("copied", [False, True])
+def test_an_interrupted_claim_loses_no_slot(roomy, copied):
     slots = Slots(Streams(torch.device("cpu")), 64, 8, roomy=roomy)
     layer = Stored(0)
     copy, done = slots._copy, []
 
     def interrupted(*args):
         done.append(args)
+        if copied or len(done) != 3:
+            copy(*args)
         if len(done) == 3:
             raise KeyboardInterrupt
-        copy(*args)
 
     slots._copy = interrupted
     with pytest.raises(KeyboardInterrupt):
         slots.claim(0, layer, range(8))
+    assert not slots.arrived((0, 2))
     slots.release_all()
     assert slots.claim(0, layer, range(8)) == 8
     for expert, slot in enumerate(slots.use(0, range(8))):
         assert (slots.memory[slot] == expert).all()
+
+
+def test_a_slot_is_filled_again_behind_all_streams_that_read_it():
+    class Noting(Streams):
+        """Two streams of a caller, and what every stream has waited for."""
+
+        stream = 1
+
+        def __init__(self):
+            super().__init__(torch.device("cpu"))
+            self.behind = {1: set(), 2: set(), "link": set()}
+
+        def current(self):
+            return self.stream
+
+        def record(self, name=None):
+            event = super().record(name)
+            event.seen = {*self.behind[name or self.stream], event}
+            self.behind[name or self.stream].add(event)
+            return event
+
+        def wait(self, event, name=None):
+            self.behind[name or self.stream] |= event.seen
+
+    streams = Noting()
+    slots, layer = Slots(streams, 64, 1), Stored(0)
+    reads = []
+    for streams.stream in (1, 2):
+        slots.claim(0, layer, [0])
+        slots.release(slots.use(0, [0]))
+        reads.append(slots._used[0])
+    slots.claim(0, layer, [1])
+    assert set(reads) <= streams.behind["link"]
 
 
 def test_the_least_recently_used_slot_goes_first():

@@ -54,13 +54,14 @@ class Layer:
         """The projections that read the hidden states."""
         return (GATE, UP) if self.gated else (UP,)
 
-    @property
-    def row_bytes(self) -> tuple[int, int]:
-        """Temporary memory for a row of a forward and of a backward."""
+    def row_bytes(self, backward: bool) -> int:
+        """Temporary memory for a row."""
+        dropped = 6 * self.hidden if self.dropout else 0  # X, and a product that is added
+        if not backward:
+            return 2 * self.intermediate + 4 * self.hidden + dropped
         inner = 2 * len(self.inner) * self.intermediate  # G and U; or dG and dU
-        return 2 * self.intermediate + 4 * self.hidden, max(
-            2 * inner + 6 * self.intermediate, inner + 2 * self.intermediate + 4 * self.hidden
-        )
+        of_down, of_inner = 2 * inner + 6 * self.intermediate, inner + 2 * self.intermediate + 4 * self.hidden
+        return max(of_down, of_inner) + dropped
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,10 @@ def backward_chunk(layer: Layer, chunk: Chunk, x: Tensor, dy: Tensor, grads: Gra
     del g, u, dh
     if grads.row_weights is not None:
         if (bias := layer.biases[DOWN]) is not None:
-            of_row = torch.repeat_interleave(chunk.experts, groups.offsets.diff(), output_size=groups.rows)
-            dw += (dy[tokens].float() * bias[of_row].float()).sum(1)
+            of_bias = chunk.empty(1, torch.float32)
+            as_row = Matrices(bias.unsqueeze(1), chunk.experts)
+            products.grouped_gemm([Term(dy, as_row, True, tokens)], groups, of_bias)
+            dw += of_bias.squeeze(1)
         grads.row_weights[chunk.first : chunk.first + groups.rows] = dw
 
     if down is not None and (grad := grads.lora_down) is not None:

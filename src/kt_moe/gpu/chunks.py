@@ -106,7 +106,7 @@ class Chunks:
         last = min(len(experts), begin + (len(experts) if many else max(1, len(slots) // 2)))
         # Gate and up lie there at once, or down alone.
         decoded = 0 if stored.in_place else 2 * len(layer.inner) * layer.hidden * layer.intermediate
-        row = layer.row_bytes[backward]
+        row = layer.row_bytes(backward)
         crossing = temporary = 0
         for end in range(begin, last):
             temporary += decoded + row * counts[end]

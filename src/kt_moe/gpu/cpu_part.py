@@ -76,6 +76,11 @@ class Worker:
         self._jobs.put(job)
         return job
 
+    def wait(self) -> None:
+        """Let the calling thread wait for the jobs so far; their exceptions are for who waits for them."""
+        if self._thread is not None and self._process == os.getpid():
+            self.submit(lambda: None).wait()
+
     def finish(self) -> None:
         """End the thread behind its jobs."""
         thread, self._thread = self._thread, None

@@ -15,7 +15,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, cast
@@ -62,6 +62,8 @@ class _Held:
         biases: of gate, up and down on the device, or None.
         not_locked: why its memory cannot be page-locked; None: it was not tried, or is.
         planned: experts on the GPU in the last forward, which its backward wants again.
+        forward: rows of each expert, the CPU's share, whether it trains, and the cut: of the last forward, as
+            long as no backward has followed.
         popular: [E] how often each of them was, an average over the last forwards.
         likely: the guess for the next one, the most popular first.
         right: the part of the last guess that was right.
@@ -73,10 +75,20 @@ class _Held:
     popular: NDArray[np.float64]
     not_locked: str | None = None
     planned: tuple[int, ...] = ()
+    forward: tuple[NDArray[np.int64], float | str, bool, Cut] | None = None
     likely: tuple[int, ...] = ()
     right: float = 0.0
 
-    def plan(self, experts: tuple[int, ...], again: bool) -> None:
+    def same_cut(self, counts: NDArray[np.int64], share: float | str, train: bool) -> Cut | None:
+        """The last forward's cut for a forward that may be computed again by gradient checkpointing.
+
+        The rates and the layers that there are may have changed meanwhile, and what a forward saves may not.
+        """
+        if self.forward is None or self.forward[1:3] != (share, train):
+            return None
+        return self.forward[3] if np.array_equal(self.forward[0], counts) else None
+
+    def note_plan(self, experts: tuple[int, ...], again: bool) -> None:
         """Take note of a forward's plan; `again`: of one that seems to be computed again."""
         if again and experts == self.planned:
             return
@@ -163,7 +175,9 @@ class Engine:
         with self.lock, self._one_pass(experts) as held:
             stacks, self._reading = lora_transfer.to_device(lora, share != 1.0, streams)
             counted = count_routes(ids, experts.num_experts, streams)
-            plan = self._cut(experts, held, counted.counts, share, lora, train)
+            plan = held.same_cut(counted.counts, share, train)
+            plan = plan or self._cut(experts, held, counted.counts, share, lora, train)
+            held.forward = counted.counts, share, train, plan
             self._start(held, plan, backward=False, train=train)
             part = pending = None
             if plan.cpu:
@@ -222,6 +236,7 @@ class Engine:
         data, part = saved.pass_data(lora)
         only_cpu = part is not None and not plan.gpu
         with self.lock, self._one_pass(experts) as held:
+            held.forward = None
             self._start(held, plan, backward=True, train=True)
             of_host = lora_transfer.host_gradients(lora, needs_lora, part is not None, streams)
             pending = None
@@ -251,7 +266,7 @@ class Engine:
             if pending is not None:
                 pending.add_to(grads.hidden_states, dweights)
             of_lora, arrived = lora_transfer.join_gradients(
-                lora, plan.cpu, each_tensor(of_gpu), of_host, streams
+                lora, plan.cpu, needs_lora, each_tensor(of_gpu), of_host, streams
             )
         return grads.hidden_states, dweights, of_lora, arrived
 
@@ -284,6 +299,7 @@ class Engine:
                 if timer is not None:
                     timer.leave()
             except BaseException as error:
+                self._wait_for_reads()
                 if self._slots is not None:
                     self._slots.release_all()
                 if isinstance(error, torch.OutOfMemoryError):
@@ -297,6 +313,12 @@ class Engine:
                 if reading is not None:
                     reading.synchronize()  # from here on the caller may change the matrices
                 self._streams.end_pass()
+
+    def _wait_for_reads(self) -> None:
+        """Behind a pass that failed: nothing reads the caller's tensors any more."""
+        self._worker.wait()
+        with suppress(RuntimeError):  # a kernel has failed, of which the caller is told
+            self._streams.record("uplink").synchronize()
 
     def forget(self, experts: Experts) -> None:
         """A layer is given to another `kt_moe.Gpu`."""
@@ -396,7 +418,7 @@ class Engine:
                 self._rest_timer = None
         self.log.begin(this, plan, self._slots)
         if not backward:
-            held.plan(plan.gpu, again)
+            held.note_plan(plan.gpu, again)
 
     def _feed(self, held: _Held, plan: Cut, *, backward: bool) -> Feed | None:
         """Start the copies of a pass, and of those to come as there will be room."""

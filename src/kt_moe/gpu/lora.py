@@ -223,6 +223,7 @@ def device_gradients(
 def join_gradients(
     lora: LoraCall,
     on_cpu: Sequence[int],
+    needed: Sequence[bool],
     of_gpu: Sequence[Tensor | None],
     of_host: Sequence[Tensor | None],
     streams: Streams,
@@ -231,6 +232,7 @@ def join_gradients(
 
     Args:
         on_cpu: experts whose rows the core has written in `of_host`; it has written no other rows.
+        needed: which gradients are wanted; one of two that lie together may not be.
         of_gpu, of_host: as `device_gradients` and `host_gradients` made them; None: nothing was computed
             there.
     """
@@ -239,8 +241,10 @@ def join_gradients(
     index: Tensor | None = None
     rest: Sequence[tuple[int, int]] = ()
     sent = False
-    for tensor, gpu, host in zip(lora.tensors, of_gpu, of_host, strict=True):
-        if gpu is None or host is None:
+    for tensor, wanted, gpu, host in zip(lora.tensors, needed, of_gpu, of_host, strict=True):
+        if not wanted:
+            joined.append(None)
+        elif gpu is None or host is None:
             joined.append(host if gpu is None else gpu)
         elif tensor is not None and tensor.is_cpu:
             rest = rest or others(on_cpu, len(host))

@@ -48,6 +48,7 @@ class Slots:
         self._holds: list[Key | None] = [None] * count
         self._ready: list[Event | None] = [None] * count  # its bytes have come
         self._used: list[Event | None] = [None] * count  # the product that read it last is done
+        self._released: tuple[int, Event] | None = None  # the stream of the last `release`, and its event
         self._unclaimed: OrderedDict[int, None] = OrderedDict.fromkeys(range(count))  # least recent first
         self._staging: list[tuple[Tensor, Event]] = []  # in host memory, and behind its last copy
 
@@ -82,7 +83,7 @@ class Slots:
                 if slot is not None:
                     self._unclaimed.pop(slot, None)
                 elif self._unclaimed:
-                    fresh.append(self._fill(layer, stored, expert))
+                    self._fill(layer, stored, expert, fresh)
                 else:
                     break
                 done += 1
@@ -99,16 +100,17 @@ class Slots:
             raise
         return done
 
-    def _fill(self, layer: Hashable, stored: StoredExperts, expert: int) -> int:
+    def _fill(self, layer: Hashable, stored: StoredExperts, expert: int, fresh: list[int]) -> None:
+        """Put an expert into the slot used least recently, which `fresh` has before its copy begins."""
         slot = next(iter(self._unclaimed))
         if (old := self._holds[slot]) is not None:
             self._slot_of.pop(old, None)
             self._holds[slot] = None
+        fresh.append(slot)
         self._copy(layer, stored, expert, slot)
         del self._unclaimed[slot]
         self._holds[slot] = (layer, expert)
         self._slot_of[layer, expert] = slot
-        return slot
 
     def _copy(self, layer: Hashable, stored: StoredExperts, expert: int, slot: int) -> None:
         used = self._used[slot]
@@ -116,6 +118,7 @@ class Slots:
             self._streams.wait(used, "link")
             self._waited = used
         self._used[slot] = self._ready[slot] = None
+        assert stored.slot_bytes <= self.memory.shape[1]
         self.bytes_moved += stored.expert_bytes
         address = self._address + slot * self.memory.shape[1]
         if stored.pinned:
@@ -149,7 +152,11 @@ class Slots:
 
     def release(self, slots: Sequence[int]) -> None:
         """Take claims back: the work that reads the slots has been given to the current stream."""
+        stream = self._streams.current()
+        if self._released is not None and self._released[0] != stream:
+            self._streams.wait(self._released[1])  # so that one event stands for all reads of a slot
         used = self._streams.record()
+        self._released = stream, used
         for slot in slots:
             self._used[slot] = used
         if not self.roomy:

@@ -54,6 +54,10 @@ class Streams:
         """Make the stream of that name current."""
         return nullcontext()
 
+    def current(self) -> int:
+        """Which one the caller's current stream is."""
+        return 0
+
     def record(self, name: str | None = None) -> Event:
         """An event behind all work that the stream has so far."""
         if self.recorder is not None:
@@ -162,6 +166,10 @@ class CudaStreams(Streams):
     def _stream(self, name: str | None) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self._index) if name is None else self._streams[name]
 
+    def current(self) -> int:
+        stream: int = self._stream(None).cuda_stream
+        return stream
+
     def on(self, name: str) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._streams[name])
 
@@ -190,7 +198,8 @@ class CudaStreams(Streams):
             raise RuntimeError(f"cuMemcpyAsync of {size} bytes failed with CUDA error {error}")
 
     def keep(self, host: Tensor, name: str | None = None) -> None:
-        self._in_use[name].append(host)
+        # Not the tensor itself: autograd copies a gradient that something else refers to.
+        self._in_use[name].append(host.detach())
 
     def end_pass(self) -> None:
         if self._in_use[None]:

@@ -130,6 +130,16 @@ def test_matrices_on_the_host_that_an_optimizer_changes_unnoticed():
     assert torch.equal(changed, kt_moe.moe(*arguments, {k: v.cuda() for k, v in lora.items()}))
 
 
+def test_a_gradient_in_host_memory_is_the_one_that_was_written():
+    problem = make_problem(60, 64, 48, 8, 2, ALL)
+    experts = experts_of(problem, Gpu(cpu_share=0.3))
+    lora = {name: tensor.cpu().pin_memory().requires_grad_() for name, tensor in problem.lora.items()}
+    hidden = problem.hidden_states.cuda()
+    kt_moe.moe(hidden, problem.topk_ids.cuda(), problem.topk_weights.cuda(), experts, lora).sum().backward()
+    # Autograd copies a gradient that something else refers to, into pageable memory.
+    assert all(tensor.grad.is_pinned() for tensor in lora.values())
+
+
 def test_off_is_the_cpu_bit_for_bit():
     problem = PROBLEMS["even"]()
     experts = experts_of(problem, "off")
