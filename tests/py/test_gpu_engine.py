@@ -283,34 +283,6 @@ def test_a_forward_that_is_computed_again_is_divided_as_the_first_time():
     assert changed > 0
 
 
-@pytest.mark.parametrize("larger", [False, True])
-def test_a_layer_that_is_given_another_gpu_leaves_the_rest_alone(larger):
-    gpu = Gpu("cpu", cpu_share=0.0)
-    problem = make_problem(40, 64, 48, 8, 2, ALL, seed=1)
-    leaving = make_problem(40, 64, 96 if larger else 48, 8, 2, ALL, seed=2)
-    experts, left = experts_of(problem, gpu), experts_of(leaving, gpu)
-    before = [run_ours(p, e.runtime, experts=e) for p, e in ((leaving, left), (problem, experts)) * 2]
-    left.gpu = "off"
-    for _ in range(3):
-        same(run_ours(problem, experts.runtime, experts=experts), before[3])
-    left.gpu = gpu
-    same(run_ours(leaving, left.runtime, experts=left), before[2])
-
-
-def test_a_layer_is_given_another_gpu_between_forward_and_backward():
-    problem = make_problem(40, 64, 48, 8, 2, ALL)
-    expected = run(problem, Gpu("cpu", cpu_share=0.3))
-    experts = experts_of(problem, Gpu("cpu", cpu_share=0.3))
-    leaves = {k: v.clone().requires_grad_() for k, v in problem.leaves().items()}
-    out = kt_moe.moe(
-        leaves["hidden_states"], problem.topk_ids, leaves["topk_weights"], experts,
-        {k: leaves[k] for k in problem.lora}, scaling=problem.scaling,
-    )  # fmt: skip
-    experts.gpu = "off"
-    out.backward(problem.grad_out)
-    same({"out": out.detach(), **{k: v.grad for k, v in leaves.items()}}, expected)
-
-
 def test_several_forwards_before_any_backward():
     problems_ = [make_problem(30, 64, 48, 6, 2, ALL, seed=seed) for seed in (1, 2, 3)]
     experts = experts_of(problems_[0], Gpu("cpu", few_slots(problems_[0], 4), 0.3))
