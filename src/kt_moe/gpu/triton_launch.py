@@ -1,6 +1,6 @@
 """Launches of compiled Triton kernels without what Triton does at every call to find the compiled kernel.
 
-That takes 50 to 100 us for kernels with many constants; a chunk has 5 launches in forward, 13 in backward.
+That takes 50 to 100 us for kernels with many constants, and a chunk has dozens of launches.
 """
 
 # mypy: ignore-errors
