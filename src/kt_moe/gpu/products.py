@@ -199,8 +199,8 @@ class Products(Protocol):
 
         Args:
             y: [m, H] fp32: the rows [first, first + m) of a pass; the last dimension is contiguous.
-            inverse: [T, K] int32, contiguous: the row of each route in the pass, no two equal; -1 where there is
-                none.
+            inverse: [T, K] int32, contiguous: the row of each route in the pass, no two equal; -1 where there
+                is none.
             first: the row of the pass that y begins with.
             out: [T, H] fp32; the last dimension is contiguous. Tokens without a row in y stay as they are.
         """
