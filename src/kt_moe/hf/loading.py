@@ -48,10 +48,8 @@ def load_model(
         OSError: files are missing.
     """
     path, config = check_path("path", path), _checked(config)
-    model_config = options.pop("config", None)
-    if model_config is None:
-        of_files = {name: options[name] for name in _OF_FILES if name in options}
-        model_config = AutoConfig.from_pretrained(path, **of_files)
+    of_files = {name: options[name] for name in _OF_FILES if name in options}
+    model_config = AutoConfig.from_pretrained(path, **of_files)
     return _class_of(model_config).from_pretrained(
         path, config=model_config, quantization_config=config, device_map=device_map, **options
     )
