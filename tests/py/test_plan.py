@@ -504,6 +504,11 @@ def test_a_measured_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ),
         (tiny_config(), ["--targets", "all-linear"], "a plan wants --lora_target_modules by name"),
         (tiny_config(), ["x"], "the command line has ['x'], which are no options: see kt-moe plan --help"),
+        (
+            tiny_config(),
+            ["--max_lenght", "8"],
+            "the command line has ['--max_lenght', '8'], which are no options (did you mean --max_length?)",
+        ),
         (tiny_config(), ["--rank", "0"], "rank of experts is 0, wanted at least 1"),
         (tiny_config(), ["--gpu", "off", "--cpu-share", "0.5"], 'has gpu="off" and gpu_memory or cpu_share'),
         (tiny_config(), ["--gpu-memory", "six"], "gpu_memory is 'six', wanted a positive number of bytes"),

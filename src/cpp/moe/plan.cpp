@@ -159,9 +159,8 @@ PackSchedule::PackSchedule(const Plan& plan) {
     slots.push_back(static_cast<index_t>(rings.back().slots));
   }
   const auto multiply_next = [&](Ring& ring) {
-    for_readers(plan, ring.inputs[ring.multiplied++], [&](const Block& block) {
-      steps.push_back({block.index, false});
-    });
+    for_readers(plan, ring.inputs[ring.multiplied++],
+                [&](const Block& block) { steps.push_back({block.index, false}); });
   };
   for (const Block& block : plan.blocks) {
     if (block.packer != block.index) continue;

@@ -95,6 +95,6 @@ def parse(
 
 
 def spelled_out(word: str, short: Mapping[str, str] = ALIASES) -> str:
-    """A word of the command line, with a short name replaced by that of TRL."""
+    """A word of the command line, with a short name, whose hyphens may be underscores, replaced by TRL's."""
     name, equals, value = word.partition("=")
-    return short.get(name, name) + equals + value
+    return short.get(name.replace("_", "-"), name) + equals + value

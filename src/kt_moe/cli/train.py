@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
@@ -175,7 +176,10 @@ def parse(
         raise UserError(str(error)) from error
     if unknown := [*in_line, *in_file]:
         where = "the command line" if in_line else "the file of --config"
-        raise UserError(f"{where} has {unknown}, which are no options: see {prog} --help")
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = [match for word in unknown for match in get_close_matches(word, known, 1)]
+        hint = f" (did you mean {', '.join(near)}?)" if near else ""
+        raise UserError(f"{where} has {unknown}, which are no options{hint}: see {prog} --help")
     options = Options(command, [name or command, *argv], *parts)
     options.given = parser.given(argv)
     return options

@@ -61,7 +61,7 @@ def describe(machine: Machine, findings: list[Finding]) -> str:
             lines.append(f"      mend: {finding.mend}")
     slow = sum(finding.slow for finding in findings)
     end = f"{count_text(slow, 'finding')} {'costs' if slow == 1 else 'cost'} speed"
-    lines.append(end if slow else "nothing found that costs speed")
+    lines.append(end if slow else "nothing found that costs speed and can be mended")
     return "\n".join(lines)
 
 
