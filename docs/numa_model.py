@@ -125,7 +125,7 @@ class Account:
         self.product_of_row(copies=2)
         self.weights(DOWN)
         self.second_of_slice()
-        self.own(BF16 * (self.packed * self.hidden + 5 * self.routes * self.width))  # dh', dG, dU, h
+        self.own(BF16 * (self.packed * self.hidden + 5 * self.routes * self.width))  # dh, dG, dU, h
         self.own(2 * BF16 * (self.routes + self.packed) * self.width)
         for projection in (GATE, UP):
             self.product_of_slice(copies=2)

@@ -615,7 +615,7 @@ TEST_CASE("limited activations: no gradient beyond a limit, however little, one 
   }
 }
 
-// <dh', h> is made of an h that is not rounded yet, so that it shows h in fp32.
+// <dh, h> is made of an h that is not rounded yet, so that it shows h in fp32.
 TEST_CASE("smooth activations have a small relative error, far below 0 too") {
   for_every_set([](const KernelSet& set) {
     for (const auto& [activation, u, bound] : {std::tuple{Activation::silu, 1.0f, 1e-6},

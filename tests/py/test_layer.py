@@ -246,3 +246,15 @@ class TestDropout:
         assert not torch.equal(layer(*args), layer(*args))
         layer.eval()
         assert torch.equal(layer(*args), layer(*args))
+
+
+def test_backward_without_a_gate_reads_what_forward_saved():
+    problem = make_problem(20, 64, 48, 4, 2, {}, activation="relu2", gated=False)
+    experts = kt_moe.Experts(*problem.weights, activation="relu2")
+    hidden, saved = problem.hidden_states.clone().requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = kt_moe.moe(hidden, problem.topk_ids, problem.topk_weights, experts)
+    (up,) = (t for t in saved if t.shape == (problem.topk_ids.numel(), 48))
+    up.zero_()  # whose derivative is 0 by relu2
+    out.sum().backward()
+    assert not hidden.grad.any()

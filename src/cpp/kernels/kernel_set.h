@@ -1,6 +1,6 @@
-// The table of kernels an instruction set provides. This is the only project header that files under
-// kernels/<isa>/ may include, so it holds plain types and no inline functions: nothing compiled with -m flags
-// can leak into the rest of the library.
+// The table of kernels an instruction set provides. Of the project's headers, files under kernels/<isa>/ may
+// include this one and those of kernel folders, so it holds plain types and no inline functions: nothing
+// compiled with -m flags can leak into the rest of the library.
 //
 // Every kernel works on one panel, one tile or one row; the loops around them live in gemm/ and moe/.
 // Kernels never fail, never allocate and never look at the CPU.
@@ -24,11 +24,11 @@ struct RowSource {
   const int32_t* index;
 };
 
-// A panel from `rows` <= mr rows that run along k; a B panel from `rows` <= nr of them (a weight in the
-// forward direction).
+// A panel from `rows` <= mr rows that run along k; a B panel from `rows` <= nr of them (X and h in the
+// forward direction, where weights are A).
 using PackRows = void(RowSource src, int rows, int k, void* panel);
-// B panels, panel_bytes apart, from k rows of the source that run along all their columns (the same weight in
-// the backward direction).
+// B panels, panel_bytes apart, from k rows of the source that run along all their columns (P in the forward
+// direction, weights in the backward direction).
 using PackAcross = void(RowSource src, int k, int cols, void* panels, ptrdiff_t panel_bytes);
 // Memory that the caller needs next, which a product prefetches while it runs: a matrix, row by row, so many
 // lines of it for every 64 bytes of a row of A. The last lines may lie behind the matrix, so nothing may be
@@ -147,12 +147,12 @@ constexpr float kGeluSlope = 1.5957691216f, kGeluCubic = 0.044715f, kGeluFar = 1
 // Inkling 2's: h = cap(G, gate) * sigmoid(G) * cap(U, up), where cap(x, c) = c * tanh(x / c).
 constexpr float kGateSoftcap = 4.0f, kUpSoftcap = 25.0f;
 
-// One row of G and U of an expert, and what the step makes of it. Forward: G, U and h rounded once to bf16.
-// Lines that G and U fill may go past the caches: before another thread reads them comes a locked instruction
-// or a fence. Backward: from dh' (fp32, before the routing weight) and the saved G, U.
+// One row of G and U of an expert: G, U and h rounded once to bf16. Lines that G and U fill may go past the
+// caches: before another thread reads them comes a locked instruction or a fence.
 using ActivationForward = void(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
                                uint16_t* h);
-// dG, dU for dh = weight * dh'; h as in the forward. Returns <dh', h>, the gradient of the routing weight.
+// Backward, from dh (fp32, before the routing weight) and the saved G, U: dG, dU for weight * dh, and h of
+// the rounded G, U. Returns <dh, h> with h in fp32, the gradient of the routing weight.
 using ActivationBackward = float(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u,
                                  uint16_t* dg, uint16_t* du, uint16_t* h);
 

@@ -1,5 +1,5 @@
 // The backward pass of a layer, from dY = dOut[token] (src/cpp/README.md has the formulas):
-//     Q = s dY Bd,  dh' = dY Wd + Q Ad,  dw = <dh', h> + <dY, bd>,  dG and dU from w dh' and the saved G, U
+//     Q = s dY Bd,  dh = dY Wd + Q Ad,  dw = <dh, h> + <dY, bd>,  dG and dU from w dh and the saved G, U
 //     Q = s dG B of gate and up,  dX[t] += dG Wg + dU Wu + Qg Ag + Qu Au,  dA = Q' X,  dB = dOutput' P
 // First the verbs, which compute on one block and know nothing of tasks; then the tasks that name them.
 // lora.cpp has those of Q, dA and dB.
@@ -90,7 +90,7 @@ void pack_dy(Pass& pass, const Block& block, char* slot, Arena& scratch) {
   pack_q_of_dy(pass, block, slot);
 }
 
-// dG, dU, h and <dh', h> of an MC range, columns nc, from dh' and the saved G and U.
+// dG, dU, h and <dh, h> of an MC range, columns nc, from dh and the saved G and U.
 void activate_grad(const Pass& pass, const Block& mc, Range nc, const float* dh, index_t stride, float* dots,
                    index_t dot_cols, Arena& scratch) {
   const Span span(pass.recorder(scratch), Stage::grad_activation);
@@ -115,7 +115,7 @@ void activate_grad(const Pass& pass, const Block& mc, Range nc, const float* dh,
   }
 }
 
-// dh' = dY Wd + Q Ad, and dG, dU, h and <dh', h> from it, columns nc.
+// dh = dY Wd + Q Ad, and dG, dU, h and <dh, h> from it, columns nc.
 void grad_down(const Pass& pass, const Block& block, index_t range, Range nc, Range next, Arena& scratch) {
   const Dots& dots = pass.dots;
   const index_t first = dots.first_row[block.shard] + (dots.by_columns ? nc.begin / kDotCols : range);

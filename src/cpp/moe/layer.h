@@ -106,13 +106,13 @@ struct LayerInputs {
 };
 
 // What backward needs of forward, by routed token and rounded to bf16: G and U [routes, I], where a shard's
-// columns of all routed tokens come before the next one's; and P of each projection, r numbers a routed token
-// (that of down times the routing weight).
+// columns of all routed tokens come before the next one's; and P' of each projection, r numbers a routed
+// token, [r, m] token block by token block (that of down times the routing weight).
 struct Saved {
   bf16_t *gate = nullptr, *up = nullptr;
   std::array<bf16_t*, 3> low_rank{};
 
-  explicit operator bool() const { return gate != nullptr; }
+  explicit operator bool() const { return up != nullptr; }  // there may be no gate
 };
 
 // A dense matrix that is to be written, bf16 or fp32.

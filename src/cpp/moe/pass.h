@@ -33,7 +33,7 @@ struct PackedGradient {
   PackedA rows = {}, low_rank = {};  // dOutput and Q
 };
 
-// The gradients of the routing weights in the making: dots <dh', h> of all routed tokens, row after row.
+// The gradients of the routing weights in the making: dots <dh, h> of all routed tokens, row after row.
 // Every row has some columns of h; a shard's rows follow those of the shard before. With a bias of down, <dY,
 // bd> is the last row.
 struct Dots {

@@ -33,9 +33,9 @@ enum class Stage : std::uint8_t {
   down,               // h Wd' + Pd Bd'
   combine,            // sums over a token's experts
   reduce,             // sums over shards or nodes
-  grad_down,          // dh'
+  grad_down,          // dh
   grad_activation,    // dG, dU
-  grad_topk_weights,  // <dh', h>, summed
+  grad_topk_weights,  // <dh, h>, summed
   pack_grad,          // dG, dU, packed
   lora_q,             // Q = s dY B
   grad_hidden,        // dX

@@ -19,7 +19,7 @@ from kt_moe.host_memory import free_memory
 if TYPE_CHECKING:
     from kt_moe import _core
 
-_ALIGN = 64  # bytes on which each part of a matrix begins, as in the core's own memory (LayerPlan)
+_ALIGN = 64  # bytes on which each part of a matrix begins, as in the core's own memory (LayerBlock)
 
 
 class StoredPart(NamedTuple):

@@ -16,7 +16,7 @@ constexpr int kStackBytes = 65536;  // of X or C kept in the order of use: L2 ho
 constexpr int kL1Bytes = 16384;     // of X that one pass along k uses
 constexpr int kPanelRows = 16;  // rows of W' whose parts follow each other, and the far request's distance
 constexpr int kNearRows = 4;    // the near one's
-constexpr int kBlockRows = 32;  // rows of W between two visits to C, and the far request's distance
+constexpr int kRowsBetweenSums = 32;  // rows of W between two visits to C, and the far request's distance
 
 static constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
@@ -211,14 +211,14 @@ static void gemv_nn(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t stri
                     int accumulate) {
   constexpr int kColumns = kStackBytes / (4 * M * kLine) * kLine;
   alignas(64) float sum[kColumns * M];
-  uint32_t terms[kBlockRows / Step::kRows * M];
+  uint32_t terms[kRowsBetweenSums / Step::kRows * M];
   for (int begin = 0; begin < n; begin += kColumns) {
     const int cols = smaller(kColumns, n - begin), lines = (cols + kLine - 1) / kLine;
-    for (int p = 0; p < k; p += kBlockRows) {
-      const int rows = smaller(kBlockRows, k - p);
+    for (int p = 0; p < k; p += kRowsBetweenSums) {
+      const int rows = smaller(kRowsBetweenSums, k - p);
       for (int i = 0; i < M; ++i) Step::keep_terms(source_row(x, i) + p, rows, terms + i, M);
       const uint16_t* block = w + p * stride + begin;
-      const ptrdiff_t to_next = p + 2 * kBlockRows > k ? 0 : kBlockRows * stride;
+      const ptrdiff_t to_next = p + 2 * kRowsBetweenSums > k ? 0 : kRowsBetweenSums * stride;
       Requests far{block + to_next, lines, lines, stride - lines * kLine};
       for (int j = 0; j < cols; j += kLine)
         cross_tile<Step, M>(terms, rows, block + j, stride, cols - j, far, lines_later(6, j, lines, to_next),

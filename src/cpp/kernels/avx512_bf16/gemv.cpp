@@ -151,14 +151,14 @@ void coded_cross_tile(const uint32_t* x, int rows, const Coded& w, int first, in
 template <class Codes, int M, bool Shared>
 void cross_blocks(RowSource x, const Coded& w, float* c, ptrdiff_t ldc, int accumulate) {
   constexpr int V = smaller(M <= 2 ? 4 : M <= 4 ? 2 : 1, kCacheLine / Codes::kBytes);
-  uint32_t terms[kBlockRows / Step::kRows * M];
-  const ptrdiff_t far = kBlockRows * w.stride, row_bytes = w.cols / kLine * Codes::kBytes;
+  uint32_t terms[kRowsBetweenSums / Step::kRows * M];
+  const ptrdiff_t far = kRowsBetweenSums * w.stride, row_bytes = w.cols / kLine * Codes::kBytes;
   const auto near = [&](int j) {  // behind the last line of a row comes the next block
     const ptrdiff_t bytes = smaller(kNear, static_cast<int>(row_bytes));
     return bytes + (j / kLine * Codes::kBytes + bytes < row_bytes ? 0 : far - row_bytes);
   };
-  for (int p = 0; p < w.rows; p += kBlockRows) {
-    const int rows = smaller(kBlockRows, w.rows - p);
+  for (int p = 0; p < w.rows; p += kRowsBetweenSums) {
+    const int rows = smaller(kRowsBetweenSums, w.rows - p);
     for (int i = 0; i < M; ++i) Step::keep_terms(source_row(x, i) + p, rows, terms + i, M);
     int j = 0;
     for (; j + V * kLine <= w.cols; j += V * kLine)
