@@ -21,7 +21,7 @@ import kt_moe
 
 args = options(__doc__, "Qwen/Qwen3-30B-A3B", "qwen3_moe")
 
-# 8 GiB of the GPU for experts; gradient checkpointing, TRL's default, does not compute these twice
+# "retain": gradient checkpointing, TRL's default, keeps what the experts computed
 config = kt_moe.KtMoeConfig(gpu_memory="8GiB", checkpoint_experts="retain")
 model = kt_moe.load_model(args.model, config, dtype="bfloat16")
 lora = LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "experts"])
