@@ -57,3 +57,13 @@ def test_gradients_of_bf16_parameters_in_fp32(layer: tuple[Problem, kt_moe.Exper
     for name in NAMES:
         assert torch.equal(wide[name].bfloat16(), narrow[name])
         assert not torch.equal(wide[name].bfloat16().float(), wide[name])
+
+
+def test_forward_wants_somewhere_to_write(layer):
+    problem, experts = layer
+    lora = tuple(problem.lora[name] for name in NAMES)
+    with pytest.raises(ValueError, match="out is None, wanted a tensor"):
+        _core.forward(
+            experts._core, problem.hidden_states, problem.topk_ids.contiguous(), problem.topk_weights, lora,
+            problem.scaling, 0.0, 0, None, None,
+        )  # fmt: skip

@@ -103,8 +103,8 @@ void run_forward(const Experts& experts, py::handle hidden_states, py::handle to
   const LayerInputs inputs =
       read_inputs(w, hidden_states, topk_ids, topk_weights, lora, scaling, dropout, seed, kept_ids);
   const Saved kept = read_saved(saved, w, inputs);
+  KT_CHECK(!out.is_none(), "out is None, wanted a tensor");
   const Result result = read_result(out, "out", {inputs.hidden_states.rows, w.hidden});
-  KT_CHECK(result, "out is None, wanted a tensor");
   const kt::ReleaseGil release;
   forward(experts.runtime(), w, inputs, kept, result);
 }
