@@ -21,6 +21,7 @@ from kt_moe.adapter_files import write_adapter
 from kt_moe.adapters import StrPath, check_adapter_name, save_adapter
 from kt_moe.checkpoint import check_path
 from kt_moe.hf.config import Names
+from kt_moe.hf.initial import pair_of
 from kt_moe.hf.lora import INITIAL_VALUES, KtLoraExperts
 from kt_moe.hf.portable import PREFIX, ExpertsForm, Matrices
 from kt_moe.tensors import check_module
@@ -62,7 +63,7 @@ def export_adapter(
     for option, off in (("use_dora", False), ("lora_bias", False), ("bias", "none")):
         if (value := getattr(config, option, off)) != off:
             raise ValueError(f"the adapter has {option}={value!r}, which {target} does not read")
-    if config.init_lora_weights not in INITIAL_VALUES:
+    if config.init_lora_weights not in INITIAL_VALUES and not getattr(config, "has_fixed", False):
         raise ValueError(
             f"the adapter has init_lora_weights={config.init_lora_weights!r}, which may have changed the "
             "base model's weights: convert it first (path_initial_model_for_weight_conversion of PEFT)"
@@ -94,8 +95,7 @@ def export_adapter(
             target == "llamacpp" and isinstance(layer, ParamWrapper) and layer.num_experts == 1
         ):
             scaling = float(layer.scaling[adapter_name])
-            a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-            a, b = _filled(a, b, rank, scaling)
+            a, b = _filled(*pair_of(layer, adapter_name), rank, scaling)
             found = _weights({f"{name}.lora_A": a, f"{name}.lora_B": b})
             modules.add(name)
         else:

@@ -48,11 +48,13 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "gate without effect": {"targets": ["experts"], "alpha_pattern": {"experts.gate_proj": 0}},
     "router": {"targets": ["experts", "mlp.gate"], "lora_dropout": 0.1},
+    "router of another rank": {"targets": ["experts", "o_proj", "mlp.gate"], "rank_pattern": {"mlp.gate": 2}},
     "shared alone": {"targets": ["shared_experts.gate_proj", "shared_experts.down_proj"]},
     "shared": {"targets": ["experts.down_proj", "shared_experts.up_proj"], "rank_pattern": {"up_proj": 3}},
 }  # fmt: skip
 WITHOUT = {
     "router": {"qwen2_moe", "mixtral", "gpt_oss"},  # the rule is the same, names differ
+    "router of another rank": {"qwen2_moe", "mixtral", "gpt_oss"},
     "shared alone": {"qwen3_moe", "mixtral", "gpt_oss"},
     "shared": {"qwen3_moe", "mixtral", "gpt_oss"},
 }

@@ -13,6 +13,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
+from kt_moe.hf.initial import starts_from_weights
 from kt_moe.hf.lora import KtLoraExperts, experts_architecture
 from kt_moe.hf.portable import is_per_expert, renamed_by_peft
 from kt_moe.hf.targets import (
@@ -50,6 +51,11 @@ class KtLoraConfig(LoraConfig):  # type: ignore[misc]
     kt_moe_targets: Targets
     kt_moe_saved: LoraConfig
 
+    @property
+    def has_fixed(self) -> bool:
+        """Whether the adapter has a fixed part beside the trained one; see `kt_moe.hf.initial`."""
+        return bool(self.kt_moe_targets.experts) and starts_from_weights(self.init_lora_weights)
+
     @classmethod
     def of(cls, config: LoraConfig) -> KtLoraConfig:
         """A copy; the caller's config stays as it is."""
@@ -64,6 +70,8 @@ class KtLoraConfig(LoraConfig):  # type: ignore[misc]
         saved = copy.copy(self.kt_moe_saved)
         for field in ("base_model_name_or_path", "inference_mode", "revision", "task_type", "auto_mapping"):
             setattr(saved, field, getattr(self, field))
+        if self.init_lora_weights is True:  # which PEFT makes it to convert an adapter to plain LoRA
+            saved.init_lora_weights = True
         saved.save_pretrained(save_directory, **kwargs)
 
 
@@ -133,6 +141,8 @@ def saved_config(model: nn.Module, config: KtLoraConfig, adapter_name: str) -> L
             wanted[name] = rank, alpha
     saved.lora_alpha = config.lora_alpha * (config.r**0.5 if config.use_rslora else 1)
     saved.use_rslora = False
+    if config.has_fixed:
+        saved.r, saved.lora_alpha = 2 * saved.r, 2 * saved.lora_alpha
     on_experts = _names_of_all_experts(model, experts, adapter_name, saved)
     for path, layer in {} if on_experts else experts.items():
         for fused, rank in layer.fused_ranks(adapter_name).items():
@@ -148,6 +158,15 @@ def saved_config(model: nn.Module, config: KtLoraConfig, adapter_name: str) -> L
     if experts or as_parameters:
         saved.lora_dropout, saved.init_lora_weights = 0.0, True  # PEFT has no dropout on parameters
     return saved
+
+
+def with_ranks_doubled(saved: LoraConfig) -> LoraConfig:
+    """The config of plain LoRA with twice the ranks and the same scalings; of one without rsLoRA."""
+    result = copy.deepcopy(saved)
+    result.init_lora_weights, result.r, result.lora_alpha = True, 2 * saved.r, 2 * saved.lora_alpha
+    for name in ("rank_pattern", "alpha_pattern"):
+        setattr(result, name, {key: 2 * value for key, value in (getattr(saved, name) or {}).items()})
+    return result
 
 
 def _names_of_all_experts(
@@ -246,10 +265,11 @@ def _scaling(rank: int, alpha: float, use_rslora: bool) -> float:
 
 
 def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:
-    """Shortest patterns for the names whose value is not the default."""
+    """Shortest patterns for the names whose value is not the default; no other layer's weight has them."""
     result: dict[str, Any] = {}
+    known = [*values, *(f"{name}.weight" for name in values)]
     for value in dict.fromkeys(values.values()):
         if value != default:
             same = [name for name, own in values.items() if own == value]
-            result |= dict.fromkeys(shortest(same, values), value)
+            result |= dict.fromkeys(shortest(same, known), value)
     return result

@@ -18,20 +18,19 @@ from kt_moe.architectures import Architecture, architecture_of, fused_parameters
 from kt_moe.experts import PROJECTIONS
 from kt_moe.functional import Lora, of_all
 from kt_moe.hf.experts import computed, dims_of, experts_of, is_gated_module, is_kt_experts
+from kt_moe.hf.initial import joined, starting_pair, starts_from_weights
 from kt_moe.hf.portable import ExpertsForm, Matrices
 from kt_moe.hf.targets import ExpertPairs, Pair
 from kt_moe.layer import outer_sizes
 from kt_moe.lora_device import LoraParameters, LoraPlace
 
 INITIAL_VALUES = (True, False, "gaussian", "orthogonal")  # of init_lora_weights that leave the base as it is
-_FROM_WEIGHTS = "takes what it starts with out of the base weights, which are frozen in packed form"
+_INPUTS = "looks at the inputs of every projection, of which those of down_proj are not kept"
 _NO_INITIAL_VALUES = {
-    "pissa": _FROM_WEIGHTS,
-    "olora": _FROM_WEIGHTS,
-    "corda": _FROM_WEIGHTS,
-    "lora_ga": _FROM_WEIGHTS,
     "loftq": "corrects how this process quantised the weights, while files are for the checkpoint's own",
-    "eva": "looks at the inputs of every projection, of which those of down_proj are not kept",
+    "lora_ga": "looks at gradients of the experts' weights, which are frozen and have none",
+    "corda": _INPUTS,
+    "eva": _INPUTS,
 }
 _BASE = "__base__"  # PEFT's name, in adapter_names, for no adapter
 NO_MERGE = (
@@ -45,8 +44,12 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
 
     Parameters, fp32: `lora_A.{adapter}.{gate,up,down}` [E, r, in] and `lora_B.{adapter}.{gate,up,down}`
     [E, out, r]; of adapters in `shared_outer`, one A of gate and of up, and one B of down, [1, ...]. `place`
-    says whether they go where the model goes.
+    says whether they go where the model goes. Adapters that start with a part of the base weights (`initial`)
+    also have `lora_fixed_A` and `lora_fixed_B` of the same shapes, which are not trained; their ranks in `r`
+    and `pairs` are of both together.
     """
+
+    other_param_names = (*LoraLayer.other_param_names, "lora_fixed_A", "lora_fixed_B")
 
     # What LoraLayer has; the dictionaries go from adapter name to parameters, dropout module or number.
     base_layer: Any
@@ -77,6 +80,7 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         self.architecture, self.place = architecture, place
         self.pairs: dict[str, ExpertPairs] = {}
         self.shared_outer: set[str] = set()
+        self.lora_fixed_A, self.lora_fixed_B = nn.ModuleDict(), nn.ModuleDict()
         self._active_adapter = adapter_name
         self.add_pairs(adapter_name, config, pairs)
 
@@ -103,7 +107,8 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         """
         _refuse_options(config, pairs)
         self.scaling[adapter_name] = _first_scaling(pairs.pairs)
-        self._set_pairs(adapter_name, pairs)
+        fixed = starts_from_weights(config.init_lora_weights)
+        self._set_pairs(adapter_name, _doubled(pairs) if fixed else pairs)
         if getattr(config, "shared_outer", False):
             self.shared_outer.add(adapter_name)
         self.use_rslora[adapter_name] = self.use_dora[adapter_name] = self.lora_bias[adapter_name] = False
@@ -114,7 +119,10 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         self.lora_B[adapter_name] = LoraParameters(self.place)
         for projection, pair in pairs.pairs.items():
             self._new_pair(adapter_name, projection, pair.rank)
-        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        if fixed:
+            self._start(adapter_name, pairs.pairs, str(config.init_lora_weights))
+        else:
+            self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _set_pairs(self, adapter_name: str, pairs: ExpertPairs) -> None:
@@ -155,6 +163,11 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
                 for matrices in (self.lora_A[adapter_name], self.lora_B[adapter_name]):
                     self.place.numbers -= matrices.pop(projection).numel()
             elif ranks[projection] != pairs[projection].rank:
+                if adapter_name in self.lora_fixed_A:
+                    raise ValueError(
+                        f"the adapter's rank of {projection}_proj is {ranks[projection]}, wanted "
+                        f"{pairs[projection].rank}, as the model's adapter {adapter_name!r} has it"
+                    )
                 pairs[projection] = Pair(ranks[projection], pairs[projection].scaling)
                 self._new_pair(adapter_name, projection, ranks[projection])
         self._set_pairs(adapter_name, ExpertPairs(pairs, self.pairs[adapter_name].fused))
@@ -186,8 +199,16 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
     def matrices(self, adapter_name: str, projection: str) -> tuple[Tensor, Tensor]:
         """A [E, r, in] and B [E, out, r] of a projection; views of those that are shared."""
         experts = dims_of(self.base_layer)[0]
-        own = self.lora_A[adapter_name][projection], self.lora_B[adapter_name][projection]
-        return of_all(own[0], experts), of_all(own[1], experts)
+        a, b = self._pair(adapter_name, projection)
+        return of_all(a, experts), of_all(b, experts)
+
+    def _pair(self, adapter_name: str, projection: str) -> tuple[Tensor, Tensor]:
+        """The same, with those that are shared as they are."""
+        a, b = self.lora_A[adapter_name][projection], self.lora_B[adapter_name][projection]
+        if adapter_name not in self.lora_fixed_A:
+            return a, b
+        fixed: Any = self.lora_fixed_A[adapter_name], self.lora_fixed_B[adapter_name]
+        return joined(a, fixed[0][projection], 1), joined(b, fixed[1][projection], 2)
 
     def held(self, adapter_name: str, projection: str, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Those of a projection as the parameters have them, of A [E, r, in] and B [E, out, r].
@@ -204,6 +225,21 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
                 f"adapter {adapter_name!r} shares it (SharedOuterLoraConfig)"
             )
         return (pair[0], pair[1][:1].clone()) if one else (pair[0][:1].clone(), pair[1])
+
+    @torch.no_grad()
+    def _start(self, adapter_name: str, pairs: Mapping[str, Pair], how: str) -> None:
+        """Let an adapter start with a part of the base weights, which a fixed one takes away."""
+        weights: dict[str, Any] = dict(
+            zip(PROJECTIONS, experts_of(self.base_layer).dequantize(), strict=True)
+        )
+        fixed_a, fixed_b = LoraParameters(self.place), LoraParameters(self.place)
+        for projection, pair in pairs.items():
+            a, b = self.lora_A[adapter_name][projection], self.lora_B[adapter_name][projection]
+            for e, weight in enumerate(weights[projection]):
+                a[e], b[e] = starting_pair(weight, pair.rank, pair.scaling, how)
+            fixed_a[projection] = nn.Parameter(a.detach().clone(), requires_grad=False)
+            fixed_b[projection] = nn.Parameter(-b.detach(), requires_grad=False)
+        self.lora_fixed_A[adapter_name], self.lora_fixed_B[adapter_name] = fixed_a, fixed_b
 
     @torch.no_grad()
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
@@ -272,8 +308,8 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         if len(active) == 1:
             (name,) = active
             for projection in self.lora_A[name]:
-                tensors[f"{projection}_lora_a"] = self.lora_A[name][projection]
-                tensors[f"{projection}_lora_b"] = self.lora_B[name][projection]
+                pair = self._pair(name, projection)
+                tensors[f"{projection}_lora_a"], tensors[f"{projection}_lora_b"] = pair
             scalings = [self.scaling_of(name, p) if p in self.lora_A[name] else 1.0 for p in PROJECTIONS]
             return Lora(scalings, dropout), tensors
         for projection in PROJECTIONS:
@@ -359,6 +395,14 @@ def _orthogonal(a: Tensor, b: Tensor) -> None:
     b.copy_(out @ basis[:, 1::2] / 10)
 
 
+def _doubled(pairs: ExpertPairs) -> ExpertPairs:
+    """The same with twice the ranks."""
+    return ExpertPairs(
+        {projection: Pair(2 * pair.rank, pair.scaling) for projection, pair in pairs.pairs.items()},
+        {name: 2 * rank for name, rank in pairs.fused.items()},
+    )
+
+
 def _first_scaling(pairs: Mapping[str, Pair]) -> float:
     """That of a layer's first projection whose LoRA has an effect; 0 if none has."""
     return next((pair.scaling for pair in pairs.values() if pair.scaling), 0.0)
@@ -387,12 +431,21 @@ def _refuse_options(config: LoraConfig, pairs: ExpertPairs) -> None:
     for option in (*variants, "use_dora", "lora_bias", "fan_in_fan_out"):
         if getattr(config, option, None):
             raise ValueError(f"LoraConfig: {option} does not work on kt_moe experts")
-    if (initial := config.init_lora_weights) not in INITIAL_VALUES:
+    initial = config.init_lora_weights
+    if starts_from_weights(initial):
+        if config.lora_dropout:
+            raise ValueError(
+                f"LoraConfig: init_lora_weights={initial!r} does not work with lora_dropout on kt_moe "
+                "experts: it would drop a part of the base weights"
+            )
+        if getattr(config, "shared_outer", False):
+            raise ValueError(f"SharedOuterLoraConfig does not work with init_lora_weights={initial!r}")
+    elif initial not in INITIAL_VALUES:
         reasons = (why for word, why in _NO_INITIAL_VALUES.items() if str(initial).lower().startswith(word))
         why = next(reasons, "is not known")
         raise ValueError(
             f"LoraConfig: init_lora_weights={initial!r} does not work on kt_moe experts: it {why}; wanted "
-            f"one of {list(INITIAL_VALUES)}"
+            f"one of {[*INITIAL_VALUES, 'pissa', 'pissa_niter_N', 'olora']}"
         )
     odd = [f"{p}_proj has {pair.rank}" for p, pair in pairs.pairs.items() if pair.rank % 2]
     if config.init_lora_weights == "orthogonal" and odd:

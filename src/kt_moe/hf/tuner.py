@@ -22,11 +22,12 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
 from kt_moe.functional import of_all
-from kt_moe.hf.config import KtLoraConfig, SharedOuterLoraConfig, saved_config
+from kt_moe.hf.config import KtLoraConfig, SharedOuterLoraConfig, saved_config, with_ranks_doubled
 from kt_moe.hf.experts import KtExperts, is_kt_experts
+from kt_moe.hf.initial import halves, join_fixed, joined, part_fixed, start_layer
 from kt_moe.hf.lora import NO_MERGE, KtLoraExperts, experts_architecture, lora_layers
 from kt_moe.hf.portable import PREFIX, Matrices, is_per_expert, path_to_save, renaming_of
-from kt_moe.hf.targets import Targets, find_targets
+from kt_moe.hf.targets import Targets, find_targets, holds_kt_experts
 from kt_moe.hf.weighted import KINDS, combine
 from kt_moe.lora_device import LoraPlace
 from kt_moe.patterns import first_match
@@ -111,6 +112,12 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
         kind = "linear" if len(adapters) == 1 else combination_type  # as PEFT has it
         if kind not in KINDS:
             raise ValueError(f"combination_type is {kind!r}, kt_moe experts know {list(KINDS)}")
+        fixed = [name for name in adapters if self.peft_config[name].has_fixed]
+        if fixed:
+            raise ValueError(
+                f"adapters {fixed} started with a part of the base weights (PiSSA, OLoRA): save and load "
+                "them, which makes plain LoRA of them"
+            )
         if svd_clamp is not None:
             raise ValueError(f"svd_clamp is {svd_clamp}, which does not work on kt_moe experts")
         shared = {"density": density, "majority_sign_method": majority_sign_method}
@@ -164,6 +171,24 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
             config.target_modules = {*targets.modules, *targets.experts}
             config.target_parameters = sorted(targets.parameters) or None
 
+    def _create_and_replace(
+        self,
+        lora_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: Any,
+        **kwargs: Any,
+    ) -> None:
+        how = lora_config.init_lora_weights
+        fixed = lora_config.has_fixed and not holds_kt_experts(target)
+        if fixed:
+            lora_config = copy.copy(lora_config)
+            lora_config.init_lora_weights = True  # PEFT's would change the base weights
+        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, **kwargs)
+        if fixed:
+            start_layer(getattr(parent, target_name), adapter_name, how)
+
     def _create_new_module(
         self, lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any
     ) -> nn.Module:
@@ -197,18 +222,21 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
         found: dict[str, Tensor] = super()._get_adapter_state_dict(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
         )
+        join_fixed(found)
         layers = list(lora_layers(model, adapter_name))
         renamed = renaming_of(model) if layers else str
         for path, layer in layers:
             pairs = layer.pairs[adapter_name].pairs
             matrices: Matrices = {}
             for projection in pairs:
-                keys = [f"{path}.lora_{matrix}.{adapter_name}.{projection}" for matrix in "AB"]
-                if keys[0] in found:
+                tail = f"{adapter_name}.{projection}"
+                if f"{path}.lora_A.{tail}" in found:
                     experts = layer.form(path).num_experts
+                    own = [found.pop(f"{path}.lora_{matrix}.{tail}") for matrix in "AB"]
+                    fixed = [found.pop(f"{path}.lora_fixed_{matrix}.{tail}", None) for matrix in "AB"]
                     matrices[projection] = (
-                        of_all(found.pop(keys[0]), experts),
-                        of_all(found.pop(keys[1]), experts),
+                        of_all(joined(own[0], fixed[0], 1), experts),
+                        of_all(joined(own[1], fixed[1], 2), experts),
                     )
             module = layer.form(path).module
             per_expert = is_per_expert(model, module, pairs)
@@ -233,16 +261,43 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
             matrices = form.take(state_dict, allowed, own, renamed, layer.fused_factors(adapter_name))
             layer.fit(adapter_name, {p: a.shape[1] for p, (a, _) in matrices.items()})
             for projection, pair in matrices.items():
-                for matrix, tensor in zip("AB", layer.held(adapter_name, projection, pair), strict=True):
+                for dim, tensor in enumerate(layer.held(adapter_name, projection, pair), 1):
                     # Tensors may become parameters as they are; those of host memory are not to be elsewhere.
                     held = tensor.cpu() if layer.place.stays(tensor.device) else tensor
-                    result[f"{path}.lora_{matrix}.{adapter_name}.{projection}"] = held
+                    tail = f"{'AB'[dim - 1]}.{adapter_name}.{projection}"
+                    if adapter_name in layer.lora_fixed_A:
+                        held, result[f"{path}.lora_fixed_{tail}"] = halves(
+                            held, dim, f"{path}, {projection}_proj"
+                        )
+                    result[f"{path}.lora_{tail}"] = held
         if result:  # ranks may have changed
             base: Any = model
             base = base.get_base_model() if hasattr(model, "get_base_model") else model
             config.kt_moe_saved = saved_config(base, config, adapter_name)
         rest = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        part_fixed(model, rest)
         return {**rest, **result}
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(
+        cls, peft_model: Any, peft_config: Any, path: str, output_state_dict: dict[str, Tensor], kwargs: Any
+    ) -> dict[str, Tensor]:
+        """For `save_pretrained(path_initial_model_for_weight_conversion=...)`, as PEFT does.
+
+        Raises:
+            ValueError: the adapter is on experts, and is saved as plain LoRA without it.
+        """
+        if isinstance(peft_config, KtLoraConfig) and peft_config.kt_moe_targets.experts:
+            raise ValueError(
+                "path_initial_model_for_weight_conversion is not for adapters on kt_moe experts, which are "
+                "saved as plain LoRA, whatever they started with"
+            )
+        converted: dict[str, Tensor] = super()._convert_state_dict_for_initial_model(
+            peft_model, peft_config, path, output_state_dict, kwargs
+        )
+        if isinstance(peft_config, KtLoraConfig):
+            peft_config.kt_moe_saved = with_ranks_doubled(peft_config.kt_moe_saved)
+        return converted
 
 
 def _refuse_shared_outer(configs: Any) -> None:
@@ -297,6 +352,7 @@ def _move_to_their_models(model: nn.Module, adapter_name: str) -> None:
             router = next((p for p in block.parameters() if id(p) not in own), None)
             if router is None or adapter_name not in layer.lora_A:
                 continue
-            for pairs in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
+            held = layer.lora_A, layer.lora_B, layer.lora_fixed_A, layer.lora_fixed_B
+            for pairs in (one[adapter_name] for one in held if adapter_name in one):
                 if not any(p.is_meta for p in (router, *pairs.parameters())):
                     pairs.to(router.device)
