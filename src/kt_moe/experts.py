@@ -123,6 +123,8 @@ class Experts:
         Args:
             path: a .safetensors file, a directory of them, or an open `Checkpoint`.
             layer: the layer's number in the tensor names.
+            activation: as for `Experts`. No file says it, and it may be any: "silu" of most families,
+                "relu2" of most layers without a gate.
             format: "as-stored" (fp16 and fp32 files are rounded to bf16), or one of the formats of `Experts`,
                 to which the weights are converted one by one.
             cache_dir: a directory of packed layers. A layer that is there is mapped read-only: shared between

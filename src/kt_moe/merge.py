@@ -141,6 +141,7 @@ class _Merger:
     def _requantised(self, owner: str) -> dict[str, Tensor]:
         change, stored = self._changes.of[owner], self._changes.stored[owner]
         old = {role: self.read(name) for role, name in stored.names.items()}
+        stored.check(old)
         errors = _Errors() if owner in self._noted else self._errors.setdefault(stored.format, _Errors())
         self._noted.add(owner)
         made = [_encoded(stored, one, change, e, errors) for e, one in _matrices(stored, old)]

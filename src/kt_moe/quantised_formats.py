@@ -204,13 +204,13 @@ def _nearest_e2m1(levels: Tensor) -> Tensor:
 
 
 def _unpack_mxfp4(tensors: Tensors, shape: Shape) -> Blocks:
-    scales = torch.exp2(tensors["scales"].float() - 127)
+    scales = torch.exp2(tensors["scales"].view(torch.uint8).float() - 127)
     return Blocks(_pairs(tensors["codes"]), scales, None, (1, 32))
 
 
 def _pack_mxfp4(new: Blocks, old: Tensors) -> dict[str, Tensor]:
-    exponents = (torch.log2(new.scales).round() + 127).to(old["scales"].dtype)
-    return {"codes": _bytes(new.codes, old["codes"]), "scales": exponents}
+    exponents = (torch.log2(new.scales).round() + 127).to(torch.uint8)
+    return {"codes": _bytes(new.codes, old["codes"]), "scales": exponents.view(old["scales"].dtype)}
 
 
 def _rule_mxfp4(rows: Tensor, old: Blocks, tensors: Tensors) -> tuple[Tensor, None]:

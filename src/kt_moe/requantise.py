@@ -18,8 +18,13 @@ from kt_moe.checkpoint import TensorInfo
 from kt_moe.quantised_formats import FORMATS, Blocks, Format, Tensors
 
 _FLOATS = ("BF16", "F16", "F32")
-_SCALES = {"fp8": ("F32", "BF16", "F16", "F8_E8M0"), "nvfp4": ("F8_E4M3",)}
-_SCALES["int8"] = _SCALES["fp8"]
+_WORDS = {"codes": ("I32",), "zeros": ("I32",), "order": ("I32", "I64"), "scales": _FLOATS}
+_DTYPES: dict[str, dict[str, tuple[str, ...]]] = {  # by role; what names alone do not tell
+    **{format: {"scales": (*_FLOATS, "F8_E8M0")} for format in ("fp8", "int8")},
+    **{format: _WORDS for format in ("int4", "gptq", "gptq_v2", "awq")},
+    "mxfp4": {"codes": ("U8",), "scales": ("U8", "F8_E8M0")},
+    "nvfp4": {"codes": ("U8",), "scales": ("F8_E4M3",), "factor": _FLOATS, "divisor": _FLOATS},
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,15 @@ class Stored:
     format: str
     names: Mapping[str, str]
     shape: tuple[int, ...]
+
+    def check(self, tensors: Tensors) -> None:
+        """ValueError for zero points of a symmetric gptq_v2 file whose config does not say so."""
+        zeros = self._blocks(tensors).zeros
+        if self.format == "gptq" and zeros is not None and bool((zeros == 9).all()):
+            raise ValueError(
+                f"{self.names['zeros']} holds nothing but 8, the zero points of a symmetric gptq_v2 file, "
+                "and quantization_config has no checkpoint_format gptq_v2"
+            )
 
     def decode(self, tensors: Tensors) -> Tensor:
         """The value of one matrix, fp32 [out, in]."""
@@ -171,9 +185,10 @@ def _checked(stored: Stored, tensors: Mapping[str, TensorInfo], packed: tuple[in
         found, wanted = tensors[name].shape, {"codes": packed, **beside}.get(role)
         if wanted is not None and found != wanted:
             raise ValueError(f"{name} is {list(found)}, wanted {list(wanted)} for {list(stored.shape)}")
-    allowed = _SCALES.get(stored.format)
-    if allowed is not None and tensors[scales].dtype not in allowed:
-        raise ValueError(f"{scales} is {tensors[scales].dtype}, wanted one of {', '.join(allowed)}")
+    for role, allowed in _DTYPES[stored.format].items():
+        name = stored.names.get(role, "")
+        if name and tensors[name].dtype not in allowed:
+            raise ValueError(f"{name} is {tensors[name].dtype}, wanted one of {', '.join(allowed)}")
     return stored
 
 

@@ -317,6 +317,10 @@ def test_gptq_v2_is_merged_and_loaded_by_others(checkpoint: Path, tmp_path: Path
         assert torch.equal(second[name], tensor + 0x11111111 if name.endswith(".qzeros") else tensor), name
     with pytest.raises(ValueError, match="the zero points of a symmetric gptq_v2 file"):
         load(base)
+    unsaid = {**config, "quantization_config": {"quant_method": "gptq"}}
+    (base / "config.json").write_text(json.dumps(unsaid))
+    with pytest.raises(ValueError, match=r"qzeros holds nothing but 8, .* no checkpoint_format gptq_v2"):
+        kt_moe.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
     (tmp_path / "gptq" / "config.json").write_text(json.dumps(config))  # only the config tells
     with pytest.raises(ValueError, match="has checkpoint_format gptq_v2, wanted gptq for experts"):
         load(tmp_path / "gptq")

@@ -170,7 +170,7 @@ def test_refused() -> None:
 @pytest.mark.parametrize(
     ("case", "tail", "change", "message"),
     [
-        ("fp8", "weight_scale_inv", lambda t: t.int(), r"weight_scale_inv is I32, wanted one of F32, BF16"),
+        ("fp8", "weight_scale_inv", lambda t: t.int(), r"weight_scale_inv is I32, wanted one of BF16, F16"),
         ("compressed-tensors", "weight_scale", lambda t: t[:22], r"is \[22, 3\], wanted \[44, 3\]"),
         ("compressed-tensors", "weight_scale", lambda t: t.flatten(), r"is \[132\], wanted \[44, 1\]"),
         (
@@ -184,6 +184,14 @@ def test_refused() -> None:
         ("gptq", "g_idx", lambda t: t[:7], r"is \[7\], wanted \[96\]"),
         ("awq", "scales", lambda t: t[:1], r"qzeros is \[3, 6\], wanted \[1, 6\]"),
         ("awq", "qzeros", lambda t: t[:, :2], r"is \[3, 2\], wanted \[3, 6\]"),
+        ("awq", "qzeros", lambda t: t.float(), r"qzeros is F32, wanted one of I32"),
+        ("gptq", "qweight", lambda t: t.view(torch.float32), r"qweight is F32, wanted one of I32"),
+        (
+            "gptq",
+            "scales",
+            lambda t: t.to(torch.float8_e4m3fn),
+            r"scales is F8_E4M3, wanted one of BF16, F16",
+        ),
         # Of 96 columns two scales are of 48, or of 64 and the rest.
         ("compressed-tensors", "weight_scale", lambda t: t[:, :2], r"is \[44, 2\], wanted \[44, 1\]"),
         ("gptq", "scales", lambda t: t[:2], r"scales is \[2, 48\], wanted \[1, 48\]"),
@@ -204,3 +212,20 @@ def test_scales_of_mxfp4_fit_its_blocks() -> None:
     blocks, scales, value = stored.mxfp4(2, 48, 64, seed=3)
     with pytest.raises(ValueError, match=r"x_scales is \[2, 48, 1\], wanted \[2, 48, 2\]"):
         found({"x_blocks": blocks, "x_scales": scales[..., :1]}, "x", tuple(value.shape))
+
+
+@pytest.mark.skipif(not hasattr(torch, "float8_e8m0fnu"), reason="torch 2.7")
+def test_scales_of_mxfp4_in_either_dtype() -> None:
+    """Exponents are the same bytes."""
+    blocks, scales, value = stored.mxfp4(2, 48, 64, seed=3)
+    torch.manual_seed(0)
+    wanted = value.float() + torch.randn(value.shape)
+    made = []
+    for dtype in (torch.uint8, torch.float8_e8m0fnu):
+        one, old = found({"x_blocks": blocks, "x_scales": scales.view(dtype)}, "x", tuple(value.shape))
+        first = {role: tensor[0] for role, tensor in old.items()}
+        assert torch.equal(one.decode(first).bfloat16(), value[0])
+        made.append(one.encode(wanted[0], first))
+        assert made[-1]["scales"].dtype is dtype
+    assert torch.equal(made[0]["codes"], made[1]["codes"])
+    assert torch.equal(made[0]["scales"], made[1]["scales"].view(torch.uint8))
