@@ -14,11 +14,12 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from kt_moe.cli.bench.cases import PRESETS, Shape
-from kt_moe.cli.formats import QUANTISED, WeightType, projection_bytes
+from kt_moe.cli.formats import QUANTISED, projection_bytes
 from kt_moe.cli.options import integer, list_of, number
 from kt_moe.cli.text import count_text, table
 from kt_moe.experts import PLACEMENTS
@@ -270,11 +271,11 @@ def time_of(call: Call, node: Node, widths: list[int], homes: list[int] | None) 
     return Pass(slowest + overhead, limit, float(local.mean()), float(remote.mean()))
 
 
-def slices(intermediate: int, nodes: int, kind: WeightType) -> list[int]:
+def slices(intermediate: int, nodes: int, kind: dict[str, Any]) -> list[int]:
     """[S], as `split_by` of src/cpp/base/split.h cuts it for nodes that are alike."""
     align = 32
-    for block in (kind.scale_rows, kind.scale_cols):
-        if kind.scale != "none" and 0 < block < intermediate:
+    for block in (kind["scale_rows"], kind["scale_cols"]):
+        if kind["scale"] != "none" and 0 < block < intermediate:
             align = math.lcm(align, block)
     blocks = -(-intermediate // align)
     cuts = [min(intermediate, (blocks * n + nodes // 2) // nodes * align) for n in range(nodes + 1)]

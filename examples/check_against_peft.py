@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from kt_moe.cli.data import cut_texts, hold_out, load_data
-from kt_moe.cli.plot import History, plot_losses
+from kt_moe.cli.plot import Curves, losses_of, plot_losses
 
 TOLERANCE = 0.01
 OUT = Path("out/demo-check")
@@ -50,13 +50,13 @@ Rows = tuple[Dataset, Dataset]
 WRITE_INITIAL_LORA = """
 import sys
 from kt_moe.adapters import save_adapter
-from kt_moe.cli import finetune, train
+from kt_moe.cli import finetune, job
 
-def built(job, trainer):
+def built(self, trainer):
     save_adapter(trainer.model, sys.argv[1])
     sys.exit()
 
-train.Job.built = built
+job.Job.built = built
 finetune.run(sys.argv[2:])
 """
 
@@ -114,14 +114,14 @@ def plain_model(initial: Path) -> PeftModel:
     return model
 
 
-def run_kt_moe(data: Path) -> History:
+def run_kt_moe(data: Path) -> Curves:
     """`kt-moe finetune`, and beside it the LoRA that the same options start from."""
     arguments = [*demo.command(data, OUT / "kt_moe"), "--overwrite"]
     subprocess.run([sys.executable, "-m", "kt_moe.cli", *arguments], check=True)
     again = [*demo.command(data, OUT / "start")[1:], "--overwrite"]
     subprocess.run([sys.executable, "-c", WRITE_INITIAL_LORA, str(OUT / "initial"), *again], check=True)
     found = json.loads((OUT / "kt_moe" / "metrics.json").read_text())
-    return History([tuple(p) for p in found["train"]], [tuple(p) for p in found["held_out"]])
+    return {name: [tuple(point) for point in found[name]] for name in ("train", "held_out")}
 
 
 def make_trainer(model: PeftModel, rows: Rows) -> SFTTrainer:
@@ -143,11 +143,11 @@ def read_rows(data: Path) -> Rows:
     return training, held_out
 
 
-def run_plain(rows: Rows) -> History:
+def run_plain(rows: Rows) -> Curves:
     """The same training in plain PyTorch."""
     trainer = make_trainer(plain_model(OUT / "initial"), rows)
     trainer.train()
-    return History.from_log(trainer.state.log_history)
+    return losses_of(trainer.state.log_history)
 
 
 def evaluate_adapter(rows: Rows) -> float:
@@ -161,10 +161,10 @@ def evaluate_adapter(rows: Rows) -> float:
     return loss
 
 
-def final_losses(history: History) -> dict[str, float]:
+def final_losses(curves: Curves) -> dict[str, float]:
     """Held-out loss after the last step, training loss over the last tenth of the steps."""
-    last = [loss for _, loss in history.train[-(len(history.train) // 10) :]]
-    return {"held-out": history.held_out[-1][1], "training": sum(last) / len(last)}
+    last = [loss for _, loss in curves["train"][-(len(curves["train"]) // 10) :]]
+    return {"held-out": curves["held_out"][-1][1], "training": sum(last) / len(last)}
 
 
 def main() -> int:

@@ -15,8 +15,8 @@ from tiny_models import PEFT_WARNINGS, tiny_config
 from user_errors import one_line_error
 
 import kt_moe
-from kt_moe.cli import finetune, main, train
-from kt_moe.cli.plan import dry_run, gpu_speed
+from kt_moe.cli import finetune, main
+from kt_moe.cli.plan import dry_run, speed
 from kt_moe.gpu.plan import cut, layer_costs
 from kt_moe.gpu.predict import (
     LINKS,
@@ -124,43 +124,66 @@ def plan(config: Path, *more: str) -> int:
 
 
 def test_a_plan_for_a_gpu_that_is_not_here(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan(config, "--gpu-memory", "1MiB", "--rates", "link=1e9,cpu_flops=2e12,rest_seconds=0.004") == 0
+    more = ["--plan_gpu", "24GiB", "--rates", "link=1e9,cpu_flops=2e12,rest_seconds=0.004"]
+    assert plan(config, "--gpu-memory", "36864B", *more) == 0
     text = capsys.readouterr().out
-    assert "speed with a GPU, predicted, with 1.00 MiB of its memory for experts" in text
+    assert "speed of the experts, predicted, with 36.00 KiB of them on the GPU" in text
     assert "  given: link 1 GB/s, CPU 2 TFLOP/s, 4 ms a layer for all but experts\n" in text
-    assert "  assumed (an H200 on PCIe 5, 16 vCPUs with AMX): GPU " in text
+    assert "  assumed, an H200 on PCIe 5 and 16 vCPUs with AMX: GPU 330 TFLOP/s, GPU memory 2600 GB/s" in text
     assert "\n  even " in text
     assert "\n  skewed " in text
     assert max(map(len, text.splitlines())) <= 160
 
 
+def test_a_gpu_by_its_name(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was measured on an H200 is expected of others in proportion to their data sheets."""
+    for card, link in (("h200", REFERENCE.link), ("rtx4090", LINKS["PCIe 4 x16"])):
+        assert plan(config, "--plan_gpu", card, "--rates", "cpu_flops=1e12", "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        rates = found["speed"]["rates"]
+        assert found["gpu"]["available"] == speed.CARDS[card][0] << 30
+        assert (rates["link"], rates["cpu_flops"], rates["cpu_bytes"]) == (link, 1e12, REFERENCE.cpu_bytes)
+        assert found["speed"]["sources"]["gpu_flops"] == f"expected of an {card} by its data sheet"
+        if card == "h200":
+            assert rates["gpu_flops"] == REFERENCE.gpu_flops
+    assert rates["gpu_flops"] == pytest.approx(REFERENCE.gpu_flops * 165 / 989)
+
+
 def test_a_plan_for_a_gpu_as_json(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan(config, "--rates", "link=1e9", "--json", "--format", "int8", "--gradient-checkpointing") == 0
-    found = json.loads(capsys.readouterr().out)["gpu_speed"]
+    more = ["--plan_gpu", "24GiB", "--rates", "link=1e9", "--json", "--format", "int8"]
+    assert plan(config, *more, "--gradient-checkpointing") == 0
+    found = json.loads(capsys.readouterr().out)["speed"]
     expert = 3 * 32 * 24 + 4 * (24 + 24 + 32)
-    assert found["memory"] == 2 * 8 * expert  # of two layers, and there are two
+    assert found["memory"] == 2 * 8 * expert  # all experts of both layers
     assert found["rates"]["link"] == 1e9
-    assert set(found["sources"].values()) == {"given", "assumed"}
+    assert found["sources"]["link"] == "given"
     assert [one["routing"] for one in found["predictions"]] == list(ROUTINGS)
     assert all(one["bytes_moved"] == 0 for one in found["predictions"])
 
 
-def test_no_prediction_without_a_gpu(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for options in ([], ["--gpu", "off"], ["--cpu-share", "1", "--rates", "link=1e9"]):
-        assert plan(config, *options, "--json") == 0
-        assert json.loads(capsys.readouterr().out)["gpu_speed"] is None
+def test_a_plan_without_a_gpu(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options in ([], ["--gpu", "off"], ["--plan_gpu", "24GiB", "--cpu-share", "1"]):
+        assert plan(config, *options, "--rates", "link=1e9,cpu_flops=1e12", "--json") == 0
+        found = json.loads(capsys.readouterr().out)["speed"]
+        assert found["memory"] == 0
+        assert {one["gpu_experts"] for one in found["predictions"]} == {0}
+    assert plan(config, "--rates", "link=1e9,cpu_flops=1e12") == 0
+    text = capsys.readouterr().out
+    assert "predicted: experts on the CPU alone, attention and all else come on top\n  given: CPU 1 T" in text
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rates", "lnk=3"], "--experts_gpu_rates has lnk=3, wanted one of link, gpu_flops"),
-        (["--rates", "link=0"], "--experts_gpu_rates has link=0"),
-        (["--rates", "link"], "--experts_gpu_rates has link="),
-        (["--rates", "link=nan"], "--experts_gpu_rates has link=nan"),
+        (["--rates", "lnk=3"], "--rates has lnk=3, wanted one of link, gpu_flops"),
+        (["--rates", "link=0"], "--rates has link=0"),
+        (["--rates", "link"], "--rates has link="),
+        (["--experts_gpu_rates", "link=nan"], "--experts_gpu_rates has link=nan"),
+        (["--plan_gpu", "rtx9"], "--plan_gpu is 'rtx9', wanted a positive number of bytes"),
+        (["--plan_gpu", "rtx9"], "; or one of rtx3090, rtx4090"),
         (
-            ["--gpu-memory", "10B"],
-            "--experts_gpu_memory: the GPU memory for experts is 10 bytes, wanted",
+            ["--plan_gpu", "24GiB", "--gpu-memory", "10B"],
+            "--gpu-memory: the GPU memory for experts is 10 bytes, wanted",
         ),
     ],
 )
@@ -170,19 +193,32 @@ def test_user_errors(
     assert message in one_line_error(capsys, "plan", lambda: plan(config, *options))
 
 
-def test_rates_of_a_gpu_that_is_here_are_measured(
-    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_options_of_a_gpu_want_one(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in (["--gpu-memory", "6GiB"], ["--cpu-share", "1"], ["--lora-device", "cuda"]):
+        error = one_line_error(capsys, "plan", lambda option=option: plan(config, *option))  # type: ignore[misc]
+        assert f"{option[0]} is for a GPU, and PyTorch" in error
+        assert plan(config, "--plan_gpu", "24GiB", *option) == 0
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_rates_of_this_machine_are_measured(
+    tmp_path: Path, model_type: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured = gpu_speed.measured_rates
-    given = ["--batch-size", "1", "--seq-len", "16", "--threads", "1", "--experts_gpu_rates", "link=1e9"]
-    with train.quiet():
-        options = finetune.parse(["--model", str(config), *given, "--plan_json"], "plan")
+    config = tmp_path / "config.json"
+    config.write_text(tiny_config(model_type).to_json_string())
+    given = ["--batch-size", "1", "--seq-len", "16", "--threads", "1", "--format", "int4"]
+    given += ["--experts_gpu_rates", "link=1e9"]
+    options, measured = (
+        finetune.parse(["--model", str(config), *given, "--plan_json"], "plan"),
+        speed.gpu_rates,
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (8 << 30, 8 << 30))
-    monkeypatch.setattr(gpu_speed, "measured_rates", lambda *args: measured(*args[:-1], torch.device("cpu")))
+    monkeypatch.setattr(speed, "gpu_rates", lambda experts, _: measured(experts, torch.device("cpu")))
     assert dry_run(options) == 0
-    found = json.loads(capsys.readouterr().out)["gpu_speed"]
-    assert found["sources"] == {"link": "given", "rest_seconds": "assumed"} | dict.fromkeys(
-        ("gpu_flops", "gpu_bytes", "cpu_flops", "cpu_bytes"), "measured"
-    )
-    assert found["memory"] == 2 * 8 * 3 * 32 * 24 * 2
+    found = json.loads(capsys.readouterr().out)["speed"]
+    sources = found["sources"]
+    assert (sources.pop("link"), sources.pop("rest_seconds")[:7]) == ("given", "assumed")
+    assert set(sources.values()) == {"measured"}
+    assert found["memory"] > 0

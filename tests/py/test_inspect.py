@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,7 @@ from user_errors import one_line_error
 
 from kt_moe import Experts
 from kt_moe.cli import main
-from kt_moe.cli.formats import QUANTISED, WeightType, projection_bytes
-from kt_moe.cli.inspect import odd_tensors
+from kt_moe.cli.formats import QUANTISED, kept_as, projection_bytes
 from kt_moe.cli.text import count_text, ranges_text, size_text, table
 
 E, H, I = 4, 64, 32  # noqa: E741
@@ -49,7 +49,6 @@ def test_equal_layers_are_one_paragraph(tmp_path: Path, capsys: pytest.CaptureFi
     text = capsys.readouterr().out
     assert "layers 3-39, 42-60 (56): 4 experts, hidden 64, intermediate 32" in text
     assert "BF16, per-expert, no biases" in text
-    assert "layers 40-41 (2): no experts" in text
     assert ["bf16", *size_text(56 * E * 3 * H * I * 2).split()] in [x.split() for x in text.splitlines()]
     assert len(text.splitlines()) < 24
 
@@ -77,7 +76,6 @@ def test_what_cannot_be_read_is_a_line_and_the_rest_goes_on(
     (line,) = [x for x in text.splitlines() if x.startswith("layer 1: cannot be read")]
     assert 'experts.2.up_proj.weight" is missing' in line
     assert "layer 2: cannot be read: " in text
-    assert "layer 2: tensors that most layers lack: mlp.experts.odd_one (1 tensor)" in text
     assert inspect(path, "--layer", "3") == 0
     assert "layer 1" not in capsys.readouterr().out
 
@@ -170,31 +168,36 @@ def test_a_layer_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "no experts in that layer; layers with experts: 0-1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("kind", "rows", "cols", "nbytes"),
-    [
-        (WeightType("bf16"), 3, 5, 30),
-        (WeightType("int8", "f32"), 3, 5, 15 + 12),
-        (WeightType("int4", "bf16", 1, 32), 3, 33, 3 * 17 + 3 * 2 * 2),
-        (WeightType("int4", "bf16", 1, 32, zero_points=True), 2, 64, 64 + 4 * 3),
-        (WeightType("fp8", "f32", 128, 128), 129, 257, 129 * 257 + 2 * 3 * 4),
-        (WeightType("mxfp4", "e8m0", 1, 32), 2, 16, 16 + 2),  # a group is no wider than the row
-        (WeightType("nvfp4", "e4m3", 1, 16, global_scale=True), 3, 33, 3 * 17 + 3 * 3 + 4),
-    ],
-)
-def test_bytes_of_a_matrix(kind: WeightType, rows: int, cols: int, nbytes: int) -> None:
-    assert kind.nbytes(rows, cols) == nbytes
-
-
 def test_bytes_of_a_layer_are_those_of_its_three_projections() -> None:
     found = projection_bytes(QUANTISED["int8"], E, H, I)
     assert found == {"gate": E * (H * I + 4 * I), "up": E * (H * I + 4 * I), "down": E * (H * I + 4 * H)}
 
 
-def test_odd_tensors_are_those_few_layers_have() -> None:
-    names = [f"model.layers.{n}.mlp.experts.{e}.up_proj.weight" for n in range(3) for e in range(2)]
-    names += ["model.layers.1.mlp.experts.0.up_proj.extra", "model.layers.1.mlp.shared_experts.up_proj.odd"]
-    assert odd_tensors(names) == {1: {"mlp.experts.*.up_proj.extra": 1}}
+def test_how_weights_are_kept() -> None:
+    plain = {
+        "scale_type": "none",
+        "scale_rows": 1,
+        "scale_cols": 0,
+        "zero_points": False,
+        "global_scale": False,
+    }
+    for changed, wanted in (
+        ({"format": "bf16"}, "bf16"),
+        ({"format": "int8", "scale_type": "f32"}, "int8, f32 scales per row"),
+        (
+            {"format": "fp8", "scale_type": "f32", "scale_rows": 128, "scale_cols": 64},
+            "fp8, f32 scales per 128 x 64",
+        ),
+        (
+            {"format": "int4", "scale_type": "bf16", "scale_cols": 32, "zero_points": True},
+            "int4, bf16 scales and zero points per 32",
+        ),
+        (
+            {"format": "nvfp4", "scale_type": "e4m3", "scale_cols": 16, "global_scale": True},
+            "nvfp4, e4m3 scales per 16, an f32 scale per matrix",
+        ),
+    ):
+        assert kept_as(SimpleNamespace(**{**plain, **changed})) == wanted  # type: ignore[arg-type]
 
 
 def test_text() -> None:

@@ -19,8 +19,9 @@ from user_errors import one_line_error
 from kt_moe.cli import finetune, main
 from kt_moe.cli.errors import UserError
 from kt_moe.cli.experts_config import ExpertsConfig
+from kt_moe.cli.job import Job
 from kt_moe.cli.output import RunDirectory
-from kt_moe.cli.train import Job, parse, quiet, without
+from kt_moe.cli.train import parse
 from kt_moe.cli.trainer import first_bad, losses_by_length
 from kt_moe.hf import KtMoeConfig
 
@@ -118,7 +119,7 @@ def test_tools_and_empty_contents_arrive_in_the_template(
         seen.extend(trainer.processing_class.decode(row["input_ids"]) for row in trainer.train_dataset)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kt_moe.cli.train.Job.report", look)
+        patch.setattr("kt_moe.cli.job.Job.report", look)
         assert main(["sft", *arguments(data, out, "--chat_template_path", str(template))]) == 0
     assert seen == [
         '[add]<user>What is two and two?<assistant>(add:{"a": 1})',  # and no "what" of the other row
@@ -130,14 +131,13 @@ def test_tools_and_empty_contents_arrive_in_the_template(
 def test_a_yaml_file_has_the_options_and_the_command_line_wins(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("learning_rate: 0.5\nexperts_format: int8\nlora_r: 3\nlora_target_modules: [experts]\n")
-    with quiet():
-        found = parse("sft", ["--config", str(file), "--lora_r", "5", "--output_dir", "o"])
+    found = parse("sft", ["--config", str(file), "--lora_r", "5", "--output_dir", "o"])
     assert (found.training.learning_rate, found.model.lora_r) == (0.5, 5)
     assert found.experts.to_config().format == "int8"
     assert found.model.lora_target_modules == "experts"
     assert (found.model.use_peft, found.training.bf16) == (True, False)
     file.write_text("experts_formt: int8\n")
-    with quiet(), pytest.raises(UserError, match=r"file of --config has \['--experts_formt', 'int8'\]"):
+    with pytest.raises(UserError, match=r"file of --config has \['--experts_formt', 'int8'\]"):
         parse("sft", ["--config", str(file), "--output_dir", "o"])
 
 
@@ -354,7 +354,7 @@ def test_a_stream_is_cut_into_rows(tmp_path: Path) -> None:
         seen.extend(len(row["input_ids"]) for row in trainer.train_dataset)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kt_moe.cli.train.Job.report", look)
+        patch.setattr("kt_moe.cli.job.Job.report", look)
         more = ["--dataset_streaming", "--eval_fraction", "0", "--max_steps", "1"]
         assert main(["finetune", *arguments(data, tmp_path / "out", *more)]) == 0
     assert len(seen) > 4
@@ -362,26 +362,24 @@ def test_a_stream_is_cut_into_rows(tmp_path: Path) -> None:
 
 
 def test_finetune_derives_only_what_was_not_given(tmp_path: Path) -> None:
-    def evaluation(*argv: str) -> tuple[int, str, bool]:
-        with quiet():
-            found = finetune.parse(["--output", "o", *argv]).training
-        return found.per_device_eval_batch_size, found.eval_strategy, found.eval_on_start
+    def evaluation(*argv: str) -> tuple[int, str]:
+        found = finetune.parse(["--output", "o", *argv]).training
+        return found.per_device_eval_batch_size, found.eval_strategy
 
     def file(text: str) -> tuple[str, str]:
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.yaml"
         path.write_text(text)
         return "--config", str(path)
 
-    assert evaluation("--batch-size", "3") == (3, "steps", True)
-    assert evaluation(*file("per_device_train_batch_size: 3")) == (3, "steps", True)
-    assert evaluation("--eval-fraction", "0")[1:] == ("no", False)
-    assert evaluation(*file("eval_fraction: 0.0"))[1:] == ("no", False)
+    assert evaluation("--batch-size", "3") == (3, "steps")
+    assert evaluation(*file("per_device_train_batch_size: 3")) == (3, "steps")
+    assert evaluation("--eval-fraction", "0")[1] == "no"
+    assert evaluation(*file("eval_fraction: 0.0"))[1] == "no"
     for given in (("--per_device_eval_batch_size=2",), file("per_device_eval_batch_size: 2")):
         assert evaluation("--batch-size", "3", *given)[0] == 2
     for given in (("--eval-strategy", "epoch"), file("eval_strategy: epoch")):
-        assert evaluation("--eval-fraction", "0", *given)[1:] == ("epoch", True)
-    assert evaluation("--eval_strategy", "no")[1:] == ("no", False)
-    assert evaluation("--eval_strategy", "no", "--eval_on_start", "true")[1:] == ("no", True)
+        assert evaluation("--eval-fraction", "0", *given)[1] == "epoch"
+    assert evaluation("--eval_strategy", "no")[1] == "no"
 
 
 @pytest.mark.parametrize(
@@ -391,10 +389,6 @@ def test_finetune_derives_only_what_was_not_given(tmp_path: Path) -> None:
         (
             ["--eval_fraction", "0", "--dataset_streaming", "--eval_strategy", "steps", "--max_steps", "1"],
             "has no split 'test' to evaluate with: pass --eval_strategy no",
-        ),
-        (
-            ["--eval_strategy", "no", "--eval_on_start", "true"],
-            "--eval_on_start is for --eval_strategy steps",
         ),
     ],
 )
@@ -409,27 +403,12 @@ def test_a_gpu_that_is_none_is_refused_where_there_are_some(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for gpu, message in (("cuda:x", "gpu is 'cuda:x'"), ("cuda:2", "--experts_gpu cuda:2: there are 2 GPUs")):
-        with quiet():
-            job = Job(parse("sft", arguments("nobody/nothing", Path("o"), "--experts_gpu", gpu)))
+        job = Job(parse("sft", arguments("nobody/nothing", Path("o"), "--experts_gpu", gpu)))
         with monkeypatch.context() as patch:
             patch.setattr("torch.cuda.is_available", lambda: True)
             patch.setattr("torch.cuda.device_count", lambda: 2)
-            with pytest.raises(UserError, match=message):
+            with pytest.raises((UserError, ValueError), match=message):
                 job._check()
-
-
-def test_options_with_their_values_go() -> None:
-    words = ["sft", "--a", "1", "--overwrite", "true", "--b", "--overwrite", "--c", "--overwrite=true", "--d"]
-    assert without(words, "--overwrite") == ["sft", "--a", "1", "--b", "--c", "--d"]
-    words = [
-        "finetune",
-        "--resume-from-checkpoint",
-        "last",
-        "--e=1",
-        "--resume_from_checkpoint=x",
-        "--resume",
-    ]
-    assert without(words, "--resume", "--resume_from_checkpoint") == ["finetune", "--e=1"]
 
 
 @pytest.mark.parametrize("way", [["--overwrite"], ["--overwrite", "true"], ["--overwrite=true"], None])
@@ -442,16 +421,13 @@ def test_the_command_that_resumes_can_be_run(
     checkpoint.mkdir(parents=True)
     (checkpoint / "trainer_state.json").write_text("{}")
     more = ["--config", str(file), *(way or [])]
-    with quiet():
-        Job(parse("sft", arguments("d.jsonl", out, *more)))._stopped(signal.SIGTERM)
+    Job(parse("sft", arguments("d.jsonl", out, *more)))._stopped(signal.SIGTERM)
     printed = shlex.split(capsys.readouterr().out.rpartition("resume with: kt-moe ")[2])
-    with quiet():
-        again = parse(printed[0], printed[1:])
+    again = parse(printed[0], printed[1:])
     assert (again.run.overwrite, again.training.resume_from_checkpoint) == (False, "last")
 
 
 def test_what_changes_losses_is_recorded() -> None:
-    with quiet():
-        job = Job(parse("sft", arguments("nobody/nothing", Path("o"))))
+    job = Job(parse("sft", arguments("nobody/nothing", Path("o"))))
     recorded = {name for name in job._record() if name.startswith("dataloader")}
     assert recorded == {"dataloader_drop_last", "dataloader_in_order"}

@@ -64,7 +64,12 @@ def _run(command: str, words: list[str]) -> int:
     if unknown:
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # names the command's own --help
     args.command_line = words
-    status = args.run(args)
+    try:
+        status = args.run(args)
+    except ValueError as error:
+        if command in ("doctor", "bench"):
+            raise  # these name what is the user's by themselves
+        raise UserError(str(error)) from error
     return status
 
 

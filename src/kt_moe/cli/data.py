@@ -16,18 +16,18 @@ from typing import Any
 from kt_moe.cli.errors import UserError
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
-_LANGUAGE = "text, messages, or prompt and completion"
-# Columns that a command's data may have; each inner tuple is one way.
-_WANTED: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
+# Columns that a command's data may have, each tuple one way; and what to call them.
+_PAIRS = ("chosen", "rejected")
+_WANTED: dict[str, tuple[str, list[tuple[str, ...]]]] = {
     "sft": (
-        _LANGUAGE,
-        (("messages",), ("conversations",), ("prompt", "completion"), ("input_ids",), ("images",)),
+        "text, messages, or prompt and completion",
+        [("messages",), ("conversations",), ("prompt", "completion"), ("input_ids",), ("images",)],
     ),
-    "dpo": ("prompt, chosen and rejected", (("chosen", "rejected"),)),
-    "reward": ("chosen and rejected", (("chosen", "rejected"),)),
-    "kto": ("prompt, completion and label", (("prompt", "completion", "label"), ("chosen", "rejected"))),
-    "grpo": ("prompt", (("prompt",),)),
-    "rloo": ("prompt", (("prompt",),)),
+    "dpo": ("prompt, chosen and rejected", [_PAIRS]),
+    "reward": ("chosen and rejected", [_PAIRS]),
+    "kto": ("prompt, completion and label", [("prompt", "completion", "label"), _PAIRS]),
+    "grpo": ("prompt", [("prompt",)]),
+    "rloo": ("prompt", [("prompt",)]),
 }
 
 
@@ -45,24 +45,34 @@ def load_data(name: str, config: str | None = None, streaming: bool = False) -> 
 
     check_exists(name)
     path = Path(name)
-    files = local_files(path)
-    builder = {_BUILDERS[file.suffix] for file in files}
     if not path.exists():
         return load_dataset(name, name=config, streaming=streaming)
-    if len(builder) != 1:
-        found = f"files of {len(builder)} kinds" if builder else "no file"
+    files = local_files(path)
+    kinds = {_BUILDERS[file.suffix] for file in files}
+    if len(kinds) != 1:
+        found = f"files of {len(kinds)} kinds" if kinds else "no file"
         raise UserError(f"--dataset_name {path}: {found}, wanted {', '.join(_BUILDERS)} of one kind")
-    kind = builder.pop()
-    for file in files if kind != "parquet" else []:
-        _check_text(file)
+    (kind,) = kinds
+    texts = [] if kind == "parquet" else files
+    for fault in (fault for file in texts for fault in _faults(file)):  # which `datasets` does not look for
+        raise UserError(fault)
     options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
     if path.is_file():
         options["data_files"] = {"train": [str(path)]}
     try:
         found = load_dataset(kind if path.is_file() else name, name=config, streaming=streaming, **options)
     except (DatasetsError, ValueError, OSError) as error:
-        raise UserError(_blame(files, error)) from error
-    return _split_documents(found) if kind == "text" else found
+        for fault in (fault for file in texts for fault in _faults(file, parse=True)):
+            raise UserError(fault) from error
+        why: BaseException = error
+        while why.__cause__ is not None:
+            why = why.__cause__
+        raise UserError(f"{path}: {' '.join(str(why).split())[:300]}") from error
+    if kind != "text":
+        return found
+    return found.map(
+        lambda b: {"text": [part for text in b["text"] for part in documents(text)]}, batched=True
+    )
 
 
 def check_exists(name: str) -> None:
@@ -84,13 +94,14 @@ def local_files(path: Path) -> list[Path]:
 
 def digest(name: str) -> str:
     """SHA-256 of a data set's files, or of one file, hexadecimal; its name where it is on the hub."""
-    found = hashlib.sha256()
-    files = local_files(Path(name)) or [file for file in [Path(name)] if file.is_file()]
-    for file in files:
+    path, found = Path(name), hashlib.sha256()
+    if not path.exists():
+        return name
+    for file in local_files(path) or [path]:
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 found.update(block)
-    return found.hexdigest() if files else name
+    return found.hexdigest()
 
 
 def check_columns(command: str, rows: Any, where: str, text_field: str = "text") -> None:
@@ -103,18 +114,18 @@ def check_columns(command: str, rows: Any, where: str, text_field: str = "text")
     if names is None:  # a stream that has not begun
         return
     wanted, ways = _WANTED[command]
-    ways = (*ways, (text_field,)) if command == "sft" else ways
+    ways = [*ways, (text_field,)] if command == "sft" else ways
     way = next((way for way in ways if set(way) <= set(names)), None)
     if way is None:
         raise UserError(f"{where} has the columns {', '.join(names)}; kt-moe {command} wants {wanted}")
-    if not hasattr(rows, "data"):
+    if not hasattr(rows, "data"):  # another stream
         return
     if not len(rows):
         raise UserError(f"{where} has no rows")
     for name in way:
-        if any(value is None for value in rows[name]):
-            row = next(n for n, value in enumerate(rows[name]) if value is None)
-            raise UserError(f"{where}: row {row + 1} has no {name}, others have: files do not mix kinds")
+        if rows.data.column(name).null_count:
+            row = next(number for number, value in enumerate(rows[name], start=1) if value is None)
+            raise UserError(f"{where}: row {row} has no {name}, others have: files do not mix kinds")
 
 
 def hold_out(rows: Any, fraction: float, seed: int, text_field: str = "text") -> tuple[Any, Any]:
@@ -172,13 +183,6 @@ def cut_texts(rows: Any, tokenizer: Any, length: int, text_field: str = "text") 
     return rows.map(pieces, batched=True, remove_columns=rows.column_names, **said)
 
 
-def _split_documents(found: Any) -> Any:
-    def split(batch: dict[str, list[str]]) -> dict[str, list[str]]:
-        return {"text": [document for text in batch["text"] for document in documents(text)]}
-
-    return found.map(split, batched=True)
-
-
 def documents(text: str) -> list[str]:
     """The documents of a .txt file."""
     text = text.removeprefix("\ufeff").replace("\r\n", "\n")
@@ -186,33 +190,19 @@ def documents(text: str) -> list[str]:
     return [part.strip("\n") for part in re.split(pattern, text) if part.strip()]
 
 
-def _check_text(file: Path) -> None:
-    """UserError unless a file is UTF-8 and holds more than blanks; `datasets` does not look."""
+def _faults(file: Path, parse: bool = False) -> Iterator[str]:
+    """What is wrong with the lines of a file of text. parse: whether those of .jsonl are JSON, too."""
     blank = True
-    for number, line in _lines(file):
-        try:
-            blank = not line.decode("utf-8-sig").strip() and blank
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}:{number}: not UTF-8 (byte {line[error.start]:#04x})") from None
-    if blank:
-        raise UserError(f"{file} has no rows")
-
-
-def _blame(files: list[Path], error: BaseException) -> str:
-    """The first line that cannot be read, or what `datasets` says."""
-    for file in files:
-        for number, line in _lines(file) if file.suffix == ".jsonl" else []:
-            try:
-                record = json.loads(line.decode("utf-8-sig") if line.strip() else "{}")
-            except (ValueError, RecursionError) as problem:  # ValueError also for a number of too many digits
-                return f"{file}:{number}: not JSON: {problem}"
-            if not isinstance(record, dict):
-                return f"{file}:{number}: not an object"
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{files[0] if len(files) == 1 else files[0].parent}: {' '.join(str(error).split())[:300]}"
-
-
-def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
     with file.open("rb") as stream:
-        yield from enumerate(stream, start=1)
+        for number, line in enumerate(stream, start=1):
+            try:
+                text = line.decode("utf-8-sig").strip()
+                blank = blank and not text
+                if parse and file.suffix == ".jsonl" and not isinstance(json.loads(text or "{}"), dict):
+                    yield f"{file}:{number}: not an object"
+            except UnicodeDecodeError as error:
+                yield f"{file}:{number}: not UTF-8 (byte {line[error.start]:#04x})"
+            except (ValueError, RecursionError) as problem:  # ValueError also for a number of too many digits
+                yield f"{file}:{number}: not JSON: {problem}"
+    if blank:
+        yield f"{file} has no rows"

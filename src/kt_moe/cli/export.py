@@ -1,11 +1,9 @@
-"""`kt-moe export`: write an adapter in the form that a server reads."""
+"""`kt-moe export`: write an adapter as vLLM, SGLang or llama.cpp reads it."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-
-from kt_moe.cli.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,17 +21,14 @@ def run(args: argparse.Namespace) -> int:
     """Export.
 
     Raises:
-        UserError: as `kt_moe.load_adapter` and `kt_moe.export_adapter` refuse it.
+        OSError, ValueError: as `kt_moe.load_adapter` and `kt_moe.export_adapter` refuse it.
     """
     import torch
 
     import kt_moe
 
-    try:
-        config = kt_moe.KtMoeConfig(lazy=True)
-        model = kt_moe.load_model(args.base, config, device_map=None, dtype=torch.bfloat16)
-        kt_moe.export_adapter(kt_moe.load_adapter(model, args.adapter), args.output, target=args.target)
-    except (OSError, ValueError) as error:
-        raise UserError(str(error)) from error
+    config = kt_moe.KtMoeConfig(lazy=True)
+    model = kt_moe.load_model(args.base, config, device_map=None, dtype=torch.bfloat16)
+    kt_moe.export_adapter(kt_moe.load_adapter(model, args.adapter), args.output, target=args.target)
     print(f"exported for {args.target}: {args.output}")
     return 0

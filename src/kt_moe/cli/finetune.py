@@ -8,33 +8,31 @@ from kt_moe.cli import train
 
 # Short names, and TRL's and ours that they stand for.
 ALIASES = {
-    "--model": "--model_name_or_path",
-    "--data": "--dataset_name",
-    "--output": "--output_dir",
-    "--rank": "--lora_r",
-    "--alpha": "--lora_alpha",
-    "--dropout": "--lora_dropout",
-    "--targets": "--lora_target_modules",
-    "--shared-outer": "--lora_shared_outer",
-    "--lr": "--learning_rate",
-    "--warmup": "--warmup_steps",
-    "--epochs": "--num_train_epochs",
-    "--batch-size": "--per_device_train_batch_size",
-    "--grad-accum": "--gradient_accumulation_steps",
-    "--seq-len": "--max_length",
-    "--eval-every": "--eval_steps",
-    "--save-every": "--save_steps",
-    "--resume": "--resume_from_checkpoint=last",
-    "--format": "--experts_format",
-    "--placement": "--experts_placement",
-    "--cache-dir": "--experts_cache_dir",
-    "--gpu": "--experts_gpu",
-    "--gpu-memory": "--experts_gpu_memory",
-    "--cpu-share": "--experts_cpu_share",
-    "--lora-device": "--experts_lora_device",
-    "--checkpoint-experts": "--experts_checkpoint_experts",
-    "--threads": "--experts_threads",
-}
+    "model": "model_name_or_path",
+    "data": "dataset_name",
+    "output": "output_dir",
+    "rank": "lora_r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "targets": "lora_target_modules",
+    "shared-outer": "lora_shared_outer",
+    "lr": "learning_rate",
+    "warmup": "warmup_steps",
+    "epochs": "num_train_epochs",
+    "batch-size": "per_device_train_batch_size",
+    "grad-accum": "gradient_accumulation_steps",
+    "seq-len": "max_length",
+    "eval-every": "eval_steps",
+    "save-every": "save_steps",
+    "resume": "resume_from_checkpoint",
+    **{
+        name.replace("_", "-"): f"experts_{name}"
+        for name in (
+            "format", "placement", "cache_dir", "gpu", "gpu_memory", "cpu_share", "lora_device",
+            "checkpoint_experts", "threads",
+        )
+    },
+}  # fmt: skip
 DEFAULTS = {
     "lora_dropout": 0.0,
     "learning_rate": 2e-4,
@@ -63,7 +61,7 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         UserError: bad input, named in one line.
     """
-    with train.quiet():
+    with train.short_names(ALIASES, argv):
         return train.start(parse(argv))
 
 
@@ -78,23 +76,12 @@ def parse(
         about: sentences of its --help.
     """
     short = {**ALIASES, **(more or {})}
-    names = "; ".join(f"{word} {long}" for word, long in short.items())
-    options = train.parse(
-        "sft", [spelled_out(word, short) for word in argv], name=name, defaults=DEFAULTS,
-        epilog=f"{about} The options are those of kt-moe sft; short names: {names}.",
-    )  # fmt: skip
-    options.command_line = [name, *argv]
+    names = "; ".join(f"--{word} --{long}" for word, long in short.items())
+    about = f"{about} The options are those of kt-moe sft; short names: {names}."
+    options = train.parse("sft", argv, name=name, defaults=DEFAULTS, short=short, about=about)
     training, given = options.training, options.given
     if "per_device_eval_batch_size" not in given:
         training.per_device_eval_batch_size = training.per_device_train_batch_size
     if not options.run.eval_fraction and "eval_strategy" not in given:
         training.eval_strategy = "no"
-    if training.eval_strategy == "no" and "eval_on_start" not in given:
-        training.eval_on_start = False
     return options
-
-
-def spelled_out(word: str, short: Mapping[str, str] = ALIASES) -> str:
-    """A word of the command line, with a short name, whose hyphens may be underscores, replaced by TRL's."""
-    name, equals, value = word.partition("=")
-    return short.get(name.replace("_", "-"), name) + equals + value

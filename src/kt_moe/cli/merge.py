@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from kt_moe.cli.errors import UserError
 from kt_moe.cli.text import size_text
 
 
@@ -21,19 +20,15 @@ def run(args: argparse.Namespace) -> int:
     """Merge, and say how much was written, and lost where weights are quantised.
 
     Raises:
-        UserError: as `kt_moe.merge_checkpoint` refuses it.
+        OSError, ValueError: as `kt_moe.merge_checkpoint` refuses it.
     """
     from kt_moe.merge import merge_checkpoint  # which imports transformers and PEFT
 
-    try:
-        requantised = merge_checkpoint(args.base, args.adapter, args.output)
-    except (OSError, ValueError) as error:
-        raise UserError(str(error)) from error
-    size = sum(file.stat().st_size for file in args.output.glob("*.safetensors"))
-    for format, one in requantised.items():
+    for format, one in merge_checkpoint(args.base, args.adapter, args.output).items():
         print(
             f"{format}: {one.matrices:,} matrices quantised again, relative error {one.error:.3g} of the "
             f"weights, {one.of_change:.3g} of what the adapter adds"
         )
+    size = sum(file.stat().st_size for file in args.output.glob("*.safetensors"))
     print(f"merged, {size_text(size)} in {args.output}")
     return 0

@@ -23,20 +23,15 @@ def run(args: argparse.Namespace) -> int:
         UserError: a name of no family.
     """
     import transformers
-    from transformers.utils import logging
 
     from kt_moe.families import expert_classes, families
 
-    known = expert_classes()
-    unknown = sorted(set(args.names) - known.keys())
-    if unknown:
+    if unknown := sorted(set(args.names) - expert_classes().keys()):
         raise UserError(f"transformers {transformers.__version__} has no experts in {', '.join(unknown)}")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what models say of default configs is of no interest here
-    try:
-        found = list(families(args.names))
-    finally:
-        logging.set_verbosity(verbosity)
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # what models say of default configs is of no interest
+    found = list(families(args.names))
+    transformers.utils.logging.set_verbosity(verbosity)
     if args.json:
         rows_of = [asdict(one) | {"works": one.works, "on_disk": one.on_disk} for one in found]
         print(json.dumps(rows_of, indent=2))
@@ -47,8 +42,7 @@ def run(args: argparse.Namespace) -> int:
         if one.computation is not None:
             what = one.computation.activation or "; ".join(one.computation.lacks)
         rows.append((one.name, "yes" if one.works else "no", what, one.on_disk))
-    print(table(rows))
-    names = {one.name for one in found}
-    working = names - {one.name for one in found if not one.works}
-    print(f"\ntransformers {transformers.__version__}: {len(working)} of {len(names)} families work")
+    names, lacking = {one.name for one in found}, {one.name for one in found if not one.works}
+    working = f"{len(names - lacking)} of {len(names)} families work"
+    print(f"{table(rows)}\n\ntransformers {transformers.__version__}: {working}")
     return 0

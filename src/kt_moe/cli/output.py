@@ -8,7 +8,6 @@ loss.png, metrics.json, routing.*                of --report
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -16,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from kt_moe.adapter_files import scratch
 from kt_moe.cli.errors import UserError
@@ -67,22 +68,17 @@ class RunDirectory:
         made = not self.root.exists()
         self.root.mkdir(parents=True, exist_ok=True)
         file = self.root / ".run.lock"
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another run is writing to --output_dir {self.root}") from None
-            except OSError:  # a file system without locks
-                pass
+            lock = FileLock(file).acquire(blocking=False)
+        except Timeout:
+            raise UserError(f"another run is writing to --output_dir {self.root}") from None
+        with lock:
             try:
                 yield
             finally:
                 file.unlink(missing_ok=True)
                 if made and not any(self.root.iterdir()):
                     self.root.rmdir()
-        finally:
-            os.close(descriptor)
 
     def start(self, record: dict[str, Any]) -> None:
         """Make the directory ready for a new run; an older adapter stays until the new one replaces it."""
@@ -102,24 +98,24 @@ class RunDirectory:
             UserError: there is none, or an option differs from the run's; names it.
         """
         checkpoint = self.last_checkpoint() if wanted == "last" else Path(wanted)
-        if checkpoint is None or not _is_json(checkpoint / "trainer_state.json"):
+        if checkpoint is None or _read_json(checkpoint / "trainer_state.json") is None:
             raise UserError(f"--resume_from_checkpoint: no complete checkpoint in {checkpoint or self.root}")
-        try:
-            before = json.loads(self._run.read_text())
-        except (OSError, ValueError):
-            raise UserError(f"--resume_from_checkpoint: {self._run} is missing or damaged") from None
+        if (before := _read_json(self._run)) is None:
+            raise UserError(f"--resume_from_checkpoint: {self._run} is missing or damaged")
         for name, value in json.loads(json.dumps(record, default=str)).items():
-            if before.get(name) != value:
-                raise UserError(
-                    f"--resume_from_checkpoint: {name} was {before.get(name)!r} when the run began, now it "
-                    f"is {value!r}"
-                )
+            if (was := before.get(name)) != value:
+                said = f"{name} was {was!r} when the run began, now it is {value!r}"
+                raise UserError(f"--resume_from_checkpoint: {said}")
         return checkpoint
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint: the trainer writes trainer_state.json last."""
         found = [(path.name.rpartition("-")[2], path) for path in self.root.glob("checkpoint-*")]
-        complete = [(int(n), p) for n, p in found if n.isdecimal() and _is_json(p / "trainer_state.json")]
+        complete = [
+            (int(n), p)
+            for n, p in found
+            if n.isdecimal() and _read_json(p / "trainer_state.json") is not None
+        ]
         return max(complete)[1] if complete else None
 
     @contextmanager
@@ -129,13 +125,11 @@ class RunDirectory:
             yield folder
             files = sorted(folder.iterdir(), key=lambda file: file.name == self.adapter.name)
             for file in files:
-                file.chmod(
-                    0o644
-                )  # safetensors makes files that only their owner reads; servers run as others
+                file.chmod(0o644)  # safetensors lets only the owner read, but servers run as others
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
             for file in files:
-                os.replace(file, self.root / file.name)
+                file.replace(self.root / file.name)
 
 
 def finished(checkpoint: Path) -> bool:
@@ -150,9 +144,9 @@ def write_json(path: Path, value: Any) -> None:
         part.write_text(json.dumps(value, indent=2, default=str) + "\n")
 
 
-def _is_json(path: Path) -> bool:
+def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        json.loads(path.read_text())
+        found: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):
-        return False
-    return True
+        return None
+    return found

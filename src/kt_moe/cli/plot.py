@@ -1,48 +1,26 @@
-"""Pictures as PNG; loss curves, taken from a trainer's log."""
+"""Loss curves of runs as PNG."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from kt_moe.files import save_png
 
-Curve = list[tuple[int, float]]  # (step, loss)
+Curves = dict[str, list[tuple[int, float]]]  # (step, loss) by name
 
 
-@dataclass(frozen=True)
-class History:
-    """Losses by step, in nats a token: of the training batches, of the held-out rows (step 0: untrained)."""
-
-    train: Curve
-    held_out: Curve
-
-    @classmethod
-    def from_log(cls, log: list[dict[str, Any]]) -> History:
-        """From `trainer.state.log_history`."""
-
-        def curve(key: str) -> Curve:
-            return [(entry["step"], entry[key]) for entry in log if key in entry]
-
-        return cls(curve("loss"), curve("eval_loss"))
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
-        return asdict(self)
+def losses_of(log: list[dict[str, Any]]) -> Curves:
+    """Losses in nats a token from `trainer.state.log_history`: "train" and "held_out"."""
+    keys = {"train": "loss", "held_out": "eval_loss"}
+    return {
+        name: [(entry["step"], entry[key]) for entry in log if key in entry] for name, key in keys.items()
+    }
 
 
-def smooth(curve: Curve, window: int) -> Curve:
-    """Mean of each point and the up to window - 1 points before it."""
-    means = []
-    for end in range(1, len(curve) + 1):
-        recent = curve[max(0, end - window) : end]
-        means.append((curve[end - 1][0], sum(loss for _, loss in recent) / len(recent)))
-    return means
-
-
-def plot_losses(runs: Mapping[str, History], path: Path, title: str) -> None:
+def plot_losses(runs: Mapping[str, Curves], path: Path, title: str) -> None:
     """Draw training loss (pale: every step, strong: running mean) and held-out loss of each run into a PNG.
 
     runs: a name for the legend, "" for none, and its losses.
@@ -51,28 +29,20 @@ def plot_losses(runs: Mapping[str, History], path: Path, title: str) -> None:
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    for index, (name, history) in enumerate(runs.items()):
-        color, prefix = f"C{index}", f"{name}: " if name else ""
-        width = 1.5 * (
-            len(runs) - index
-        )  # of two curves that agree, the later one lies inside the earlier one
-        window = max(1, len(history.train) // 20)
-        label = f"{prefix}training, mean of {window}"
-        axes.plot(*_xy(history.train), color=color, alpha=0.25, linewidth=0.5 * width)
-        axes.plot(*_xy(smooth(history.train, window)), color=color, linewidth=width, label=label)
-        if history.held_out:
-            look: dict[str, Any] = {
-                "marker": "o",
-                "markersize": 2 + 2 * width,
-                "linestyle": "--",
-                "linewidth": width,
-            }
-            axes.plot(*_xy(history.held_out), color=color, label=f"{prefix}held-out", **look)
+    for index, (name, curves) in enumerate(runs.items()):
+        prefix = f"{name}: " if name else ""
+        # Of two curves that agree, the later one lies inside the earlier one.
+        look: dict[str, Any] = {"color": f"C{index}", "linewidth": 1.5 * (len(runs) - index)}
+        steps, losses = ([point[at] for point in curves["train"]] for at in (0, 1))
+        window = max(1, len(losses) // 20)
+        means = [fmean(losses[max(0, end - window) : end]) for end in range(1, len(losses) + 1)]
+        axes.plot(steps, losses, **look, alpha=0.25)
+        axes.plot(steps, means, **look, label=f"{prefix}training, mean of {window}")
+        if held_out := curves["held_out"]:
+            axes.plot(
+                *zip(*held_out, strict=True), **look, marker="o", linestyle="--", label=f"{prefix}held-out"
+            )
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     save_png(figure, path)
-
-
-def _xy(curve: Curve) -> tuple[list[int], list[float]]:
-    return [step for step, _ in curve], [loss for _, loss in curve]

@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -21,17 +22,13 @@ from kt_moe.cli.errors import UserError
 from kt_moe.cli.output import finished
 
 if TYPE_CHECKING:
-    from kt_moe.cli.train import Job
+    from kt_moe.cli.job import Job
 
 _WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer$|\.default$")  # what PEFT adds to names
 
 
 class StoppedError(Exception):
-    """A signal ended training after a step, with a checkpoint. number: the signal's."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
+    """A signal ended training after a step, with a checkpoint."""
 
 
 def extended(base: type, job: Job) -> type:
@@ -46,7 +43,8 @@ def extended(base: type, job: Job) -> type:
 
     class Trainer(base):  # type: ignore[misc]
         def __init__(self, *args: Any, callbacks: Any = None, **options: Any) -> None:
-            super().__init__(*args, callbacks=[*(callbacks or []), job.stop, *job.callbacks], **options)
+            ours = [job.stop] if job.routing is None else [job.stop, job.routing]
+            super().__init__(*args, callbacks=[*(callbacks or []), *ours], **options)
             self.callback_handler.callbacks.insert(0, job.clock)  # before those that write logs
             job.built(self)
 
@@ -57,10 +55,8 @@ def extended(base: type, job: Job) -> type:
             untruncated = copy.copy(args)
             untruncated.max_length, untruncated.shuffle_dataset = None, False
             whole = super()._prepare_dataset(dataset, tokenizer, untruncated, False, formatting, name)
-            said = ""
-            if args.max_length is not None and (not packing or args.packing_strategy == "bfd"):
-                said = losses_by_length(whole, args.max_length, args.truncation_mode, packing)
-            if said:
+            cuts = args.max_length is not None and (not packing or args.packing_strategy == "bfd")
+            if cuts and (said := losses_by_length(whole, args.max_length, args.truncation_mode, packing)):
                 job.say(f"{name:<9} {said}")
             return super()._prepare_dataset(whole, tokenizer, args, packing, None, name)
 
@@ -73,7 +69,7 @@ def extended(base: type, job: Job) -> type:
             with job.stop:
                 done = super().train(*args, resume_from_checkpoint=resume_from_checkpoint, **options)
             if job.stop.requested and self.state.global_step < self.state.max_steps:
-                raise StoppedError(job.stop.requested)
+                raise StoppedError
             return done
 
         def training_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
@@ -105,8 +101,8 @@ class Clock(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self) -> None:
-        self.tokens, self.seconds = 0.0, 0.0
-        self._began, self._before = 0.0, (0.0, 0.0)
+        self.tokens = self.seconds = self._began = 0.0
+        self._before = (0.0, 0.0)
 
     @property
     def rate(self) -> float | None:
@@ -171,14 +167,14 @@ def losses_by_length(rows: Any, length: int, mode: str, packing: bool = False) -
 
     mode: "keep_start" or "keep_end", as TRL's truncation_mode.
     """
-    rest = slice(length, None) if mode == "keep_start" else slice(None, -length)
     kept = slice(None, length) if mode == "keep_start" else slice(-length, None)
     longer = dropped = lost = tokens = 0
     for row in rows.select_columns(["input_ids", "labels"]):
-        tokens += len(row["input_ids"])
-        if len(row["input_ids"]) > length:
+        size = len(row["input_ids"])
+        tokens += size
+        if size > length:
             longer += 1
-            lost += len(row["input_ids"][rest])
+            lost += size - length
             dropped += all(label == -100 for label in row["labels"][kept])
     if not longer:
         return ""
@@ -196,23 +192,17 @@ def first_bad(model: nn.Module, inputs: dict[str, Any]) -> str:
         return f"and {len(bad)} trained tensors are not finite, the first is {_WRAPPERS.sub('', bad[0])}"
     found: list[str] = []
 
-    def look(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, out: Any) -> None:
-            values = out if isinstance(out, (tuple, list)) else [out]
-            floats = (v for v in values if isinstance(v, Tensor) and v.is_floating_point())
-            if not found and not all(torch.isfinite(value).all() for value in floats):
-                found.append(_WRAPPERS.sub("", name) or type(module).__name__)
+    def look(name: str, module: nn.Module, args: Any, out: Any) -> None:
+        values = out if isinstance(out, (tuple, list)) else [out]
+        floats = (v for v in values if isinstance(v, Tensor) and v.is_floating_point())
+        if not all(torch.isfinite(value).all() for value in floats):
+            found.append(_WRAPPERS.sub("", name) or type(module).__name__)
 
-        return hook
-
-    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    for name, module in model.named_modules():
+        module.register_forward_hook(partial(look, name))  # the run ends here
     names = ("input_ids", "attention_mask", "position_ids")
-    try:
-        with torch.no_grad():
-            model(**{name: inputs[name] for name in names if name in inputs})
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad():
+        model(**{name: inputs[name] for name in names if name in inputs})
     return (
         f"the first layer with such numbers is {found[0]}" if found else "but all layers' results are finite"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,10 +31,21 @@ def measure(experts: Experts, device: torch.device) -> Rates:
     They are rounded to the nearest power of 2^(1/4), so that most runs on a machine get the same. For the
     same cuts in every run, give `kt_moe.Gpu` the rates.
     """
-    cpu_flops, cpu_bytes = _cpu(experts)
-    gpu_flops, gpu_bytes, link = _gpu(experts, device)
-    rates = (link, gpu_flops, gpu_bytes, cpu_flops, cpu_bytes)
-    return Rates(*(2.0 ** (round(4 * math.log2(rate)) / 4) for rate in rates))
+    return Rates(**cpu_rates(experts), **gpu_rates(experts, device))
+
+
+def cpu_rates(experts: Experts) -> dict[str, float]:
+    """The CPU's part of `measure`: "cpu_flops" and "cpu_bytes"."""
+    return _rounded(zip(("cpu_flops", "cpu_bytes"), _cpu(experts), strict=True))
+
+
+def gpu_rates(experts: Experts, device: torch.device) -> dict[str, float]:
+    """The GPU's part of `measure`: "gpu_flops", "gpu_bytes" and "link"."""
+    return _rounded(zip(("gpu_flops", "gpu_bytes", "link"), _gpu(experts, device), strict=True))
+
+
+def _rounded(rates: Iterable[tuple[str, float]]) -> dict[str, float]:
+    return {name: 2.0 ** (round(4 * math.log2(rate)) / 4) for name, rate in rates}
 
 
 def _best(work: Callable[[int], object], finish: Callable[[], object] = lambda: None) -> float:

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 
 from kt_moe import Runtime
 from kt_moe.cli import finetune, train
 from kt_moe.cli.described import blamed_on, read_config
 from kt_moe.cli.errors import UserError
-from kt_moe.cli.plan import memory, report
-from kt_moe.cli.plan.gpu_speed import speed_of
-from kt_moe.cli.plan.measure import measure as measure_layer
-from kt_moe.cli.plan.measure import process_bytes
+from kt_moe.cli.plan.memory import Part, make_plan
 from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.outline import outline
+from kt_moe.cli.plan.report import Answer, Memory, describe
+from kt_moe.cli.plan.speed import CARDS, speed_of
 from kt_moe.cli.plan.weights import weights_part
 from kt_moe.gpu import parse_bytes
 from kt_moe.host_memory import free_memory, resident
 
-_SHORT = {"--json": "--plan_json", "--no-measure": "--no_plan_measure", "--rates": "--experts_gpu_rates"}
+_SHORT = {"json": "plan_json", "no-measure": "no_plan_measure", "rates": "experts_gpu_rates"}
 _ABOUT = "kt-moe plan MODEL ...: the model comes first, or anywhere as --model MODEL."
 
 
@@ -37,7 +36,7 @@ def run(argv: Sequence[str]) -> int:
     words = list(argv)
     if words and not words[0].startswith("-"):
         words.insert(0, "--model")
-    with train.quiet():
+    with train.short_names({**finetune.ALIASES, **_SHORT}, argv):
         return dry_run(finetune.parse(words, "plan", _SHORT, _ABOUT))
 
 
@@ -47,8 +46,7 @@ def dry_run(options: train.Options) -> int:
     Raises:
         UserError: no such model, an architecture that the core cannot compute, or wrong options.
     """
-    asked, experts = options.plan, options.experts
-    name = options.model.model_name_or_path
+    asked, experts, name = options.plan, options.experts, options.model.model_name_or_path
     if not name:
         raise UserError("--model_name_or_path is missing: a directory, a config.json, or a name on the hub")
     trusted = {"trust_remote_code": options.training.trust_remote_code}
@@ -59,40 +57,37 @@ def dry_run(options: train.Options) -> int:
         train.check_experts(options)
         experts.rates()
         runtime = Runtime(experts.experts_threads)
-        described = {
-            name: parse_bytes(f"--{name}", value)
-            for name in ("plan_host_memory", "plan_gpu")
-            if (value := getattr(asked, name)) is not None
-        }
+        # The run will not be beside this process.
+        free = free_memory() + resident("RssAnon")
+        if asked.plan_host_memory is not None:
+            free = parse_bytes("--plan_host_memory", asked.plan_host_memory)
+        gpu_free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+        if asked.plan_gpu in CARDS:
+            gpu_free = CARDS[asked.plan_gpu][0] << 30
+        elif asked.plan_gpu is not None:
+            gpu_free = parse_bytes("--plan_gpu", asked.plan_gpu)
     except ValueError as error:
-        raise UserError(str(error)) from error
-    process = memory.Part("process", process_bytes(), "measured", "Python, PyTorch and other libraries")
-    available = free_memory() + resident("RssAnon")  # the run will not be beside this process
-    gpu_available = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
-    available = described.get("plan_host_memory", available)
-    gpu_available = described.get("plan_gpu", gpu_available)
+        names = f"; or one of {', '.join(CARDS)}" if "--plan_gpu" in str(error) else ""
+        raise UserError(f"{error}{names}") from error
+    process = Part("process", process_bytes(), "measured", "Python, PyTorch and other libraries")
     with blamed_on(name):
         model = outline(config, wanted, **trusted)
         weights, format = weights_part(Path(name), config, model, wanted.format)
-    layer = model.layers[0]
-    speed = measure_layer(layer, wanted, format, runtime, free_memory()) if asked.plan_measure else None
-    if speed is None:
-        note = "about 10 I bytes a route, and a block of tokens a thread"
-        size = memory.scratch_bytes(layer, wanted, runtime.threads)
-        scratch = memory.Part("scratch of a layer call", size, "estimated", note)
-    else:
-        scratch = memory.Part("scratch of a layer call", speed.scratch, "measured", "scaled to all tokens")
-    set_by_user = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
-    threshold = int(set_by_user) if set_by_user.isdecimal() else memory.MMAP_THRESHOLD
-    plan = memory.make_plan(
-        model, wanted, weights=weights, process=process, scratch=scratch,
-        gpu=gpu_available, mmap_threshold=threshold,
-    )  # fmt: skip
-    with_gpu = speed_of(options, model, wanted, format, weights.nbytes, runtime, gpu_available)
-    host = report.Memory("host memory", plan.host, available)
-    gpu = None
-    if plan.gpu is not None and gpu_available is not None:
-        gpu = report.Memory("GPU memory", plan.gpu, gpu_available)
-    answer = report.Answer(model, wanted, host, gpu, speed, with_gpu)
-    print(json.dumps(report.to_dict(answer), indent=2) if asked.plan_json else report.describe(answer))
-    return 0 if answer.fits else 1
+    host, on_gpu = make_plan(model, wanted, weights, process, runtime.threads, gpu_free)
+    of_host = Memory.of("host memory", host, free)
+    of_gpu = None if gpu_free is None else Memory.of("GPU memory", on_gpu, gpu_free)
+    speed = speed_of(options, model, wanted, format, weights.nbytes, runtime, gpu_free)
+    fits = of_host.spare >= 0 and (of_gpu is None or of_gpu.spare >= 0)
+    answer = Answer(model, wanted, of_host, of_gpu, speed, fits)
+    print(json.dumps(asdict(answer), indent=2) if asked.plan_json else describe(answer))
+    return 0 if fits else 1
+
+
+def process_bytes() -> int:
+    """Resident bytes of this process once PyTorch has loaded what a training step uses of it."""
+    x = torch.randn(64, 64, dtype=torch.bfloat16, requires_grad=True)
+    heads = functional.silu(x @ x).view(1, 64, 4, 16).transpose(1, 2)
+    out = functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+    functional.cross_entropy(out.float().reshape(-1, 16), torch.zeros(256, dtype=torch.long)).backward()  # type: ignore[no-untyped-call]
+    torch.optim.AdamW([x]).step()
+    return resident()

@@ -50,6 +50,11 @@ class Run:
         """Of a forward pass."""
         return self.batch * self.sequence
 
+    @property
+    def one_layer(self) -> bool:
+        """Whether what experts save is there for one layer at a time, as backward computes it again."""
+        return self.checkpointing and not self.retain
+
     @classmethod
     def from_options(cls, options: Any) -> Run:
         """From `kt_moe.cli.train.Options`, of whose experts `to_config` raised nothing.
@@ -58,36 +63,28 @@ class Run:
             UserError: a command or options that no plan is made for.
         """
         training, model, experts = options.training, options.model, options.experts
-        if options.command not in _ROWS:
-            raise UserError(
-                f"--dry_run plans {', '.join(_ROWS)}, not {options.command}, which also generates text"
-            )
-        if not model.use_peft:
-            raise UserError("a plan is that of LoRA, --use_peft false is not planned")
-        for name in ("load_in_4bit", "load_in_8bit"):
-            if getattr(model, name):
-                raise UserError(
-                    f"a plan has the layers beside the experts in bf16, --{name} is not planned: leave it out"
-                )
         names = split_targets(model.lora_target_modules)
-        if not names or names == ["all-linear"]:
-            raise UserError("a plan wants --lora_target_modules by name, such as attention experts")
-        whole = "experts" in names
-        projections = tuple(p for p in PROJECTIONS if whole or {p, f"experts.{p}_proj"} & set(names))
-        of_experts = {"experts", *PROJECTIONS, *(f"experts.{p}_proj" for p in PROJECTIONS)}
+        for refused, why in (
+            (options.command not in _ROWS, f"{options.command}, which also generates text"),
+            (not model.use_peft, "--use_peft false: a plan is that of LoRA"),
+            (model.load_in_4bit, "--load_in_4bit: it has the layers beside the experts in bf16"),
+            (model.load_in_8bit, "--load_in_8bit: it has the layers beside the experts in bf16"),
+            (not names or names == ["all-linear"], "LoRA without --lora_target_modules by name"),
+        ):
+            if refused:
+                raise UserError(f"no plan is made for {why}")
+        of_experts = {name: {"experts", name, f"experts.{name}_proj"} for name in PROJECTIONS}
         optim = str(getattr(training.optim, "value", training.optim))
-        kept = "sgd" if "sgd" in optim else "adamw-8bit" if "8bit" in optim else "adamw"
-        memory = experts.experts_gpu_memory
-        share = str(experts.experts_cpu_share)
+        memory, share = experts.experts_gpu_memory, str(experts.experts_cpu_share)
         cpu_alone = experts.experts_gpu == "off" or (share != "auto" and float(share) == 1.0)
         return cls(
             training.per_device_train_batch_size * _ROWS[options.command],
             getattr(training, "max_length", None) or 1024,
             model.lora_r,
-            projections,
-            tuple(sorted(set(names) - of_experts)),
+            tuple(name for name, ways in of_experts.items() if ways & set(names or ())),
+            tuple(sorted(set(names or ()).difference(*of_experts.values()))),
             None if experts.experts_format == "as-stored" else experts.experts_format,
-            kept,
+            "sgd" if "sgd" in optim else "adamw-8bit" if "8bit" in optim else "adamw",
             training.gradient_checkpointing,
             experts.experts_checkpoint_experts == "retain",
             0 if cpu_alone else memory if memory == "auto" else parse_bytes("gpu_memory", memory),

@@ -7,7 +7,9 @@ data counts what autograd would keep.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,16 +18,51 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface
 
-from kt_moe.architectures import Architecture
+from kt_moe.architectures import ExpertModule
 from kt_moe.cli.described import described, resolve_targets
 from kt_moe.cli.errors import UserError
 from kt_moe.cli.plan.options import Run
-from kt_moe.cli.plan.shapes import Activations, ExpertLayer, Outline
 from kt_moe.hf import KtExperts, KtLoraExperts
 
 _ATTENTION = "kt_moe_plan"
 _TOPK = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")  # K, by config
 DTYPE = torch.bfloat16  # of the rest of the model, as `kt-moe finetune` loads it
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of the rest of the model's tensors that a forward pass leaves behind.
+
+    Attributes:
+        layers: kept for backward by each decoder layer; not what the experts keep themselves.
+        outside: kept for backward by embedding, last norm, head and loss.
+        logits: the logits themselves, in the model's dtype.
+        boundary: the hidden states between two layers.
+    """
+
+    layers: tuple[int, ...]
+    outside: int
+    logits: int
+    boundary: int
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What memory and speed follow from.
+
+    Attributes:
+        layers: of routed experts with weights of their own.
+        topk: K, the experts of a token.
+        rest_bytes: parameters and buffers beside the routed experts.
+        rest_lora: numbers of LoRA parameters beside the experts'.
+    """
+
+    model_type: str
+    layers: tuple[ExpertModule, ...]
+    topk: int
+    rest_bytes: int
+    rest_lora: int
+    activations: Activations
 
 
 def outline(config: Any, run: Run, trust_remote_code: bool = False) -> Outline:
@@ -40,36 +77,21 @@ def outline(config: Any, run: Run, trust_remote_code: bool = False) -> Outline:
     model, architecture = described(
         config, dtype=DTYPE, attn_implementation=_ATTENTION, trust_remote_code=trust_remote_code
     )
-    layers = _expert_layers(model, architecture)
+    text = model.config.get_text_config()
+    topk = next((value for name in _TOPK if (value := getattr(text, name, None)) is not None), None)
+    if topk is None:
+        raise UserError(f"the config of {architecture.model_type} has none of {', '.join(_TOPK)}")
+    layers = tuple(module for module in architecture.modules if module.same_as is None)
     names = [*run.modules, *(["experts"] if run.projections else [])]
     lora = LoraConfig(r=run.rank, target_modules=names, task_type="CAUSAL_LM")
     lora.target_modules = resolve_targets(model, architecture, lora)
-    rest = sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+    rest = sum(t.nbytes for t in {*model.parameters(), *model.buffers()})
     with torch.device("meta"):
         model = get_peft_model(model, lora)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    of_experts = 0
-    for module in model.modules():
-        if isinstance(module, KtLoraExperts):
-            of_experts += sum(p.numel() for p in module.parameters())
-    return Outline(
-        architecture.model_type, tuple(layers), rest, trained - of_experts, _activations(model, run)
-    )
-
-
-def _expert_layers(model: nn.Module, architecture: Architecture) -> list[ExpertLayer]:
-    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    chosen = [int(value) for name in _TOPK if (value := getattr(config, name, None)) is not None]
-    if not chosen:
-        raise UserError(f"the config of {architecture.model_type} has none of {', '.join(_TOPK)}")
-    layers = []
-    for module in architecture.modules:
-        if module.same_as is None:  # else its weights are another's
-            biases = hasattr(model.get_submodule(module.path), "down_proj_bias")
-            sizes = module.num_experts, module.hidden_size, module.intermediate_size
-            kind = module.activation, biases, module.gated
-            layers.append(ExpertLayer(module.number, *sizes, chosen[0], *kind))
-    return layers
+    of_experts = [m for m in model.modules() if isinstance(m, KtLoraExperts)]
+    rest_lora = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rest_lora -= sum(p.numel() for m in of_experts for p in m.parameters())
+    return Outline(architecture.model_type, layers, int(topk), rest, rest_lora, _activations(model, run))
 
 
 def _activations(model: Any, run: Run) -> Activations:
@@ -83,23 +105,21 @@ def _activations(model: Any, run: Run) -> Activations:
             kept[storage] = tensor  # alive, so that no other storage takes its address
         return tensor
 
-    def total() -> int:
+    def total(*_: Any) -> int:
         return sum(t.untyped_storage().nbytes() for t in kept.values())
 
-    decoder_layers = _stand_in(model)
-    bounds: list[int] = []
-    hooks = [layer.register_forward_pre_hook(lambda *_: bounds.append(total())) for layer in decoder_layers]
-    hooks += [layer.register_forward_hook(lambda *_: bounds.append(total())) for layer in decoder_layers]
+    before: list[int] = []
+    after: list[int] = []
+    for layer in _stand_in(model):
+        layer.register_forward_pre_hook(lambda *_: before.append(total()))
+        layer.register_forward_hook(lambda *_: after.append(total()))
     ids = torch.zeros(run.batch, run.sequence, dtype=torch.long, device="meta")
     model.train()
     with saved_tensors_hooks(keep, lambda tensor: tensor), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         out = model(input_ids=ids, labels=ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    layers = tuple(after - before for before, after in zip(bounds[::2], bounds[1::2], strict=True))
-    hidden = model.config.get_text_config().hidden_size
-    boundary = run.tokens * hidden * DTYPE.itemsize
+    layers = tuple(end - begin for begin, end in zip(before, after, strict=True))
+    boundary = run.tokens * model.config.get_text_config().hidden_size * DTYPE.itemsize
     return Activations(layers, total() - sum(layers), out.logits.nbytes, boundary)
 
 
@@ -109,18 +129,15 @@ def _stand_in(model: nn.Module) -> list[nn.Module]:
     for name, module in list(model.named_modules()):
         if isinstance(module, (KtExperts, KtLoraExperts)) and not name.endswith(".base_layer"):
             trained = [p for p in module.parameters() if p.requires_grad]
-            module.forward = _experts_forward(trained[:1])  # type: ignore[method-assign, assignment]
+            module.forward = partial(_experts, trained[:1])  # type: ignore[method-assign]
             above = name[: name.rindex(".layers.") + len(".layers")]
             lists[above] = model.get_submodule(above)
     return [layer for layers in lists.values() for layer in layers.children()]
 
 
-def _experts_forward(lora: Sequence[Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    def forward(hidden_states: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        out: Tensor = _Kept.apply(hidden_states.shape, hidden_states, ids, weights, *lora)  # type: ignore[no-untyped-call]
-        return out
-
-    return forward
+def _experts(lora: Sequence[Tensor], hidden_states: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    out: Tensor = _Kept.apply(hidden_states.shape, hidden_states, ids, weights, *lora)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _attention(
@@ -129,8 +146,7 @@ def _attention(
     """What a fused attention keeps: its inputs and its result, no matrix of all pairs of tokens."""
     batch, heads, tokens, _ = query.shape
     shape = (batch, tokens, heads, value.shape[-1])
-    out: Tensor = _Kept.apply(shape, query, key, value)  # type: ignore[no-untyped-call]
-    return out, None
+    return _Kept.apply(shape, query, key, value), None  # type: ignore[no-untyped-call]
 
 
 class _Kept(torch.autograd.Function):
@@ -141,7 +157,3 @@ class _Kept(torch.autograd.Function):
         out = first.new_empty(shape)
         ctx.save_for_backward(first, *others, out)
         return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise NotImplementedError

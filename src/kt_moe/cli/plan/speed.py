@@ -1,0 +1,110 @@
+"""How long the experts of a step take on CPU, link and GPU together, from rates of the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kt_moe import Experts, Runtime
+from kt_moe.architectures import ExpertModule
+from kt_moe.cli.errors import UserError
+from kt_moe.cli.plan.memory import ranks, weights_bytes, weights_on_gpu
+from kt_moe.cli.plan.options import Run
+from kt_moe.cli.plan.outline import Outline
+from kt_moe.gpu.plan import Rates
+from kt_moe.gpu.predict import LINKS, REFERENCE, ROUTINGS, Prediction, Workload, predict
+from kt_moe.gpu.rates import cpu_rates, gpu_rates
+
+_EXPERTS = 8  # that are made for a measurement
+
+
+# GPUs by their data sheets: GiB of memory, less what driver and context take; a second, operations of dense
+# bf16 products with fp32 sums, and bytes of memory; PCI Express.
+CARDS = {
+    "rtx3090": (23, 71e12, 0.936e12, "PCIe 4 x16"),
+    "rtx4090": (23, 165e12, 1.008e12, "PCIe 4 x16"),
+    "rtx5090": (31, 210e12, 1.792e12, "PCIe 5 x16"),
+    "rtx6000ada": (47, 364e12, 0.960e12, "PCIe 4 x16"),
+    "l40s": (47, 362e12, 0.864e12, "PCIe 4 x16"),
+    "a100-40": (39, 312e12, 1.555e12, "PCIe 4 x16"),
+    "a100-80": (79, 312e12, 1.935e12, "PCIe 4 x16"),
+    "h100": (79, 989e12, 3.350e12, "PCIe 5 x16"),
+    "h200": (139, 989e12, 4.800e12, "PCIe 5 x16"),
+}
+
+
+def card_rates(name: str) -> dict[str, float]:
+    """What to expect of one of `CARDS`: as much of its data sheet as was measured of an H200's."""
+    (_, flops, nbytes, link), (_, h200_flops, h200_bytes, _) = CARDS[name], CARDS["h200"]
+    return {
+        "link": LINKS[link],
+        "gpu_flops": flops / h200_flops * REFERENCE.gpu_flops,
+        "gpu_bytes": nbytes / h200_bytes * REFERENCE.gpu_bytes,
+    }
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What is predicted, and from what.
+
+    Attributes:
+        memory: bytes for experts on the GPU; 0: the CPU computes all of them.
+        sources: for each rate where it is from.
+        predictions: one for each of `ROUTINGS`.
+    """
+
+    memory: int
+    rates: Rates
+    sources: dict[str, str]
+    predictions: list[Prediction]
+
+
+def speed_of(
+    options: Any, model: Outline, run: Run, format: str, weights: int, runtime: Runtime, free: int | None
+) -> Speed:
+    """Of the run that `kt_moe.cli.train.Options` describe.
+
+    Rates are given, or of a card that is named, or measured here, or `REFERENCE`'s.
+
+    Args:
+        format: of the experts in memory; `weights` bytes together.
+        free: bytes of the GPU; None: there is none.
+
+    Raises:
+        UserError: --experts_gpu_memory does not hold one expert.
+    """
+    layer, plan, share = model.layers[0], options.plan, options.experts.experts_cpu_share
+    memory = 0 if free is None else weights_on_gpu(weights, run.gpu_memory, free - model.rest_bytes)
+    work = Workload(
+        len(model.layers), layer.hidden_size, layer.intermediate_size, layer.num_experts, model.topk,
+        weights_bytes(layer, format) // layer.num_experts, ranks(layer, run), run.tokens, run.one_layer,
+        layer.gated,
+    )  # fmt: skip
+    known = {"assumed, an H200 on PCIe 5 and 16 vCPUs with AMX": {**vars(REFERENCE)}}
+    if plan.plan_measure:
+        known["measured"] = measured_rates(layer, format, runtime)
+    if plan.plan_gpu in CARDS:
+        known[f"expected of an {plan.plan_gpu} by its data sheet"] = card_rates(plan.plan_gpu)
+    known["given"] = options.experts.rates() or {}
+    rates = {name: rate for some in known.values() for name, rate in some.items()}
+    sources = {name: source for source, some in known.items() for name in some}
+    cpu_share = (
+        1.0 if not memory and run.gpu_memory in ("auto", 0) else None if share == "auto" else float(share)
+    )
+    try:
+        found = [predict(work, Rates(**rates), memory, routing, cpu_share) for routing in ROUTINGS]
+    except ValueError as error:
+        raise UserError(f"--experts_gpu_memory: {error}") from error
+    return Speed(memory, Rates(**rates), sources, found)
+
+
+def measured_rates(layer: ExpertModule, format: str, runtime: Runtime) -> dict[str, float]:
+    """Of a few experts of the model's shape on this machine."""
+    shape = min(_EXPERTS, layer.num_experts), layer.intermediate_size, layer.hidden_size
+    gate, up, down = (torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.05) for _ in range(3))
+    weights = gate if layer.gated else None, up, down.mT.contiguous()
+    experts = Experts(*weights, activation=layer.activation, format=format, runtime=runtime)
+    rates = cpu_rates(experts)
+    return rates | (gpu_rates(experts, torch.device("cuda")) if torch.cuda.is_available() else {})
