@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     TrainerCallback,
 )
+from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
 import kt_moe
 
@@ -63,6 +66,7 @@ class Case:
     compared: bool = True
     rank: int = 4  # of LoRA
     package: str | None = None
+    generates: bool = False  # in every evaluation, with the same text from both
 
 
 CHECKPOINTING = {"gradient_checkpointing": True}
@@ -90,6 +94,14 @@ CASES = [
     Case(
         "evaluation and load_best_model_at_end", "SFT", TEXTS,
         {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True},
+    ),
+    Case(
+        "evaluation with generation (LogCompletionsCallback)", "SFT", PROMPTS,
+        {"eval_strategy": "steps", "eval_steps": 1}, generates=True,
+    ),
+    Case("activation offloading", "SFT", TEXTS, {"activation_offloading": True}),
+    Case(
+        "torch.compile", "SFT", TEXTS, {"torch_compile": True, "torch_compile_backend": "eager"},
     ),
     Case("DPO, reference by the disabled adapter", "DPO", PAIRS),
     Case("KTO", "KTO", MARKED),
@@ -160,17 +172,37 @@ def train(case: Case, ours: bool, output: Path) -> tuple[list[float], Tensor, An
         load(case, ours), args=config_class(**options), train_dataset=Dataset.from_list(case.rows),
         processing_class=AutoTokenizer.from_pretrained(MODEL), callbacks=[gradient], **more,
     )  # fmt: skip
+    if case.generates:
+        greedy = GenerationConfig(max_new_tokens=4, do_sample=False)
+        trainer.add_callback(trl.LogCompletionsCallback(trainer, greedy, num_prompts=2))
     trainer.train()
     assert gradient.value is not None
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return losses, gradient.value, trainer
 
 
+def completions(trainer: Any) -> list[Any]:
+    """(step, prompt, completion) of all evaluations that generate."""
+    found = [one.table for one in trainer.callback_handler.callbacks if hasattr(one, "table")]
+    assert all(found)
+    return found
+
+
+def offload_from_the_cpu(patch: pytest.MonkeyPatch) -> None:
+    """Without a GPU the CPU is what TRL offloads activations from: without streams and page-locked memory."""
+    if torch.accelerator.current_accelerator() is None:
+        offloading = partial(get_act_offloading_ctx_manager, use_streams=False, use_pin_memory=False)
+        patch.setattr("trl.trainer.sft_trainer.get_act_offloading_ctx_manager", offloading)
+        patch.setattr("torch.accelerator.current_accelerator", lambda *_, **__: torch.device("cpu"))
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.what)
-def test_losses_are_those_of_plain_peft(case: Case, tmp_path: Path) -> None:
+def test_losses_are_those_of_plain_peft(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if case.package is not None:
         pytest.importorskip(case.package)
+    if "activation_offloading" in case.options:
+        offload_from_the_cpu(monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ours, our_gradient, trainer = train(case, True, tmp_path / "ours")
@@ -179,7 +211,8 @@ def test_losses_are_those_of_plain_peft(case: Case, tmp_path: Path) -> None:
         moved = [p for name, p in trainer.model.named_parameters() if "lora_B" in name and p.any()]
         assert moved
         if case.compared:
-            theirs, gradient, _ = train(case, False, tmp_path / "theirs")
+            theirs, gradient, plain = train(case, False, tmp_path / "theirs")
+            assert completions(trainer) == completions(plain)
             assert ours == pytest.approx(theirs, rel=TOLERANCE)
             assert (our_gradient - gradient).norm() <= TOLERANCE * gradient.norm()
 
