@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 from kt_moe._core import __version__
 from kt_moe.checkpoint import Checkpoint
-from kt_moe.experts import Experts
-from kt_moe.functional import Lora, MoEFunction, moe
-from kt_moe.gpu import Gpu, Rates
-from kt_moe.layer import MoELayer
 from kt_moe.runtime import Runtime, cpu_info, default_runtime
 
 if TYPE_CHECKING:  # the lazy names below, for type checkers
     from kt_moe import hf
     from kt_moe.adapters import load_adapter, save_adapter
+    from kt_moe.experts import Experts
     from kt_moe.export import export_adapter
+    from kt_moe.functional import Lora, MoEFunction, moe
+    from kt_moe.gpu import Gpu, Rates
     from kt_moe.hf import KTConfig, KtMoeConfig, SharedOuterLoraConfig, device_map, load_model, repack, wrap
+    from kt_moe.layer import MoELayer
     from kt_moe.merge import merge_checkpoint
     from kt_moe.merge import merge_checkpoint as merge_adapter
     from kt_moe.models import model_experts
@@ -56,9 +56,16 @@ __all__ = [
     "wrap",
 ]
 
-# Fetched when first asked for: most need transformers and PEFT, which take seconds to import, and not every
-# program profiles.
+# Fetched when first asked for: torch, transformers and PEFT take seconds to import, and not every program or
+# command needs them.
 _LAZY = {
+    "Experts": "kt_moe.experts",
+    "Lora": "kt_moe.functional",
+    "MoEFunction": "kt_moe.functional",
+    "moe": "kt_moe.functional",
+    "Gpu": "kt_moe.gpu",
+    "Rates": "kt_moe.gpu",
+    "MoELayer": "kt_moe.layer",
     "Profile": "kt_moe.profiler",
     "profile": "kt_moe.profiler",
     "hf": "kt_moe.hf",
@@ -85,7 +92,8 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'kt_moe' has no attribute {name!r}")
     module = import_module(_LAZY[name])
-    return module if name == "hf" else getattr(module, name)
+    found = globals()[name] = module if name == "hf" else getattr(module, name)
+    return found
 
 
 def __dir__() -> list[str]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUPS = "sys/fs/cgroup"
 
 
 def resident(kind: str = "VmRSS") -> int:
@@ -14,14 +14,16 @@ def resident(kind: str = "VmRSS") -> int:
     return _kib(_read(Path("/proc/self/status")), kind)
 
 
-def free_memory() -> int:
+def free_memory(root: Path = Path("/")) -> int:
     """What this process may still take: MemAvailable, or what the tightest of its cgroups leaves.
 
     A cgroup's page cache counts as free where the kernel may drop it.
+
+    root: a directory with copies of another machine's /proc and /sys.
     """
-    free = _kib(_read(Path("/proc/meminfo")), "MemAvailable")
+    free = _kib(_read(root / "proc/meminfo"), "MemAvailable")
     free = free or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for folder, limit, usage, cache in _limits():
+    for folder, limit, usage, cache in _limits(root):
         most, now = _read(folder / limit).strip(), _read(folder / usage).strip()
         if most.isdecimal() and now.isdecimal():
             stat = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
@@ -29,22 +31,22 @@ def free_memory() -> int:
     return free
 
 
-def _limits() -> Iterator[tuple[Path, str, str, str]]:
+def _limits(root: Path) -> Iterator[tuple[Path, str, str, str]]:
     """Folders of this process's memory cgroups with the names of their files, innermost first."""
-    for line in _read(Path("/proc/self/cgroup")).splitlines():
-        _, controllers, path = line.split(":", 2)
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if controllers == "":
-            root, names = _CGROUPS, ("memory.max", "memory.current", "inactive_file")
+            top, names = root / _CGROUPS, ("memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            root = _CGROUPS / "memory"
+            top = root / _CGROUPS / "memory"
         else:
             continue
-        inner = root / path.lstrip("/")
+        inner = top / path.lstrip("/")
         # In a container the path may be the host's: then only the root is there, and is the container's own.
         for folder in (inner, *inner.parents):
             yield (folder, *names)
-            if folder == root:
+            if folder == top:
                 break
 
 
@@ -54,6 +56,6 @@ def _kib(text: str, name: str) -> int:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(errors="replace")
     except OSError:
         return ""

@@ -6,28 +6,34 @@ import argparse
 import json
 import sys
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from in_process import InProcess
 from tiny_models import PEFT_WARNINGS
 from torch import Tensor, nn
 
+import kt_moe
 from kt_moe.cli import bench, main
-from kt_moe.cli.bench import options, session, training
-from kt_moe.cli.bench.cases import Case, make_weights
-from kt_moe.cli.bench.contestants import Grouped, KtMoe, Streamed
+from kt_moe.cli.bench import contestants, options, session, training
+from kt_moe.cli.bench.cases import Case
 from kt_moe.cli.bench.remote import Remote, RemoteError
+from kt_moe.cli.bench.rivals import Streamed
 from kt_moe.cli.bench.training import Trainer
 
 TINY = ["--hidden", "64", "--intermediate", "32", "--experts", "6", "--topk", "2"]
 RUN = ["--gpu", "--device", "cpu", *TINY, "--threads", "1", "--rank", "8", "--reps", "1"]
 # torch.compile looks at the gradients of the tensors that it is given.
 COMPILING = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "Remote", InProcess)
 
 
 def settings_of(*more: str) -> argparse.Namespace:
@@ -37,16 +43,21 @@ def settings_of(*more: str) -> argparse.Namespace:
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5])
-def test_streamed_layers_cross_the_link_once_a_pass_save_those_in_a_slot(layers: int) -> None:
-    shape = settings_of().shape
-    stack = Grouped(
-        Streamed(make_weights(shape, 0), layers, torch.device("cpu")), recompute=True, residual=True
-    )
-    stack.prepare(Case(shape, 4, 8, layers=layers))
+def test_streamed_layers_cross_the_link_once_a_pass_save_those_in_a_slot(
+    layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch, fetched = Streamed.fetch, []
+    monkeypatch.setattr(Streamed, "fetch", lambda self, index: fetched.append(index) or fetch(self, index))
+    settings = settings_of("--layers", str(layers), "--threads", "1")
+    settings.threads = 1
+    stack = contestants.make("streamed", settings)
+    stack.prepare(Case(settings.shape, 4, 8, layers=layers))
     kept = min(layers, 2)
     for wanted in (2 * layers - kept, 2 * (layers - kept)):
+        fetched.clear()
         stack.step(0)
-        assert stack.figures()["link_bytes"] == wanted * shape.weight_bytes
+        assert len(fetched) == wanted
+    assert stack.figures()["link_bytes"] == wanted * settings.shape.weight_bytes
 
 
 def run_stack(tmp_path: Path, *more: str, status: int = 0) -> dict[str, Any]:
@@ -87,21 +98,23 @@ def test_who_does_not_fit_is_left_out(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Streamed, "__getitem__", fail)
     found = run_stack(tmp_path, "--tokens", "3", "--peers", "streamed,cpu")
     assert [r["who"] for r in found["results"]] == ["kt_moe bf16", "cpu"]
-    assert found["notes"] == ["streamed is left out: CUDA out of memory"]
+    assert found["notes"] == [
+        "streamed, tokens 3, rank 8 is left out: OutOfMemoryError: CUDA out of memory",
+    ]
 
 
 def test_a_fault_of_ours_is_no_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(KtMoe, "layer", fail)
-    with pytest.raises(RuntimeError, match="a bug"):
+    monkeypatch.setattr(kt_moe, "moe", fail)
+    with pytest.raises(RemoteError, match="a bug"):
         main(["bench", *RUN, "--tokens", "3", "--peers", "cpu"])
 
 
 def test_a_wrong_output_is_exit_status_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = KtMoe.layer
-    monkeypatch.setattr(KtMoe, "layer", lambda *args: right(*args) * 1.5)
+    right = kt_moe.moe
+    monkeypatch.setattr(kt_moe, "moe", lambda *args, **kwargs: right(*args, **kwargs) * 1.5)
     assert not run_stack(tmp_path, "--tokens", "3", "--peers", "cpu", status=1)["ok"]
 
 
@@ -109,7 +122,11 @@ STEP = ["--step", "--layers", "2", "--tokens", "16", "--sequence", "8"]
 
 
 def losses_of(name: str, *more: str) -> list[float]:
-    found: list[float] = Trainer(name, job(*more)).run(16)["losses"]
+    settings = job(*more)
+    trainer = Trainer(name, settings)
+    trainer.prepare(Case(settings.shape, 16, 8, layers=2))
+    trainer.turn(1, 0.0)
+    found: list[float] = trainer.figures()["losses"]
     return found
 
 
@@ -123,14 +140,7 @@ class TestStep:
     pytestmark = PEFT_WARNINGS
 
     @pytest.mark.parametrize("experts", ["recompute", "retain"])
-    def test_everyone_trains_the_same_model(
-        self, experts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        @contextmanager
-        def here(make: Callable[..., Any], *args: Any) -> Iterator[Any]:
-            yield make(*args)
-
-        monkeypatch.setattr(session, "Remote", here)
+    def test_everyone_trains_the_same_model(self, experts: str, tmp_path: Path) -> None:
         file, argv = tmp_path / "bench.json", ["bench", *RUN, *STEP, "--checkpoint-experts", experts]
         argv[argv.index("16")] = "17"  # rows of eight: the last token is left out
         assert main([*argv, "--peers", "resident,cpu", "--json", str(file)]) == 0
@@ -198,11 +208,14 @@ def fake_roundpipe() -> Any:
     return module
 
 
-def test_a_trainer_that_fails_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(RemoteError, match="No module named 'roundpipe'"), Remote(Trainer, "roundpipe", job()):
-        pass
+def test_a_trainer_that_fails_is_left_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "Remote", Remote)
     assert main(["bench", *RUN, *STEP, "--format", "int4", "--peers", "roundpipe"]) == 0
-    assert "roundpipe: not installed; try: pip install roundpipe==0.1.1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "roundpipe is left out: ModuleNotFoundError: No module named 'roundpipe'; pip install" in printed
+    assert "kt_moe int4" in printed
 
 
 def test_the_loss_in_parts_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,11 +241,7 @@ def test_the_loss_in_parts_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
             ["--gpu", "--device", "cpu", "--peers", "roundpipe"],
             "--peers has roundpipe, wanted some of streamed",
         ),
-        (
-            ["--gpu", "--device", "cpu", "--step", "--preset", "kimi-k2"],
-            "--step makes Qwen3-MoE models, not kimi",
-        ),
-        (["--gpu", "--json", "no/such/folder/x.json"], "no file can be written there"),
+        (["--gpu", "--device", "cpu", "--json", "no/folder/x.json"], "--json no/folder/x.json: No such file"),
     ],
 )
 def test_options_that_cannot_be_met(

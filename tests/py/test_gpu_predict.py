@@ -56,7 +56,8 @@ def test_routes(experts: int, topk: int, tokens: int, routing: str) -> None:
 
 
 def test_skewed_routes_are_what_the_bench_draws() -> None:
-    from kt_moe.cli.bench.cases import Case, Shape, draw_routes
+    from kt_moe.cli.bench.cases import Case, Shape
+    from kt_moe.cli.bench.inputs import draw_routes
 
     case = Case(Shape("x", 8, 8, 128, 8), 20_000, 0, routing="skewed")
     ids, _ = draw_routes(case, torch.Generator().manual_seed(0))

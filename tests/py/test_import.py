@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 CODE = """if True:
     import sys, torch
     before = set(sys.modules)
@@ -22,3 +24,29 @@ CODE = """if True:
 def test_only_torch_and_numpy() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.stderr) == ("\n\n", "")
+
+
+HELP = """if True:
+    import sys
+    from kt_moe.cli import main
+    try:
+        print(main(sys.argv[1:]))
+    except SystemExit:
+        pass
+    assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--help", "--version", "bench --help", "bench --nothing", "bench --layers 3", "bench --format int5",
+        "doctor --help", "doctor --sysfs /nowhere", "inspect --help", "pack --help", "merge --help",
+        "models --help",
+    ],
+)  # fmt: skip
+def test_help_and_wrong_options_need_no_torch(argv: str) -> None:
+    command = [sys.executable, "-c", HELP, *argv.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout or done.stderr

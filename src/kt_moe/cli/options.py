@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from kt_moe.gpu import parse_bytes
-
 
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:
     """An argparse type: least <= integer <= most."""
@@ -42,6 +40,8 @@ def number(least: float, below: float = float("inf")) -> Callable[[str], float]:
 
 def memory_size(text: str) -> int | str:
     """An argparse type: a number of bytes for `kt_moe.Gpu`, or "auto"."""
+    from kt_moe.gpu import parse_bytes  # which imports torch
+
     try:
         return text if text == "auto" else parse_bytes("", text)
     except ValueError:

@@ -114,11 +114,17 @@ def _gpu(experts: Experts, device: torch.device) -> tuple[float, float, float]:
 
     flops = _PRODUCTS * 2 * groups.rows * width * hidden / _best(multiply, finish)
 
-    host = streams.host_empty((_COPY_BYTES,), torch.uint8)
     on_device, other = (torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
     moved = 2 * _COPY_BYTES / _best(lambda _: _copy(other, on_device), finish)
-    link = _COPY_BYTES / _best(lambda _: _copy(on_device, host), finish)
-    return flops, moved, link
+    return flops, moved, link_rate(device)
+
+
+def link_rate(device: torch.device) -> float:
+    """Bytes a second from page-locked memory to the device."""
+    streams = streams_of(device)
+    host = streams.host_empty((_COPY_BYTES,), torch.uint8)
+    there = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
+    return _COPY_BYTES / _best(lambda _: _copy(there, host), lambda: streams.record().synchronize())
 
 
 def _copy(to: Tensor, source: Tensor) -> None:

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from kt_moe.checkpointing import CHOICES
 from kt_moe.cli.bench.cases import PRESETS, Shape
 from kt_moe.cli.errors import UserError
+from kt_moe.cli.formats import QUANTISED
 from kt_moe.cli.options import cpu_share, integer, list_of, memory_size
-from kt_moe.experts import FORMATS
 
-_TITLES = {
-    "layer": "a layer on the CPU",
-    "gpu": "a stack of layers (--gpu)",
-    "step": "training steps (--step)",
-}
+_MODES = ("layer", "gpu", "step")
+_TITLES = ("a layer on the CPU", "a stack of layers (--gpu)", "training steps (--step)")
 _PEERS = {
     "layer": ("torch", "grouped_mm", "kt-kernel"),
     "gpu": ("streamed", "resident", "cpu", "kt_moe-resident"),
@@ -30,6 +23,7 @@ _COUNT: dict[str, Any] = {"type": integer(1), "metavar": "N"}
 _COUNTS: dict[str, Any] = {"type": list_of(integer(1)), "metavar": "N,.."}
 _NAMES: dict[str, Any] = {"type": list_of(str), "metavar": "NAME,.."}
 _FLAG: dict[str, Any] = {"action": "store_true", "default": None}
+_OTHERS = "others to time: " + "; ".join(f"{mode}: {', '.join(names)}" for mode, names in _PEERS.items())
 _OWN = "instead of the preset's"
 # By name: what argparse takes, the help, and the defaults of a layer, a stack and a step; ... for none.
 _OPTIONS: dict[str, tuple[dict[str, Any], str, tuple[Any, Any, Any]]] = {
@@ -49,12 +43,14 @@ _OPTIONS: dict[str, tuple[dict[str, Any], str, tuple[Any, Any, Any]]] = {
     "recompute": (_FLAG, "backward computes G and U again", (False,) * 3),
     "quick": (_FLAG, "of a layer 32 experts, 3 short turns: half a minute", (False, ..., ...)),
     "reps": (_COUNT, "turns that each one takes at a case", (7, 5, 5)),
-    "peers": (_NAMES, "", ([], _PEERS["gpu"], _PEERS["step"])),
+    "peers": (_NAMES, _OTHERS, ([], _PEERS["gpu"], _PEERS["step"])),
     "layers": (_COUNT, "of the stack or the model", (..., 6, 48)),
     "gpu-memory": ({"type": memory_size, "metavar": "SIZE"}, "such as 2.5GiB", (..., "auto", "auto")),
     "cpu-share": ({"type": cpu_share, "metavar": "X"}, "of the rows, 0 to 1", (..., "auto", "auto")),
     "lora-device": ({"choices": ["cuda", "cpu"]}, "of the experts' LoRA", (..., "cuda", "cuda")),
-    "checkpoint-experts": ({"choices": CHOICES}, "as KtMoeConfig has it", (..., ..., "recompute")),
+    "checkpoint-experts": (
+        {"choices": ["recompute", "retain"]}, "as KtMoeConfig has it", (..., ..., "recompute")
+    ),
     "sequence": (_COUNT, "tokens of a row", (..., ..., 1024)),
     "compile": (_FLAG, "torch.compile attention", (..., ..., False)),
     "device": ({"choices": ["cuda", "cpu"]}, argparse.SUPPRESS, (..., "cuda", "cuda")),
@@ -66,48 +62,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options; `read` puts the defaults in, which depend on what is timed."""
     titles = ("what is timed (defaults of a layer; a stack; a step)", "with --gpu", "with --gpu --step")
     groups = [parser.add_argument_group(title) for title in titles]
-    peers = "others to time: " + "; ".join(f"{mode}: {', '.join(names)}" for mode, names in _PEERS.items())
     for name, (how, text, defaults) in _OPTIONS.items():
-        shown = [
-            ",".join(map(str, d)) if isinstance(d, list) else str(d) for d in defaults if d and d is not ...
-        ]
-        if shown and "(" not in text and how is not _FLAG and name != "peers" and text != argparse.SUPPRESS:
+        shown = [d if isinstance(d, str) else ",".join(map(str, d)) if isinstance(d, list) else str(d)
+                 for d in defaults if isinstance(d, (str, int, list)) and d and d != [None]]  # fmt: skip
+        if shown and how is not _FLAG and text not in (_OTHERS, argparse.SUPPRESS):
             text += f" ({'; '.join(dict.fromkeys(shown))})"
         first = next(i for i, default in enumerate(defaults) if default is not ...)
-        groups[first].add_argument(f"--{name}", help=peers if name == "peers" else text, **how)
+        groups[first].add_argument(f"--{name}", help=text, **how)
 
 
 def read(args: argparse.Namespace) -> argparse.Namespace:
     """The same, checked, with the defaults, and with `mode` and `shape`.
 
     Raises:
-        UserError: options that do not go together, an unknown name, no GPU, a file that cannot be written.
+        UserError: options that do not go together, or an unknown name.
     """
-    mode = "layer" if not args.gpu else "step" if args.step else "gpu"
-    found = argparse.Namespace(mode=mode)
+    mode = 0 if not args.gpu else 2 if args.step else 1
+    found = argparse.Namespace(mode=_MODES[mode])
     for name, (_, _, defaults) in _OPTIONS.items():
-        key, default = name.replace("-", "_"), defaults[list(_TITLES).index(mode)]
+        key, default = name.replace("-", "_"), defaults[mode]
         value = getattr(args, key)
         if value is not None and default is ...:
             raise UserError(f"--{name} is not for {_TITLES[mode]}")
         setattr(found, key, value if value is not None else None if default is ... else default)
     if found.quick and args.reps is None:
         found.reps = 3
-    for option, known in (("peers", _PEERS[mode]), ("format", FORMATS)):
+    for option, known in (("peers", _PEERS[found.mode]), ("format", tuple(QUANTISED))):
         if unknown := [name for name in getattr(found, option) if name not in known]:
             raise UserError(f"--{option} has {', '.join(unknown)}, wanted some of {', '.join(known)}")
-    if found.json is not None and (
-        found.json.is_dir() or not os.access(found.json.absolute().parent, os.W_OK)
-    ):
-        raise UserError(f"--json {found.json}: no file can be written there")
     found.shape = _shape(found)
-    if mode == "step" and found.shape.name not in ("qwen3-30b-a3b", "qwen3-235b-a22b", "custom"):
-        raise UserError(f"--step makes Qwen3-MoE models, not {found.shape.name}: time a stack of its layers")
-    if mode != "layer" and any(rank % 8 or rank == 0 for rank in found.rank):
+    if found.mode == "step":
+        found.tokens = [
+            max(t - t % found.sequence, min(t, found.sequence)) for t in found.tokens
+        ]  # whole rows
+    if found.mode != "layer" and any(rank % 8 or rank == 0 for rank in found.rank):
         raise UserError(f"--rank is {found.rank}, wanted multiples of 8, as torch's grouped_mm does")
-    if found.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--gpu needs a CUDA device, and torch {torch.__version__} finds none")
-    if found.device == "cpu":  # in tests
+    if found.mode == "layer":
+        found.layers, found.device = 1, "cpu"
+    if found.device == "cpu":
         found.lora_device = "cpu"
     return found
 

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import asdict
 from pathlib import Path
 
-from kt_moe.cli.doctor.findings import find
-from kt_moe.cli.doctor.machine import read_machine, read_recorded
-from kt_moe.cli.doctor.report import describe, to_dict
 from kt_moe.cli.errors import UserError
 
 __all__ = ["add_arguments", "run"]
@@ -31,14 +26,12 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.sysfs is not None and not (args.sysfs / "proc").is_dir() and not (args.sysfs / "sys").is_dir():
         raise UserError(f"--sysfs {args.sysfs}: no recorded machine there, wanted directories proc and sys")
+    from kt_moe.cli.doctor import findings, machine, report  # which import torch
+
     try:
-        machine = read_machine() if args.sysfs is None else read_recorded(args.sysfs)
+        seen = machine.read_machine() if args.sysfs is None else machine.read_recorded(args.sysfs)
     except ValueError as error:  # KT_MOE_ISA and its kin
         raise UserError(str(error)) from error
-    findings = find(machine)
-    if args.json:
-        record = {"machine": to_dict(machine), "findings": [asdict(finding) for finding in findings]}
-        print(json.dumps(record, indent=2))
-    else:
-        print(describe(machine, findings))
-    return 1 if any(finding.slow for finding in findings) else 0
+    found = findings.find(seen)
+    print(report.to_json(seen, found) if args.json else report.describe(seen, found))
+    return 1 if any(finding.slow for finding in found) else 0

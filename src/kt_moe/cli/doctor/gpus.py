@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import resource
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kt_moe import Experts, Rates
+from kt_moe.cli.bench.cases import Shape
+from kt_moe.cli.bench.inputs import make_weights
 from kt_moe.gpu.page_lock import PageLockError, lock
-from kt_moe.gpu.plan import Rates
-from kt_moe.gpu.streams import streams_of
+from kt_moe.gpu.rates import link_rate, measure
 
 PCI = "sys/bus/pci/devices"  # under the root
 _NVIDIA = "0x10de"
 _DISPLAY = "0x03"  # the class of VGA and 3D controllers
-COPY_BYTES = 64 << 20  # of a measurement
-_COPIES = 4
+_LOCKED_BYTES = 64 << 20  # of the try whether memory can be page-locked
 _GENERATIONS = {2.5: 1, 5.0: 2, 8.0: 3, 16.0: 4, 32.0: 5, 64.0: 6}  # GT/s -> of PCI Express
 _LANE_BYTES = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.969e9, 5: 3.938e9, 6: 7.563e9}  # a second, each way
 
@@ -47,11 +45,9 @@ class Link:
     node: int | None = None
 
     @property
-    def rate(self) -> float | None:
-        """Bytes a second each way that the lanes in use carry."""
-        if self.generation is None or self.lanes is None:
-            return None
-        return _LANE_BYTES[self.generation] * self.lanes
+    def most_rate(self) -> float:
+        """Bytes a second each way that the GPU's lanes could carry; 0: unknown."""
+        return _LANE_BYTES.get(self.most_generation or 0, 0.0) * (self.most_lanes or 0)
 
 
 @dataclass(frozen=True)
@@ -60,18 +56,17 @@ class Gpu:
 
     Attributes:
         name: "" where only /sys was read; then what follows is unknown.
+        link: None: unknown, or within one memory with the CPU.
         capability: CUDA's compute capability; (0, 0): not NVIDIA's.
-        integrated: it shares the CPU's memory.
-        page_locked, pageable: bytes a second from such memory to it; None: not measured.
+        copy_rate: bytes a second from page-locked memory to it; None: not measured.
     """
 
     name: str
     link: Link | None
     capability: tuple[int, int] = (0, 0)
-    integrated: bool = False
     memory_bytes: int = 0
-    page_locked: float | None = None
-    pageable: float | None = None
+    free_bytes: int = 0
+    copy_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,8 +76,7 @@ class Gpus:
     Attributes:
         without_cuda: why torch uses none of them; "" if it does, or is not known to do.
         triton: whether it is installed; None: unknown.
-        page_lock: "pinned" if `COPY_BYTES` could be page-locked, or why not; "" if that was not tried.
-        memlock: bytes that a process may lock (RLIMIT_MEMLOCK); None: no limit.
+        page_lock: "pinned" if memory could be page-locked, or why not; "" if that was not tried.
         rates: of a small layer on the first GPU; None: not measured.
     """
 
@@ -90,125 +84,50 @@ class Gpus:
     without_cuda: str = ""
     triton: bool | None = None
     page_lock: str = ""
-    memlock: int | None = None
     rates: Rates | None = None
 
 
 def recorded_gpus(root: Path) -> Gpus:
     """NVIDIA's, as the tree below `root` shows them; links may be at rest, where GPUs lower their speed."""
-    limit = re.search(r"^Max locked memory +([0-9]{1,18}) ", _read(root / "proc/self/limits"), re.MULTILINE)
-    gpus = tuple(Gpu("", link) for link in nvidia_links(root))
-    return Gpus(gpus, memlock=int(limit[1]) if limit else None)
+    folder = root / PCI
+    found = []
+    for device in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if _read(device / "vendor") == _NVIDIA and _read(device / "class").startswith(_DISPLAY):
+            found.append(Gpu("", read_link(root, device.name)))
+    return Gpus(tuple(found))
 
 
 def read_gpus() -> Gpus:
     """Those of this machine, and measurements of those that torch can use: a second or two."""
-    links = nvidia_links(Path("/"))
+    seen = recorded_gpus(Path("/")).gpus
     if not torch.cuda.is_available():
-        return Gpus(tuple(Gpu("", link) for link in links), without_cuda=_why_no_cuda())
+        built = torch.version.cuda is not None or torch.version.hip is not None
+        why = "finds no driver or no device" if built else "is built without CUDA"
+        return Gpus(seen, without_cuda=f"torch {torch.__version__} {why}")
     found = []
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
-        address = _address(properties) or (links[0].address if len(links) == 1 else "")
-        found.append(_measured(torch.device("cuda", number), properties, address))
-    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    return Gpus(
-        tuple(found),
-        triton=importlib.util.find_spec("triton") is not None,
-        page_lock=_page_lock(),
-        memlock=None if limit == resource.RLIM_INFINITY else limit,
-        rates=measure_rates(torch.device("cuda", 0)),
-    )
-
-
-def nvidia_links(root: Path) -> list[Link]:
-    """The connections of NVIDIA's GPUs, by address."""
-    folder = root / PCI
-    try:
-        devices = sorted(path.name for path in folder.iterdir())
-    except OSError:
-        return []
-    return [
-        read_link(root, address)
-        for address in devices
-        if _read(folder / address / "vendor") == _NVIDIA
-        and _read(folder / address / "class").startswith(_DISPLAY)
-    ]
-
-
-def read_link(root: Path, address: str) -> Link:
-    """One connection; the speed is the present one."""
-    folder = root / PCI / address
-    generation, most_generation = (
-        _generation(_read(folder / f"{which}_link_speed")) for which in ("current", "max")
-    )
-    lanes, most_lanes = (_lanes(_read(folder / f"{which}_link_width")) for which in ("current", "max"))
-    node = _read(folder / "numa_node")
-    number = int(node) if re.fullmatch(r"[0-9]{1,4}", node) else None
-    return Link(address, generation, lanes, most_generation, most_lanes, number)
+        only = seen[0].link.address if len(seen) == 1 and seen[0].link is not None else ""
+        found.append(_measured(torch.device("cuda", number), properties, _address(properties) or only))
+    triton = importlib.util.find_spec("triton") is not None
+    return Gpus(tuple(found), "", triton, _page_lock(), measure_rates(torch.device("cuda", 0)))
 
 
 def _measured(device: torch.device, properties: Any, address: str) -> Gpu:
-    """A GPU with its link's state and rates while copies cross it."""
-    link = None
-
-    def look() -> None:
-        nonlocal link
-        root = Path("/")
-        if address and (root / PCI / address).exists():  # not under WSL
-            link = read_link(root, address)
-
-    rates: tuple[float | None, float | None] = None, None
+    """A GPU with the rate of copies, and its link's state right after them, before it rests."""
     try:
-        rates = measure_copies(device, look)
+        rate = link_rate(device)
     except RuntimeError:  # no memory left, or another's fault
-        look()
-    nvidia = torch.version.cuda is not None
-    return Gpu(
-        properties.name,
-        link,
-        (properties.major, properties.minor) if nvidia else (0, 0),
-        bool(getattr(properties, "is_integrated", False)),
-        properties.total_memory,
-        *rates,
-    )
-
-
-def measure_copies(
-    device: torch.device, meanwhile: Callable[[], object] = lambda: None
-) -> tuple[float, float]:
-    """Bytes a second to the device from page-locked and from pageable memory.
-
-    meanwhile: called while copies from page-locked memory are on their way.
-    """
-    streams = streams_of(device)
-    there = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
-    page_locked = streams.host_empty((COPY_BYTES,), torch.uint8)
-    pageable = torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cpu")
-
-    def seconds(source: torch.Tensor) -> float:
-        best = float("inf")
-        for _ in range(_COPIES):
-            begin = time.perf_counter()
-            there.copy_(source, non_blocking=True)
-            streams.record().synchronize()
-            best = min(best, time.perf_counter() - begin)
-        return best
-
-    rates = COPY_BYTES / seconds(page_locked), COPY_BYTES / seconds(pageable)
-    for _ in range(_COPIES * 4):
-        there.copy_(page_locked, non_blocking=True)
-    meanwhile()
-    streams.record().synchronize()
-    return rates
+        rate = None
+    connected = (Path("/") / PCI / address).exists() and not getattr(properties, "is_integrated", False)
+    link = read_link(Path("/"), address) if address and connected else None  # none under WSL
+    capability = (properties.major, properties.minor) if torch.version.cuda is not None else (0, 0)
+    free, total = torch.cuda.mem_get_info(device)
+    return Gpu(properties.name, link, capability, total, free, rate)
 
 
 def measure_rates(device: torch.device) -> Rates | None:
     """What `kt_moe.Gpu` measures at its first call, of a small layer; None if that fails."""
-    from kt_moe import Experts
-    from kt_moe.cli.bench.cases import Shape, make_weights
-    from kt_moe.gpu.rates import measure
-
     try:
         weights = make_weights(Shape("doctor", hidden=2048, intermediate=768, experts=8, topk=1), seed=0)
         return measure(Experts(*weights, gpu="off"), device)
@@ -217,18 +136,12 @@ def measure_rates(device: torch.device) -> Rates | None:
 
 
 def _page_lock() -> str:
-    memory = torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cpu")
+    memory = torch.zeros(_LOCKED_BYTES, dtype=torch.uint8, device="cpu")
     try:
         lock([(memory.data_ptr(), memory.nbytes)], memory).release()
     except PageLockError as error:
         return str(error)
     return "pinned"
-
-
-def _why_no_cuda() -> str:
-    if torch.version.cuda is None and torch.version.hip is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    return f"torch {torch.__version__} finds no driver or no device"
 
 
 def _address(properties: Any) -> str:
@@ -240,14 +153,20 @@ def _address(properties: Any) -> str:
     return f"{domain:04x}:{bus:02x}:{device:02x}.0"
 
 
-def _generation(speed: str) -> int | None:
-    """Of "32.0 GT/s PCIe"; None of "Unknown"."""
-    found = re.match(r"([0-9]{1,3}(?:\.[0-9])?) GT/s", speed)
-    return None if found is None else _GENERATIONS.get(float(found[1]))
+def read_link(root: Path, address: str) -> Link:
+    """One connection; the speed is the present one."""
+    folder = root / PCI / address
+    speeds = (_number(r"(\d{1,3}(?:\.\d)?) GT/s", folder / f"{w}_link_speed") for w in ("current", "max"))
+    generation, most_generation = (_GENERATIONS.get(speed or 0.0) for speed in speeds)
+    widths = (_number(r"(\d{1,2})$", folder / f"{which}_link_width") for which in ("current", "max"))
+    lanes, most_lanes = (int(width) if width and width <= 32 else None for width in widths)
+    node = _number(r"(\d{1,4})$", folder / "numa_node")
+    return Link(address, generation, lanes, most_generation, most_lanes, None if node is None else int(node))
 
 
-def _lanes(width: str) -> int | None:
-    return int(width) if re.fullmatch("[0-9]{1,2}", width) and 1 <= int(width) <= 32 else None
+def _number(pattern: str, file: Path) -> float | None:
+    found = re.match(pattern, _read(file), re.ASCII)
+    return None if found is None else float(found[1])
 
 
 def _read(path: Path) -> str:

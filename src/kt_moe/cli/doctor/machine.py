@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kt_moe import _core
 from kt_moe.cli.doctor.gpus import Gpus, read_gpus, recorded_gpus
+from kt_moe.host_memory import free_memory, resident
 
 OVERRIDES = ("KT_MOE_ISA", "KT_MOE_THREADS", "KT_MOE_SHARDS", "KT_MOE_NODES", "KT_MOE_PROFILE")
 OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -22,21 +24,20 @@ _BIG_BLOCK = 9  # pages of 4 KiB in powers of two: 2 MiB
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine as one process sees it.
+    """A machine as one process sees it. As JSON its fields have the same names.
 
     Attributes:
         topology: what `_core.read_topology` returns.
-        flags, vendor, family, model: of /proc/cpuinfo.
-        kernel_sets: name -> "available", or why not.
-        selected: the kernel set that runs.
+        cpu: vendor, family and model of /proc/cpuinfo; isa_flags: its flags.
+        kernel_sets: name -> "available", or why not; `selected` runs.
         threads, shards: of a default runtime.
-        huge_pages: "always", "madvise" or "never" (transparent huge pages).
-        governors: of the CPUs in the affinity mask, by driver and governor: how many.
+        memory_bytes: of all nodes; available_bytes: that a run may take, as `kt-moe plan` counts them.
+        transparent_huge_pages: "always", "madvise" or "never".
+        governors: of the CPUs in the affinity mask: how many; frequency_driver: theirs.
         numa_balancing: /proc/sys/kernel/numa_balancing; 0 is off.
-        reserved_bytes: unused huge pages of the kernel's pool, which only programs that ask for them get.
-        big_blocks: node -> free bytes in blocks of 2 MiB and more.
-        overrides: environment variables in force.
-        environment: of `OPENMP`, those that are set.
+        huge_page_pool_bytes: unused huge pages that only programs that ask for them get.
+        free_in_big_blocks: node -> free bytes in blocks of 2 MiB and more.
+        overrides, environment: variables of `OVERRIDES` and `OPENMP` that are set.
         gpus: without measurements, if it is not the machine this runs on.
         probes: what `_core.probe_nodes` returns; None: not the machine this runs on.
     """
@@ -46,15 +47,16 @@ class Machine:
     selected: str
     threads: int
     shards: int = 1
-    vendor: str = ""
-    family: int = 0
-    model: int = 0
-    flags: frozenset[str] = frozenset()
-    huge_pages: str | None = None
-    governors: dict[tuple[str, str], int] = field(default_factory=dict)
+    memory_bytes: int = 0
+    available_bytes: int = 0
+    cpu: tuple[str, int, int] = ("", 0, 0)
+    isa_flags: tuple[str, ...] = ()
+    transparent_huge_pages: str | None = None
+    governors: dict[str, int] = field(default_factory=dict)
+    frequency_driver: str = ""
     numa_balancing: int | None = None
-    reserved_bytes: int = 0
-    big_blocks: dict[int, int] = field(default_factory=dict)
+    huge_page_pool_bytes: int = 0
+    free_in_big_blocks: dict[int, int] = field(default_factory=dict)
     overrides: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     gpus: Gpus = field(default_factory=Gpus)
@@ -66,11 +68,6 @@ class Machine:
         nodes: list[dict[str, Any]] = self.topology["nodes"]
         return nodes
 
-    @property
-    def mask(self) -> list[int]:
-        """CPUs that this process may run on."""
-        return sorted(cpu for node in self.nodes for cpu in node["cpus"])
-
 
 def read_machine() -> Machine:
     """The one this runs on.
@@ -78,77 +75,71 @@ def read_machine() -> Machine:
     Raises:
         ValueError: an override that does not hold here.
     """
-    info = _core.cpu_info()
-    topology = _core.read_topology("/")
-    runtime = _core.Runtime(None, None, None, None)
+    info, runtime = _core.cpu_info(), _core.Runtime(None, None, None, None)
     return Machine(
-        topology,
-        info["kernel_sets"],
-        info["selected"],
-        runtime.threads,
+        kernel_sets=info["kernel_sets"],
+        selected=info["selected"],
+        threads=runtime.threads,
         shards=runtime.shards,
+        available_bytes=free_memory() + resident("RssAnon"),  # a run will not be beside this process
         overrides={name: os.environ[name] for name in OVERRIDES if os.environ.get(name)},
         environment={name: os.environ[name] for name in OPENMP if os.environ.get(name)},
         gpus=read_gpus(),
         probes=_core.probe_nodes(),
-        **_settings(Path("/"), topology),
+        **_settings(Path("/")),
     )
 
 
 def read_recorded(root: Path) -> Machine:
     """The one whose /proc and /sys are below `root`: all but its environment and the probe."""
-    topology = _core.read_topology(str(root))
-    settings = _settings(root, topology)
-    sets: dict[str, str] = {}
+    settings, sets = _settings(root), {}
     for name, flags in _core.kernel_flags().items():
-        missing = set(flags) - settings["flags"]
+        missing = set(flags) - set(settings["isa_flags"])
         sets[name] = "this CPU lacks " + ", ".join(sorted(missing)) if missing else "available"
-    selected = [name for name, state in sets.items() if state == "available"][-1]
-    shards = max(1, nodes_with_cpus(topology))
-    return Machine(topology, sets, selected, topology["cores"], shards, gpus=recorded_gpus(root), **settings)
+    topology = settings["topology"]
+    return Machine(
+        kernel_sets=sets,
+        selected=[name for name, state in sets.items() if state == "available"][-1],
+        threads=topology["cores"],
+        shards=max(1, sum(bool(node["cpus"]) for node in topology["nodes"])),
+        available_bytes=free_memory(root),
+        gpus=recorded_gpus(root),
+        **settings,
+    )
 
 
-def nodes_with_cpus(topology: dict[str, Any]) -> int:
-    """How many NUMA nodes have a CPU of this process."""
-    return sum(bool(node["cpus"]) for node in topology["nodes"])
-
-
-def _settings(root: Path, topology: dict[str, Any]) -> dict[str, Any]:
-    cpuinfo = _fields(_read(root / "proc/cpuinfo"))
-    meminfo = _fields(_read(root / "proc/meminfo"))
-    balancing = _read(root / "proc/sys/kernel/numa_balancing").strip()
+def _settings(root: Path) -> dict[str, Any]:
+    topology = _core.read_topology(str(root))
+    cpu, memory = (_fields(_read(root / "proc" / name)) for name in ("cpuinfo", "meminfo"))
+    used = set().union(*_core.kernel_flags().values())
     chosen = re.search(r"\[(\w+)\]", _read(root / "sys/kernel/mm/transparent_hugepage/enabled"))
-    governors: dict[tuple[str, str], int] = {}
-    for cpu in (cpu for node in topology["nodes"] for cpu in node["cpus"]):
-        folder = root / f"sys/devices/system/cpu/cpu{cpu}/cpufreq"
-        if governor := _read(folder / "scaling_governor").strip():
-            key = _read(folder / "scaling_driver").strip(), governor
-            governors[key] = governors.get(key, 0) + 1
+    balancing = _read(root / "proc/sys/kernel/numa_balancing").strip()
+    cpus = [cpu for node in topology["nodes"] for cpu in node["cpus"]]
+    folders = [root / f"sys/devices/system/cpu/cpu{cpu}/cpufreq" for cpu in cpus]
+    governors = Counter(_read(folder / "scaling_governor").strip() for folder in folders)
+    del governors[""]
     return {
-        "vendor": cpuinfo.get("vendor_id", ""),
-        "family": _number(cpuinfo.get("cpu family", "")),
-        "model": _number(cpuinfo.get("model", "")),
-        "flags": frozenset(cpuinfo.get("flags", "").split()),
-        "huge_pages": chosen[1] if chosen else None,
-        "governors": governors,
+        "topology": topology,
+        "memory_bytes": _number(memory, "MemTotal") * 1024,
+        "cpu": (cpu.get("vendor_id", ""), _number(cpu, "cpu family"), _number(cpu, "model")),
+        "isa_flags": tuple(sorted(used & set(cpu.get("flags", "").split()))),
+        "transparent_huge_pages": chosen[1] if chosen else None,
+        "governors": dict(governors),
+        "frequency_driver": max((_read(folder / "scaling_driver").strip() for folder in folders), default=""),
         "numa_balancing": int(balancing) if re.fullmatch("[0-9]{1,9}", balancing) else None,
-        "reserved_bytes": _number(meminfo.get("HugePages_Free", ""))
-        * _number(meminfo.get("Hugepagesize", ""))
-        * 1024,
-        "big_blocks": _big_blocks(_read(root / "proc/buddyinfo")),
+        "huge_page_pool_bytes": _number(memory, "HugePages_Free") * _number(memory, "Hugepagesize") * 1024,
+        "free_in_big_blocks": _big_blocks(_read(root / "proc/buddyinfo")),
     }
 
 
 def _big_blocks(buddyinfo: str) -> dict[int, int]:
     """Free bytes in big blocks by node: "Node 0, zone Normal 5 0 3 ..." counts blocks of 1, 2, 4... pages."""
-    found: dict[int, int] = {}
-    for node, counts in re.findall(
-        r"^Node (\d{1,4}), zone +\w+((?: +\d{1,12})+) *$", buddyinfo, re.MULTILINE
-    ):
+    found: Counter[int] = Counter()
+    zone = re.compile(r"^Node (\d{1,4}), zone +\w+((?: +\d{1,12})+) *$", re.MULTILINE)
+    for node, counts in zone.findall(buddyinfo):
         blocks = list(enumerate(map(int, counts.split())))[_BIG_BLOCK:]
-        size = sum(count * 4096 << order for order, count in blocks)
-        found[int(node)] = found.get(int(node), 0) + size
-    return found
+        found[int(node)] += sum(count * 4096 << order for order, count in blocks)
+    return dict(found)
 
 
 def _fields(text: str) -> dict[str, str]:
@@ -157,8 +148,8 @@ def _fields(text: str) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-def _number(text: str) -> int:
-    match = re.match("[0-9]{1,15}", text)
+def _number(fields: dict[str, str], name: str) -> int:
+    match = re.match("[0-9]{1,15}", fields.get(name, ""))
     return int(match[0]) if match else 0
 
 

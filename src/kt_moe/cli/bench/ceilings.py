@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Sequence
-
-import torch
-
 import kt_moe
 from kt_moe import _core
-from kt_moe.cli.bench.cases import GIB, MIB, Case
-from kt_moe.cli.bench.contestants import synchronize
+from kt_moe.cli.bench.cases import GIB, MIB, Case, Spread, spread
+from kt_moe.cli.text import table
 from kt_moe.host_memory import free_memory
 
 SECONDS = 0.2  # for each ceiling
 _STEADY = 0.1
-_LINK_BYTES = 512 * MIB
+_LABELS = {
+    "registers": ("multiply-add on registers alone, TFLOP/s", 1e12),
+    "l1": ("micro-kernel, operands in L1, TFLOP/s", 1e12),
+    "l2": ("micro-kernel, A from L2, TFLOP/s", 1e12),
+    "read": ("memory read, GB/s", 1e9),
+}
 
-Spread = dict[str, float]  # median and quartiles of repeated measurements, and their count
 Ceilings = dict[str, Spread]  # by the names of `_core.measure_ceilings`
 
 
-def spread(samples: Sequence[float]) -> Spread:
-    """Of at least one sample; quartiles are interpolated between samples."""
-    q1, median, q3 = statistics.quantiles(
-        [*samples, *samples][: max(2, len(samples))], n=4, method="inclusive"
-    )
-    return {"median": median, "q1": q1, "q3": q3, "count": len(samples)}
-
-
-def ceilings(runtime: kt_moe.Runtime) -> Ceilings:
+def measure(runtime: kt_moe.Runtime) -> Ceilings:
     """Rates of one runtime on this machine."""
     l3 = kt_moe.cpu_info()["caches"]["l3"]
     # Where groups of cores have an L3 each, l3 is one group's: half of it a thread is more than all of them.
@@ -53,15 +43,10 @@ def bound(case: Case, touched: float, found: Ceilings) -> tuple[str, dict[str, f
     return name, {key: max(compute[key], memory[key]) for key in compute}
 
 
-def link_rate(device: torch.device) -> float:
-    """Bytes a second from page-locked memory to the device, the median of five copies of 512 MiB."""
-    cuda = device.type == "cuda"
-    host = torch.empty(_LINK_BYTES if cuda else MIB, dtype=torch.uint8, pin_memory=cuda)
-    there, rates = torch.empty_like(host, device=device), []
-    for _ in range(6):
-        synchronize(device)
-        begin = time.perf_counter()
-        there.copy_(host, non_blocking=True)
-        synchronize(device)
-        rates.append(host.nbytes / (time.perf_counter() - begin))
-    return statistics.median(rates[1:])
+def ceilings_table(found: Ceilings, threads: int) -> str:
+    """On one thread and on all of them, and what more threads give."""
+    rows = [["ceilings", "1 thread", f"{threads} threads", "all over one"]]
+    for name, (label, unit) in _LABELS.items():
+        one, every = (found[f"{name}_{many}"]["median"] for many in ("one", "all"))
+        rows.append([label, f"{one / unit:.3f}", f"{every / unit:.3f}", f"{every / one:.2f}x"])
+    return table(rows, right=(1, 2, 3))
