@@ -10,6 +10,7 @@ from kt_moe.runtime import Runtime, cpu_info, default_runtime
 if TYPE_CHECKING:  # the lazy names below, for type checkers
     from kt_moe import hf
     from kt_moe.adapters import load_adapter, save_adapter
+    from kt_moe.expert_parallel import ExpertParallel, local_experts
     from kt_moe.experts import Experts
     from kt_moe.export import export_adapter
     from kt_moe.functional import Lora, MoEFunction, moe
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # the lazy names below, for type checkers
 
 __all__ = [
     "Checkpoint",
+    "ExpertParallel",
     "Experts",
     "Gpu",
     "KTConfig",
@@ -44,6 +46,7 @@ __all__ = [
     "hf",
     "load_adapter",
     "load_model",
+    "local_experts",
     "merge_adapter",
     "merge_checkpoint",
     "model_experts",
@@ -66,6 +69,8 @@ _LAZY = {
     "Gpu": "kt_moe.gpu",
     "Rates": "kt_moe.gpu",
     "MoELayer": "kt_moe.layer",
+    "ExpertParallel": "kt_moe.expert_parallel",
+    "local_experts": "kt_moe.expert_parallel",
     "Profile": "kt_moe.profiler",
     "profile": "kt_moe.profiler",
     "hf": "kt_moe.hf",

@@ -137,6 +137,7 @@ class Experts:
         progress: Callable[[int], object] | None,
         placement: str,
         popularity: list[float] | None,
+        experts: tuple[int, int] | None = None,
     ) -> Experts: ...
     @property
     def num_experts(self) -> int: ...

@@ -117,6 +117,7 @@ class Experts:
         placement: str = "tensor",
         popularity: Iterable[float] | Tensor | None = None,
         gpu: Gpu | str = "auto",
+        experts: range | None = None,
     ) -> Experts:
         """Load one layer's experts straight from safetensors files; Ctrl-C leaves nothing behind.
 
@@ -137,12 +138,15 @@ class Experts:
             gpu: as for `Experts`.
             placement, popularity: as for `Experts`. Weights that stay in files lie where the page cache has
                 them: the shards share the work, not the memory.
+            experts: which of the layer's experts to load, numbered from 0 from then on; nothing else of the
+                layer is read. None: all of them. A packed layer of a part has a file of its own.
 
         Raises:
             FileNotFoundError: no such file, or one that the index names is missing.
             ValueError: a malformed file, no such layer, a missing expert, a scale that is zero or not
                 finite; names file and tensor. `paged` with another format, layout or with `cache_dir`. A
-                placement or popularity as for `Experts`.
+                placement or popularity as for `Experts`. `experts` that is empty, has a step, or goes beyond
+                the layer's.
             OSError: a file cannot be read, or a packed layer not be written.
         """
         _check_known("format", format, CHECKPOINT_FORMATS)
@@ -153,6 +157,10 @@ class Experts:
             raise TypeError(f"paged is {paged!r}, wanted True or False")
         if progress is not None and not callable(progress):
             raise TypeError(f"progress is {progress!r}, wanted a function of a number of bytes")
+        if experts is not None and not isinstance(experts, range):
+            raise TypeError(f"experts is {experts!r}, wanted a range or None")
+        if experts is not None and experts.step != 1:
+            raise ValueError(f"experts is {experts!r}, wanted a range without a step")
         directory = None if cache_dir is None else check_path("cache_dir", cache_dir)
         checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(path)
         runtime = runtime or default_runtime()
@@ -168,6 +176,7 @@ class Experts:
             progress,
             placement,
             numbers("popularity", "E", popularity),
+            None if experts is None else (experts.start, experts.stop),
         )
         self._adopt(core, runtime, gpu)
         return self

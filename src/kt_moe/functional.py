@@ -87,7 +87,7 @@ def _in_torch_profile(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R
     return decorate
 
 
-def _uncompiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
+def uncompiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """`torch.compiler.disable` without its import of torch._dynamo, which is left to those who compile."""
     disabled: list[Callable[_P, _R]] = []
 
@@ -209,7 +209,7 @@ class MoEFunction:
     """
 
     @staticmethod
-    @_uncompiled
+    @uncompiled
     def apply(
         hidden_states: Tensor,
         topk_ids: Tensor,
@@ -254,15 +254,10 @@ class MoEFunction:
             gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b
         )  # fmt: skip
         refuse_tracing((hidden_states, topk_ids, topk_weights, *tensors))
-        for name, tensor in zip(_INPUT_NAMES, (hidden_states, topk_ids, topk_weights), strict=True):
-            check_tensor(name, tensor)
+        check_inputs(hidden_states, topk_ids, topk_weights)
         for name, lora_tensor in zip(LORA_NAMES, tensors, strict=True):
             if lora_tensor is not None:
                 check_tensor(name, lora_tensor)
-        if hidden_states.dtype not in _FLOATS:
-            raise ValueError(f"hidden_states is {hidden_states.dtype}, wanted bfloat16, float16 or float32")
-        if not topk_weights.is_floating_point():
-            raise ValueError(f"topk_weights is {topk_weights.dtype}, wanted a floating-point dtype")
         versions = Versions((*_INPUT_NAMES, *LORA_NAMES), (hidden_states, topk_ids, topk_weights, *tensors))
         _check_shared(experts, tensors)
         tensors = [None if t is None else of_all(t, experts.num_experts) for t in tensors]
@@ -278,6 +273,16 @@ class MoEFunction:
                 hidden_states, topk_ids, topk_weights, experts, lora or Lora(), made, *tensors
             )
         return out
+
+
+def check_inputs(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
+    """Whether they are tensors with data, and their dtypes; shapes and ids are left to the core."""
+    for name, tensor in zip(_INPUT_NAMES, (hidden_states, topk_ids, topk_weights), strict=True):
+        check_tensor(name, tensor)
+    if hidden_states.dtype not in _FLOATS:
+        raise ValueError(f"hidden_states is {hidden_states.dtype}, wanted bfloat16, float16 or float32")
+    if not topk_weights.is_floating_point():
+        raise ValueError(f"topk_weights is {topk_weights.dtype}, wanted a floating-point dtype")
 
 
 def _check_shared(experts: Experts, tensors: Sequence[Tensor | None]) -> None:
@@ -306,7 +311,7 @@ def of_all(matrices: Tensor, num_experts: int) -> Tensor:
     return matrices.expand(num_experts, -1, -1)
 
 
-@_uncompiled
+@uncompiled
 def moe(
     hidden_states: Tensor,
     topk_ids: Tensor,

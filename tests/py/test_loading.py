@@ -200,6 +200,87 @@ def test_quantised_when_loaded(checkpoint: Path, format: str) -> None:
     assert loaded.quantization_error == made.quantization_error
 
 
+def fused(folder: Path, **tensors: Tensor) -> Path:
+    folder.mkdir()
+    named = {f"model.layers.0.mlp.experts.{name}": tensor for name, tensor in tensors.items()}
+    save_file({name: tensor.contiguous() for name, tensor in named.items()}, folder / "model.safetensors")
+    return folder
+
+
+def down_bias(experts: kt_moe.Experts) -> Tensor | None:
+    into = torch.empty(experts.num_experts, H, dtype=torch.bfloat16)
+    return into if experts._core.bias("down", into) else None
+
+
+@pytest.mark.parametrize(
+    ("layout", "way"),
+    [(layout, way) for layout in ("each", "fused", "biased") for way in ("own", "int4", "packed")]
+    + [("each", "paged"), ("fused", "paged")],
+)
+def test_some_experts_of_a_layer(checkpoint: Path, tmp_path: Path, layout: str, way: str) -> None:
+    gate, up, down = weights()
+    path = checkpoint
+    if layout == "fused":
+        path = fused(tmp_path / "fused", gate_up_proj=torch.cat([gate, up], dim=1), down_proj=down)
+    if layout == "biased":  # as gpt-oss
+        path = fused(
+            tmp_path / "biased",
+            gate_up_proj=torch.stack([gate, up], dim=2).reshape(E, 2 * I, H).mT,
+            down_proj=down.mT,
+            gate_up_proj_bias=torch.randn(E, 2 * I).bfloat16(),
+            down_proj_bias=torch.randn(E, H).bfloat16(),
+        )
+    options: dict[str, dict[str, Any]] = {
+        "own": {},
+        "int4": {"format": "int4"},
+        "packed": {"cache_dir": tmp_path / "cache"},
+        "paged": {"paged": True},
+    }
+    whole = kt_moe.Experts.from_checkpoint(path, 0, **options[way])
+    bias = down_bias(whole)
+    assert (bias is None) == (layout != "biased")
+    nbytes = kt_moe.Checkpoint(path).layer(0).nbytes
+    for part in (range(1, 3), range(1), range(E)):
+        for _ in range(2 if way == "packed" else 1):
+            seen: list[int] = []
+            experts = kt_moe.Experts.from_checkpoint(
+                path, 0, experts=part, progress=seen.append, **options[way]
+            )
+            assert experts.num_experts == len(part)
+            assert experts.nbytes * E == whole.nbytes * len(part)
+            assert sum(seen) * E == nbytes * len(part)
+            assert same(experts.dequantize(), tuple(w[part.start : part.stop] for w in whole.dequantize()))
+            assert experts.verify()
+            if bias is not None:
+                assert torch.equal(down_bias(experts), bias[part.start : part.stop])
+    assert len(packed_files(tmp_path / "cache")) == (4 if way == "packed" else 0)
+
+
+def test_only_the_experts_asked_for_are_read(checkpoint: Path) -> None:
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.experts.0.up_proj.weight"][3, 4] = float("inf")
+    save_file(tensors, file)
+    kt_moe.Experts.from_checkpoint(checkpoint, 0, format="int4", experts=range(1, 3))
+    tensors["model.layers.0.mlp.experts.2.up_proj.weight"][3, 4] = float("inf")
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"layer 0: up of expert 2: .*row 3.*column 4"):
+        kt_moe.Experts.from_checkpoint(checkpoint, 0, format="int4", experts=range(1, 3))
+
+
+@pytest.mark.parametrize("experts", [range(0), range(2, E + 1), range(-1, 2), range(2, 1)])
+def test_experts_that_a_layer_does_not_have(checkpoint: Path, experts: range) -> None:
+    with pytest.raises(ValueError, match=rf"experts is range\({experts.start}, .*layer 0 has 3 experts"):
+        kt_moe.Experts.from_checkpoint(checkpoint, 0, experts=experts)
+
+
+def test_experts_are_a_range(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"experts is range\(0, 3, 2\), wanted a range without a step"):
+        kt_moe.Experts.from_checkpoint(checkpoint, 0, experts=range(0, 3, 2))
+    with pytest.raises(TypeError, match=r"experts is \[0\], wanted a range or None"):
+        kt_moe.Experts.from_checkpoint(checkpoint, 0, experts=[0])
+
+
 def test_progress_adds_up_to_the_bytes_of_the_layer(checkpoint: Path, tmp_path: Path) -> None:
     nbytes = kt_moe.Checkpoint(checkpoint).layer(0).nbytes
     for options in (

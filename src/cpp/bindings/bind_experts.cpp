@@ -95,13 +95,15 @@ std::shared_ptr<Experts> from_checkpoint(std::shared_ptr<const ExpertIndex> inde
                                          std::shared_ptr<Runtime> runtime,
                                          const std::optional<std::filesystem::path>& cache_dir, bool paged,
                                          const py::object& progress, const std::string& placement,
-                                         Popularity popularity) {
+                                         Popularity popularity,
+                                         const std::optional<std::array<index_t, 2>>& experts) {
   LoadOptions options;
   options.activation = activation_from(activation);
   if (format != "as-stored") options.format = format_from(format);
   options.cache_dir = cache_dir;
   options.paged = paged;
   options.sharding = sharding_options(placement, std::move(popularity));
+  if (experts) options.experts = Range{(*experts)[0], (*experts)[1]};
   options.warn = [](const std::string& text) {
     with_gil([&] {
       const bool warned = PyErr_WarnEx(PyExc_UserWarning, text.c_str(), /*stack_level=*/2) == 0;
@@ -267,7 +269,8 @@ void bind_experts(py::module_& m) {
                   py::arg("format"), py::arg("runtime"), py::arg("placement"), py::arg("popularity"))
       .def_static("from_checkpoint", &kt::from_checkpoint, py::arg("checkpoint"), py::arg("layer"),
                   py::arg("activation"), py::arg("format"), py::arg("runtime"), py::arg("cache_dir"),
-                  py::arg("paged"), py::arg("progress"), py::arg("placement"), py::arg("popularity"))
+                  py::arg("paged"), py::arg("progress"), py::arg("placement"), py::arg("popularity"),
+                  py::arg("experts") = py::none())
       .def_property_readonly("num_experts", [](const Experts& e) { return e.weights().num_experts; })
       .def_property_readonly("hidden_size", [](const Experts& e) { return e.weights().hidden; })
       .def_property_readonly("intermediate_size", [](const Experts& e) { return e.weights().intermediate; })

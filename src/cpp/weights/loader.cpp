@@ -39,6 +39,18 @@ QuantError convert(const KernelSet& kernels, const MatView& from, const MutableW
   return keep ? QuantError{} : quantize(kernels, view(rows, DType::bf16, from.rows, from.cols), into);
 }
 
+// What the source tells of a layer, as if it had these experts alone.
+LayerInfo part_of(LayerInfo layer, int number, const std::optional<Range>& experts) {
+  if (!experts) return layer;
+  KT_CHECK(experts->begin >= 0 && experts->size() > 0 && experts->end <= layer.num_experts,
+           "experts is range({}, {}), but layer {} has {} experts: wanted some of them", experts->begin,
+           experts->end, number, layer.num_experts);
+  layer.nbytes =
+      layer.nbytes / static_cast<std::size_t>(layer.num_experts) * static_cast<std::size_t>(experts->size());
+  layer.num_experts = static_cast<int>(experts->size());
+  return layer;
+}
+
 // Gives a layer memory of its own, and what `fill` writes there; it returns the errors of quantising.
 template <class FillBlocks>
 void load_to_memory(const Runtime& runtime, ExpertWeights& weights, Storage& storage,
@@ -72,7 +84,9 @@ void page_in(ExpertWeights& layer) {
 // Keeps the disk busy with the matrices behind those that are being read: a single read waits for its own.
 class ReadAhead {
  public:
-  ReadAhead(const LayerSource& source, const std::vector<Matrix>& order) : source_(source), order_(order) {
+  // first: the number that expert 0 of `order` has in the source.
+  ReadAhead(const LayerSource& source, const std::vector<Matrix>& order, int first)
+      : source_(source), order_(order), first_(first) {
     constexpr std::uint64_t kBytesAhead = 64 << 20;
     for (std::uint64_t bytes = 0; asked_ < order.size() && bytes < kBytesAhead;) bytes += ask(asked_++);
   }
@@ -84,13 +98,14 @@ class ReadAhead {
 
  private:
   std::uint64_t ask(std::size_t i) const {
-    const LayerSource::Stretch stretch = source_.stretch(order_[i].expert, order_[i].projection);
+    const LayerSource::Stretch stretch = source_.stretch(first_ + order_[i].expert, order_[i].projection);
     source_.read_ahead(stretch);
     return stretch.bytes;
   }
 
   const LayerSource& source_;
   const std::vector<Matrix>& order_;
+  int first_;
   std::atomic<std::size_t> asked_{0};
 };
 
@@ -104,7 +119,8 @@ class CheckpointLayer {
         options_(options),
         report_(report),
         source_(index_->open(layer)),
-        info_(source_->info()),
+        first_(options.experts ? static_cast<int>(options.experts->begin) : 0),
+        info_(part_of(source_->info(), layer, options.experts)),
         weights_{info_, {}, options.activation} {
     for (const Projection p : projections_of(info_.gated))
       if (WeightType& type = weights_.types[index_of(p)]; options.format && *options.format != type.format) {
@@ -134,8 +150,9 @@ class CheckpointLayer {
     Runtime::Lease lease(*runtime_);
     lease.parallel_for(info_.num_experts, [&](index_t expert, Arena& scratch) {
       for (const Projection p : projections_of(info_.gated))
-        source_->read_bias(static_cast<int>(expert), p, result[index_of(p)].data() + expert * info_.rows(p),
-                           scratch, lease.kernels().decode);
+        source_->read_bias(first_ + static_cast<int>(expert), p,
+                           result[index_of(p)].data() + expert * info_.rows(p), scratch,
+                           lease.kernels().decode);
     });
     return result;
   }
@@ -157,7 +174,7 @@ class CheckpointLayer {
       lease.parallel_for(info_.num_experts, [&](index_t expert, Arena&) {
         for (const Projection p : projections_of(info_.gated))
           weights_.weights[index_of(p)][static_cast<std::size_t>(expert)] =
-              source_->map(static_cast<int>(expert), p);
+              source_->map(first_ + static_cast<int>(expert), p);
       });
     }
     if (report_) report_(info_.nbytes);
@@ -200,7 +217,9 @@ class CheckpointLayer {
     const fs::path from = fs::weakly_canonical(index_->checkpoint().path());
     const std::string& text = from.native();
     constexpr std::size_t kMostName = 200;  // of the 255 bytes a name may have
-    const std::string tag = index_->tag(layer_);
+    std::string tag = index_->tag(layer_);
+    if (const auto& part = options_.experts; part)
+      tag += message("{}experts-{}-{}", tag.empty() ? "" : "-", part->begin, part->end);
     return *options_.cache_dir /
            message("{}-{}", from.filename().native().substr(0, kMostName), checksum(text)) /
            message("layer-{}{}{}.{}.ktmoe", layer_, tag.empty() ? "" : "-", tag,
@@ -210,7 +229,7 @@ class CheckpointLayer {
   // Returns the errors of quantising, if the weights are quantised.
   std::optional<QuantErrors> fill(std::span<const LayerBlock> blocks) {
     const std::vector<Matrix> order = as_stored();
-    ReadAhead ahead(*source_, order);
+    ReadAhead ahead(*source_, order, first_);
     const QuantErrors errors = fill_all(
         *runtime_, weights_, blocks, order, info_.nbytes,
         [&](const Matrix& m, const MutableWeight& into, const KernelSet& kernels, Arena& scratch) {
@@ -219,7 +238,7 @@ class CheckpointLayer {
           stored.type = info_.types[index_of(m.projection)];
           const bool convert_it = stored.type != into.type;
           if (convert_it) stored = in_scratch(stored, scratch);
-          source_->read(m.expert, m.projection, stored, scratch, kernels.decode);
+          source_->read(first_ + m.expert, m.projection, stored, scratch, kernels.decode);
           if (!convert_it) return QuantError{};
           const Weight w = frozen(stored);
           try {
@@ -227,7 +246,7 @@ class CheckpointLayer {
           } catch (const ValueError& error) {
             throw ValueError(message("{}: layer {}: {} of expert {}: {}",
                                      quote(index_->checkpoint().path().native()), layer_,
-                                     name_of(m.projection), m.expert, error.what()));
+                                     name_of(m.projection), first_ + m.expert, error.what()));
           }
         },
         report_);
@@ -239,7 +258,7 @@ class CheckpointLayer {
   std::vector<Matrix> as_stored() const {
     std::vector<Matrix> order = matrices_of(weights_);
     std::ranges::stable_sort(order, {}, [&](const Matrix& m) {
-      const auto [entry, begin, bytes] = source_->stretch(m.expert, m.projection);
+      const auto [entry, begin, bytes] = source_->stretch(first_ + m.expert, m.projection);
       return std::tuple(entry->file, entry->tensor.offset + begin);
     });
     return order;
@@ -251,7 +270,8 @@ class CheckpointLayer {
   const LoadOptions& options_;
   const Report& report_;
   std::shared_ptr<const LayerSource> source_;
-  const LayerInfo& info_;
+  int first_;  // the number that the first expert has in the checkpoint
+  LayerInfo info_;
   ExpertWeights weights_;
   Storage storage_;
   bool convert_ = false;

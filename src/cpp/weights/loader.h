@@ -32,11 +32,12 @@ struct LoadOptions {
   // Where packed layers are kept: one that fits is mapped, else it is made first.
   std::optional<std::filesystem::path> cache_dir;
   bool paged = false;                                 // stay in the checkpoint's files
+  std::optional<Range> experts;                       // none: all; else numbered from 0 once loaded
   std::function<void(const std::string& text)> warn;  // called on the caller's thread; may be empty
 };
 
 // Throws what reading the checkpoint throws; ValueError for `paged` with a layout that is not the one in
-// memory.
+// memory, and for `experts` that the layer does not have.
 std::shared_ptr<Experts> experts_from_checkpoint(std::shared_ptr<Runtime> runtime,
                                                  std::shared_ptr<const ExpertIndex> index, int layer,
                                                  const LoadOptions& options, const Report& report);

@@ -1,0 +1,289 @@
+"""One rank of the tests of expert parallelism: `expert_parallel_ranks.py PART RANK WORLD DIRECTORY`.
+
+Its results lie in DIRECTORY/PART-RANK.pt. The problems are made here, for ranks and for the one process that
+they are compared with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from reference import LORA_NAMES, Problem
+from strategies import make_problem
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import kt_moe
+from kt_moe.expert_parallel import ExpertParallel, local_experts
+
+TOKENS = {2: (9, 30), 3: (11, 0, 22), 4: (7, 0, 13, 5)}  # of each rank
+EXPERTS = {2: 5, 3: 5, 4: 3}  # not divisible; a rank without experts
+ROUTINGS = ("random", "one", "repeat", "sparse", "none")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CHECKPOINTS = [(reentrant, choice) for reentrant in (False, True) for choice in ("recompute", "retain")]
+STEPS = 20
+Results = dict[str, Any]
+
+
+def problem_of(world: int, routing: str = "random") -> Problem:
+    ranks = {"gate": 4, "up": 8, "down": 3}
+    return make_problem(sum(TOKENS[world]), 64, 48, EXPERTS[world], 2, ranks, routing=routing, seed=7)
+
+
+def tokens_of(world: int, rank: int) -> slice:
+    first = sum(TOKENS[world][:rank])
+    return slice(first, first + TOKENS[world][rank])
+
+
+def experts_of(problem: Problem, part: range) -> kt_moe.Experts | None:
+    if len(part) == 0:
+        return None
+    gate, up, down = (w[part.start : part.stop] for w in problem.weights if w is not None)
+    return kt_moe.Experts(gate, up, down, runtime=kt_moe.Runtime(threads=1))
+
+
+def leaf(tensor: Tensor, dtype: torch.dtype | None = None, needed: bool = True) -> Tensor:
+    return tensor.detach().to(dtype or tensor.dtype, copy=True).requires_grad_(needed)
+
+
+def gradients(out: Tensor, grad_out: Tensor, leaves: dict[str, Tensor]) -> Results:
+    out.backward(grad_out.to(out.dtype))
+    return {"out": out.detach(), **{name: t.grad for name, t in leaves.items() if t.requires_grad}}
+
+
+class Block(nn.Module):
+    """A router, trained or not, and a layer of experts with LoRA.
+
+    layer: computes as `kt_moe.moe` with experts bound.
+    """
+
+    def __init__(self, problem: Problem, part: range, layer: Callable[..., Tensor], router: bool) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.router = nn.Linear(problem.hidden_states.shape[1], len(problem.weights[1]))
+        self.router.requires_grad_(router)
+        self.lora = nn.ParameterDict(
+            {name: t[part.start : part.stop].clone() for name, t in problem.lora.items() if len(part)}
+        )
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(dim=-1).topk(2)
+        return x + self.layer(x, ids, weights, dict(self.lora), scaling=(2.0, 1.5, 0.5))
+
+
+def optimizer_of(block: Block) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(block.parameters(), lr=1e-3)
+
+
+def loss_of(out: Tensor, problem: Problem, tokens: slice) -> Tensor:
+    """Mean over the tokens; 0, with a graph, of none."""
+    target = problem.grad_out[tokens].float()
+    return (out - target).square().sum() / max(1, target.numel())
+
+
+class Rank:
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world, self.tokens = rank, world, tokens_of(world, rank)
+        self.problem = problem_of(world)
+        self.part = local_experts(EXPERTS[world])
+
+    def layer(self, problem: Problem | None = None, **options: Any) -> ExpertParallel:
+        experts = experts_of(problem or self.problem, self.part)
+        return ExpertParallel(experts, EXPERTS[self.world], **options)
+
+    def leaves(self, problem: Problem, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        mine = {
+            "hidden_states": leaf(problem.hidden_states[self.tokens], dtype),
+            "topk_weights": leaf(problem.topk_weights[self.tokens]),
+        }
+        if len(self.part):
+            for name in LORA_NAMES:
+                mine[name] = leaf(problem.lora[name][self.part.start : self.part.stop])
+        return mine
+
+    def run(
+        self,
+        layer: ExpertParallel,
+        problem: Problem,
+        leaves: dict[str, Tensor],
+        around: Callable[..., Tensor] = lambda f, *args: f(*args),
+    ) -> Results:
+        lora = {name: leaves[name] for name in LORA_NAMES if name in leaves}
+        ids = problem.topk_ids[self.tokens]
+
+        def call(x: Tensor, weights: Tensor) -> Tensor:
+            # Before and behind the layer something else that saves tensors, and changes no number.
+            x = x.clamp(-1e9, 1e9)
+            return layer(x, ids, weights, lora, scaling=problem.scaling).clamp(-1e9, 1e9)
+
+        out = around(call, leaves["hidden_states"], leaves["topk_weights"])
+        return gradients(out, problem.grad_out[self.tokens], leaves)
+
+    def results(self) -> Iterator[tuple[str, Results]]:
+        yield from self.equality()
+        yield "router", self.train(router=True)
+        yield "frozen router", self.train(router=False)
+
+    def equality(self) -> Iterator[tuple[str, Results]]:
+        for routing in ROUTINGS:
+            problem = problem_of(self.world, routing)
+            layer = self.layer(problem, average=False)
+            for name, dtype in DTYPES.items():
+                yield f"{routing} {name}", self.plain(layer, problem, dtype)
+        layer = self.layer(average=False)
+        yield "again", self.plain(layer, self.problem, torch.float32)
+        yield "average", self.plain(self.layer(), self.problem, torch.float32)
+        for reentrant, choice in CHECKPOINTS:
+            if layer.experts is not None:
+                layer.experts.checkpoint_experts = choice
+
+            def around(f: Any, *args: Any, reentrant: bool = reentrant) -> Tensor:
+                return checkpoint(f, *args, use_reentrant=reentrant)
+
+            leaves = self.leaves(self.problem, torch.float32)
+            yield f"checkpoint {reentrant} {choice}", self.run(layer, self.problem, leaves, around)
+        with torch.no_grad():
+            leaves = self.leaves(self.problem, torch.float32)
+            yield "no_grad", {"out": self.call(layer, self.problem, leaves)}
+        leaves = self.leaves(self.problem, torch.float32)
+        for name in ("hidden_states", "topk_weights"):
+            leaves[name].requires_grad_(False)
+        out = self.call(layer, self.problem, leaves)
+        yield "only lora", gradients(out, self.problem.grad_out[self.tokens], leaves)
+        for name, tensor in (leaves := self.leaves(self.problem, torch.float32)).items():
+            tensor.requires_grad_(self.rank == 0 and name == "hidden_states")
+        out = self.call(layer, self.problem, leaves)
+        yield "only tokens of rank 0", gradients(out, self.problem.grad_out[self.tokens], leaves)
+
+    def plain(self, layer: ExpertParallel, problem: Problem, dtype: torch.dtype) -> Results:
+        leaves = self.leaves(problem, dtype)
+        return gradients(self.call(layer, problem, leaves), problem.grad_out[self.tokens], leaves)
+
+    def call(self, layer: ExpertParallel, problem: Problem, leaves: dict[str, Tensor]) -> Tensor:
+        lora = {name: leaves[name] for name in LORA_NAMES if name in leaves}
+        x, ids, weights = leaves["hidden_states"], problem.topk_ids[self.tokens], leaves["topk_weights"]
+        return layer(x, ids, weights, lora, scaling=problem.scaling)
+
+    def train(self, router: bool) -> Results:
+        layer = self.layer(group=dist.new_group())
+        wrapped: nn.Module = (block := Block(self.problem, self.part, layer, router))
+        if router:
+            ours = [f"lora.{name}" for name in block.lora]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(block, ours)
+            wrapped = DistributedDataParallel(block)
+        optimizer = optimizer_of(block)
+        losses = []
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            out = wrapped(self.problem.hidden_states[self.tokens].float())
+            loss = loss_of(out, self.problem, self.tokens)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return {"losses": torch.stack(losses), **{n: p.data for n, p in block.named_parameters()}}
+
+    def errors(self) -> Iterator[tuple[str, str]]:
+        problem, layer = self.problem, self.layer()
+        leaves = self.leaves(problem)
+
+        def first(x: Tensor) -> Tensor:
+            return self.call(layer, problem, {**leaves, "hidden_states": x})
+
+        def backward(x: Tensor) -> None:
+            run_again = self.rank == 0
+            out = checkpoint(first, x, use_reentrant=False) if run_again else first(x)
+            out.sum().backward()
+
+        x = leaves["hidden_states"]
+        yield "recomputed by one", said(lambda: backward(x))
+        with torch.set_grad_enabled(self.rank != 1):
+            yield "recorded by some", said(lambda: first(x))
+        yield "worked in between", said(lambda: first(x))
+        ids = problem.topk_ids.clone()
+        ids[tokens_of(self.world, 0)] = EXPERTS[self.world] + (1 if self.rank == 0 else 0)
+        beyond = dataclasses.replace(problem, topk_ids=ids)
+        yield "ids", said(lambda: self.call(layer, beyond, leaves))
+        wrong = leaves
+        if self.rank == 0:
+            wrong = {**leaves, "up_lora_a": torch.zeros(1, 8, 64)[:, :, :-1]}
+        yield "lora", said(lambda: self.call(layer, problem, wrong))
+        other = self.layer()
+        yield (
+            "layers in another order",
+            said(lambda: self.call(other if self.rank == 1 else layer, problem, leaves)),
+        )
+        narrow = dataclasses.replace(problem, topk_ids=problem.topk_ids[:, :1].contiguous())
+        fewer = {**leaves, "topk_weights": leaves["topk_weights"][:, :1]}
+        one = self.rank == 1
+        fresh = self.layer()
+        yield "K", said(lambda: self.call(fresh, narrow if one else problem, fewer if one else leaves))
+        experts, count = experts_of(problem, self.part), EXPERTS[self.world]
+        yield "num_experts", said(lambda: ExpertParallel(experts, count + (self.rank == 1)))
+        small = make_problem(1, 32, 48, count, 2, {})
+        yield (
+            "hidden_size",
+            said(lambda: ExpertParallel(experts_of(small, self.part) if self.rank == 1 else experts, count)),
+        )
+        yield (
+            "part",
+            said(
+                lambda: ExpertParallel(
+                    experts_of(problem, range(count)) if self.rank == 1 else experts, count
+                )
+            ),
+        )
+        yield "kind", said(lambda: ExpertParallel(problem if self.rank == 1 else experts, count))
+        yield "average", said(lambda: ExpertParallel(experts, count, average=self.rank == 1))
+        alone = dist.new_group([0])
+        yield "group", said(lambda: local_experts(count, alone))
+        yield "works still", said(lambda: first(x))
+
+    def killed(self) -> Iterator[tuple[str, str]]:
+        """Rank 1 is gone in backward."""
+        layer, leaves = self.layer(), self.leaves(self.problem)
+        out = self.call(layer, self.problem, leaves)
+        if self.rank == 1:
+            os._exit(7)
+        yield "killed", said(lambda: out.sum().backward())
+
+
+def said(function: Callable[[], object]) -> str:
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@contextmanager
+def group(rank: int, world: int, directory: Path, part: str) -> Iterator[None]:
+    store = f"file://{directory}/store-{part}"
+    dist.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    yield
+    if part != "killed":
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def main(part: str, rank: str, world: str, directory: str) -> None:
+    torch.set_num_threads(1)
+    with group(int(rank), int(world), Path(directory), part):
+        results = dict(getattr(Rank(int(rank), int(world)), part)())
+        torch.save(results, Path(directory) / f"{part}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
