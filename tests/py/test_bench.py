@@ -136,7 +136,10 @@ def test_fewer_experts_are_said_to_be_fewer(
     assert "2 experts instead of 6" in printed
     assert "E 2, K 2" in printed
     assert main([*RUN, "--format", "bf16,int8,int4", "--tokens", "2"]) == 2
-    assert "5 copies of 2 experts need 0.0 GiB of free memory, there are 0.0 GiB" in capsys.readouterr().err
+    assert (
+        "a token needs 2 experts, and half of the 0.0 GiB of free memory holds 5 times no"
+        in capsys.readouterr().err
+    )
 
 
 def test_few_tokens_take_other_experts_in_turn() -> None:
@@ -208,11 +211,24 @@ def test_a_wrong_output_is_exit_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     right = kt_moe.moe
-    for factor in (1.1, float("nan")):
-        monkeypatch.setattr(kt_moe, "moe", lambda *a, by=factor, **kwargs: right(*a, **kwargs) * by)
-        assert main([*RUN, "--tokens", "4", "--rank", "0"]) == 1
-        said = "WRONG, kt_moe bf16, tokens 4, rank 0: an output is off"
-        assert said in capsys.readouterr().out
+    monkeypatch.setattr(kt_moe, "moe", lambda *args, **kwargs: right(*args, **kwargs) * 1.1)
+    assert main([*RUN, "--tokens", "4", "--rank", "0"]) == 1
+    assert "WRONG, kt_moe bf16, tokens 4, rank 0: an output is off" in capsys.readouterr().out
+
+
+def test_one_output_that_is_not_finite_is_exit_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = kt_moe.moe
+
+    def moe(x: Any, ids: Any, weights: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        weights.register_hook(lambda gradient: gradient * torch.nan)
+        return right(x, ids, weights, *args, **kwargs)
+
+    monkeypatch.setattr(kt_moe, "moe", moe)
+    assert main([*RUN, "--tokens", "4", "--rank", "8", "--format", "int4"]) == 1
+    printed = capsys.readouterr().out
+    assert re.search("WRONG, kt_moe int4, tokens 4, rank 8: an output is off: .*'topk_weights': nan", printed)
 
 
 def test_a_rivals_process_stands_still_between_calls() -> None:

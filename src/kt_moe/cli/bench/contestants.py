@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,33 +21,29 @@ Step = tuple[float, ...]  # seconds of forward and of backward, or of both toget
 Layer = Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor]  # x, ids, weights, LoRA -> [T, H]
 
 
+@dataclass
 class Stack:
     """Layers as a differentiable function: one, or x = x + layer(x) for each.
 
-    Args:
+    Attributes:
         layers: functions of hidden states [T, H], ids and weights [T, K], and LoRA as `kt_moe.moe` takes it.
-        figures: tells, after a step, "link_bytes" that experts took, "cpu_rows" (a share), and so on.
+        last: tells, after a step, "link_bytes" that experts took, "cpu_rows" (a share), and so on.
         device: of the hidden states; `lora_device` of the LoRA tensors, `lora_dtype` their type.
         dtype: of hidden states and routing weights; None: bf16 and fp32.
         residual: whether a layer adds to its input.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[Layer],
-        figures: Callable[[], dict[str, Any]] = dict,
-        device: str = "cpu",
-        lora_device: str = "cpu",
-        lora_dtype: torch.dtype = torch.float32,
-        dtype: torch.dtype | None = None,
-        residual: bool = False,
-    ) -> None:
-        self._layers, self._figures, self.device, self._residual = layers, figures, device, residual
-        self._lora_device, self._lora_dtype, self._dtype = lora_device, lora_dtype, dtype
+    layers: Sequence[Layer]
+    last: Callable[[], dict[str, Any]] = dict
+    device: str = "cpu"
+    lora_device: str = "cpu"
+    lora_dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | None = None
+    residual: bool = False
 
     def prepare(self, case: Case) -> None:
         """Get ready for the steps of a case. ValueError: it cannot be run."""
-        inputs, place = make_inputs(case), (self.device, self._dtype)
+        inputs, place = make_inputs(case), (self.device, self.dtype)
         self._x = inputs.hidden_states.to(*place).detach().requires_grad_()
         self._grad_out = inputs.grad_out.to(*place)
         self._routes = [
@@ -54,8 +51,8 @@ class Stack:
             for layers in inputs.routes
         ]
         self.lora: list[dict[str, Tensor]] = []  # those before go first
-        for _ in self._layers:
-            copies = {n: t.to(self._lora_device, self._lora_dtype, copy=True) for n, t in inputs.lora.items()}
+        for _ in self.layers:
+            copies = {n: t.to(self.lora_device, self.lora_dtype, copy=True) for n, t in inputs.lora.items()}
             self.lora.append({name: tensor.requires_grad_() for name, tensor in copies.items()})
 
     def step(self, variant: int) -> Step:
@@ -66,9 +63,9 @@ class Stack:
         x = self._x
         synchronize(self.device)
         begin = time.perf_counter()
-        for layer, (ids, weights), lora in zip(self._layers, routes, self.lora, strict=True):
+        for layer, (ids, weights), lora in zip(self.layers, routes, self.lora, strict=True):
             y = layer(x, ids, weights, lora)
-            x = x + y if self._residual else y
+            x = x + y if self.residual else y
         synchronize(self.device)
         middle = time.perf_counter()
         torch.autograd.backward(x, self._grad_out)
@@ -96,7 +93,7 @@ class Stack:
     def figures(self) -> dict[str, Any]:
         """What is known of the last turn."""
         peak = {"gpu_bytes": peak_bytes(self.device)} if self.device == "cuda" else {}
-        return peak | self._figures()
+        return peak | self.last()
 
 
 def make(name: str, settings: argparse.Namespace) -> Any:
@@ -150,7 +147,8 @@ def kt_layer(experts: kt_moe.Experts) -> Layer:
 
 def kt_figures(experts: kt_moe.Experts, device: str) -> dict[str, Any]:
     """Of the last forward and backward of every layer that shares these experts' GPU, or their runtime."""
-    engine = None if experts.gpu.cpu_share == 1.0 else experts.gpu.engine(torch.device(device))
+    numbered = torch.empty(0, device=device).device  # "cuda:0", as hidden states have it
+    engine = None if experts.gpu.cpu_share == 1.0 else experts.gpu.engine(numbered)
     if engine is None:
         return {"scratch_bytes": experts.runtime.scratch_bytes}
     passes = engine.log.last.values()

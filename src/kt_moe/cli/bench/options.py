@@ -12,18 +12,17 @@ from kt_moe.cli.errors import UserError
 from kt_moe.cli.formats import QUANTISED
 from kt_moe.cli.options import cpu_share, integer, list_of, memory_size
 
-_MODES = ("layer", "gpu", "step")
-_TITLES = ("a layer on the CPU", "a stack of layers (--gpu)", "training steps (--step)")
-_PEERS = {
-    "layer": ("torch", "grouped_mm", "kt-kernel"),
-    "gpu": ("streamed", "resident", "cpu", "kt_moe-resident"),
-    "step": ("resident", "roundpipe", "cpu"),
+# What is timed: its name, and who there is besides kt_moe.
+_MODES = {
+    "layer": ("a layer on the CPU", ("torch", "grouped_mm", "kt-kernel")),
+    "gpu": ("a stack of layers (--gpu)", ("streamed", "resident", "cpu", "kt_moe-resident")),
+    "step": ("training steps (--step)", ("resident", "roundpipe", "cpu")),
 }
 _COUNT: dict[str, Any] = {"type": integer(1), "metavar": "N"}
 _COUNTS: dict[str, Any] = {"type": list_of(integer(1)), "metavar": "N,.."}
 _NAMES: dict[str, Any] = {"type": list_of(str), "metavar": "NAME,.."}
 _FLAG: dict[str, Any] = {"action": "store_true", "default": None}
-_OTHERS = "others to time: " + "; ".join(f"{mode}: {', '.join(names)}" for mode, names in _PEERS.items())
+_OTHERS = "others to time: " + "; ".join(f"{m}: {', '.join(names)}" for m, (_, names) in _MODES.items())
 _OWN = "instead of the preset's"
 # By name: what argparse takes, the help, and the defaults of a layer, a stack and a step; ... for none.
 _OPTIONS: dict[str, tuple[dict[str, Any], str, tuple[Any, Any, Any]]] = {
@@ -43,7 +42,7 @@ _OPTIONS: dict[str, tuple[dict[str, Any], str, tuple[Any, Any, Any]]] = {
     "recompute": (_FLAG, "backward computes G and U again", (False,) * 3),
     "quick": (_FLAG, "of a layer 32 experts, 3 short turns: half a minute", (False, ..., ...)),
     "reps": (_COUNT, "turns that each one takes at a case", (7, 5, 5)),
-    "peers": (_NAMES, _OTHERS, ([], _PEERS["gpu"], _PEERS["step"])),
+    "peers": (_NAMES, _OTHERS, ([], _MODES["gpu"][1], _MODES["step"][1])),
     "layers": (_COUNT, "of the stack or the model", (..., 6, 48)),
     "gpu-memory": ({"type": memory_size, "metavar": "SIZE"}, "such as 2.5GiB", (..., "auto", "auto")),
     "cpu-share": ({"type": cpu_share, "metavar": "X"}, "of the rows, 0 to 1", (..., "auto", "auto")),
@@ -63,12 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     titles = ("what is timed (defaults of a layer; a stack; a step)", "with --gpu", "with --gpu --step")
     groups = [parser.add_argument_group(title) for title in titles]
     for name, (how, text, defaults) in _OPTIONS.items():
-        shown = [d if isinstance(d, str) else ",".join(map(str, d)) if isinstance(d, list) else str(d)
-                 for d in defaults if isinstance(d, (str, int, list)) and d and d != [None]]  # fmt: skip
-        if shown and how is not _FLAG and text not in (_OTHERS, argparse.SUPPRESS):
+        shown = [
+            ",".join(map(str, d)) if isinstance(d, list) else str(d) for d in defaults if d and d is not ...
+        ]
+        if not ("(" in text or how is _FLAG or text in (_OTHERS, argparse.SUPPRESS)) and shown:
             text += f" ({'; '.join(dict.fromkeys(shown))})"
-        first = next(i for i, default in enumerate(defaults) if default is not ...)
-        groups[first].add_argument(f"--{name}", help=text, **how)
+        group = groups[next(i for i, default in enumerate(defaults) if default is not ...)]
+        group.add_argument(f"--{name}", help=text, **how)
 
 
 def read(args: argparse.Namespace) -> argparse.Namespace:
@@ -77,30 +77,29 @@ def read(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         UserError: options that do not go together, or an unknown name.
     """
-    mode = 0 if not args.gpu else 2 if args.step else 1
-    found = argparse.Namespace(mode=_MODES[mode])
+    mode = "layer" if not args.gpu else "step" if args.step else "gpu"
+    title, peers = _MODES[mode]
+    found = argparse.Namespace(mode=mode)
     for name, (_, _, defaults) in _OPTIONS.items():
-        key, default = name.replace("-", "_"), defaults[mode]
+        key, default = name.replace("-", "_"), defaults[list(_MODES).index(mode)]
         value = getattr(args, key)
         if value is not None and default is ...:
-            raise UserError(f"--{name} is not for {_TITLES[mode]}")
+            raise UserError(f"--{name} is not for {title}")
         setattr(found, key, value if value is not None else None if default is ... else default)
-    if found.quick and args.reps is None:
-        found.reps = 3
-    for option, known in (("peers", _PEERS[found.mode]), ("format", tuple(QUANTISED))):
+    for option, known in (("peers", peers), ("format", tuple(QUANTISED))):
         if unknown := [name for name in getattr(found, option) if name not in known]:
             raise UserError(f"--{option} has {', '.join(unknown)}, wanted some of {', '.join(known)}")
-    found.shape = _shape(found)
-    if found.mode == "step":
-        found.tokens = [
-            max(t - t % found.sequence, min(t, found.sequence)) for t in found.tokens
-        ]  # whole rows
-    if found.mode != "layer" and any(rank % 8 or rank == 0 for rank in found.rank):
+    if mode != "layer" and any(rank % 8 or rank == 0 for rank in found.rank):
         raise UserError(f"--rank is {found.rank}, wanted multiples of 8, as torch's grouped_mm does")
-    if found.mode == "layer":
+    if found.quick and args.reps is None:
+        found.reps = 3
+    if mode == "layer":
         found.layers, found.device = 1, "cpu"
     if found.device == "cpu":
         found.lora_device = "cpu"
+    if mode == "step":  # whole rows
+        found.tokens = [tokens - tokens % min(tokens, found.sequence) for tokens in found.tokens]
+    found.shape = _shape(found)
     return found
 
 

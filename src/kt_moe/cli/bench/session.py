@@ -71,18 +71,13 @@ class Session:
         """No more experts than half of the free memory holds: the original, one being packed, everyone's."""
         shape, free = self.settings.shape, free_memory()
         most = free // 2 // (copies * shape.expert_bytes)
+        half = f"half of the {free / GIB:.1f} GiB of free memory holds {copies} times"
         if most < shape.topk:
-            need = 2 * copies * shape.topk * shape.expert_bytes
-            raise UserError(
-                f"{copies} copies of {shape.topk} experts need {need / GIB:.1f} GiB of free memory, "
-                f"there are {free / GIB:.1f} GiB"
-            )
+            raise UserError(f"a token needs {shape.topk} experts, and {half} no more than {most}")
         if most < shape.experts:
             self.settings.shape = replace(shape, experts=most)
-            self.record.note(
-                f"{most} experts instead of {shape.experts}: what half of the {free / GIB:.1f} GiB of "
-                f"free memory holds {copies} times; each gets more tokens so"
-            )
+            text = f"{most} experts instead of {shape.experts}: what {half}; each gets more tokens so"
+            self.record.note(text)
 
     def _attempt(self, name: str, call: Callable[..., _Made], *args: object) -> _Made | None:
         """What the call gives; None, with a note, where a rival fails, or ours for want of memory."""
@@ -123,18 +118,20 @@ class Session:
                     self.record.add([{**found, **where} for found in results])
         if roof and (moved := ceilings.drift(roof, ceilings.measure(runtime))):
             ratios = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in moved.items())
-            self.record.note(
-                f"ceilings at the end over those at the start: {ratios}; do not trust the shares"
-            )
+            self.record.note(f"ceilings at the end over those at first: {ratios}; do not trust the shares")
 
     def _make(self, stack: ExitStack, names: list[str], job: argparse.Namespace) -> dict[str, Any]:
         """Those that can be made, each in a process of its own."""
-        jobs = dict.fromkeys(names, job)
-        if "kt-kernel" in jobs and job.threads > 1:  # its calling thread spins beside its pool
-            fewer = argparse.Namespace(**{**vars(job), "threads": job.threads - 1})
-            jobs[f"kt-kernel, {fewer.threads} threads"] = fewer
-        made = {n: self._attempt(n, stack.enter_context, Remote(make, n, one)) for n, one in jobs.items()}
-        return {name: one for name, one in made.items() if one is not None}
+        made: dict[str, Any] = {}
+        for name in names:
+            for fewer in (0, 1) if name == "kt-kernel" and job.threads > 1 else (0,):
+                own = f"{name}, {job.threads - 1} threads" if fewer else name  # its calling thread spins too
+                settings = argparse.Namespace(**{**vars(job), "threads": job.threads - fewer})
+                one = self._attempt(own, stack.enter_context, Remote(make, own, settings))
+                if one is None:
+                    break
+                made[own] = one
+        return made
 
     def _time_case(self, case: Case, made: dict[str, Any], truth: Stack | None) -> list[dict[str, Any]]:
         """Errors, on as many tokens as float64 has time for, then times: A, B, A, B, ...
@@ -163,14 +160,19 @@ class Session:
         for name, taken in steps.items():
             if taken is None:
                 continue
-            found = {"who": name, "tokens": case.tokens, "rank": case.rank, **_spreads(taken)}
+            found: dict[str, Any] = {"who": name, "tokens": case.tokens, "rank": case.rank}
+            passes = ("forward", "backward") if len(taken[0]) == 2 else ()
+            columns = zip(passes, zip(*taken, strict=True), strict=False)
+            found["seconds"] = {"both": spread(list(map(sum, taken))), **{n: spread(c) for n, c in columns}}
             found["tokens_per_second"] = case.tokens / found["seconds"]["both"]["median"]
-            results.append(found | made[name].figures())
+            found |= made[name].figures()
             if name in errors:
-                found = results[-1]
-                found |= {"errors": errors[name], "worst_error": max(errors[name].values())}
-                if name == "kt_moe bf16" and not found["worst_error"] <= _WORST_ERROR[settings.mode]:
+                worst = float(np.max([*errors[name].values()]))  # not a number if one of them is not
+                found |= {"errors": errors[name], "worst_error": worst}
+                limit = _WORST_ERROR[settings.mode] if name == "kt_moe bf16" else np.inf
+                if name.startswith("kt_moe") and not worst <= limit:
                     self.record.fault(f"{name}, {case}: an output is off: {errors[name]}")
+            results.append(found)
         return results
 
     def _limit(self, results: list[dict[str, Any]], case: Case, roof: ceilings.Ceilings | None) -> None:
@@ -197,11 +199,3 @@ def relative_errors(outputs: dict[str, Any], truth: dict[str, Any]) -> dict[str,
     """Relative L2 error of each output there is; not a number where an output is not finite."""
     norm = np.linalg.norm
     return {n: float(norm(x - truth[n]) / max(norm(truth[n]), 1e-30)) for n, x in outputs.items()}
-
-
-def _spreads(steps: list[Step]) -> dict[str, Any]:
-    seconds = {"both": spread([sum(step) for step in steps])}
-    if len(steps[0]) == 2:
-        passes = zip(("forward", "backward"), zip(*steps, strict=True), strict=True)
-        seconds |= {name: spread(samples) for name, samples in passes}
-    return {"seconds": seconds}

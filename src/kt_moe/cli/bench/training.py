@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
+import sys
 import time
 from typing import Any
 
@@ -37,6 +39,8 @@ class Trainer:
     """
 
     def __init__(self, name: str, settings: argparse.Namespace) -> None:
+        if name == "roundpipe":
+            importlib.import_module(name)  # that it is missing is said before a model is made
         begin = time.perf_counter()
         self._sequence, self._device = settings.sequence, settings.device
         model = make_model(name, settings)
@@ -202,7 +206,11 @@ def roundpipe_step(model: Any) -> Any:
     pipe = roundpipe.RoundPipe(nn.Sequential(*layers), optim_dtype=torch.float32, name="qwen3_moe")
     trained = list(pipe.optim_parameters())
     decay = {"weight_decay": 0.01, "decoupled_weight_decay": True}
-    adam = roundpipe.optim.Adam(trained, lr=_LEARNING_RATE, **decay)  # which is compiled now
+    try:  # its own is compiled now
+        adam: Any = roundpipe.optim.Adam(trained, lr=_LEARNING_RATE, **decay)
+    except (RuntimeError, OSError) as error:
+        print(f"roundpipe.optim.Adam does not compile, torch's AdamW instead: {error}", file=sys.stderr)
+        adam = torch.optim.AdamW(trained, lr=_LEARNING_RATE, fused=True)
 
     def update() -> None:
         adam.step()
