@@ -277,6 +277,25 @@ def test_a_rival_that_fails_is_left_out_with_the_way_to_install_it(
     assert len(re.findall("^ +2 +8  (kt_moe bf16|torch) ", printed, re.MULTILINE)) == 2
 
 
+def test_a_case_that_a_rival_does_not_take_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Rival(Stack):
+        def prepare(self, case: Case) -> None:
+            if not case.rank:
+                raise ValueError("no LoRA rank 0")
+            super().prepare(case)
+
+    def rival(weights: Any, threads: int, tokens: int) -> Stack:
+        return Rival([rivals.loop_layer(weights)], lora_dtype=torch.bfloat16)
+
+    monkeypatch.setattr(rivals, "KtKernel", rival)
+    assert main([*RUN, "--tokens", "2", "--rank", "0,8", "--peers", "kt-kernel"]) == 0
+    printed = capsys.readouterr().out
+    assert "note: kt-kernel, tokens 2, rank 0 is left out: ValueError: no LoRA rank 0\n" in printed
+    assert re.findall("^ +2 +(.)  kt-kernel ", printed, re.MULTILINE) == ["8"]
+
+
 def test_one_run_with_everyone_in_a_process(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

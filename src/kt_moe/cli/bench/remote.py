@@ -70,6 +70,7 @@ def _serve(pipe: Connection) -> None:
     """In its process: make the object, then call its methods."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a stopped process too ends with its parent
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what it prints would stand in our table
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that waits for us
     made: Any = None
     while True:
         method, args = pipe.recv()

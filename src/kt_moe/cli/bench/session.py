@@ -86,8 +86,10 @@ class Session:
         except RemoteError as error:
             if name.startswith("kt_moe") and not re.search("MemoryError|out of memory", str(error)):
                 raise
-            said, hint = " ".join(str(error).split())[:200], _INSTALL.get(name.partition(",")[0], "")
-            self.record.note(f"{name} is left out: {said}{hint}")
+            said = " ".join(str(error).split())[:200]
+            if said.startswith("ModuleNotFoundError"):
+                said += _INSTALL.get(name, "")
+            self.record.note(f"{name} is left out: {said}")
             return None
 
     def _time(self, names: list[str], runtime: kt_moe.Runtime) -> None:
