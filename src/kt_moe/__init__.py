@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the lazy names below, for type checkers
     from kt_moe.merge import merge_checkpoint as merge_adapter
     from kt_moe.models import model_experts
     from kt_moe.profiler import Profile, profile
+    from kt_moe.rank_parameters import clip_grad_norm_, gather_lora
     from kt_moe.routing_stats import RoutingHistory, plot_routing, routing_counts
 
 __all__ = [
@@ -39,10 +40,12 @@ __all__ = [
     "Runtime",
     "SharedOuterLoraConfig",
     "__version__",
+    "clip_grad_norm_",
     "cpu_info",
     "default_runtime",
     "device_map",
     "export_adapter",
+    "gather_lora",
     "hf",
     "load_adapter",
     "load_model",
@@ -71,6 +74,8 @@ _LAZY = {
     "MoELayer": "kt_moe.layer",
     "ExpertParallel": "kt_moe.expert_parallel",
     "local_experts": "kt_moe.expert_parallel",
+    "clip_grad_norm_": "kt_moe.rank_parameters",
+    "gather_lora": "kt_moe.rank_parameters",
     "Profile": "kt_moe.profiler",
     "profile": "kt_moe.profiler",
     "hf": "kt_moe.hf",

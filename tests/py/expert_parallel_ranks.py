@@ -32,6 +32,7 @@ ROUTINGS = ("random", "one", "repeat", "sparse", "none")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHECKPOINTS = [(reentrant, choice) for reentrant in (False, True) for choice in ("recompute", "retain")]
 STEPS = 20
+MAX_NORM = 0.1
 Results = dict[str, Any]
 
 
@@ -118,6 +119,7 @@ class Rank:
         problem: Problem,
         leaves: dict[str, Tensor],
         around: Callable[..., Tensor] = lambda f, *args: f(*args),
+        dropout: float = 0.0,
     ) -> Results:
         lora = {name: leaves[name] for name in LORA_NAMES if name in leaves}
         ids = problem.topk_ids[self.tokens]
@@ -125,7 +127,8 @@ class Rank:
         def call(x: Tensor, weights: Tensor) -> Tensor:
             # Before and behind the layer something else that saves tensors, and changes no number.
             x = x.clamp(-1e9, 1e9)
-            return layer(x, ids, weights, lora, scaling=problem.scaling).clamp(-1e9, 1e9)
+            out = layer(x, ids, weights, lora, scaling=problem.scaling, dropout=dropout)
+            return out.clamp(-1e9, 1e9)
 
         out = around(call, leaves["hidden_states"], leaves["topk_weights"])
         return gradients(out, problem.grad_out[self.tokens], leaves)
@@ -153,6 +156,13 @@ class Rank:
 
             leaves = self.leaves(self.problem, torch.float32)
             yield f"checkpoint {reentrant} {choice}", self.run(layer, self.problem, leaves, around)
+        for name, around in {
+            "dropout": lambda f, *args: f(*args),
+            "dropout checkpoint": lambda f, *args: checkpoint(f, *args, use_reentrant=False),
+        }.items():
+            torch.manual_seed(self.rank)
+            leaves = self.leaves(self.problem, torch.float32)
+            yield name, self.run(layer, self.problem, leaves, around, dropout=0.5)
         with torch.no_grad():
             leaves = self.leaves(self.problem, torch.float32)
             yield "no_grad", {"out": self.call(layer, self.problem, leaves)}
@@ -191,7 +201,18 @@ class Rank:
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-        return {"losses": torch.stack(losses), **{n: p.data for n, p in block.named_parameters()}}
+        gathered = kt_moe.gather_lora(dict(block.lora), layer.group)
+        parameters = {name: p.detach().clone() for name, p in block.named_parameters()}
+        shared, local = block.router.parameters(), block.lora.parameters()
+        norm = kt_moe.clip_grad_norm_(shared, local, MAX_NORM, layer.group)
+        clipped = {name: p.grad for name, p in block.named_parameters() if name.startswith("lora")}
+        return {
+            "losses": torch.stack(losses),
+            "parameters": parameters,
+            "gathered": gathered,
+            "norm": norm,
+            "clipped": clipped,
+        }
 
     def errors(self) -> Iterator[tuple[str, str]]:
         problem, layer = self.problem, self.layer()

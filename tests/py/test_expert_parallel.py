@@ -111,6 +111,13 @@ def test_gradient_checkpointing(results: Any, reentrant: bool, choice: str) -> N
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in got.items())
 
 
+def test_dropout(results: Any) -> None:
+    _, found = results
+    got, again = together(found, "dropout"), together(found, "dropout checkpoint")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in got.items())
+    assert error(got["out"], together(found, "random fp32")["out"]) > 1e-2
+
+
 def test_gradients_where_they_are_wanted(results: Any) -> None:
     _, found = results
     wanted = together(found, "random fp32")
@@ -152,14 +159,23 @@ def test_twenty_steps(results: Any, router: bool) -> None:
         optimizer.step()
         for one, loss in zip(found, losses, strict=True):
             assert one[case]["losses"][step].item() == pytest.approx(loss.item(), rel=most)
+    found = [one[case] for one in found]
+    of_ranks, clipped = together(found, "parameters"), together(found, "clipped")
+    norm = torch.nn.utils.clip_grad_norm_(block.parameters(), ranks.MAX_NORM)  # of the last step
+    assert norm > ranks.MAX_NORM
+    for one in found:
+        assert one["norm"].item() == pytest.approx(norm.item(), rel=most)
     for name, p in block.named_parameters():
-        if not p.requires_grad:
+        if name.startswith("router"):
+            assert all(error(one["parameters"][name], p.detach()) < most for one in found), name
             continue
         assert error(p.detach(), before[name]) > 1e-2, name
-        if name.startswith("lora"):
-            assert error(together(found, case)[name], p.detach()) < most, name
-        else:
-            assert all(error(one[case][name], p.detach()) < most for one in found), name
+        assert error(of_ranks[name], p.detach()) < most, name
+        assert error(clipped[name], p.grad) < 10 * most, name
+    first, *others = (one["gathered"] for one in found)
+    assert others == [None] * (world - 1)
+    assert first.keys() == set(LORA_NAMES)
+    assert all(torch.equal(t, of_ranks[f"lora.{name}"]) for name, t in first.items())
 
 
 def test_what_ranks_do_not_agree_about(tmp_path: Path) -> None:
