@@ -138,7 +138,7 @@ def _memory(m: Machine) -> Iterator[Finding]:
             "little-free",
             f"{size_text(m.available_bytes)} of {size_text(total)} are left for a run",
             "experts may not fit",
-            "end the programs that use it",
+            "end the programs that use it" + (", or raise the control group's limit" if limit else ""),
         )
     for node in with_memory if len(with_memory) > 1 else ():
         # The kernel rather takes another node's memory than drop what this one holds of files.
@@ -272,8 +272,10 @@ def _link(m: Machine, name: str, gpu: Gpu) -> Iterator[Finding]:
             "gpu-link",
             f"{name} is connected by {now}, can have {best}{reached}",
             "weights cross the link in proportion to it",
-            "another slot or riser, or the BIOS (link speed, bifurcation); else look for another user of the "
-            "link, a PCIe switch above it, an IOMMU that translates (iommu=pt), memory on another socket",
+            "another slot or riser, or the BIOS (link speed, bifurcation)"
+            if now != best
+            else "look for another user of the link, a PCIe switch above it, an IOMMU that translates "
+            "(iommu=pt), memory on another socket",
         )
     node = next((node for node in m.nodes if node["id"] == link.node), None)
     if node is not None and len(m.nodes) > 1 and not (node["cpus"] and node["memory_allowed"]):
