@@ -30,7 +30,7 @@ from kt_moe.architectures import architecture_of
 from kt_moe.cli import main
 from kt_moe.cli.plan import memory
 from kt_moe.cli.plan.options import Run
-from kt_moe.cli.plan.outline import Activations, outline
+from kt_moe.cli.plan.outline import Outline, outline
 from kt_moe.hf import KtMoeConfig
 
 pytestmark = PEFT_WARNINGS
@@ -97,8 +97,8 @@ def test_the_outline_is_the_model(model_type: str) -> None:
     assert {memory.shape_of(layer) for layer in found.layers} == {(8, 32, 24, True)}
     assert {layer.has_bias for layer in found.layers} == {model_type == "gpt_oss"}
     assert found.topk == TOPK
-    assert len(found.activations.layers) == 2
-    assert found.activations.logits == RUN.tokens * 64 * 2
+    assert len(found.kept) == 2
+    assert found.logits == RUN.tokens * 64 * 2
 
 
 def test_lora_beside_the_experts_is_counted() -> None:
@@ -150,8 +150,8 @@ def test_activations_are_what_autograd_keeps() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         model(input_ids=ids, labels=ids, use_cache=False)
     run = replace(RUN, batch=4, sequence=64, projections=("gate",))
-    counted = outline(tiny_config(num_hidden_layers=3), run).activations
-    ours = sum(counted.layers[1:]) * 3 / 2 + counted.outside  # the first layer has nothing to train before it
+    counted = outline(tiny_config(num_hidden_layers=3), run)
+    ours = sum(counted.kept[1:]) * 3 / 2 + counted.outside  # the first layer has nothing to train before it
     assert ours == pytest.approx(sum(storage.nbytes() for storage in kept.values()), rel=0.15)
 
 
@@ -170,7 +170,7 @@ def test_bytes_of_a_layer_call() -> None:
     more = memory.scratch_bytes(LAYER, replace(RUN, batch=4), TOPK, 2) - memory.scratch_bytes(
         LAYER, RUN, TOPK, 2
     )
-    assert more == routes * (10 * 24 + 4 * 3 * 4)
+    assert more == routes * (10 * 24 + 4 * 3 * 4 + 3584)
     more = memory.scratch_bytes(LAYER, RUN, TOPK, 3) - memory.scratch_bytes(LAYER, RUN, TOPK, 2)
     assert more == 512 * 32 * 2 + (512 << 10)
     assert memory.weights_bytes(LAYER, "bf16") == 8 * 3 * 32 * 24 * 2
@@ -194,7 +194,7 @@ def test_gradients_take_the_place_of_what_forward_saved(
 
 
 def test_activations_with_and_without_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
-    a = Activations((100, 120), outside=50, logits=10, boundary=7)
+    a = Outline("x", (), 2, 0, 0, kept=(100, 120), outside=50, logits=10, boundary=7)
     assert memory.activation_bytes(a, checkpointing=False) == 220 + 50 + 40
     assert memory.activation_bytes(a, checkpointing=True) == 2 * 7 + 120 + 50 + 40
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "8")

@@ -19,14 +19,53 @@ PREFIX = "experts_"
 _LEFT_OUT = ("rest", "unknown")  # TRL's --load_in_4bit and --load_in_8bit are about the rest
 
 
-def _help() -> dict[str, str]:
-    """What the docstring of `KtMoeConfig` says of each option, as argparse takes it."""
-    section = inspect.cleandoc(KtMoeConfig.__doc__ or "").split("Args:\n")[1].split("\n\n")[0]
-    texts: dict[str, str] = {}
-    for names, text in re.findall(r"^    ([a-z_, ]+): (.*(?:\n {8}.*)*)", section, re.MULTILINE):
-        said = " ".join(text.split()).replace("`", "").replace("%", "%%")
-        texts |= dict.fromkeys(names.split(", "), said[0].upper() + said[1:])
-    return texts
+class _Experts:
+    """What `ExpertsConfig` can do."""
+
+    _argument_group_name = "experts (kt_moe)"
+    experts_gpu_rates: Any
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, str):
+                setattr(
+                    self, name, value.strip("\"'")
+                )  # which documents of Python have, and no shell took off
+
+    def to_config(self, rest: Any = None) -> KtMoeConfig:
+        """The `KtMoeConfig` of these options.
+
+        rest: how transformers quantises the other layers.
+
+        Raises:
+            ValueError: an option out of range; names it.
+        """
+        options = {name.removeprefix(PREFIX): value for name, value in vars(self).items()}
+        options["gpu_rates"] = self.rates()
+        for name, number in (("gpu_memory", int), ("cpu_share", float)):
+            if re.fullmatch(r"[0-9]*\.?[0-9]+", str(options[name])):
+                options[name] = number(options[name])
+        return KtMoeConfig(**options, rest=rest)
+
+    def rates(self) -> dict[str, float] | None:
+        """What --experts_gpu_rates says, "link=55e9,gpu_flops=4e14" or a mapping of YAML; None: nothing.
+
+        Raises:
+            ValueError: none of `kt_moe.Rates`, or a number that these refuse.
+        """
+        given = self.experts_gpu_rates
+        if isinstance(given, str):
+            given = dict(part.strip().partition("=")[::2] for part in given.split(","))
+        names = [rate.name for rate in dataclasses.fields(Rates)]
+        found: dict[str, float] = {}
+        for name, value in (given or {}).items():
+            try:
+                found[name] = float(str(value))
+                Rates(**{**dict.fromkeys(names, 1.0), **found})  # judges names and ranges
+            except (TypeError, ValueError):
+                wanted = f"one of {', '.join(names)}, = and a positive number"
+                raise ValueError(f"--experts_gpu_rates has {name}={value}, wanted {wanted}") from None
+        return found or None
 
 
 def _kind(hint: Any) -> Any:
@@ -40,63 +79,22 @@ def _kind(hint: Any) -> Any:
 
 
 def _fields() -> list[Any]:
-    hints, texts = get_type_hints(KtMoeConfig.__init__), _help()
-    found = []
-    for name, parameter in list(inspect.signature(KtMoeConfig).parameters.items()):
+    """Name, type and field of each option, whose help is what the docstring of `KtMoeConfig` says."""
+    section = inspect.cleandoc(KtMoeConfig.__doc__ or "").split("Args:\n")[1].split("\n\n")[0]
+    texts: dict[str, str] = {}
+    for names, text in re.findall(r"^    ([a-z_, ]+): (.*(?:\n {8}.*)*)", section, re.MULTILINE):
+        said = " ".join(text.split()).replace("`", "").replace("%", "%%")
+        texts |= dict.fromkeys(names.split(", "), said[0].upper() + said[1:])
+    hints, fields = get_type_hints(KtMoeConfig.__init__), []
+    for name, parameter in inspect.signature(KtMoeConfig).parameters.items():
         if name not in _LEFT_OUT:
-            about: dict[str, Any] = {"help": texts[name]}
-            if name in CHOICES:
-                about["choices"] = list(CHOICES[name])
+            about = {"help": texts[name], **({"choices": list(CHOICES[name])} if name in CHOICES else {})}
             field = dataclasses.field(default=parameter.default, metadata=about)
-            found.append((PREFIX + name, _kind(hints[name]), field))
-    return found
-
-
-def _to_config(self: Any, rest: Any = None) -> KtMoeConfig:
-    """The `KtMoeConfig` of these options.
-
-    rest: how transformers quantises the other layers.
-
-    Raises:
-        ValueError: an option out of range; names it.
-    """
-    options = {name.removeprefix(PREFIX): value for name, value in vars(self).items()}
-    options["gpu_rates"] = self.rates()
-    for name, number in (("gpu_memory", int), ("cpu_share", float)):
-        if re.fullmatch(r"[0-9]*\.?[0-9]+", str(options[name])):
-            options[name] = number(options[name])
-    return KtMoeConfig(**options, rest=rest)
-
-
-def _rates(self: Any) -> dict[str, float] | None:
-    """What --experts_gpu_rates says, "link=55e9,gpu_flops=4e14" or a mapping of a YAML file; None: nothing.
-
-    Raises:
-        ValueError: none of `kt_moe.Rates`, or a number that these refuse.
-    """
-    given = self.experts_gpu_rates
-    if isinstance(given, str):
-        given = dict(part.strip().partition("=")[::2] for part in given.split(","))
-    names = [rate.name for rate in dataclasses.fields(Rates)]
-    found: dict[str, float] = {}
-    for name, value in (given or {}).items():
-        try:
-            found[name] = float(str(value))
-            Rates(**{**dict.fromkeys(names, 1.0), **found})  # judges names and ranges
-        except (TypeError, ValueError):
-            wanted = f"one of {', '.join(names)}, = and a positive number"
-            raise ValueError(f"--experts_gpu_rates has {name}={value}, wanted {wanted}") from None
-    return found or None
+            fields.append((PREFIX + name, _kind(hints[name]), field))
+    return fields
 
 
 ExpertsConfig: Any = dataclasses.make_dataclass(
-    "ExpertsConfig",
-    _fields(),
-    namespace={
-        "to_config": _to_config,
-        "rates": _rates,
-        "_argument_group_name": "experts (kt_moe)",
-        "__module__": __name__,
-    },
+    "ExpertsConfig", _fields(), bases=(_Experts,), namespace={"__module__": __name__}
 )
 ExpertsConfig.__doc__ = "How kt_moe holds and computes the experts: `KtMoeConfig`'s options."

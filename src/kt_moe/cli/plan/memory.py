@@ -9,7 +9,7 @@ from operator import add
 from kt_moe.architectures import ExpertModule
 from kt_moe.cli.formats import QUANTISED, bias_bytes, projection_bytes
 from kt_moe.cli.plan.options import Run
-from kt_moe.cli.plan.outline import Activations, Outline
+from kt_moe.cli.plan.outline import Outline
 from kt_moe.gpu.layers import auto_memory
 from kt_moe.lora_device import auto_moves
 
@@ -18,6 +18,7 @@ LORA_BYTES = 4  # of a number: LoRA is fp32
 _STATE = {"adamw": 2.0 * LORA_BYTES, "adamw-8bit": 2 * (1 + 4 / 256), "sgd": 0.0}
 _BLOCK_ROWS = 512  # most routes that share a packing: kBlockRows of src/cpp/moe/plan.h
 _CACHE_PART = 512 << 10  # most that packed weights take of a thread's cache: kMostCacheBytes there
+_ROUTE_BYTES = 3584  # of scratch for a route beside what its widths need, as measured with AMX and AVX-512
 _ENGINE_BYTES = 1 << 30  # of the GPU, the most that computing experts there takes beside their weights
 
 
@@ -78,7 +79,7 @@ def result_bytes(layer: ExpertModule, run: Run) -> int:
 
 def scratch_bytes(layer: ExpertModule, run: Run, topk: int, threads: int) -> int:
     """Of a backward call: h, dG, dU, packed dG, dU; low-rank products; a block of tokens a thread."""
-    of_route = (10 if layer.gated else 6) * layer.intermediate_size + 4 * ranks(layer, run)
+    of_route = (10 if layer.gated else 6) * layer.intermediate_size + 4 * ranks(layer, run) + _ROUTE_BYTES
     return run.tokens * topk * of_route + threads * (_BLOCK_ROWS * layer.hidden_size * 2 + _CACHE_PART)
 
 
@@ -102,25 +103,25 @@ def backward_bytes(saved: list[int], gradients: list[int], one_layer: bool) -> i
     return most
 
 
-def activation_bytes(a: Activations, checkpointing: bool) -> int:
+def activation_bytes(model: Outline, checkpointing: bool) -> int:
     """Of the rest of the model at their peak, where forward ends and backward begins.
 
     Beside what is kept: the logits, their gradient in the model's dtype and the loss's in fp32 (twice that).
     """
-    layers = sum(a.layers)
+    layers = sum(model.kept)
     if checkpointing:
-        layers = len(a.layers) * a.boundary + max(a.layers, default=0)
-    return layers + a.outside + 4 * a.logits
+        layers = len(model.kept) * model.boundary + max(model.kept, default=0)
+    return layers + model.outside + 4 * model.logits
 
 
-def heap_slack(a: Activations, checkpointing: bool) -> int:
+def heap_slack(model: Outline, checkpointing: bool) -> int:
     """What glibc keeps of freed tensors on the host: holes between the tensors that are alive.
 
     They came to about as much as the activations themselves, in runs of 1,000 to 4,000 tokens. Blocks from a
     threshold on are always given back: glibc raises it to 32 MiB by itself, unless the environment fixes it.
     """
     threshold = int(os.environ.get("MALLOC_MMAP_THRESHOLD_", 32 << 20))
-    return activation_bytes(a, checkpointing) - 4 * a.logits if a.boundary < threshold else 0
+    return activation_bytes(model, checkpointing) - 4 * model.logits if model.boundary < threshold else 0
 
 
 def make_plan(
@@ -147,7 +148,10 @@ def make_plan(
         process,
         weights,
         Part(
-            "scratch of a layer call", scratch, "estimated", "about 10 I bytes a route, and a block a thread"
+            "scratch of a layer call",
+            scratch,
+            "estimated",
+            "about 10 I + 3,600 bytes a route, and a block a thread",
         ),
         Part("results of a layer call", widest),
     ]
@@ -173,7 +177,7 @@ def make_plan(
         if run.shared_outer:
             host.append(copies)
         host += rest
-        if slack := heap_slack(model.activations, run.checkpointing):
+        if slack := heap_slack(model, run.checkpointing):
             holes = "holes that malloc keeps; MALLOC_MMAP_THRESHOLD_=1048576 avoids them"
             host.append(Part("slack of the heap", slack, "estimated", holes))
         return host, []
@@ -199,6 +203,6 @@ def _rest(model: Outline, run: Run) -> list[Part]:
         size = 2 * LORA_BYTES * model.rest_lora + optimizer_bytes(model.rest_lora, run.optimizer)
         note = f"{model.rest_lora:,} parameters, fp32"
         parts.append(Part("its LoRA, gradients, optimizer state", size, note=note))
-    peak = activation_bytes(model.activations, run.checkpointing)
+    peak = activation_bytes(model, run.checkpointing)
     note = "what autograd keeps, attention fused; 4 x logits"
     return [*parts, Part("its activations", peak, "estimated", note)]

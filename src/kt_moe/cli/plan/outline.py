@@ -30,31 +30,18 @@ DTYPE = torch.bfloat16  # of the rest of the model, as `kt-moe finetune` loads i
 
 
 @dataclass(frozen=True)
-class Activations:
-    """Bytes of the rest of the model's tensors that a forward pass leaves behind.
-
-    Attributes:
-        layers: kept for backward by each decoder layer; not what the experts keep themselves.
-        outside: kept for backward by embedding, last norm, head and loss.
-        logits: the logits themselves, in the model's dtype.
-        boundary: the hidden states between two layers.
-    """
-
-    layers: tuple[int, ...]
-    outside: int
-    logits: int
-    boundary: int
-
-
-@dataclass(frozen=True)
 class Outline:
-    """What memory and speed follow from.
+    """What memory and speed follow from. Bytes of tensors are those beside the routed experts.
 
     Attributes:
         layers: of routed experts with weights of their own.
         topk: K, the experts of a token.
-        rest_bytes: parameters and buffers beside the routed experts.
-        rest_lora: numbers of LoRA parameters beside the experts'.
+        rest_bytes: parameters and buffers.
+        rest_lora: numbers of LoRA parameters.
+        kept: by each decoder layer for backward.
+        outside: kept for backward by embedding, last norm, head and loss.
+        logits: the logits themselves, in the model's dtype.
+        boundary: the hidden states between two layers.
     """
 
     model_type: str
@@ -62,7 +49,10 @@ class Outline:
     topk: int
     rest_bytes: int
     rest_lora: int
-    activations: Activations
+    kept: tuple[int, ...]
+    outside: int
+    logits: int
+    boundary: int
 
 
 def outline(config: Any, run: Run, trust_remote_code: bool = False) -> Outline:
@@ -91,10 +81,10 @@ def outline(config: Any, run: Run, trust_remote_code: bool = False) -> Outline:
     of_experts = [m for m in model.modules() if isinstance(m, KtLoraExperts)]
     rest_lora = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rest_lora -= sum(p.numel() for m in of_experts for p in m.parameters())
-    return Outline(architecture.model_type, layers, int(topk), rest, rest_lora, _activations(model, run))
+    return Outline(architecture.model_type, layers, int(topk), rest, rest_lora, *_activations(model, run))
 
 
-def _activations(model: Any, run: Run) -> Activations:
+def _activations(model: Any, run: Run) -> tuple[tuple[int, ...], int, int, int]:
     """Run a forward pass on the meta device and count what it saves; parameters are not counted."""
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
@@ -120,7 +110,7 @@ def _activations(model: Any, run: Run) -> Activations:
         out = model(input_ids=ids, labels=ids, use_cache=False)
     layers = tuple(end - begin for begin, end in zip(before, after, strict=True))
     boundary = run.tokens * model.config.get_text_config().hidden_size * DTYPE.itemsize
-    return Activations(layers, total() - sum(layers), out.logits.nbytes, boundary)
+    return layers, total() - sum(layers), out.logits.nbytes, boundary
 
 
 def _stand_in(model: nn.Module) -> list[nn.Module]:

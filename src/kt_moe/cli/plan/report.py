@@ -90,10 +90,8 @@ def _speed_lines(speed: Speed) -> list[str]:
     rest = "loss and optimizer" if speed.rates.rest_seconds else "attention and all else"
     if not speed.memory:
         rate = speed.predictions[0].tokens_per_second
-        return [
-            f"speed  at most {rate:,.3g} tokens/s, predicted: experts on the CPU alone, {rest} come on top",
-            *known,
-        ]
+        most = f"at most {rate:,.{0 if rate >= 10 else 2}f} tokens/s, predicted"
+        return [f"speed  {most}: experts on the CPU alone, {rest} come on top", *known]
     rows = [["routing", "GPU", "CPU", "link", "GPU", "CPU", "step", "bound by", "at most"]]
     for p in speed.predictions:
         places = [
