@@ -4,65 +4,49 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import TypeVar
+
+from kt_moe.gpu import parse_bytes
+
+T = TypeVar("T")
+
+
+def _checked(kind: Callable[[str], T], fits: Callable[[T], bool], wanted: str) -> Callable[[str], T]:
+    def parse(text: str) -> T:
+        try:
+            if fits(value := kind(text)):
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r}, wanted {wanted}")
+
+    return parse
 
 
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:
     """An argparse type: least <= integer <= most."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least or (most is not None and value > most):
-            wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"{text!r}, wanted an integer {wanted}")
-        return value
-
-    return parse
+    wanted = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
+    return _checked(int, lambda value: value >= least and (most is None or value <= most), wanted)
 
 
 def number(least: float, below: float = float("inf")) -> Callable[[str], float]:
     """An argparse type: least <= number < below."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not least <= value < below:
-            wanted = f"a number from {least:g}" + (f" to below {below:g}" if below < float("inf") else "")
-            raise argparse.ArgumentTypeError(f"{text!r}, wanted {wanted}")
-        return value
-
-    return parse
+    wanted = f"a number from {least:g}" + (f" to below {below:g}" if below < float("inf") else "")
+    return _checked(float, lambda value: least <= value < below, wanted)
 
 
 def memory_size(text: str) -> int | str:
     """An argparse type: a number of bytes for `kt_moe.Gpu`, or "auto"."""
-    from kt_moe.gpu import parse_bytes  # which imports torch
-
-    try:
-        return text if text == "auto" else parse_bytes("", text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}, wanted auto or a size such as 6GiB") from None
+    wanted = "auto or a size such as 6GiB"
+    return text if text == "auto" else _checked(lambda size: parse_bytes("", size), bool, wanted)(text)
 
 
 def cpu_share(text: str) -> float | str:
     """An argparse type: a part of the rows for `kt_moe.Gpu`, or "auto"."""
-    try:
-        value = text if text == "auto" else float(text)
-    except ValueError:
-        value = -1.0
-    if isinstance(value, float) and not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r}, wanted auto or a number from 0 to 1")
-    return value
+    wanted = "auto or a number from 0 to 1"
+    return text if text == "auto" else _checked(float, lambda value: 0.0 <= value <= 1.0, wanted)(text)
 
 
 def list_of(item: Callable[[str], object]) -> Callable[[str], list[object]]:
     """An argparse type: values separated by commas, each once."""
-
-    def parse(text: str) -> list[object]:
-        return list(dict.fromkeys(item(part.strip()) for part in text.split(",")))
-
-    return parse
+    return lambda text: list(dict.fromkeys(item(part.strip()) for part in text.split(",")))
