@@ -131,6 +131,8 @@ def test_a_plan_for_a_gpu_that_is_not_here(config: Path, capsys: pytest.CaptureF
     assert "speed of the experts, predicted, with 36.00 KiB of them on the GPU" in text
     assert "  given: link 1 GB/s, CPU 2 TFLOP/s, 4 ms a layer for all but experts\n" in text
     assert "  assumed, an H200 on PCIe 5 and 16 vCPUs with AMX: GPU 330 TFLOP/s, GPU memory 2600 GB/s" in text
+    assert plan(config, "--plan_gpu", "24GiB") == 0
+    assert "CPU memory 69 GB/s\n" in capsys.readouterr().out  # and no rest, of which nothing is known
     assert "\n  even " in text
     assert "\n  skewed " in text
     assert max(map(len, text.splitlines())) <= 160

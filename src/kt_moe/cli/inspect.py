@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,28 +46,6 @@ def chosen_layers(checkpoint: Checkpoint, layer: int | None) -> list[int]:
     return checkpoint.layers if layer is None else [layer]
 
 
-@dataclass
-class Findings:
-    """What is in a checkpoint.
-
-    Attributes:
-        layers: those that can be read.
-        unreadable: why not, by layer.
-        memory: bytes of all experts by format, "as stored" among them, with biases; of the layers that can be
-            read.
-        errors: relative L2 by projection and layer; None where quantising changed nothing.
-    """
-
-    path: str
-    files: int
-    tensors: int
-    nbytes: int
-    layers: dict[int, LayerInfo] = field(default_factory=dict)
-    unreadable: dict[int, str] = field(default_factory=dict)
-    memory: dict[str, int] = field(default_factory=dict)
-    errors: dict[int, dict[str, float] | None] = field(default_factory=dict)
-
-
 def run(args: argparse.Namespace) -> int:
     """Print what the checkpoint holds; 1 if some of its experts cannot be read.
 
@@ -77,46 +55,57 @@ def run(args: argparse.Namespace) -> int:
     from kt_moe import Checkpoint, Experts
 
     checkpoint = Checkpoint(args.checkpoint)
-    sizes = [tensor.nbytes for tensor in checkpoint.tensors.values()]
-    found = Findings(str(checkpoint.path), len(checkpoint.files), len(sizes), sum(sizes))
+    layers: dict[int, LayerInfo] = {}
+    unreadable: dict[int, str] = {}  # why not
+    errors: dict[int, dict[str, float] | None] = {}  # by projection; None where quantising changed nothing
     for layer in chosen_layers(checkpoint, args.layer):
         try:
             info = checkpoint.layer(layer)
             if args.quant is not None:
                 experts = Experts.from_checkpoint(checkpoint, layer, format=args.quant)
-                found.errors[layer] = experts.quantization_error
-            found.layers[layer] = info
+                errors[layer] = experts.quantization_error
+            layers[layer] = info
         except ValueError as error:
             text = " ".join(str(error).split()).removeprefix(f'"{checkpoint.path}": ')
-            found.unreadable[layer] = text.removeprefix(f"layer {layer}: ")
-    found.memory = {name: sum(_bytes(info, name) for info in found.layers.values()) for name in _FORMATS}
-    print(json.dumps(asdict(found), indent=2) if args.json else describe(found, args.quant))
-    return 1 if found.unreadable else 0
-
-
-_FORMATS = ("as stored", *QUANTISED)
+            unreadable[layer] = text.removeprefix(f"layer {layer}: ")
+    files, sizes = len(checkpoint.files), [tensor.nbytes for tensor in checkpoint.tensors.values()]
+    memory = {name: sum(_bytes(info, name) for info in layers.values()) for name in ("as stored", *QUANTISED)}
+    if args.json:
+        shown = {n: asdict(info) for n, info in layers.items()}
+        found = {"path": str(checkpoint.path), "files": files, "tensors": len(sizes), "nbytes": sum(sizes)}
+        found |= {"layers": shown, "unreadable": unreadable, "memory": memory, "errors": errors}
+        print(json.dumps(found, indent=2))
+    else:
+        numbers = f"{count_text(files, 'file')}, {count_text(len(sizes), 'tensor')}, {size_text(sum(sizes))}"
+        print(f"{checkpoint.path}: {numbers}")
+        print("\n".join(_layer_lines(layers, unreadable) or ["no layer has experts"]))
+        if layers:
+            rows = _indented([[name, size_text(size)] for name, size in memory.items()])
+            print("\n".join(["", f"these experts in memory ({count_text(len(layers), 'layer')}):", *rows]))
+        if errors:
+            said = f"relative L2 error of {args.quant} against the stored weights:"
+            print("\n".join(["", said, *_error_lines(errors)]))
+    return 1 if unreadable else 0
 
 
 def _bytes(info: LayerInfo, format: str) -> int:
+    """Of a layer's experts in memory, with biases."""
     shape = info.num_experts, info.hidden_size, info.intermediate_size, info.gated
     sizes = info.memory_bytes if format == "as stored" else projection_bytes(QUANTISED[format], *shape)
     return sum(sizes.values()) + (bias_bytes(*shape) if info.biases else 0)
 
 
-def describe(found: Findings, quant: str | None = None) -> str:
-    """For people: equal layers in one paragraph."""
-    lines = [
-        f"{found.path}: {count_text(found.files, 'file')}, {count_text(found.tensors, 'tensor')}, "
-        f"{size_text(found.nbytes)}",
-        "",
-    ]
-    for layers in _equal(found.layers):
-        info = found.layers[layers[0]]
+def _layer_lines(infos: dict[int, LayerInfo], unreadable: dict[int, str]) -> list[str]:
+    """Equal layers in one paragraph."""
+    lines = []
+    for layers in _equal(infos):
+        info = infos[layers[0]]
         parts = dict(info.memory_bytes)
         if info.biases:
             parts["biases"] = _bytes(info, "as stored") - sum(parts.values())
         used = "used where it lies in the file" if info.mappable else "copied into memory"
         lines += [
+            "",
             f"{_heading(layers)}: {count_text(info.num_experts, 'expert')}, hidden {info.hidden_size}, "
             f"intermediate {info.intermediate_size}{'' if info.gated else ', no gate'}",
             f"  stored as  {info.dtype}, {info.layout}, {'with' if info.biases else 'no'} biases; "
@@ -125,24 +114,22 @@ def describe(found: Findings, quant: str | None = None) -> str:
             f"  a layer    {', '.join(f'{name} {size_text(size)}' for name, size in parts.items())}",
         ]
     # The same fault in several layers is one line: all that differs is what the messages quote.
-    for layers in _equal({n: why.split('"')[::2] for n, why in found.unreadable.items()}):
+    for layers in _equal({n: why.split('"')[::2] for n, why in unreadable.items()}):
         example = f"; layer {layers[0]}" if len(layers) > 1 else ""
-        lines.append(f"{_heading(layers)}: cannot be read{example}: {found.unreadable[layers[0]]}")
-    if not found.layers:
-        return "\n".join(lines if found.unreadable else [lines[0], "no layer has experts"])
-    lines += ["", f"these experts in memory ({count_text(len(found.layers), 'layer')}):"]
-    lines += _indented([[name, size_text(size)] for name, size in found.memory.items()])
-    measured = {n: errors for n, errors in found.errors.items() if errors is not None}
-    if found.errors:
-        lines += ["", f"relative L2 error of {quant} against the stored weights:"]
-    if measured:
-        rows = [[str(n), *map("{:.2e}".format, errors.values())] for n, errors in measured.items()]
-        columns = zip(*(errors.values() for errors in measured.values()), strict=True)
+        lines.append(f"{_heading(layers)}: cannot be read{example}: {unreadable[layers[0]]}")
+    return lines
+
+
+def _error_lines(errors: dict[int, dict[str, float] | None]) -> list[str]:
+    lines: list[str] = []
+    if measured := {n: by_name for n, by_name in errors.items() if by_name is not None}:
+        rows = [[str(n), *map("{:.2e}".format, by_name.values())] for n, by_name in measured.items()]
+        columns = zip(*(by_name.values() for by_name in measured.values()), strict=True)
         largest = ["largest", *(f"{max(column):.2e}" for column in columns)]
         lines += _indented([["layer", *next(iter(measured.values()))], *rows, largest])
-    if exact := sorted(found.errors.keys() - measured):
+    if exact := sorted(errors.keys() - measured):
         lines.append(f"  {_heading(exact)}: kept as stored, nothing was quantised")
-    return "\n".join(lines)
+    return lines
 
 
 def _indented(rows: list[list[str]]) -> list[str]:

@@ -26,7 +26,7 @@ from kt_moe.cli import data
 from kt_moe.cli.described import described, read_config, resolve_targets
 from kt_moe.cli.errors import UserError
 from kt_moe.cli.output import RunDirectory, finished
-from kt_moe.cli.routing import RoutingWatch
+from kt_moe.cli.report import RoutingWatch, show_samples, write_report
 from kt_moe.cli.train import Options, check_experts
 from kt_moe.cli.trainer import Clock, StopOnSignal, StoppedError, extended, memory_text
 from kt_moe.hf import SharedOuterLoraConfig
@@ -240,15 +240,11 @@ class Job:
     def report(self, trainer: Any) -> None:
         """Pictures and numbers; the adapter comes after them."""
         if self.options.run.report:
-            from kt_moe.cli.report import write_report
-
             write_report(self, trainer)
 
     def saved(self, trainer: Any) -> None:
         """The adapter lies there."""
         if self.options.run.sample is not None:
-            from kt_moe.cli.report import show_samples
-
             show_samples(self, trainer)
         losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
         if losses:

@@ -110,13 +110,13 @@ class RunDirectory:
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint: the trainer writes trainer_state.json last."""
-        found = [(path.name.rpartition("-")[2], path) for path in self.root.glob("checkpoint-*")]
-        complete = [
-            (int(n), p)
-            for n, p in found
-            if n.isdecimal() and _read_json(p / "trainer_state.json") is not None
-        ]
-        return max(complete)[1] if complete else None
+        numbered = [(path, path.name.removeprefix("checkpoint-")) for path in self.root.glob("checkpoint-*")]
+        complete = {
+            int(number): path
+            for path, number in numbered
+            if number.isdecimal() and _read_json(path / "trainer_state.json") is not None
+        }
+        return complete[max(complete)] if complete else None
 
     @contextmanager
     def whole(self) -> Iterator[Path]:

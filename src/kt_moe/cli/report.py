@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from kt_moe.cli.output import write_json
+from kt_moe.cli.output import ROUTING, write_json
 from kt_moe.cli.plot import losses_of, plot_losses
 from kt_moe.cli.trainer import peak_memory
-from kt_moe.routing_stats import Balance, plot_routing
+from kt_moe.routing_stats import Balance, RoutingHistory, plot_routing
 
 if TYPE_CHECKING:
     from kt_moe.cli.job import Job
+
+_ROWS = 100  # of a run's routing history, about
+
+
+class RoutingWatch(TrainerCallback):  # type: ignore[misc]
+    """Counts the routes of training steps, not those of evaluation; its history goes into checkpoints.
+
+    checkpoint: the one that a run resumes from, with its history.
+    """
+
+    def __init__(self, checkpoint: Path | None = None) -> None:
+        self.history: RoutingHistory | None = None
+        # A checkpoint may have none: the process may have ended between the two.
+        if checkpoint is not None and (file := checkpoint / ROUTING).exists():
+            self.history = RoutingHistory.load(file)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.history is None:
+            self.history = RoutingHistory(math.ceil(state.max_steps / _ROWS))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        assert self.history is not None
+        self.history.begin(model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        assert self.history is not None
+        self.history.end(model, state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.history is not None
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        self.history.save(folder / ROUTING)
 
 
 def write_report(job: Job, trainer: Any) -> None:

@@ -45,9 +45,7 @@ class RunConfig:
 
     _argument_group_name = "run (kt_moe)"
 
-    overwrite: bool = HfArg(
-        default=False, help="Start anew where an adapter or a run already is in --output_dir."
-    )
+    overwrite: bool = HfArg(default=False, help="Start anew where an adapter or a run is in --output_dir.")
     eval_fraction: float = HfArg(
         default=0.0,
         help="Part of the training data to hold out as --dataset_test_split, if the data has no such split: "
@@ -59,13 +57,8 @@ class RunConfig:
         "cut into rows of nearly equal length.",
         metadata={"choices": ["truncate", "cut"]},
     )
-    report: bool = HfArg(
-        default=False,
-        help="Leave loss.png, metrics.json, and how often experts were chosen, in --output_dir.",
-    )
-    sample: str | None = HfArg(
-        default=None, help="A prompt: show what the model writes after it, before and after training."
-    )
+    report: bool = HfArg(default=False, help="Leave loss.png, metrics.json and routing.* in --output_dir.")
+    sample: str | None = HfArg(default=None, help="A prompt to continue, before and after training.")
     sample_tokens: int = HfArg(default=80, help="Number of tokens that --sample shows after the prompt.")
     lora_shared_outer: bool = HfArg(
         default=False, help="One A of gate and up, and one B of down, for all experts of a layer."
@@ -78,16 +71,14 @@ class PlanConfig:
 
     _argument_group_name = "plan (kt_moe)"
 
-    dry_run: bool = HfArg(
-        default=False, help="Tell memory and time of the run and stop: status 0 if it fits, 1 if not."
-    )
+    dry_run: bool = HfArg(default=False, help="Plan alone; the exit status is 0 if the run fits, else 1.")
     plan_host_memory: str | None = HfArg(
-        default=None, help="Free host memory of another machine, such as 256GiB; default: what is free here."
+        default=None, help="Free host memory, such as 256GiB; default: here."
     )
     plan_gpu: str | None = HfArg(
         default=None,
-        help="A GPU that is not here: its free memory, such as 24GiB, or its name, one of rtx3090, rtx4090, "
-        "rtx5090, rtx6000ada, l40s, a100-40, a100-80, h100, h200; default: the one here.",
+        help="Free GPU memory, such as 24GiB, or one of rtx3090, rtx4090, rtx5090, rtx6000ada, l40s, "
+        "a100-40, a100-80, h100, h200; default: the GPU here.",
     )
     plan_measure: bool = HfArg(default=True, help="Time some experts here; otherwise arithmetic alone.")
     plan_json: bool = HfArg(default=False, help="Print the plan as JSON.")

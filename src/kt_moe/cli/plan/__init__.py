@@ -17,7 +17,7 @@ from kt_moe.cli.errors import UserError
 from kt_moe.cli.plan.memory import Part, make_plan
 from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.outline import outline
-from kt_moe.cli.plan.report import Answer, Memory, describe
+from kt_moe.cli.plan.report import add_up, describe
 from kt_moe.cli.plan.speed import CARDS, speed_of
 from kt_moe.cli.plan.weights import weights_part
 from kt_moe.gpu import parse_bytes
@@ -74,12 +74,17 @@ def dry_run(options: train.Options) -> int:
         model = outline(config, wanted, **trusted)
         weights, format = weights_part(Path(name), config, model, wanted.format)
     host, on_gpu = make_plan(model, wanted, weights, process, runtime.threads, gpu_free)
-    of_host = Memory.of("host memory", host, free)
-    of_gpu = None if gpu_free is None else Memory.of("GPU memory", on_gpu, gpu_free)
+    memories = {"host memory": add_up(host, free)}
+    if gpu_free is not None:
+        memories["GPU memory"] = add_up(on_gpu, gpu_free)
     speed = speed_of(options, model, wanted, format, weights.nbytes, runtime, gpu_free)
-    fits = of_host.spare >= 0 and (of_gpu is None or of_gpu.spare >= 0)
-    answer = Answer(model, wanted, of_host, of_gpu, speed, fits)
-    print(json.dumps(asdict(answer), indent=2) if asked.plan_json else describe(answer))
+    fits = all(memory["spare"] >= 0 for memory in memories.values())
+    if asked.plan_json:
+        said = {"model": asdict(model), "run": asdict(wanted), "speed": asdict(speed), "fits": fits}
+        said |= {"host": memories["host memory"], "gpu": memories.get("GPU memory")}
+        print(json.dumps(said, indent=2))
+    else:
+        print(describe(model, wanted, memories, speed))
     return 0 if fits else 1
 
 

@@ -134,56 +134,41 @@ def make_plan(
     layers, free = model.layers, (gpu or 0) - model.rest_bytes
     numbers = [lora_numbers(layer, run) for layer in layers]
     together, gradients = sum(numbers), [LORA_BYTES * n for n in numbers]
-    saved = [saved_bytes(layer, run, model.topk) for layer in layers]
     results = [result_bytes(layer, run) if run.retain else 0 for layer in layers]
-    note = "G, U, P of a route" + (", one layer at a time" if run.one_layer else "")
+    kept = [saved_bytes(layer, run, model.topk) for layer in layers]
+    kept = list(map(add, kept, results)) if gpu is None else kept
     lora = [
         Part("LoRA of the experts", together * LORA_BYTES, note=f"{together:,} parameters"),
         Part("its optimizer state", optimizer_bytes(together, run.optimizer), note=run.optimizer),
     ]
-    scratch = max(scratch_bytes(layer, run, model.topk, threads) for layer in layers)
-    # A call's: output and gradient of the hidden states, and both as the layer's inputs.
-    widest = 4 * max(result_bytes(layer, run) for layer in layers)
-    host = [
-        process,
-        weights,
-        Part(
-            "scratch of a layer call",
-            scratch,
-            "estimated",
-            "about 10 I + 3,600 bytes a route, and a block a thread",
-        ),
-        Part("results of a layer call", widest),
-    ]
+    choice = run.lora_device
+    lora_on_gpu = gpu is not None and (choice == "cuda" or (choice == "auto" and auto_moves(together, free)))
     # What one side has of a layer's LoRA and the other needs, and the gradients that come back; of matrices
     # that experts share, each expert's.
     copied = 2 * LORA_BYTES * max(lora_numbers(layer, replace(run, shared_outer=False)) for layer in layers)
     copies = Part("a layer's LoRA and gradients", copied, note="copies")
-    on_gpu = gpu is not None and (
-        run.lora_device == "cuda" or (run.lora_device == "auto" and auto_moves(together, free))
-    )
-    if on_gpu:
-        host += [
-            Part("saved for backward", backward_bytes(saved, [0] * len(saved), run.one_layer), note=note)
-        ]
-        host += [copies]
-    else:
-        kept = saved if gpu is not None else list(map(add, saved, results))
-        note += ("" if kept == saved else ", results") + "; they share memory"
-        most = backward_bytes(kept, gradients, run.one_layer)
-        host += [*lora, Part("saved for backward, LoRA gradients", most, note=note)]
+    scratch = max(scratch_bytes(layer, run, model.topk, threads) for layer in layers)
+    # A call's: output and gradient of the hidden states, and both as the layer's inputs.
+    widest = 4 * max(result_bytes(layer, run) for layer in layers)
+    most = backward_bytes(kept, [0] * len(kept) if lora_on_gpu else gradients, run.one_layer)
+    saved = "saved for backward" if lora_on_gpu else "saved for backward, LoRA gradients"
+    note = "G, U, P of a route" + (", one layer at a time" if run.one_layer else "")
+    routes = "about 10 I + 3,600 bytes a route, and a block a thread"
+    host = [
+        process,
+        weights,
+        *([] if lora_on_gpu else lora),
+        Part(saved, most, note=note if lora_on_gpu else f"{note}; they share memory"),
+        Part("scratch of a layer call", scratch, "estimated", routes),
+        Part("results of a layer call", widest),
+    ]
     rest = _rest(model, run)
     if gpu is None:
-        if run.shared_outer:
-            host.append(copies)
-        host += rest
-        if slack := heap_slack(model, run.checkpointing):
-            holes = "holes that malloc keeps; MALLOC_MMAP_THRESHOLD_=1048576 avoids them"
-            host.append(Part("slack of the heap", slack, "estimated", holes))
-        return host, []
+        return [*host, *([copies] if run.shared_outer else []), *rest, *_slack(model, run)], []
     if run.retain:
         rest.insert(0, Part("results of the experts", sum(results), note="kept for recomputations"))
-    if on_gpu:
+    if lora_on_gpu:
+        host.append(copies)
         rest = [*lora, Part("gradients of it", sum(gradients)), *rest]
     else:
         # What a forward has sent to the GPU, and its backward sends again.
@@ -195,6 +180,12 @@ def make_plan(
         copy = Part("expert weights on the GPU", there, source, "copies; --experts_gpu_memory bounds them")
         rest = [copy, *rest, Part("computing experts", _ENGINE_BYTES, "estimated", "at most")]
     return host, rest
+
+
+def _slack(model: Outline, run: Run) -> list[Part]:
+    holes = "holes that malloc keeps; MALLOC_MMAP_THRESHOLD_=1048576 avoids them"
+    slack = heap_slack(model, run.checkpointing)
+    return [Part("slack of the heap", slack, "estimated", holes)] if slack else []
 
 
 def _rest(model: Outline, run: Run) -> list[Part]:

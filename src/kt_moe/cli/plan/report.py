@@ -1,8 +1,9 @@
-"""A plan for people; as JSON it is `Answer` itself."""
+"""A plan for people."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict
+from typing import Any
 
 from kt_moe.cli.plan.memory import Part, shape_of
 from kt_moe.cli.plan.options import Run
@@ -21,41 +22,19 @@ _RATES = {
 }
 
 
-@dataclass(frozen=True)
-class Memory:
-    """What of the run lies in one memory, and the bytes of it that the run may take.
+def add_up(parts: list[Part], available: int) -> dict[str, Any]:
+    """What of the run lies in one memory, beside the bytes that it may take there.
 
-    spare: bytes left over, negative if the parts do not fit.
+    "spare" is what is left over, negative if the parts do not fit.
     """
-
-    title: str
-    parts: list[Part]
-    nbytes: int
-    available: int
-    spare: int
-
-    @classmethod
-    def of(cls, title: str, parts: list[Part], available: int) -> Memory:
-        """Add up."""
-        nbytes = sum(part.nbytes for part in parts)
-        return cls(title, parts, nbytes, available, available - nbytes)
+    nbytes = sum(part.nbytes for part in parts)
+    return {
+        "parts": [*map(asdict, parts)], "nbytes": nbytes, "available": available, "spare": available - nbytes,
+    }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A plan beside the machine it is for. gpu: None where there is none."""
-
-    model: Outline
-    run: Run
-    host: Memory
-    gpu: Memory | None
-    speed: Speed
-    fits: bool
-
-
-def describe(answer: Answer) -> str:
+def describe(model: Outline, run: Run, memories: dict[str, dict[str, Any]], speed: Speed) -> str:
     """Model, memory by part, whether it fits, speed."""
-    model, run = answer.model, answer.run
     experts, hidden, intermediate, _ = shape_of(model.layers[0])
     checkpointing = ", gradient checkpointing" if run.checkpointing else ""
     checkpointing += ", experts retained" if run.retain else ""
@@ -66,27 +45,29 @@ def describe(answer: Answer) -> str:
         f"run    {run.batch} x {run.sequence} tokens, LoRA rank {run.rank} in fp32 on "
         f"{', '.join((*run.projections, *run.modules))}, {run.optimizer}{checkpointing}",
     ]
-    for memory in filter(None, (answer.host, answer.gpu)):
-        rows = [[part.name, size_text(part.nbytes), part.source, part.note] for part in memory.parts]
-        rows += [
-            ["together", size_text(memory.nbytes), "", ""],
-            ["available", size_text(memory.available), "", ""],
+    for title, memory in memories.items():
+        rows = [
+            [part["name"], size_text(part["nbytes"]), part["source"], part["note"]]
+            for part in memory["parts"]
         ]
-        verdict = "it fits, with {} to spare" if memory.spare >= 0 else "IT DOES NOT FIT, by {}"
-        shown = [*table(rows, right=[1]).splitlines(), verdict.format(size_text(abs(memory.spare)))]
-        lines += ["", memory.title, *(f"  {line}" for line in shown)]
-    return "\n".join([*lines, "", *_speed_lines(answer.speed)])
+        rows += [[name, size_text(memory[key]), "", ""] for name, key in _SUMS]
+        verdict = "it fits, with {} to spare" if memory["spare"] >= 0 else "IT DOES NOT FIT, by {}"
+        shown = [*table(rows, right=[1]).splitlines(), verdict.format(size_text(abs(memory["spare"])))]
+        lines += ["", title, *(f"  {line}" for line in shown)]
+    return "\n".join([*lines, "", *_speed_lines(speed)])
+
+
+_SUMS = (("together", "nbytes"), ("available", "available"))
 
 
 def _speed_lines(speed: Speed) -> list[str]:
-    rates = {
-        name: _RATES[name][0].format(getattr(speed.rates, name) / _RATES[name][1]) for name in speed.sources
-    }
-    shown = [name for name in rates if speed.memory or name.startswith("cpu")]
-    known = []
-    for source in dict.fromkeys(speed.sources.values()):
-        if of_source := [rates[name] for name in shown if speed.sources[name] == source]:
-            known.append(f"  {source}: {', '.join(of_source)}")
+    by_source: dict[str, list[str]] = {}
+    for name, source in speed.sources.items():
+        text, unit = _RATES[name]
+        rate = getattr(speed.rates, name)
+        if rate and (speed.memory or name.startswith("cpu")):
+            by_source.setdefault(source, []).append(text.format(rate / unit))
+    known = [f"  {source}: {', '.join(texts)}" for source, texts in by_source.items()]
     rest = "loss and optimizer" if speed.rates.rest_seconds else "attention and all else"
     if not speed.memory:
         rate = speed.predictions[0].tokens_per_second
