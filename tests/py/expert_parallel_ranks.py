@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ import torch.distributed as dist
 from reference import LORA_NAMES, Problem
 from strategies import make_problem
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -31,6 +35,11 @@ EXPERTS = {2: 5, 3: 5, 4: 3}  # not divisible; a rank without experts
 ROUTINGS = ("random", "one", "repeat", "sparse", "none")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHECKPOINTS = [(reentrant, choice) for reentrant in (False, True) for choice in ("recompute", "retain")]
+# Of what is not the experts'; older releases of torch have no fully_shard on the CPU, or none that leaves out
+# parameters.
+WRAPPERS = ["frozen router", "DistributedDataParallel"]
+if hasattr(torch.cpu.Stream, "record_event") and "ignored_params" in signature(fully_shard).parameters:
+    WRAPPERS.append("fully_shard")
 STEPS = 20
 MAX_NORM = 0.1
 Results = dict[str, Any]
@@ -135,8 +144,8 @@ class Rank:
 
     def results(self) -> Iterator[tuple[str, Results]]:
         yield from self.equality()
-        yield "router", self.train(router=True)
-        yield "frozen router", self.train(router=False)
+        for wrapper in WRAPPERS:
+            yield wrapper, self.train(wrapper)
 
     def equality(self) -> Iterator[tuple[str, Results]]:
         for routing in ROUTINGS:
@@ -167,6 +176,9 @@ class Rank:
             leaves = self.leaves(self.problem, torch.float32)
             yield "no_grad", {"out": self.call(layer, self.problem, leaves)}
         leaves = self.leaves(self.problem, torch.float32)
+        out = self.call(layer, self.problem, leaves) + self.call(layer, self.problem, leaves)
+        yield "two calls", gradients(out, self.problem.grad_out[self.tokens], leaves)
+        leaves = self.leaves(self.problem, torch.float32)
         for name in ("hidden_states", "topk_weights"):
             leaves[name].requires_grad_(False)
         out = self.call(layer, self.problem, leaves)
@@ -185,10 +197,15 @@ class Rank:
         x, ids, weights = leaves["hidden_states"], problem.topk_ids[self.tokens], leaves["topk_weights"]
         return layer(x, ids, weights, lora, scaling=problem.scaling)
 
-    def train(self, router: bool) -> Results:
+    def train(self, wrapper: str) -> Results:
         layer = self.layer(group=dist.new_group())
-        wrapped: nn.Module = (block := Block(self.problem, self.part, layer, router))
-        if router:
+        block = Block(self.problem, self.part, layer, wrapper != "frozen router")
+        wrapped: nn.Module = block
+        if wrapper == "fully_shard":
+            fully_shard(
+                block, mesh=init_device_mesh("cpu", (self.world,)), ignored_params={*block.lora.values()}
+            )
+        if wrapper == "DistributedDataParallel":
             ours = [f"lora.{name}" for name in block.lora]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(block, ours)
             wrapped = DistributedDataParallel(block)
@@ -202,7 +219,10 @@ class Rank:
             optimizer.step()
             losses.append(loss.detach())
         gathered = kt_moe.gather_lora(dict(block.lora), layer.group)
-        parameters = {name: p.detach().clone() for name, p in block.named_parameters()}
+        parameters = {
+            name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+            for name, p in block.named_parameters()
+        }
         shared, local = block.router.parameters(), block.lora.parameters()
         norm = kt_moe.clip_grad_norm_(shared, local, MAX_NORM, layer.group)
         clipped = {name: p.grad for name, p in block.named_parameters() if name.startswith("lora")}
