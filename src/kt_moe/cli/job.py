@@ -28,7 +28,7 @@ from kt_moe.cli.errors import UserError
 from kt_moe.cli.output import RunDirectory, finished
 from kt_moe.cli.report import RoutingWatch, show_samples, write_report
 from kt_moe.cli.train import Options, check_experts
-from kt_moe.cli.trainer import Clock, StopOnSignal, StoppedError, extended, memory_text
+from kt_moe.cli.trainer import Clock, StopOnSignal, StoppedError, extended, peak_memory
 from kt_moe.hf import SharedOuterLoraConfig
 from kt_moe.models import model_experts
 
@@ -232,7 +232,11 @@ class Job:
                 self.say(f"{what:<9} {len(rows):,} rows")
                 if what == "train" and not len(rows):
                     raise UserError("no row is left to train on")
-        self.say(f"model     {_describe(trainer.model)}")
+        model, experts = trainer.model, next(iter(model_experts(trainer.model).values()), None)
+        by = f"by {experts.runtime.isa}, {experts.runtime.threads} threads" if experts else "not loaded"
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        where = f"{model.config.model_type} on {model.device}"
+        self.say(f"model     {where}, experts {by}, {trained:,} parameters trained")
         if self._new is not None:
             self.directory.start(self._new)
         self.constructed = True
@@ -250,7 +254,8 @@ class Job:
         if losses:
             self.say(f"held-out loss  {losses[0]:.4f} at first, {losses[-1]:.4f} at last")
         if self.clock.rate is not None:
-            self.say(f"speed          {self.clock.rate:.0f} tokens/s, {memory_text()}")
+            peaks = ", ".join(f"{size / 2**30:.2f} GiB {where}" for where, size in peak_memory().items())
+            self.say(f"speed          {self.clock.rate:.0f} tokens/s, peak {peaks}")
         self.say(f"adapter        {self.directory.adapter}")
 
     def _stopped(self, number: int) -> int:
@@ -296,10 +301,3 @@ def _tokenizer(model: Any, words: int, trusted: dict[str, bool]) -> Any:
 
 def _absolute(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).exists() else name
-
-
-def _describe(model: Any) -> str:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    runtimes = [experts.runtime for experts in model_experts(model).values()]
-    by = f"by {runtimes[0].isa}, {runtimes[0].threads} threads" if runtimes else "not loaded"
-    return f"{model.config.model_type} on {model.device}, experts {by}, {trained:,} parameters trained"

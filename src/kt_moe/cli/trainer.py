@@ -214,8 +214,3 @@ def peak_memory() -> dict[str, int]:
     if torch.cuda.is_available():
         peaks["gpu"] = torch.cuda.max_memory_allocated()
     return peaks
-
-
-def memory_text() -> str:
-    """`peak_memory` for people."""
-    return "peak " + ", ".join(f"{size / 2**30:.2f} GiB {where}" for where, size in peak_memory().items())

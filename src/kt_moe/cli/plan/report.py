@@ -50,14 +50,12 @@ def describe(model: Outline, run: Run, memories: dict[str, dict[str, Any]], spee
             [part["name"], size_text(part["nbytes"]), part["source"], part["note"]]
             for part in memory["parts"]
         ]
-        rows += [[name, size_text(memory[key]), "", ""] for name, key in _SUMS]
+        rows += [["together", size_text(memory["nbytes"]), "", ""]]
+        rows += [["available", size_text(memory["available"]), "", ""]]
         verdict = "it fits, with {} to spare" if memory["spare"] >= 0 else "IT DOES NOT FIT, by {}"
         shown = [*table(rows, right=[1]).splitlines(), verdict.format(size_text(abs(memory["spare"])))]
         lines += ["", title, *(f"  {line}" for line in shown)]
     return "\n".join([*lines, "", *_speed_lines(speed)])
-
-
-_SUMS = (("together", "nbytes"), ("available", "available"))
 
 
 def _speed_lines(speed: Speed) -> list[str]:
