@@ -27,10 +27,10 @@ class _Experts:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, str):
-                setattr(
-                    self, name, value.strip("\"'")
-                )  # which documents of Python have, and no shell took off
+            if isinstance(
+                value, str
+            ):  # with quotes, as documents of Python have them, that no shell took off
+                setattr(self, name, value.strip("\"'"))
 
     def to_config(self, rest: Any = None) -> KtMoeConfig:
         """The `KtMoeConfig` of these options.
