@@ -134,6 +134,7 @@ class Experts:
         runtime: Runtime,
         cache_dir: str | None,
         paged: bool,
+        shared_dir: str | None,
         progress: Callable[[int], object] | None,
         placement: str,
         popularity: list[float] | None,
@@ -155,6 +156,8 @@ class Experts:
     def nbytes(self) -> int: ...
     @property
     def mapped(self) -> bool: ...
+    @property
+    def shared(self) -> bool: ...
     def verify(self) -> bool: ...
     @property
     def quantization_error(self) -> dict[str, float] | None: ...

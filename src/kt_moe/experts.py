@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kt_moe import _core, checkpointing
 from kt_moe.checkpoint import Checkpoint, check_layer, check_path
+from kt_moe.distributed import shared_directory
 from kt_moe.gpu import Gpu, as_gpu
 from kt_moe.gpu.layers import Identity
 from kt_moe.runtime import Runtime, default_runtime
@@ -113,6 +114,7 @@ class Experts:
         runtime: Runtime | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         paged: bool = False,
+        shared: bool = False,
         progress: Callable[[int], object] | None = None,
         placement: str = "tensor",
         popularity: Iterable[float] | Tensor | None = None,
@@ -133,6 +135,9 @@ class Experts:
                 from other files (a warning says so), is made first, of the layer's size in that format.
             paged: True leaves the weights in the checkpoint's files and pages them in by access. For layouts
                 that are the one in memory (`LayerInfo.mappable`); the files must not change meanwhile.
+            shared: True keeps the weights in memory that is shared by all processes of this user on this
+                machine that load the same layer so: one of them loads it, the others wait and map it. It
+                lasts as long as one of them has it. With several NUMA nodes its pages lie on all in turn.
             progress: called now and then with the number of bytes loaded since the last call. It must not use
                 the runtime, which is at work (RuntimeError).
             gpu: as for `Experts`.
@@ -144,17 +149,18 @@ class Experts:
         Raises:
             FileNotFoundError: no such file, or one that the index names is missing.
             ValueError: a malformed file, no such layer, a missing expert, a scale that is zero or not
-                finite; names file and tensor. `paged` with another format, layout or with `cache_dir`. A
-                placement or popularity as for `Experts`. `experts` that is empty, has a step, or goes beyond
-                the layer's.
-            OSError: a file cannot be read, or a packed layer not be written.
+                finite; names file and tensor. `paged` with another format or layout; two of `paged`,
+                `cache_dir` and `shared`. A placement or popularity as for `Experts`. `experts` that is empty,
+                has a step, or goes beyond the layer's.
+            OSError: a file cannot be read, a packed layer not be written, or there is no such shared memory.
         """
         _check_known("format", format, CHECKPOINT_FORMATS)
         _check_known("placement", placement, PLACEMENTS)
         gpu = as_gpu(gpu)
         check_layer(layer)
-        if not isinstance(paged, bool):
-            raise TypeError(f"paged is {paged!r}, wanted True or False")
+        for name, flag in (("paged", paged), ("shared", shared)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} is {flag!r}, wanted True or False")
         if progress is not None and not callable(progress):
             raise TypeError(f"progress is {progress!r}, wanted a function of a number of bytes")
         if experts is not None and not isinstance(experts, range):
@@ -173,6 +179,7 @@ class Experts:
             runtime._core,
             directory,
             paged,
+            shared_directory() if shared else None,
             progress,
             placement,
             numbers("popularity", "E", popularity),
@@ -272,8 +279,16 @@ class Experts:
         """Whether they lie in a mapped file, paged in by access, and not in memory of their own."""
         return self._core.mapped
 
+    @property
+    def shared(self) -> bool:
+        """Whether they lie in memory that other processes of this machine may use too."""
+        return self._core.shared
+
     def verify(self) -> bool:
-        """Read all of a packed layer: whether its weights are those that were written. True if not packed."""
+        """Read all of a packed or shared layer: whether its weights are those that were written.
+
+        True for others.
+        """
         return self._core.verify()
 
     @property

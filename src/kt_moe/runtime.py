@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kt_moe import _core
+from kt_moe.distributed import cores_of_rank, local_ranks
 
 if TYPE_CHECKING:
     from kt_moe.profiler import Profile
+
+_CHOICES = {"KT_MOE_THREADS", "KT_MOE_NODES"}  # of the user, for the core
 
 
 class Runtime:
@@ -20,7 +23,10 @@ class Runtime:
 
     Args:
         threads: number of threads, the calling one included. None: KT_MOE_THREADS (or KT_NUM_THREADS, as
-            kt-kernel calls it), or the cores this process may use (affinity mask and cgroup limit).
+            kt-kernel calls it), or the cores this process may use (affinity mask and cgroup limit). Several
+            processes of a job on this machine (LOCAL_WORLD_SIZE, which torchrun sets) then divide the cores
+            and NUMA nodes among them, each beside its GPU, unless nodes are chosen or a launcher has bound
+            them; see `kt_moe.distributed.cores_of_rank`.
         shards: slices of the intermediate dimension, at most 64, each with memory on NUMA nodes of its own
             while there are enough. None: KT_MOE_SHARDS, or the number of nodes, at most that of threads.
         isa: "scalar", "avx2", "avx512", "avx512_bf16" or "amx". None: KT_MOE_ISA, or the best this CPU has.
@@ -47,7 +53,10 @@ class Runtime:
         if isa is not None and not isinstance(isa, str):
             raise TypeError(f"isa is {isa!r}, wanted a name or None")
         threads = _threads_for_kt_kernel() if threads is None else threads
-        self._core = _core.Runtime(threads, shards, isa, _node_list(nodes))
+        chosen = _node_list(nodes)
+        if threads is None and chosen is None and not _CHOICES & os.environ.keys() and local_ranks()[1] > 1:
+            threads, chosen = cores_of_rank(_core.read_topology("/"))
+        self._core = _core.Runtime(threads, shards, isa, chosen)
         self._profile: Profile | None = None  # that records what it does
         _live.add(self)
         if path := os.environ.get("KT_MOE_PROFILE"):

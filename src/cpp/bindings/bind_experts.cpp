@@ -94,6 +94,7 @@ std::shared_ptr<Experts> from_checkpoint(std::shared_ptr<const ExpertIndex> inde
                                          const std::string& activation, const std::string& format,
                                          std::shared_ptr<Runtime> runtime,
                                          const std::optional<std::filesystem::path>& cache_dir, bool paged,
+                                         const std::optional<std::filesystem::path>& shared_dir,
                                          const py::object& progress, const std::string& placement,
                                          Popularity popularity,
                                          const std::optional<std::array<index_t, 2>>& experts) {
@@ -102,6 +103,7 @@ std::shared_ptr<Experts> from_checkpoint(std::shared_ptr<const ExpertIndex> inde
   if (format != "as-stored") options.format = format_from(format);
   options.cache_dir = cache_dir;
   options.paged = paged;
+  options.shared_dir = shared_dir;
   options.sharding = sharding_options(placement, std::move(popularity));
   if (experts) options.experts = Range{(*experts)[0], (*experts)[1]};
   options.warn = [](const std::string& text) {
@@ -269,8 +271,8 @@ void bind_experts(py::module_& m) {
                   py::arg("format"), py::arg("runtime"), py::arg("placement"), py::arg("popularity"))
       .def_static("from_checkpoint", &kt::from_checkpoint, py::arg("checkpoint"), py::arg("layer"),
                   py::arg("activation"), py::arg("format"), py::arg("runtime"), py::arg("cache_dir"),
-                  py::arg("paged"), py::arg("progress"), py::arg("placement"), py::arg("popularity"),
-                  py::arg("experts") = py::none())
+                  py::arg("paged"), py::arg("shared_dir"), py::arg("progress"), py::arg("placement"),
+                  py::arg("popularity"), py::arg("experts") = py::none())
       .def_property_readonly("num_experts", [](const Experts& e) { return e.weights().num_experts; })
       .def_property_readonly("hidden_size", [](const Experts& e) { return e.weights().hidden; })
       .def_property_readonly("intermediate_size", [](const Experts& e) { return e.weights().intermediate; })
@@ -281,6 +283,7 @@ void bind_experts(py::module_& m) {
                              [](const Experts& e) { return kt::name_of(e.weights().types.back().format); })
       .def_property_readonly("nbytes", [](const Experts& e) { return e.weights().bytes(); })
       .def_property_readonly("mapped", &Experts::mapped)
+      .def_property_readonly("shared", &Experts::shared)
       .def("verify", &kt::verify)
       .def_property_readonly("quantization_error", &kt::quantization_error)
       .def_property_readonly("shards", [](const Experts& e) { return e.runtime().shards(); })

@@ -1,6 +1,7 @@
 #include "weights/data_file.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
@@ -10,9 +11,11 @@
 #include <array>
 #include <bit>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <string>
 #include <system_error>
+#include <thread>
 
 #include "base/error.h"
 #include "weights/json.h"
@@ -37,6 +40,17 @@ void throw_errno(const std::filesystem::path& path, std::string_view did, int er
   const auto text = message("{}: {}: {}", subject(path, tensor), did, std::system_category().message(error));
   if (error == ENOENT || error == ENOTDIR) throw NotFoundError(text);
   throw IoError(text);
+}
+
+Descriptor::~Descriptor() {
+  if (fd_ >= 0) ::close(fd_);
+}
+
+void wait_for_lock(int fd, const std::function<void()>& meanwhile) {
+  while (::flock(fd, LOCK_EX | LOCK_NB) != 0 && (errno == EWOULDBLOCK || errno == EINTR)) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    if (meanwhile) meanwhile();
+  }
 }
 
 // Four sums of multiplied words: as fast as memory.

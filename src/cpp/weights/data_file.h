@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <span>
@@ -23,6 +24,26 @@ inline std::uint64_t checksum(std::string_view text) { return checksum(std::as_b
 // What a system call that failed on a file makes: NotFoundError or IoError. `tensor` is whom it served.
 [[noreturn]] void throw_errno(const std::filesystem::path& path, std::string_view did, int error,
                               std::string_view tensor = {});
+
+// A file descriptor that is closed with its owner; -1: none.
+class Descriptor {
+ public:
+  explicit Descriptor(int fd = -1) : fd_(fd) {}
+  ~Descriptor();
+  Descriptor(Descriptor&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+  Descriptor& operator=(Descriptor&& other) noexcept {
+    std::swap(fd_, other.fd_);
+    return *this;
+  }
+  operator int() const { return fd_; }
+
+ private:
+  int fd_;
+};
+
+// Waits for the lock that one process at a time has of an open file, calling `meanwhile`, which may be empty,
+// now and then. Some file systems have no locks: there nobody waits.
+void wait_for_lock(int fd, const std::function<void()>& meanwhile);
 
 // Tells versions of a file apart.
 struct FileStamp {

@@ -120,7 +120,8 @@ std::vector<PageNodes> Experts::page_nodes() const {
 }
 
 bool Experts::verify(const Report& report) const {
-  return storage_.packed == nullptr || storage_.packed->verify(*runtime_, report);
+  const PackedFile* file = storage_.packed ? storage_.packed.get() : storage_.shared.get();
+  return file == nullptr || file->verify(*runtime_, report);
 }
 
 }  // namespace kt

@@ -22,6 +22,7 @@ struct Storage {
   // One of these.
   std::shared_ptr<LayerMemory> own = {};
   std::shared_ptr<const PackedFile> packed = {};
+  std::shared_ptr<const PackedFile> shared = {};       // memory of several processes
   std::shared_ptr<const ExpertIndex> checkpoint = {};  // whose files are mapped
 
   std::array<std::vector<bf16_t>, 3> biases = {};  // of gate, up and down; empty: none
@@ -46,7 +47,9 @@ class Experts {
   const ExpertWeights& weights() const { return weights_; }
   const std::optional<QuantErrors>& errors() const { return storage_.errors; }
   // Whether they are paged in from a file by access.
-  bool mapped() const { return storage_.own == nullptr; }
+  bool mapped() const { return storage_.packed != nullptr || storage_.checkpoint != nullptr; }
+  // Whether they lie in memory that other processes may have mapped too.
+  bool shared() const { return storage_.shared != nullptr; }
   // Whether the kernel refused memory on the NUMA nodes of the shards.
   bool refused() const { return storage_.own != nullptr && storage_.own->refused(); }
   Runtime& runtime() const { return *runtime_; }
@@ -65,7 +68,7 @@ class Experts {
   void reset_routed();
   // Where pages of each shard's weights lie, by a sample.
   std::vector<PageNodes> page_nodes() const;
-  // Reads all of a packed file: whether the weights are those that were written.
+  // Reads all of a packed file, or of shared memory: whether the weights are those that were written.
   bool verify(const Report& report) const;
 
  private:

@@ -11,11 +11,13 @@
 #include <utility>
 
 #include "base/error.h"
+#include "cpu/topology.h"
 #include "gemm/decode.h"
 #include "weights/data_file.h"
 #include "weights/json.h"
 #include "weights/layer_memory.h"
 #include "weights/packed_file.h"
+#include "weights/shared_layer.h"
 
 namespace kt {
 namespace fs = std::filesystem;
@@ -135,7 +137,17 @@ class CheckpointLayer {
              "paged leaves the weights in the checkpoint's files, cache_dir puts them into packed ones: "
              "wanted one of them");
     index_->checkpoint().check_unchanged();
-    options_.paged ? map() : options_.cache_dir ? map_packed() : load_all();
+    KT_CHECK(!options_.shared_dir || (!options_.paged && !options_.cache_dir),
+             "weights in shared memory are neither paged nor in cache_dir: wanted one of them");
+    if (options_.paged) {
+      map();
+    } else if (options_.cache_dir) {
+      map_packed();
+    } else if (options_.shared_dir) {
+      map_shared();
+    } else {
+      load_all();
+    }
     if (info_.biases) storage_.biases = biases();
     return std::make_shared<Experts>(runtime_, std::move(weights_), std::move(storage_));
   }
@@ -183,20 +195,48 @@ class CheckpointLayer {
 
   void map_packed() {
     const fs::path path = packed_path();
-    PackedLayer wanted{weights_, index_->checkpoint().fingerprint()};
-    if (quantizes()) wanted.errors.emplace();
+    const PackedLayer wanted = wanted_layer();
     std::string why;
     auto file = PackedFile::open(path, wanted, why);
     if (!why.empty() && options_.warn)
       options_.warn(message("{}: ignored and made again: {}", quote(path.native()), why));
     if (file == nullptr) file = pack(path, wanted);
+    storage_.packed = use(std::move(file));
+    page_in(weights_);
+  }
+
+  void map_shared() {
+    const PackedLayer wanted = wanted_layer();
+    SharedLayer shared(*options_.shared_dir, message("{}-{}", wanted.source, file_name()), report_);
+    std::string why;
+    auto file = shared.find(wanted, why);
+    if (file == nullptr && !why.empty() && options_.warn)
+      options_.warn(message("another process has layer {} in memory that cannot be shared: {}", layer_, why));
+    if (file == nullptr) {
+      std::vector<int> nodes;
+      for (const NumaNode& node : read_topology().nodes)
+        if (node.has_memory()) nodes.push_back(node.id);
+      PackedLayer layer = wanted;
+      layer.errors = fill(std::array{LayerBlock::whole(weights_, shared.reserve(wanted, nodes))});
+      packed_ = info_.nbytes;
+      file = shared.commit(layer, *runtime_, report_);
+    }
+    storage_.shared = use(std::move(file));
+  }
+
+  PackedLayer wanted_layer() const {
+    PackedLayer wanted{weights_, index_->checkpoint().fingerprint()};
+    if (quantizes()) wanted.errors.emplace();
+    return wanted;
+  }
+
+  std::shared_ptr<const PackedFile> use(std::shared_ptr<const PackedFile> file) {
     if (report_) report_(info_.nbytes - packed_);
     // Of a mapping for reading: nobody writes there.
     const std::array blocks{LayerBlock::whole(weights_, const_cast<std::byte*>(file->weights()))};
     weights_.weights = weights_in(blocks);
     storage_.errors = file->layer().errors;
-    storage_.packed = std::move(file);
-    page_in(weights_);
+    return file;
   }
 
   std::shared_ptr<const PackedFile> pack(const fs::path& path, PackedLayer layer) {
@@ -217,12 +257,15 @@ class CheckpointLayer {
     const fs::path from = fs::weakly_canonical(index_->checkpoint().path());
     const std::string& text = from.native();
     constexpr std::size_t kMostName = 200;  // of the 255 bytes a name may have
+    return *options_.cache_dir /
+           message("{}-{}", from.filename().native().substr(0, kMostName), checksum(text)) / file_name();
+  }
+
+  std::string file_name() const {
     std::string tag = index_->tag(layer_);
     if (const auto& part = options_.experts; part)
       tag += message("{}experts-{}-{}", tag.empty() ? "" : "-", part->begin, part->end);
-    return *options_.cache_dir /
-           message("{}-{}", from.filename().native().substr(0, kMostName), checksum(text)) /
-           message("layer-{}{}{}.{}.ktmoe", layer_, tag.empty() ? "" : "-", tag,
+    return message("layer-{}{}{}.{}.ktmoe", layer_, tag.empty() ? "" : "-", tag,
                    name_of(weights_.types.back().format));
   }
 

@@ -31,7 +31,9 @@ struct LoadOptions {
   std::optional<Format> format;  // none: as the checkpoint stores them
   // Where packed layers are kept: one that fits is mapped, else it is made first.
   std::optional<std::filesystem::path> cache_dir;
-  bool paged = false;                                 // stay in the checkpoint's files
+  bool paged = false;  // stay in the checkpoint's files
+  // Where processes of this machine find each other's layers (shared_layer.h): one loads it, all map it.
+  std::optional<std::filesystem::path> shared_dir;
   std::optional<Range> experts;                       // none: all; else numbered from 0 once loaded
   std::function<void(const std::string& text)> warn;  // called on the caller's thread; may be empty
 };

@@ -1,20 +1,17 @@
 #include "weights/packed_file.h"
 
 #include <fcntl.h>
-#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
-#include <chrono>
 #include <cstring>
 #include <functional>
 #include <span>
 #include <string_view>
 #include <system_error>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -96,20 +93,6 @@ std::uint64_t weights_checksum(Runtime& runtime, const LayerShape& shape, const 
   return checksum(std::as_bytes(std::span(sums)));
 }
 
-class Descriptor {
- public:
-  explicit Descriptor(int fd) : fd_(fd) {}
-  ~Descriptor() {
-    if (fd_ >= 0) ::close(fd_);
-  }
-  Descriptor(const Descriptor&) = delete;
-  Descriptor& operator=(const Descriptor&) = delete;
-  operator int() const { return fd_; }
-
- private:
-  int fd_;
-};
-
 void sync_directory(const fs::path& directory) {
   const Descriptor fd(::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   if (fd < 0 || ::fsync(fd) != 0) throw_errno(directory, "cannot sync", errno);
@@ -117,14 +100,32 @@ void sync_directory(const fs::path& directory) {
 
 }  // namespace
 
+std::size_t PackedLayer::bytes() const {
+  return kHeaderBytes + static_cast<std::size_t>(LayerBlock::whole(shape).bytes());
+}
+
+std::byte* weights_behind_header(std::byte* file) { return file + kHeaderBytes; }
+
+void write_header(const PackedLayer& layer, std::byte* file, Runtime& runtime, const Report& report) {
+  Header header = header_of(layer);
+  header.weights_checksum = weights_checksum(runtime, layer.shape, file + kHeaderBytes, report);
+  header.checksum = own_checksum(header);
+  std::memcpy(file, &header, sizeof header);
+}
+
 std::shared_ptr<const PackedFile> PackedFile::open(const fs::path& path, const PackedLayer& wanted,
                                                    std::string& why) {
   why.clear();
   const Descriptor fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
-  if (fd < 0) {
-    if (errno != ENOENT && errno != ENOTDIR) why = std::system_category().message(errno);
-    return nullptr;
-  }
+  if (fd >= 0) return map(fd, wanted, 0, why);
+  if (errno != ENOENT && errno != ENOTDIR) why = std::system_category().message(errno);
+  return nullptr;
+}
+
+std::shared_ptr<const PackedFile> PackedFile::map(int fd, const PackedLayer& wanted, std::size_t more,
+                                                  std::string& why) {
+  why.clear();
+  const std::size_t bytes = wanted.bytes() + more;
   struct stat info{};
   Header found{};
   if (::fstat(fd, &info) != 0 || !S_ISREG(info.st_mode) ||
@@ -141,13 +142,13 @@ std::shared_ptr<const PackedFile> PackedFile::open(const fs::path& path, const P
     why = "it holds a layer of another shape or format";
   else if (found.source != want.source)
     why = "the checkpoint has changed since";
-  else if (static_cast<std::uint64_t>(info.st_size) != kHeaderBytes + found.weights_bytes)
-    why = message("it has {} bytes, wanted {}", info.st_size, kHeaderBytes + found.weights_bytes);
+  else if (static_cast<std::size_t>(info.st_size) != bytes)
+    why = message("it has {} bytes, wanted {}", info.st_size, bytes);
   if (!why.empty()) return nullptr;
 
-  const auto bytes = static_cast<std::size_t>(info.st_size);
   void* map = ::mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd, 0);
-  if (map == MAP_FAILED) throw_errno(path, "cannot map", errno);
+  if (map == MAP_FAILED)
+    throw IoError(message("cannot map a packed layer: {}", std::system_category().message(errno)));
   std::shared_ptr<PackedFile> file(new PackedFile(static_cast<const std::byte*>(map), bytes));
   file->layer_ = wanted;
   file->checksum_ = found.weights_checksum;
@@ -178,8 +179,8 @@ PackedWriter::PackedWriter(fs::path path, const LayerShape& shape, const Report&
   for (;;) {
     fd_ = ::open(temporary_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0644);
     if (fd_ < 0) throw_errno(temporary_, "cannot write", errno);
-    try {
-      lock(report);
+    try {  // without locks two writers write the same bytes
+      wait_for_lock(fd_, report ? [&] { report(0); } : std::function<void()>());
     } catch (...) {
       ::close(fd_);
       throw;
@@ -191,14 +192,6 @@ PackedWriter::PackedWriter(fs::path path, const LayerShape& shape, const Report&
     // Another file's second name: to write it would be to write that file.
     if (found && mine.st_ino == named.st_ino)
       throw IoError(message("{}: not a file of its own", quote(temporary_.native())));
-  }
-}
-
-// Some file systems have no locks: two writers then write the same bytes.
-void PackedWriter::lock(const Report& report) const {
-  while (::flock(fd_, LOCK_EX | LOCK_NB) != 0 && (errno == EWOULDBLOCK || errno == EINTR)) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(50));
-    if (report) report(0);
   }
 }
 
@@ -220,10 +213,7 @@ PackedWriter::~PackedWriter() {
 }
 
 void PackedWriter::commit(const PackedLayer& layer, Runtime& runtime, const Report& report) {
-  Header header = header_of(layer);
-  header.weights_checksum = weights_checksum(runtime, layer.shape, map_ + kHeaderBytes, report);
-  header.checksum = own_checksum(header);
-  std::memcpy(map_, &header, sizeof header);
+  write_header(layer, map_, runtime, report);
   constexpr std::size_t kChunk = std::size_t{64} << 20;
   for (std::size_t done = 0; done < bytes_; done += kChunk) {
     if (::msync(map_ + done, std::min(kChunk, bytes_ - done), MS_SYNC) != 0)

@@ -1,5 +1,6 @@
-// A layer's weights on disk exactly as memory holds them, behind a header that says whose they are. Mapped
+// A layer's weights in a file exactly as memory holds them, behind a header that says whose they are. Mapped
 // read-only, so that processes share it; written whole or not at all. docs/formats.md has it byte by byte.
+// The file lies on a disk, or is memory without a name (shared_layer.h).
 #pragma once
 
 #include <cstddef>
@@ -20,7 +21,15 @@ struct PackedLayer {
   LayerShape shape;
   std::uint64_t source = 0;                // fingerprint of the checkpoint's files
   std::optional<QuantErrors> errors = {};  // if it was quantised
+
+  std::size_t bytes() const;  // of the file: header and weights
 };
+
+// Writes the header into `file`, of layer.bytes(), before its weights, which are there already; reports 0
+// bytes meanwhile.
+void write_header(const PackedLayer& layer, std::byte* file, Runtime& runtime, const Report& report);
+// The weights of such a file.
+std::byte* weights_behind_header(std::byte* file);
 
 class PackedFile {
  public:
@@ -28,6 +37,9 @@ class PackedFile {
   // file that is damaged or holds something else; with none, if there is no file.
   static std::shared_ptr<const PackedFile> open(const std::filesystem::path& path, const PackedLayer& wanted,
                                                 std::string& why);
+  // The same of an open file, which has `more` bytes behind the weights.
+  static std::shared_ptr<const PackedFile> map(int fd, const PackedLayer& wanted, std::size_t more,
+                                               std::string& why);
   ~PackedFile();
   PackedFile(const PackedFile&) = delete;
   PackedFile& operator=(const PackedFile&) = delete;
@@ -63,8 +75,6 @@ class PackedWriter {
   void commit(const PackedLayer& layer, Runtime& runtime, const Report& report);
 
  private:
-  void lock(const Report& report) const;
-
   std::filesystem::path path_, temporary_;
   int fd_ = -1;
   std::byte* map_ = nullptr;

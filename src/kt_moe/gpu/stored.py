@@ -203,11 +203,11 @@ class StoredExperts:
         if self._lock is not None:
             return "pinned"
         spans = [span[:2] for expert in range(self.num_experts) for span in self._spans(expert)]
-        mapped = self._core.mapped
-        if mapped and (why := _too_large(sum(size for _, size in spans))):
+        if self._core.mapped and (why := _too_large(sum(size for _, size in spans))):
             return why
         try:
-            self._lock = lock(spans, self._core, read_only=mapped, before_release=before_unpin)
+            read_only = self._core.mapped or self._core.shared
+            self._lock = lock(spans, self._core, read_only=read_only, before_release=before_unpin)
         except PageLockError as error:
             return str(error)
         self._unlock = weakref.finalize(self, self._lock.release)

@@ -21,6 +21,7 @@ from kt_moe.architectures import Architecture, architecture_of
 from kt_moe.checkpoint import Checkpoint, check_path
 from kt_moe.computation import output_norm
 from kt_moe.conversion import stored_lists
+from kt_moe.distributed import EXPERT_PARALLEL, is_shared, local_ranks
 from kt_moe.experts import CHECKPOINT_FORMATS, PLACEMENTS, Experts
 from kt_moe.gpu import Gpu, Rates, as_gpu
 from kt_moe.hf.experts import NAME, KtExperts, dims_of
@@ -33,6 +34,7 @@ CHOICES = {
     "placement": PLACEMENTS,
     "lora_device": lora_devices.CHOICES,
     "checkpoint_experts": checkpointing.CHOICES,
+    "expert_parallel": EXPERT_PARALLEL,
 }
 _GPU_NAMES = {"device": "gpu", "memory": "gpu_memory"}  # of kt_moe.Gpu, and here
 
@@ -67,6 +69,10 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
             their backward needs from the first forward, "retain" (see `kt_moe.Experts.checkpoint_experts`).
         gpu_rates: the machine's `kt_moe.Rates`, or their values by name, as `kt-moe doctor` prints them:
             experts are then divided between CPU and GPU alike in every run. None: measured at the first call.
+        expert_parallel: where several processes of a job on this machine have the experts. "off": each loads
+            them for itself. "host": they lie once in memory that all share (see
+            `kt_moe.Experts.from_checkpoint`, `shared`). "auto": "host" where torchrun or accelerate have
+            started several processes here (LOCAL_WORLD_SIZE). `cache_dir` and `paged` share in files.
         rest: how transformers is to quantise the other layers, one of its quantization configs, as
             `BitsAndBytesConfig(load_in_4bit=True)`. None: as they are stored. Where a checkpoint has them
             quantised, its own config is heeded without it; it then changes that one's loading options, as
@@ -77,8 +83,8 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Raises:
         TypeError: nodes or cache_dir is something else.
-        ValueError: an unknown option or choice, `paged` with `cache_dir`, gpu="off" with gpu_memory or
-            cpu_share.
+        ValueError: an unknown option or choice, two of `paged`, `cache_dir` and "host", gpu="off" with
+            gpu_memory or cpu_share.
     """
 
     stored: Any = None
@@ -101,6 +107,7 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         lora_device: str = "auto",
         checkpoint_experts: str = "recompute",
         gpu_rates: Rates | Mapping[str, float] | None = None,
+        expert_parallel: str = "auto",
         rest: QuantizationConfigMixin | Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
@@ -115,6 +122,7 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.gpu, self.gpu_memory, self.cpu_share = gpu, gpu_memory, cpu_share
         self.lora_device, self.checkpoint_experts = lora_device, checkpoint_experts
         self.gpu_rates = asdict(gpu_rates) if isinstance(gpu_rates, Rates) else gpu_rates
+        self.expert_parallel = expert_parallel
         self.rest = as_config(rest)
         if unknown:
             options = [name for name in self.to_dict() if name != "quant_method"]
@@ -127,6 +135,11 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 raise ValueError(f"KtMoeConfig: {name} is {value!r}, wanted one of {list(known)}")
         if paged and cache_dir is not None:
             raise ValueError("KtMoeConfig has paged and cache_dir, wanted one of them")
+        if expert_parallel == "host" and (paged or cache_dir is not None):
+            raise ValueError(
+                'KtMoeConfig has expert_parallel="host" and paged or cache_dir, which share the experts in '
+                "files: wanted one of them"
+            )
         made = self.make_gpu()  # refuses its options
         # JSON knows no numbers of numpy.
         self.gpu_memory = gpu_memory if isinstance(gpu_memory, str) else made.memory
@@ -157,6 +170,10 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         except ValueError as error:
             text = re.sub("^(device|memory) is", lambda found: f"{_GPU_NAMES[found[1]]} is", str(error))
             raise ValueError(f"KtMoeConfig: {text}") from None
+
+    def shares_memory(self) -> bool:
+        """Whether experts lie in memory that the processes of this machine share."""
+        return is_shared(self.expert_parallel) and not self.paged and self.cache_dir is None
 
     def _rates(self) -> Rates | None:
         if self.gpu_rates is None:
@@ -293,6 +310,7 @@ class _Loader:
             runtime=self.runtime,
             cache_dir=self.config.cache_dir,
             paged=self.config.paged,
+            shared=self.config.shares_memory(),
             progress=progress,
             placement=self.config.placement,
             gpu=self.gpu,
@@ -316,8 +334,11 @@ class _Shared:
 def _load_all(modules: Sequence[KtExperts], checkpoint: Checkpoint) -> None:
     own = [module for module in modules if module.expert_module.same_as is None]
     total = sum(checkpoint.layer(module.layer).nbytes for module in own)
+    # Processes that share memory begin at different layers, so that each loads some and maps the others.
+    rank, size = local_ranks()
+    first = rank * len(modules) // size
     with logging.tqdm(total=total, desc="Loading experts", unit="B", unit_scale=True) as bar:
-        for module in modules:
+        for module in [*modules[first:], *modules[:first]]:
             module.load(bar.update)
 
 

@@ -1,0 +1,118 @@
+#include "weights/shared_layer.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <functional>
+#include <system_error>
+#include <utility>
+
+#include "base/error.h"
+#include "base/memory.h"
+
+namespace kt {
+namespace fs = std::filesystem;
+namespace {
+
+constexpr int kSeals = F_SEAL_WRITE | F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL;
+
+// Behind the weights, so that the file is huge pages.
+std::size_t padding(const PackedLayer& layer) {
+  return static_cast<std::size_t>(
+             round_up(static_cast<index_t>(layer.bytes()), static_cast<index_t>(kHugePage))) -
+         layer.bytes();
+}
+
+// A mapped layer, and what leads others to it while this process has it.
+struct Published {
+  std::shared_ptr<const PackedFile> file;
+  Descriptor memory;
+  fs::path link;
+  pid_t process = ::getpid();
+
+  ~Published() {  // a forked child has the mapping too, the link is its parent's
+    if (!link.empty() && process == ::getpid()) ::unlink(link.c_str());
+  }
+};
+
+}  // namespace
+
+void SharedLayer::Unmap::operator()(std::byte* memory) const noexcept { ::munmap(memory, bytes); }
+
+SharedLayer::SharedLayer(fs::path directory, std::string name, const Report& report)
+    : directory_(std::move(directory)), name_(std::move(name)), map_(nullptr, Unmap{0}) {
+  const fs::path path = directory_ / (name_ + ".lock");
+  lock_ = Descriptor(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600));
+  if (lock_ < 0) throw_errno(path, "cannot open", errno);
+  wait_for_lock(lock_, report ? [&] { report(0); } : std::function<void()>());
+}
+
+std::shared_ptr<const PackedFile> SharedLayer::find(const PackedLayer& wanted, std::string& why) const {
+  why.clear();
+  std::shared_ptr<const PackedFile> file;
+  Descriptor of_file;
+  std::error_code error;
+  for (fs::directory_iterator at(directory_, error), end; !error && at != end; at.increment(error)) {
+    const std::string file_name = at->path().filename().native();
+    if (!file_name.starts_with(name_ + ".") || file_name == name_ + ".lock") continue;
+    Descriptor memory(::open(at->path().c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+    if (memory < 0 && errno == ENOENT) {  // its process is gone
+      ::unlink(at->path().c_str());
+    } else if (memory < 0) {
+      why = message("{}: {}", at->path().native(), std::system_category().message(errno));
+    } else if (file == nullptr && ::fcntl(memory, F_GET_SEALS) == kSeals) {  // else that process is another
+      file = PackedFile::map(memory, wanted, padding(wanted), why);
+      if (file != nullptr) of_file = std::move(memory);
+    }
+  }
+  if (error) throw_errno(directory_, "cannot list", error.value());
+  return file == nullptr ? nullptr : publish(std::move(of_file), std::move(file));
+}
+
+std::byte* SharedLayer::reserve(const PackedLayer& layer, std::span<const int> nodes) {
+  const std::size_t bytes = layer.bytes() + padding(layer);
+  void* map = MAP_FAILED;
+  for (const unsigned huge : {unsigned{MFD_HUGETLB}, 0u}) {  // reserved huge pages, if there are enough
+    memory_ = Descriptor(::memfd_create(name_.c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING | huge));
+    if (memory_ < 0 || ::ftruncate(memory_, static_cast<off_t>(bytes)) != 0) continue;
+    map = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, memory_, 0);
+    if (map != MAP_FAILED) break;
+  }
+  if (map == MAP_FAILED)
+    throw IoError(message("cannot make {} bytes of shared memory for {}: {}", bytes, name_,
+                          std::system_category().message(errno)));
+  map_ = {static_cast<std::byte*>(map), Unmap{bytes}};
+  ::madvise(map, bytes, MADV_DONTFORK);  // a child that could still write would keep it from being sealed
+  ::madvise(map, bytes, MADV_HUGEPAGE);  // advice, as is the placement
+  if (nodes.size() > 1) place_memory(map, bytes, nodes);
+  return weights_behind_header(map_.get());
+}
+
+std::shared_ptr<const PackedFile> SharedLayer::commit(const PackedLayer& layer, Runtime& runtime,
+                                                      const Report& report) {
+  write_header(layer, map_.get(), runtime, report);
+  map_.reset();
+  std::string why;
+  if (::fcntl(memory_, F_ADD_SEALS, kSeals) != 0) why = std::system_category().message(errno);
+  auto file = why.empty() ? PackedFile::map(memory_, layer, padding(layer), why) : nullptr;
+  if (file == nullptr) throw IoError(message("cannot share the memory of {}: {}", name_, why));
+  return publish(std::move(memory_), std::move(file));
+}
+
+std::shared_ptr<const PackedFile> SharedLayer::publish(Descriptor memory,
+                                                       std::shared_ptr<const PackedFile> file) const {
+  auto published = std::make_shared<Published>(std::move(file), std::move(memory));
+  const int fd = published->memory;
+  const fs::path link = directory_ / message("{}.{}.{}", name_, published->process, fd);
+  ::unlink(link.c_str());  // of a process that had the same numbers
+  const auto target = message("/proc/{}/fd/{}", published->process, fd);
+  if (::symlink(target.c_str(), link.c_str()) != 0) throw_errno(link, "cannot make the link", errno);
+  published->link = link;
+  const PackedFile* mapped = published->file.get();
+  return {std::move(published), mapped};
+}
+
+}  // namespace kt

@@ -1,0 +1,51 @@
+// A layer's weights in memory that processes of this machine share: one of them loads it, the others map it.
+//
+// The memory is a packed file without a name (memfd), sealed once it is written, so that nobody can change or
+// shorten it. The processes find it by links in a directory, <name>.<process>.<descriptor>, each to the
+// descriptor of a process that uses it. It so lasts as long as one of them, and whatever way they end,
+// nothing but dangling links is left, which the next one removes.
+#pragma once
+
+#include <filesystem>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "weights/data_file.h"
+#include "weights/packed_file.h"
+
+namespace kt {
+
+// The right to load a layer, of one process at a time.
+class SharedLayer {
+ public:
+  // `directory` is there, and nobody but this user may write it. `name` says whose layer it is. Waits while
+  // another process loads it, reporting 0 bytes meanwhile. IoError.
+  SharedLayer(std::filesystem::path directory, std::string name, const Report& report);
+
+  // The layer as another process has it, mapped; empty if none has. `why` says why one that has it is of no
+  // use. Removes links of processes that are gone.
+  std::shared_ptr<const PackedFile> find(const PackedLayer& wanted, std::string& why) const;
+
+  // Memory for the weights, on all of `nodes` in turn if there are several, on huge pages where the kernel
+  // has them. IoError.
+  std::byte* reserve(const PackedLayer& layer, std::span<const int> nodes);
+  // Seals what was written there, and lets others find it.
+  std::shared_ptr<const PackedFile> commit(const PackedLayer& layer, Runtime& runtime, const Report& report);
+
+ private:
+  struct Unmap {
+    std::size_t bytes;
+    void operator()(std::byte* memory) const noexcept;
+  };
+
+  std::shared_ptr<const PackedFile> publish(Descriptor memory, std::shared_ptr<const PackedFile> file) const;
+
+  std::filesystem::path directory_;
+  std::string name_;
+  Descriptor lock_;
+  Descriptor memory_;  // that is being written
+  std::unique_ptr<std::byte, Unmap> map_;
+};
+
+}  // namespace kt

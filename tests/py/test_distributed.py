@@ -1,0 +1,75 @@
+"""Training by several processes, started as users do: the losses and the adapter of one process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import ALL_EXPERTS, PEFT_WARNINGS, error, load, save_tiny_checkpoint
+from torch import Tensor
+
+import kt_moe
+
+pytestmark = [*PEFT_WARNINGS, pytest.mark.timeout(600)]
+PROGRAM = Path(__file__).with_name("distributed_training.py")
+STEPS = 20
+FILE = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, an adapter on attention and experts, batches, and what one process makes of them."""
+    path = tmp_path_factory.mktemp("distributed")
+    base = save_tiny_checkpoint(path / "base", **ALL_EXPERTS)
+    torch.manual_seed(5)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["experts", "q_proj"], init_lora_weights=False)
+    kt_moe.save_adapter(peft.get_peft_model(load(base), config), path / "adapter")
+    torch.save(torch.randint(64, (STEPS, 12, 10)), path / "batches.pt")
+    train(path, "none", 1)
+    return path
+
+
+def train(directory: Path, wrapper: str, processes: int) -> dict[str, Any]:
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", str(PROGRAM), str(directory), wrapper, str(STEPS)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stderr[-4000:]
+    found: dict[str, Any] = torch.load(directory / f"{wrapper}-{processes}.pt")
+    return found
+
+
+def adapter(directory: Path, wrapper: str, processes: int) -> dict[str, Tensor]:
+    return load_file(directory / f"trained-{wrapper}-{processes}" / FILE)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "processes"), [("none", 2), ("ddp", 3), ("ddp", 4), ("fsdp", 2)], ids=str
+)
+def test_training_is_that_of_one_process(directory: Path, wrapper: str, processes: int) -> None:
+    # dOut is bf16: a third of it is rounded otherwise.
+    least = 1e-2 if processes == 3 else 1e-6
+    one: dict[str, Any] = torch.load(directory / "none-1.pt")
+    found = train(directory, wrapper, processes)
+    assert found["losses"][0] == pytest.approx(one["losses"][0], rel=1e-6)
+    assert found["gradients"].keys() == one["gradients"].keys()
+    for name, wanted in one["gradients"].items():
+        assert error(found["gradients"][name], wanted) < least, name
+    # Then sums of gradients in another order move the roundings of LoRA and X to bf16, one here and there.
+    for name in ("losses", "norms"):
+        assert found[name] == pytest.approx(one[name], rel=5e-3), name
+    before, after = load_file(directory / "adapter" / FILE), adapter(directory, "none", 1)
+    trained = adapter(directory, wrapper, processes)
+    assert trained.keys() == after.keys() == before.keys()
+    off, moved = (distance(tensors, after) for tensors in (trained, before))
+    print(off, moved)
+    assert off < 0.03 * moved
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return sum(float((a[name] - b[name]).square().sum()) for name in b) ** 0.5
