@@ -49,7 +49,8 @@ ShardLayout choose_layout(const Topology& topology, std::optional<int> threads, 
 
 std::string choose_isa(const std::optional<std::string>& argument) {
   if (argument) return *argument;
-  return environment("KT_MOE_ISA").value_or(std::string(best_permitted_isa(cpu_features())));
+  if (const auto chosen = environment("KT_MOE_ISA")) return *chosen;
+  return std::string(best_permitted_isa(cpu_features()));
 }
 
 std::vector<int> node_list(const std::string& text) {
