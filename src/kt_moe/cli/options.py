@@ -6,8 +6,6 @@ import argparse
 from collections.abc import Callable
 from typing import TypeVar
 
-from kt_moe.gpu import parse_bytes
-
 T = TypeVar("T")
 
 
@@ -37,6 +35,8 @@ def number(least: float, below: float = float("inf")) -> Callable[[str], float]:
 
 def memory_size(text: str) -> int | str:
     """An argparse type: a number of bytes for `kt_moe.Gpu`, or "auto"."""
+    from kt_moe.gpu import parse_bytes  # which takes torch along, unlike help and errors
+
     wanted = "auto or a size such as 6GiB"
     return text if text == "auto" else _checked(lambda size: parse_bytes("", size), bool, wanted)(text)
 
