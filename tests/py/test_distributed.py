@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -35,11 +36,17 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def train(directory: Path, wrapper: str, processes: int) -> dict[str, Any]:
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", str(PROGRAM), str(directory), wrapper, str(STEPS)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=500)
+def torchrun(processes: int, *command: object) -> None:
+    start = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    run = subprocess.run(
+        [*start, f"--nproc-per-node={processes}", *map(str, command)],
+        capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr[-4000:]
+
+
+def train(directory: Path, wrapper: str, processes: int) -> dict[str, Any]:
+    torchrun(processes, PROGRAM, directory, wrapper, STEPS)
     found: dict[str, Any] = torch.load(directory / f"{wrapper}-{processes}.pt")
     return found
 
@@ -73,3 +80,22 @@ def test_training_is_that_of_one_process(directory: Path, wrapper: str, processe
 
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return sum(float((a[name] - b[name]).square().sum()) for name in b) ** 0.5
+
+
+def test_the_command_line_by_torchrun(tmp_path: Path) -> None:
+    model = PROGRAM.parents[2] / "examples" / "tiny-qwen3-moe"
+    lines = (json.dumps({"text": f"{i} comes before {i + 1}. " * 16}) for i in range(20))
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "out"
+    torchrun(
+        2, "-m", "kt_moe.cli", "sft", "--model_name_or_path", model,
+        "--dataset_name", tmp_path / "texts.jsonl", "--output_dir", out, "--max_length", 64,
+        "--per_device_train_batch_size", 1, "--max_steps", 3, "--logging_steps", 1, "--use_cpu",
+    )  # fmt: skip
+    state = json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())
+    tokens = [log["num_tokens"] for log in state["log_history"] if "num_tokens" in log]
+    assert tokens == [128, 256, 384]  # of both processes
+    trained = load_file(out / FILE)
+    assert any(
+        bool(tensor.any()) for name, tensor in trained.items() if "experts" in name and "lora_B" in name
+    )
