@@ -60,7 +60,8 @@ using MicroKernel = void(int rows, int cols, const BatchElement* batch, int coun
 constexpr int kPeakBytes = 8192;
 using Peak = double(int rounds, void* registers);
 
-// C[mr x nr] (+)= sum of A[mr x k] * B[k x nr] over batch, operands bf16 in value, accumulation fp32.
+// C[mr x nr] (+)= sum of A[mr x k] * B[k x nr] over batch, operands bf16 in value, accumulation fp32. Whether
+// C is what the sum starts from, or is added at its end, is up to the kernel set.
 //
 // Packed panels: an A panel holds mr rows, a B panel nr columns. What is behind the last row or column is
 // arbitrary and reaches only results that nobody wants; behind k there are zeros as far as the micro-kernel

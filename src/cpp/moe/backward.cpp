@@ -186,17 +186,13 @@ void round_p_of_h(Pass& pass, const Block& block, float* product, Arena&) {
   round_p(pass, Projection::down, block, product);
 }
 
-index_t p_floats_of_h(const Pass& pass, const Block& block) {
-  return p_product_floats(pass, Projection::down, block);
-}
-
 // ---- The tasks
 
 // The tasks of all blocks that compute P, G, U and h again.
 Groups add_recomputation(Pass& pass) {
   const Groups h_done = add_gate_up(pass);
   if (!pass.lora(Projection::down)) return h_done;
-  return add_shard_sums(pass, {Stage::pack_h, p_floats_of_h, multiply_h_by_a, round_p_of_h}, h_done);
+  return add_shard_sums(pass, {Stage::pack_h, p_floats_of_down, multiply_h_by_a, round_p_of_h}, h_done);
 }
 
 // The tasks of all blocks that compute Q of down, dG, dU, h and the gradients of the routing weights.
@@ -235,7 +231,7 @@ void backward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs&
   }
   for (const Projection p : pass.projections()) {
     const std::size_t i = index_of(p);
-    ByBlock& kept = p == Projection::down ? pass.weighted_lora_p : pass.lora_p[i];
+    ByBlock& kept = p == Projection::down ? pass.weighted_p_transposed : pass.p_transposed[i];
     kept = saved ? pass.saved_low_rank(p, saved.low_rank[i]) : pass.take_low_rank(p);
     pass.lora_q[i] = pass.take_low_rank(p), pass.lora_q_transposed[i] = pass.take_low_rank(p);
     pass.packed_grad[i].resize(pass.plan.blocks.size());

@@ -20,10 +20,6 @@ index_t packed_input_bytes(const Pass& pass, std::span<const Projection> targets
   return bytes;
 }
 
-index_t p_floats_of_down(const Pass& pass, const Block& block) {
-  return p_product_floats(pass, Projection::down, block);
-}
-
 // ---- The verbs
 
 // P of gate and up, packed behind the packed X.
@@ -60,7 +56,7 @@ void activate(const Pass& pass, const Block& mc, Range nc, const std::array<floa
   const Span span(pass.recorder(scratch), Stage::activation);
   const index_t width = nc.size();
   const bool saved = !pass.up.empty();
-  // Off a line, for what fills lines may go past the caches.
+  // Not at the start of a line: whole lines may be stored past the caches, and these rows are never read.
   auto* unsaved = scratch.take<bf16_t>(width + 1) + 1;
   for (index_t i = 0; i < mc.count; ++i) {
     const index_t at = (pass.plan.within(mc).begin + i) * pass.plan.width(mc) + nc.begin;
@@ -149,10 +145,10 @@ void forward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& 
   pass.h = pass.take_inner();
   for (const Projection p : pass.gate_up()) {
     bf16_t* kept = saved.low_rank[index_of(p)];
-    pass.lora_p[index_of(p)] = saved ? pass.saved_low_rank(p, kept) : pass.take_low_rank(p);
+    pass.p_transposed[index_of(p)] = saved ? pass.saved_low_rank(p, kept) : pass.take_low_rank(p);
   }
-  pass.lora_p[index_of(down_p)] = pass.take_low_rank(down_p);
-  pass.weighted_lora_p = pass.saved_low_rank(down_p, saved.low_rank[index_of(down_p)]);
+  pass.p_transposed[index_of(down_p)] = pass.take_low_rank(down_p);
+  pass.weighted_p_transposed = pass.saved_low_rank(down_p, saved.low_rank[index_of(down_p)]);
   for (const Block& block : pass.plan.blocks)
     pass.packed_h.push_back({pass.memory(block).take<char>(
         packed_input_bytes(pass, kDown, block.count, pass.plan.width(block)))});

@@ -11,7 +11,7 @@ Stage packing(const WeightBlock& weights) { return weights.is_bf16() ? Stage::pa
 // P of a block's rows in natural order, [count, r].
 Rows p_rows(const Pass& pass, Projection p, const Block& rows, Arena& scratch) {
   const index_t rank = pass.rank(p);
-  const MatView transposed = pass.low_rank(pass.lora_p[index_of(p)], p, rows);
+  const MatView transposed = pass.low_rank(pass.p_transposed[index_of(p)], p, rows);
   auto* natural = scratch.take<bf16_t>(rows.count * rank);
   for (index_t i = 0; i < rank; ++i)
     for (index_t j = 0; j < rows.count; ++j)
@@ -70,7 +70,8 @@ void multiply_forward(const Pass& pass, Projection p, std::span<const ForwardWei
   }
   const Range rows = pass.plan.within(mc);
   const index_t all = pass.plan.blocks[mc.index].count;
-  Range fetching = rows;  // of the next weights; and what a GEMV of the edge would fetch
+  Range fetching =
+      rows;  // this range's share of the next weights, and behind the last one that of the edge's GEMV
   if (all - fetching.end <= kernels.gemm.max_edge) fetching.end = all;
   const bf16_t* bias = nullptr;  // what the sum starts from
   std::size_t n = 0;

@@ -12,8 +12,8 @@
 namespace kt {
 
 // W, LoRA B and the bias of a projection for an NC range of its output: as left operands, unless the block
-// is multiplied by GEMV; and the packed input that they multiply. Only the root has LoRA B and the bias of
-// down.
+// is multiplied by GEMV; and the packed input that they multiply. Of down, LoRA B and the
+// bias are the root's alone.
 struct ForwardWeights {
   Block block;
   const PackedInput* input;
@@ -64,6 +64,7 @@ void drop(const Dropout& dropout, Projection projection, index_t slot, index_t c
 // [r, min_ldc(m)], from the packed rows (none: from the rows themselves); P' [r, m] of it, scaled and
 // rounded, and that of down also times the routing weights, to where there is memory; and its packing.
 index_t p_product_floats(const Pass& pass, Projection p, const Block& block);
+index_t p_floats_of_down(const Pass& pass, const Block& block);
 void multiply_a(const Pass& pass, Projection p, const Block& block, PackedB packed, float* product,
                 Arena& scratch);
 void round_p(const Pass& pass, Projection p, const Block& block, float* product);
@@ -76,9 +77,9 @@ void multiply_b(const Pass& pass, Projection p, const Block& block, float* produ
 void round_q(const Pass& pass, Projection p, const Block& block, float* product, Arena& scratch);
 PackedA pack_q(const Pass& pass, Projection p, const Block& block, char* into);
 
-// Adds the tasks that compute dA = Q' X and dB' = P' dOutput of every expert that has tokens, each summed
-// over the expert's blocks in order, and those that clear the gradients of the others. By block, `ready` is
-// what dG, dU, P and Q are written by.
+// Adds the tasks that compute dA = Q' input and dB' = P' dOutput, which is transposed at the end, of every
+// expert that has tokens, each summed over the expert's blocks in order, and those that clear the gradients
+// of the others. By block, `ready` is what dG, dU, P and Q are written by.
 void add_lora_gradients(Pass& pass, const LayerGradients& gradients, const TaskGraph::Groups& ready);
 
 }  // namespace kt

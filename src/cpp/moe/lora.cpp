@@ -58,6 +58,10 @@ index_t p_product_floats(const Pass& pass, Projection p, const Block& block) {
   return pass.rank(p) * min_ldc(pass.kernels(), block.count);
 }
 
+index_t p_floats_of_down(const Pass& pass, const Block& block) {
+  return p_product_floats(pass, Projection::down, block);
+}
+
 void multiply_a(const Pass& pass, Projection p, const Block& block, PackedB packed, float* product,
                 Arena& scratch) {
   const KernelSet& kernels = pass.kernels();
@@ -96,16 +100,16 @@ void round_p(const Pass& pass, Projection p, const Block& block, float* product)
         pass.kernels().epilogue.round_scaled(to_int(block.count), pass.lora_scale(p), row,
                                              matrices[block.index] + i * block.count);
     };
-    round_to(pass.lora_p[index_of(p)]);
+    round_to(pass.p_transposed[index_of(p)]);
     if (p != Projection::down) continue;
     for (index_t j = 0; j < block.count; ++j) row[j] *= pass.route_weight(block.first + j);
-    round_to(pass.weighted_lora_p);
+    round_to(pass.weighted_p_transposed);
   }
 }
 
 PackedB pack_p(const Pass& pass, Projection p, const Block& block, char* into) {
   if (pass.plan.by_gemv(block)) return {};
-  return pack_b_rows_into(into, pass.kernels(), {pass.low_rank(pass.lora_p[index_of(p)], p, block)});
+  return pack_b_rows_into(into, pass.kernels(), {pass.low_rank(pass.p_transposed[index_of(p)], p, block)});
 }
 
 index_t q_product_floats(const Pass& pass, Projection p, const Block& block) {
@@ -164,15 +168,16 @@ namespace {
 enum class Matrix { a, b };
 
 // Whether shards have their own part of a matrix; else the root has all of it.
-bool is_sharded(Projection p, Matrix m) { return (m == Matrix::b) == (p != Projection::down); }
+bool is_sharded(Projection p, Matrix m) { return p == Projection::down ? m == Matrix::a : m == Matrix::b; }
 
-// dA = Q' X or dB' = P' dOutput of one expert, columns `nc`; `blocks` are its blocks on one shard.
+// dA = Q' X or dB' = P' dOutput of one expert, columns `nc`; `blocks` are its blocks on one
+// shard, or where the matrix is not sharded, its roots.
 void lora_gradient(const Pass& pass, const LayerGradients& gradients, Projection p, Matrix m,
                    std::span<const Block* const> blocks, Range nc, Arena& scratch) {
   const KernelSet& kernels = pass.kernels();
   const std::size_t i = index_of(p);
   const index_t rank = pass.rank(p), width = nc.size(), stride = min_ldc(kernels, width);
-  const ByBlock& own_p = p == Projection::down ? pass.weighted_lora_p : pass.lora_p[i];
+  const ByBlock& own_p = p == Projection::down ? pass.weighted_p_transposed : pass.p_transposed[i];
   const ByBlock& low_rank = m == Matrix::b ? own_p : pass.lora_q_transposed[i];
   auto* grad = scratch.take<float>(rank * stride);
   for (const Block* block : blocks) {

@@ -61,10 +61,10 @@ struct Pass {
   TaskGraph tasks;
 
   // m: the rows of a block, I_s: the columns of the intermediate dimension on its shard.
-  ByBlock gate, up;               // G, U [m, I_s]; none where they are not kept, and no G without a gate
-  ByBlock h;                      // h [m, I_s]
-  std::array<ByBlock, 3> lora_p;  // P' [r, m] of each projection, one for all shards of a token block
-  ByBlock weighted_lora_p;        // P' of down times the routing weights [r, m]; none where it is not kept
+  ByBlock gate, up;  // G, U [m, I_s]; none where they are not kept, and no G without a gate
+  ByBlock h;         // h [m, I_s]
+  std::array<ByBlock, 3> p_transposed;  // P' [r, m] of each projection, one for all shards of a token block
+  ByBlock weighted_p_transposed;  // P' of down times the routing weights [r, m]; none where it is not kept
   std::vector<NcRanges> gate_up_ranges, grad_down_ranges;  // by shard
   std::vector<PackedInput> packed_x, packed_h;             // by the block that packed them
 

@@ -63,8 +63,11 @@ float as_stored(ScaleType type, float scale) {
   switch (type) {
     case ScaleType::bf16: return to_float(to_bf16(scale));
     case ScaleType::e8m0: return std::max(scale, 0x1p-127f);
-    default: return scale;
+    case ScaleType::e4m3:  // with a global scale, which is chosen with it
+    case ScaleType::none:
+    case ScaleType::f32: break;
   }
+  return scale;
 }
 
 void store_scale(const MutableWeight& into, index_t place, float scale) {
@@ -78,7 +81,8 @@ void store_scale(const MutableWeight& into, index_t place, float scale) {
     }
     case ScaleType::e8m0: *to = static_cast<std::byte>(bits >> 23); break;
     case ScaleType::e4m3: *to = static_cast<std::byte>(grids::E4M3::code(scale)); break;
-    default: std::memcpy(to, &bits, sizeof bits);
+    case ScaleType::f32: std::memcpy(to, &bits, sizeof bits); break;
+    case ScaleType::none: break;
   }
 }
 
