@@ -70,8 +70,8 @@ void multiply_forward(const Pass& pass, Projection p, std::span<const ForwardWei
   }
   const Range rows = pass.plan.within(mc);
   const index_t all = pass.plan.blocks[mc.index].count;
-  Range fetching =
-      rows;  // this range's share of the next weights, and behind the last one that of the edge's GEMV
+  // This range's share of the next weights, and behind the last range that of the edge's GEMV.
+  Range fetching = rows;
   if (all - fetching.end <= kernels.gemm.max_edge) fetching.end = all;
   const bf16_t* bias = nullptr;  // what the sum starts from
   std::size_t n = 0;
