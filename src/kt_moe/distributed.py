@@ -17,7 +17,7 @@ def local_ranks() -> tuple[int, int]:
     By LOCAL_RANK and LOCAL_WORLD_SIZE, which torchrun and accelerate set. (0, 1) where they are not set.
 
     Raises:
-        ValueError: they are no numbers that fit together.
+        ValueError: they are not two numbers, the first less than the second.
     """
     texts = [os.environ.get(name, "").strip() for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")]
     if not all(texts):
@@ -56,9 +56,9 @@ def cores_of_rank(machine: dict[str, Any]) -> tuple[int, list[int] | None]:
     """Threads and NUMA nodes of this process, if the processes of its job divide the machine among them.
 
     A process that a launcher has bound already, to fewer CPUs than the launcher has, keeps those. With
-    several nodes, each process has the node of its GPU, cuda:LOCAL_RANK, with the others whose GPUs are
-    there; or, where there is no such GPU, the processes are spread over the nodes evenly. More nodes than
-    processes: each has several.
+    several nodes, each process takes cores of the node of its GPU, cuda:LOCAL_RANK, which it shares with the
+    processes whose GPUs are at the same node. Where one has no such GPU, all are spread over the nodes
+    evenly. Where there are more nodes than processes, each has several, whatever the GPUs.
 
     Args:
         machine: what `kt_moe.cpu_info` returns.
@@ -104,9 +104,20 @@ def _gpu_node(index: int) -> int | None:
 
     if index >= torch.cuda.device_count():
         return None
-    found: Any = torch.cuda.get_device_properties(index)
+    address = pci_address(torch.cuda.get_device_properties(index))
     try:
-        address = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
         return int(Path("/sys/bus/pci/devices", address, "numa_node").read_text())
-    except (AttributeError, OSError, ValueError):  # an older torch, or a virtual machine
+    except (OSError, ValueError):  # an older torch, or a virtual machine
         return None
+
+
+def pci_address(properties: Any) -> str:
+    """Of a GPU on the PCI bus, such as "0000:17:00.0"; "" where this torch does not tell.
+
+    properties: what `torch.cuda.get_device_properties` returns.
+    """
+    bus = getattr(properties, "pci_bus_id", None)
+    if not isinstance(bus, int):
+        return ""
+    domain, device = (getattr(properties, f"pci_{name}_id", 0) for name in ("domain", "device"))
+    return f"{domain:04x}:{bus:02x}:{device:02x}.0"

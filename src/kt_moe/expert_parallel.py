@@ -45,7 +45,8 @@ def local_experts(num_experts: int, group: dist.ProcessGroup | None = None) -> r
     Parts are contiguous; the first E % (number of ranks) ranks have one expert more; some may have none.
 
     Raises:
-        ValueError: torch.distributed is not initialised, or the rank is not in the group.
+        ValueError: torch.distributed is not initialised, the rank is not in the group, or num_experts is
+            less than 1.
     """
     rank, size = _rank_and_size(group)
     return partition(num_experts, size)[rank]
@@ -121,7 +122,8 @@ class ExpertParallel:
             topk_ids: [T, K] int64 or int32 in [0, E], E of the whole layer; E means "no route". K is the same
                 on all ranks.
             topk_weights: [T, K] floating point.
-            lora_params: as for `kt_moe.moe`, of this rank's experts; None or empty where it has none.
+            lora_params: as for `kt_moe.moe`, of this rank's experts; None or empty where it has none. A
+                matrix [1, ...] would be shared by the experts of this rank alone, not by those of all ranks.
             scaling: as for `kt_moe.moe`.
             dropout, seed: as for `kt_moe.moe`. Masks go by where rows arrive, and so differ from those of one
                 process. Without a seed each rank draws one from its own default generator.
@@ -338,7 +340,7 @@ def _check_layers(layers: Sequence[_Layer]) -> None:
         if layer.local != len(part):
             raise ValueError(
                 f"rank {rank} has {layer.local} experts, wanted {len(part)}: its part of {layer.num_experts} "
-                f"among {len(layers)} ranks is {part}, see kt_moe.expert_parallel.local_experts"
+                f"among {len(layers)} ranks is {part}, see kt_moe.local_experts"
             )
 
 

@@ -25,7 +25,10 @@ def clip_grad_norm_(
         group: of `ExpertParallel`.
 
     Returns:
-        The norm before, the same on all ranks.
+        The 2-norm before clipping, a fp32 scalar, the same on all ranks.
+
+    Raises:
+        ValueError: torch.distributed is not initialised (by torch).
     """
     grads = [[p.grad for p in parameters if p.grad is not None] for parameters in (shared, local)]
     device = next((g.device for some in grads for g in some), torch.device("cpu"))
@@ -53,11 +56,15 @@ def gather_lora(
     loaded, on as many ranks as there are then.
 
     Args:
-        lora_params: this rank's, as `ExpertParallel` takes them; None or empty where it has no experts.
+        lora_params: this rank's, a matrix for each of its experts, under the names that `ExpertParallel`
+            takes, alike on all ranks with experts; None or empty where it has no experts.
         group: of `ExpertParallel`.
 
     Returns:
-        On the group's first rank the tensors [E, ...] on the CPU, else None.
+        On the group's first rank the tensors [E, ...] on the CPU in their dtypes, else None.
+
+    Raises:
+        ValueError: torch.distributed is not initialised (by torch).
     """
     mine = {name: t.detach().cpu() for name, t in (lora_params or {}).items() if t is not None}
     first = dist.get_process_group_ranks(group)[0]

@@ -22,6 +22,9 @@ def partition(num_experts: int, world_size: int) -> list[range]:
     """The experts of each rank: contiguous, the first `num_experts % world_size` ranks have one more.
 
     Ranks beyond the number of experts have an empty range.
+
+    Raises:
+        ValueError: a number below 1.
     """
     if num_experts < 1 or world_size < 1:
         raise ValueError(
@@ -69,7 +72,7 @@ class Exchange:
     """One call's exchanges between the ranks of a group.
 
     Attributes:
-        agree: called before each exchange on all ranks, with what it is of.
+        agree: called on all ranks before each exchange of backward, with the name of its step.
         sent, received: rows to and from each rank.
     """
 

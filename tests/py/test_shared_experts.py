@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -329,6 +330,12 @@ def test_the_processes_of_a_machine_divide_its_cores(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(distributed, "_gpu_node", gpus.get)
     assert split(machine(8, 8), 3) == [(4, [2]), (4, [2]), (8, [0])]
     assert split(machine(8, 8), 4)[0] == (4, [0])  # of a process without a GPU nothing is known
+
+
+def test_the_address_of_a_gpu() -> None:
+    properties = SimpleNamespace(pci_domain_id=1, pci_bus_id=0x17, pci_device_id=0)
+    assert distributed.pci_address(properties) == "0001:17:00.0"
+    assert distributed.pci_address(object()) == ""  # of an older torch
 
 
 def test_a_launcher_that_binds_its_processes_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:

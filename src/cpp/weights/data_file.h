@@ -41,8 +41,8 @@ class Descriptor {
   int fd_;
 };
 
-// Waits for the lock that one process at a time has of an open file, calling `meanwhile`, which may be empty,
-// now and then. Some file systems have no locks: there nobody waits.
+// Waits for the exclusive lock of an open file (flock), and calls `meanwhile`, which may be empty, while it
+// waits. On file systems without locks it returns at once.
 void wait_for_lock(int fd, const std::function<void()>& meanwhile);
 
 // Tells versions of a file apart.

@@ -19,14 +19,14 @@ namespace {
 
 constexpr int kSeals = F_SEAL_WRITE | F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL;
 
-// Behind the weights, so that the file is huge pages.
+// Bytes behind the weights that make the file a whole number of huge pages.
 std::size_t padding(const PackedLayer& layer) {
   return static_cast<std::size_t>(
              round_up(static_cast<index_t>(layer.bytes()), static_cast<index_t>(kHugePage))) -
          layer.bytes();
 }
 
-// A mapped layer, and what leads others to it while this process has it.
+// A mapped layer with the descriptor and the link by which other processes find it.
 struct Published {
   std::shared_ptr<const PackedFile> file;
   Descriptor memory;
@@ -63,7 +63,8 @@ std::shared_ptr<const PackedFile> SharedLayer::find(const PackedLayer& wanted, s
       ::unlink(at->path().c_str());
     } else if (memory < 0) {
       why = message("{}: {}", at->path().native(), std::system_category().message(errno));
-    } else if (file == nullptr && ::fcntl(memory, F_GET_SEALS) == kSeals) {  // else that process is another
+    } else if (file == nullptr && ::fcntl(memory, F_GET_SEALS) == kSeals) {
+      // Without the seals it is a file of another process, which got the same number.
       file = PackedFile::map(memory, wanted, padding(wanted), why);
       if (file != nullptr) of_file = std::move(memory);
     }

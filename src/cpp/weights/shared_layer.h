@@ -2,8 +2,8 @@
 //
 // The memory is a packed file without a name (memfd), sealed once it is written, so that nobody can change or
 // shorten it. The processes find it by links in a directory, <name>.<process>.<descriptor>, each to the
-// descriptor of a process that uses it. It so lasts as long as one of them, and whatever way they end,
-// nothing but dangling links is left, which the next one removes.
+// descriptor of a process that uses it. So the memory lasts as long as one of them. However they end,
+// nothing is left but links that lead nowhere, which the next process removes.
 #pragma once
 
 #include <filesystem>
@@ -23,8 +23,8 @@ class SharedLayer {
   // another process loads it, reporting 0 bytes meanwhile. IoError.
   SharedLayer(std::filesystem::path directory, std::string name, const Report& report);
 
-  // The layer as another process has it, mapped; empty if none has. `why` says why one that has it is of no
-  // use. Removes links of processes that are gone.
+  // Maps the layer of another process; empty if none has it. `why` says why a layer that was found cannot be
+  // used. Removes links of processes that are gone.
   std::shared_ptr<const PackedFile> find(const PackedLayer& wanted, std::string& why) const;
 
   // Memory for the weights, on all of `nodes` in turn if there are several, on huge pages where the kernel
@@ -44,7 +44,7 @@ class SharedLayer {
   std::filesystem::path directory_;
   std::string name_;
   Descriptor lock_;
-  Descriptor memory_;  // that is being written
+  Descriptor memory_;  // the file that is being written
   std::unique_ptr<std::byte, Unmap> map_;
 };
 

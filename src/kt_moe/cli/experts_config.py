@@ -27,9 +27,7 @@ class _Experts:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(
-                value, str
-            ):  # with quotes, as documents of Python have them, that no shell took off
+            if isinstance(value, str):  # quotes, copied from examples in Python, that no shell has removed
                 setattr(self, name, value.strip("\"'"))
 
     def to_config(self, rest: Any = None) -> KtMoeConfig:

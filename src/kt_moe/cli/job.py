@@ -59,13 +59,10 @@ class Job:
 
     def __init__(self, options: Options) -> None:
         self.options, self.command = options, options.command
-        data_given, output = (
-            options.script.dataset_name or options.mixture.datasets,
-            options.training.output_dir,
-        )
+        rows, output = options.script.dataset_name or options.mixture.datasets, options.training.output_dir
         for given, name, what in (
             (options.model.model_name_or_path, "model_name_or_path", "a directory, or a name on the hub"),
-            (data_given, "dataset_name", "a file, a directory of files, or a name on the hub"),
+            (rows, "dataset_name", "a file, a directory of files, or a name on the hub"),
             (output not in (None, "trainer_output"), "output_dir", "where the adapter and checkpoints go"),
         ):
             if not given:
@@ -197,11 +194,8 @@ class Job:
         """The data of the command line, its held-out rows and rows of long texts."""
         options, training, script = self.options, self.options.training, self.options.script
         found = data.load_data(name, config, streaming)
-        train, test, fraction = (
-            script.dataset_train_split,
-            script.dataset_test_split,
-            options.run.eval_fraction,
-        )
+        train, test = script.dataset_train_split, script.dataset_test_split
+        fraction = options.run.eval_fraction
         if train not in found:
             raise UserError(
                 f"{name} has no split {train!r}, but {', '.join(found)}: see --dataset_train_split"
@@ -263,11 +257,8 @@ class Job:
         if checkpoint is None:
             self.say("stopped before the first checkpoint: start again with --overwrite")
         else:
-            words = [
-                *self.options.command_line,
-                "--resume_from_checkpoint",
-                "last",
-            ]  # of two, the later counts
+            # Where an option is given twice, the later one counts.
+            words = [*self.options.command_line, "--resume_from_checkpoint", "last"]
             words += ["--overwrite", "false"] if self.options.run.overwrite else []
             self.say(f"stopped; the last checkpoint is {checkpoint}")
             self.say(f"resume with: kt-moe {shlex.join(words)}")

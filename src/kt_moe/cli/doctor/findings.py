@@ -124,8 +124,9 @@ def _huge_pages(m: Machine) -> Iterator[Finding]:
         yield Finding(
             "huge-page-pool",
             f"{size_text(m.huge_page_pool_bytes)} are kept in the kernel's pool of huge pages",
-            "experts cannot have them: kt_moe's huge pages are transparent ones, from ordinary memory",
-            "sudo sysctl vm.nr_hugepages=0, unless another program wants them",
+            "experts of one process cannot have them: its huge pages are transparent ones, from ordinary "
+            "memory; experts that several processes share can",
+            "sudo sysctl vm.nr_hugepages=0, unless processes share experts or another program wants them",
             slow=False,
         )
 

@@ -16,6 +16,7 @@ import torch
 from kt_moe import Experts, Rates
 from kt_moe.cli.bench.cases import Shape
 from kt_moe.cli.bench.inputs import make_weights
+from kt_moe.distributed import pci_address
 from kt_moe.gpu.page_lock import PageLockError, lock
 from kt_moe.gpu.rates import link_rate, measure
 
@@ -108,7 +109,7 @@ def read_gpus() -> Gpus:
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
         only = seen[0].link.address if len(seen) == 1 and seen[0].link is not None else ""
-        found.append(_measured(torch.device("cuda", number), properties, _address(properties) or only))
+        found.append(_measured(torch.device("cuda", number), properties, pci_address(properties) or only))
     triton = importlib.util.find_spec("triton") is not None
     return Gpus(tuple(found), "", triton, _page_lock(), measure_rates(torch.device("cuda", 0)))
 
@@ -142,15 +143,6 @@ def _page_lock() -> str:
     except PageLockError as error:
         return str(error)
     return "pinned"
-
-
-def _address(properties: Any) -> str:
-    """On the PCI bus; "" where this torch does not tell."""
-    bus = getattr(properties, "pci_bus_id", None)
-    if not isinstance(bus, int):
-        return ""
-    domain, device = (getattr(properties, f"pci_{name}_id", 0) for name in ("domain", "device"))
-    return f"{domain:04x}:{bus:02x}:{device:02x}.0"
 
 
 def read_link(root: Path, address: str) -> Link:

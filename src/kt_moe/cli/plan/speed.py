@@ -18,8 +18,6 @@ from kt_moe.gpu.predict import LINKS, REFERENCE, ROUTINGS, Prediction, Workload,
 from kt_moe.gpu.rates import cpu_rates, gpu_rates
 
 _EXPERTS = 8  # that are made for a measurement
-
-
 # GPUs by their data sheets: GiB of memory, less what driver and context take; a second, operations of dense
 # bf16 products with fp32 sums, and bytes of memory; PCI Express.
 CARDS = {
