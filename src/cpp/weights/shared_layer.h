@@ -3,7 +3,7 @@
 // The memory is a packed file without a name (memfd), sealed once it is written, so that nobody can change or
 // shorten it. The processes find it by links in a directory, <name>.<process>.<descriptor>, each to the
 // descriptor of a process that uses it. So the memory lasts as long as one of them. However they end,
-// nothing is left but links that lead nowhere, which the next process removes.
+// nothing is left but an empty lock file and links that lead nowhere, which the next process removes.
 #pragma once
 
 #include <filesystem>
