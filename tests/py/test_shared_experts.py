@@ -6,6 +6,7 @@ import gc
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -196,6 +197,29 @@ def test_who_waits_loads_it_if_the_loader_is_killed(checkpoint: Path, hold: Any,
     assert len(links(temporary)) == 1
 
 
+def test_a_fork_while_loading_keeps_nobody_waiting(checkpoint: Path) -> None:
+    children: list[int] = []
+
+    def fork(count: int) -> None:
+        if not children:
+            child = os.fork()
+            if child == 0:
+                time.sleep(60)
+                os._exit(0)
+            children.append(child)
+
+    ours = load(checkpoint, progress=fork)
+    with ThreadPoolExecutor() as pool:
+        waits = pool.submit(load, checkpoint)
+        time.sleep(0.5)
+        done = waits.done()
+        os.kill(children[0], signal.SIGKILL)
+        os.waitpid(children[0], 0)
+        assert waits.result().verify()
+    assert done
+    assert ours.verify()
+
+
 def test_memory_and_links_go_with_the_last_user(checkpoint: Path, hold: Any, temporary: Path) -> None:
     ours = load(checkpoint)
     (inode,) = inodes()
@@ -228,16 +252,18 @@ def test_nobody_can_change_it(checkpoint: Path, temporary: Path) -> None:
     assert ours.verify()
 
 
-@pytest.mark.parametrize("what", ["nowhere", "a file", "unsealed", "another layer"])
+@pytest.mark.parametrize("what", ["nowhere", "a file", "a socket", "unsealed", "another layer"])
 def test_a_link_to_something_else_is_passed_over(
     checkpoint: Path, temporary: Path, tmp_path: Path, what: str
 ) -> None:
     ours = load(checkpoint)
     (link,) = (path for path in temporary.iterdir() if path.is_symlink())
     memory = os.memfd_create("stranger", os.MFD_ALLOW_SEALING)
+    strangers = socket.socketpair()
     targets = {
         "nowhere": "/proc/0/fd/0",
         "a file": tmp_path / "shared_memory.py",
+        "a socket": f"/proc/self/fd/{strangers[0].fileno()}",
         "unsealed": f"/proc/self/fd/{memory}",
     }
     other = None
@@ -258,6 +284,8 @@ def test_a_link_to_something_else_is_passed_over(
             ours = load(checkpoint)
     assert ours.verify()
     os.close(memory)
+    for stranger in strangers:
+        stranger.close()
 
 
 def test_a_directory_of_others_is_refused(checkpoint: Path, temporary: Path) -> None:

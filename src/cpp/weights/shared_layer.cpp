@@ -1,6 +1,7 @@
 #include "weights/shared_layer.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -50,6 +51,9 @@ SharedLayer::SharedLayer(fs::path directory, std::string name, const Report& rep
   wait_for_lock(lock_, report ? [&] { report(0); } : std::function<void()>());
 }
 
+// Closing is not enough: a process that was forked meanwhile has the descriptor too.
+SharedLayer::~SharedLayer() { ::flock(lock_, LOCK_UN); }
+
 std::shared_ptr<const PackedFile> SharedLayer::find(const PackedLayer& wanted, std::string& why) const {
   why.clear();
   std::shared_ptr<const PackedFile> file;
@@ -59,7 +63,7 @@ std::shared_ptr<const PackedFile> SharedLayer::find(const PackedLayer& wanted, s
     const std::string file_name = at->path().filename().native();
     if (!file_name.starts_with(name_ + ".") || file_name == name_ + ".lock") continue;
     Descriptor memory(::open(at->path().c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
-    if (memory < 0 && errno == ENOENT) {  // its process is gone
+    if (memory < 0 && (errno == ENOENT || errno == ENXIO)) {  // its process is gone; another has a socket
       ::unlink(at->path().c_str());
     } else if (memory < 0) {
       why = message("{}: {}", at->path().native(), std::system_category().message(errno));

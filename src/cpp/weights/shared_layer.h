@@ -22,6 +22,9 @@ class SharedLayer {
   // `directory` is there, and nobody but this user may write it. `name` says whose layer it is. Waits while
   // another process loads it, reporting 0 bytes meanwhile. IoError.
   SharedLayer(std::filesystem::path directory, std::string name, const Report& report);
+  SharedLayer(const SharedLayer&) = delete;
+  SharedLayer& operator=(const SharedLayer&) = delete;
+  ~SharedLayer();
 
   // Maps the layer of another process; empty if none has it. `why` says why a layer that was found cannot be
   // used. Removes links of processes that are gone.
