@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import tempfile
@@ -41,8 +42,10 @@ def shared_directory() -> str:
     Raises:
         OSError: it cannot be made, or it is another user's, or others may write it.
     """
-    path = Path(tempfile.gettempdir(), f"kt_moe-{os.geteuid()}")
-    path.mkdir(mode=0o700, exist_ok=True)
+    processes = os.stat("/proc/self/ns/pid").st_ino  # those that see each other in /proc
+    path = Path(tempfile.gettempdir(), f"kt_moe-{os.geteuid()}-{processes}")
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
         raise PermissionError(

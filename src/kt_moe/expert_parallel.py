@@ -203,6 +203,12 @@ class ExpertParallel:
         if unknown := lora.keys() - set(LORA_NAMES):
             names = list(LORA_NAMES)
             raise ValueError(f"lora_params has the unknown keys {sorted(unknown)}, wanted some of {names}")
+        for name, tensor in lora.items():
+            if tensor is not None and self.experts is not None and len(tensor) != self.experts.num_experts:
+                raise ValueError(
+                    f"lora_params has {len(tensor)} matrices of {name}, wanted {self.experts.num_experts}, "
+                    "one for each expert of this rank (shared outer matrices are not supported)"
+                )
         if self.experts is None and any(tensor is not None for tensor in lora.values()):
             raise ValueError(f"lora_params is given, but rank {self.rank} has no experts: wanted None")
 

@@ -64,7 +64,8 @@ def gather_lora(
         On the group's first rank the tensors [E, ...] on the CPU in their dtypes, else None.
 
     Raises:
-        ValueError: torch.distributed is not initialised (by torch).
+        ValueError: torch.distributed is not initialised (by torch); ranks with experts give other names than
+            each other.
     """
     mine = {name: t.detach().cpu() for name, t in (lora_params or {}).items() if t is not None}
     first = dist.get_process_group_ranks(group)[0]
@@ -72,4 +73,11 @@ def gather_lora(
     dist.gather_object(mine, parts, first, group)
     if parts is None:
         return None
-    return {name: torch.cat([part[name] for part in parts if part]) for name in mine}
+    given = {rank: part for rank, part in enumerate(parts) if part}
+    names: set[str] = set().union(*given.values())
+    for rank, part in given.items():
+        if names - part.keys():
+            raise ValueError(
+                f"lora_params of rank {rank} has no {sorted(names - part.keys())}, wanted all alike"
+            )
+    return {name: torch.cat([part[name] for part in given.values()]) for name in sorted(names)}

@@ -43,8 +43,8 @@ class Stored:
 
     def check(self, tensors: Tensors) -> None:
         """ValueError for zero points of a symmetric gptq_v2 file whose config does not say so."""
-        zeros = self._blocks(tensors).zeros
-        if self.format == "gptq" and zeros is not None and bool((zeros == 9).all()):
+        zeros = self._blocks(tensors).zeros if self.format == "gptq" else None
+        if zeros is not None and bool((zeros == 9).all()):
             raise ValueError(
                 f"{self.names['zeros']} holds nothing but 8, the zero points of a symmetric gptq_v2 file, "
                 "and quantization_config has no checkpoint_format gptq_v2"

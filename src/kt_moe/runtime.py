@@ -54,7 +54,8 @@ class Runtime:
             raise TypeError(f"isa is {isa!r}, wanted a name or None")
         threads = _threads_for_kt_kernel() if threads is None else threads
         chosen = _node_list(nodes)
-        if threads is None and chosen is None and not _CHOICES & os.environ.keys() and local_ranks()[1] > 1:
+        by_user = any(os.environ.get(name, "").strip() for name in _CHOICES)
+        if threads is None and chosen is None and not by_user and local_ranks()[1] > 1:
             threads, chosen = cores_of_rank(_core.read_topology("/"))
         self._core = _core.Runtime(threads, shards, isa, chosen)
         self._profile: Profile | None = None  # that records what it does

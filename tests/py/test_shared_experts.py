@@ -81,7 +81,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     (tmp_path / "shared_memory.py").write_text(SHARED_MEMORY)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    yield tmp_path / f"kt_moe-{os.geteuid()}"
+    yield Path(tmp_path, f"kt_moe-{os.geteuid()}-{os.stat('/proc/self/ns/pid').st_ino}")
     gc.collect()
     assert not inodes()
 
@@ -294,6 +294,10 @@ def test_a_directory_of_others_is_refused(checkpoint: Path, temporary: Path) -> 
     with pytest.raises(PermissionError, match="is no directory that only this user may write"):
         load(checkpoint)
     temporary.rmdir()
+    temporary.touch()
+    with pytest.raises(PermissionError, match="is no directory that only this user may write"):
+        load(checkpoint)
+    temporary.unlink()
     temporary.symlink_to("/")
     with pytest.raises(PermissionError, match="is no directory that only this user may write"):
         load(checkpoint)
@@ -301,7 +305,9 @@ def test_a_directory_of_others_is_refused(checkpoint: Path, temporary: Path) -> 
 
 def test_options_that_exclude_each_other(checkpoint: Path, tmp_path: Path) -> None:
     for options in ({"paged": True}, {"cache_dir": tmp_path}):
-        with pytest.raises(ValueError, match="neither paged nor in cache_dir: wanted one of them"):
+        with pytest.raises(
+            ValueError, match="shared keeps the weights in memory, paged and cache_dir leave them in files"
+        ):
             load(checkpoint, **options)
     with pytest.raises(TypeError, match="shared is 1, wanted True or False"):
         load(checkpoint, shared=1)

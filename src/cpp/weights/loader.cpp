@@ -137,8 +137,9 @@ class CheckpointLayer {
              "paged leaves the weights in the checkpoint's files, cache_dir puts them into packed ones: "
              "wanted one of them");
     index_->checkpoint().check_unchanged();
-    KT_CHECK(!options_.shared_dir || (!options_.paged && !options_.cache_dir),
-             "weights in shared memory are neither paged nor in cache_dir: wanted one of them");
+    KT_CHECK(
+        !options_.shared_dir || (!options_.paged && !options_.cache_dir),
+        "shared keeps the weights in memory, paged and cache_dir leave them in files: wanted one of them");
     if (options_.paged) {
       map();
     } else if (options_.cache_dir) {

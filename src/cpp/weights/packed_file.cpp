@@ -1,6 +1,7 @@
 #include "weights/packed_file.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -209,6 +210,7 @@ PackedWriter::~PackedWriter() {
   if (map_ != nullptr) ::munmap(map_, bytes_);
   if (fd_ < 0) return;
   ::unlink(temporary_.c_str());
+  ::flock(fd_, LOCK_UN);  // a child that was forked meanwhile has the descriptor, and with it the lock
   ::close(fd_);
 }
 
@@ -223,6 +225,7 @@ void PackedWriter::commit(const PackedLayer& layer, Runtime& runtime, const Repo
   if (::ftruncate(fd_, static_cast<off_t>(bytes_)) != 0 || ::fsync(fd_) != 0 ||
       ::rename(temporary_.c_str(), path_.c_str()) != 0)
     throw_errno(path_, "cannot write", errno);
+  ::flock(fd_, LOCK_UN);
   ::close(std::exchange(fd_, -1));
   sync_directory(path_.parent_path());
 }

@@ -60,10 +60,16 @@ std::shared_ptr<const PackedFile> SharedLayer::find(const PackedLayer& wanted, s
   Descriptor of_file;
   std::error_code error;
   for (fs::directory_iterator at(directory_, error), end; !error && at != end; at.increment(error)) {
-    const std::string file_name = at->path().filename().native();
-    if (!file_name.starts_with(name_ + ".") || file_name == name_ + ".lock") continue;
+    std::error_code unknown;
+    if (!at->is_symlink(unknown)) continue;
+    const auto status = fs::status(at->path(), unknown);
+    if (status.type() == fs::file_type::not_found) {  // its process is gone, whatever layer it was
+      ::unlink(at->path().c_str());
+      continue;
+    }
+    if (!at->path().filename().native().starts_with(name_ + ".")) continue;
     Descriptor memory(::open(at->path().c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
-    if (memory < 0 && (errno == ENOENT || errno == ENXIO)) {  // its process is gone; another has a socket
+    if (memory < 0 && errno == ENXIO) {  // another process has its number, and a socket there
       ::unlink(at->path().c_str());
     } else if (memory < 0) {
       why = message("{}: {}", at->path().native(), std::system_category().message(errno));

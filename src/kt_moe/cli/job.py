@@ -106,7 +106,10 @@ class Job:
             )
         if options.mixture.datasets and "eval_fraction" in options.given:
             raise UserError("--eval_fraction is for --dataset_name; --datasets have --test_split_size")
-        training.eval_on_start &= training.eval_strategy != "no"
+        if training.eval_on_start and training.eval_strategy == "no":
+            if "eval_on_start" in options.given:
+                raise UserError("--eval_on_start wants --eval_strategy steps or epoch")
+            training.eval_on_start = False
         data.check_exists(script.dataset_name or "")
         model, trusted = options.model, {"trust_remote_code": training.trust_remote_code}
         config = read_config(model.model_name_or_path, revision=model.model_revision, **trusted)

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,13 @@ class RunDirectory:
         made = not self.root.exists()
         self.root.mkdir(parents=True, exist_ok=True)
         file = self.root / ".run.lock"
+        lock: AbstractContextManager[Any]
         try:
             lock = FileLock(file).acquire(blocking=False)
         except Timeout:
             raise UserError(f"another run is writing to --output_dir {self.root}") from None
+        except OSError:  # a file system without locks
+            lock = nullcontext()
         with lock:
             try:
                 yield

@@ -158,8 +158,17 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
         tqdm.write("stopping after this step, with a checkpoint; once more stops at once", file=sys.stderr)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.requested and state.global_step < state.max_steps:
+        if _any_process(self.requested, args.device) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
+
+
+def _any_process(number: int, device: torch.device) -> bool:
+    """Whether a number is not 0 in some process: all have to stop after the same step."""
+    if not torch.distributed.is_initialized():
+        return number != 0
+    found = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return bool(found)
 
 
 def losses_by_length(rows: Any, length: int, mode: str, packing: bool = False) -> str:
