@@ -5,6 +5,8 @@ JOBS ?= $(shell nproc)
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 FUZZ_SECONDS ?= 60
+# Python tests at a time, each with threads of its own.
+TEST_JOBS ?= 2
 
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip --disable-pip-version-check
@@ -63,7 +65,7 @@ test-cpp: $(VENV)/.deps  ## C++ tests
 	ctest --preset dev
 
 test-py: build
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n $(TEST_JOBS)
 
 $(VENV)/.docs: $(VENV)/.deps
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation --only-deps '.[docs]'
