@@ -206,8 +206,8 @@ class ExpertParallel:
         for name, tensor in lora.items():
             if tensor is not None and self.experts is not None and len(tensor) != self.experts.num_experts:
                 raise ValueError(
-                    f"lora_params has {len(tensor)} matrices of {name}, wanted {self.experts.num_experts}, "
-                    "one for each expert of this rank (shared outer matrices are not supported)"
+                    f"{name} has {len(tensor)} matrices, wanted {self.experts.num_experts}, one for each "
+                    "expert of this rank (shared outer matrices are not supported)"
                 )
         if self.experts is None and any(tensor is not None for tensor in lora.values()):
             raise ValueError(f"lora_params is given, but rank {self.rank} has no experts: wanted None")

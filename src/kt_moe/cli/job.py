@@ -46,6 +46,8 @@ _OF_EXPERTS = ("experts_format", "experts_placement", "experts_shards", "experts
 _OF_RUN = ("eval_fraction", "long_text", "lora_shared_outer")
 _REFUSALS = (SafetensorError, RuntimeError, OSError, ValueError, KeyError, ImportError, TemplateError)
 
+_groups: list[Any] = []  # kept until the process ends
+
 
 class Job:
     """One run of a command.
@@ -174,6 +176,10 @@ class Job:
             with mock.patch("datasets.load_dataset", theirs):
                 return self.load_data(path, name, streaming)
 
+        if torch.distributed.is_initialized():
+            # The last user of the group ends it, and waits, with the GIL, for a thread of gloo's that may
+            # want the GIL. That must not be the trainer, right behind its last exchange.
+            _groups.append(torch.distributed.group.WORLD)
         module = importlib.import_module(f"trl.scripts.{self.command}")
         with mock.patch.multiple(trl, **patches), mock.patch("datasets.load_dataset", load):
             module.main(options.script, options.training, options.model, options.mixture)
