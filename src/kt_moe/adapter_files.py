@@ -50,7 +50,7 @@ def write_adapter(directory: Path, config: PeftConfig, tensors: dict[str, Tensor
         config.save_pretrained(str(new))
         text = (new / CONFIG_NAME).read_text()
         metadata = {"format": "pt", _CONFIG: json.dumps(_compared(json.loads(text)))}
-        save_tensors(tensors, new / SAFETENSORS_WEIGHTS_NAME, metadata)
+        save_tensors(_apart(tensors), new / SAFETENSORS_WEIGHTS_NAME, metadata)
         first = (directory / SAFETENSORS_WEIGHTS_NAME).exists()
         files = sorted(new.iterdir(), key=lambda file: (file.name == SAFETENSORS_WEIGHTS_NAME) != first)
         for file in files:
@@ -59,6 +59,17 @@ def write_adapter(directory: Path, config: PeftConfig, tensors: dict[str, Tensor
             for file in files:
                 os.replace(file, directory / file.name)
     _sync(directory)
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share memory, as of tied layers, each with memory of its own: files have no others."""
+    result: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return result
 
 
 def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import ALL_EXPERTS, PEFT_WARNINGS, error, load, save_tiny_checkpoint, tokens, with_lora
 from torch import Tensor
 
@@ -338,3 +338,18 @@ def test_merge_checks_what_it_wrote(
     with pytest.raises(OSError, match="reads back from .* differently" if fault == "flipped" else "No space"):
         kt_moe.merge_adapter(checkpoint, adapter, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_tied_layers_are_saved(tmp_path: Path) -> None:
+    base = save_tiny_checkpoint(tmp_path / "base", tie_word_embeddings=True, **ALL_EXPERTS)
+    options = {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}
+    model = get_peft_model(
+        load(base), LoraConfig(target_modules=["experts"], init_lora_weights=False, **options)
+    )
+    kt_moe.save_adapter(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (safetensors.torch.load_file(tmp_path / name / WEIGHTS) for name in ("ours", "theirs"))
+    assert ours.keys() >= theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    again = kt_moe.load_adapter(load(base), tmp_path / "ours")
+    assert torch.equal(again(tokens()).logits, model.eval()(tokens()).logits)

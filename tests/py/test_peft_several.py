@@ -178,6 +178,11 @@ def test_weighted_sum_of_loaded_fused_adapters(bases: dict[str, Path], tmp_path:
     for kind in ("ties_svd", "nothing"):
         with pytest.raises(ValueError, match=f"combination_type is '{kind}'"):
             model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "more", kind)
+    with pytest.raises(ValueError, match="weights has 1 numbers for 2 adapters"):
+        model.add_weighted_adapter(["default", "second"], [1.0], "more", "cat")
+    with pytest.raises(ValueError, match=r"adapters has \['third'\], the model's adapters are"):
+        model.add_weighted_adapter(["default", "third"], [1.0, 1.0], "more", "cat")
+    assert "more" not in model.peft_config
 
 
 def test_a_batch_of_several_adapters(bases: dict[str, Path]) -> None:

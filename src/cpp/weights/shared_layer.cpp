@@ -115,7 +115,9 @@ std::shared_ptr<const PackedFile> SharedLayer::commit(const PackedLayer& layer, 
 
 std::shared_ptr<const PackedFile> SharedLayer::publish(Descriptor memory,
                                                        std::shared_ptr<const PackedFile> file) const {
-  auto published = std::make_shared<Published>(std::move(file), std::move(memory));
+  auto published = std::make_shared<Published>();
+  published->file = std::move(file);
+  published->memory = std::move(memory);
   const int fd = published->memory;
   const fs::path link = directory_ / message("{}.{}.{}", name_, published->process, fd);
   ::unlink(link.c_str());  // of a process that had the same numbers

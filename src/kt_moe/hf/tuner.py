@@ -105,10 +105,15 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
         """Add the weighted sum of adapters as a further one; see `peft.LoraModel.add_weighted_adapter`.
 
         Raises:
-            ValueError: a combination that does not work on experts; names it.
+            ValueError: a combination that does not work on experts, an adapter that there is not, or weights
+                that are not one for each; names it, and nothing is added.
         """
         if adapter_name in self.peft_config:
             return
+        if unknown := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"adapters has {unknown}, the model's adapters are {sorted(self.peft_config)}")
+        if len(weights) != len(adapters):
+            raise ValueError(f"weights has {len(weights)} numbers for {len(adapters)} adapters: {adapters}")
         kind = "linear" if len(adapters) == 1 else combination_type  # as PEFT has it
         if kind not in KINDS:
             raise ValueError(f"combination_type is {kind!r}, kt_moe experts know {list(KINDS)}")
