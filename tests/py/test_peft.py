@@ -25,6 +25,7 @@ from tiny_models import (
 )
 from torch import Tensor
 
+import kt_moe
 from kt_moe.experts import PROJECTIONS
 from kt_moe.hf import KtExperts, KtLoraExperts, KtMoeConfig
 
@@ -405,3 +406,25 @@ def test_deepcopy(checkpoint: Path) -> None:
 def test_options_that_do_not_work(options: dict[str, Any], message: str, checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=message):
         with_lora(checkpoint, **options)
+
+
+@pytest.mark.filterwarnings("ignore:You have passed exclude_modules")  # PEFT, which sees no projections
+@pytest.mark.parametrize("excluded", [["down_proj"], ["experts.down_proj"], r".*experts\.down_proj"], ids=str)
+def test_projections_of_experts_can_be_excluded(excluded: Any, tmp_path: Path) -> None:
+    base = save_tiny_checkpoint(tmp_path / "base", **ALL_EXPERTS)
+    config = LoraConfig(target_modules=["experts"], exclude_modules=excluded, init_lora_weights=False)
+    model = get_peft_model(load(base), config)
+    for layer in lora_layers(model):
+        assert layer.lora_A["default"].keys() == {"gate", "up"}
+    kt_moe.save_adapter(model, tmp_path / "adapter")
+    wanted = model.eval()(tokens()).logits
+    assert torch.equal(kt_moe.load_adapter(load(base), tmp_path / "adapter")(tokens()).logits, wanted)
+
+
+def test_a_pattern_of_a_fused_name_warns_where_projections_are_targeted(tmp_path: Path) -> None:
+    base = save_tiny_checkpoint(tmp_path / "base", **ALL_EXPERTS)
+    config = LoraConfig(target_modules=["experts"], rank_pattern={"experts.gate_up_proj": 2})
+    with pytest.warns(
+        RuntimeWarning, match=r"rank_pattern has \['experts.gate_up_proj'\], which match nothing"
+    ):
+        get_peft_model(load(base), config)

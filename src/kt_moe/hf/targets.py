@@ -117,6 +117,7 @@ def find_targets(model: nn.Module, config: LoraConfig, architecture: Architectur
     for path in paths:
         if path in matched:
             whole[path] |= names[path].keys() - {""}
+        whole[path] = {p for p in whole[path] if not any(_excludes(config, name) for name in names[path][p])}
     excluded = {name for name in modules if _excludes(config, name)}
     matched -= set(paths) | excluded
     weights = {name for name in matched if _only_a_weight(modules[name])}
@@ -142,7 +143,12 @@ def check_config_patterns(config: LoraConfig, names: Sequence[str]) -> None:
 
 
 def _warn_of_patterns(config: LoraConfig, names: list[str]) -> None:
-    """As PEFT does, of patterns that match no module or weight of one."""
+    """As PEFT does, of patterns that match no module or weight of one.
+
+    Projections have no pattern by the fused tensor's name, which has a rank of its own.
+    """
+    if not config.target_parameters:
+        names = [name for name in names if not name.endswith(".gate_up_proj")]
     names = [*names, *(f"{name}.weight" for name in names)]
     for option in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, option) or {}
