@@ -274,7 +274,9 @@ def test_the_command(bases: dict[str, Path], tmp_path: Path, capsys: pytest.Capt
     ours, theirs = map(safetensors.torch.load_file, files)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert cli.main(["export", base, str(tmp_path / "nowhere"), out, "--target", "vllm"]) == 2
+    assert cli.main(["export", base, saved, saved, "--target", "vllm"]) == 2
+    assert f"kt-moe export: error: OUTPUT is {saved}, which exists already" in capsys.readouterr().err
+    assert cli.main(["export", base, str(tmp_path / "nowhere"), out + "2", "--target", "vllm"]) == 2
     assert "kt-moe export: error: no adapter_config.json in" in capsys.readouterr().err
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from kt_moe.cli.errors import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -22,7 +24,11 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         OSError, ValueError: as `kt_moe.load_adapter` and `kt_moe.export_adapter` refuse it.
+        UserError: the output exists, and is no empty directory.
     """
+    output: Path = args.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"OUTPUT is {output}, which exists already")
     import torch
 
     import kt_moe
