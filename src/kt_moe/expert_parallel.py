@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kt_moe.experts import Experts
-from kt_moe.functional import LORA_NAMES, check_inputs, moe, uncompiled
+from kt_moe.functional import check_inputs, check_lora_names, moe, uncompiled
 from kt_moe.tensors import refuse_tracing
 from kt_moe.token_exchange import Exchange, Routes, Step, combine, dispatch, partition
 
@@ -200,9 +200,7 @@ class ExpertParallel:
         low, high = (int(n) for n in topk_ids.aminmax()) if len(topk_ids) else (0, 0)
         if low < 0 or high > self.num_experts:
             raise ValueError(f"topk_ids holds {low} to {high}, wanted [0, {self.num_experts}]")
-        if unknown := lora.keys() - set(LORA_NAMES):
-            names = list(LORA_NAMES)
-            raise ValueError(f"lora_params has the unknown keys {sorted(unknown)}, wanted some of {names}")
+        check_lora_names(lora)
         for name, tensor in lora.items():
             if tensor is not None and self.experts is not None and len(tensor) != self.experts.num_experts:
                 raise ValueError(

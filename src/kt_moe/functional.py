@@ -285,6 +285,13 @@ def check_inputs(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) 
         raise ValueError(f"topk_weights is {topk_weights.dtype}, wanted a floating-point dtype")
 
 
+def check_lora_names(lora_params: Mapping[str, Tensor | None]) -> None:
+    """ValueError for keys that are no LoRA tensor's name."""
+    if unknown := lora_params.keys() - set(LORA_NAMES):
+        names = list(LORA_NAMES)
+        raise ValueError(f"lora_params has the unknown keys {sorted(unknown)}, wanted some of {names}")
+
+
 def _check_shared(experts: Experts, tensors: Sequence[Tensor | None]) -> None:
     """Shapes of matrices that all experts share: the core gets them as one for each, and would name those."""
     if experts.num_experts == 1:
@@ -332,10 +339,7 @@ def moe(
     The other arguments, the result and the errors are those of `MoEFunction.apply`.
     """
     params = dict(lora_params or {})
-    unknown = params.keys() - set(LORA_NAMES)
-    if unknown:
-        names = list(LORA_NAMES)
-        raise ValueError(f"lora_params has the unknown keys {sorted(unknown)}, wanted some of {names}")
+    check_lora_names(params)
     lora = Lora(scaling, dropout, seed)
     out: Tensor = MoEFunction.apply(hidden_states, topk_ids, topk_weights, experts, lora, **params)
     return out
