@@ -1,7 +1,7 @@
-"""One rank of the tests of expert parallelism: `expert_parallel_ranks.py PART RANK WORLD DIRECTORY`.
+"""One rank of the tests of expert parallelism: `expert_parallel_ranks.py PART RANK WORLD DIRECTORY DEVICE`.
 
 Its results lie in DIRECTORY/PART-RANK.pt. The problems are made here, for ranks and for the one process that
-they are compared with.
+they are compared with. DEVICE is cpu, or cuda, where each rank has a GPU of its own.
 """
 
 from __future__ import annotations
@@ -40,14 +40,19 @@ CHECKPOINTS = [(reentrant, choice) for reentrant in (False, True) for choice in 
 WRAPPERS = ["frozen router", "DistributedDataParallel"]
 if hasattr(torch.cpu.Stream, "record_event") and "ignored_params" in signature(fully_shard).parameters:
     WRAPPERS.append("fully_shard")
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 STEPS = 20
 MAX_NORM = 0.1
 Results = dict[str, Any]
 
 
-def problem_of(world: int, routing: str = "random") -> Problem:
+def problem_of(world: int, routing: str = "random", device: str = "cpu") -> Problem:
     ranks = {"gate": 4, "up": 8, "down": 3}
-    return make_problem(sum(TOKENS[world]), 64, 48, EXPERTS[world], 2, ranks, routing=routing, seed=7)
+    problem = make_problem(sum(TOKENS[world]), 64, 48, EXPERTS[world], 2, ranks, routing=routing, seed=7)
+    on = {
+        n: getattr(problem, n).to(device) for n in ("hidden_states", "topk_ids", "topk_weights", "grad_out")
+    }
+    return dataclasses.replace(problem, **on, lora={n: t.to(device) for n, t in problem.lora.items()})
 
 
 def tokens_of(world: int, rank: int) -> slice:
@@ -68,7 +73,8 @@ def leaf(tensor: Tensor, dtype: torch.dtype | None = None, needed: bool = True) 
 
 def gradients(out: Tensor, grad_out: Tensor, leaves: dict[str, Tensor]) -> Results:
     out.backward(grad_out.to(out.dtype))
-    return {"out": out.detach(), **{name: t.grad for name, t in leaves.items() if t.requires_grad}}
+    found = {"out": out.detach(), **{name: t.grad for name, t in leaves.items() if t.requires_grad}}
+    return {name: None if tensor is None else tensor.cpu() for name, tensor in found.items()}
 
 
 class Block(nn.Module):
@@ -103,9 +109,9 @@ def loss_of(out: Tensor, problem: Problem, tokens: slice) -> Tensor:
 
 
 class Rank:
-    def __init__(self, rank: int, world: int) -> None:
-        self.rank, self.world, self.tokens = rank, world, tokens_of(world, rank)
-        self.problem = problem_of(world)
+    def __init__(self, rank: int, world: int, device: str) -> None:
+        self.rank, self.world, self.tokens, self.device = rank, world, tokens_of(world, rank), device
+        self.problem = problem_of(world, device=device)
         self.part = local_experts(EXPERTS[world])
 
     def layer(self, problem: Problem | None = None, **options: Any) -> ExpertParallel:
@@ -149,7 +155,7 @@ class Rank:
 
     def equality(self) -> Iterator[tuple[str, Results]]:
         for routing in ROUTINGS:
-            problem = problem_of(self.world, routing)
+            problem = problem_of(self.world, routing, self.device)
             layer = self.layer(problem, average=False)
             for name, dtype in DTYPES.items():
                 yield f"{routing} {name}", self.plain(layer, problem, dtype)
@@ -174,7 +180,7 @@ class Rank:
             yield name, self.run(layer, self.problem, leaves, around, dropout=0.5)
         with torch.no_grad():
             leaves = self.leaves(self.problem, torch.float32)
-            yield "no_grad", {"out": self.call(layer, self.problem, leaves)}
+            yield "no_grad", {"out": self.call(layer, self.problem, leaves).cpu()}
         leaves = self.leaves(self.problem, torch.float32)
         out = self.call(layer, self.problem, leaves) + self.call(layer, self.problem, leaves)
         yield "two calls", gradients(out, self.problem.grad_out[self.tokens], leaves)
@@ -199,11 +205,13 @@ class Rank:
 
     def train(self, wrapper: str) -> Results:
         layer = self.layer(group=dist.new_group())
-        block = Block(self.problem, self.part, layer, wrapper != "frozen router")
+        block = Block(self.problem, self.part, layer, wrapper != "frozen router").to(self.device)
         wrapped: nn.Module = block
         if wrapper == "fully_shard":
             fully_shard(
-                block, mesh=init_device_mesh("cpu", (self.world,)), ignored_params={*block.lora.values()}
+                block,
+                mesh=init_device_mesh(self.device, (self.world,)),
+                ignored_params={*block.lora.values()},
             )
         if wrapper == "DistributedDataParallel":
             ours = [f"lora.{name}" for name in block.lora]
@@ -217,20 +225,20 @@ class Rank:
             loss = loss_of(out, self.problem, self.tokens)
             loss.backward()
             optimizer.step()
-            losses.append(loss.detach())
+            losses.append(loss.detach().cpu())
         gathered = kt_moe.gather_lora(dict(block.lora), layer.group)
         parameters = {
-            name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+            name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().cpu().clone()
             for name, p in block.named_parameters()
         }
         shared, local = block.router.parameters(), block.lora.parameters()
         norm = kt_moe.clip_grad_norm_(shared, local, MAX_NORM, layer.group)
-        clipped = {name: p.grad for name, p in block.named_parameters() if name.startswith("lora")}
+        clipped = {name: p.grad.cpu() for name, p in block.named_parameters() if name.startswith("lora")}
         return {
             "losses": torch.stack(losses),
             "parameters": parameters,
             "gathered": gathered,
-            "norm": norm,
+            "norm": norm.cpu(),
             "clipped": clipped,
         }
 
@@ -308,20 +316,22 @@ def said(function: Callable[[], object]) -> str:
 
 
 @contextmanager
-def group(rank: int, world: int, directory: Path, part: str) -> Iterator[None]:
-    store = f"file://{directory}/store-{part}"
+def group(rank: int, world: int, directory: Path, part: str, device: str) -> Iterator[None]:
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    backend, store = BACKENDS[device], f"file://{directory}/store-{part}"
     dist.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        backend, init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
     yield
     if part != "killed":
         dist.barrier()
 
 
-def main(part: str, rank: str, world: str, directory: str) -> None:
+def main(part: str, rank: str, world: str, directory: str, device: str) -> None:
     torch.set_num_threads(1)
-    with group(int(rank), int(world), Path(directory), part):
-        results = dict(getattr(Rank(int(rank), int(world)), part)())
+    with group(int(rank), int(world), Path(directory), part, device):
+        results = dict(getattr(Rank(int(rank), int(world), device), part)())
         torch.save(results, Path(directory) / f"{part}-{rank}.pt")
 
 

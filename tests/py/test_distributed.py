@@ -21,6 +21,7 @@ pytestmark = [*PEFT_WARNINGS, pytest.mark.timeout(600)]
 PROGRAM = Path(__file__).with_name("distributed_training.py")
 STEPS = 20
 FILE = "adapter_model.safetensors"
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["experts", "q_proj"], init_lora_weights=False)
     kt_moe.save_adapter(peft.get_peft_model(load(base), config), path / "adapter")
     torch.save(torch.randint(64, (STEPS, 12, 10)), path / "batches.pt")
-    train(path, "none", 1)
+    train(path, "none", 1, "cpu")
     return path
 
 
@@ -45,37 +46,44 @@ def torchrun(processes: int, *command: object) -> None:
     assert run.returncode == 0, run.stderr[-4000:]
 
 
-def train(directory: Path, wrapper: str, processes: int) -> dict[str, Any]:
-    torchrun(processes, PROGRAM, directory, wrapper, STEPS)
-    found: dict[str, Any] = torch.load(directory / f"{wrapper}-{processes}.pt")
+def train(directory: Path, wrapper: str, processes: int, device: str) -> dict[str, Any]:
+    torchrun(processes, PROGRAM, directory, wrapper, STEPS, device)
+    found: dict[str, Any] = torch.load(directory / f"{wrapper}-{processes}-{device}.pt")
     return found
 
 
-def adapter(directory: Path, wrapper: str, processes: int) -> dict[str, Tensor]:
-    return load_file(directory / f"trained-{wrapper}-{processes}" / FILE)
+def adapter(directory: Path, wrapper: str, processes: int, device: str) -> dict[str, Tensor]:
+    return load_file(directory / f"trained-{wrapper}-{processes}-{device}" / FILE)
 
 
 @pytest.mark.parametrize(
-    ("wrapper", "processes"), [("none", 2), ("ddp", 3), ("ddp", 4), ("fsdp", 2)], ids=str
+    ("wrapper", "processes", "device"),
+    [
+        ("none", 2, "cpu"),
+        ("ddp", 3, "cpu"),
+        ("ddp", 4, "cpu"),
+        ("fsdp", 2, "cpu"),
+        pytest.param("ddp", 2, "cuda", marks=TWO_GPUS),
+        pytest.param("fsdp", 2, "cuda", marks=TWO_GPUS),
+    ],
 )
-def test_training_is_that_of_one_process(directory: Path, wrapper: str, processes: int) -> None:
-    # dOut is bf16: a third of it is rounded otherwise.
-    least = 1e-2 if processes == 3 else 1e-6
-    one: dict[str, Any] = torch.load(directory / "none-1.pt")
-    found = train(directory, wrapper, processes)
-    assert found["losses"][0] == pytest.approx(one["losses"][0], rel=1e-6)
+def test_training_is_that_of_one_process(directory: Path, wrapper: str, processes: int, device: str) -> None:
+    # dOut is bf16: a third of it is rounded otherwise, and so are a GPU's products.
+    least = 1e-2 if processes == 3 or device == "cuda" else 1e-6
+    one: dict[str, Any] = torch.load(directory / "none-1-cpu.pt")
+    found = train(directory, wrapper, processes, device)
+    assert found["losses"][0] == pytest.approx(one["losses"][0], rel=1e-3 if device == "cuda" else 1e-6)
     assert found["gradients"].keys() == one["gradients"].keys()
     for name, wanted in one["gradients"].items():
         assert error(found["gradients"][name], wanted) < least, name
     # Then sums of gradients in another order move the roundings of LoRA and X to bf16, one here and there.
     for name in ("losses", "norms"):
         assert found[name] == pytest.approx(one[name], rel=5e-3), name
-    before, after = load_file(directory / "adapter" / FILE), adapter(directory, "none", 1)
-    trained = adapter(directory, wrapper, processes)
+    before, after = load_file(directory / "adapter" / FILE), adapter(directory, "none", 1, "cpu")
+    trained = adapter(directory, wrapper, processes, device)
     assert trained.keys() == after.keys() == before.keys()
     off, moved = (distance(tensors, after) for tensors in (trained, before))
-    print(off, moved)
-    assert off < 0.03 * moved
+    assert off < (0.1 if device == "cuda" else 0.03) * moved
 
 
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

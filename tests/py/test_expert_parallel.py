@@ -23,12 +23,14 @@ WORLDS = (2, 3, 4)
 pytestmark = pytest.mark.timeout(300)
 
 
-def run(part: str, world: int, directory: Path, codes: list[int] | None = None) -> list[dict[str, Any]]:
+def run(
+    part: str, world: int, directory: Path, codes: list[int] | None = None, device: str = "cpu"
+) -> list[dict[str, Any]]:
     """What each rank found; those that end with another code than 0 are left out."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (HERE, *sys.path)))}
     command = [sys.executable, "-W", "ignore", str(HERE / "expert_parallel_ranks.py"), part]
     running = [
-        subprocess.Popen([*command, str(rank), str(world), str(directory)], env=environment)
+        subprocess.Popen([*command, str(rank), str(world), str(directory), device], env=environment)
         for rank in range(world)
     ]
     try:
@@ -178,6 +180,25 @@ def test_twenty_steps(results: Any, wrapper: str) -> None:
     assert others == [None] * (world - 1)
     assert first.keys() == set(LORA_NAMES)
     assert all(torch.equal(t, of_ranks[f"lora.{name}"]) for name, t in first.items())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_two_gpus(tmp_path: Path) -> None:
+    found = run("results", 2, tmp_path, device="cuda")
+    for routing in ranks.ROUTINGS:
+        for dtype in ranks.DTYPES:
+            wanted, got = alone(2, routing, ranks.DTYPES[dtype]), together(found, f"{routing} {dtype}")
+            assert got.keys() == wanted.keys()
+            assert all(error(tensor, wanted[name]) < 1e-2 for name, tensor in got.items())
+    wanted = together(found, "random fp32")
+    for reentrant, choice in ranks.CHECKPOINTS:
+        got = together(found, f"checkpoint {reentrant} {choice}")
+        assert all(error(tensor, wanted[name]) < 1e-2 for name, tensor in got.items())
+    plain, *wrapped = ([one[wrapper] for one in found] for wrapper in ranks.WRAPPERS[1:])
+    for others in wrapped:
+        for one, other in zip(plain, others, strict=True):
+            torch.testing.assert_close(one["losses"], other["losses"], rtol=1e-2, atol=1e-4)
+            assert all(error(one["parameters"][n], t) < 1e-2 for n, t in other["parameters"].items())
 
 
 def test_what_ranks_do_not_agree_about(tmp_path: Path) -> None:
