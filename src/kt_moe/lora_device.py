@@ -16,6 +16,7 @@ from kt_moe.gpu.page_lock import PageLock, PageLockError, lock
 
 CHOICES = ("auto", "cpu", "cuda")
 _STATE_BYTES = 16  # of an fp32 parameter, its gradient and AdamW's two moments
+_FIXED_BYTES = 4  # of one that is not trained
 _NOT_ACCELERATORS = ("cpu", "meta")
 
 
@@ -31,10 +32,12 @@ class LoraPlace:
 
     Attributes:
         numbers: of LoRA parameters in all layers.
+        fixed: of those beside them that are not trained.
     """
 
     choice: str = "auto"
     numbers: int = 0
+    fixed: int = 0
     _stays: dict[torch.device, bool] = field(default_factory=dict)
 
     def stays(self, device: torch.device) -> bool:
@@ -44,13 +47,13 @@ class LoraPlace:
         if self.choice == "cpu":
             return True
         if device not in self._stays:
-            self._stays[device] = not auto_moves(self.numbers, free_bytes(device))
+            self._stays[device] = not auto_moves(self.numbers, free_bytes(device), self.fixed)
         return self._stays[device]
 
 
-def auto_moves(numbers: int, free: float) -> bool:
-    """Whether "auto" takes so many LoRA parameters to a device with so many bytes free."""
-    return _STATE_BYTES * numbers <= free / 4
+def auto_moves(numbers: int, free: float, fixed: int = 0) -> bool:
+    """Whether "auto" takes so many LoRA parameters, and fixed ones, to a device with so many bytes free."""
+    return _STATE_BYTES * numbers + _FIXED_BYTES * fixed <= free / 4
 
 
 def free_bytes(device: torch.device) -> float:

@@ -58,12 +58,12 @@ def test_the_pair_is_pefts(how: str) -> None:
     weight = base[0].weight.detach().clone()
     config = peft.LoraConfig(r=4, lora_alpha=10, target_modules=["0"], init_lora_weights=how)
     layer = peft.get_peft_model(base, config).base_model.model[0]
-    a, b = starting_pair(weight, 4, 2.5, how)
+    a, b = starting_pair(weight, 4, 2.5, how, "w")
     theirs = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     assert error(b @ a, theirs[1] @ theirs[0]) < 1e-5
     assert error(b.norm(dim=0), theirs[1].norm(dim=0)) < 1e-5
     if how == "pissa":
-        near = starting_pair(weight, 4, 2.5, "pissa_niter_16")
+        near = starting_pair(weight, 4, 2.5, "pissa_niter_16", "w")
         left = [(weight - 2.5 * (y @ x)).norm() for x, y in ((a, b), near)]
         assert left[0] <= left[1] < 1.01 * left[0]
 
@@ -189,7 +189,7 @@ def test_beside_other_adapters(bases: dict[str, Path]) -> None:
     ("options", "message"),
     [
         ({"lora_dropout": 0.1}, "does not work with lora_dropout on kt_moe experts"),
-        ({"r": 40}, r"has rank 40 on a weight \[24, 32\]"),
+        ({"r": 40}, r"has rank 40 on gate_proj of expert 0 at .*, a weight \[24, 32\]"),
         ({"lora_alpha": 0}, "has scaling 0, wanted more than 0"),
     ],
 )
@@ -214,6 +214,32 @@ def test_what_does_not_go_together(bases: dict[str, Path], tmp_path: Path) -> No
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"has rank 8 and scaling 2 on .*, the one to be loaded 6"):
         kt_moe.load_adapter(model, tmp_path / "other")
+
+
+def test_weights_that_are_not_finite_are_named(bases: dict[str, Path]) -> None:
+    """They are found in the second layer, and the model is left as it was."""
+    model = load(bases["qwen3_moe"], kt=False)
+    model.model.layers[1].mlp.experts.gate_up_proj.data[2, 3, 4] = float("nan")
+    kt_moe.wrap(model)
+    before = [name for name, _ in model.named_modules()]
+    message = "gate_proj of expert 2 at model.layers.1.mlp.experts has some that are NaN or infinite"
+    with pytest.raises(ValueError, match=message):
+        with_lora(Path(), ["q_proj", "experts"], base=model, init_lora_weights="pissa")
+    assert [name for name, _ in model.named_modules()] == before
+
+
+def test_one_layer_merges_both_parts(bases: dict[str, Path]) -> None:
+    model = with_lora(bases["qwen3_moe"], ["q_proj", "experts"], init_lora_weights="pissa")
+    layer = next(m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear))
+    weight = layer.base_layer.weight.clone()
+    assert not layer.get_delta_weight("default").any()
+    with torch.no_grad():
+        layer.lora_B["default"].weight += 0.1
+    x = torch.randn(3, layer.in_features)
+    wanted = layer(x)
+    layer.merge()
+    assert error(layer.base_layer.weight, weight) > 0.01
+    assert error(layer(x), wanted) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:PiSSA changes the base weights")

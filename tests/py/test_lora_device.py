@@ -110,6 +110,16 @@ def test_auto_asks_what_is_free(checkpoint: Path, monkeypatch: pytest.MonkeyPatc
         assert devices(of_experts(model)) == {device}
 
 
+def test_auto_counts_fixed_parts(checkpoint: Path) -> None:
+    model = with_lora(checkpoint, init_lora_weights="olora")
+    place = lora_layers(model)[0].place
+    assert place.fixed == place.numbers > 0
+    assert lora_device.auto_moves(place.numbers, 80 * place.numbers, place.fixed)
+    assert not lora_device.auto_moves(place.numbers, 79 * place.numbers, place.fixed)
+    model.delete_adapter("default")
+    assert place.fixed == place.numbers == 0
+
+
 def test_auto_of_an_ordinarily_loaded_model(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for nbytes, device in ((1 << 40, GPU), (0, torch.device("cpu"))):
         base = load(checkpoint, kt=False, experts_implementation="kt_moe")

@@ -139,12 +139,69 @@ def test_targets(targets: Any, projections: tuple[str, ...], checkpoint: Path) -
         (["experts", "shared_experts.up_proj"], r"targets \['shared_experts.up_proj'\], which match nothing"),
         (["q_proj", "qproj"], r"targets \['qproj'\].*it has .*'experts.gate_proj'.*'q_proj'"),
         (r".*\.nothing", r"targets \['.*nothing'\], which match nothing"),
+        ("gate_proj", r"A string is a pattern for whole names: .* target_modules=\['gate_proj'\]"),
     ],
     ids=str,
 )
 def test_a_target_without_match(targets: Any, message: str, checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=message):
         with_lora(checkpoint, targets)
+
+
+SOME = r'names {} of the 4 experts at model.layers.0.mlp.experts \(.*write "experts.gate_proj"'
+
+
+@pytest.mark.parametrize(
+    ("targets", "options", "message"),
+    [
+        (["experts.0.gate_proj"], {}, f"target_modules: .*{SOME.format(1)}"),
+        (["q_proj", "experts.3.gate_proj"], {}, f"target_modules: .*{SOME.format(1)}"),
+        (r".*\.experts\.[0-2]\.gate_proj", {}, f"target_modules: .*{SOME.format(3)}"),
+        (["experts"], {"exclude_modules": ["3.gate_proj"]}, f"exclude_modules: .*{SOME.format(1)}"),
+        (["experts"], {"exclude_modules": r".*\.0\.gate_proj"}, f"exclude_modules: .*{SOME.format(1)}"),
+        (["experts"], {"rank_pattern": {"experts.2.gate_proj": 2}}, f"rank_pattern: .*{SOME.format(1)}"),
+        (["experts"], {"alpha_pattern": {r"0\.gate_proj": 2}}, f"alpha_pattern: .*{SOME.format(1)}"),
+    ],
+    ids=str,
+)
+def test_some_experts_of_a_layer_are_no_target(
+    targets: Any, options: dict[str, Any], message: str, checkpoint: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_lora(checkpoint, targets, **options)
+
+
+def test_a_pattern_of_all_numbers_is_that_of_all_experts(checkpoint: Path) -> None:
+    for layer in lora_layers(with_lora(checkpoint, r".*\.experts\.\d+\.(gate|down)_proj")):
+        assert layer.lora_A["default"].keys() == {"gate", "down"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"layers_to_transform": [1, 7]},
+            r"layers_to_transform has \[7\], the layers of this model are 0 to 1",
+        ),
+        (
+            {"modules_to_save": ["experts"]},
+            "'experts', and model.layers.0.mlp.experts has routed experts, which",
+        ),
+        ({"modules_to_save": ["mlp"]}, "'mlp', and model.layers.0.mlp has routed experts, which are frozen"),
+        ({"layer_replication": [(0, 2), (0, 2)]}, "layer_replication does not work with kt_moe experts"),
+        ({"use_dora": True}, r"use_dora does not work on kt_moe experts: it scales every row of W \+ s B A"),
+    ],
+    ids=str,
+)
+def test_what_is_refused_leaves_the_model_as_it_was(
+    options: dict[str, Any], message: str, checkpoint: Path
+) -> None:
+    model = with_lora(checkpoint, ["q_proj"])
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter("more", LoraConfig(target_modules=["q_proj", "v_proj", "experts"], **options))
+    assert [name for name, _ in model.named_modules()] == before
+    assert list(model.peft_config) == model.active_adapters == ["default"]
 
 
 def test_a_pattern_without_match(checkpoint: Path) -> None:

@@ -13,6 +13,7 @@ do the same, so that its files are plain LoRA as a whole.
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,21 +33,27 @@ def starts_from_weights(init_lora_weights: Any) -> bool:
     return words.lower() == _OLORA or _PISSA.fullmatch(words) is not None
 
 
-def starting_pair(weight: Tensor, rank: int, scaling: float, how: str) -> tuple[Tensor, Tensor]:
-    """A0 [rank, in] and B0 [out, rank], fp32, of a weight [out, in].
+def starting_pair(weight: Tensor, rank: int, scaling: float, how: str, name: str) -> tuple[Tensor, Tensor]:
+    """A0 [rank, in] and B0 [out, rank], fp32, of a weight [out, in] of this name.
 
     PiSSA (https://arxiv.org/abs/2404.02948): s B0 A0 is the best approximation of the weight of this rank; of
     "pissa_niter_N" nearly, by so many iterations on random vectors. OLoRA (https://arxiv.org/abs/2406.01775):
     the first columns of Q and rows of R of its decomposition.
 
     Raises:
-        ValueError: a rank larger than the weight's, a scaling of PiSSA that is not positive.
+        ValueError: a rank larger than the weight's, weights that are not finite, a scaling of PiSSA that is
+            not positive; names it.
     """
     if rank > min(weight.shape):
         raise ValueError(
-            f"LoraConfig: init_lora_weights={how!r} has rank {rank} on a weight {list(weight.shape)}"
+            f"LoraConfig: init_lora_weights={how!r} has rank {rank} on {name}, a weight {list(weight.shape)}"
         )
     weight = weight.float()
+    if not bool(weight.isfinite().all()):
+        raise ValueError(
+            f"LoraConfig: init_lora_weights={how!r} starts with the weights, and {name} has some that are "
+            "NaN or infinite"
+        )
     if how.lower() == _OLORA:
         q, r = torch.linalg.qr(weight)
         return r[:rank], q[:, :rank]
@@ -60,6 +67,31 @@ def starting_pair(weight: Tensor, rank: int, scaling: float, how: str) -> tuple[
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     root = (s[:rank] / scaling).sqrt()
     return root[:, None] * vh[:rank], u[:, :rank] * root
+
+
+class _Both:
+    """A linear layer of PEFT whose adapters may have fixed parts: what they add to its weight is both."""
+
+    lora_A: Any  # noqa: N815 (PEFT's name)
+    lora_B: Any  # noqa: N815
+    scaling: Any
+    fan_in_fan_out: bool
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """s (B A - B0 A0), of the weight's shape."""
+        delta: Tensor = super().get_delta_weight(adapter)  # type: ignore[misc]
+        a, b = self.lora_A[adapter], self.lora_B[adapter]
+        if not isinstance(a, _A):
+            return delta
+        fixed = (b.fixed.float() @ a.fixed.float()) * self.scaling[adapter]
+        both: Tensor = delta + (fixed.T if self.fan_in_fan_out else fixed).to(delta)
+        return both
+
+
+@cache
+def _with_both(cls: Any) -> Any:
+    names = {"__doc__": cls.__doc__, "__module__": cls.__module__}
+    return cls if issubclass(cls, _Both) else type(cls.__name__, (_Both, cls), names)
 
 
 class _A(nn.Linear):
@@ -81,9 +113,9 @@ class _B(nn.Linear):
 
 
 @torch.no_grad()
-def start_layer(layer: Any, adapter_name: str, how: str) -> None:
-    """Let the adapter of a linear layer of PEFT start so; nothing for its other layers, which start as plain
-    LoRA does. Its rank is that of both parts from then on.
+def start_layer(layer: Any, adapter_name: str, how: str, name: str) -> None:
+    """Let the adapter of a linear layer of PEFT, of this name, start so; nothing for its other layers, which
+    start as plain LoRA does. Its rank is that of both parts from then on.
     """
     base = layer.get_base_layer()
     if isinstance(layer, ParamWrapper) or not isinstance(base, nn.Linear):
@@ -93,11 +125,13 @@ def start_layer(layer: Any, adapter_name: str, how: str) -> None:
     with gather_params_ctx(base.weight):
         weight = dequantize_module_weight(base)
         if weight.dtype not in _FLOATS:
-            raise ValueError(f"LoraConfig: init_lora_weights={how!r} has a weight of {weight.dtype}")
-        start = starting_pair(weight, rank, scaling, how)
-    for module, cls, value in zip((a, b), (_A, _B), start, strict=True):
+            raise ValueError(f"LoraConfig: init_lora_weights={how!r} has {name}, a weight of {weight.dtype}")
+        start = starting_pair(weight, rank, scaling, how, name)
+    for module, both, value in zip((a, b), (_A, _B), start, strict=True):
         module.weight.copy_(value)
-        module.__class__ = cls
+        module.__class__ = both
+    cls: Any = type(layer)
+    layer.__class__ = _with_both(cls)
     a.register_buffer("fixed", a.weight.detach().clone())
     b.register_buffer("fixed", -b.weight.detach())
     layer.r[adapter_name] = 2 * rank

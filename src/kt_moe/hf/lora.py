@@ -74,6 +74,7 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         pairs: ExpertPairs,
         architecture: Architecture,
         place: LoraPlace,
+        path: str = "",
     ) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer)
@@ -82,7 +83,7 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         self.shared_outer: set[str] = set()
         self.lora_fixed_A, self.lora_fixed_B = nn.ModuleDict(), nn.ModuleDict()
         self._active_adapter = adapter_name
-        self.add_pairs(adapter_name, config, pairs)
+        self.add_pairs(adapter_name, config, pairs, path)
 
     @property
     def fused(self) -> dict[str, tuple[str, ...]]:
@@ -97,15 +98,16 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         self, adapter_name: str, r: int, lora_alpha: float, config: Any, target_name: str = "", **kwargs: Any
     ) -> None:
         """Add a further adapter, with the pairs that the tuner found for `target_name`; PEFT calls this."""
-        self.add_pairs(adapter_name, config, config.kt_moe_targets.experts[target_name])
+        self.add_pairs(adapter_name, config, config.kt_moe_targets.experts[target_name], target_name)
 
-    def add_pairs(self, adapter_name: str, config: LoraConfig, pairs: ExpertPairs) -> None:
-        """Add an adapter.
+    def add_pairs(self, adapter_name: str, config: LoraConfig, pairs: ExpertPairs, path: str) -> None:
+        """Add an adapter; `path` is the layer's, for messages.
 
         Raises:
-            ValueError: an option of LoraConfig that does not work on experts; names it.
+            ValueError: an option of LoraConfig that does not work on experts, weights that no LoRA can start
+                with; names it.
         """
-        _refuse_options(config, pairs)
+        refuse_options(config, pairs)
         self.scaling[adapter_name] = _first_scaling(pairs.pairs)
         fixed = starts_from_weights(config.init_lora_weights)
         self._set_pairs(adapter_name, _doubled(pairs) if fixed else pairs)
@@ -120,7 +122,7 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         for projection, pair in pairs.pairs.items():
             self._new_pair(adapter_name, projection, pair.rank)
         if fixed:
-            self._start(adapter_name, pairs.pairs, str(config.init_lora_weights))
+            self._start(adapter_name, pairs.pairs, str(config.init_lora_weights), path)
         else:
             self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -189,11 +191,10 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter."""
-        self.place.numbers -= sum(
-            p.numel() for m in (self.lora_A, self.lora_B) for p in m[adapter_name].parameters()
-        )
+        self.place.numbers -= _numel(adapter_name, self.lora_A, self.lora_B)
+        self.place.fixed -= _numel(adapter_name, self.lora_fixed_A, self.lora_fixed_B)
         super().delete_adapter(adapter_name)
-        self.pairs.pop(adapter_name)
+        self.pairs.pop(adapter_name, None)
         self.shared_outer.discard(adapter_name)
 
     def matrices(self, adapter_name: str, projection: str) -> tuple[Tensor, Tensor]:
@@ -227,7 +228,7 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         return (pair[0], pair[1][:1].clone()) if one else (pair[0][:1].clone(), pair[1])
 
     @torch.no_grad()
-    def _start(self, adapter_name: str, pairs: Mapping[str, Pair], how: str) -> None:
+    def _start(self, adapter_name: str, pairs: Mapping[str, Pair], how: str, path: str) -> None:
         """Let an adapter start with a part of the base weights, which a fixed one takes away."""
         weights: dict[str, Any] = dict(
             zip(PROJECTIONS, experts_of(self.base_layer).dequantize(), strict=True)
@@ -236,9 +237,11 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         for projection, pair in pairs.items():
             a, b = self.lora_A[adapter_name][projection], self.lora_B[adapter_name][projection]
             for e, weight in enumerate(weights[projection]):
-                a[e], b[e] = starting_pair(weight, pair.rank, pair.scaling, how)
+                name = f"{projection}_proj of expert {e} at {path}"
+                a[e], b[e] = starting_pair(weight, pair.rank, pair.scaling, how, name)
             fixed_a[projection] = nn.Parameter(a.detach().clone(), requires_grad=False)
             fixed_b[projection] = nn.Parameter(-b.detach(), requires_grad=False)
+            self.place.fixed += a.numel() + b.numel()
         self.lora_fixed_A[adapter_name], self.lora_fixed_B[adapter_name] = fixed_a, fixed_b
 
     @torch.no_grad()
@@ -382,6 +385,12 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         raise NotImplementedError(NO_MERGE)
 
 
+def _numel(adapter_name: str, *matrices: nn.ModuleDict) -> int:
+    """Numbers in an adapter's parameters."""
+    own = (m[adapter_name] for m in matrices if adapter_name in m)
+    return sum(p.numel() for parameters in own for p in parameters.parameters())
+
+
 def _orthogonal(a: Tensor, b: Tensor) -> None:
     """A [E, r, in] and B [E, out, r] whose product is zero, as neither is: each has half of a random basis.
 
@@ -424,11 +433,17 @@ def lora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, KtLo
             yield path.removeprefix("_fsdp_wrapped_module."), module
 
 
-def _refuse_options(config: LoraConfig, pairs: ExpertPairs) -> None:
+def refuse_options(config: LoraConfig, pairs: ExpertPairs) -> None:
+    """ValueError for an option of LoraConfig that does not work on experts, with these ranks; names it."""
+    if config.use_dora:
+        raise ValueError(
+            "LoraConfig: use_dora does not work on kt_moe experts: it scales every row of W + s B A by its "
+            "norm, for which each step would decode all experts"
+        )
     variants = [
         f for f, field in config.__dataclass_fields__.items() if field.metadata.get("is_lora_variant")
     ]
-    for option in (*variants, "use_dora", "lora_bias", "fan_in_fan_out"):
+    for option in (*variants, "lora_bias", "fan_in_fan_out"):
         if getattr(config, option, None):
             raise ValueError(f"LoraConfig: {option} does not work on kt_moe experts")
     initial = config.init_lora_weights

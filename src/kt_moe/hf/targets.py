@@ -11,13 +11,16 @@ A name matches as in PEFT: the end of a module's path. The projections of routed
 - `target_parameters` may name `gate_up_proj` (without a gate `up_proj`) and `down_proj` of the fused experts,
   as PEFT's adapters do.
 
-A name that matches nothing is an error.
+A name that matches nothing is an error, and so is one of some of the experts, as "experts.3.gate_proj": they
+share one LoRA tensor a projection. A pattern may match the numbers of all, as in `experts.\\d+.gate_proj`.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +42,7 @@ from kt_moe.hf.experts import is_kt_experts
 from kt_moe.patterns import check_patterns, first_match
 
 _ALL_LINEAR = "all-linear"
+_NAME = re.compile(r"(?:\.\*\\?\.)?([\w.-]+)")  # perhaps after `.*\.`
 _LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, Conv1D)
 
 
@@ -87,18 +91,23 @@ def find_targets(model: nn.Module, config: LoraConfig, architecture: Architectur
     """All that `config` targets.
 
     Raises:
-        ValueError: a target that matches nothing, a pattern that takes too long; names it.
+        ValueError: a target that matches nothing, or some experts of a layer; a layer that there is not;
+            experts in modules_to_save; a pattern that takes too long; names it.
     """
     modules = {name: module for name, module in free_modules(model) if name}
     paths = [name for name, module in modules.items() if holds_kt_experts(module)]
+    _refuse_saved_experts(config, modules, paths)
+    _refuse_unknown_layers(config, modules)
     names = {path: names_of(path, architecture) for path in paths}
     known = [*modules, *(name for found in names.values() for keys in found.values() for name in keys)]
     check_config_patterns(config, known)
+    matchers = list(_matchers(model, config, paths))
+    _refuse_some_experts(config, matchers, paths, architecture)
     _warn_of_patterns(config, known)
     matched: set[str] = set()
     whole: dict[str, set[str]] = {path: set() for path in paths}
     missing = []
-    for target, matches in _matchers(model, config, paths):
+    for target, matches in matchers:
         found = {name for name in modules if matches(name)}
         hits = {(path, p) for path in paths for p in PROJECTIONS if any(map(matches, names[path].get(p, ())))}
         for path, projection in hits:
@@ -112,7 +121,8 @@ def find_targets(model: nn.Module, config: LoraConfig, architecture: Architectur
         have = {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, (*_LAYERS, BaseTunerLayer))}
         have |= {f"experts.{p}_proj" for found in names.values() for p in found if p}
         raise ValueError(
-            f"LoraConfig targets {sorted(missing)}, which match nothing in this model; it has {sorted(have)}"
+            f"LoraConfig targets {sorted(missing)}, which match nothing in this model; it has "
+            f"{sorted(have)}{_hint_of_string(config, known)}"
         )
     for path in paths:
         if path in matched:
@@ -129,6 +139,82 @@ def find_targets(model: nn.Module, config: LoraConfig, architecture: Architectur
     return Targets(
         frozenset(matched - weights), frozenset(parameters | {f"{name}.weight" for name in weights}), experts
     )
+
+
+def _hint_of_string(config: LoraConfig, names: Iterable[str]) -> str:
+    """What to write where target_modules is a string, a pattern for whole names, and was meant as a name."""
+    text = config.target_modules
+    if not isinstance(text, str) or not any(name.endswith(f".{text}") for name in names):
+        return ""
+    return f". A string is a pattern for whole names: for a name write target_modules=[{text!r}]"
+
+
+def _refuse_saved_experts(config: LoraConfig, modules: Iterable[str], experts: Sequence[str]) -> None:
+    """ValueError where modules_to_save, by PEFT's rule ends of paths, has experts or a module around them."""
+    for word in config.modules_to_save or ():
+        for name in modules:
+            if name.endswith(word) and any(f"{path}.".startswith(f"{name}.") for path in experts):
+                raise ValueError(
+                    f"modules_to_save has {word!r}, and {name} has routed experts, which are frozen: name "
+                    "the modules beside them (the router, shared experts), and put LoRA on experts with "
+                    'target_modules=["experts"]'
+                )
+
+
+def _refuse_unknown_layers(config: LoraConfig, modules: Iterable[str]) -> None:
+    """ValueError where layers_to_transform has a layer that there is not."""
+    layers = config.layers_to_transform
+    wanted = {layers} if isinstance(layers, int) else set(layers or ())
+    if not wanted:
+        return
+    firsts = (re.search(r"[^.]\.(\d+)(?=\.|$)", name) for name in modules)
+    found = {int(first[1]) for first in firsts if first is not None}
+    if found and (beyond := sorted(wanted - found)):
+        raise ValueError(
+            f"layers_to_transform has {beyond}, the layers of this model are {min(found)} to {max(found)}"
+        )
+
+
+def _refuse_some_experts(
+    config: LoraConfig,
+    matchers: Iterable[tuple[str, Callable[[str], bool]]],
+    paths: Iterable[str],
+    architecture: Architecture,
+) -> None:
+    """ValueError where an entry matches the numbers of some experts of a layer, and not those of all."""
+    entries = [("target_modules", text, matches) for text, matches in matchers]
+    excluded = config.exclude_modules or ()
+    for text in [excluded] if isinstance(excluded, str) else excluded:
+        one = LoraConfig(exclude_modules=text if isinstance(excluded, str) else [text])
+        entries.append(("exclude_modules", text, lambda name, one=one: _excludes(one, name)))  # type: ignore[misc]
+    for option in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, option) or ():
+            pattern = re.compile(rf"(.*\.)?({key})$")
+            entries.append((option, key, lambda name, pattern=pattern: bool(pattern.match(name))))  # type: ignore[misc]
+    entries = [entry for entry in entries if _has_numbers(entry[1])]
+    for path in paths if entries else ():
+        module = architecture.module_at(path)
+        first = 0 if module.keyed is None else module.keyed.first_expert
+        places = {path: 0, module.disk_path(path): first}
+        for (place, start), (projection, on_disk) in itertools.product(places.items(), module.words.items()):
+            numbers = range(start, start + module.num_experts)
+            for word, (option, text, matches) in itertools.product(
+                dict.fromkeys((f"{projection}_proj", on_disk)), entries
+            ):
+                found = [n for n in numbers if matches(f"{place}.{n}.{word}")]
+                if found and len(found) < module.num_experts:
+                    some = ", ".join([*map(str, found[:3]), *(["..."] if len(found) > 3 else [])])
+                    raise ValueError(
+                        f"{option}: {text!r} names {len(found)} of the {module.num_experts} experts at "
+                        f"{place} ({some}), which share one LoRA tensor a projection: write "
+                        f'"experts.{word}" for that of all of them'
+                    )
+
+
+def _has_numbers(text: str) -> bool:
+    """Whether a name or pattern can tell experts apart, in names such as `...experts.3.up_proj`."""
+    name = _NAME.fullmatch(text)
+    return name is None or any(part.isdigit() for part in name[1].split(".")[-2:-1])
 
 
 def check_config_patterns(config: LoraConfig, names: Sequence[str]) -> None:

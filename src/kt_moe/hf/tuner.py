@@ -12,20 +12,21 @@ import copy
 import functools
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from kt_moe.functional import of_all
 from kt_moe.hf.config import KtLoraConfig, SharedOuterLoraConfig, saved_config, with_ranks_doubled
 from kt_moe.hf.experts import KtExperts, is_kt_experts
 from kt_moe.hf.initial import halves, join_fixed, joined, part_fixed, start_layer
-from kt_moe.hf.lora import NO_MERGE, KtLoraExperts, experts_architecture, lora_layers
+from kt_moe.hf.lora import NO_MERGE, KtLoraExperts, experts_architecture, lora_layers, refuse_options
 from kt_moe.hf.portable import PREFIX, Matrices, is_per_expert, path_to_save, renaming_of
 from kt_moe.hf.targets import Targets, find_targets, holds_kt_experts
 from kt_moe.hf.weighted import KINDS, combine
@@ -51,19 +52,23 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
         """Add an adapter.
 
         Raises:
-            ValueError: a target that matches nothing, an option that does not work on experts; names it.
+            ValueError: a target that matches nothing, an option that does not work on experts; names it. The
+                model is as it was.
         """
         architecture = experts_architecture(model)
         assert architecture is not None
         config = self.peft_config[adapter_name] = KtLoraConfig.of(self.peft_config[adapter_name])
+        tuned = {module for module in model.modules() if isinstance(module, BaseTunerLayer)}
         self._kt_architecture, self._kt_place = architecture, _place_of(model)
         try:
             config = self._prepare_adapter_config(config, self.get_model_config(model))
             config.kt_moe_targets = targets = find_targets(model, config, architecture)
+            _refuse(config)
             _logger.info("LoRA %r is on %s", adapter_name, targets)
             self._inject(model, adapter_name, config, *args, **kwargs)
         except Exception:
             del self.peft_config[adapter_name]
+            _take_out(model, adapter_name, tuned)
             raise
         _move_to_their_models(model, adapter_name)
         config.kt_moe_saved = saved_config(model, config, adapter_name)
@@ -192,7 +197,8 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
             lora_config.init_lora_weights = True  # PEFT's would change the base weights
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, **kwargs)
         if fixed:
-            start_layer(getattr(parent, target_name), adapter_name, how)
+            name = kwargs.get("current_key", target_name)
+            start_layer(getattr(parent, target_name), adapter_name, how, name)
 
     def _create_new_module(
         self, lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any
@@ -200,7 +206,13 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
         if is_kt_experts(target):
             pairs = lora_config.kt_moe_targets.experts[kwargs["target_name"]]
             return KtLoraExperts(
-                target, adapter_name, lora_config, pairs, self._kt_architecture, self._kt_place
+                target,
+                adapter_name,
+                lora_config,
+                pairs,
+                self._kt_architecture,
+                self._kt_place,
+                kwargs["target_name"],
             )
         if kwargs.get("parameter_name") is not None and lora_config.lora_dropout:
             lora_config = copy.copy(lora_config)
@@ -303,6 +315,30 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
         if isinstance(peft_config, KtLoraConfig):
             peft_config.kt_moe_saved = with_ranks_doubled(peft_config.kt_moe_saved)
         return converted
+
+
+def _refuse(config: KtLoraConfig) -> None:
+    """ValueError for options that do not work, before a layer is changed."""
+    if config.layer_replication:
+        raise ValueError(
+            "LoraConfig: layer_replication does not work with kt_moe experts, which a copied layer lacks"
+        )
+    for pairs in config.kt_moe_targets.experts.values():
+        refuse_options(config, pairs)
+
+
+def _take_out(model: nn.Module, adapter_name: str, tuned: Collection[Any]) -> None:
+    """Take an adapter that was put in by half out of a model that had these layers with adapters."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            left = child
+            while isinstance(left, BaseTunerLayer) and left not in tuned:
+                left = left.base_layer
+            if left is not child:
+                setattr(parent, name, left)
+    for layer in tuned:
+        if adapter_name in layer.scaling:
+            layer.delete_adapter(adapter_name)
 
 
 def _refuse_shared_outer(configs: Any) -> None:
