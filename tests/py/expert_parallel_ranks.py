@@ -99,7 +99,9 @@ class Block(nn.Module):
 
 
 def optimizer_of(block: Block) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(block.parameters(), lr=1e-3)
+    # In groups of their own: AdamW updates no mixture of tensors and DTensors at once.
+    groups = [{"params": list(part.parameters())} for part in (block.router, block.lora)]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=1e-3)
 
 
 def loss_of(out: Tensor, problem: Problem, tokens: slice) -> Tensor:
