@@ -71,10 +71,13 @@ def test_auto_without_room(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("choice", ["cpu", "cuda"])
 @pytest.mark.parametrize("checkpointing", [None, "recompute", "retain"])
-def test_trainer(choice: str, checkpointing: str | None, checkpoint: Path, tmp_path: Path) -> None:
+def test_trainer(
+    choice: str, checkpointing: str | None, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import transformers
     from tiny_models import gradients, tokens
 
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 1)  # else DataParallel takes all there are
     rows = [{"input_ids": t, "labels": t} for t in tokens(1).expand(8, -1)]
 
     def trainer() -> Any:
