@@ -86,6 +86,8 @@ class ExpertParallel:
         assert processes is not None
         self._counts = _counts.setdefault(processes, _Counts())
         self._number = self._counts.layers
+        # What ranks tell each other goes by the CPU where it can: then no rank waits for its GPU's work.
+        self._tells_by_cpu = "cpu:" in dist.get_backend_config(group)
         # What is wrong with this rank's arguments is told, not raised: the others would wait.
         layers: list[Any] = [None] * self.world_size
         dist.all_gather_object(layers, _Layer.of(experts, num_experts, average, self._number), group)
@@ -229,7 +231,7 @@ class ExpertParallel:
         """
         mine = [_STEPS.index(step), call.layer, call.number, call.slots, call.needs, int(error is not None)]
         rows = [[*mine, size] for size in sizes or [0] * self.world_size]
-        told = torch.tensor(rows, dtype=torch.int64, device=device)
+        told = torch.tensor(rows, dtype=torch.int64, device="cpu" if self._tells_by_cpu else device)
         heard = torch.empty_like(told)
         dist.all_to_all_single(heard, told, group=self.group)
         ranks = heard.tolist()
