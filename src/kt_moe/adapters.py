@@ -47,6 +47,9 @@ def save_adapter(model: nn.Module, directory: StrPath, *, adapter_name: str = "d
     path = Path(check_path("directory", directory))
     config = copy.copy(check_adapter_name(model, adapter_name))
     config.inference_mode = True
+    if config.task_type is None and isinstance(model, PeftModel):  # as PEFT writes it
+        made = type(model.base_model.model)
+        config.auto_mapping = {"base_model_class": made.__name__, "parent_library": made.__module__}
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None)
     own = {n: t for n, t in model.state_dict().items() if f".{adapter_name}" in n or not _is_sharded(t)}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,25 @@ FORMATS = tuple(_core.quantized_types())  # of weights in memory
 CHECKPOINT_FORMATS = ("as-stored", *FORMATS)
 PROJECTIONS = ("gate", "up", "down")
 PLACEMENTS = ("tensor", "expert")  # of experts on shards
+
+
+_in_thread = threading.local()  # .loading: layers this thread loads while others wait for them
+
+
+@contextlib.contextmanager
+def _alone(checkpoint: Checkpoint, layer: int, directory: str | None) -> Iterator[None]:
+    """Around a load. RuntimeError where this thread loads the same layer, and would wait for itself."""
+    loading = vars(_in_thread).setdefault("loading", set())
+    key = checkpoint.path.resolve(), layer, directory
+    if directory is not None and key in loading:
+        raise RuntimeError(
+            f"progress of layer {layer}, which this thread is loading from {checkpoint.path}, loads it again"
+        )
+    loading.add(key)
+    try:
+        yield
+    finally:
+        loading.discard(key)
 
 
 class Experts:
@@ -153,6 +174,7 @@ class Experts:
                 `cache_dir` and `shared`. A placement or popularity as for `Experts`. `experts` that is empty,
                 has a step, or goes beyond the layer's.
             OSError: a file cannot be read, a packed layer not be written, or there is no such shared memory.
+            RuntimeError: `progress` of this layer, shared or packed, calls for it again.
         """
         _check_known("format", format, CHECKPOINT_FORMATS)
         _check_known("placement", placement, PLACEMENTS)
@@ -171,20 +193,22 @@ class Experts:
         checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(path)
         runtime = runtime or default_runtime()
         self = cls.__new__(cls)
-        core = _core.Experts.from_checkpoint(
-            checkpoint._core,
-            layer,
-            activation,
-            format,
-            runtime._core,
-            directory,
-            paged,
-            shared_directory() if shared else None,
-            progress,
-            placement,
-            numbers("popularity", "E", popularity),
-            None if experts is None else (experts.start, experts.stop),
-        )
+        shared_in = shared_directory() if shared else None
+        with _alone(checkpoint, layer, shared_in or directory):
+            core = _core.Experts.from_checkpoint(
+                checkpoint._core,
+                layer,
+                activation,
+                format,
+                runtime._core,
+                directory,
+                paged,
+                shared_in,
+                progress,
+                placement,
+                numbers("popularity", "E", popularity),
+                None if experts is None else (experts.start, experts.stop),
+            )
         self._adopt(core, runtime, gpu)
         return self
 

@@ -89,6 +89,15 @@ def test_what_is_written(checkpoint: Path, tmp_path: Path) -> None:
     }  # others may read
 
 
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_the_config_is_the_one_that_peft_writes(task: str | None, checkpoint: Path, tmp_path: Path) -> None:
+    model = with_lora(checkpoint, ["q_proj", "experts"], task_type=task)
+    model.save_pretrained(tmp_path / "peft")
+    kt_moe.save_adapter(model, tmp_path / "ours")
+    texts = [(tmp_path / name / "adapter_config.json").read_text() for name in ("peft", "ours")]
+    assert json.loads(texts[0]) == json.loads(texts[1])
+
+
 def test_mixtral_names(tmp_path: Path) -> None:
     save_tiny_checkpoint(tmp_path / "base", "mixtral")
     kt_moe.save_adapter(with_lora(tmp_path / "base"), tmp_path / "adapter")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import tiny_model
 
 import kt_moe
 from kt_moe.hf import kt_config
@@ -39,6 +40,9 @@ def options(settings: dict) -> dict:
         ({"kt_weight_lifecycle": "ephemeral"}, {"paged": True}),
         ({"kt_activation_policy": {"cpu": "recompute", "gpu": "recompute"}}, {"recompute": True}),
         ({"kt_activation_policy": {"cpu": "retain", "gpu": "retain"}}, {}),
+        ({"kt_activation_policy": {"cpu": "recompute"}}, {"recompute": True}),
+        ({"kt_activation_policy": {"cpu": "retain"}}, {}),
+        ({"kt_activation_policy": {"gpu": "recompute"}}, {"checkpoint_experts": "retain"}),
         ({"kt_activation_policy": '{"cpu": "retain", "gpu": "recompute"}'}, {"checkpoint_experts": "retain"}),
         ({"gpu_memory": "6GiB", "kt_num_threads": 4}, {"gpu_memory": "6GiB", "threads": 4}),
         ({"kt_config": {"enabled": True, "kt_num_threads": 3}, "mixed_precision": "bf16"}, {"threads": 3}),
@@ -53,7 +57,15 @@ def test_settings_are_followed(settings, expected):
 
 def test_lora():
     found = KTConfig.from_dict({"kt_lora_rank": 8, "kt_lora_dropout": "0.1"})
-    assert found.lora == {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1}
+    assert found.lora == {"r": 8, "lora_dropout": 0.1}
+    config = found.lora_config(["experts"])
+    assert (config.r, config.lora_alpha) == (8, 16)
+    config = found.lora_config(["experts"], r=32)
+    assert (config.r, config.lora_alpha) == (32, 64)
+    config = KTConfig.from_dict({"kt_lora_alpha": 5}).lora_config(["experts"], r=32)
+    assert (config.r, config.lora_alpha) == (32, 5)
+    config = KTConfig.from_dict({}).lora_config(["experts"])
+    assert (config.r, config.lora_alpha) == (8, 8)  # PEFT's
     config = found.lora_config(["q_proj", "experts"], bias="none", lora_alpha=4)
     assert (config.r, config.lora_alpha, config.lora_dropout) == (8, 4, 0.1)
     assert config.target_modules == {"q_proj", "experts"}
@@ -84,16 +96,17 @@ def test_what_is_not_needed_is_said():
         ({"kt_train_mode": "full"}, "kt_train_mode is 'full', wanted \"lora\""),
         ({"kt_full_weight_grad": True}, "experts are frozen"),
         ({"kt_weight_lifecycle": "short"}, "wanted persistent or ephemeral"),
-        ({"kt_activation_policy": {"cpu": "retain"}}, 'wanted "cpu" and "gpu"'),
-        ({"kt_activation_policy": "retain"}, 'wanted "cpu" and "gpu"'),
+        ({"kt_activation_policy": {}}, 'wanted "cpu", "gpu" or both'),
+        ({"kt_activation_policy": {"cpu": "retain", "tpu": "retain"}}, 'wanted "cpu", "gpu" or both'),
+        ({"kt_activation_policy": "retain"}, 'wanted "cpu", "gpu" or both'),
         ({"kt_lora_rank": "many"}, "kt_lora_rank is 'many', wanted a whole number"),
         ({"kt_lora_alpha": []}, r"kt_lora_alpha is \[\], wanted a number"),
         ({"enabled": False}, "enabled is false"),
         ({"kt_config": [1]}, r"kt_config is \[1\], wanted names and values"),
         ({1: 2}, "1 is no name of a setting"),
-        ({"kt_activation_policy": {"cpu": [1], "gpu": "retain"}}, 'wanted "cpu" and "gpu"'),
-        ({"kt_activation_policy": "5"}, 'wanted "cpu" and "gpu"'),
-        ({"kt_activation_policy": "[" * 100_000}, 'wanted "cpu" and "gpu"'),
+        ({"kt_activation_policy": {"cpu": [1], "gpu": "retain"}}, 'wanted "cpu", "gpu" or both'),
+        ({"kt_activation_policy": "5"}, 'wanted "cpu", "gpu" or both'),
+        ({"kt_activation_policy": "[" * 100_000}, 'wanted "cpu", "gpu" or both'),
         ({"kt_lora_alpha": float("nan")}, "kt_lora_alpha is nan, wanted a number"),
         ({"kt_lora_dropout": 5}, "kt_lora_dropout is 5, wanted a probability"),
         ({"recompute": "no"}, "recompute is 'no', wanted True or False"),
@@ -103,6 +116,23 @@ def test_what_is_not_needed_is_said():
 def test_refusals(settings, says):
     with pytest.raises(ValueError, match=says):
         KTConfig.from_dict(settings)
+
+
+def test_where_its_experts_are_wanted_it_says_so(tmp_path):
+    """In every place that takes a KtMoeConfig."""
+    settings = KTConfig.from_dict({})
+    model = tiny_model("qwen3_moe")
+    model.save_pretrained(tmp_path)
+    for load in (
+        lambda: kt_moe.wrap(model, settings),
+        lambda: kt_moe.load_model(tmp_path, settings),
+        lambda: kt_moe.device_map(tmp_path, settings),
+        lambda: type(model).from_pretrained(tmp_path, quantization_config=settings),
+    ):
+        with pytest.raises(
+            TypeError, match=r"config is a KTConfig, .* give its .experts, a kt_moe.KtMoeConfig"
+        ):
+            load()
 
 
 def test_no_mapping():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import re
@@ -218,6 +219,17 @@ def test_a_fork_while_loading_keeps_nobody_waiting(checkpoint: Path) -> None:
         assert waits.result().verify()
     assert done
     assert ours.verify()
+
+
+def test_progress_that_loads_the_layer_again_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
+    """It would wait for itself."""
+    for options in ({}, {"shared": False, "cache_dir": tmp_path / "cache"}):
+        again = functools.partial(load, checkpoint, **options)
+        with pytest.raises(RuntimeError, match=r"progress of layer 0, .*, loads it again"):
+            load(checkpoint, progress=lambda _, again=again: again(), **options)
+        with pytest.raises(RuntimeError, match="loads it again"):
+            again(progress=lambda _, again=again: again())
+        assert again().verify()
 
 
 def test_memory_and_links_go_with_the_last_user(checkpoint: Path, hold: Any, temporary: Path) -> None:

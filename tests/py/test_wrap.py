@@ -119,6 +119,34 @@ def test_a_model_in_peft_keeps_its_adapters():
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+def test_adapters_elsewhere_and_later_ones_on_experts(tmp_path):
+    """An adapter on attention that was there before, and one on experts too, each saved and read again."""
+    names = {"before": ["q_proj", "v_proj"], "after": ["q_proj", "experts"]}
+    model = peft.get_peft_model(
+        build(dtype=torch.float32),
+        peft.LoraConfig(r=4, target_modules=names["before"], init_lora_weights=False),
+        adapter_name="before",
+    )
+    kt_moe.wrap(model)
+    expected = {"before": logits(model)}
+    model.add_adapter(
+        "after", peft.LoraConfig(r=2, target_modules=names["after"], init_lora_weights=False, lora_alpha=4)
+    )
+    assert torch.equal(logits(model), expected["before"])
+    model.set_adapter("after")
+    expected["after"] = logits(model)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    model.add_weighted_adapter(["before", "after"], [1.0, 1.0], "both", combination_type="cat")
+    model.save_pretrained(tmp_path)
+    for name, found in expected.items():
+        wrapped = kt_moe.wrap(build(dtype=torch.float32))
+        assert torch.equal(logits(peft.PeftModel.from_pretrained(wrapped, tmp_path / name)), found)
+        plain = peft.PeftModel.from_pretrained(build(dtype=torch.float32), tmp_path / name)
+        about(logits(plain), found)
+
+
 def test_a_model_with_a_device_map():
     """accelerate gives every module of one a forward of its own, which moves its inputs."""
     import accelerate

@@ -19,6 +19,7 @@ import yaml  # type: ignore[import-untyped,unused-ignore]
 from kt_moe.hf.quantizer import KtMoeConfig
 
 _ENVIRONMENT = "ACCELERATE_KT_"
+_NOT_OURS = "config is a KTConfig, which also has LoRA's settings: give its .experts, a kt_moe.KtMoeConfig"
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 _BACKENDS = {
     "auto": "as-stored", "amxbf16": "as-stored", "bf16": "as-stored", "fp8": "as-stored",
@@ -49,12 +50,22 @@ class KTConfig:
 
         Args:
             target_modules: as PEFT takes them; "experts" are the routed experts.
-            options: others of `peft.LoraConfig`.
+            options: others of `peft.LoraConfig`; they go before the settings. Where a rank is given, here or
+                by the settings, and no lora_alpha, it is twice the rank, as kt-kernel has it. Where neither
+                is, both are PEFT's defaults, 8.
         """
         from peft import LoraConfig
 
         targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-        return LoraConfig(target_modules=targets, **{**self.lora, **options})
+        given: dict[str, Any] = {**self.lora, **options}
+        if "r" in given:
+            given.setdefault("lora_alpha", 2 * given["r"])
+        return LoraConfig(target_modules=targets, **given)
+
+    @property
+    def quant_method(self) -> str:
+        """TypeError: it was given where its `experts` are wanted, as `quantization_config`."""
+        raise TypeError(_NOT_OURS)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> KTConfig:
@@ -96,8 +107,6 @@ class KTConfig:
                 for option, setting in _option(name, value).items():
                     if options.setdefault(option, setting) != setting:
                         raise ValueError(f"{name} is {value!r}, and {option} is {options[option]!r} already")
-        if "r" in lora:
-            lora.setdefault("lora_alpha", 2 * lora["r"])  # as kt-kernel has it
         return cls(KtMoeConfig(**options), lora, reasons)
 
     @classmethod
@@ -147,6 +156,16 @@ class KTConfig:
             for name in sorted(settings, key=len, reverse=True):
                 text = text.replace(name, _ENVIRONMENT + name.removeprefix("kt_").upper())
             raise ValueError(text) from None
+
+
+def checked_config(config: KtMoeConfig | None) -> KtMoeConfig:
+    """The config, or the default. TypeError if it is something else."""
+    if isinstance(config, KTConfig):
+        raise TypeError(_NOT_OURS)
+    config = KtMoeConfig() if config is None else config
+    if not isinstance(config, KtMoeConfig):
+        raise TypeError(f"config is a {type(config).__name__}, wanted kt_moe.KtMoeConfig or None")
+    return config
 
 
 def _parsed(text: str) -> Any:
@@ -273,10 +292,11 @@ def _activation_policy(name: str, value: Any) -> dict[str, Any]:
         policy = None
     if (
         not isinstance(policy, Mapping)
-        or set(policy) != {"cpu", "gpu"}
+        or not policy
+        or not policy.keys() <= {"cpu", "gpu"}
         or any(kept not in ("retain", "recompute") for kept in policy.values())
     ):
-        raise ValueError(f'{name} is {value!r}, wanted "cpu" and "gpu", each "retain" or "recompute"')
-    again = policy["cpu"] == "recompute"
-    kept = not again and policy["gpu"] == "recompute"
+        raise ValueError(f'{name} is {value!r}, wanted "cpu", "gpu" or both, each "retain" or "recompute"')
+    again = policy.get("cpu") == "recompute"
+    kept = not again and policy.get("gpu") == "recompute"
     return {"recompute": again, "checkpoint_experts": "retain" if kept else "recompute"}

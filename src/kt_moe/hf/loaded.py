@@ -16,7 +16,9 @@ from kt_moe.architectures import architecture_of
 from kt_moe.computation import is_experts, output_norm
 from kt_moe.experts import Experts
 from kt_moe.hf.experts import KtExperts, expert_parameters, pack
+from kt_moe.hf.kt_config import checked_config
 from kt_moe.hf.quantizer import KtMoeConfig, KtMoeQuantizer, guard_loaded_model
+from kt_moe.hf.tuner import take_over
 from kt_moe.hf.unmarked import mark
 from kt_moe.tensors import check_module
 
@@ -38,7 +40,8 @@ def wrap(model: nn.Module, config: KtMoeConfig | None = None) -> nn.Module:
     from weights in memory: `kt_moe.KtMoeConfig` needs no memory for torch's experts in between.
 
     Args:
-        model: a transformers model, or one inside wrappers such as PEFT's whose adapters are elsewhere.
+        model: a transformers model, or one inside wrappers such as PEFT's whose adapters are elsewhere;
+            experts may get LoRA beside these (`add_adapter`).
             Experts may be on any device, in bf16, fp16 or fp32; what is not bf16 is rounded to it. Best call
             it before the model is sharded. Experts that fully_shard or ZeRO-3 have gathered (`unshard()`,
             `GatheredParameters`) are taken over too, but these keep their shards in memory.
@@ -58,9 +61,7 @@ def wrap(model: nn.Module, config: KtMoeConfig | None = None) -> nn.Module:
             be given again.
     """
     check_module("model", model)
-    config = KtMoeConfig() if config is None else config
-    if not isinstance(config, KtMoeConfig):
-        raise TypeError(f"config is a {type(config).__name__}, wanted kt_moe.KtMoeConfig or None")
+    config = checked_config(config)
     if given := [name for name in _OF_CHECKPOINTS if getattr(config, name)]:
         raise ValueError(f"config has {', '.join(given)}, which is for experts from a checkpoint")
     _refuse_sharded(model)
@@ -97,6 +98,7 @@ def wrap(model: nn.Module, config: KtMoeConfig | None = None) -> nn.Module:
                     setattr(parent, name, ours)
                 bar.update(_nbytes(module))
                 del module  # and with it the last reference to the parameters
+    take_over(model)
     return model
 
 

@@ -14,6 +14,7 @@ from transformers.utils.generic import ContextManagers
 
 from kt_moe.checkpoint import Checkpoint, check_path
 from kt_moe.families import model_class
+from kt_moe.hf.kt_config import checked_config
 from kt_moe.hf.quantizer import KtMoeConfig
 
 _OF_FILES = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
@@ -47,7 +48,7 @@ def load_model(
             as `from_pretrained` with `KtMoeConfig`.
         OSError: files are missing.
     """
-    path, config = check_path("path", path), _checked(config)
+    path, config = check_path("path", path), checked_config(config)
     of_files = {name: options[name] for name in _OF_FILES if name in options}
     model_config = AutoConfig.from_pretrained(path, **of_files)
     return _class_of(model_config).from_pretrained(
@@ -78,7 +79,7 @@ def device_map(
     """
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype is {dtype!r}, wanted a torch.dtype")
-    path, config = check_path("path", path), _checked(config)
+    path, config = check_path("path", path), checked_config(config)
     model_config = AutoConfig.from_pretrained(path)
     made = _class_of(model_config)
     quantizer, model_config, how = get_hf_quantizer(model_config, config, "auto", True, {})
@@ -89,13 +90,6 @@ def device_map(
     limits = None if max_memory is None else dict(max_memory)
     found: dict[str, int | str | torch.device] = _get_device_map(model, how, limits, quantizer)
     return found
-
-
-def _checked(config: KtMoeConfig | None) -> KtMoeConfig:
-    config = KtMoeConfig() if config is None else config
-    if not isinstance(config, KtMoeConfig):
-        raise TypeError(f"config is a {type(config).__name__}, wanted kt_moe.KtMoeConfig or None")
-    return config
 
 
 def _class_of(config: PretrainedConfig) -> Any:

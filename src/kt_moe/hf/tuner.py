@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ from kt_moe.hf.experts import KtExperts, is_kt_experts
 from kt_moe.hf.initial import halves, join_fixed, joined, part_fixed, start_layer
 from kt_moe.hf.lora import NO_MERGE, KtLoraExperts, experts_architecture, lora_layers, refuse_options
 from kt_moe.hf.portable import PREFIX, Matrices, is_per_expert, path_to_save, renaming_of
-from kt_moe.hf.targets import Targets, find_targets, holds_kt_experts
+from kt_moe.hf.targets import Targets, find_targets, free_modules, holds_kt_experts
 from kt_moe.hf.weighted import KINDS, combine
 from kt_moe.lora_device import LoraPlace
 from kt_moe.patterns import first_match
@@ -315,6 +316,23 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
         if isinstance(peft_config, KtLoraConfig):
             peft_config.kt_moe_saved = with_ranks_doubled(peft_config.kt_moe_saved)
         return converted
+
+
+def take_over(model: nn.Module) -> None:
+    """Let adapters be put on experts that became kt_moe's in a model that has PEFT's LoRA elsewhere."""
+    tuners: list[Any] = [module for module in model.modules() if type(module) is LoraModel]
+    for tuner in tuners:
+        tuner.__class__ = KtLoraModel
+        for name, config in tuner.peft_config.items():
+            own = KtLoraConfig.of(config)
+            layers = {
+                path: m for path, m in free_modules(tuner.model) if isinstance(m, LoraLayer) and name in m.r
+            }
+            of_parameters = {path for path, m in layers.items() if isinstance(m, ParamWrapper)}
+            parameters = frozenset(f"{path}.{layers[path].parameter_name}" for path in of_parameters)
+            own.kt_moe_targets = Targets(frozenset(layers.keys() - of_parameters), parameters, {})
+            own.kt_moe_saved = saved_config(tuner.model, own, name)
+            tuner.peft_config[name] = own
 
 
 def _refuse(config: KtLoraConfig) -> None:
