@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,11 +29,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kt_moe.experts import Experts
-from kt_moe.functional import check_inputs, check_lora_names, moe, uncompiled
+from kt_moe.functional import check_inputs, check_lora_names, moe, on_failure, uncompiled
+from kt_moe.job import tell_what_ends_this_process
 from kt_moe.tensors import refuse_tracing
-from kt_moe.token_exchange import Exchange, Routes, Step, combine, dispatch, partition
+from kt_moe.token_exchange import (
+    Exchange,
+    Routes,
+    Step,
+    attempt,
+    combine,
+    dispatch,
+    exchanged,
+    partition,
+)  # fmt: skip
 
-_T = TypeVar("_T")
 _STEPS: tuple[Step, ...] = get_args(Step)
 # What a rank's call needs, as bits: a graph, gradients of its tokens, gradients of its LoRA tensors.
 _RECORDS, _TOKENS, _LORA = 1, 2, 4
@@ -93,6 +102,7 @@ class ExpertParallel:
         dist.all_gather_object(layers, _Layer.of(experts, num_experts, average, self._number), group)
         _check_layers(layers)
         self._counts.layers += 1
+        tell_what_ends_this_process()
         self.parts = partition(num_experts, self.world_size)
         self.hidden_size: int = next(layer.sizes["hidden_size"] for layer in layers if layer.sizes)
 
@@ -149,7 +159,7 @@ class ExpertParallel:
             self._check(hidden_states, topk_ids, topk_weights, params)
             return Routes.of(topk_ids, self.parts), _needs(hidden_states, topk_weights, params)
 
-        seen, error = _try(look)
+        seen, error = attempt(look)
         routes, needs = seen or (None, 0)
         device = getattr(hidden_states, "device", torch.device("cpu"))
         call = _Call(self._number, number, topk_ids.shape[1] if routes else 0, needs)
@@ -171,9 +181,10 @@ class ExpertParallel:
             lora = {name: self._scaled(tensor) for name, tensor in params.items()}
             return moe(rows, ids, weights, self.experts, lora, scaling=scaling, dropout=dropout, seed=seed)
 
-        partial, error = _try(compute)
+        partial, error = attempt(compute)
         agree("forward's results", error)
         assert partial is not None
+        on_failure(partial, lambda error: agree("backward's results", error))
         return combine(partial, anchor, routes, hidden_states, exchange)
 
     def _scaled(self, tensor: Tensor | None) -> Tensor | None:
@@ -233,7 +244,7 @@ class ExpertParallel:
         rows = [[*mine, size] for size in sizes or [0] * self.world_size]
         told = torch.tensor(rows, dtype=torch.int64, device="cpu" if self._tells_by_cpu else device)
         heard = torch.empty_like(told)
-        dist.all_to_all_single(heard, told, group=self.group)
+        exchanged(heard, told, None, None, self.group)
         ranks = heard.tolist()
         failed = any(row[5] for row in ranks)
         differ = any(row[:4] != mine[:4] or (row[4] ^ call.needs) & _RECORDS for row in ranks)
@@ -360,14 +371,6 @@ def _check_alike(said: Sequence[Mapping[str, Any]], what: str, error: type[Excep
         if len(ranks) > 1:
             each = [f"{value!r} on rank{'s' * (len(at) > 1)} {', '.join(at)}" for value, at in ranks.items()]
             raise error(f"{what}: {name} is {' and '.join(each)}")
-
-
-def _try(function: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
-    """What the function returns, or raises: the other ranks are told before it is."""
-    try:
-        return function(), None
-    except Exception as error:
-        return None, error
 
 
 def _rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:

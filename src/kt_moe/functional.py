@@ -169,6 +169,15 @@ class _MoE(torch.autograd.Function):
     @once_differentiable
     @_in_torch_profile("kt_moe.backward")
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        try:
+            return _MoE._backward(ctx, grad_out)
+        except Exception as error:
+            if failed := getattr(ctx, "failed", None):
+                failed(error)
+            raise
+
+    @staticmethod
+    def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.engine is not None:
             from kt_moe.gpu import function as on_device
 
@@ -316,6 +325,12 @@ def of_all(matrices: Tensor, num_experts: int) -> Tensor:
     if matrices.dim() != 3 or len(matrices) != 1 or num_experts == 1:
         return matrices
     return matrices.expand(num_experts, -1, -1)
+
+
+def on_failure(result: Tensor, failed: Callable[[Exception], object]) -> None:
+    """Have `failed` called with what backward raises, if a call's result requires a gradient."""
+    if result.grad_fn is not None:
+        result.grad_fn.failed = failed  # type: ignore[attr-defined]
 
 
 @uncompiled

@@ -8,13 +8,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kt_moe import job
+
+_T = TypeVar("_T")
 Step = Literal["forward", "forward's results", "backward", "backward's results"]
 
 
@@ -72,12 +75,13 @@ class Exchange:
     """One call's exchanges between the ranks of a group.
 
     Attributes:
-        agree: called on all ranks before each exchange of backward, with the name of its step.
+        agree: called on all ranks before each exchange of backward, with the name of its step and what the
+            rank failed with, if it did.
         sent, received: rows to and from each rank.
     """
 
     group: dist.ProcessGroup | None
-    agree: Callable[[Step], object]
+    agree: Callable[[Step, Exception | None], object]
     sent: list[int]
     received: list[int]
 
@@ -95,8 +99,37 @@ class Exchange:
 
     def _swap(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
         got = rows.new_empty(sum(received), *rows.shape[1:])
-        dist.all_to_all_single(got, rows.contiguous(), received, sent, group=self.group)
+        exchanged(got, rows.contiguous(), received, sent, self.group)
         return got
+
+
+def exchanged(
+    got: Tensor,
+    rows: Tensor,
+    received: list[int] | None,
+    sent: list[int] | None,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """`all_to_all_single`.
+
+    Raises:
+        RuntimeError: torch's, as another rank is gone or silent; where that one could tell what ended it, it
+            says so.
+    """
+    try:
+        dist.all_to_all_single(got, rows, received, sent, group=group)
+    except RuntimeError as error:
+        if told := job.failure():
+            raise RuntimeError(f"{told} (seen by an expert parallel layer's exchange of tokens)") from error
+        raise
+
+
+def attempt(function: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
+    """What the function returns, or raises: the other ranks are told before it is."""
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
 
 
 def dispatch(
@@ -161,8 +194,8 @@ class _Dispatch(torch.autograd.Function):
         ctx: Any, grad_rows: Tensor, _: object, grad_weights: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (tokens,) = ctx.saved_tensors
-        ctx.exchange.agree("backward's results")
-        both = torch.cat([grad_rows, grad_weights], dim=1)
+        both, error = attempt(lambda: torch.cat([grad_rows, grad_weights], dim=1))
+        ctx.exchange.agree("backward's results", error)
         x, weights = ctx.exchange.send_back(both, tokens, ctx.count).tensor_split([grad_rows.shape[1]], dim=1)
         x_dtype, weights_dtype = ctx.dtypes
         needs_x, needs_weights, *_ = ctx.needs_input_grad
@@ -196,8 +229,9 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (tokens,) = ctx.saved_tensors
-        ctx.exchange.agree("backward")
-        rows = ctx.exchange.send(_as_bytes(grad_out[tokens].bfloat16()))
+        sent, error = attempt(lambda: _as_bytes(grad_out[tokens].bfloat16()))
+        ctx.exchange.agree("backward", error)
+        rows = ctx.exchange.send(sent)
         return rows.view(torch.bfloat16).float(), None, None, None, None, None
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -28,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import kt_moe
+from kt_moe import _core, functional
 from kt_moe.expert_parallel import ExpertParallel, local_experts
 
 TOKENS = {2: (9, 30), 3: (11, 0, 22), 4: (7, 0, 13, 5)}  # of each rank
@@ -308,6 +311,50 @@ class Rank:
             os._exit(7)
         yield "killed", said(lambda: out.sum().backward())
 
+    def killed_in_forward(self) -> Iterator[tuple[str, str]]:
+        """Rank 1 is killed by its own experts."""
+        layer, leaves = self.layer(), self.leaves(self.problem)
+        if self.rank == 1:
+            functional._core = Broken(forward=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        yield "killed", said(lambda: self.call(layer, self.problem, leaves))
+
+    def faults(self) -> Iterator[tuple[str, Any]]:
+        """Rank 1 is slow, fails in its experts' backward, is silent, and fails outside of any layer."""
+        layer = self.layer()
+        yield "as it should be", self.plain(layer, self.problem, torch.float32)
+        if self.rank == 1:
+            time.sleep(1.5)
+        yield "slow", self.plain(layer, self.problem, torch.float32)
+        core = functional._core
+        if self.rank == 1:
+            functional._core = Broken(backward=out_of_memory)
+        yield "backward", said(lambda: self.plain(layer, self.problem, torch.float32))
+        functional._core = core
+        yield "afterwards", self.plain(layer, self.problem, torch.float32)
+        short = self.layer(group=dist.new_group(timeout=timedelta(seconds=2)))
+        began = time.monotonic()
+        if self.rank != 1:
+            yield "silent", said(lambda: self.plain(short, self.problem, torch.float32))
+        yield "seconds", time.monotonic() - began
+        dist.barrier()
+        if self.rank == 1:
+            raise ValueError("a row of the data set is empty")
+        yield "uncaught", said(lambda: self.plain(layer, self.problem, torch.float32))
+
+
+class Broken:
+    """The core with other functions."""
+
+    def __init__(self, **functions: Any) -> None:
+        vars(self).update(functions)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_core, name)
+
+
+def out_of_memory(*_: object) -> None:
+    raise MemoryError("no memory for dG")
+
 
 def said(function: Callable[[], object]) -> str:
     try:
@@ -326,7 +373,7 @@ def group(rank: int, world: int, directory: Path, part: str, device: str) -> Ite
         backend, init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
     yield
-    if part != "killed":
+    if part in ("results", "errors"):
         dist.barrier()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -230,7 +231,19 @@ def test_what_ranks_do_not_agree_about(tmp_path: Path) -> None:
 
 def test_a_rank_that_is_gone_ends_the_others(tmp_path: Path) -> None:
     found = run("killed", 3, tmp_path, [0, 7, 0])
+    found += run("killed_in_forward", 3, tmp_path, [0, -signal.SIGKILL, 0])
     assert all("Error" in one["killed"] for one in found)
+
+
+def test_what_happens_to_one_rank_is_told_to_the_others(tmp_path: Path) -> None:
+    for one in run("faults", 3, tmp_path, [0, 1, 0]):
+        for name in ("slow", "afterwards"):
+            assert all(torch.equal(t, one["as it should be"][key]) for key, t in one[name].items())
+        wanted = "RuntimeError: expert parallel layer 0 failed on rank 1: MemoryError: no memory for dG"
+        assert one["backward"] == wanted
+        assert "RuntimeError" in one["silent"]
+        assert one["seconds"] < 30
+        assert "rank 1 failed: ValueError: a row of the data set is empty" in one["uncaught"]
 
 
 def test_partition() -> None:

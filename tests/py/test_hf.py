@@ -430,10 +430,10 @@ def test_lazy_experts_are_loaded_when_they_are_used(checkpoint: Path) -> None:
     assert all("format='int4'" in repr(m) for m in modules)
 
 
-def test_replicas_that_wake_lazy_experts_load_them_once(
+def test_copies_that_wake_lazy_experts_load_them_once(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As DataParallel makes them, and deep copies: each in a thread of its own."""
+    """Deep copies, each in a thread of its own."""
     expected = load(checkpoint)(tokens()).logits
     loaded: list[int] = []
     of_files = kt_moe.Experts.from_checkpoint
@@ -441,8 +441,8 @@ def test_replicas_that_wake_lazy_experts_load_them_once(
         kt_moe.Experts, "from_checkpoint", lambda *a, **k: (loaded.append(1), of_files(*a, **k))[1]
     )
     model = load(checkpoint, quantization_config=KtMoeConfig(lazy=True))
-    replicas = [*(module._replicate_for_data_parallel() for module in model.modules()), copy.deepcopy(model)]
-    experts = [m for replica in replicas for m in replica.modules() if isinstance(m, KtExperts)]
+    copies = [model, copy.deepcopy(model), copy.deepcopy(model)]
+    experts = [m for each in copies for m in each.modules() if isinstance(m, KtExperts)]
     threads = [threading.Thread(target=lambda m=m: m.experts) for m in experts]
     for thread in threads:
         thread.start()

@@ -50,8 +50,8 @@ class KtExperts(nn.Module):
     """Routed experts of one layer, held by `kt_moe.Experts` and not by torch.
 
     It has no parameters for them and no state: `state_dict`, `parameters()`, `.to()` and
-    `get_memory_footprint()` pass them by. Copies, as of deepcopy and DataParallel, share the weights, which
-    are frozen; of lazy ones the first copy that needs them loads them for all.
+    `get_memory_footprint()` pass them by. Copies, as of deepcopy, share the weights, which are frozen; of
+    lazy ones the first copy that needs them loads them for all.
 
     Args:
         architecture: of the model.
@@ -118,6 +118,13 @@ class KtExperts(nn.Module):
         twin._held = self._held
         twin.training, twin.lora_device = self.training, self.lora_device
         return twin
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError(
+            "torch.nn.DataParallel does not work with kt_moe experts; Trainer takes it where one process "
+            "sees several GPUs. Start one process for each GPU (torchrun, accelerate launch), "
+            "or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(

@@ -27,6 +27,7 @@ from kt_moe.gpu import Gpu, Rates, as_gpu
 from kt_moe.hf.experts import NAME, KtExperts, dims_of
 from kt_moe.hf.rest import RestQuantizer, as_config
 from kt_moe.hf.unmarked import mark
+from kt_moe.job import check_alike, check_told, files_text
 from kt_moe.runtime import Runtime, default_runtime
 
 CHOICES = {
@@ -36,6 +37,8 @@ CHOICES = {
     "checkpoint_experts": checkpointing.CHOICES,
     "expert_parallel": EXPERT_PARALLEL,
 }
+# Options that say what is computed. Others, as threads and gpu, may differ between processes of a job.
+_ALIKE = ("format", "placement", "recompute", "lora_device", "checkpoint_experts", "expert_parallel", "rest")
 _GPU_NAMES = {"device": "gpu", "memory": "gpu_memory"}  # of kt_moe.Gpu, and here
 
 
@@ -63,8 +66,8 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         lora_device: where LoRA parameters of the experts lie, with their gradients and optimizer state.
             "cpu": in host memory, wherever the model is moved. "cuda": on the model's device. "auto": on the
             model's device where 16 bytes a parameter are at most a quarter of the memory that is free there
-            when the model is moved, else in host memory. In host memory they are refused by nn.DataParallel,
-            and by DistributedDataParallel with device_ids.
+            when the model is moved, else in host memory. In host memory they are refused by
+            DistributedDataParallel with device_ids.
         checkpoint_experts: whether gradient checkpointing computes experts again, "recompute", or keeps what
             their backward needs from the first forward, "retain" (see `kt_moe.Experts.checkpoint_experts`).
         gpu_rates: the machine's `kt_moe.Rates`, or their values by name, as `kt-moe doctor` prints them:
@@ -72,7 +75,8 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         expert_parallel: where several processes of a job on this machine have the experts. "off": each loads
             them for itself. "host": they lie once in memory that all share (see
             `kt_moe.Experts.from_checkpoint`, `shared`). "auto": "host" where torchrun or accelerate have
-            started several processes here (LOCAL_WORLD_SIZE). `cache_dir` and `paged` share in files.
+            started several processes here (LOCAL_WORLD_SIZE). `cache_dir` and `paged` share in files. Unless
+            it is "off", the settings of all processes of the job are compared (ValueError).
         rest: how transformers is to quantise the other layers, one of its quantization configs, as
             `BitsAndBytesConfig(load_in_4bit=True)`. None: as they are stored. Where a checkpoint has them
             quantised, its own config is heeded without it; it then changes that one's loading options, as
@@ -204,6 +208,15 @@ class KtMoeQuantizer(RestQuantizer):
         checkpoint = _open(checkpoint_files)
         lists = stored_lists(model, architecture, checkpoint.tensors)
         self._checkpoint = checkpoint.with_lists(lists) if lists else checkpoint
+        if self.quantization_config.expert_parallel != "off":
+            options = self.quantization_config.to_dict()
+            settings = {name: options[name] for name in _ALIKE}
+            of_model = {
+                "model": type(model).__name__,
+                "dtype": model.dtype,
+                "files": files_text(checkpoint.files),
+            }
+            check_alike("experts", of_model | settings)
         self._runtime, self._gpu = self.quantization_config.runtime(), self.quantization_config.make_gpu()
         _refuse_gptq_v2(self._checkpoint, self.quantization_config.stored)
         self.read_stored(checkpoint, lists, model.dtype, kwargs.get("device_map"))
@@ -227,6 +240,8 @@ class KtMoeQuantizer(RestQuantizer):
         if not self.quantization_config.lazy:
             _load_all(list(modules.values()), self._checkpoint)
         self.rest._process_model_after_weight_loading(model, **kwargs)
+        if self.quantization_config.expert_parallel != "off":
+            check_told()
         guard_loaded_model(model, self)
         # The model keeps its quantizer, and must stay copyable.
         del self._checkpoint, self._runtime, self._gpu

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from peft import PeftModel, PeftType
+from peft import LoraConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import ParamWrapper
@@ -31,10 +31,13 @@ from kt_moe.hf.lora import NO_MERGE, KtLoraExperts, experts_architecture, lora_l
 from kt_moe.hf.portable import PREFIX, Matrices, is_per_expert, path_to_save, renaming_of
 from kt_moe.hf.targets import Targets, find_targets, free_modules, holds_kt_experts
 from kt_moe.hf.weighted import KINDS, combine
+from kt_moe.job import check_alike
 from kt_moe.lora_device import LoraPlace
 from kt_moe.patterns import first_match
 
 _logger = logging.getLogger(__name__)
+# Of a config, what says where its files are from.
+_OF_FILES = ("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "runtime_config")
 _NOTHING = "(?!)"  # a pattern without matches: PEFT's conversion of names of older models leaves it alone
 
 
@@ -66,6 +69,7 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
             config.kt_moe_targets = targets = find_targets(model, config, architecture)
             _refuse(config)
             _logger.info("LoRA %r is on %s", adapter_name, targets)
+            _check_alike(model, adapter_name, config)
             self._inject(model, adapter_name, config, *args, **kwargs)
         except Exception:
             del self.peft_config[adapter_name]
@@ -392,6 +396,15 @@ def _by_name(patterns: dict[str, Any], targets: Targets) -> dict[str, Any]:
     names |= {name: [name] for name in targets.parameters}
     found = {re.escape(name): first_match(patterns, both) for name, both in names.items() if patterns}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _check_alike(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
+    """ValueError where the processes of a job give their models different adapters."""
+    of_model = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if getattr(of_model, "expert_parallel", "off") != "off":
+        settings = {name: value for name, value in config.to_dict().items() if name not in _OF_FILES}
+        own = {"adapter_name": adapter_name, "shared_outer": getattr(config, "shared_outer", False)}
+        check_alike("LoRA", own | settings)
 
 
 def _place_of(model: nn.Module) -> LoraPlace:
