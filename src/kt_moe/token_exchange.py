@@ -38,6 +38,19 @@ def partition(num_experts: int, world_size: int) -> list[range]:
     return [range(*both) for both in itertools.pairwise(firsts)]
 
 
+def exchange_bytes(hidden_size: int, topk: int, recompute: bool = False) -> int:
+    """That a rank sends in a training step for a token and a rank it goes to, its own results included.
+
+    Forward sends bf16 rows with ids and weights, and fp32 results come back; backward bf16 gradients, and
+    fp32 gradients of rows and weights come back. What comes back to one was sent by another, so that in the
+    mean a rank sends all four.
+
+    recompute: gradient checkpointing runs the exchanges of forward twice.
+    """
+    forward = 2 * hidden_size + 8 * topk + 4 * hidden_size
+    return forward * (2 if recompute else 1) + 2 * hidden_size + 4 * (hidden_size + topk)
+
+
 @dataclass(frozen=True)
 class Routes:
     """The rows that a rank sends, those for rank 0 first, tokens ascending.

@@ -23,15 +23,17 @@ from tiny_models import (
     tokens,
     with_lora,
 )
+from torch import Tensor
 from user_errors import one_line_error
 
 from kt_moe import Experts, MoELayer, checkpointing, host_memory
 from kt_moe.architectures import architecture_of
 from kt_moe.cli import main
-from kt_moe.cli.plan import memory
+from kt_moe.cli.plan import memory, ranks
 from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.outline import Outline, outline
 from kt_moe.hf import KtMoeConfig
+from kt_moe.token_exchange import Exchange, Routes, combine, dispatch, exchange_bytes, partition
 
 pytestmark = PEFT_WARNINGS
 
@@ -571,3 +573,49 @@ def test_a_config_that_makes_no_model(
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert plan(tmp_path / "config.json", "--no-measure") == 2
     assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_the_exchange_of_expert_parallel_ranks_is_that_of_the_code() -> None:
+    """Its bytes, and how many ranks tokens go to."""
+    sent = 0
+
+    class Counting(Exchange):
+        def _swap(self, rows: Tensor, sent_rows: list[int], received: list[int]) -> Tensor:
+            nonlocal sent
+            sent += rows.nbytes
+            return rows
+
+    tokens, hidden, topk, size = 4000, 32, 3, 5
+    ids = torch.rand(tokens, 16).topk(topk).indices
+    routes = Routes.of(ids, partition(16, size))
+    model = outline(tiny_config(num_experts=16, num_experts_per_tok=topk), RUN)
+    pairs = sum(routes.sizes) / tokens / size
+    assert ranks._pairs(model, size) == pytest.approx(pairs, rel=0.02)
+    exchange = Counting(None, lambda *_: None, routes.sizes, routes.sizes)
+    x, weights = torch.randn(tokens, hidden, requires_grad=True), torch.rand(tokens, topk, requires_grad=True)
+    rows, _, w = dispatch(x, weights, None, routes, exchange)
+    combine(rows * w.sum(1, keepdim=True), None, routes, x, exchange).sum().backward()
+    assert sent == exchange_bytes(hidden, topk) * sum(routes.sizes)
+
+
+def test_several_hosts_and_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_config(tmp_path / "config.json", tiny_config(**MEDIUM))
+    given = ["--plan_gpu", "24GiB", "--gpu-memory", "1GiB", "--hosts", "3", "--ranks", "2", "--json"]
+    assert plan(file, *given, "--network", "25") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["job"] == {"hosts": 3, "ranks": 2, "network": 25e9}
+    host, part = found["modes"]
+    assert (host["name"], part["name"]) == ("host", "global")
+    alone = {p["name"]: p["nbytes"] for p in found["host"]["parts"]}
+    assert host["host"] < 2 * sum(alone.values()) - alone["expert weights"] + 1
+    lora = 6 * 64 * 3 * 16 * (512 + 256) * 4
+    of_rest = host["exchanged"] - lora * 2 * 5 / 6
+    # A token goes to all ranks but few of its own, and to the 4 of 6 on other hosts over the network.
+    most = 6 * found["run"]["batch"] * found["run"]["sequence"] * exchange_bytes(512, 8) * 5
+    assert 0.6 * most < part["exchanged"] - of_rest < most
+    assert part["network"] == pytest.approx((part["exchanged"] - of_rest) * 2 * 4 / 5 + of_rest)
+    assert part["exchange"] == pytest.approx(part["network"] / 25e9)
+    assert plan(file, *given[:-1], "--plan_host_memory", "1MiB") == 1
+    assert '"global": DOES NOT FIT' in capsys.readouterr().out
+    error = one_line_error(capsys, "plan", lambda: plan(file, "--ranks", "0"))
+    assert "--plan_ranks is 0, wanted a positive number" in error

@@ -81,6 +81,11 @@ class PlanConfig:
         "a100-40, a100-80, h100, h200; default: the GPU here.",
     )
     plan_measure: bool = HfArg(default=True, help="Time some experts here; otherwise arithmetic alone.")
+    plan_hosts: int = HfArg(default=1, help="Hosts of the job; others are as this one.")
+    plan_ranks: int = HfArg(default=1, help="Processes on each host, one for each of its GPUs.")
+    plan_network: float = HfArg(
+        default=12.5, help="What a host's network carries in each direction, GB/s; 12.5 is 100 Gbit/s."
+    )
     plan_json: bool = HfArg(default=False, help="Print the plan as JSON.")
 
 

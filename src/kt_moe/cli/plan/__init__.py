@@ -16,7 +16,8 @@ from kt_moe.cli.described import blamed_on, read_config
 from kt_moe.cli.errors import UserError
 from kt_moe.cli.plan.memory import Part, make_plan
 from kt_moe.cli.plan.options import Run
-from kt_moe.cli.plan.outline import outline
+from kt_moe.cli.plan.outline import Outline, outline
+from kt_moe.cli.plan.ranks import Job, Mode, describe_modes, modes_of
 from kt_moe.cli.plan.report import add_up, describe
 from kt_moe.cli.plan.speed import CARDS, speed_of
 from kt_moe.cli.plan.weights import weights_part
@@ -24,6 +25,7 @@ from kt_moe.gpu import parse_bytes
 from kt_moe.host_memory import free_memory, resident
 
 _SHORT = {"json": "plan_json", "no-measure": "no_plan_measure", "rates": "experts_gpu_rates"}
+_SHORT |= {name: f"plan_{name}" for name in ("hosts", "ranks", "network")}
 _ABOUT = "kt-moe plan MODEL ...: the model comes first, or anywhere as --model MODEL."
 
 
@@ -61,6 +63,7 @@ def dry_run(options: train.Options) -> int:
         free = free_memory() + resident("RssAnon")
         if asked.plan_host_memory is not None:
             free = parse_bytes("--plan_host_memory", asked.plan_host_memory)
+        job = Job(asked.plan_hosts, asked.plan_ranks, asked.plan_network * 1e9)
         gpu_free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
         if asked.plan_gpu in CARDS:
             gpu_free = CARDS[asked.plan_gpu][0] << 30
@@ -73,18 +76,31 @@ def dry_run(options: train.Options) -> int:
     with blamed_on(name):
         model = outline(config, wanted, **trusted)
         weights, format = weights_part(Path(name), config, model, wanted.format)
-    host, on_gpu = make_plan(model, wanted, weights, process, runtime.threads, gpu_free)
+
+    def plan(of: Outline, experts: Part) -> tuple[list[Part], list[Part]]:
+        threads = max(1, runtime.threads // job.ranks)
+        return make_plan(of, wanted, experts, process, threads, gpu_free)
+
+    host, on_gpu = plan(model, weights)
     memories = {"host memory": add_up(host, free)}
     if gpu_free is not None:
         memories["GPU memory"] = add_up(on_gpu, gpu_free)
     speed = speed_of(options, model, wanted, format, weights.nbytes, runtime, gpu_free)
     fits = all(memory["spare"] >= 0 for memory in memories.values())
+    modes: list[Mode] = []
+    if job.size > 1:
+        share = str(experts.experts_cpu_share)
+        modes = modes_of(job, model, wanted, format, weights, speed.rates, plan, share, free, gpu_free)
+        fits = any(mode.fits for mode in modes)
     if asked.plan_json:
         said = {"model": asdict(model), "run": asdict(wanted), "speed": asdict(speed), "fits": fits}
         said |= {"host": memories["host memory"], "gpu": memories.get("GPU memory")}
+        said |= {"job": asdict(job), "modes": [asdict(mode) for mode in modes]}
         print(json.dumps(said, indent=2))
     else:
         print(describe(model, wanted, memories, speed))
+        if modes:
+            print("", describe_modes(job, modes), sep="\n")
     return 0 if fits else 1
 
 

@@ -75,11 +75,7 @@ def speed_of(
     """
     layer, plan, share = model.layers[0], options.plan, options.experts.experts_cpu_share
     memory = 0 if free is None else weights_on_gpu(weights, run.gpu_memory, free - model.rest_bytes)
-    work = Workload(
-        len(model.layers), layer.hidden_size, layer.intermediate_size, layer.num_experts, model.topk,
-        weights_bytes(layer, format) // layer.num_experts, ranks(layer, run), run.tokens, run.one_layer,
-        layer.gated,
-    )  # fmt: skip
+    work = workload(model, run, format)
     known = {"assumed, an H200 on PCIe 5 and 16 vCPUs with AMX": {**vars(REFERENCE)}}
     if plan.plan_measure:
         known["measured"] = measured_rates(layer, format, runtime)
@@ -88,14 +84,29 @@ def speed_of(
     known["given"] = options.experts.rates() or {}
     rates = {name: rate for some in known.values() for name, rate in some.items()}
     sources = {name: source for source, some in known.items() for name in some}
-    cpu_share = (
-        1.0 if not memory and run.gpu_memory in ("auto", 0) else None if share == "auto" else float(share)
-    )
+    of_cpu = cpu_share(share, run, memory)
     try:
-        found = [predict(work, Rates(**rates), memory, routing, cpu_share) for routing in ROUTINGS]
+        found = [predict(work, Rates(**rates), memory, routing, of_cpu) for routing in ROUTINGS]
     except ValueError as error:
         raise UserError(f"--experts_gpu_memory: {error}") from error
     return Speed(memory, Rates(**rates), sources, found)
+
+
+def cpu_share(share: str, run: Run, memory: int) -> float | None:
+    """As `predict` takes it, of --experts_cpu_share and the memory for experts on the GPU."""
+    if not memory and run.gpu_memory in ("auto", 0):
+        return 1.0
+    return None if share == "auto" else float(share)
+
+
+def workload(model: Outline, run: Run, format: str) -> Workload:
+    """The experts of a step."""
+    layer = model.layers[0]
+    return Workload(
+        len(model.layers), layer.hidden_size, layer.intermediate_size, layer.num_experts, model.topk,
+        weights_bytes(layer, format) // layer.num_experts, ranks(layer, run), run.tokens, run.one_layer,
+        layer.gated,
+    )  # fmt: skip
 
 
 def measured_rates(layer: ExpertModule, format: str, runtime: Runtime) -> dict[str, float]:
