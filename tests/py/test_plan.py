@@ -618,4 +618,4 @@ def test_several_hosts_and_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert plan(file, *given[:-1], "--plan_host_memory", "1MiB") == 1
     assert '"global": DOES NOT FIT' in capsys.readouterr().out
     error = one_line_error(capsys, "plan", lambda: plan(file, "--ranks", "0"))
-    assert "--plan_ranks is 0, wanted a positive number" in error
+    assert "--ranks is 0, wanted a positive number" in error
