@@ -164,7 +164,12 @@ def refuse_unknown(module: nn.Module, model_type: str) -> None:
         )
 
 
-def _derive(model: PreTrainedModel) -> Architecture:
+def computed_experts(model: PreTrainedModel) -> tuple[str, dict[str, Any], dict[str, Computation]]:
+    """A model's type, its modules of experts and what these compute, by path.
+
+    Raises:
+        ValueError: as `architecture_of`.
+    """
     model_type = getattr(model.config.get_text_config(), "model_type", None) or model.config.model_type
     experts = dict(_experts_in(model))
     if not experts:
@@ -176,6 +181,11 @@ def _derive(model: PreTrainedModel) -> Architecture:
             "that transformers lets others compute (use_experts_implementation)"
         )
     computed = {path: refuse_unless_computed(module, model_type) for path, module in experts.items()}
+    return model_type, experts, computed
+
+
+def _derive(model: PreTrainedModel) -> Architecture:
+    model_type, experts, computed = computed_experts(model)
     lists = saved_lists(model, experts)
     numbers = _numbers(list(experts))
     modules = []

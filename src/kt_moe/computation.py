@@ -104,7 +104,12 @@ def transformers_class(module: nn.Module) -> tuple[str, str]:
 def unknown_experts(model: nn.Module) -> list[str]:
     """Names of the classes of routed experts of which is not known what they compute."""
     names = {type(module).__name__ for module in model.modules() if not is_experts(module)}
-    return sorted(name for name in names if _EXPERTS.fullmatch(name))
+    return sorted(filter(is_experts_name, names))
+
+
+def is_experts_name(name: str) -> bool:
+    """Whether a class of this name is one of routed experts."""
+    return _EXPERTS.fullmatch(name) is not None
 
 
 def computation_of(module: Any) -> Computation:

@@ -28,7 +28,7 @@ import kt_moe
 from kt_moe import cli
 from kt_moe.computation import bias_names, is_experts, layout_of, parameter_names
 from kt_moe.experts import PROJECTIONS
-from kt_moe.families import expert_classes, model_class
+from kt_moe.families import expert_classes, model_class, refused_classes
 from kt_moe.hf import KtExperts, KtLoraExperts, KtMoeConfig
 
 pytestmark = [*PEFT_WARNINGS, pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")]
@@ -322,12 +322,34 @@ def test_experts_without_transformers_mark_are_refused_by_name(
     monkeypatch.setattr(kt_moe.hf.quantizer, "Checkpoint", None)  # nothing is read
     made = model_class(config)
     monkeypatch.setattr(made, "_load_pretrained_model", None)
+    message = rf"is not supported by kt_moe: .* {UNKNOWN[model_type]}, which lacks"
     for options in ({"quantization_config": KtMoeConfig()}, {"experts_implementation": "kt_moe"}):
-        with pytest.raises(
-            ValueError,
-            match=rf"is not supported by kt_moe: .* {UNKNOWN[model_type]}, which lacks",
-        ):
+        with pytest.raises(ValueError, match=message):
             made.from_pretrained(tmp_path, **options)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=message):
+        kt_moe.load_model(tmp_path)
+
+
+def test_refused_before_weights_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By config.json alone; a model that is not refused goes on to fetch them."""
+
+    class FetchedError(Exception):
+        pass
+
+    def fetch(*args: Any, **kwargs: Any) -> None:
+        raise FetchedError("weights")
+
+    monkeypatch.setattr(transformers.modeling_utils, "_get_resolved_checkpoint_files", fetch)
+    options: dict[str, Any]
+    for options, raised, message in (
+        ({"hidden_act": "relu"}, ValueError, "'qwen3_moe' .*it lacks the activation ReLU"),
+        ({"num_experts": 4, "mlp_only_layers": [0, 1]}, ValueError, "this config has no layer with routed"),
+        ({}, FetchedError, "weights"),
+    ):
+        transformers.Qwen3MoeConfig(num_hidden_layers=2, **options).save_pretrained(tmp_path)
+        with pytest.raises(raised, match=message):
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=KtMoeConfig())
 
 
 class NewConfig(transformers.Qwen3MoeConfig):  # type: ignore[misc]
@@ -419,9 +441,11 @@ def test_the_command_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["models"]) == 0
     *lines, _, summary = capsys.readouterr().out.splitlines()
     rows = [line.split() for line in lines[1:]]
-    assert {works for _, works, *_ in rows} == {"yes"}
-    assert sorted({name for name, *_ in rows}) == COMPUTED
-    assert summary.endswith(f"{len(COMPUTED)} of {len(COMPUTED)} families work")
+    assert [name for name, works, *_ in rows if works == "yes"] == COMPUTED
+    refused = [line for line, (_, works, *_) in zip(lines[1:], rows, strict=True) if works == "no"]
+    assert [line.split()[0] for line in refused] == sorted(refused_classes())
+    assert all("transformers does not let others compute" in line for line in refused)
+    assert summary.endswith(f"{len(COMPUTED)} of {len(COMPUTED) + len(refused)} families work")
     if summary in DOCUMENT:  # it is of the installed version
         assert "\n".join([*lines, "", summary]) in DOCUMENT
 
@@ -434,7 +458,18 @@ def test_the_command_shows_named_families(capsys: pytest.CaptureFixture[str]) ->
         "mixtral",
         "yes",
         "silu",
+        "mlp.gate",
         "model.layers.N.block_sparse_moe.experts.E.{w1,w3,w2}",
     ]
+    assert cli.main(["models", "gpt_oss", "afmoe"]) == 0
+    assert [line.split()[3] for line in capsys.readouterr().out.splitlines()[1:3]] == [
+        "mlp.router.gate",
+        "mlp.router",
+    ]
+    assert cli.main(["models", "jetmoe", "dbrx", "step3p7"]) == 0
+    found = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()[1:4]]
+    assert [name for name, *_ in found] == ["dbrx", "jetmoe", "step3p7"]
+    assert {works for _, works, _ in found} == {"no"}
+    assert found[0][2].strip() == "transformers does not let others compute DbrxExperts"
     assert cli.main(["models", "llama"]) == 2
     assert "has no experts in llama" in capsys.readouterr().err

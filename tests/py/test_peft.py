@@ -137,7 +137,7 @@ def test_targets(targets: Any, projections: tuple[str, ...], checkpoint: Path) -
     ("targets", "message"),
     [
         (["experts", "shared_experts.up_proj"], r"targets \['shared_experts.up_proj'\], which match nothing"),
-        (["q_proj", "qproj"], r"targets \['qproj'\].*it has .*'experts.gate_proj'.*'q_proj'"),
+        (["q_proj", "qproj"], r"targets \['qproj'\].*it has .*'experts.gate_proj'.* 'gate', .*'q_proj'"),
         (r".*\.nothing", r"targets \['.*nothing'\], which match nothing"),
         ("gate_proj", r"A string is a pattern for whole names: .* target_modules=\['gate_proj'\]"),
     ],

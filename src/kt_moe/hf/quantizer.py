@@ -23,6 +23,7 @@ from kt_moe.computation import output_norm
 from kt_moe.conversion import stored_lists
 from kt_moe.distributed import EXPERT_PARALLEL, is_shared, local_ranks
 from kt_moe.experts import CHECKPOINT_FORMATS, PLACEMENTS, Experts
+from kt_moe.families import refuse_config
 from kt_moe.gpu import Gpu, Rates, as_gpu
 from kt_moe.hf.experts import NAME, KtExperts, dims_of
 from kt_moe.hf.rest import RestQuantizer, as_config
@@ -251,6 +252,14 @@ class KtMoeQuantizer(RestQuantizer):
         """As the other layers' quantizer does."""
         self._spread = isinstance(device_map, str)  # transformers is to find a map, later
         return super().update_device_map(device_map)
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """As the other layers' quantizer does. ValueError for a config of experts that cannot be computed:
+        transformers asks before it fetches weights from the hub.
+        """
+        config = super().update_attn_implementation(config)
+        refuse_config(config)
+        return config
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """ValueError where the map that transformers found leaves some layers on the CPU or on disk."""

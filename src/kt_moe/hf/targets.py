@@ -119,6 +119,7 @@ def find_targets(model: nn.Module, config: LoraConfig, architecture: Architectur
     fused, parameters = _parameters(config, modules, parts, matched, missing)
     if missing:
         have = {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, (*_LAYERS, BaseTunerLayer))}
+        have |= {n.rpartition(".")[2] for n, m in modules.items() if _only_a_weight(m)}
         have |= {f"experts.{p}_proj" for found in names.values() for p in found if p}
         raise ValueError(
             f"LoraConfig targets {sorted(missing)}, which match nothing in this model; it has "
