@@ -57,7 +57,7 @@ def built(self, trainer):
     sys.exit()
 
 job.Job.built = built
-finetune.run(sys.argv[2:])
+finetune.run("finetune", sys.argv[2:])
 """
 
 

@@ -3,43 +3,35 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
-import os
 import re
-import time
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import reference
 import torch
-from in_process import InProcess
 
 import kt_moe
 from kt_moe.cli import main
-from kt_moe.cli.bench import cases, ceilings, contestants, options, remote, rivals, session
+from kt_moe.cli.bench import cases, ceilings, contestants, options, plain, session
 from kt_moe.cli.bench.cases import Case, Shape
 from kt_moe.cli.bench.ceilings import ceilings_table
-from kt_moe.cli.bench.contestants import SCALING, Stack
-from kt_moe.cli.bench.inputs import make_inputs, make_weights
-from kt_moe.cli.bench.remote import Remote, RemoteError
-from kt_moe.cli.bench.report import results_table
+from kt_moe.cli.bench.contestants import OneLayer
+from kt_moe.cli.bench.inputs import SCALING, make_inputs, make_weights
 from kt_moe.functional import LORA_NAMES
 
-TINY = Shape("tiny", 64, 32, 6, 2)
+TINY = Shape(64, 32, 6, 2)
 SIZES = ["--hidden", "64", "--intermediate", "32", "--experts", "6", "--topk", "2"]
-RUN = ["bench", *SIZES, "--threads", "1", "--reps", "1"]
-PASSES = {"forward", "backward", "both"}
+RUN = ["bench", *SIZES, "--reps", "1"]
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "SECONDS", 0.002)
-    monkeypatch.setattr(session, "Remote", InProcess)
+    monkeypatch.setattr(session, "_TURN", 0.0)
 
 
 def finite(value: Any) -> bool:
@@ -52,50 +44,45 @@ def finite(value: Any) -> bool:
 
 def test_json_holds_every_case_and_agrees_with_float64(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
-    more = ["--tokens", "1,9", "--rank", "0,8", "--peers", "torch", "--format", "bf16,int4", "--recompute"]
+    more = ["--tokens", "5,9", "--rank", "8", "--peers", "torch", "--format", "bf16,int4"]
     assert main([*RUN, *more, "--json", str(file)]) == 0
     found = json.loads(file.read_text())
     assert set(found) == {
-        "schema", "date", "command", "machine", "load_average", "versions", "layer", "settings", "ceilings",
-        "results", "notes", "ok",
+        "date", "command", "machine", "gpu", "load_average", "versions", "isa", "threads", "layer",
+        "settings", "ceilings", "results", "notes", "ok",
     }  # fmt: skip
     assert finite(found)
     assert found["ok"]
-    assert found["layer"] == {"name": "custom", "hidden": 64, "intermediate": 32, "experts": 6, "topk": 2}
+    assert found["layer"] == {"hidden": 64, "intermediate": 32, "experts": 6, "topk": 2}
     everyone = ("kt_moe bf16", "kt_moe int4", "torch")
-    assert [(r["rank"], r["tokens"], r["who"]) for r in found["results"]] == [
-        (rank, tokens, who) for rank in (0, 8) for tokens in (1, 9) for who in everyone
+    assert [(r["tokens"], r["who"]) for r in found["results"]] == [
+        (t, who) for t in (5, 9) for who in everyone
     ]
     for number, result in enumerate(found["results"]):
-        wanted = {"out", "hidden_states", "topk_weights"}
-        assert set(result["errors"]) == wanted | (set(LORA_NAMES) if result["rank"] else set())
+        assert set(result["errors"]) == {"out", "hidden_states", "topk_weights", *LORA_NAMES}
         assert result["worst_error"] == max(result["errors"].values())
         assert all(error < (0.5 if "int4" in result["who"] else 0.05) for error in result["errors"].values())
-        assert ("scratch_bytes" in result) == result["who"].startswith("kt_moe")
-        for name in ("seconds", "flops", "bytes", "limit_seconds", "share_of_limit"):
-            assert set(result[name]) == PASSES
+        assert set(result["seconds"]) == {"forward", "backward", "both"}
         seconds = result["seconds"]["both"]
         assert seconds["q1"] <= seconds["median"] <= seconds["q3"]
-        assert result["share_of_limit"]["both"] == result["limit_seconds"]["both"] / seconds["median"]
-        assert result["flops_per_second"] == result["flops"]["both"] / seconds["median"]
+        assert result["share_of_limit"] == result["limit_seconds"] / seconds["median"]
+        assert result["flops_per_second"] == result["flops"] / seconds["median"]
         first = found["results"][number // 3 * 3]["seconds"]["both"]["median"]
         assert result["time_over_first"] == seconds["median"] / first
-    (machine,) = found["ceilings"]
+    machine = found["ceilings"]
     rates = [f"{name}_{many}" for name in ("registers", "l1", "l2", "read") for many in ("one", "all")]
     assert all(machine[name]["count"] == 7 for name in rates)
 
 
 def test_work_and_traffic_of_a_case() -> None:
-    case = Case(Shape("s", 10, 4, 8, 2), tokens=3, rank=5)
+    case = Case(Shape(10, 4, 8, 2), tokens=3, rank=5)
     base, lora = 2 * 3 * 2 * 3 * 10 * 4, 2 * 3 * 2 * 5 * (3 * 10 + 3 * 4)
-    assert case.flops() == {"forward": base + lora, "backward": base + 2 * lora, "both": 2 * base + 3 * lora}
+    assert case.flops() == (base + lora) + (base + 2 * lora)
     expert, pairs, states = 3 * 10 * 4 * 2, 5 * (3 * 10 + 3 * 4) * 4, 3 * 10 * 2
-    forward, backward = 4 * (expert + pairs) + 2 * states, 4 * (expert + pairs) + 3 * states + 8 * pairs
-    assert case.bytes(4) == {"forward": forward, "backward": backward, "both": forward + backward}
-    assert replace(case, rank=0).bytes(4)["both"] == 2 * 4 * expert + 5 * states
+    assert case.bytes(4) == 2 * 4 * (expert + pairs) + 5 * states + 8 * pairs
+    assert replace(case, rank=0).bytes(4) == 2 * 4 * expert + 5 * states
     assert case.limited_to(1e12).tokens == 3
-    assert case.limited_to(case.flops()["both"] * 2 / 3).tokens == 2
-    assert replace(case, layers=2).limited_to(case.flops()["both"] * 2 / 3).tokens == 1
+    assert case.limited_to(case.flops() * 2 / 3).tokens == 2
     assert case.limited_to(1).tokens == 1
 
 
@@ -104,20 +91,13 @@ def roof_of(**rates: float) -> ceilings.Ceilings:
     return {name: cases.spread([rates.get(name, 1.0)]) for name in names}
 
 
-def test_ceilings_that_moved_are_named() -> None:
-    before = roof_of(l2_all=100.0, read_all=10.0)
-    assert ceilings.drift(before, roof_of(l2_all=109.0, read_all=9.1)) == {}
-    moved = ceilings.drift(before, roof_of(l2_all=50.0, read_all=12.0))
-    assert moved == {"l2_all": 0.5, "read_all": 1.2}
-
-
 def test_the_lower_roof_binds() -> None:
     case = Case(TINY, 4, 0)
-    flops, moved = case.flops()["both"], case.bytes(3)["both"]
-    name, limits = ceilings.bound(case, 3, roof_of(l2_all=flops / 10, read_all=moved / 2))
-    assert (name, limits["both"]) == ("compute", pytest.approx(10))
-    name, limits = ceilings.bound(case, 3, roof_of(l2_all=flops, read_all=moved / 20))
-    assert (name, limits["both"]) == ("memory", pytest.approx(20))
+    flops, moved = case.flops(), case.bytes(3)
+    found = ceilings.bound(case, 3, roof_of(l2_all=flops / 10, read_all=moved / 2))
+    assert found == (pytest.approx(10), "compute")
+    found = ceilings.bound(case, 3, roof_of(l2_all=flops, read_all=moved / 20))
+    assert found == (pytest.approx(20), "memory")
 
 
 def test_spread_is_median_and_quartiles() -> None:
@@ -126,55 +106,53 @@ def test_spread_is_median_and_quartiles() -> None:
     assert cases.spread([7.0]) == {"q1": 7, "median": 7, "q3": 7, "count": 1}
 
 
-def test_fewer_experts_are_said_to_be_fewer(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("more", "fits"),
+    [
+        ([], True),
+        (["--peers", "torch"], False),
+        (["--format", "bf16,int8"], False),
+        (["--step", "--layers", "2"], False),
+    ],
+)
+def test_experts_that_do_not_fit_are_refused(
+    more: list[str], fits: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(session, "free_memory", lambda: 16 * TINY.expert_bytes)
-    many = ["--format", "bf16,int4"]  # with the original and one being packed four copies: two experts each
-    assert main([*RUN, *many, "--tokens", "2", "--rank", "0"]) == 0
-    printed = capsys.readouterr().out
-    assert "2 experts instead of 6" in printed
-    assert "E 2, K 2" in printed
-    assert main([*RUN, "--format", "bf16,int8,int4", "--tokens", "2"]) == 2
-    assert (
-        "a token needs 2 experts, and half of the 0.0 GiB of free memory holds 5 times no"
-        in capsys.readouterr().err
-    )
+    monkeypatch.setattr(session, "free_memory", lambda: 3 * TINY.weight_bytes)  # two, and kt_moe's own
+    assert main([*RUN, *more, "--tokens", "2"]) == (0 if fits else 2)
+    assert ("are free: lower --experts" in capsys.readouterr().err) != fits
 
 
 def test_few_tokens_take_other_experts_in_turn() -> None:
-    shape = Shape("s", 1024, 1024, 64, 8)
+    shape = Shape(1024, 1024, 64, 8)
     assert cases.variants_of(shape, 1, cache_bytes=20 * shape.expert_bytes) == 8  # all there are
     assert cases.variants_of(shape, 2, cache_bytes=5 * shape.expert_bytes) == 2  # enough for this cache
     assert cases.variants_of(shape, 100, cache_bytes=2**30) == 1
-    inputs = make_inputs(Case(TINY, 2, 0, variants=3, layers=2))
-    assert [len(layers) for layers in inputs.routes] == [2, 2, 2]
-    assert len({tuple(ids.flatten().tolist()) for layers in inputs.routes for ids, _ in layers}) > 1
+    inputs = make_inputs(Case(TINY, 2, 0, variants=3))
+    assert len(inputs.routes) == 3
+    assert len({tuple(ids.flatten().tolist()) for ids, _ in inputs.routes}) > 1
 
 
 def test_inputs_are_the_same_everywhere_and_routes_are_distinct() -> None:
     case = Case(TINY, 50, 4)
     same, again = make_inputs(case), make_inputs(case)
     torch.testing.assert_close(tuple(again), tuple(same), rtol=0, atol=0)
-    ((ids, weights),) = same.routes[0]
+    ((ids, weights),) = same.routes
     assert all(len(set(row)) == TINY.topk for row in ids.tolist())
     torch.testing.assert_close(weights.sum(-1), torch.ones(50))
     assert all(t.dtype is torch.float32 and torch.equal(t, t.bfloat16().float()) for t in same.lora.values())
-    ((skewed, _),) = make_inputs(replace(case, tokens=500, routing="skewed")).routes[0]
-    counts = torch.bincount(skewed.flatten(), minlength=TINY.experts)
-    assert counts[0] > 3 * counts[-1]
     gate, up, _ = make_weights(TINY, 0)
     assert len({tuple(t.flatten()[:8].tolist()) for t in (*gate, *up)}) == 2 * TINY.experts
 
 
-def truth_of(weights: Any) -> Stack:
-    return Stack([rivals.loop_layer(weights)], lora_dtype=torch.float64, dtype=torch.float64)
+def truth_of(weights: Any) -> OneLayer:
+    return OneLayer(plain.loop_layer(weights), torch.float64, torch.float64)
 
 
 def test_truth_is_the_tests_own_float64() -> None:
     case, weights = Case(TINY, 12, 8), make_weights(TINY, 1)
     inputs, truth = make_inputs(case), truth_of(weights)
-    ids, route_weights = inputs.routes[0][0]
+    ids, route_weights = inputs.routes[0]
     problem = reference.Problem(
         weights,
         inputs.hidden_states,
@@ -192,7 +170,7 @@ def test_truth_is_the_tests_own_float64() -> None:
 
 
 def job() -> argparse.Namespace:
-    return argparse.Namespace(mode="layer", shape=TINY, threads=1, device="cpu", layers=1, tokens=[12])
+    return argparse.Namespace(step=False, shape=TINY, tokens=[12])
 
 
 @pytest.mark.parametrize("rank", [0, 8])
@@ -213,7 +191,7 @@ def test_a_wrong_output_is_exit_status_1(
     right = kt_moe.moe
     monkeypatch.setattr(kt_moe, "moe", lambda *args, **kwargs: right(*args, **kwargs) * 1.1)
     assert main([*RUN, "--tokens", "4", "--rank", "0"]) == 1
-    assert "WRONG, kt_moe bf16, tokens 4, rank 0: an output is off" in capsys.readouterr().out
+    assert "WRONG, kt_moe bf16, tokens 4: an output is off" in capsys.readouterr().out
 
 
 def test_one_output_that_is_not_finite_is_exit_status_1(
@@ -228,90 +206,39 @@ def test_one_output_that_is_not_finite_is_exit_status_1(
     monkeypatch.setattr(kt_moe, "moe", moe)
     assert main([*RUN, "--tokens", "4", "--rank", "8", "--format", "int4"]) == 1
     printed = capsys.readouterr().out
-    assert re.search("WRONG, kt_moe int4, tokens 4, rank 8: an output is off: .*'topk_weights': nan", printed)
+    assert re.search("WRONG, kt_moe int4, tokens 4: an output is off: .*'topk_weights': nan", printed)
 
 
-def test_a_rivals_process_stands_still_between_calls() -> None:
-    case = Case(TINY, 12, 8)
-    with Remote(contestants.make, "torch", job()) as rival:
-        rival.prepare(case)
-        assert len(rival.turn(1, 0.0)) == 1
-        assert set(rival.outputs()) == {"out", "hidden_states", "topk_weights", *LORA_NAMES}
-        until = time.monotonic() + 30  # a signal takes effect soon, not at once
-        while Path(f"/proc/{rival._process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-            assert time.monotonic() < until
-        with pytest.raises(RemoteError, match=r"AttributeError: .*'nothing'"):
-            rival.nothing()
-        with pytest.raises(RemoteError, match="its process ended or hangs"):
-            rival.step(Unpickled(os._exit, 3))
-
-
-@dataclass
-class Unpickled:
-    """Calls something in the process that unpickles it."""
-
-    call: Any
-    argument: float
-
-    def __reduce__(self) -> Any:
-        return self.call, (self.argument,)
-
-
-def test_a_rivals_process_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Remote(Fraction, 1) as rival:
-        assert rival.limit_denominator(5) == 1
-        monkeypatch.setattr(remote, "_PATIENCE", 0.5)
-        with pytest.raises(RemoteError, match="its process ended or hangs"):
-            rival.limit_denominator(Unpickled(time.sleep, 600))
-
-
-def test_a_rival_that_fails_is_left_out_with_the_way_to_install_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "kt_kernel" else real(n, *a))
-    assert main([*RUN, "--tokens", "2", "--rank", "8", "--peers", "kt-kernel,torch"]) == 0
+def test_who_fails_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of functions in a file: at once, or at a case."""
+    (tmp_path / "others.py").write_text(
+        "from kt_moe.cli.bench.contestants import OneLayer\n"
+        "def absent(settings):\n    import no_such_module\n"
+        "class Few(OneLayer):\n"
+        "    def prepare(self, case):\n"
+        "        if case.tokens > 2:\n            raise ValueError('too many')\n"
+        "        super().prepare(case)\n"
+        "def few(settings):\n    return Few(lambda x, ids, w, lora: x * w.sum())\n"
+    )
+    peers = f"{tmp_path}/others.py:absent,{tmp_path}/others.py:few,torch"
+    assert main([*RUN, "--tokens", "2,3", "--rank", "0", "--peers", peers]) == 0
     printed = capsys.readouterr().out
-    assert "note: kt-kernel is left out: ModuleNotFoundError: No module named 'kt_kernel'" in printed
-    assert "; pip install kt-kernel==0.7.2" in printed
-    assert len(re.findall("^ +2 +8  (kt_moe bf16|torch) ", printed, re.MULTILINE)) == 2
-
-
-def test_a_case_that_a_rival_does_not_take_is_left_out(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Rival(Stack):
-        def prepare(self, case: Case) -> None:
-            if not case.rank:
-                raise ValueError("no LoRA rank 0")
-            super().prepare(case)
-
-    def rival(weights: Any, threads: int, tokens: int) -> Stack:
-        return Rival([rivals.loop_layer(weights)], lora_dtype=torch.bfloat16)
-
-    monkeypatch.setattr(rivals, "KtKernel", rival)
-    assert main([*RUN, "--tokens", "2", "--rank", "0,8", "--peers", "kt-kernel"]) == 0
-    printed = capsys.readouterr().out
-    assert "note: kt-kernel, tokens 2, rank 0 is left out: ValueError: no LoRA rank 0\n" in printed
-    assert re.findall("^ +2 +(.)  kt-kernel ", printed, re.MULTILINE) == ["8"]
-
-
-def test_one_run_with_everyone_in_a_process(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(session, "Remote", Remote)
-    assert main([*RUN, "--tokens", "2", "--rank", "8"]) == 0
-    assert re.search("^ +2 +8  kt_moe bf16 ", capsys.readouterr().out, re.MULTILINE)
+    assert "others.py:absent is left out: ModuleNotFoundError: No module named 'no_such_module'\n" in printed
+    assert "others.py:few, tokens 3 is left out: ValueError: too many\n" in printed
+    assert [len(re.findall(f"^ +{tokens}  ", printed, re.MULTILINE)) for tokens in (2, 3)] == [3, 2]
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--peers", "torch,nobody"], "--peers has nobody, wanted some of torch, grouped_mm, kt-kernel"),
+        (["--peers", "torch,nobody"], "--peers has nobody, wanted some of torch, grouped_mm"),
         (["--format", "int5"], "--format has int5, wanted some of bf16"),
         (["--topk", "7"], "--topk is 7, more than the 6 experts there are"),
-        (["--isa", "mmx"], "mmx"),
-        (["--json", "no/such/folder/x.json"], "--json no/such/folder/x.json: No such file"),
+        (["--layers", "2"], "--layers is for --step"),
+        (
+            ["--json", "no/such/folder/x.json"],
+            "--json no/such/folder/x.json: there is no directory no/such/folder",
+        ),
     ],
 )
 def test_options_that_cannot_be_met(
@@ -328,33 +255,26 @@ def test_presets_and_what_changes_them(name: str) -> None:
     def settings(*argv: str) -> argparse.Namespace:
         parser = argparse.ArgumentParser()
         options.add_arguments(parser)
-        return options.read(parser.parse_args(argv))
+        found = parser.parse_args(argv)
+        options.check(found)
+        return found
 
-    plain, quick = settings("--preset", name), settings("--preset", name, "--quick", "--tokens", "3")
-    assert (plain.shape, plain.tokens, plain.reps) == (cases.PRESETS[name], [1, 8, 64, 1024], 7)
-    assert (quick.shape.name, quick.tokens, quick.rank, quick.reps) == (name, [3], [0, 16], 3)
-    assert quick.shape.experts == min(32, plain.shape.experts)
-    assert settings("--preset", name, "--experts", "9").shape == replace(plain.shape, experts=9)
-    assert settings("--preset", name, "--hidden", "64").shape.name == "custom"
+    layer, step = settings("--preset", name), settings("--preset", name, "--step", "--tokens", "3000,5")
+    assert (layer.shape, layer.tokens, layer.layers) == (cases.PRESETS[name], [1, 8, 64, 1024], 48)
+    assert (step.tokens, step.checkpoint_experts) == ([2048, 5], "recompute")  # whole rows
+    assert settings("--preset", name, "--experts", "9").shape == replace(layer.shape, experts=9)
 
 
-def test_columns_that_no_result_has_are_left_out() -> None:
-    both = {"median": 1.5, "q1": 1.25, "q3": 2.0}
-    results = [
-        {
-            "who": "kt_moe bf16",
-            "tokens": 8,
-            "seconds": {"both": both},
-            "cpu_rows": 0.25,
-            "losses": [7.0, 6.0],
-        },
-        {"who": "cpu", "tokens": 16, "seconds": {"both": both}, "worst_error": None},
-    ]
-    assert results_table(results).splitlines() == [
-        "tokens  who               ms       q1       q3  CPU rows  first loss",
-        "     8  kt_moe bf16  1500.00  1250.00  2000.00       25%       7.000",
-        "    16  cpu          1500.00  1250.00  2000.00         -           -",
-    ]
-    ceilings = ceilings_table(roof_of(read_one=30e9, read_all=60e9), 2).splitlines()
-    assert ceilings[0].split("  ")[-1] == "all over one"
-    assert ceilings[-1].split() == ["memory", "read,", "GB/s", "30.000", "60.000", "2.00x"]
+def test_each_line_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*RUN, "--tokens", "1,2", "--peers", "grouped_mm"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (head,) = (number for number, line in enumerate(lines) if line.startswith("tokens"))
+    rows = [line.split()[:2] for line in lines[head + 1 :]]
+    assert rows == [["1", "kt_moe"], ["1", "grouped_mm"], ["2", "kt_moe"], ["2", "grouped_mm"]]
+    assert {len(line.rstrip()) for line in lines[head:]} == {len(lines[head])}
+
+
+def test_ceilings_on_one_thread_and_on_all() -> None:
+    shown = ceilings_table(roof_of(read_one=30e9, read_all=60e9), 2).splitlines()
+    assert shown[0].split("  ")[-1] == "all over one"
+    assert shown[-1].split() == ["memory", "read,", "GB/s", "30.000", "60.000", "2.00x"]

@@ -55,12 +55,10 @@ def test_routes(experts: int, topk: int, tokens: int, routing: str) -> None:
         assert (np.diff(rows) <= 1).all()
 
 
-def test_skewed_routes_are_what_the_bench_draws() -> None:
-    from kt_moe.cli.bench.cases import Case, Shape
-    from kt_moe.cli.bench.inputs import draw_routes
-
-    case = Case(Shape("x", 8, 8, 128, 8), 20_000, 0, routing="skewed")
-    ids, _ = draw_routes(case, torch.Generator().manual_seed(0))
+def test_skewed_routes_are_drawn_without_replacement() -> None:
+    uniform = torch.rand(20_000, 128, generator=torch.Generator().manual_seed(0)).clamp(1e-9, 1 - 1e-7)
+    gumbel = -(-uniform.log()).log()
+    ids = (-1.5 * torch.arange(1, 129).log() + gumbel).topk(8).indices
     drawn = torch.bincount(ids.flatten(), minlength=128).numpy()
     assert np.abs(expected_routes(replace(QWEN, tokens=20_000), "skewed") - drawn).sum() < 0.05 * drawn.sum()
 

@@ -49,12 +49,12 @@ def test_the_page_has_what_the_script_prints(
 
 
 def small_call(model: ModuleType, rank: int, backward: bool, saved: bool) -> Any:
-    shape = model.Shape("small", hidden=64, intermediate=96, experts=3, topk=2)
+    shape = model.Shape(hidden=64, intermediate=96, experts=3, topk=2)
     return model.Call(shape, 400, np.array([600, 0, 5]), rank, (100, 100, 200), backward, saved)
 
 
 def test_forward_without_lora_on_one_node_by_hand(model: ModuleType) -> None:
-    shape = model.Shape("tiny", hidden=8, intermediate=6, experts=2, topk=2)
+    shape = model.Shape(hidden=8, intermediate=6, experts=2, topk=2)
     call = model.Call(shape, 10, np.array([20, 3]), 0, (96, 96, 96), False, True)
     a = model.Account(call, [6], None)
     routes, packed = 23, 20  # three rows are multiplied where they lie

@@ -165,7 +165,7 @@ def test_orthogonal_start_and_moe_layer(bases: dict[str, Path]) -> None:
 def test_of_the_finetune_command(bases: dict[str, Path]) -> None:
     for more, sizes in ((["--shared-outer"], [1, 1, 4]), ([], [4, 4, 4])):
         given = ["--model", str(bases["qwen3_moe"]), "--targets", "experts", "--output", "o", *more]
-        lora = lora_of(finetune.parse(given))
+        lora = lora_of(finetune.parse(given, "finetune"))
         lora.target_modules = {"experts"}
         model = peft.get_peft_model(load(bases["qwen3_moe"]), lora)
         assert [len(a) for a in lora_layers(model)[0].lora_A["default"].values()] == sizes

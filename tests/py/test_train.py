@@ -369,7 +369,7 @@ def test_a_stream_is_cut_into_rows(tmp_path: Path) -> None:
 
 def test_finetune_derives_only_what_was_not_given(tmp_path: Path) -> None:
     def evaluation(*argv: str) -> tuple[int, str]:
-        found = finetune.parse(["--output", "o", *argv]).training
+        found = finetune.parse(["--output", "o", *argv], "finetune").training
         return found.per_device_eval_batch_size, found.eval_strategy
 
     def file(text: str) -> tuple[str, str]:

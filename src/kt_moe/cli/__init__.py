@@ -16,13 +16,15 @@ from kt_moe.cli.errors import UserError
 
 __all__ = ["main"]
 
-_TRAINING = {
+_TRL = {
     "sft": "train on texts, conversations, or prompts and completions (TRL's SFT)",
     "dpo": "train on pairs of a chosen and a rejected answer (TRL's DPO)",
     "kto": "train on answers that are marked good or bad (TRL's KTO)",
     "reward": "train a reward model on pairs of answers (TRL's reward)",
     "grpo": "train by rewards of groups of the model's own answers (TRL's GRPO)",
     "rloo": "train by rewards of the model's own answers (TRL's RLOO)",
+}
+_TRAINING = _TRL | {
     "finetune": "sft with short names of options and defaults for a first run",
     "plan": "tell memory and speed of a run before it is started (finetune --dry_run)",
 }
@@ -54,21 +56,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, words: list[str]) -> int:
     if command in _TRAINING:
         try:
-            own = command in ("finetune", "plan")
-            module = import_module(f"kt_moe.cli.{command if own else 'train'}")
+            module = import_module(f"kt_moe.cli.{'train' if command in _TRL else command}")
         except ModuleNotFoundError as error:
             raise UserError(f"{error.name} is missing: pip install 'kt_moe[train]'") from error
-        status: int = module.run(words[1:]) if own else module.run(command, words[1:])
+        status: int = module.run(command, words[1:])
         return status
-    args, unknown = _parser(command).parse_known_args(words)
+    parser = _Parser(prog="kt-moe", description="LoRA fine-tuning of MoE models, experts on CPU and GPU")
+    parser.add_argument("--version", action="version", version=f"kt-moe {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    subs = {name: commands.add_parser(name, help=what) for name, what in (_TRAINING | _OTHERS).items()}
+    if command in _OTHERS:  # the only one that is imported
+        module = import_module(f"kt_moe.cli.{command}")
+        module.add_arguments(subs[command])
+    args, unknown = parser.parse_known_args(words)
     if unknown:
-        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # names the command's own --help
-    args.command_line = words
+        # names the command's own --help
+        subs.get(command, parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        status = args.run(args)
-    except ValueError as error:
-        if command in ("doctor", "bench"):
-            raise  # these name what is the user's by themselves
+        status = module.run(args)
+    except ValueError as error:  # the library's word for what is the user's
         raise UserError(str(error)) from error
     return status
 
@@ -77,17 +83,3 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # without argparse's usage, a screen of it, in front
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-def _parser(command: str) -> argparse.ArgumentParser:
-    """The parser; of the commands, only the one that runs is imported."""
-    parser = _Parser(prog="kt-moe", description="LoRA fine-tuning of MoE models, experts on CPU and GPU")
-    parser.add_argument("--version", action="version", version=f"kt-moe {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, what in (_TRAINING | _OTHERS).items():
-        sub = commands.add_parser(name, help=what)
-        if name == command:
-            module = import_module(f"kt_moe.cli.{name}")
-            module.add_arguments(sub)
-            sub.set_defaults(run=module.run, parser=sub)
-    return parser

@@ -55,18 +55,18 @@ DEFAULTS = {
 }
 
 
-def run(argv: Sequence[str]) -> int:
+def run(command: str, argv: Sequence[str]) -> int:
     """Carry out the command; the exit status.
 
     Raises:
         UserError: bad input, named in one line.
     """
     with train.short_names(ALIASES, argv):
-        return train.start(parse(argv))
+        return train.start(parse(argv, command))
 
 
 def parse(
-    argv: Sequence[str], name: str = "finetune", more: Mapping[str, str] | None = None, about: str = ""
+    argv: Sequence[str], name: str, more: Mapping[str, str] | None = None, about: str = ""
 ) -> train.Options:
     """The options of a command line, short names and others.
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kt_moe.gpu.plan import Costs, Rates, bf16_bytes, cut, cut_by_share, end, layer_costs, seconds_of
 
 ROUTINGS = ("even", "skewed")
-_SKEW = 1.5  # popularity is rank ** -1.5, as in `kt-moe bench --routing skewed`
+_SKEW = 1.5  # popularity is rank ** -1.5
 
 # One H200 on PCIe 5 x16 beside 16 vCPUs of Emerald Rapids with AMX, as `rates.measure` finds it for layers of
 # Qwen3-30B-A3B in bf16. The link's rate is that of long copies, the GPU's that of passes of 16,384 tokens

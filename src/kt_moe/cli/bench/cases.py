@@ -1,4 +1,4 @@
-"""What is timed: layer shapes, and cases with their work and traffic."""
+"""What is timed: shapes of layers, and cases with their work and traffic."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ Spread = dict[str, float]  # median and quartiles of repeated measurements, and 
 class Shape:
     """The routed experts of one layer: H, I, E and K."""
 
-    name: str
     hidden: int
     intermediate: int
     experts: int
@@ -32,56 +31,43 @@ class Shape:
         return self.experts * self.expert_bytes
 
     def __str__(self) -> str:
-        return f"{self.name}: H {self.hidden}, I {self.intermediate}, E {self.experts}, K {self.topk}"
+        return f"H {self.hidden}, I {self.intermediate}, E {self.experts}, K {self.topk}"
 
 
 # From each model's config.json. gpt-oss has another activation and biases: its shape is timed with SiLU.
 PRESETS = {
-    shape.name: shape
-    for shape in (
-        Shape("qwen3-30b-a3b", 2048, 768, 128, 8),
-        Shape("qwen3-235b-a22b", 4096, 1536, 128, 8),
-        Shape("deepseek-v3", 7168, 2048, 256, 8),
-        Shape("mixtral-8x7b", 4096, 14336, 8, 2),
-        Shape("gpt-oss-120b", 2880, 2880, 128, 4),
-        Shape("kimi-k2", 7168, 2048, 384, 8),
-    )
+    "qwen3-30b-a3b": Shape(2048, 768, 128, 8),
+    "qwen3-235b-a22b": Shape(4096, 1536, 128, 8),
+    "deepseek-v3": Shape(7168, 2048, 256, 8),
+    "mixtral-8x7b": Shape(4096, 14336, 8, 2),
+    "gpt-oss-120b": Shape(2880, 2880, 128, 4),
+    "kimi-k2": Shape(7168, 2048, 384, 8),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """A batch of tokens through the layers, forward and backward.
+    """A batch of tokens through a layer or a model, forward and backward.
 
     Args:
         rank: of the LoRA pairs on gate, up and down; 0 means none.
-        routing: "uniform", or "skewed" (one expert gets almost every token, most get few).
         variants: sets of routes the steps take in turn, so that few tokens' experts do not stay in a cache.
-        layers: each with routes of its own.
     """
 
     shape: Shape
     tokens: int
     rank: int
-    routing: str = "uniform"
     variants: int = 1
-    layers: int = 1
 
-    def __str__(self) -> str:
-        return f"tokens {self.tokens}, rank {self.rank}"
+    def flops(self) -> float:
+        """Multiplications and additions of a layer that the mathematics needs.
 
-    def flops(self) -> dict[str, float]:
-        """Multiplications and additions of a layer that the mathematics needs, by pass.
-
-        A LoRA pair is two products in forward and four in backward (two to its input, one each to A and B).
-        What is computed twice, as with --recompute, counts once.
+        A LoRA pair is two products in forward and four in backward: two to its input, one each to A and B.
         """
         s, routes = self.shape, 2.0 * self.tokens * self.shape.topk
-        base = routes * 3 * s.hidden * s.intermediate
-        lora = routes * self.rank * 3 * (s.hidden + s.intermediate)
-        return {"forward": base + lora, "backward": base + 2 * lora, "both": 2 * base + 3 * lora}
+        return routes * (6 * s.hidden * s.intermediate + 9 * self.rank * (s.hidden + s.intermediate))
 
-    def bytes(self, touched: float) -> dict[str, float]:
+    def bytes(self, touched: float) -> float:
         """Bytes of a layer that must pass between memory and cores where `touched` experts have tokens.
 
         Each pass reads these experts' weights and LoRA pairs once. Forward reads the hidden states and writes
@@ -90,13 +76,12 @@ class Case:
         """
         s = self.shape
         lora = self.rank * 3 * (s.hidden + s.intermediate) * 4
-        states, read = self.tokens * s.hidden * 2, touched * (s.expert_bytes + lora)
-        forward, backward = read + 2 * states, read + 3 * states + s.experts * lora
-        return {"forward": forward, "backward": backward, "both": forward + backward}
+        states = self.tokens * s.hidden * 2
+        return 2 * touched * (s.expert_bytes + lora) + 5 * states + s.experts * lora
 
     def limited_to(self, flops: float) -> Case:
         """The same with no more tokens than `flops` suffice for, and one set of routes."""
-        tokens = int(flops / (self.layers * self.flops()["both"] / self.tokens))
+        tokens = int(flops / (self.flops() / self.tokens))
         return replace(self, tokens=max(1, min(self.tokens, tokens)), variants=1)
 
 

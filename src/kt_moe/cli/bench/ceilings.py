@@ -9,7 +9,6 @@ from kt_moe.cli.text import table
 from kt_moe.host_memory import free_memory
 
 SECONDS = 0.2  # for each ceiling
-_STEADY = 0.1
 _LABELS = {
     "registers": ("multiply-add on registers alone, TFLOP/s", 1e12),
     "l1": ("micro-kernel, operands in L1, TFLOP/s", 1e12),
@@ -29,18 +28,13 @@ def measure(runtime: kt_moe.Runtime) -> Ceilings:
     return {name: spread(samples) for name, samples in lists.items()}
 
 
-def drift(before: Ceilings, after: Ceilings) -> dict[str, float]:
-    """Ceilings of all threads that were 10 % higher or lower when measured again: new over old."""
-    ratios = {n: after[n]["median"] / before[n]["median"] for n in before if n.endswith("_all")}
-    return {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > _STEADY}
-
-
-def bound(case: Case, touched: float, found: Ceilings) -> tuple[str, dict[str, float]]:
-    """What limits both passes, "compute" or "memory", and the seconds that each pass takes at least."""
-    compute = {name: flops / found["l2_all"]["median"] for name, flops in case.flops().items()}
-    memory = {name: moved / found["read_all"]["median"] for name, moved in case.bytes(touched).items()}
-    name = "compute" if compute["both"] >= memory["both"] else "memory"
-    return name, {key: max(compute[key], memory[key]) for key in compute}
+def bound(case: Case, touched: float, found: Ceilings) -> tuple[float, str]:
+    """The seconds that both passes take at least, and what limits them: "compute" or "memory"."""
+    compute, memory = (
+        case.flops() / found["l2_all"]["median"],
+        case.bytes(touched) / found["read_all"]["median"],
+    )
+    return max((compute, "compute"), (memory, "memory"))
 
 
 def ceilings_table(found: Ceilings, threads: int) -> str:

@@ -5,6 +5,7 @@ The same seed gives the same numbers in every process of one machine.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,45 +14,45 @@ from torch import Tensor
 from kt_moe.cli.bench.cases import Case, Shape
 from kt_moe.functional import LORA_NAMES
 
+SCALING = 2.0  # alpha / r of every LoRA product
+
+Layer = Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor]  # x, ids, weights, LoRA -> [T, H]
 Weights = tuple[Tensor, Tensor, Tensor]  # gate, up [E, I, H]; down [E, H, I]; bf16
 Routes = tuple[Tensor, Tensor]  # expert ids [T, K] int64, weights [T, K] fp32
 
 
 class Inputs(NamedTuple):
-    """What goes into the layers, and the gradient that comes back.
+    """What goes into a layer, and the gradient that comes back.
 
     Attributes:
         hidden_states, grad_out: [T, H] bf16.
-        routes: by variant, then by layer; a token's weights sum to 1.
-        lora: of every layer, as `kt_moe.moe` takes it.
+        routes: by variant; a token's weights sum to 1.
+        lora: as `kt_moe.moe` takes it.
     """
 
     hidden_states: Tensor
     grad_out: Tensor
-    routes: list[list[Routes]]
+    routes: list[Routes]
     lora: dict[str, Tensor]
 
     @property
     def touched(self) -> float:
-        """Experts of the first layer with tokens, the mean over the variants."""
-        return sum(len(torch.unique(layers[0][0])) for layers in self.routes) / len(self.routes)
+        """Experts with tokens, the mean over the variants."""
+        return sum(len(torch.unique(ids)) for ids, _ in self.routes) / len(self.routes)
 
 
 def make_inputs(case: Case) -> Inputs:
-    """Inputs of a case; those of all cases of one rank have the same LoRA values."""
+    """Inputs of a case."""
     generator = torch.Generator().manual_seed(0)
     size = (case.tokens, case.shape.hidden)
     x, grad_out = (torch.randn(size, generator=generator).bfloat16() for _ in range(2))
-    routes = [[draw_routes(case, generator) for _ in range(case.layers)] for _ in range(case.variants)]
+    routes = [_draw_routes(case, generator) for _ in range(case.variants)]
     return Inputs(x, grad_out, routes, make_lora(case.shape, case.rank))
 
 
-def draw_routes(case: Case, generator: torch.Generator) -> Routes:
-    """Experts drawn without replacement, and a softmax over their scores: log p + Gumbel noise."""
-    experts = torch.arange(1, case.shape.experts + 1)
-    popularity = -1.5 * experts.log() if case.routing == "skewed" else torch.zeros(case.shape.experts)
-    uniform = torch.rand(case.tokens, case.shape.experts, generator=generator)
-    scores = popularity - (-uniform.clamp(1e-9, 1 - 1e-7).log()).log()
+def _draw_routes(case: Case, generator: torch.Generator) -> Routes:
+    """Top K of random scores, and their softmax."""
+    scores = torch.randn(case.tokens, case.shape.experts, generator=generator)
     top, ids = scores.topk(case.shape.topk)
     return ids, top.softmax(-1)
 

@@ -130,7 +130,7 @@ def _measured(device: torch.device, properties: Any, address: str) -> Gpu:
 def measure_rates(device: torch.device) -> Rates | None:
     """What `kt_moe.Gpu` measures at its first call, of a small layer; None if that fails."""
     try:
-        weights = make_weights(Shape("doctor", hidden=2048, intermediate=768, experts=8, topk=1), seed=0)
+        weights = make_weights(Shape(hidden=2048, intermediate=768, experts=8, topk=1), seed=0)
         return measure(Experts(*weights, gpu="off"), device)
     except RuntimeError:
         return None

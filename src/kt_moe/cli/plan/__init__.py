@@ -29,7 +29,7 @@ _SHORT |= {name: f"plan_{name}" for name in ("hosts", "ranks", "network")}
 _ABOUT = "kt-moe plan MODEL ...: the model comes first, or anywhere as --model MODEL."
 
 
-def run(argv: Sequence[str]) -> int:
+def run(command: str, argv: Sequence[str]) -> int:
     """`kt-moe plan MODEL ...`: the plan of `kt-moe finetune --model MODEL ...`, without data or output.
 
     Raises:
@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> int:
     if words and not words[0].startswith("-"):
         words.insert(0, "--model")
     with train.short_names({**finetune.ALIASES, **_SHORT}, argv):
-        return dry_run(finetune.parse(words, "plan", _SHORT, _ABOUT))
+        return dry_run(finetune.parse(words, command, _SHORT, _ABOUT))
 
 
 def dry_run(options: train.Options) -> int:

@@ -1,0 +1,151 @@
+"""docs/rivals.py: other libraries' processes, and the model that RoundPipe gets."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import re
+import sys
+import time
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import PEFT_WARNINGS
+from torch import Tensor, nn
+
+from kt_moe.cli import bench, main
+from kt_moe.cli.bench import contestants, options
+from kt_moe.cli.bench.cases import Case
+from kt_moe.cli.bench.training import Trainer
+from kt_moe.functional import LORA_NAMES
+
+DOCS = Path(__file__).parents[2] / "docs"
+SIZES = [
+    "--hidden",
+    "64",
+    "--intermediate",
+    "32",
+    "--experts",
+    "6",
+    "--topk",
+    "2",
+    "--rank",
+    "8",
+    "--reps",
+    "1",
+]
+pytestmark = PEFT_WARNINGS
+STEP = ["--step", "--layers", "2", "--tokens", "16", "--sequence", "8"]
+
+
+@pytest.fixture
+def rivals(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(DOCS)
+    return importlib.import_module("rivals")
+
+
+def settings_of(*more: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    settings = parser.parse_args([*SIZES, *more])
+    options.check(settings)
+    settings.device = "cpu"
+    return settings
+
+
+def test_a_rivals_process_stands_still_between_calls(rivals: Any) -> None:
+    settings = settings_of()
+    case = Case(settings.shape, 12, 8)
+    rival = rivals.Remote(contestants.make, "torch", settings)
+    rival.prepare(case)
+    assert len(rival.turn(1, 0.0)) == 1
+    assert set(rival.outputs()) == {"out", "hidden_states", "topk_weights", *LORA_NAMES}
+    until = time.monotonic() + 30  # a signal takes effect soon, not at once
+    while Path(f"/proc/{rival._process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        assert time.monotonic() < until
+    with pytest.raises(rivals.RemoteError, match=r"AttributeError: .*'nothing'"):
+        rival.nothing()
+    with pytest.raises(rivals.RemoteError, match="its process ended or hangs"):
+        rival.step(Unpickled(os._exit, 3))
+
+
+@dataclass
+class Unpickled:
+    """Calls something in the process that unpickles it."""
+
+    call: Any
+    argument: float
+
+    def __reduce__(self) -> Any:
+        return self.call, (self.argument,)
+
+
+def test_a_rivals_process_that_hangs_is_given_up(rivals: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rival = rivals.Remote(Fraction, 1)
+    assert rival.limit_denominator(5) == 1
+    monkeypatch.setattr(rivals, "_PATIENCE", 0.5)
+    with pytest.raises(rivals.RemoteError, match="its process ended or hangs"):
+        rival.limit_denominator(Unpickled(time.sleep, 600))
+
+
+@pytest.mark.parametrize("name", ["kt_kernel", "roundpipe"])
+def test_a_rival_that_is_not_installed_is_left_out(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if importlib.util.find_spec(name) is not None:
+        pytest.skip(f"{name} is installed")
+    more = STEP if name == "roundpipe" else ["--tokens", "2"]
+    assert main(["bench", *SIZES, *more, "--peers", f"{DOCS}/rivals.py:{name}"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        f"rivals.py:{name} is left out: RemoteError: ModuleNotFoundError: No module named '{name}'" in printed
+    )
+    assert re.search("^ +[0-9]+  kt_moe bf16 ", printed, re.MULTILINE)
+
+
+def test_roundpipes_layers_are_the_model(rivals: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "roundpipe", fake_roundpipe())
+    settings, losses = settings_of(*STEP), []
+    for kind, name in ((rivals.RoundPipe, "roundpipe"), (Trainer, "resident")):
+        trainer = kind(name, settings)
+        trainer.prepare(Case(settings.shape, 16, 8))
+        losses.append(trainer.figures()["losses"][0])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def fake_roundpipe() -> Any:
+    """What the trainer uses of the package, which cannot be imported without a GPU."""
+
+    class Pipe:
+        def __init__(self, model: nn.Sequential, optim_dtype: torch.dtype, name: str) -> None:
+            self.model = model
+
+        def optim_parameters(self) -> list[nn.Parameter]:
+            return [p for p in self.model.parameters() if p.requires_grad]
+
+        def forward_backward(self, input_args: tuple[Tensor], run_config: Any) -> Tensor:
+            total = torch.zeros(())
+            for part in input_args[0].chunk(run_config["num_microbatch"]):
+                loss: Tensor = self.model(part)
+                loss.backward()
+                total += loss.detach()
+            return total
+
+        def step(self, step_fn: Callable[[], None]) -> None:
+            step_fn()
+
+    def adam(parameters: Any, lr: float, weight_decay: float, decoupled_weight_decay: bool) -> Any:
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+
+    module = types.ModuleType("roundpipe")
+    module.RoundPipe = Pipe
+    module.RoundPipeRunConfig = dict
+    module.optim = types.ModuleType("roundpipe.optim")
+    module.optim.Adam = adam
+    return module
