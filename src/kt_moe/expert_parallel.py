@@ -18,6 +18,7 @@ recomputes a forward and another does not, if one does not record gradients, if 
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,17 +49,23 @@ _STEPS: tuple[Step, ...] = get_args(Step)
 _RECORDS, _TOKENS, _LORA = 1, 2, 4
 
 
-def local_experts(num_experts: int, group: dist.ProcessGroup | None = None) -> range:
+def local_experts(
+    num_experts: int, group: dist.ProcessGroup | None = None, counts: Sequence[float] | Tensor | None = None
+) -> range:
     """Which of a layer's E experts the calling rank has, as `Experts.from_checkpoint(experts=)` takes it.
 
     Parts are contiguous; the first E % (number of ranks) ranks have one expert more; some may have none.
 
+    counts: [E], how often each expert is routed to, in any unit, as `Experts.routed` and
+        `kt_moe.routing_counts` tell; the same on all ranks. The busiest rank then has as few routes as
+        possible, and no rank more than twice as many experts as without.
+
     Raises:
-        ValueError: torch.distributed is not initialised, the rank is not in the group, or num_experts is
-            less than 1.
+        ValueError: torch.distributed is not initialised, the rank is not in the group, num_experts is
+            less than 1, or counts are not E finite numbers of 0 or more.
     """
     rank, size = _rank_and_size(group)
-    return partition(num_experts, size)[rank]
+    return partition(num_experts, size, counts.tolist() if isinstance(counts, Tensor) else counts)[rank]
 
 
 class ExpertParallel:
@@ -67,7 +74,7 @@ class ExpertParallel:
     All ranks make their layers in the same order, and run them, forward and backward, in the same order.
 
     Args:
-        experts: this rank's, those of `local_experts(num_experts, group)`; None where it has none.
+        experts: this rank's, those of `local_experts`; None where it has none.
         num_experts: E of the whole layer.
         group: None: all processes. Give experts a group of their own (`torch.distributed.new_group()`) where
             a wrapper such as DistributedDataParallel uses the same processes in backward: the operations of a
@@ -78,7 +85,7 @@ class ExpertParallel:
 
     Raises:
         ValueError: torch.distributed is not initialised, or the rank is not in the group. On all ranks: one
-            has not its part of the experts, or they disagree about the layer; names the ranks.
+            has not its part of the experts, or they disagree about the layer; names the ranks or their parts.
     """
 
     def __init__(
@@ -103,7 +110,8 @@ class ExpertParallel:
         _check_layers(layers)
         self._counts.layers += 1
         tell_what_ends_this_process()
-        self.parts = partition(num_experts, self.world_size)
+        firsts = [0, *itertools.accumulate(layer.local for layer in layers)]
+        self.parts = [range(*both) for both in itertools.pairwise(firsts)]
         self.hidden_size: int = next(layer.sizes["hidden_size"] for layer in layers if layer.sizes)
 
     @property
@@ -352,13 +360,11 @@ def _check_layers(layers: Sequence[_Layer]) -> None:
     of_all = [{"num_experts": a.num_experts, "average": a.average, "layers before": a.number} for a in layers]
     _check_alike(of_all, what, ValueError)
     _check_alike([layer.sizes for layer in layers], what, ValueError)
-    parts = partition(layers[0].num_experts, len(layers))
-    for rank, (layer, part) in enumerate(zip(layers, parts, strict=True)):
-        if layer.local != len(part):
-            raise ValueError(
-                f"rank {rank} has {layer.local} experts, wanted {len(part)}: its part of {layer.num_experts} "
-                f"among {len(layers)} ranks is {part}, see kt_moe.local_experts"
-            )
+    if sum(layer.local for layer in layers) != layers[0].num_experts:
+        raise ValueError(
+            f"ranks have {', '.join(str(layer.local) for layer in layers)} experts, wanted "
+            f"{layers[0].num_experts} together, one part after the other: see kt_moe.local_experts"
+        )
 
 
 def _check_alike(said: Sequence[Mapping[str, Any]], what: str, error: type[Exception]) -> None:

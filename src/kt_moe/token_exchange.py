@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
@@ -21,13 +22,16 @@ _T = TypeVar("_T")
 Step = Literal["forward", "forward's results", "backward", "backward's results"]
 
 
-def partition(num_experts: int, world_size: int) -> list[range]:
+def partition(num_experts: int, world_size: int, counts: Sequence[float] | None = None) -> list[range]:
     """The experts of each rank: contiguous, the first `num_experts % world_size` ranks have one more.
 
     Ranks beyond the number of experts have an empty range.
 
+    counts: routes of each expert, [E]. The busiest rank then has as few of them as contiguous parts allow
+        that have at most twice as many experts as equal ones; the last ranks may have none.
+
     Raises:
-        ValueError: a number below 1.
+        ValueError: a number below 1, or counts that are not E finite numbers of 0 or more.
     """
     if num_experts < 1 or world_size < 1:
         raise ValueError(
@@ -35,7 +39,32 @@ def partition(num_experts: int, world_size: int) -> list[range]:
         )
     each, more = divmod(num_experts, world_size)
     firsts = [rank * each + min(rank, more) for rank in range(world_size + 1)]
+    if counts is not None:
+        loads = [float(count) for count in counts]
+        if len(loads) != num_experts or not all(math.isfinite(load) and load >= 0 for load in loads):
+            raise ValueError(f"counts is {loads}, wanted {num_experts} finite numbers of 0 or more")
+        if any(loads):
+            firsts = _balanced(loads, world_size, 2 * -(-num_experts // world_size))
     return [range(*both) for both in itertools.pairwise(firsts)]
+
+
+def _balanced(loads: Sequence[float], parts: int, most: int) -> list[int]:
+    """Where contiguous parts of at most `most` loads begin whose largest sum is least, and where they end."""
+
+    def cut(limit: float) -> list[int]:
+        firsts, total = [0], 0.0
+        for number, load in enumerate(loads):
+            if number - firsts[-1] == most or (total + load > limit and number > firsts[-1]):
+                firsts.append(number)
+                total = 0.0
+            total += load
+        return firsts + [len(loads)] * max(1, parts + 1 - len(firsts))
+
+    least, enough = max(loads), sum(loads)
+    for _ in range(64):
+        middle = (least + enough) / 2
+        least, enough = (least, middle) if len(cut(middle)) == parts + 1 else (middle, enough)
+    return cut(enough)
 
 
 def exchange_bytes(hidden_size: int, topk: int, recompute: bool = False) -> int:

@@ -220,7 +220,7 @@ def test_what_ranks_do_not_agree_about(tmp_path: Path) -> None:
         assert "K is 2 on ranks 0, 2 and 1 on rank 1" in one["K"]
         assert "num_experts is 5 on ranks 0, 2 and 6 on rank 1" in one["num_experts"]
         assert "hidden_size is 64 on ranks 0, 2 and 32 on rank 1" in one["hidden_size"]
-        assert "rank 1 has 5 experts, wanted 2: its part of 5 among 3 ranks is range(2, 4)" in one["part"]
+        assert "ranks have 2, 5, 1 experts, wanted 5 together" in one["part"]
         assert "on rank 1 experts is a Problem, wanted kt_moe.Experts or None" in one["kind"]
         assert "average is False on ranks 0, 2 and True on rank 1" in one["average"]
         assert one["worked in between"] == one["works still"] == ""
@@ -252,6 +252,25 @@ def test_partition() -> None:
     assert partition(8, 1) == [range(8)]
     with pytest.raises(ValueError, match="num_experts is 0"):
         partition(0, 2)
+
+
+def test_partition_by_load() -> None:
+    assert partition(6, 2, [5, 0, 0, 1, 1, 3]) == [range(3), range(3, 6)]
+    assert partition(6, 3, [9, 1, 1, 1, 1, 1]) == [range(1), range(1, 5), range(5, 6)]  # at most 4 of them
+    assert partition(2, 3, [0, 3]) == [range(2), range(2, 2), range(2, 2)]
+    assert partition(3, 2, [0, 0, 0]) == [range(2), range(2, 3)]  # nothing is known
+    random = torch.Generator().manual_seed(1)
+    for world in (1, 3, 8, 100):
+        counts = torch.rand(64, generator=random).pow(4)
+        parts = partition(64, world, counts.tolist())
+        assert [e for part in parts for e in part] == list(range(64))
+        most = max(float(counts[part.start : part.stop].sum()) for part in parts)
+        even = max(float(counts[part.start : part.stop].sum()) for part in partition(64, world))
+        assert max(float(counts.max()), float(counts.sum()) / world) * 0.999 <= most <= even * 1.001
+        assert max(map(len, parts)) <= 2 * -(-64 // world)
+    for counts in ([1.0], [1.0, float("nan")], [1.0, -1.0]):
+        with pytest.raises(ValueError, match=r"counts is .* wanted 2 finite numbers of 0 or more"):
+            partition(2, 2, counts)
 
 
 def test_a_token_is_sent_once_to_a_rank() -> None:
