@@ -11,7 +11,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from kt_moe import _core
+from kt_moe.cli.doctor import gpus
+from kt_moe.cli.doctor import machine as seen
 from kt_moe.cli.text import ranges_text
+from kt_moe.host_memory import free_memory
 
 SAPPHIRE_RAPIDS = ("GenuineIntel", 6, 143, "Intel(R) Xeon(R) Platinum 8480+")
 GENOA = ("AuthenticAMD", 25, 17, "AMD EPYC 9554 64-Core Processor")
@@ -272,3 +276,21 @@ MACHINES: dict[str, Callable[[], Machine]] = {
         container,
     )
 }
+
+
+def read_tree(root: Path) -> seen.Machine:
+    """The machine whose /proc and /sys are below `root`, as the doctor sees one without measurements."""
+    settings, sets = seen.settings_of(root), {}
+    for name, flags in _core.kernel_flags().items():
+        missing = set(flags) - set(settings["isa_flags"])
+        sets[name] = "this CPU lacks " + ", ".join(sorted(missing)) if missing else "available"
+    topology = settings["topology"]
+    return seen.Machine(
+        kernel_sets=sets,
+        selected=[name for name, state in sets.items() if state == "available"][-1],
+        threads=topology["cores"],
+        shards=max(1, sum(bool(node["cpus"]) for node in topology["nodes"])),
+        available_bytes=free_memory(root),
+        gpus=gpus.recorded_gpus(root),
+        **settings,
+    )

@@ -68,7 +68,7 @@ def _instruction_sets(m: Machine) -> Iterator[Finding]:
 def _cpus(m: Machine) -> Iterator[Finding]:
     mask = sorted(cpu for node in m.nodes for cpu in node["cpus"])
     online, limit = m.topology["online_cpus"], m.topology["cgroup_cpu_limit"]
-    cpus, cores = m.topology["cpus"], m.topology["cores"]
+    cores = m.topology["cores"]
     if len(mask) < online:
         yield Finding(
             "affinity",
@@ -82,14 +82,6 @@ def _cpus(m: Machine) -> Iterator[Finding]:
             f"a control group grants the time of {limit:g} CPUs, and the affinity mask has {len(mask)}",
             f"{count_text(cores, 'thread')} by default, and all pause when the time is used up",
             "docker --cpus, Kubernetes' limits.cpu or systemd's CPUQuota set it",
-        )
-    if m.threads > (cores if m.topology["threads_per_core"] > 1 else cpus):
-        yield Finding(
-            "threads",
-            f"{m.threads} threads on {count_text(cores, 'core')} ({count_text(cpus, 'CPU')})",
-            "threads of one core share its multipliers and caches, and those beyond the CPUs wait for a turn",
-            f"KT_MOE_THREADS={cores}, or unset it",
-            slow=m.threads > cpus,
         )
     for governor, number in m.governors.items():
         if governor != "performance":
@@ -111,15 +103,6 @@ def _huge_pages(m: Machine) -> Iterator[Finding]:
             "weights and scratch lie in pages of 4 KiB, whose addresses take longer to look up",
             "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled",
         )
-    for node in m.nodes if m.transparent_huge_pages != "never" else ():
-        free, big = node["free_bytes"], m.free_in_big_blocks.get(node["id"])
-        if big is not None and free > _GIB and big < free // 4:
-            yield Finding(
-                "fragmented",
-                f"node {node['id']}: of {size_text(free)} free, {size_text(big)} are in blocks of 2 MiB up",
-                "few huge pages are to be had",
-                "echo 1 | sudo tee /proc/sys/vm/compact_memory",
-            )
     if m.huge_page_pool_bytes >= _GIB:
         yield Finding(
             "huge-page-pool",
@@ -155,14 +138,6 @@ def _memory(m: Machine) -> Iterator[Finding]:
                 if drop
                 else "end the programs that use it",
             )
-    if limit is not None and limit < total // 2:
-        yield Finding(
-            "memory-limit",
-            f"a control group grants {size_text(limit)} of the machine's {size_text(total)}",
-            "experts have to fit that",
-            "docker --memory, Kubernetes' limits.memory or systemd's MemoryMax set it",
-            slow=False,
-        )
 
 
 def _nodes(m: Machine) -> Iterator[Finding]:
@@ -184,13 +159,6 @@ def _nodes(m: Machine) -> Iterator[Finding]:
                 "its cores read all weights from another node",
                 "put memory modules into its channels, or look whether the BIOS hides them",
             )
-        elif several and not cpus and memory:
-            yield Finding(
-                "node-without-cpus",
-                f"node {number} has memory ({size_text(memory)}) and no CPU of this process",
-                "its memory is used only when that of the others is full",
-                slow=False,
-            )
     if several and m.numa_balancing:
         yield Finding(
             "numa-balancing",
@@ -198,7 +166,7 @@ def _nodes(m: Machine) -> Iterator[Finding]:
             "the kernel takes pages away for a moment to see who wants them, and moves some of them",
             "echo 0 | sudo tee /proc/sys/kernel/numa_balancing",
         )
-    probes = m.probes if m.probes is not None and several else []
+    probes = m.probes if several else []
     if refused := [probe["node"] for probe in probes if not probe["asked"]]:
         yield Finding(
             "placement-refused",
@@ -214,19 +182,6 @@ def _nodes(m: Machine) -> Iterator[Finding]:
                 "its cores read these from further away",
                 "look whether the node is full, or a cpuset or memory policy forbids it (numactl --show)",
             )
-
-
-def _overrides(m: Machine) -> Iterator[Finding]:
-    best = [name for name, state in m.kernel_sets.items() if state == "available"][-1]
-    cores, nodes = m.topology["cores"], sum(bool(node["cpus"]) for node in m.nodes)
-    costs = {
-        "KT_MOE_ISA": (m.selected != best, f"{best} kernels would be faster"),
-        "KT_MOE_THREADS": (m.threads < cores, f"{count_text(cores, 'core')} could compute"),
-        "KT_MOE_SHARDS": (m.shards < nodes, f"{count_text(nodes, 'node')} share weights that lie on either"),
-    }
-    for name, (slow, cost) in costs.items():
-        if slow and name in m.overrides:
-            yield Finding("override", f"{name} is {m.overrides[name]}", cost, f"unset {name}")
 
 
 def _gpus(m: Machine) -> Iterator[Finding]:
@@ -298,11 +253,11 @@ def _spinning(m: Machine) -> Iterator[Finding]:
         which = f"GOMP_SPINCOUNT is {spins[:20]}" if many else f"OMP_WAIT_POLICY is {policy}"
         mend = f"unset {which.split()[0]}, or OMP_WAIT_POLICY=passive"
         yield Finding("omp-spins", f"{which}: torch's threads stay awake while they wait", cost, mend)
-    elif m.gpus.page_lock and not policy and not spins:  # a GPU, and not that of a recorded machine
+    elif m.gpus.page_lock and not policy and not spins:  # a GPU
         says = "OMP_WAIT_POLICY is not set: torch's threads stay awake for milliseconds after every loop"
         yield Finding("omp-spins", says, cost, "OMP_WAIT_POLICY=passive before Python starts")
 
 
 _CHECKS: tuple[Callable[[Machine], Iterator[Finding]], ...] = (
-    _instruction_sets, _cpus, _huge_pages, _memory, _nodes, _overrides, _gpus, _spinning,
+    _instruction_sets, _cpus, _huge_pages, _memory, _nodes, _gpus, _spinning,
 )  # fmt: skip

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from kt_moe import _core
-from kt_moe.cli.doctor.gpus import Gpus, read_gpus, recorded_gpus
+from kt_moe.cli.doctor.gpus import Gpus, read_gpus
 from kt_moe.host_memory import free_memory, resident
 
 OVERRIDES = ("KT_MOE_ISA", "KT_MOE_THREADS", "KT_MOE_SHARDS", "KT_MOE_NODES", "KT_MOE_PROFILE")
 OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-_BIG_BLOCK = 9  # pages of 4 KiB in powers of two: 2 MiB
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,8 @@ class Machine:
         governors: of the CPUs in the affinity mask: how many; frequency_driver: theirs.
         numa_balancing: /proc/sys/kernel/numa_balancing; 0 is off.
         huge_page_pool_bytes: unused huge pages that only programs that ask for them get.
-        free_in_big_blocks: node -> free bytes in blocks of 2 MiB and more.
         overrides, environment: variables of `OVERRIDES` and `OPENMP` that are set.
-        gpus: without measurements, if it is not the machine this runs on.
-        probes: what `_core.probe_nodes` returns; None: not the machine this runs on.
+        probes: what `_core.probe_nodes` returns.
     """
 
     topology: dict[str, Any]
@@ -56,11 +53,10 @@ class Machine:
     frequency_driver: str = ""
     numa_balancing: int | None = None
     huge_page_pool_bytes: int = 0
-    free_in_big_blocks: dict[int, int] = field(default_factory=dict)
     overrides: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     gpus: Gpus = field(default_factory=Gpus)
-    probes: list[dict[str, Any]] | None = None
+    probes: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def nodes(self) -> list[dict[str, Any]]:
@@ -86,29 +82,12 @@ def read_machine() -> Machine:
         environment={name: os.environ[name] for name in OPENMP if os.environ.get(name)},
         gpus=read_gpus(),
         probes=_core.probe_nodes(),
-        **_settings(Path("/")),
+        **settings_of(Path("/")),
     )
 
 
-def read_recorded(root: Path) -> Machine:
-    """The one whose /proc and /sys are below `root`: all but its environment and the probe."""
-    settings, sets = _settings(root), {}
-    for name, flags in _core.kernel_flags().items():
-        missing = set(flags) - set(settings["isa_flags"])
-        sets[name] = "this CPU lacks " + ", ".join(sorted(missing)) if missing else "available"
-    topology = settings["topology"]
-    return Machine(
-        kernel_sets=sets,
-        selected=[name for name, state in sets.items() if state == "available"][-1],
-        threads=topology["cores"],
-        shards=max(1, sum(bool(node["cpus"]) for node in topology["nodes"])),
-        available_bytes=free_memory(root),
-        gpus=recorded_gpus(root),
-        **settings,
-    )
-
-
-def _settings(root: Path) -> dict[str, Any]:
+def settings_of(root: Path) -> dict[str, Any]:
+    """What the files below `root` say, by the names of `Machine`'s fields."""
     topology = _core.read_topology(str(root))
     cpu, memory = (_fields(_read(root / "proc" / name)) for name in ("cpuinfo", "meminfo"))
     used = set().union(*_core.kernel_flags().values())
@@ -128,18 +107,7 @@ def _settings(root: Path) -> dict[str, Any]:
         "frequency_driver": max((_read(folder / "scaling_driver").strip() for folder in folders), default=""),
         "numa_balancing": int(balancing) if re.fullmatch("[0-9]{1,9}", balancing) else None,
         "huge_page_pool_bytes": _number(memory, "HugePages_Free") * _number(memory, "Hugepagesize") * 1024,
-        "free_in_big_blocks": _big_blocks(_read(root / "proc/buddyinfo")),
     }
-
-
-def _big_blocks(buddyinfo: str) -> dict[int, int]:
-    """Free bytes in big blocks by node: "Node 0, zone Normal 5 0 3 ..." counts blocks of 1, 2, 4... pages."""
-    found: Counter[int] = Counter()
-    zone = re.compile(r"^Node (\d{1,4}), zone +\w+((?: +\d{1,12})+) *$", re.MULTILINE)
-    for node, counts in zone.findall(buddyinfo):
-        blocks = list(enumerate(map(int, counts.split())))[_BIG_BLOCK:]
-        found[int(node)] += sum(count * 4096 << order for order, count in blocks)
-    return dict(found)
 
 
 def _fields(text: str) -> dict[str, str]:

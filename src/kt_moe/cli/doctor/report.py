@@ -27,12 +27,11 @@ def describe(machine: Machine, findings: list[Finding]) -> str:
     other = [f"{name}: {state}" for name, state in machine.kernel_sets.items() if state != "available"]
     kernels = machine.selected + (f" ({'; '.join(other)})" if other else "")
     free = size_text(machine.available_bytes)
-    where = f"; {_placement(machine.probes)}" if machine.probes is not None else ""
     lines = [
         ", ".join((topology["model"], *counts)),
         f"caches   {_caches(topology)}",
         *_node_lines(machine.nodes),
-        f"memory   {size_text(machine.memory_bytes)}, {free} of it for a run{where}",
+        f"memory   {size_text(machine.memory_bytes)}, {free} of it for a run",
         f"kernels  {kernels}; {count_text(machine.threads, 'thread')}, {count_text(machine.shards, 'shard')}",
     ]
     if machine.overrides:
@@ -97,10 +96,3 @@ def _caches(topology: dict[str, Any]) -> str:
             count = topology.get(f"{key}_domains", 0)
             parts.append(f"{f'{count} x ' if count else ''}{name} {cache_text(size)}")
     return ", ".join(parts) or "unknown"
-
-
-def _placement(probes: list[dict[str, Any]]) -> str:
-    pages, right = (sum(probe[key] for probe in probes) for key in ("pages", "right"))
-    asked = all(probe["asked"] for probe in probes)
-    where = "on the node that was asked for" if asked else "on the node of the thread that touched them first"
-    return f"{right} of {pages} pages lie {where}"
