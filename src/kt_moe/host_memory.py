@@ -11,7 +11,7 @@ _CGROUPS = "sys/fs/cgroup"
 
 def resident(kind: str = "VmRSS") -> int:
     """A line of /proc/self/status: "VmRSS" (all resident pages), "RssAnon", "VmHWM" (the most so far)."""
-    return _kib(_read(Path("/proc/self/status")), kind)
+    return _kib(read_text(Path("/proc/self/status")), kind)
 
 
 def free_memory(root: Path = Path("/")) -> int:
@@ -21,19 +21,19 @@ def free_memory(root: Path = Path("/")) -> int:
 
     root: a directory with copies of another machine's /proc and /sys.
     """
-    free = _kib(_read(root / "proc/meminfo"), "MemAvailable")
+    free = _kib(read_text(root / "proc/meminfo"), "MemAvailable")
     free = free or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for folder, limit, usage, cache in _limits(root):
-        most, now = _read(folder / limit).strip(), _read(folder / usage).strip()
+        most, now = read_text(folder / limit).strip(), read_text(folder / usage).strip()
         if most.isdecimal() and now.isdecimal():
-            stat = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
+            stat = dict(line.split() for line in read_text(folder / "memory.stat").splitlines())
             free = min(free, max(0, int(most) - int(now) + int(stat.get(cache, 0))))
     return free
 
 
 def _limits(root: Path) -> Iterator[tuple[Path, str, str, str]]:
     """Folders of this process's memory cgroups with the names of their files, innermost first."""
-    for line in _read(root / "proc/self/cgroup").splitlines():
+    for line in read_text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if controllers == "":
             top, names = root / _CGROUPS, ("memory.max", "memory.current", "inactive_file")
@@ -54,7 +54,8 @@ def _kib(text: str, name: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(f"{name}:")), 0)
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Of a file of the kernel's; "" where it cannot be read."""
     try:
         return path.read_text(errors="replace")
     except OSError:

@@ -19,6 +19,7 @@ from kt_moe.cli import finetune, main
 from kt_moe.cli.plan import dry_run, speed
 from kt_moe.gpu.plan import cut, layer_costs
 from kt_moe.gpu.predict import (
+    CARDS,
     LINKS,
     REFERENCE,
     ROUTINGS,
@@ -142,7 +143,7 @@ def test_a_gpu_by_its_name(config: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert plan(config, "--plan_gpu", card, "--rates", "cpu_flops=1e12", "--json") == 0
         found = json.loads(capsys.readouterr().out)
         rates = found["speed"]["rates"]
-        assert found["gpu"]["available"] == speed.CARDS[card][0] << 30
+        assert found["gpu"]["available"] == CARDS[card][0] << 30
         assert (rates["link"], rates["cpu_flops"], rates["cpu_bytes"]) == (link, 1e12, REFERENCE.cpu_bytes)
         assert found["speed"]["sources"]["gpu_flops"] == f"expected of an {card} by its data sheet"
         if card == "h200":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,16 +52,6 @@ def test_equal_layers_are_one_paragraph(tmp_path: Path, capsys: pytest.CaptureFi
     assert len(text.splitlines()) < 24
 
 
-def test_json_has_a_record_for_each_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = save_tiny_checkpoint(tmp_path / "m", "deepseek_v3", dtype=torch.bfloat16)
-    assert inspect(path, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert list(found["layers"]) == ["1"]  # layer 0 is dense
-    assert found["layers"]["1"]["num_experts"] == 8
-    assert found["memory"]["as stored"] == found["memory"]["bf16"] == 8 * 3 * 32 * 24 * 2
-    assert found["unreadable"] == {}
-
-
 def test_what_cannot_be_read_is_a_line_and_the_rest_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,8 +65,6 @@ def test_what_cannot_be_read_is_a_line_and_the_rest_goes_on(
     (line,) = [x for x in text.splitlines() if x.startswith("layer 1: cannot be read")]
     assert 'experts.2.up_proj.weight" is missing' in line
     assert "layer 2: cannot be read: " in text
-    assert inspect(path, "--layer", "3") == 0
-    assert "layer 1" not in capsys.readouterr().out
 
 
 def test_quantisation_errors(
@@ -104,11 +91,6 @@ def test_quantisation_errors(
     assert "layer 2: cannot be read: a weight is not finite" in text
     assert "layers 0-1 (2): 4 experts" in text  # and layer 2 is not among those that can be read
     assert "these experts in memory (2 layers)" in text
-    assert inspect(path, "--quant", "int4", "--json") == 1
-    found = json.loads(capsys.readouterr().out)
-    assert list(found["layers"]) == list(found["errors"]) == ["0", "1"]
-    assert found["unreadable"] == {"2": "a weight is not finite"}
-    assert found["memory"]["bf16"] == found["memory"]["as stored"] == 2 * E * 3 * H * I * 2
 
 
 def test_a_weight_that_cannot_be_quantised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,11 +118,12 @@ def test_the_same_fault_in_several_layers_is_one_line(
 
 
 def test_biases_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert inspect(save_tiny_checkpoint(tmp_path / "m", "gpt_oss", dtype=torch.bfloat16), "--json") == 0
-    memory = json.loads(capsys.readouterr().out)["memory"]
-    assert memory["as stored"] == memory["bf16"] == 2 * 2 * 8 * (3 * 32 * 24 + 24 + 24 + 32)
-    assert inspect(tmp_path / "m") == 0
-    assert f"biases {size_text(2 * 8 * (24 + 24 + 32))}" in capsys.readouterr().out
+    assert inspect(save_tiny_checkpoint(tmp_path / "m", "gpt_oss", dtype=torch.bfloat16)) == 0
+    text = capsys.readouterr().out
+    assert f"biases {size_text(2 * 8 * (24 + 24 + 32))}" in text
+    whole = size_text(2 * 2 * 8 * (3 * 32 * 24 + 24 + 24 + 32))
+    rows = [" ".join(line.split()) for line in text.splitlines()]
+    assert {f"as stored {whole}", f"bf16 {whole}"} <= set(rows)
 
 
 def test_a_checkpoint_without_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,18 +137,12 @@ def test_a_checkpoint_without_experts(tmp_path: Path, capsys: pytest.CaptureFixt
         (["/nowhere"], "/nowhere"),
         ([__file__], "header"),
         (["--quant", "int3", "."], "argument --quant: invalid choice: 'int3'"),
-        (["--layer", "-1", "."], "argument --layer: '-1', wanted an integer of at least 0"),
     ],
 )
 def test_user_errors_are_one_line(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert message in one_line_error(capsys, "inspect", lambda: main(["inspect", *arguments]))
-
-
-def test_a_layer_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert inspect(save(tmp_path / "m", layer(0), layer(1)), "--layer", "7") == 2
-    assert "no experts in that layer; layers with experts: 0-1" in capsys.readouterr().err
 
 
 def test_bytes_of_a_layer_are_those_of_its_three_projections() -> None:

@@ -153,12 +153,6 @@ def test_experts_config_has_the_options_of_ours(capsys: pytest.CaptureFixture[st
     assert "Defaults that differ from TRL's: use_peft true; lora_target_modules attention experts" in text
 
 
-def test_quotes_around_options_do_no_harm() -> None:
-    """As a table of Python values has them, or a file of YAML."""
-    found = ExpertsConfig(experts_gpu='"auto"', experts_gpu_memory="'6GiB'")
-    assert (found.experts_gpu, found.experts_gpu_memory) == ("auto", "6GiB")
-
-
 def test_rates_are_those_that_kt_moe_takes() -> None:
     def rates(given: Any) -> Any:
         return ExpertsConfig(experts_gpu_rates=given).rates()

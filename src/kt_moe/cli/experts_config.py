@@ -25,11 +25,6 @@ class _Experts:
     _argument_group_name = "experts (kt_moe)"
     experts_gpu_rates: Any
 
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, str):  # quotes, copied from examples in Python, that no shell has removed
-                setattr(self, name, value.strip("\"'"))
-
     def to_config(self, rest: Any = None) -> KtMoeConfig:
         """The `KtMoeConfig` of these options.
 

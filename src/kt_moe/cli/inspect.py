@@ -3,54 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kt_moe.cli.errors import UserError
 from kt_moe.cli.formats import QUANTISED, bias_bytes, kept_as, projection_bytes
-from kt_moe.cli.options import integer
 from kt_moe.cli.text import count_text, ranges_text, size_text, table
 
 if TYPE_CHECKING:
-    from kt_moe import Checkpoint
     from kt_moe.checkpoint import LayerInfo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    add_checkpoint(parser)
+    parser.add_argument("checkpoint", type=Path, metavar="DIR", help="model directory, or .safetensors file")
     quant = "load every layer quantised to it, and show the relative L2 error that causes"
     parser.add_argument("--quant", choices=[f for f in QUANTISED if f != "bf16"], help=quant)
-    parser.add_argument("--json", action="store_true", help="the same as JSON, a record for each layer")
     parser.epilog = "Exit status: 0, or 1 if a layer's experts cannot be read."
-
-
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Declare a checkpoint, and a layer of it."""
-    parser.add_argument("checkpoint", type=Path, metavar="DIR", help="model directory, or .safetensors file")
-    parser.add_argument("--layer", type=integer(0), metavar="N", help="this layer alone")
-
-
-def chosen_layers(checkpoint: Checkpoint, layer: int | None) -> list[int]:
-    """All layers with experts, or the one that is wanted.
-
-    Raises:
-        UserError: that one has no experts.
-    """
-    if layer is not None and layer not in checkpoint.layers:
-        there = ranges_text(checkpoint.layers) or "none"
-        raise UserError(f"--layer {layer}: no experts in that layer; layers with experts: {there}")
-    return checkpoint.layers if layer is None else [layer]
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what the checkpoint holds; 1 if some of its experts cannot be read.
 
     Raises:
-        UserError, OSError, ValueError: no checkpoint there, or it has no such layer.
+        OSError, ValueError: no checkpoint there.
     """
     from kt_moe import Checkpoint, Experts
 
@@ -58,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     layers: dict[int, LayerInfo] = {}
     unreadable: dict[int, str] = {}  # why not
     errors: dict[int, dict[str, float] | None] = {}  # by projection; None where quantising changed nothing
-    for layer in chosen_layers(checkpoint, args.layer):
+    for layer in checkpoint.layers:
         try:
             info = checkpoint.layer(layer)
             if args.quant is not None:
@@ -69,22 +45,16 @@ def run(args: argparse.Namespace) -> int:
             text = " ".join(str(error).split()).removeprefix(f'"{checkpoint.path}": ')
             unreadable[layer] = text.removeprefix(f"layer {layer}: ")
     files, sizes = len(checkpoint.files), [tensor.nbytes for tensor in checkpoint.tensors.values()]
-    memory = {name: sum(_bytes(info, name) for info in layers.values()) for name in ("as stored", *QUANTISED)}
-    if args.json:
-        shown = {n: asdict(info) for n, info in layers.items()}
-        found = {"path": str(checkpoint.path), "files": files, "tensors": len(sizes), "nbytes": sum(sizes)}
-        found |= {"layers": shown, "unreadable": unreadable, "memory": memory, "errors": errors}
-        print(json.dumps(found, indent=2))
-    else:
-        numbers = f"{count_text(files, 'file')}, {count_text(len(sizes), 'tensor')}, {size_text(sum(sizes))}"
-        print(f"{checkpoint.path}: {numbers}")
-        print("\n".join(_layer_lines(layers, unreadable) or ["no layer has experts"]))
-        if layers:
-            rows = _indented([[name, size_text(size)] for name, size in memory.items()])
-            print("\n".join(["", f"these experts in memory ({count_text(len(layers), 'layer')}):", *rows]))
-        if errors:
-            said = f"relative L2 error of {args.quant} against the stored weights:"
-            print("\n".join(["", said, *_error_lines(errors)]))
+    numbers = f"{count_text(files, 'file')}, {count_text(len(sizes), 'tensor')}, {size_text(sum(sizes))}"
+    print(f"{checkpoint.path}: {numbers}")
+    print("\n".join(_layer_lines(layers, unreadable) or ["no layer has experts"]))
+    if layers:
+        memory = {n: sum(_bytes(info, n) for info in layers.values()) for n in ("as stored", *QUANTISED)}
+        rows = _indented([[name, size_text(size)] for name, size in memory.items()])
+        print("\n".join(["", f"these experts in memory ({count_text(len(layers), 'layer')}):", *rows]))
+    if errors:
+        said = f"relative L2 error of {args.quant} against the stored weights:"
+        print("\n".join(["", said, *_error_lines(errors)]))
     return 1 if unreadable else 0
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import asdict
 
 from kt_moe.cli.errors import UserError
 from kt_moe.cli.text import table
@@ -13,7 +11,6 @@ from kt_moe.cli.text import table
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("names", nargs="*", metavar="NAME", help="families to show (default: all)")
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,10 +29,6 @@ def run(args: argparse.Namespace) -> int:
     transformers.utils.logging.set_verbosity_error()  # what models say of default configs is of no interest
     found = list(families(args.names))
     transformers.utils.logging.set_verbosity(verbosity)
-    if args.json:
-        rows_of = [asdict(one) | {"works": one.works, "on_disk": one.on_disk} for one in found]
-        print(json.dumps(rows_of, indent=2))
-        return 0
     rows: dict[tuple[str, ...], list[Family]] = {}
     for one in found:  # classes of a family that compute the same have one row
         rows.setdefault((one.name, "yes" if one.works else "no", one.what), []).append(one)

@@ -9,13 +9,12 @@ from pathlib import Path
 
 from kt_moe.cli.errors import UserError
 from kt_moe.cli.formats import QUANTISED
-from kt_moe.cli.inspect import add_checkpoint, chosen_layers
 from kt_moe.cli.text import count_text, size_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    add_checkpoint(parser)
+    parser.add_argument("checkpoint", type=Path, metavar="DIR", help="model directory, or .safetensors file")
     add, formats = parser.add_argument, ["as-stored", *QUANTISED]
     add("--cache-dir", type=Path, required=True, metavar="CACHE", help="where packed layers are kept")
     add("--format", choices=formats, default="as-stored", help="of the weights (as-stored)")
@@ -29,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """Pack what is not packed; 1 if `--verify` finds a layer damaged.
 
     Raises:
-        UserError, OSError, ValueError: no checkpoint there, no such layer, or a layer that cannot be read.
+        UserError, OSError, ValueError: no checkpoint there, or a layer that cannot be read.
     """
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
@@ -37,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     damaged: list[Path] = []
     packed, checkpoint = 0, Checkpoint(args.checkpoint)
-    if not (layers := chosen_layers(checkpoint, args.layer)):
+    if not (layers := checkpoint.layers):
         raise UserError(f"{checkpoint.path}: no experts in it")
     # Folders are named after the checkpoint and a hash of its path; those of another path are shown, too.
     folders = f"{escape(checkpoint.path.resolve().name)}-*"

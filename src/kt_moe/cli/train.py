@@ -25,6 +25,7 @@ from transformers.hf_argparser import HfArg
 
 from kt_moe.cli.errors import UserError
 from kt_moe.cli.experts_config import ExpertsConfig
+from kt_moe.gpu.predict import CARDS
 
 # Where our defaults are not TRL's: experts are frozen, so LoRA it is; weights are bf16 already, and autocast
 # would round LoRA's fp32 products besides; a loss that is no number is shown, not replaced by an average.
@@ -77,8 +78,7 @@ class PlanConfig:
     )
     plan_gpu: str | None = HfArg(
         default=None,
-        help="Free GPU memory, such as 24GiB, or one of rtx3090, rtx4090, rtx5090, rtx6000ada, l40s, "
-        "a100-40, a100-80, h100, h200; default: the GPU here.",
+        help=f"Free GPU memory, such as 24GiB, or one of {', '.join(CARDS)}; default: the GPU here.",
     )
     plan_measure: bool = HfArg(default=True, help="Time some experts here; otherwise arithmetic alone.")
     plan_hosts: int = HfArg(default=1, help="Hosts of the job; others are as this one.")

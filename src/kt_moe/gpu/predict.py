@@ -22,6 +22,19 @@ REFERENCE = Rates(link=55e9, gpu_flops=330e12, gpu_bytes=2.6e12, cpu_flops=6.2e1
 _REFERENCE_CPUS = 16
 _SOCKET_BYTES = 250e9  # a second from the memory of one socket: eight channels of DDR5
 LINKS = {"PCIe 3 x16": 12.5e9, "PCIe 4 x16": 25e9, "PCIe 5 x16": 55e9}  # bytes a second, page-locked
+# GPUs by their data sheets: GiB of memory, less what driver and context take; a second, operations of dense
+# bf16 products with fp32 sums, and bytes of memory; PCI Express.
+CARDS = {
+    "rtx3090": (23, 71e12, 0.936e12, "PCIe 4 x16"),
+    "rtx4090": (23, 165e12, 1.008e12, "PCIe 4 x16"),
+    "rtx5090": (31, 210e12, 1.792e12, "PCIe 5 x16"),
+    "rtx6000ada": (47, 364e12, 0.960e12, "PCIe 4 x16"),
+    "l40s": (47, 362e12, 0.864e12, "PCIe 4 x16"),
+    "a100-40": (39, 312e12, 1.555e12, "PCIe 4 x16"),
+    "a100-80": (79, 312e12, 1.935e12, "PCIe 4 x16"),
+    "h100": (79, 989e12, 3.350e12, "PCIe 5 x16"),
+    "h200": (139, 989e12, 4.800e12, "PCIe 5 x16"),
+}
 
 
 @dataclass(frozen=True)
@@ -138,6 +151,16 @@ def expected_routes(work: Workload, routing: str) -> NDArray[np.int64]:
     left = work.tokens * work.topk - int(whole.sum())
     whole[np.argsort(whole - rows, kind="stable")[:left]] += 1
     return whole
+
+
+def card_rates(name: str) -> dict[str, float]:
+    """What to expect of one of `CARDS`: as much of its data sheet as was measured of an H200's."""
+    (_, flops, nbytes, link), (_, h200_flops, h200_bytes, _) = CARDS[name], CARDS["h200"]
+    return {
+        "link": LINKS[link],
+        "gpu_flops": flops / h200_flops * REFERENCE.gpu_flops,
+        "gpu_bytes": nbytes / h200_bytes * REFERENCE.gpu_bytes,
+    }
 
 
 def reference_machine(link: str = "PCIe 5 x16", cpus: int = _REFERENCE_CPUS) -> Rates:

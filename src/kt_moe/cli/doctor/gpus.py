@@ -19,6 +19,7 @@ from kt_moe.cli.bench.inputs import make_weights
 from kt_moe.distributed import pci_address
 from kt_moe.gpu.page_lock import PageLockError, lock
 from kt_moe.gpu.rates import link_rate, measure
+from kt_moe.host_memory import read_text
 
 PCI = "sys/bus/pci/devices"  # under the root
 _NVIDIA = "0x10de"
@@ -93,7 +94,9 @@ def recorded_gpus(root: Path) -> Gpus:
     folder = root / PCI
     found = []
     for device in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if _read(device / "vendor") == _NVIDIA and _read(device / "class").startswith(_DISPLAY):
+        if read_text(device / "vendor").strip() == _NVIDIA and read_text(device / "class").startswith(
+            _DISPLAY
+        ):
             found.append(Gpu("", read_link(root, device.name)))
     return Gpus(tuple(found))
 
@@ -157,13 +160,5 @@ def read_link(root: Path, address: str) -> Link:
 
 
 def _number(pattern: str, file: Path) -> float | None:
-    found = re.match(pattern, _read(file), re.ASCII)
+    found = re.match(pattern, read_text(file).strip(), re.ASCII)
     return None if found is None else float(found[1])
-
-
-def _read(path: Path) -> str:
-    try:
-        with path.open(errors="replace") as file:
-            return file.read(4096).strip()
-    except OSError:
-        return ""

@@ -15,7 +15,7 @@ from typing import Any
 
 from kt_moe import _core
 from kt_moe.cli.doctor.gpus import Gpus, read_gpus
-from kt_moe.host_memory import free_memory, resident
+from kt_moe.host_memory import free_memory, read_text, resident
 
 OVERRIDES = ("KT_MOE_ISA", "KT_MOE_THREADS", "KT_MOE_SHARDS", "KT_MOE_NODES", "KT_MOE_PROFILE")
 OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -89,13 +89,13 @@ def read_machine() -> Machine:
 def settings_of(root: Path) -> dict[str, Any]:
     """What the files below `root` say, by the names of `Machine`'s fields."""
     topology = _core.read_topology(str(root))
-    cpu, memory = (_fields(_read(root / "proc" / name)) for name in ("cpuinfo", "meminfo"))
+    cpu, memory = (_fields(read_text(root / "proc" / name)) for name in ("cpuinfo", "meminfo"))
     used = set().union(*_core.kernel_flags().values())
-    chosen = re.search(r"\[(\w+)\]", _read(root / "sys/kernel/mm/transparent_hugepage/enabled"))
-    balancing = _read(root / "proc/sys/kernel/numa_balancing").strip()
+    chosen = re.search(r"\[(\w+)\]", read_text(root / "sys/kernel/mm/transparent_hugepage/enabled"))
+    balancing = read_text(root / "proc/sys/kernel/numa_balancing").strip()
     cpus = [cpu for node in topology["nodes"] for cpu in node["cpus"]]
     folders = [root / f"sys/devices/system/cpu/cpu{cpu}/cpufreq" for cpu in cpus]
-    governors = Counter(_read(folder / "scaling_governor").strip() for folder in folders)
+    governors = Counter(read_text(folder / "scaling_governor").strip() for folder in folders)
     del governors[""]
     return {
         "topology": topology,
@@ -104,7 +104,9 @@ def settings_of(root: Path) -> dict[str, Any]:
         "isa_flags": tuple(sorted(used & set(cpu.get("flags", "").split()))),
         "transparent_huge_pages": chosen[1] if chosen else None,
         "governors": dict(governors),
-        "frequency_driver": max((_read(folder / "scaling_driver").strip() for folder in folders), default=""),
+        "frequency_driver": max(
+            (read_text(folder / "scaling_driver").strip() for folder in folders), default=""
+        ),
         "numa_balancing": int(balancing) if re.fullmatch("[0-9]{1,9}", balancing) else None,
         "huge_page_pool_bytes": _number(memory, "HugePages_Free") * _number(memory, "Hugepagesize") * 1024,
     }
@@ -119,11 +121,3 @@ def _fields(text: str) -> dict[str, str]:
 def _number(fields: dict[str, str], name: str) -> int:
     match = re.match("[0-9]{1,15}", fields.get(name, ""))
     return int(match[0]) if match else 0
-
-
-def _read(path: Path) -> str:
-    try:
-        with path.open(errors="replace") as file:
-            return file.read(1 << 20)
-    except OSError:
-        return ""

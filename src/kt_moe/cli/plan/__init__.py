@@ -19,9 +19,10 @@ from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.outline import Outline, outline
 from kt_moe.cli.plan.ranks import Job, Mode, describe_modes, modes_of
 from kt_moe.cli.plan.report import add_up, describe
-from kt_moe.cli.plan.speed import CARDS, speed_of
+from kt_moe.cli.plan.speed import speed_of
 from kt_moe.cli.plan.weights import weights_part
 from kt_moe.gpu import parse_bytes
+from kt_moe.gpu.predict import CARDS
 from kt_moe.host_memory import free_memory, resident
 
 _SHORT = {"json": "plan_json", "no-measure": "no_plan_measure", "rates": "experts_gpu_rates"}

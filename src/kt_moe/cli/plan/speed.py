@@ -14,33 +14,10 @@ from kt_moe.cli.plan.memory import ranks, weights_bytes, weights_on_gpu
 from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.outline import Outline
 from kt_moe.gpu.plan import Rates
-from kt_moe.gpu.predict import LINKS, REFERENCE, ROUTINGS, Prediction, Workload, predict
+from kt_moe.gpu.predict import CARDS, REFERENCE, ROUTINGS, Prediction, Workload, card_rates, predict
 from kt_moe.gpu.rates import cpu_rates, gpu_rates
 
 _EXPERTS = 8  # that are made for a measurement
-# GPUs by their data sheets: GiB of memory, less what driver and context take; a second, operations of dense
-# bf16 products with fp32 sums, and bytes of memory; PCI Express.
-CARDS = {
-    "rtx3090": (23, 71e12, 0.936e12, "PCIe 4 x16"),
-    "rtx4090": (23, 165e12, 1.008e12, "PCIe 4 x16"),
-    "rtx5090": (31, 210e12, 1.792e12, "PCIe 5 x16"),
-    "rtx6000ada": (47, 364e12, 0.960e12, "PCIe 4 x16"),
-    "l40s": (47, 362e12, 0.864e12, "PCIe 4 x16"),
-    "a100-40": (39, 312e12, 1.555e12, "PCIe 4 x16"),
-    "a100-80": (79, 312e12, 1.935e12, "PCIe 4 x16"),
-    "h100": (79, 989e12, 3.350e12, "PCIe 5 x16"),
-    "h200": (139, 989e12, 4.800e12, "PCIe 5 x16"),
-}
-
-
-def card_rates(name: str) -> dict[str, float]:
-    """What to expect of one of `CARDS`: as much of its data sheet as was measured of an H200's."""
-    (_, flops, nbytes, link), (_, h200_flops, h200_bytes, _) = CARDS[name], CARDS["h200"]
-    return {
-        "link": LINKS[link],
-        "gpu_flops": flops / h200_flops * REFERENCE.gpu_flops,
-        "gpu_bytes": nbytes / h200_bytes * REFERENCE.gpu_bytes,
-    }
 
 
 @dataclass(frozen=True)
