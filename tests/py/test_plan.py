@@ -549,7 +549,7 @@ def test_the_tightest_cgroup_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "/sys/fs/cgroup/outer/inner/memory.max": "max\n",
         "/sys/fs/cgroup/outer/inner/memory.current": "3000000\n",
     }
-    monkeypatch.setattr(host_memory, "_read", lambda path: files.get(str(path), ""))
+    monkeypatch.setattr(host_memory, "read_text", lambda path: files.get(str(path), ""))
     assert host_memory.free_memory() == 1_500_000
     files["/sys/fs/cgroup/outer/memory.max"] = "max\n"
     assert host_memory.free_memory() == 8_000_000 * 1024
