@@ -92,7 +92,8 @@ def load_adapter(
     Args:
         model: a transformers model, or a PeftModel, which gets one adapter more or new values for an old one.
         directory: as written by `save_adapter` or by PEFT, per expert or fused (`target_parameters`).
-        is_trainable: False freezes the adapter.
+        is_trainable: False freezes the adapter. To train on with dropout, which files do not have, see
+            docs/adapters.md.
         layout: of fused tensors: "peft", or "expert-major", as Unsloth writes lora_B, which nothing in the
             files tells.
         shared_outer: a new adapter shares A of gate and up and B of down, as a `SharedOuterLoraConfig` says;
@@ -202,8 +203,10 @@ def _check_fits(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: s
     ]
     for what, keys in (("lacks", missing), ("has unknown", state_dict.keys() - own.keys())):
         if keys:
+            named = sorted(key.removeprefix(PREFIX).replace(f".{adapter_name}", "") for key in keys)
             raise ValueError(
-                f"the adapter in {path} {what} {len(keys)} keys for this model: {sorted(keys)[:3]} ..."
+                f"the adapter in {path} {what} {len(keys)} keys for this model: {named[:3]} ... It may be of "
+                "another model"
             )
     for key, tensor in state_dict.items():
         if tensor.shape != own[key].shape:

@@ -280,12 +280,21 @@ def test_the_command(bases: dict[str, Path], tmp_path: Path, capsys: pytest.Capt
     assert "kt-moe export: error: no adapter_config.json in" in capsys.readouterr().err
 
 
+def test_routers_for_llama_cpp(bases: dict[str, Path], tmp_path: Path) -> None:
+    model = with_lora(bases["qwen3_moe"], ["experts", "mlp.gate"])
+    kt_moe.export_adapter(model, tmp_path, target="llamacpp")
+    tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    assert sum(key.endswith(".mlp.gate.lora_A.weight") for key in tensors) == 2
+
+
 def test_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     model = with_lora(bases["qwen3_moe"], ["experts", "mlp.gate"])
     with pytest.raises(
         ValueError, match=r"LoRA on model\.layers\.0\.mlp\.gate, a ParamWrapper, which vllm lacks"
     ):
         kt_moe.export_adapter(model, tmp_path, target="vllm")
+    with pytest.raises(ValueError, match="a ParamWrapper, which sglang lacks"):
+        kt_moe.export_adapter(model, tmp_path, target="sglang")
     with pytest.raises(ValueError, match="target is 'x', wanted one of"):
         kt_moe.export_adapter(model, tmp_path, target="x")
     with pytest.raises(ValueError, match="adapter_name is 'x'"):

@@ -208,6 +208,17 @@ def test_config_options_arrive(checkpoint: Path) -> None:
     json.dumps(model.config.to_dict()["quantization_config"])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+@pytest.mark.parametrize("options", [{"gpu_memory": "2GiB"}, {"gpu": "cuda:0"}, {"cpu_share": 0.5}], ids=str)
+def test_options_of_a_gpu_that_is_not_there_are_warned_of(options: dict[str, Any], checkpoint: Path) -> None:
+    message = f"KtMoeConfig has {next(iter(options))}=.*, which is for a GPU, and PyTorch .* finds none"
+    with pytest.warns(UserWarning, match=message):
+        load(checkpoint, quantization_config=KtMoeConfig(**options))
+    with pytest.warns(UserWarning, match=message):
+        kt_moe.wrap(load(checkpoint, kt=False), KtMoeConfig(**options))
+
+
+@pytest.mark.filterwarnings("ignore:KtMoeConfig has .* which is for a GPU:UserWarning")
 def test_options_of_the_gpu_arrive(checkpoint: Path) -> None:
     config = KtMoeConfig(gpu_memory=123456, cpu_share=0.5, lora_device="cpu", checkpoint_experts="retain")
     model = load(checkpoint, quantization_config=config)
@@ -281,6 +292,18 @@ def test_unsupported_architecture(tmp_path: Path) -> None:
         ValueError, match=r"'llama' is not supported by kt_moe: LlamaForCausalLM has no experts"
     ):
         load(tmp_path)
+
+
+def test_a_dense_model_is_refused(tmp_path: Path) -> None:
+    """By both doors: nothing in it would be computed by kt_moe."""
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=64, num_key_value_heads=4, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    for options in ({}, {"kt": False, "experts_implementation": "kt_moe"}):
+        with pytest.raises(
+            ValueError, match=r"model type 'llama' is not supported by kt_moe: Llama.* has no experts"
+        ):
+            load(tmp_path, **options)
 
 
 def test_other_activation(tmp_path: Path) -> None:

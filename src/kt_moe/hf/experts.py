@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from kt_moe.architectures import Architecture, ExpertModule, refuse_unknown, refuse_unless_computed
+from kt_moe.architectures import (
+    Architecture,
+    ExpertModule,
+    computed_experts,
+    refuse_unknown,
+    refuse_unless_computed,
+)
 from kt_moe.computation import (
     Computation,
     bias_names,
@@ -277,12 +283,13 @@ def is_gated_module(module: Any) -> bool:
 
 
 def refuse_at_construction(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-    """A hook on the registration of every module: experts set to "kt_moe" that the core lacks something for.
+    """A hook on the registration of every module: experts set to "kt_moe" that the core lacks something for,
+    and models set to it that have none.
 
     So from_pretrained refuses them while it builds the model, before it reads a weight.
 
     Raises:
-        ValueError: as `refuse_unless_computed` and `refuse_unknown`.
+        ValueError: as `refuse_unless_computed`, `refuse_unknown` and `computed_experts`.
     """
     if module is None:
         return
@@ -292,6 +299,9 @@ def refuse_at_construction(parent: nn.Module, name: str, module: nn.Module | Non
         config: Any = getattr(parent, "config", None)
         if getattr(config, "_experts_implementation", None) == NAME:
             refuse_unknown(module, config.model_type)
+            # The model without its head, and so with all its layers; towers have configs of their own.
+            if isinstance(module, PreTrainedModel) and module.config is config:
+                computed_experts(module)
 
 
 def _computation(module: Any) -> Computation:

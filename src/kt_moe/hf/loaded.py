@@ -73,6 +73,7 @@ def wrap(model: nn.Module, config: KtMoeConfig | None = None) -> nn.Module:
         raise ValueError("the experts of this model are kt_moe's already")
     for path, module in left.items():
         _refuse_unless_here(path, module)
+    config.warn_without_gpu()
 
     options = {
         "format": "bf16" if config.format == "as-stored" else config.format,

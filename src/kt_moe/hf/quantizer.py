@@ -6,6 +6,7 @@ import copy
 import functools
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -176,6 +177,18 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
             text = re.sub("^(device|memory) is", lambda found: f"{_GPU_NAMES[found[1]]} is", str(error))
             raise ValueError(f"KtMoeConfig: {text}") from None
 
+    def warn_without_gpu(self) -> None:
+        """Warn of options for a GPU where PyTorch finds none."""
+        device = self.make_gpu().device
+        options = {"gpu": self.gpu, "gpu_memory": self.gpu_memory, "cpu_share": self.cpu_share}
+        given = [f"{name}={value!r}" for name, value in options.items() if value not in ("auto", "off")]
+        if given and (device is None or device.type == "cuda") and not torch.cuda.is_available():
+            warnings.warn(
+                f"KtMoeConfig has {', '.join(given)}, which is for a GPU, and PyTorch {torch.__version__} "
+                "finds none: the CPU computes all experts",
+                stacklevel=2,
+            )
+
     def shares_memory(self) -> bool:
         """Whether experts lie in memory that the processes of this machine share."""
         return is_shared(self.expert_parallel) and not self.paged and self.cache_dir is None
@@ -206,6 +219,7 @@ class KtMoeQuantizer(RestQuantizer):
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
         architecture = architecture_of(model)
+        self.quantization_config.warn_without_gpu()
         checkpoint = _open(checkpoint_files)
         lists = stored_lists(model, architecture, checkpoint.tensors)
         self._checkpoint = checkpoint.with_lists(lists) if lists else checkpoint
