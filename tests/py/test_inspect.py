@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,6 +126,15 @@ def test_biases_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     whole = size_text(2 * 2 * 8 * (3 * 32 * 24 + 24 + 24 + 32))
     rows = [" ".join(line.split()) for line in text.splitlines()]
     assert {f"as stored {whole}", f"bf16 {whole}"} <= set(rows)
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
+    path = save(tmp_path / "m", layer(0))
+    command = [sys.executable, "-m", "kt_moe.cli", "inspect", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # type: ignore[union-attr]
+        assert process.stderr.read() == b""  # type: ignore[union-attr]
+    assert process.returncode == 128 + 13
 
 
 def test_a_checkpoint_without_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import PEFT_WARNINGS
 from user_errors import one_line_error
 
 from kt_moe.cli import finetune, main
@@ -24,6 +25,8 @@ from kt_moe.cli.output import RunDirectory
 from kt_moe.cli.train import parse
 from kt_moe.cli.trainer import first_bad, losses_by_length
 from kt_moe.hf import KtMoeConfig
+
+pytestmark = PEFT_WARNINGS[:1]
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "tiny-qwen3-moe"
 SHORT = [

@@ -6,7 +6,10 @@ What the user can set right ends in one line on stderr and exit status 2; a trac
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
@@ -24,9 +27,10 @@ _TRL = {
     "grpo": "train by rewards of groups of the model's own answers (TRL's GRPO)",
     "rloo": "train by rewards of the model's own answers (TRL's RLOO)",
 }
-_TRAINING = _TRL | {
+_TRAINING = {
     "finetune": "sft with short names of options and defaults for a first run",
     "plan": "tell memory and speed of a run before it is started (finetune --dry_run)",
+    **_TRL,
 }
 _OTHERS = {
     "pack": "write experts to a directory from which they are mapped",
@@ -35,7 +39,7 @@ _OTHERS = {
     "export": "write an adapter as vLLM, SGLang or llama.cpp reads it",
     "models": "list the families of models whose experts work",
     "doctor": "show this machine, what will run on it, and what costs speed, with its mend",
-    "bench": "time a layer against this machine's ceilings and its rivals",
+    "bench": "time a layer or training steps on this machine, and what it could do at most",
 }
 
 
@@ -43,8 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with `argv` (default: the process's); the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     command = next(iter(words), "")
+    # TRL and PEFT still use the older name of activation checkpointing, which means the same.
+    known = r"`(is_)?gradient_checkpointing` is deprecated"
+    warnings.filterwarnings("ignore", message=known, category=FutureWarning)
     try:
-        return _run(command, words)
+        status = _run(command, words)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (UserError, OSError) as error:  # an OSError that got here is a full disk or a missing permission
         print(f"kt-moe {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -10,7 +10,6 @@ import importlib
 import logging
 import re
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -249,9 +248,6 @@ def check_experts(options: Options) -> None:
 
 def _quieten() -> None:
     """No messages of other libraries that say nothing to the user, and bars on terminals alone."""
-    # TRL still reads and sets the older name of activation checkpointing, which means the same.
-    known = r"`(is_)?gradient_checkpointing` is deprecated"
-    warnings.filterwarnings("ignore", message=known, category=FutureWarning)
     # Checkpoints less than a second apart are told apart by their step numbers instead, which is as good.
     logging.getLogger("transformers.trainer_utils").addFilter(_is_news)
     if not sys.stderr.isatty():
