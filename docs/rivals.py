@@ -106,6 +106,7 @@ def _serve(pipe: Connection) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a stopped process too ends with its parent
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what it prints would stand in our table
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that waits for us
+    torch.set_num_threads(kt_moe.default_runtime().threads)
     made: Any = None
     while True:
         method, args = pipe.recv()

@@ -41,12 +41,6 @@ def memory_size(text: str) -> int | str:
     return text if text == "auto" else _checked(lambda size: parse_bytes("", size), bool, wanted)(text)
 
 
-def cpu_share(text: str) -> float | str:
-    """An argparse type: a part of the rows for `kt_moe.Gpu`, or "auto"."""
-    wanted = "auto or a number from 0 to 1"
-    return text if text == "auto" else _checked(float, lambda value: 0.0 <= value <= 1.0, wanted)(text)
-
-
 def list_of(item: Callable[[str], object]) -> Callable[[str], list[object]]:
     """An argparse type: values separated by commas, each once."""
     return lambda text: list(dict.fromkeys(item(part.strip()) for part in text.split(",")))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kt_moe.cli.job import Job
 
 _ROWS = 100  # of a run's routing history, about
+_SAMPLE_TOKENS = 80
 
 
 class RoutingWatch(TrainerCallback):  # type: ignore[misc]
@@ -99,6 +100,6 @@ def generate(job: Job, trainer: Any) -> str:
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "pad_token_id": pad}
     torch.manual_seed(trainer.args.seed)
-    out = model.generate(**inputs, **sampling, max_new_tokens=job.options.run.sample_tokens)
+    out = model.generate(**inputs, **sampling, max_new_tokens=_SAMPLE_TOKENS)
     text: str = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text

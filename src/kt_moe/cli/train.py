@@ -59,7 +59,6 @@ class RunConfig:
     )
     report: bool = HfArg(default=False, help="Leave loss.png, metrics.json and routing.* in --output_dir.")
     sample: str | None = HfArg(default=None, help="A prompt to continue, before and after training.")
-    sample_tokens: int = HfArg(default=80, help="Number of tokens that --sample shows after the prompt.")
     lora_shared_outer: bool = HfArg(
         default=False, help="One A of gate and up, and one B of down, for all experts of a layer."
     )

@@ -65,7 +65,8 @@ class Trainer:
 
     def figures(self) -> dict[str, Any]:
         """Losses of all steps, and the most memory of the GPU since `prepare`."""
-        return {"losses": self._losses, "gpu_bytes": torch.cuda.max_memory_allocated()}
+        peak = {"gpu_bytes": torch.cuda.max_memory_allocated()} if self._device == "cuda" else {}
+        return {"losses": self._losses, **peak}
 
 
 def kt_model(name: str, settings: argparse.Namespace) -> Any:
