@@ -110,7 +110,6 @@ void check_block(Direction direction, index_t rows, const WeightBlock& w) {
   std::vector<std::int32_t> index;
   for (index_t i = 0; i < rows; ++i) index.push_back(static_cast<std::int32_t>(2 * rows - 1 - i));
   for_every_available_set([&](const KernelSet& set) {
-    if (rows > set.gemv.max_rows) return;
     for (const bool accumulate : {false, true}) {
       const Rows of{view(x.data(), DType::bf16, rows, k), accumulate ? index.data() : nullptr};
       const std::vector<float> found = product(set, direction, of, w, accumulate);

@@ -646,7 +646,7 @@ TEST_CASE("the registry: unknown and absent sets are refused, empty slots are fi
   CHECK(best_isa(0) == "scalar");
   for_every_set([](const KernelSet& set) {
     CHECK(static_cast<bool>(set.gemm.micro_kernel));
-    CHECK(static_cast<bool>(set.gemv.nn));
+    CHECK(static_cast<bool>(set.gemv.nn[kGemvRows - 1]));
     CHECK(static_cast<bool>(set.epilogue.transpose));
     for (int a = 0; a < kActivationCount; ++a) CHECK(static_cast<bool>(set.epilogue.activations[a].backward));
     CHECK(static_cast<bool>(set.decode.from_f16));

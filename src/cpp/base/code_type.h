@@ -15,5 +15,6 @@ constexpr int kCodeTypes = 5;
 // The scale of a block of codes. e8m0: 2^(e - 127), and NaN for 255. e4m3: times or over the matrix's global
 // scale, as one operation in fp32.
 enum class ScaleType : uint8_t { none, f32, bf16, e8m0, e4m3 };
+constexpr int kScaleBytes[] = {0, 4, 2, 1, 1};  // of each
 
 }  // namespace kt

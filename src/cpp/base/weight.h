@@ -45,10 +45,9 @@ enum class Format : std::uint8_t { bf16, int8, int4, fp8, mxfp4, nvfp4 };
 
 // By ScaleType.
 inline constexpr std::array<std::string_view, 5> scale_names{"none", "f32", "bf16", "e8m0", "e4m3"};
-inline constexpr std::array<index_t, 5> scale_sizes{0, 4, 2, 1, 1};
 
 constexpr std::string_view name_of(ScaleType type) { return scale_names[static_cast<std::size_t>(type)]; }
-constexpr index_t size_of(ScaleType type) { return scale_sizes[static_cast<std::size_t>(type)]; }
+constexpr index_t size_of(ScaleType type) { return kScaleBytes[static_cast<std::size_t>(type)]; }
 
 inline constexpr std::array<std::string_view, kCodeTypes> code_names{"bf16", "int8", "int4", "e4m3", "e2m1"};
 

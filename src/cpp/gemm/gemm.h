@@ -76,7 +76,7 @@ void brgemm(const KernelSet& kernels, std::span<const Term> terms, float* c, ind
             bool accumulate = false);
 index_t min_ldc(const KernelSet& kernels, index_t cols);
 
-// Products of at most kernels.gemv.max_rows rows of x, from natural order: c[x.rows x w.rows]
+// Products of at most kGemvRows rows of x, from natural order: c[x.rows x w.rows]
 // (+)= x w' and c[x.rows x w.cols] (+)= x w. Weights are read once and not packed. Rows of c are `ldc` floats
 // apart.
 void gemv_nt(const KernelSet& kernels, Rows x, Rows w, float* c, index_t ldc, bool accumulate,

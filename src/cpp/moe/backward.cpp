@@ -19,10 +19,6 @@ using Groups = TaskGraph::Groups;
 constexpr index_t kDotCols = 64;  // of h, that one dot of a GEMV sums
 constexpr index_t kRowsAhead = 8;
 
-index_t packed_gradient_bytes(const Pass& pass, Projection p, index_t rows, index_t cols) {
-  return packed_a_bytes(pass.kernels(), rows, cols) + packed_a_bytes(pass.kernels(), rows, pass.rank(p));
-}
-
 // Short rows far apart are more than the hardware foresees.
 void prefetch(const bf16_t* row, index_t n) {
   for (index_t i = 0; i < n; i += 64 / static_cast<index_t>(sizeof *row)) __builtin_prefetch(row + i);
@@ -48,16 +44,11 @@ Dots take_dots(Pass& pass) {
 
 // ---- The verbs
 
-// The gradient of a projection's output, packed; and Q of it, packed behind it.
+// The gradient of a projection's output, packed.
 void pack_grad_rows(Pass& pass, Projection p, const Block& block, char* into) {
   if (!pass.plan.by_gemv(block))
     pass.packed_grad[index_of(p)][block.index].rows =
         pack_a_into(into, pass.kernels(), pass.grad_output(p, block, {0, pass.rows(p, block)}));
-}
-
-void pack_grad_low_rank(Pass& pass, Projection p, const Block& block, char* into) {
-  char* behind = into + packed_a_bytes(pass.kernels(), block.count, pass.rows(p, block));
-  pass.packed_grad[index_of(p)][block.index].low_rank = pack_q(pass, p, block, behind);
 }
 
 // <dY, bd> of a block's rows: what the bias of down adds to the gradient of their routing weights.
@@ -65,16 +56,15 @@ void bias_dots(const Pass& pass, const Block& block, Arena& scratch) {
   const index_t hidden = pass.experts.hidden;
   const bf16_t* bias = pass.experts.bias(Projection::down, block.expert);
   const Rows row{view(bias, DType::bf16, 1, hidden)};
-  for_mc_ranges(block, pass.kernels().gemv.max_rows, [&](const Block& mc) {
+  for_mc_ranges(block, kGemvRows, [&](const Block& mc) {
     gemv_nt(pass.kernels(), pass.grad_output(Projection::down, mc, {0, hidden}), row,
             pass.dots.of_bias() + mc.first, /*stride=*/1,
             /*accumulate=*/false, scratch);
   });
 }
 
-void pack_q_of_dy(Pass& pass, const Block& block, char* slot) {
-  pack_grad_low_rank(pass, Projection::down, block, slot);
-}
+// Q of down, packed behind the packed dY.
+void pack_q_of_dy(Pass& pass, const Block& block, char* slot) { pack_q(pass, Projection::down, block, slot); }
 
 // dY, packed, and Q = s dY Bd.
 void pack_dy(Pass& pass, const Block& block, char* slot, Arena& scratch) {
@@ -155,7 +145,7 @@ void pack_q_of_d_gate_up(Pass& pass, const Block& block, float* product, Arena& 
     if (!pass.lora(p)) continue;
     round_q(pass, p, block, product, scratch);
     product += q_product_floats(pass, p, block);
-    pack_grad_low_rank(pass, p, block, pass.packed_grad[index_of(p)][block.index].memory);
+    pack_q(pass, p, block, pass.packed_grad[index_of(p)][block.index].memory);
   }
 }
 

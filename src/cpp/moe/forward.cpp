@@ -12,24 +12,11 @@ namespace kt {
 
 namespace {
 
-// Bytes of the packed input of some projections, `cols` wide, and of its P.
-index_t packed_input_bytes(const Pass& pass, std::span<const Projection> targets, index_t rows,
-                           index_t cols) {
-  index_t bytes = packed_b_bytes(pass.kernels(), rows, cols);
-  for (const Projection p : targets) bytes += packed_b_bytes(pass.kernels(), rows, pass.rank(p));
-  return bytes;
-}
-
 // ---- The verbs
 
 // P of gate and up, packed behind the packed X.
 void pack_p_of_x(Pass& pass, const Block& block, char* slot) {
-  char* into = slot + packed_b_bytes(pass.kernels(), block.count, pass.experts.hidden);
-  for (const Projection p : pass.gate_up()) {
-    if (!pass.lora(p)) continue;
-    pass.packed_x[block.index].low_rank[index_of(p)] = pack_p(pass, p, block, into);
-    into += packed_b_bytes(pass.kernels(), block.count, pass.rank(p));
-  }
+  pack_p(pass, pass.gate_up(), block, slot, pass.packed_x[block.index]);
 }
 
 // X, packed, and P = s X A' of gate and up.
@@ -98,10 +85,8 @@ void pack_h(Pass& pass, const Block& block, float* product, Arena& scratch) {
 // Pd = s h Ad' of that product, packed behind h.
 void pack_p_of_h(Pass& pass, const Block& block, float* product, Arena&) {
   if (!pass.lora(Projection::down)) return;
-  PackedInput& h = pass.packed_h[block.index];
   round_p(pass, Projection::down, block, product);
-  char* into = h.memory + packed_b_bytes(pass.kernels(), block.count, pass.plan.width(block));
-  h.low_rank[index_of(Projection::down)] = pack_p(pass, Projection::down, block, into);
+  pack_p(pass, kDown, block, pass.packed_h[block.index].memory, pass.packed_h[block.index]);
 }
 
 // h Wd' + Pd Bd' + bd, columns nc, summed over the shards that are here.

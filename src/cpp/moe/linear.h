@@ -62,20 +62,25 @@ void drop(const Dropout& dropout, Projection projection, index_t slot, index_t c
 
 // P of a block takes three steps, so that shards can be summed in between: the product A X', fp32
 // [r, min_ldc(m)], from the packed rows (none: from the rows themselves); P' [r, m] of it, scaled and
-// rounded, and that of down also times the routing weights, to where there is memory; and its packing.
+// rounded, and that of down also times the routing weights, to where there is memory; and its packing, behind
+// the input that some projections have in common, whose panels take packed_input_bytes with it.
 index_t p_product_floats(const Pass& pass, Projection p, const Block& block);
 index_t p_floats_of_down(const Pass& pass, const Block& block);
 void multiply_a(const Pass& pass, Projection p, const Block& block, PackedB packed, float* product,
                 Arena& scratch);
 void round_p(const Pass& pass, Projection p, const Block& block, float* product);
-PackedB pack_p(const Pass& pass, Projection p, const Block& block, char* into);
+index_t packed_input_bytes(const Pass& pass, std::span<const Projection> targets, index_t rows, index_t cols);
+void pack_p(const Pass& pass, std::span<const Projection> targets, const Block& block, char* panels,
+            PackedInput& input);
 
 // Q of a block likewise: the product dOutput B, fp32 [m, min_ldc(r)]; Q [m, r] for the gradient of the
-// input, and Q' [r, m] for that of A, which for down has the routing weights; and the packing of Q.
+// input, and Q' [r, m] for that of A, which for down has the routing weights; and the packing of Q, behind
+// the gradient of the output.
 index_t q_product_floats(const Pass& pass, Projection p, const Block& block);
 void multiply_b(const Pass& pass, Projection p, const Block& block, float* product, Arena& scratch);
 void round_q(const Pass& pass, Projection p, const Block& block, float* product, Arena& scratch);
-PackedA pack_q(const Pass& pass, Projection p, const Block& block, char* into);
+index_t packed_gradient_bytes(const Pass& pass, Projection p, index_t rows, index_t cols);
+void pack_q(Pass& pass, Projection p, const Block& block, char* panels);
 
 // Adds the tasks that compute dA = Q' input and dB' = P' dOutput, which is transposed at the end, of every
 // expert that has tokens, each summed over the expert's blocks in order, and those that clear the gradients

@@ -107,9 +107,24 @@ void round_p(const Pass& pass, Projection p, const Block& block, float* product)
   }
 }
 
-PackedB pack_p(const Pass& pass, Projection p, const Block& block, char* into) {
-  if (pass.plan.by_gemv(block)) return {};
-  return pack_b_rows_into(into, pass.kernels(), {pass.low_rank(pass.p_transposed[index_of(p)], p, block)});
+index_t packed_input_bytes(const Pass& pass, std::span<const Projection> targets, index_t rows,
+                           index_t cols) {
+  index_t bytes = packed_b_bytes(pass.kernels(), rows, cols);
+  for (const Projection p : targets) bytes += packed_b_bytes(pass.kernels(), rows, pass.rank(p));
+  return bytes;
+}
+
+void pack_p(const Pass& pass, std::span<const Projection> targets, const Block& block, char* panels,
+            PackedInput& input) {
+  if (pass.plan.by_gemv(block)) return;
+  const KernelSet& kernels = pass.kernels();
+  char* behind = panels + packed_b_bytes(kernels, block.count, pass.cols(targets.front(), block));
+  for (const Projection p : targets) {
+    if (!pass.lora(p)) continue;
+    const MatView transposed = pass.low_rank(pass.p_transposed[index_of(p)], p, block);
+    input.low_rank[index_of(p)] = pack_b_rows_into(behind, kernels, {transposed});
+    behind += packed_b_bytes(kernels, block.count, pass.rank(p));
+  }
 }
 
 index_t q_product_floats(const Pass& pass, Projection p, const Block& block) {
@@ -157,10 +172,16 @@ void round_q(const Pass& pass, Projection p, const Block& block, float* product,
                           pass.lora_q_transposed[index_of(p)][block.index] + j * count);
 }
 
-PackedA pack_q(const Pass& pass, Projection p, const Block& block, char* into) {
-  if (pass.plan.by_gemv(block)) return {};
+index_t packed_gradient_bytes(const Pass& pass, Projection p, index_t rows, index_t cols) {
+  return packed_a_bytes(pass.kernels(), rows, cols) + packed_a_bytes(pass.kernels(), rows, pass.rank(p));
+}
+
+void pack_q(Pass& pass, Projection p, const Block& block, char* panels) {
+  if (pass.plan.by_gemv(block)) return;
   const index_t rank = pass.rank(p);
-  return pack_a_into(into, pass.kernels(), pass.by_route(pass.lora_q[index_of(p)], rank, block, {0, rank}));
+  char* behind = panels + packed_a_bytes(pass.kernels(), block.count, pass.rows(p, block));
+  pass.packed_grad[index_of(p)][block.index].low_rank =
+      pack_a_into(behind, pass.kernels(), pass.by_route(pass.lora_q[index_of(p)], rank, block, {0, rank}));
 }
 
 namespace {

@@ -20,6 +20,16 @@ std::int64_t expert_at(const MatView& ids, index_t i) {
                                  : static_cast<const std::int32_t*>(ids.data)[i];
 }
 
+// Calls put(entry, place) for all entries of topk_ids in order. Those of an expert have places that follow
+// one another from next[expert] on; -1 if that is.
+template <class Put>
+void for_places(const MatView& topk_ids, std::vector<std::int32_t> next, const Put& put) {
+  for (index_t i = 0; i < topk_ids.rows * topk_ids.cols; ++i) {
+    std::int32_t& place = next[static_cast<std::size_t>(expert_at(topk_ids, i))];
+    put(static_cast<std::size_t>(i), place < 0 ? -1 : place++);
+  }
+}
+
 }  // namespace
 
 std::vector<std::int32_t> count_routes_of_each(const MatView& ids, int num_experts) {
@@ -53,11 +63,10 @@ void sort_routes(const MatView& topk_ids, int num_experts, const std::vector<int
   KT_CHECK(std::ssize(permutation) == first && std::ssize(inverse) == topk_ids.rows * topk_ids.cols,
            "there is room for {} routes and {} entries, wanted {} and {}", permutation.size(), inverse.size(),
            first, topk_ids.rows * topk_ids.cols);
-  for (std::size_t i = 0; i < inverse.size(); ++i) {
-    std::int32_t& place = next[static_cast<std::size_t>(expert_at(topk_ids, static_cast<index_t>(i)))];
-    inverse[i] = place < 0 ? -1 : place++;
-    if (inverse[i] >= 0) permutation[static_cast<std::size_t>(inverse[i])] = static_cast<std::int32_t>(i);
-  }
+  for_places(topk_ids, next, [&](std::size_t i, std::int32_t place) {
+    inverse[i] = place;
+    if (place >= 0) permutation[static_cast<std::size_t>(place)] = static_cast<std::int32_t>(i);
+  });
 }
 
 Routing route(const MatView& topk_ids, int num_experts) {
@@ -72,13 +81,13 @@ Routing route(const MatView& topk_ids, int num_experts) {
   r.sorted_token_ids.resize(static_cast<std::size_t>(r.expert_offsets.back()));
   r.sorted_slots.resize(r.sorted_token_ids.size());
   std::vector<std::int32_t> next(r.expert_offsets);
-  for (index_t i = 0; i < topk_ids.rows * topk_ids.cols; ++i) {
-    const std::int64_t e = expert_at(topk_ids, i);
-    if (e == num_experts) continue;
-    const auto place = static_cast<std::size_t>(next[static_cast<std::size_t>(e)]++);
-    r.sorted_token_ids[place] = static_cast<std::int32_t>(i / topk_ids.cols);
-    r.sorted_slots[place] = static_cast<std::int32_t>(i);
-  }
+  next.back() = -1;  // of no expert
+  for_places(topk_ids, next, [&](std::size_t i, std::int32_t place) {
+    if (place < 0) return;
+    r.sorted_token_ids[static_cast<std::size_t>(place)] =
+        static_cast<std::int32_t>(static_cast<index_t>(i) / topk_ids.cols);
+    r.sorted_slots[static_cast<std::size_t>(place)] = static_cast<std::int32_t>(i);
+  });
   r.token_offsets.resize(static_cast<std::size_t>(topk_ids.rows) + 1);
   for (const std::int32_t t : r.sorted_token_ids) ++r.token_offsets[static_cast<std::size_t>(t) + 1];
   std::partial_sum(r.token_offsets.begin(), r.token_offsets.end(), r.token_offsets.begin());
@@ -117,7 +126,7 @@ Plan::Plan(const Routing& routing, const ExpertWeights& experts, const KernelSet
 
 void Plan::add_token_block(Block block, bool expert_parallel) {
   most_rows = std::max(most_rows, block.count);
-  all_by_gemv = all_by_gemv && block.count <= kernels_.gemv.max_rows;
+  all_by_gemv = all_by_gemv && block.count <= kGemvRows;
   const std::size_t root = blocks.size();
   std::vector<std::size_t> packers(node_threads.size(), blocks.max_size());
   for (std::size_t i = 0; i < shards.size(); ++i) {

@@ -123,7 +123,7 @@ class Plan {
   bool all_by_gemv = true;  // every block
 
   // Whether a block has so few rows that its products are GEMVs, which read the weights where they lie.
-  bool by_gemv(const Block& block) const { return blocks[block.index].count <= kernels_.gemv.max_rows; }
+  bool by_gemv(const Block& block) const { return blocks[block.index].count <= kGemvRows; }
 
   bool is_root(const Block& block) const { return block.index % shards.size() == 0; }
   // All shards of the same token block, its root first.

@@ -109,20 +109,6 @@ void transpose(const std::uint32_t* src, index_t src_stride, index_t rows, index
   transpose_blocks(src, src_stride, index_t{1}, rows, cols, dst, dst_stride);
 }
 
-void f16_to_f32(std::span<const std::uint16_t> src, float* dst) {
-  for (std::size_t i = 0; i < src.size(); ++i) {
-    const std::uint32_t sign = std::uint32_t{src[i]} >> 15 << 31, rest = src[i] & 0x7fffu;
-    // As bits of a float its exponent is 112 too low; the product also makes subnormals normal.
-    const float magnitude = std::bit_cast<float>(rest << 13) * 0x1p112f;
-    const std::uint32_t infinite = rest >= 0x7c00u ? 0x7f800000u : 0u;
-    dst[i] = std::bit_cast<float>(std::bit_cast<std::uint32_t>(magnitude) | infinite | sign);
-  }
-}
-
-void bf16_to_f32(std::span<const bf16_t> src, float* dst) {
-  for (std::size_t i = 0; i < src.size(); ++i) dst[i] = to_float(src[i]);
-}
-
 void awq_codes(const std::uint32_t* words, index_t in, index_t out, std::byte* codes) {
   static constexpr int kOutputOfNibble[8] = {0, 2, 4, 6, 1, 3, 5, 7};
   constexpr index_t kInputsPerLine = 128;

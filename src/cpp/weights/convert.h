@@ -21,9 +21,6 @@ void transpose(const std::uint16_t* src, index_t src_stride, index_t src_step, i
 void transpose(const std::uint32_t* src, index_t src_stride, index_t rows, index_t cols, std::uint32_t* dst,
                index_t dst_stride);
 
-void f16_to_f32(std::span<const std::uint16_t> src, float* dst);
-void bf16_to_f32(std::span<const bf16_t> src, float* dst);
-
 // AWQ words [in, out / 8], a word the codes of 8 outputs in the order 0, 2, 4, 6, 1, 3, 5, 7, to int4 [out,
 // in]; `in` is a multiple of 8.
 void awq_codes(const std::uint32_t* words, index_t in, index_t out, std::byte* codes);

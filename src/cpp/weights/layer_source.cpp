@@ -5,6 +5,7 @@
 #include <cstring>
 #include <utility>
 
+#include "kernels/scalar/set.h"
 #include "weights/convert.h"
 #include "weights/json.h"
 
@@ -111,7 +112,7 @@ std::span<const float> LayerSource::read_floats(const Entry& entry, Arena& scrat
   if (type == DType::f32) return tensors_.read<float>(entry, scratch);
   const auto halves = tensors_.read<std::uint16_t>(entry, scratch);
   auto* floats = scratch.take<float>(std::ssize(halves));
-  type == DType::f16 ? f16_to_f32(halves, floats) : bf16_to_f32(halves, floats);
+  std::ranges::transform(halves, floats, type == DType::f16 ? scalar::half_to_float : to_float);
   return {floats, halves.size()};
 }
 

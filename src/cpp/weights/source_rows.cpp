@@ -3,6 +3,7 @@
 #include <cstring>
 #include <utility>
 
+#include "kernels/scalar/set.h"
 #include "weights/convert.h"
 #include "weights/json.h"
 #include "weights/layer_source.h"
@@ -79,7 +80,7 @@ class RowsSource final : public LayerSource {
       auto* halves = scratch.take<std::uint16_t>(count);
       read_rows(entry, expert, rows, count / rows.rows * 2, 0, rows.rows,
                 reinterpret_cast<std::byte*>(halves), scratch);
-      f16_to_f32({halves, static_cast<std::size_t>(count)}, reinterpret_cast<float*>(into.scales));
+      std::transform(halves, halves + count, reinterpret_cast<float*>(into.scales), scalar::half_to_float);
     } else {
       read_rows(entry, expert, rows, scale_row_bytes(into), 0, rows.rows, into.scales, scratch);
     }

@@ -134,7 +134,7 @@ void panels_turned(const Bench& bench, const void* w, MatView tokens, bf16_t* y,
 // D: natural order, forward read by the micro-kernel itself; few tokens as the layer multiplies them.
 void direct_forward(const Bench& bench, const void* w, MatView x, bf16_t* y, Arena& scratch) {
   const Shape& shape = bench.shape;
-  if (x.rows <= bench.kernels.gemv.max_rows) {
+  if (x.rows <= kGemvRows) {
     auto* c = scratch.take<float>(x.rows * shape.out);
     gemv_nt(bench.kernels, {x}, {natural(shape, w)}, c, shape.out, false, scratch);
     return store(bench, c, shape.out, x.rows, {0, shape.out}, shape.out, y);
@@ -163,7 +163,7 @@ void direct_forward(const Bench& bench, const void* w, MatView x, bf16_t* y, Are
 
 void direct_backward(const Bench& bench, const void* w, MatView dy, bf16_t* dx, Arena& scratch) {
   const Shape& shape = bench.shape;
-  if (dy.rows > bench.kernels.gemv.max_rows) return natural_backward(bench, w, dy, dx, scratch);
+  if (dy.rows > kGemvRows) return natural_backward(bench, w, dy, dx, scratch);
   auto* c = scratch.take<float>(dy.rows * shape.in);
   gemv_nn(bench.kernels, {dy}, {natural(shape, w)}, c, shape.in, false, scratch);
   store(bench, c, shape.in, dy.rows, {0, shape.in}, shape.in, dx);

@@ -97,8 +97,8 @@ void dot_tile(const float* x, int k, const uint16_t* w, ptrdiff_t stride, int ro
 
 // X goes through the stack as [k / 16][M] runs, even elements before odd ones.
 template <int M>
-void times_transposed(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t stride, float* c, ptrdiff_t ldc,
-                      int accumulate) {
+void gemv_nt(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t stride, float* c, ptrdiff_t ldc,
+             int accumulate) {
   constexpr int R = M <= 5 ? 2 : 1;
   constexpr int kWhole = kStackFloats / (M * kRun) * kRun;
   constexpr int kPart = kWhole / 2 / kRun * kRun;  // half of L1
@@ -153,8 +153,8 @@ void cross_tile(const float* x, int step, int rows, const uint16_t* w, ptrdiff_t
 // between C is on the stack, even columns of a run before odd ones. A line has two runs, and has to stay in
 // L1 for the second even where rows are 4 KiB apart.
 template <int M>
-void times(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t stride, float* c, ptrdiff_t ldc,
-           int accumulate) {
+void gemv_nn(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t stride, float* c, ptrdiff_t ldc,
+             int accumulate) {
   constexpr int kFirst = M <= 6 ? M : (M + 1) / 2;  // rows that the registers hold at a time
   constexpr int kBlock = M <= 6 ? 6 : 8;            // not more than a cache set has ways: see above
   constexpr int kColumns = kStackFloats / (M * kRun) * kRun;
@@ -188,28 +188,13 @@ void times(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t stride, float
   }
 }
 
-using GemvProduct = void(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
-                         ptrdiff_t ldc, int accumulate);
-
-constexpr GemvProduct* kTimesTransposed[kGemvRows] = {
-    times_transposed<1>, times_transposed<2>, times_transposed<3>, times_transposed<4>,
-    times_transposed<5>, times_transposed<6>, times_transposed<7>, times_transposed<8>};
-
-constexpr GemvProduct* kTimes[kGemvRows] = {times<1>, times<2>, times<3>, times<4>,
-                                            times<5>, times<6>, times<7>, times<8>};
-
-void gemv_nt(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
-             ptrdiff_t ldc, int accumulate) {
-  kTimesTransposed[rows - 1](n, k, x, w, w_stride, c, ldc, accumulate);
-}
-
-void gemv_nn(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
-             ptrdiff_t ldc, int accumulate) {
-  kTimes[rows - 1](n, k, x, w, w_stride, c, ldc, accumulate);
-}
+constexpr GemvByRows kGemvNt = {gemv_nt<1>, gemv_nt<2>, gemv_nt<3>, gemv_nt<4>,
+                                gemv_nt<5>, gemv_nt<6>, gemv_nt<7>, gemv_nt<8>};
+constexpr GemvByRows kGemvNn = {gemv_nn<1>, gemv_nn<2>, gemv_nn<3>, gemv_nn<4>,
+                                gemv_nn<5>, gemv_nn<6>, gemv_nn<7>, gemv_nn<8>};
 
 }  // namespace
 
-const GemvKernels gemv = {kGemvRows, gemv_nt, gemv_nn};
+const GemvKernels gemv = {kGemvNt, kGemvNn};
 
 }  // namespace kt::avx2

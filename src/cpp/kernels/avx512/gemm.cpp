@@ -84,7 +84,7 @@ struct GemvStep {
   }
 };
 
-constexpr GemvKernels gemv = {kGemvRows, gemv_nt_of<GemvStep>, gemv_nn_of<GemvStep>};
+constexpr GemvKernels gemv = {kGemvNt<GemvStep>, kGemvNn<GemvStep>};
 
 }  // namespace
 

@@ -228,31 +228,16 @@ static void gemv_nn(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t stri
   }
 }
 
-using GemvProduct = void(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
-                         ptrdiff_t ldc, int accumulate);
-
 template <class Step>
-constexpr GemvProduct* kGemvNt[kGemvRows] = {
+constexpr GemvByRows kGemvNt = {
     gemv_nt<Step, 1>, gemv_nt<Step, 2>, gemv_nt<Step, 3>, gemv_nt<Step, 4>,
     gemv_nt<Step, 5>, gemv_nt<Step, 6>, gemv_nt<Step, 7>, gemv_nt<Step, 8>,
 };
 
 template <class Step>
-constexpr GemvProduct* kGemvNn[kGemvRows] = {
+constexpr GemvByRows kGemvNn = {
     gemv_nn<Step, 1>, gemv_nn<Step, 2>, gemv_nn<Step, 3>, gemv_nn<Step, 4>,
     gemv_nn<Step, 5>, gemv_nn<Step, 6>, gemv_nn<Step, 7>, gemv_nn<Step, 8>,
 };
-
-template <class Step>
-static void gemv_nt_of(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
-                       ptrdiff_t ldc, int accumulate) {
-  kGemvNt<Step>[rows - 1](n, k, x, w, w_stride, c, ldc, accumulate);
-}
-
-template <class Step>
-static void gemv_nn_of(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
-                       ptrdiff_t ldc, int accumulate) {
-  kGemvNn<Step>[rows - 1](n, k, x, w, w_stride, c, ldc, accumulate);
-}
 
 }  // namespace kt

@@ -88,8 +88,7 @@ inline bool any_extreme(ScaleType type, const void* scales, ptrdiff_t place, int
 // Asks for the scale at `place` of the rows behind w: callers pass a matrix strip by strip, and the scales of
 // a strip are looked at before anything else is done with it.
 KT_INLINE void request_next_scale(const CodedRows& w, ptrdiff_t place) {
-  const int size = w.scale_type == ScaleType::f32 ? 4 : w.scale_type == ScaleType::bf16 ? 2 : 1;
-  request((const char*)w.scales + (place + w.rows * w.scale_stride) * size);
+  request((const char*)w.scales + (place + w.rows * w.scale_stride) * kScaleBytes[(int)w.scale_type]);
 }
 
 // With ordinary scales no product of a code other than zero is denormal or overflows.
@@ -97,7 +96,7 @@ inline bool scales_are_ordinary(const CodedRows& w) {
   const int groups = (w.cols - 1) / w.group + 1;
   const bool dense = w.scale_stride == groups;
   const int runs = dense || w.scale_stride == 0 ? 1 : w.rows, run = dense ? w.rows * groups : groups;
-  const int together = w.scale_type == ScaleType::f32 ? 16 : w.scale_type == ScaleType::bf16 ? 32 : 64;
+  const int together = 64 / kScaleBytes[(int)w.scale_type];
   // With e4m3's largest and smallest number this leaves the same room.
   const float global_scale = __builtin_fabsf(w.global_scale);
   bool extreme = !(global_scale >= 0x1p-90f && global_scale <= 0x1p90f);

@@ -256,6 +256,6 @@ constexpr CodedGemvKernels coded_gemv = {kByType<Nt>, kByType<Nn>};
 
 }  // namespace
 
-const GemvKernels gemv = {kGemvRows, gemv_nt_of<Step>, gemv_nn_of<Step>, &coded_gemv};
+const GemvKernels gemv = {kGemvNt<Step>, kGemvNn<Step>, &coded_gemv};
 
 }  // namespace kt::avx512_bf16

@@ -22,6 +22,12 @@ static inline float from_bits(uint32_t bits) {
   return value;
 }
 
+static inline uint32_t to_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
 // The default quiet NaN for any, so that what is rounded by adding to its bits stays a NaN.
 static inline float quiet(uint32_t bits) {
   return from_bits((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc00000 : bits);

@@ -1,19 +1,9 @@
-#include <string.h>
-
 #include "kernels/generic/groups.h"
 #include "kernels/scalar/set.h"
 
 namespace kt::scalar {
 
 namespace {
-
-float half_to_float(uint16_t half) {
-  const uint32_t sign = uint32_t{half} >> 15 << 31, exponent = half >> 10 & 0x1f, mantissa = half & 0x3ff;
-  if (exponent == 31) return from_bits(sign | 0x7f800000u | mantissa << 13);
-  if (exponent != 0) return from_bits(sign | (exponent + 112) << 23 | mantissa << 13);
-  const float subnormal = static_cast<float>(mantissa) * 0x1p-24f;
-  return sign ? -subnormal : subnormal;
-}
 
 // value(row of codes, column, place of the scale) is the number a code stands for.
 template <class Value>
@@ -49,9 +39,16 @@ void from_e2m1(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
 
 float widen(uint16_t bits) { return from_bits(uint32_t{bits} << 16); }
 
+float half_to_float(uint16_t half) {
+  const uint32_t sign = uint32_t{half} >> 15 << 31, rest = half & 0x7fffu;
+  // As bits of a float its exponent is 112 too low; the product also makes subnormals normal.
+  const float magnitude = from_bits(rest << 13) * 0x1p112f;
+  const uint32_t infinite = rest >= 0x7c00u ? 0x7f800000u : 0u;
+  return from_bits(to_bits(magnitude) | infinite | sign);
+}
+
 uint16_t round(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
+  const uint32_t bits = to_bits(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u)
     return static_cast<uint16_t>(bits >> 16 | 0x40u);  // NaN, made quiet
   return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
