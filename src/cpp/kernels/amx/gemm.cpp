@@ -130,19 +130,17 @@ double peak(int rounds, void* registers) {
 void begin() { KT_TILES_BEGIN(); }
 void end() { KT_TILES_END(); }
 
-constexpr GemmKernels gemm = {MR,
-                              NR,
-                              KB,
-                              sizeof(uint16_t),
-                              pack_a,
-                              avx512_bf16::pack_b_cols,
-                              avx512_bf16::pack_b_rows,
-                              micro_kernel,
-                              0,
-                              peak,
-                              false,
-                              begin,
-                              end};
+constexpr GemmKernels gemm = {.mr = MR,
+                              .nr = NR,
+                              .k_align = KB,
+                              .element_bytes = sizeof(uint16_t),
+                              .pack_a = pack_a,
+                              .pack_b_cols = avx512_bf16::pack_b_cols,
+                              .pack_b_rows = avx512_bf16::pack_b_rows,
+                              .micro_kernel = micro_kernel,
+                              .peak = peak,
+                              .begin = begin,
+                              .end = end};
 
 }  // namespace
 

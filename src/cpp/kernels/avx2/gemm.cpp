@@ -86,20 +86,20 @@ void micro_kernel(int rows, int cols, const BatchElement* batch, int count, floa
   kTiles[rows - 1][cols > 8](batch, count, c, ldc, accumulate);
 }
 
-constexpr GemmKernels gemm = {MR,
-                              NR,
-                              KB,
-                              sizeof(float),
-                              pack_a_f32<Vec, MR, KB>,
-                              pack_b_cols,
-                              pack_b_rows_f32<Vec>,
-                              micro_kernel,
-                              kGemvRows / 2,
-                              peak};
+constexpr GemmKernels gemm = {.mr = MR,
+                              .nr = NR,
+                              .k_align = KB,
+                              .element_bytes = sizeof(float),
+                              .pack_a = pack_a_f32<Vec, MR, KB>,
+                              .pack_b_cols = pack_b_cols,
+                              .pack_b_rows = pack_b_rows_f32<Vec>,
+                              .micro_kernel = micro_kernel,
+                              .max_edge = kGemvRows / 2,
+                              .peak = peak};
 
 }  // namespace
 
 extern const OwnKernels kernels;
-const OwnKernels kernels = {&gemm, &gemv, &epilogue, &decode};
+const OwnKernels kernels = {.gemm = &gemm, .gemv = &gemv, .epilogue = &epilogue, .decode = &decode};
 
 }  // namespace kt::avx2

@@ -31,17 +31,17 @@ void micro_kernel(int rows, int cols, const BatchElement* batch, int count, floa
   kTiles<Step>[rows - 1][cols > 16](batch, count, c, ldc, accumulate);
 }
 
-constexpr GemmKernels gemm = {MR,
-                              NR,
-                              KB,
-                              sizeof(float),
-                              pack_a_f32<Vec, MR, KB>,
-                              pack_b_cols,
-                              pack_b_rows_f32<Vec>,
-                              micro_kernel,
-                              kGemvRows,
-                              multiply_registers<Step>,
-                              Step::kInPlace};
+constexpr GemmKernels gemm = {.mr = MR,
+                              .nr = NR,
+                              .k_align = KB,
+                              .element_bytes = sizeof(float),
+                              .pack_a = pack_a_f32<Vec, MR, KB>,
+                              .pack_b_cols = pack_b_cols,
+                              .pack_b_rows = pack_b_rows_f32<Vec>,
+                              .micro_kernel = micro_kernel,
+                              .max_edge = kGemvRows,
+                              .peak = multiply_registers<Step>,
+                              .in_place = Step::kInPlace};
 
 // bf16 widened to fp32 where it is: the even and the odd elements of a line.
 struct GemvStep {
@@ -89,6 +89,6 @@ constexpr GemvKernels gemv = {kGemvNt<GemvStep>, kGemvNn<GemvStep>};
 }  // namespace
 
 extern const OwnKernels kernels;
-const OwnKernels kernels = {&gemm, &gemv, &epilogue, &decode};
+const OwnKernels kernels = {.gemm = &gemm, .gemv = &gemv, .epilogue = &epilogue, .decode = &decode};
 
 }  // namespace kt::avx512

@@ -75,9 +75,17 @@ void micro_kernel(int rows, int cols, const BatchElement* batch, int count, floa
   kTiles<Step>[rows - 1][cols > 16](batch, count, c, ldc, accumulate);
 }
 
-constexpr GemmKernels gemm = {
-    MR,          NR,           KB,        sizeof(uint16_t),         pack_a,        pack_b_cols,
-    pack_b_rows, micro_kernel, kGemvRows, multiply_registers<Step>, Step::kInPlace};
+constexpr GemmKernels gemm = {.mr = MR,
+                              .nr = NR,
+                              .k_align = KB,
+                              .element_bytes = sizeof(uint16_t),
+                              .pack_a = pack_a,
+                              .pack_b_cols = pack_b_cols,
+                              .pack_b_rows = pack_b_rows,
+                              .micro_kernel = micro_kernel,
+                              .max_edge = kGemvRows,
+                              .peak = multiply_registers<Step>,
+                              .in_place = Step::kInPlace};
 constexpr DecodeKernels decode = {nullptr, nullptr, {nullptr, from_int8}};
 
 }  // namespace

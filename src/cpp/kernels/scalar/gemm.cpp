@@ -69,7 +69,14 @@ void micro_kernel(int rows, int, const BatchElement* batch, int count, float* c,
     for (int j = 0; j < NR; ++j) c[i * ldc + j] = (accumulate ? c[i * ldc + j] : 0.0f) + sum[i][j];
 }
 
-constexpr GemmKernels gemm = {MR, NR, 1, sizeof(float), pack_a, pack_b_cols, pack_b_rows, micro_kernel};
+constexpr GemmKernels gemm = {.mr = MR,
+                              .nr = NR,
+                              .k_align = 1,
+                              .element_bytes = sizeof(float),
+                              .pack_a = pack_a,
+                              .pack_b_cols = pack_b_cols,
+                              .pack_b_rows = pack_b_rows,
+                              .micro_kernel = micro_kernel};
 
 constexpr GemvByRows kGemvNt = {gemv_nt<1>, gemv_nt<2>, gemv_nt<3>, gemv_nt<4>,
                                 gemv_nt<5>, gemv_nt<6>, gemv_nt<7>, gemv_nt<8>};
@@ -80,6 +87,6 @@ constexpr GemvKernels gemv = {kGemvNt, kGemvNn};
 }  // namespace
 
 extern const OwnKernels kernels;
-const OwnKernels kernels = {&gemm, &gemv, &epilogue, &decode};
+const OwnKernels kernels = {.gemm = &gemm, .gemv = &gemv, .epilogue = &epilogue, .decode = &decode};
 
 }  // namespace kt::scalar
