@@ -104,7 +104,7 @@ class Layer {
     };
     const auto [name, t, k, e, h, n, to, ranks] = shape_;
     const index_t routes = count_routes(inputs_.topk_ids, e);
-    index_t width = std::ssize(gate_up_of(options_.gated)) * n;
+    index_t width = std::ssize(x_projections_of(options_.gated)) * n;
     for (const LoraPair& lora : inputs_.lora) width += lora.rank();
     std::vector<bf16_t> kept(static_cast<std::size_t>(routes * width));
     Saved saved;
@@ -113,7 +113,7 @@ class Layer {
       if (options_.gated) saved.gate = std::exchange(next, next + routes * n);
       saved.up = std::exchange(next, next + routes * n);
       for (const Projection p : projections)
-        saved.low_rank[index_of(p)] = std::exchange(next, next + routes * inputs_.of(p).rank());
+        saved.p[index_of(p)] = std::exchange(next, next + routes * inputs_.of(p).rank());
     }
     forward(runtime, experts_, inputs_, saved, {result("out", t * h, options_.result), options_.result});
 

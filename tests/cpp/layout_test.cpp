@@ -97,7 +97,7 @@ TEST_CASE("layout: each shard has one node, each thread and CPU counts once, mem
         const bool some = std::ranges::any_of(topology.nodes, &NumaNode::has_memory);
         for (const Shard& shard : layout.shards) {
           REQUIRE(shard.weight >= 1);
-          const std::vector<int>& memory = layout.nodes[shard.node].memory;
+          const std::vector<int>& memory = layout.nodes[shard.node].memory_nodes;
           REQUIRE(memory.empty() == (topology.nodes.size() == 1));
           std::vector<int> ids = memory;
           std::ranges::sort(ids);
@@ -122,7 +122,7 @@ TEST_CASE("layout: chosen nodes, each as often as it is named") {
     CHECK(node.threads == 2);
     CHECK(node.cpus == topology.nodes.front().cpus);
   }
-  for (const Node& node : layout.nodes) CHECK(node.memory == std::vector{id});
+  for (const Node& node : layout.nodes) CHECK(node.memory_nodes == std::vector{id});
   const ShardLayout one = plan_layout(choose_nodes(topology, std::array{id}), 2, 1);
   CHECK(one.nodes.front().cpus == topology.nodes.front().cpus);
   CHECK_THROWS_WITH_AS(choose_nodes(topology, std::array{id, 99}), doctest::Contains("nodes names node 99"),
@@ -174,8 +174,8 @@ TEST_CASE(
     "layout: fewer shards than NUMA nodes: several are one; fewer threads than nodes: one serves some") {
   const Topology eight = machine(std::vector<int>(8, 16));
   const ShardLayout two = plan_layout(eight, 128, 2);
-  CHECK(two.nodes[0].memory == std::vector{0, 3, 6, 9});
-  CHECK(two.nodes[1].memory == std::vector{12, 15, 18, 21});
+  CHECK(two.nodes[0].memory_nodes == std::vector{0, 3, 6, 9});
+  CHECK(two.nodes[1].memory_nodes == std::vector{12, 15, 18, 21});
   REQUIRE(two.nodes.size() == 2);
   CHECK(two.nodes[0].cpus.size() == 64);
   CHECK(two.nodes[1].threads == 64);
@@ -190,15 +190,15 @@ TEST_CASE(
 TEST_CASE("layout: a node without memory takes it from the nearest one that has some for this process") {
   Topology topology = machine({8, 8, 8}, 1, {64, 0, 64});
   topology.nodes[1].distances = {32, 10, 12};
-  CHECK(plan_layout(topology, 24, 3).nodes[1].memory == std::vector{6});
+  CHECK(plan_layout(topology, 24, 3).nodes[1].memory_nodes == std::vector{6});
   topology.nodes[2].memory_allowed = false;
-  CHECK(plan_layout(topology, 24, 3).nodes[1].memory == std::vector{0});
-  CHECK(plan_layout(topology, 24, 3).nodes[2].memory == std::vector{0});
-  CHECK(plan_layout(topology, 24, 1).nodes[0].memory == std::vector{0});
+  CHECK(plan_layout(topology, 24, 3).nodes[1].memory_nodes == std::vector{0});
+  CHECK(plan_layout(topology, 24, 3).nodes[2].memory_nodes == std::vector{0});
+  CHECK(plan_layout(topology, 24, 1).nodes[0].memory_nodes == std::vector{0});
 }
 
 TEST_CASE("layout: a node of memory alone serves no shard while another has some") {
   const ShardLayout layout = plan_layout(machine({16, 0}, 2, {64, 256}), 32, 4);
   CHECK(layout.nodes.size() == 1);
-  for (const Node& node : layout.nodes) CHECK(node.memory == std::vector{0});
+  for (const Node& node : layout.nodes) CHECK(node.memory_nodes == std::vector{0});
 }

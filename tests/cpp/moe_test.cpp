@@ -129,7 +129,7 @@ TEST_CASE("runtime: scratch is what the last lease had in use, its own and the w
   CHECK(runtime.scratch_bytes() == 0);
   {
     Runtime::Lease lease(runtime);
-    lease.memory(0).take<char>(6400);
+    lease.arena(0).take<char>(6400);
     lease.parallel_for(5, [](index_t, Arena& scratch) { scratch.take<char>(640); });
   }
   CHECK(runtime.scratch_bytes() >= 6400 + 640);  // one worker may have done it all

@@ -39,20 +39,20 @@ void check_schedule(const Plan& plan) {
   std::vector<std::vector<std::size_t>> in_slot(plan.node_threads.size());
   for (std::size_t node = 0; node < in_slot.size(); ++node)
     in_slot[node].assign(static_cast<std::size_t>(schedule.slots[node]), PackSchedule::kNone);
-  for (const PackSchedule::Step& step : schedule.steps) {
-    const Block& block = plan.blocks[step.block];
-    if (!step.packs) {
+  for (const PackSchedule::Action& action : schedule.actions) {
+    const Block& block = plan.blocks[action.block];
+    if (!action.packs) {
       CHECK(packed.contains(block.packer));
-      CHECK(multiplied.insert(step.block).second);
+      CHECK(multiplied.insert(action.block).second);
       continue;
     }
-    CHECK(block.packer == step.block);
-    CHECK(packed.insert(step.block).second);
-    std::size_t& slot = in_slot[block.node][static_cast<std::size_t>(step.slot)];
-    CHECK(step.emptied == slot);
+    CHECK(block.packer == action.block);
+    CHECK(packed.insert(action.block).second);
+    std::size_t& slot = in_slot[block.node][static_cast<std::size_t>(action.slot)];
+    CHECK(action.emptied == slot);
     if (slot != PackSchedule::kNone)
       for_readers(plan, slot, [&](const Block& reader) { CHECK(multiplied.contains(reader.index)); });
-    slot = step.block;
+    slot = action.block;
   }
   CHECK(multiplied.size() == plan.blocks.size());
 }

@@ -99,7 +99,7 @@ TEST_CASE("time goes to the innermost span") {
     outer.count({5, 0, 0});
     spin_us(100);
     {
-      Span inner(recorder, Stage::pack);
+      Span inner(recorder, Stage::pack_weights);
       inner.count({0, 64, 0});
       const Span innermost(recorder, Stage::wait);
       spin_us(300);
@@ -108,7 +108,7 @@ TEST_CASE("time goes to the innermost span") {
   }
   const std::vector<SpanRecord> spans = recorder->spans();
   REQUIRE(spans.size() == 3);
-  const SpanRecord &outer = find(spans, Stage::down), &inner = find(spans, Stage::pack),
+  const SpanRecord &outer = find(spans, Stage::down), &inner = find(spans, Stage::pack_weights),
                    &innermost = find(spans, Stage::wait);
   CHECK(outer.begin <= inner.begin);
   CHECK(inner.begin <= innermost.begin);
@@ -126,7 +126,7 @@ TEST_CASE("time goes to the innermost span") {
   CHECK(inner.args.expert == -1);
   const auto sorted = in_order(*recorder);
   CHECK(sorted[0].stage == Stage::down);
-  CHECK(sorted[1].stage == Stage::pack);
+  CHECK(sorted[1].stage == Stage::pack_weights);
   CHECK(sorted[2].stage == Stage::wait);
 }
 
@@ -138,11 +138,11 @@ TEST_CASE("a span has the shard of the span around it, or the thread's first") {
   }
   {
     const Span outer(recorder, Stage::down, {1});
-    const Span inner(recorder, Stage::pack);
+    const Span inner(recorder, Stage::pack_weights);
   }
   const auto spans = recorder->spans();
   CHECK(find(spans, Stage::setup).args.shard == 2);
-  CHECK(find(spans, Stage::pack).args.shard == 1);
+  CHECK(find(spans, Stage::pack_weights).args.shard == 1);
 }
 
 TEST_CASE("spans beyond the limit are dropped and counted, totals go on") {

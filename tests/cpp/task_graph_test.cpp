@@ -191,14 +191,14 @@ TEST_CASE("a profile has a span for each task, with its cost, and one where it w
   const auto profile = std::make_shared<Profile>(runtime.first_shards(), 1, 1000);
   runtime.set_profile(profile);
   TaskGraph graph;
-  const auto* first = graph.add(Stage::pack, 0, 2, {}, [](index_t, Arena&) {});
+  const auto* first = graph.add(Stage::pack_weights, 0, 2, {}, [](index_t, Arena&) {});
   graph.add(
       {Stage::down, {0, 7, 9}}, 0, 3, first, [](index_t, Arena&) {},
       [](index_t task) { return Work{task, 10 * task, 100}; });
   run(graph, runtime);
   runtime.set_profile(nullptr);
   const Recorder& recorder = profile->recorder(0);
-  CHECK(recorder.total(Stage::pack).spans == 2);
+  CHECK(recorder.total(Stage::pack_weights).spans == 2);
   CHECK(recorder.total(Stage::wait).spans == 0);  // one thread never does
   const StageTotal& down = recorder.total(Stage::down);
   CHECK(down.spans == 3);

@@ -21,11 +21,11 @@ enum class Projection : std::uint8_t { gate, up, down };
 
 inline constexpr std::array projections{Projection::gate, Projection::up, Projection::down};
 
-// Those of an expert, and of these the ones that read hidden_states.
+// Those of an expert, and of these the ones that read X: gate and up.
 constexpr std::span<const Projection> projections_of(bool gated) {
   return std::span(projections).last(gated ? 3 : 2);
 }
-constexpr std::span<const Projection> gate_up_of(bool gated) {
+constexpr std::span<const Projection> x_projections_of(bool gated) {
   return projections_of(gated).first(gated ? 2 : 1);
 }
 

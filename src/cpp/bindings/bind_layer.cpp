@@ -76,7 +76,7 @@ Saved read_saved(const py::object& saved, const ExpertWeights& w, const LayerInp
   const index_t routes = count_routes(inputs.topk_ids, w.num_experts);
   index_t ranks = 0;
   for (const LoraPair& pair : inputs.lora) ranks += pair.rank();
-  const index_t inner = std::ssize(gate_up_of(w.gated)) * w.intermediate;
+  const index_t inner = std::ssize(x_projections_of(w.gated)) * w.intermediate;
   check_shape(t, "saved", {routes, inner + ranks},
               w.gated ? "[routes, 2 I + the three ranks]" : "[routes, I + the two ranks]");
   auto* rest = static_cast<bf16_t*>(t.data);
@@ -84,7 +84,7 @@ Saved read_saved(const py::object& saved, const ExpertWeights& w, const LayerInp
   Saved kept;
   if (w.gated) kept.gate = take(w.intermediate);
   kept.up = take(w.intermediate);
-  for (const Projection p : projections) kept.low_rank[index_of(p)] = take(inputs.of(p).rank());
+  for (const Projection p : projections) kept.p[index_of(p)] = take(inputs.of(p).rank());
   return kept;
 }
 

@@ -19,7 +19,7 @@ constexpr index_t kShares = 720720;
 index_t cores_of(const NumaNode& node) { return std::max<index_t>(1, std::ssize(node.cores)); }
 
 // The node itself, or the nearest one with memory for this process.
-int memory_of(const Topology& topology, const NumaNode& node) {
+int memory_node_of(const Topology& topology, const NumaNode& node) {
   const NumaNode* best = &node;
   int distance = 0;
   for (std::size_t i = 0; !node.has_memory() && i < topology.nodes.size(); ++i) {
@@ -66,10 +66,10 @@ Node node_of(NumaNodes some, const Topology& topology) {
   Node node;
   for (const NumaNode* member : some) {
     node.cpus.insert(node.cpus.end(), member->cpus.begin(), member->cpus.end());
-    const int from = memory_of(topology, *member);
+    const int from = memory_node_of(topology, *member);
     if ((topology.nodes.size() > 1 || topology.chosen) &&
-        std::ranges::find(node.memory, from) == node.memory.end())
-      node.memory.push_back(from);
+        std::ranges::find(node.memory_nodes, from) == node.memory_nodes.end())
+      node.memory_nodes.push_back(from);
   }
   return node;
 }

@@ -22,8 +22,8 @@ struct Shard {
 struct Node {
   int threads = 1;
   Range shards;
-  std::vector<int> cpus = {};    // that its threads may run on; none: any
-  std::vector<int> memory = {};  // NUMA nodes that its memory comes from; none: the machine has but one
+  std::vector<int> cpus = {};          // that its threads may run on; none: any
+  std::vector<int> memory_nodes = {};  // NUMA nodes that its memory comes from; none: the machine has but one
 };
 
 struct ShardLayout {

@@ -37,7 +37,7 @@ Dots take_dots(Pass& pass) {
     dots.count += dots.by_columns ? ceil_div(ranges.n, kDotCols) : ranges.count;
   }
   dots.count += dots.biased;
-  dots.rows = pass.lease.memory(0).take<float>(dots.count * dots.routes);
+  dots.rows = pass.lease.arena(0).take<float>(dots.count * dots.routes);
   std::fill_n(dots.rows, dots.count * dots.routes, 0.0f);
   return dots;
 }
@@ -46,7 +46,7 @@ Dots take_dots(Pass& pass) {
 
 // The gradient of a projection's output, packed.
 void pack_grad_rows(Pass& pass, Projection p, const Block& block, char* into) {
-  if (!pass.plan.by_gemv(block))
+  if (!by_gemv(block))
     pass.packed_grad[index_of(p)][block.index].rows =
         pack_a_into(into, pass.kernels(), pass.grad_output(p, block, {0, pass.rows(p, block)}));
 }
@@ -56,9 +56,9 @@ void bias_dots(const Pass& pass, const Block& block, Arena& scratch) {
   const index_t hidden = pass.experts.hidden;
   const bf16_t* bias = pass.experts.bias(Projection::down, block.expert);
   const Rows row{view(bias, DType::bf16, 1, hidden)};
-  for_mc_ranges(block, kGemvRows, [&](const Block& mc) {
+  for_mc_ranges(block, kGemvRows, [&](const BlockRows& mc) {
     gemv_nt(pass.kernels(), pass.grad_output(Projection::down, mc, {0, hidden}), row,
-            pass.dots.of_bias() + mc.first, /*stride=*/1,
+            pass.dots.of_bias() + mc.first(), /*stride=*/1,
             /*accumulate=*/false, scratch);
   });
 }
@@ -75,19 +75,19 @@ void pack_dy(Pass& pass, const Block& block, char* slot, Arena& scratch) {
   if (!pass.lora(down)) return;
   const Arena::Frame frame(scratch);
   auto* product = scratch.take<float>(q_product_floats(pass, down, block));
-  multiply_b(pass, down, block, product, scratch);
+  multiply_q(pass, down, block, product, scratch);
   round_q(pass, down, block, product, scratch);
   pack_q_of_dy(pass, block, slot);
 }
 
 // dG, dU, h and <dh, h> of an MC range, columns nc, from dh and the saved G and U.
-void activate_grad(const Pass& pass, const Block& mc, Range nc, const float* dh, index_t stride, float* dots,
-                   index_t dot_cols, Arena& scratch) {
+void activate_grad(const Pass& pass, const BlockRows& mc, Range nc, const float* dh, index_t stride,
+                   float* dots, index_t dot_cols, Arena& scratch) {
   const Span span(pass.recorder(scratch), Stage::grad_activation);
-  const std::size_t b = mc.index;
-  const index_t n = pass.plan.width(mc), last = pass.plan.blocks[b].count;
-  for (index_t i = 0; i < mc.count; ++i) {
-    const index_t row = pass.plan.within(mc).begin + i, route = mc.first + i;
+  const std::size_t b = mc.block.index;
+  const index_t n = pass.plan.width(mc.block), last = pass.plan.blocks[b].count;
+  for (index_t i = 0; i < mc.count(); ++i) {
+    const index_t row = mc.rows.begin + i, route = mc.first() + i;
     if (const index_t ahead = row + kRowsAhead; ahead < last)
       for (const ByBlock* saved : {&pass.gate, &pass.up})
         if (!saved->empty()) prefetch((*saved)[b] + ahead * n + nc.begin, nc.size());
@@ -114,7 +114,7 @@ void grad_down(const Pass& pass, const Block& block, index_t range, Range nc, Ra
   add_backward_weights(pass, kDown, block, nc, next, weights, scratch);
   const index_t stride = min_ldc(pass.kernels(), nc.size());
   auto* dh = scratch.take<float>(backward_mc(pass) * stride);
-  for_mc_ranges(block, backward_mc(pass), [&](const Block& mc) {
+  for_mc_ranges(block, backward_mc(pass), [&](const BlockRows& mc) {
     const Arena::Frame frame(scratch);
     multiply_backward(pass, weights, mc, nc, dh, stride, scratch);
     activate_grad(pass, mc, nc, dh, stride, dots.row(first), dot_cols, scratch);
@@ -132,26 +132,26 @@ void sum_dots(const Pass& pass, float* grad_topk_weights) {
 
 // dG and dU, packed, and their products with B for Q; Q = s dG B of them.
 void pack_d_gate_up(Pass& pass, const Block& block, float* product, Arena& scratch) {
-  for (const Projection p : pass.gate_up()) {
-    pack_grad_rows(pass, p, block, pass.packed_grad[index_of(p)][block.index].memory);
+  for (const Projection p : pass.x_projections()) {
+    pack_grad_rows(pass, p, block, pass.packed_grad[index_of(p)][block.index].panels);
     if (!pass.lora(p)) continue;
-    multiply_b(pass, p, block, product, scratch);
+    multiply_q(pass, p, block, product, scratch);
     product += q_product_floats(pass, p, block);
   }
 }
 
 void pack_q_of_d_gate_up(Pass& pass, const Block& block, float* product, Arena& scratch) {
-  for (const Projection p : pass.gate_up()) {
+  for (const Projection p : pass.x_projections()) {
     if (!pass.lora(p)) continue;
     round_q(pass, p, block, product, scratch);
     product += q_product_floats(pass, p, block);
-    pack_q(pass, p, block, pass.packed_grad[index_of(p)][block.index].memory);
+    pack_q(pass, p, block, pass.packed_grad[index_of(p)][block.index].panels);
   }
 }
 
 index_t q_floats_of_gate_up(const Pass& pass, const Block& block) {
   index_t floats = 0;
-  for (const Projection p : pass.gate_up()) floats += q_product_floats(pass, p, block);
+  for (const Projection p : pass.x_projections()) floats += q_product_floats(pass, p, block);
   return floats;
 }
 
@@ -160,16 +160,16 @@ void grad_gate_up(const Pass& pass, std::span<const Block> blocks, Range nc, Ran
                   index_t stride, Arena& scratch) {
   BackwardWeights weights;
   for (const Block& block : blocks)
-    add_backward_weights(pass, pass.gate_up(), block, nc, next, weights, scratch);
-  for_mc_ranges(blocks.front(), backward_mc(pass), [&](const Block& mc) {
+    add_backward_weights(pass, pass.x_projections(), block, nc, next, weights, scratch);
+  for_mc_ranges(blocks.front(), backward_mc(pass), [&](const BlockRows& mc) {
     const Arena::Frame frame(scratch);
-    multiply_backward(pass, weights, mc, nc, rows + pass.plan.within(mc).begin * stride, stride, scratch);
+    multiply_backward(pass, weights, mc, nc, rows + mc.rows.begin * stride, stride, scratch);
   });
 }
 
 // Where forward kept nothing: Pd = s h Ad' again.
-void multiply_h_by_a(Pass& pass, const Block& block, float* product, Arena& scratch) {
-  multiply_a(pass, Projection::down, block, /*packed=*/{}, product, scratch);
+void multiply_p_of_h(Pass& pass, const Block& block, float* product, Arena& scratch) {
+  multiply_p(pass, Projection::down, block, /*packed=*/{}, product, scratch);
 }
 
 void round_p_of_h(Pass& pass, const Block& block, float* product, Arena&) {
@@ -182,7 +182,7 @@ void round_p_of_h(Pass& pass, const Block& block, float* product, Arena&) {
 Groups add_recomputation(Pass& pass) {
   const Groups h_done = add_gate_up(pass);
   if (!pass.lora(Projection::down)) return h_done;
-  return add_shard_sums(pass, {Stage::pack_h, p_floats_of_down, multiply_h_by_a, round_p_of_h}, h_done);
+  return add_shard_sums(pass, {Stage::pack_h, p_floats_of_down, multiply_p_of_h, round_p_of_h}, h_done);
 }
 
 // The tasks of all blocks that compute Q of down, dG, dU, h and the gradients of the routing weights.
@@ -213,22 +213,22 @@ void backward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs&
   pass.grad_out = grad_out;
   pass.recompute = !saved;
   pass.h = pass.take_inner();
-  const std::array saved_gate_up{saved.gate, saved.up};
-  for (const Projection p : pass.gate_up()) {
+  const std::array saved_g_u{saved.gate, saved.up};
+  for (const Projection p : pass.x_projections()) {
     pass.d_gate_up[index_of(p)] = pass.take_inner();
     (p == Projection::gate ? pass.gate : pass.up) =
-        saved ? pass.saved_inner(saved_gate_up[index_of(p)]) : pass.take_inner();
+        saved ? pass.saved_inner(saved_g_u[index_of(p)]) : pass.take_inner();
   }
   for (const Projection p : pass.projections()) {
     const std::size_t i = index_of(p);
     ByBlock& kept = p == Projection::down ? pass.weighted_p_transposed : pass.p_transposed[i];
-    kept = saved ? pass.saved_low_rank(p, saved.low_rank[i]) : pass.take_low_rank(p);
-    pass.lora_q[i] = pass.take_low_rank(p), pass.lora_q_transposed[i] = pass.take_low_rank(p);
+    kept = saved ? pass.saved_p(p, saved.p[i]) : pass.take_p_or_q(p);
+    pass.lora_q[i] = pass.take_p_or_q(p), pass.lora_q_transposed[i] = pass.take_p_or_q(p);
     pass.packed_grad[i].resize(pass.plan.blocks.size());
     for (const Block& block : pass.plan.blocks)
       if (p != Projection::down)
-        pass.packed_grad[i][block.index].memory = pass.memory(block).take<char>(
-            packed_gradient_bytes(pass, p, block.count, pass.plan.width(block)));
+        pass.packed_grad[i][block.index].panels =
+            pass.arena(block).take<char>(packed_gradient_bytes(pass, p, block.count, pass.plan.width(block)));
   }
 
   const Groups recomputed = saved ? Groups() : add_recomputation(pass);
@@ -239,7 +239,7 @@ void backward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs&
   if (gradients.hidden_states) {
     const GemmKernels& gemm = pass.kernels().gemm;
     combine.emplace(pass, gradients.hidden_states, /*weighted=*/false, gemm.nr,
-                    std::ssize(pass.gate_up()) * gemm.element_bytes, packed);
+                    std::ssize(pass.x_projections()) * gemm.element_bytes, packed);
     combine->add_tasks(Stage::grad_hidden, grad_gate_up, cost_of_grad_gate_up);
   }
   add_lora_gradients(pass, gradients, packed);

@@ -69,7 +69,7 @@ index_t fitting_k(const GemmKernels& gemm, std::size_t bytes, int width) {
 class Products {
  public:
   Products(Runtime::Lease& lease, int threads) : gemm_(lease.kernels().gemm), tiles_(threads) {
-    for (float*& tile : tiles_) tile = lease.memory(0).take<float>(gemm_.mr * gemm_.nr);
+    for (float*& tile : tiles_) tile = lease.arena(0).take<float>(gemm_.mr * gemm_.nr);
   }
 
   double operator()(int thread) const {
@@ -97,7 +97,7 @@ class Registers {
  public:
   Registers(Runtime::Lease& lease, int threads) : gemm_(lease.kernels().gemm), words_(threads) {
     for (void*& words : words_)
-      words = const_cast<void*>(numbers(1, kPeakBytes / 2, lease.memory(0)).matrix.data);
+      words = const_cast<void*>(numbers(1, kPeakBytes / 2, lease.arena(0)).matrix.data);
   }
 
   double operator()(int thread) const {
@@ -118,8 +118,8 @@ void put_in_l1(Products& products, Runtime::Lease& lease, std::size_t l1) {
   const int mr = kernels.gemm.mr, nr = kernels.gemm.nr;
   const index_t k = fitting_k(kernels.gemm, l1 / 4 * 3, std::max(mr, nr));
   products.k = static_cast<int>(k);
-  products.b = nr >= mr ? pack_b_cols(kernels, numbers(nr, k, lease.memory(0)), lease.memory(0)).data
-                        : pack_a(kernels, numbers(mr, k, lease.memory(0)), lease.memory(0)).data;
+  products.b = nr >= mr ? pack_b_cols(kernels, numbers(nr, k, lease.arena(0)), lease.arena(0)).data
+                        : pack_a(kernels, numbers(mr, k, lease.arena(0)), lease.arena(0)).data;
   products.a = products.b;
 }
 
@@ -132,11 +132,11 @@ void put_in_l2(Products& products, Runtime::Lease& lease, std::size_t l1) {
   const index_t half = static_cast<index_t>(lease.workers().l2_bytes / 2);
   products.k = static_cast<int>(k);
   products.panels = std::max<index_t>(1, half / (gemm.mr * k * gemm.element_bytes));
-  const PackedA a = pack_a(kernels, numbers(products.panels * gemm.mr, k, lease.memory(0)), lease.memory(0));
+  const PackedA a = pack_a(kernels, numbers(products.panels * gemm.mr, k, lease.arena(0)), lease.arena(0));
   products.a = a.data;
   products.panel_bytes = a.panel_bytes;
   products.a_stride = a.row_bytes;
-  products.b = pack_b_cols(kernels, numbers(gemm.nr, k, lease.memory(0)), lease.memory(0)).data;
+  products.b = pack_b_cols(kernels, numbers(gemm.nr, k, lease.arena(0)), lease.arena(0)).data;
   products.calls = static_cast<int>(products.panels);
 }
 

@@ -10,8 +10,8 @@
 
 namespace kt {
 
-// What one node adds to the result.
-struct Partial {
+// The products of one node. Of these there are as many as nodes that have some of the intermediate dimension.
+struct NodeProducts {
   std::size_t node;
   int shard;  // the first, by its number in a profile; -1: there is but one
   std::vector<std::vector<Block>> products = {};  // a token block's shards on the node, in order
@@ -38,21 +38,21 @@ class Combine {
   void add_tasks(Stage stage, Product* product, ProductCost* cost);
 
  private:
-  // Memory that later chunks use again, by partial: the rows of its routed tokens; its sums.
-  struct Memory {
+  // Memory that later chunks use again, by node: the rows of its routed tokens; its sums.
+  struct ChunkBuffers {
     std::vector<float*> rows, sums;
   };
-  // The row of a routed token where partials have different ones.
+  // The row of a routed token where nodes have different ones.
   struct Row {
-    std::size_t partial;
-    index_t number;  // in the partial
+    std::size_t n;
+    index_t number;  // in the node's rows
   };
   struct ChunkGroups {
     std::vector<const TaskGraph::Group*> products, sums, reduced;
   };
 
   void add_products(std::size_t c, Stage stage, Product* product, ProductCost* cost);
-  void multiply(std::size_t c, std::size_t partial, std::span<const Block> blocks, Product* product,
+  void multiply(std::size_t c, std::size_t n, std::span<const Block> blocks, Product* product,
                 Arena& scratch) const;
   void add_token_sums(std::size_t c);
   void add_partial_sums(std::size_t c);
@@ -61,7 +61,7 @@ class Combine {
   void add_by_token(Stage stage, TaskGraph::Groups after, TaskGraph::Groups& added, const Body& body,
                     const Cost& cost);
 
-  void sum_routes(std::size_t c, std::size_t partial, index_t token, float* total, Arena& scratch) const;
+  void sum_routes(std::size_t c, std::size_t n, index_t token, float* total, Arena& scratch) const;
   void store(std::size_t c, index_t token, const float* total) const;
   std::span<const std::int32_t> routes_of(Range tokens) const;
   Work cost_of_rows(std::size_t c, Range tokens, std::size_t node) const;
@@ -70,22 +70,22 @@ class Combine {
   std::size_t chunks() const { return static_cast<std::size_t>(ranges_.count); }
   Range chunk(std::size_t c) const { return ranges_[static_cast<index_t>(c)]; }
   // Where a product writes the row of a routed token.
-  float* row(std::size_t c, std::size_t partial, index_t route) const;
-  const Memory& memory(std::size_t c) const { return memory_[c % memory_.size()]; }
+  float* row(std::size_t c, std::size_t n, index_t route) const;
+  const ChunkBuffers& buffers(std::size_t c) const { return buffers_[c % buffers_.size()]; }
   // The groups of the chunk whose memory this one uses again; null: it is the first.
   const ChunkGroups* previous(std::size_t c) const {
-    return c < memory_.size() ? nullptr : &groups_[c - memory_.size()];
+    return c < buffers_.size() ? nullptr : &groups_[c - buffers_.size()];
   }
 
   Pass& pass_;
   const Result result_;
   const bool weighted_;
-  std::vector<Partial> partials_;
-  bool reduces_;           // partials are of all routed tokens, and have sums of their own
-  std::vector<Row> rows_;  // by routed token; none: a partial has all of them, in order
+  std::vector<NodeProducts> nodes_;
+  bool reduces_;           // every node has products of all routed tokens, and sums of its own
+  std::vector<Row> rows_;  // by routed token; none: a node has all of them, in order
   NcRanges ranges_{};      // the chunks
   index_t stride_ = 0, nc_ = 0;
-  std::vector<Memory> memory_;
+  std::vector<ChunkBuffers> buffers_;
   std::vector<ChunkGroups> groups_;  // by chunk
 };
 

@@ -16,28 +16,28 @@ namespace {
 
 // P of gate and up, packed behind the packed X.
 void pack_p_of_x(Pass& pass, const Block& block, char* slot) {
-  pack_p(pass, pass.gate_up(), block, slot, pass.packed_x[block.index]);
+  pack_p(pass, pass.x_projections(), block, slot, pass.packed_x[block.index]);
 }
 
 // X, packed, and P = s X A' of gate and up.
 void pack_x(Pass& pass, const Block& block, char* slot, Arena& scratch) {
   PackedB& rows = pass.packed_x[block.index].rows;
-  if (!pass.plan.by_gemv(block))
+  if (!by_gemv(block))
     rows =
         pack_b_cols_into(slot, pass.kernels(), pass.input(Projection::up, block, {0, pass.experts.hidden}));
   if (!pass.plan.is_root(block)) return;
-  for (const Projection p : pass.gate_up()) {
+  for (const Projection p : pass.x_projections()) {
     if (!pass.lora(p)) continue;
     const Arena::Frame frame(scratch);
     auto* product = scratch.take<float>(p_product_floats(pass, p, block));
-    multiply_a(pass, p, block, rows, product, scratch);
+    multiply_p(pass, p, block, rows, product, scratch);
     round_p(pass, p, block, product);
   }
   pack_p_of_x(pass, block, slot);
 }
 
 // h = act(G, U) of an MC range, columns nc; G and U are kept where backward wants them.
-void activate(const Pass& pass, const Block& mc, Range nc, const std::array<float*, 2>& gate_up,
+void activate(const Pass& pass, const BlockRows& mc, Range nc, const std::array<float*, 2>& g_u,
               Arena& scratch) {
   const Arena::Frame frame(scratch);
   const Span span(pass.recorder(scratch), Stage::activation);
@@ -45,15 +45,16 @@ void activate(const Pass& pass, const Block& mc, Range nc, const std::array<floa
   const bool saved = !pass.up.empty();
   // Not at the start of a line: whole lines may be stored past the caches, and these rows are never read.
   auto* unsaved = scratch.take<bf16_t>(width + 1) + 1;
-  for (index_t i = 0; i < mc.count; ++i) {
-    const index_t at = (pass.plan.within(mc).begin + i) * pass.plan.width(mc) + nc.begin;
-    bf16_t* const up = saved ? pass.up[mc.index] + at : unsaved;
+  for (index_t i = 0; i < mc.count(); ++i) {
+    const index_t at = (mc.rows.begin + i) * pass.plan.width(mc.block) + nc.begin;
+    bf16_t* const up = saved ? pass.up[mc.block.index] + at : unsaved;
     if (!pass.experts.gated) {
-      pass.activation.ungated_forward(to_int(width), gate_up[1] + i * width, up, pass.h[mc.index] + at);
+      pass.activation.ungated_forward(to_int(width), g_u[1] + i * width, up, pass.h[mc.block.index] + at);
       continue;
     }
-    pass.activation.forward(to_int(width), gate_up[0] + i * width, gate_up[1] + i * width,
-                            saved ? pass.gate[mc.index] + at : unsaved, up, pass.h[mc.index] + at);
+    pass.activation.forward(to_int(width), g_u[0] + i * width, g_u[1] + i * width,
+                            saved ? pass.gate[mc.block.index] + at : unsaved, up,
+                            pass.h[mc.block.index] + at);
   }
 }
 
@@ -62,12 +63,12 @@ void gate_up(const Pass& pass, const Block& block, index_t, Range nc, Range next
   const PackedInput& x = pass.packed_x[block.packer];
   std::array<ForwardWeights, 2> weights;
   std::array<float*, 2> result{};
-  for (const Projection p : pass.gate_up()) {
+  for (const Projection p : pass.x_projections()) {
     weights[index_of(p)] = forward_weights(pass, p, block, x, nc, next, scratch);
     result[index_of(p)] = scratch.take<float>(pass.kernels().gemm.nr * nc.size());
   }
-  pass.plan.for_forward_mc_ranges(block, [&](const Block& mc) {
-    for (const Projection p : pass.gate_up())
+  pass.plan.for_forward_mc_ranges(block, [&](const BlockRows& mc) {
+    for (const Projection p : pass.x_projections())
       multiply_forward(pass, p, {&weights[index_of(p)], 1}, mc, result[index_of(p)], nc.size(), scratch);
     activate(pass, mc, nc, result, scratch);
   });
@@ -76,17 +77,17 @@ void gate_up(const Pass& pass, const Block& block, index_t, Range nc, Range next
 // h, packed, and its product with Ad'.
 void pack_h(Pass& pass, const Block& block, float* product, Arena& scratch) {
   PackedInput& h = pass.packed_h[block.index];
-  if (!pass.plan.by_gemv(block))
-    h.rows = pack_b_cols_into(h.memory, pass.kernels(),
+  if (!by_gemv(block))
+    h.rows = pack_b_cols_into(h.panels, pass.kernels(),
                               pass.input(Projection::down, block, {0, pass.plan.width(block)}));
-  if (pass.lora(Projection::down)) multiply_a(pass, Projection::down, block, h.rows, product, scratch);
+  if (pass.lora(Projection::down)) multiply_p(pass, Projection::down, block, h.rows, product, scratch);
 }
 
 // Pd = s h Ad' of that product, packed behind h.
 void pack_p_of_h(Pass& pass, const Block& block, float* product, Arena&) {
   if (!pass.lora(Projection::down)) return;
   round_p(pass, Projection::down, block, product);
-  pack_p(pass, kDown, block, pass.packed_h[block.index].memory, pass.packed_h[block.index]);
+  pack_p(pass, kDown, block, pass.packed_h[block.index].panels, pass.packed_h[block.index]);
 }
 
 // h Wd' + Pd Bd' + bd, columns nc, summed over the shards that are here.
@@ -96,9 +97,8 @@ void down(const Pass& pass, std::span<const Block> blocks, Range nc, Range next,
   for (const Block& block : blocks)
     weights.push_back(
         forward_weights(pass, Projection::down, block, pass.packed_h[block.index], nc, next, scratch));
-  pass.plan.for_forward_mc_ranges(blocks.front(), [&](const Block& mc) {
-    multiply_forward(pass, Projection::down, weights, mc, rows + pass.plan.within(mc).begin * stride, stride,
-                     scratch);
+  pass.plan.for_forward_mc_ranges(blocks.front(), [&](const BlockRows& mc) {
+    multiply_forward(pass, Projection::down, weights, mc, rows + mc.rows.begin * stride, stride, scratch);
   });
 }
 
@@ -111,11 +111,11 @@ TaskGraph::Groups add_gate_up(Pass& pass) {
   const index_t hidden = pass.experts.hidden;
   const GemmKernels& gemm = pass.kernels().gemm;
   for (const ShardSlice& shard : plan.shards)
-    pass.gate_up_ranges.push_back(plan.nc_ranges(shard.range.size(), gemm.mr,
-                                                 std::ssize(pass.gate_up()) * hidden * gemm.element_bytes));
+    pass.gate_up_ranges.push_back(plan.nc_ranges(
+        shard.range.size(), gemm.mr, std::ssize(pass.x_projections()) * hidden * gemm.element_bytes));
   pass.packed_x.resize(plan.blocks.size());
   const bool lora = pass.lora(Projection::gate) || pass.lora(Projection::up);
-  const index_t slot_bytes = packed_input_bytes(pass, pass.gate_up(), plan.most_rows, hidden);
+  const index_t slot_bytes = packed_input_bytes(pass, pass.x_projections(), plan.most_rows, hidden);
   return add_packed_products(pass,
                              {Stage::gate_up, pack_x, lora ? pack_p_of_x : nullptr, slot_bytes, gate_up,
                               cost_of_gate_up, pass.gate_up_ranges},
@@ -128,15 +128,15 @@ void forward(Runtime& runtime, const ExpertWeights& experts, const LayerInputs& 
   Pass pass(runtime, experts, inputs, Direction::forward);
   pass.gate = pass.saved_inner(saved.gate), pass.up = pass.saved_inner(saved.up);
   pass.h = pass.take_inner();
-  for (const Projection p : pass.gate_up()) {
-    bf16_t* kept = saved.low_rank[index_of(p)];
-    pass.p_transposed[index_of(p)] = saved ? pass.saved_low_rank(p, kept) : pass.take_low_rank(p);
+  for (const Projection p : pass.x_projections()) {
+    bf16_t* kept = saved.p[index_of(p)];
+    pass.p_transposed[index_of(p)] = saved ? pass.saved_p(p, kept) : pass.take_p_or_q(p);
   }
-  pass.p_transposed[index_of(down_p)] = pass.take_low_rank(down_p);
-  pass.weighted_p_transposed = pass.saved_low_rank(down_p, saved.low_rank[index_of(down_p)]);
+  pass.p_transposed[index_of(down_p)] = pass.take_p_or_q(down_p);
+  pass.weighted_p_transposed = pass.saved_p(down_p, saved.p[index_of(down_p)]);
   for (const Block& block : pass.plan.blocks)
-    pass.packed_h.push_back({pass.memory(block).take<char>(
-        packed_input_bytes(pass, kDown, block.count, pass.plan.width(block)))});
+    pass.packed_h.push_back(
+        {pass.arena(block).take<char>(packed_input_bytes(pass, kDown, block.count, pass.plan.width(block)))});
 
   const GemmKernels& gemm = pass.kernels().gemm;
   const auto h_done = add_gate_up(pass);

@@ -110,7 +110,7 @@ struct LayerInputs {
 // token, [r, m] token block by token block (that of down times the routing weight).
 struct Saved {
   bf16_t *gate = nullptr, *up = nullptr;
-  std::array<bf16_t*, 3> low_rank{};
+  std::array<bf16_t*, 3> p{};
 
   explicit operator bool() const { return up != nullptr; }  // there may be no gate
 };

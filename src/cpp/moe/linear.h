@@ -27,10 +27,10 @@ struct ForwardWeights {
 ForwardWeights forward_weights(const Pass& pass, Projection p, const Block& block, const PackedInput& input,
                                Range nc, Range next, Arena& scratch);
 
-// result [mc.count, nc] = X W' + P B' + b of an MC range of at most nr rows, summed over the shards that have
-// weights here. Its rows are `stride` floats apart.
+// result [mc.count(), nc] = X W' + P B' + b of an MC range of at most nr rows, summed over the shards that
+// have weights here. Its rows are `stride` floats apart.
 void multiply_forward(const Pass& pass, Projection p, std::span<const ForwardWeights> weights,
-                      const Block& mc, float* result, index_t stride, Arena& scratch);
+                      const BlockRows& mc, float* result, index_t stride, Arena& scratch);
 
 // W or LoRA A of a projection, for an NC range of its input: as right operand, unless the block is multiplied
 // by GEMV.
@@ -47,9 +47,9 @@ using BackwardWeights = std::vector<BackwardTerm>;  // of every block W of its p
 void add_backward_weights(const Pass& pass, std::span<const Projection> targets, const Block& block, Range nc,
                           Range next, BackwardWeights& weights, Arena& scratch);
 
-// result [mc.count, nc] = the sum of dOutput W + Q A over the weights, which is the gradient of the input
+// result [mc.count(), nc] = the sum of dOutput W + Q A over the weights, which is the gradient of the input
 // that the projections share. What dropout dropped gets none from LoRA.
-void multiply_backward(const Pass& pass, const BackwardWeights& weights, const Block& mc, Range nc,
+void multiply_backward(const Pass& pass, const BackwardWeights& weights, const BlockRows& mc, Range nc,
                        float* result, index_t stride, Arena& scratch);
 // Rows of an MC range of a backward product.
 inline index_t backward_mc(const Pass& pass) { return 4 * pass.kernels().gemm.mr; }
@@ -66,7 +66,7 @@ void drop(const Dropout& dropout, Projection projection, index_t slot, index_t c
 // the input that some projections have in common, whose panels take packed_input_bytes with it.
 index_t p_product_floats(const Pass& pass, Projection p, const Block& block);
 index_t p_floats_of_down(const Pass& pass, const Block& block);
-void multiply_a(const Pass& pass, Projection p, const Block& block, PackedB packed, float* product,
+void multiply_p(const Pass& pass, Projection p, const Block& block, PackedB packed, float* product,
                 Arena& scratch);
 void round_p(const Pass& pass, Projection p, const Block& block, float* product);
 index_t packed_input_bytes(const Pass& pass, std::span<const Projection> targets, index_t rows, index_t cols);
@@ -77,7 +77,7 @@ void pack_p(const Pass& pass, std::span<const Projection> targets, const Block& 
 // input, and Q' [r, m] for that of A, which for down has the routing weights; and the packing of Q, behind
 // the gradient of the output.
 index_t q_product_floats(const Pass& pass, Projection p, const Block& block);
-void multiply_b(const Pass& pass, Projection p, const Block& block, float* product, Arena& scratch);
+void multiply_q(const Pass& pass, Projection p, const Block& block, float* product, Arena& scratch);
 void round_q(const Pass& pass, Projection p, const Block& block, float* product, Arena& scratch);
 index_t packed_gradient_bytes(const Pass& pass, Projection p, index_t rows, index_t cols);
 void pack_q(Pass& pass, Projection p, const Block& block, char* panels);

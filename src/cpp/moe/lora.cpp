@@ -30,18 +30,18 @@ void drop_row(const Dropout& dropout, Projection projection, index_t slot, index
 }
 
 // The input of a projection's LoRA A: that of the projection, its dropped elements zero.
-Rows lora_input(const Pass& pass, Projection p, const Block& rows, Range cols, Arena& scratch) {
+Rows lora_input(const Pass& pass, Projection p, const BlockRows& rows, Range cols, Arena& scratch) {
   const Rows input = pass.input(p, rows, cols);
   if (!pass.inputs.dropout.active()) return input;
-  auto* copy = scratch.take<bf16_t>(rows.count * cols.size());
-  for (index_t i = 0; i < rows.count; ++i) {
+  auto* copy = scratch.take<bf16_t>(rows.count() * cols.size());
+  for (index_t i = 0; i < rows.count(); ++i) {
     bf16_t* row = copy + i * cols.size();
     const index_t source = input.index ? input.index[i] : i;
     std::memcpy(row, input.matrix.at(source, 0), static_cast<std::size_t>(cols.size()) * sizeof(bf16_t));
-    drop(pass.inputs.dropout, p, pass.routing.sorted_slots[static_cast<std::size_t>(rows.first + i)],
-         pass.first_col(p, rows) + cols.begin, cols.size(), row);
+    drop(pass.inputs.dropout, p, pass.routing.sorted_slots[static_cast<std::size_t>(rows.first() + i)],
+         pass.first_col(p, rows.block) + cols.begin, cols.size(), row);
   }
-  return {view(copy, DType::bf16, rows.count, cols.size())};
+  return {view(copy, DType::bf16, rows.count(), cols.size())};
 }
 
 }  // namespace
@@ -62,28 +62,28 @@ index_t p_floats_of_down(const Pass& pass, const Block& block) {
   return p_product_floats(pass, Projection::down, block);
 }
 
-void multiply_a(const Pass& pass, Projection p, const Block& block, PackedB packed, float* product,
+void multiply_p(const Pass& pass, Projection p, const Block& block, PackedB packed, float* product,
                 Arena& scratch) {
   const KernelSet& kernels = pass.kernels();
   const Arena::Frame frame(scratch);
   const MatView lora_a = pass.lora_a(p, block);
   const index_t rank = lora_a.rows, in = lora_a.cols, stride = min_ldc(kernels, block.count);
-  const bool by_gemv = pass.plan.by_gemv(block);
+  const bool gemv = by_gemv(block);
   Span span(pass.recorder(scratch), Stage::lora_p);
-  span.count(cost_of_low_rank(block, rank, in));
-  const PackedA a = by_gemv ? PackedA{} : pack_a(kernels, {lora_a}, scratch);
-  for_mc_ranges(block, kernels.gemm.nr, [&](const Block& mc) {
+  span.count(cost_of_shrink(block, rank, in));
+  const PackedA a = gemv ? PackedA{} : pack_a(kernels, {lora_a}, scratch);
+  for_mc_ranges(block, kernels.gemm.nr, [&](const BlockRows& mc) {
     const Arena::Frame mc_frame(scratch);
-    float* to = product + pass.plan.within(mc).begin;
-    if (by_gemv) {
-      auto* by_row = scratch.take<float>(mc.count * rank);
+    float* to = product + mc.rows.begin;
+    if (gemv) {
+      auto* by_row = scratch.take<float>(mc.count() * rank);
       gemv_nt(kernels, lora_input(pass, p, mc, {0, in}, scratch), {lora_a}, by_row, rank,
               /*accumulate=*/false, scratch);
-      kernels.epilogue.transpose(by_row, rank, to_int(mc.count), to_int(rank), to, stride);
+      kernels.epilogue.transpose(by_row, rank, to_int(mc.count()), to_int(rank), to, stride);
     } else {
       const bool as_packed = packed.data != nullptr && !pass.inputs.dropout.active();
       const PackedB rows = as_packed
-                               ? cols_of(kernels, packed, pass.plan.within(mc))
+                               ? cols_of(kernels, packed, mc.rows)
                                : pack_b_cols(kernels, lora_input(pass, p, mc, {0, in}, scratch), scratch);
       const Term term{a, rows};
       brgemm(kernels, {&term, 1}, to, stride);
@@ -116,13 +116,13 @@ index_t packed_input_bytes(const Pass& pass, std::span<const Projection> targets
 
 void pack_p(const Pass& pass, std::span<const Projection> targets, const Block& block, char* panels,
             PackedInput& input) {
-  if (pass.plan.by_gemv(block)) return;
+  if (by_gemv(block)) return;
   const KernelSet& kernels = pass.kernels();
   char* behind = panels + packed_b_bytes(kernels, block.count, pass.cols(targets.front(), block));
   for (const Projection p : targets) {
     if (!pass.lora(p)) continue;
-    const MatView transposed = pass.low_rank(pass.p_transposed[index_of(p)], p, block);
-    input.low_rank[index_of(p)] = pack_b_rows_into(behind, kernels, {transposed});
+    const MatView transposed = pass.transposed_rows(pass.p_transposed[index_of(p)], p, block);
+    input.p[index_of(p)] = pack_b_rows_into(behind, kernels, {transposed});
     behind += packed_b_bytes(kernels, block.count, pass.rank(p));
   }
 }
@@ -131,23 +131,23 @@ index_t q_product_floats(const Pass& pass, Projection p, const Block& block) {
   return block.count * min_ldc(pass.kernels(), pass.rank(p));
 }
 
-void multiply_b(const Pass& pass, Projection p, const Block& block, float* product, Arena& scratch) {
+void multiply_q(const Pass& pass, Projection p, const Block& block, float* product, Arena& scratch) {
   const KernelSet& kernels = pass.kernels();
   const Arena::Frame frame(scratch);
   const Rows lora_b{pass.lora_b(p, block)};
   const index_t stride = min_ldc(kernels, pass.rank(p));
-  const bool by_gemv = pass.plan.by_gemv(block);
-  const PackedB b = by_gemv ? PackedB{} : pack_b_rows(kernels, lora_b, scratch);
+  const bool gemv = by_gemv(block);
+  const PackedB b = gemv ? PackedB{} : pack_b_rows(kernels, lora_b, scratch);
   const PackedA packed = pass.packed_grad[index_of(p)][block.index].rows;
   Span span(pass.recorder(scratch), Stage::lora_q);
-  span.count(cost_of_low_rank(block, pass.rank(p), pass.rows(p, block)));
-  for_mc_ranges(block, backward_mc(pass), [&](const Block& mc) {
-    float* to = product + pass.plan.within(mc).begin * stride;
-    if (by_gemv) {
+  span.count(cost_of_shrink(block, pass.rank(p), pass.rows(p, block)));
+  for_mc_ranges(block, backward_mc(pass), [&](const BlockRows& mc) {
+    float* to = product + mc.rows.begin * stride;
+    if (gemv) {
       gemv_nn(kernels, pass.grad_output(p, mc, {0, pass.rows(p, block)}), lora_b, to, stride,
               /*accumulate=*/false, scratch);
     } else {
-      const Term term{rows_of(kernels, packed, pass.plan.within(mc)), b};
+      const Term term{rows_of(kernels, packed, mc.rows), b};
       brgemm(kernels, {&term, 1}, to, stride);
     }
   });
@@ -177,10 +177,10 @@ index_t packed_gradient_bytes(const Pass& pass, Projection p, index_t rows, inde
 }
 
 void pack_q(Pass& pass, Projection p, const Block& block, char* panels) {
-  if (pass.plan.by_gemv(block)) return;
+  if (by_gemv(block)) return;
   const index_t rank = pass.rank(p);
   char* behind = panels + packed_a_bytes(pass.kernels(), block.count, pass.rows(p, block));
-  pass.packed_grad[index_of(p)][block.index].low_rank =
+  pass.packed_grad[index_of(p)][block.index].q =
       pack_a_into(behind, pass.kernels(), pass.by_route(pass.lora_q[index_of(p)], rank, block, {0, rank}));
 }
 
@@ -199,13 +199,13 @@ void lora_gradient(const Pass& pass, const LayerGradients& gradients, Projection
   const std::size_t i = index_of(p);
   const index_t rank = pass.rank(p), width = nc.size(), stride = min_ldc(kernels, width);
   const ByBlock& own_p = p == Projection::down ? pass.weighted_p_transposed : pass.p_transposed[i];
-  const ByBlock& low_rank = m == Matrix::b ? own_p : pass.lora_q_transposed[i];
+  const ByBlock& p_or_q = m == Matrix::b ? own_p : pass.lora_q_transposed[i];
   auto* grad = scratch.take<float>(rank * stride);
   for (const Block* block : blocks) {
     const Arena::Frame frame(scratch);
     const Rows rows =
         m == Matrix::b ? pass.grad_output(p, *block, nc) : lora_input(pass, p, *block, nc, scratch);
-    const Term term{pack_a(kernels, {pass.low_rank(low_rank, p, *block)}, scratch),
+    const Term term{pack_a(kernels, {pass.transposed_rows(p_or_q, p, *block)}, scratch),
                     pack_b_rows(kernels, rows, scratch)};
     brgemm(kernels, {&term, 1}, grad, stride, /*accumulate=*/block != blocks.front());
   }

@@ -56,35 +56,35 @@ MatView Pass::lora_b(Projection of, const Block& block) const {
   return lora(of).b[block.expert].block(first_row(of, block), 0, rows(of, block), rank(of));
 }
 
-Rows Pass::by_token(const MatView& matrix, const Block& block, Range columns) const {
-  return {matrix.block(0, columns.begin, block.count, columns.size()),
-          routing.sorted_token_ids.data() + block.first};
+Rows Pass::by_token(const MatView& matrix, const BlockRows& rows, Range columns) const {
+  return {matrix.block(0, columns.begin, rows.count(), columns.size()),
+          routing.sorted_token_ids.data() + rows.first()};
 }
 
-Rows Pass::by_route(const ByBlock& matrices, index_t width, const Block& block, Range columns) const {
-  return {view(matrices[block.index], DType::bf16, plan.blocks[block.index].count, width)
-              .block(plan.within(block).begin, columns.begin, block.count, columns.size())};
+Rows Pass::by_route(const ByBlock& matrices, index_t width, const BlockRows& rows, Range columns) const {
+  return {view(matrices[rows.block.index], DType::bf16, rows.block.count, width)
+              .block(rows.rows.begin, columns.begin, rows.count(), columns.size())};
 }
 
-Rows Pass::input(Projection of, const Block& block, Range columns) const {
-  return of == Projection::down ? by_route(h, plan.width(block), block, columns)
-                                : by_token(inputs.hidden_states, block, columns);
+Rows Pass::input(Projection of, const BlockRows& rows, Range columns) const {
+  return of == Projection::down ? by_route(h, plan.width(rows.block), rows, columns)
+                                : by_token(inputs.hidden_states, rows, columns);
 }
 
-Rows Pass::grad_output(Projection of, const Block& block, Range columns) const {
-  return of == Projection::down ? by_token(grad_out, block, columns)
-                                : by_route(d_gate_up[index_of(of)], plan.width(block), block, columns);
+Rows Pass::grad_output(Projection of, const BlockRows& rows, Range columns) const {
+  return of == Projection::down ? by_token(grad_out, rows, columns)
+                                : by_route(d_gate_up[index_of(of)], plan.width(rows.block), rows, columns);
 }
 
-MatView Pass::low_rank(const ByBlock& matrices, Projection of, const Block& block) const {
-  return view(matrices[block.index], DType::bf16, rank(of), plan.blocks[block.index].count)
-      .block(0, plan.within(block).begin, rank(of), block.count);
+MatView Pass::transposed_rows(const ByBlock& matrices, Projection of, const BlockRows& rows) const {
+  return view(matrices[rows.block.index], DType::bf16, rank(of), rows.block.count)
+      .block(0, rows.rows.begin, rank(of), rows.count());
 }
 
 ByBlock Pass::take_inner() {
   ByBlock matrices;
   for (const Block& block : plan.blocks)
-    matrices.push_back(memory(block).take<bf16_t>(block.count * plan.width(block)));
+    matrices.push_back(arena(block).take<bf16_t>(block.count * plan.width(block)));
   return matrices;
 }
 
@@ -96,15 +96,15 @@ ByBlock Pass::saved_inner(bf16_t* matrix) const {
   return matrices;
 }
 
-ByBlock Pass::take_low_rank(Projection of) {
+ByBlock Pass::take_p_or_q(Projection of) {
   ByBlock matrices;
   for (const Block& block : plan.blocks)
-    matrices.push_back(plan.is_root(block) ? memory(block).take<bf16_t>(rank(of) * block.count)
+    matrices.push_back(plan.is_root(block) ? arena(block).take<bf16_t>(rank(of) * block.count)
                                            : matrices[plan.root(block).index]);
   return matrices;
 }
 
-ByBlock Pass::saved_low_rank(Projection of, bf16_t* matrix) const {
+ByBlock Pass::saved_p(Projection of, bf16_t* matrix) const {
   ByBlock matrices;
   if (matrix == nullptr) return matrices;
   for (const Block& block : plan.blocks) matrices.push_back(matrix + rank(of) * block.first);

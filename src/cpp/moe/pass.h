@@ -22,15 +22,15 @@ using ByBlock = std::vector<bf16_t*>;
 // The input of a forward product, packed once for all NC ranges of the weights; nothing of a block by
 // GEMV.
 struct PackedInput {
-  char* memory = nullptr;                // of h and its P; X lies in a slot of a ring
-  PackedB rows = {};                     // X or h
-  std::array<PackedB, 3> low_rank = {};  // P of the projections that read these rows
+  char* panels = nullptr;         // of h and its P; X lies in a slot of a ring
+  PackedB rows = {};              // X or h
+  std::array<PackedB, 3> p = {};  // P of the projections that read these rows
 };
 
 // The gradient of a projection's output, packed for backward products likewise.
 struct PackedGradient {
-  char* memory = nullptr;            // of dG or dU and its Q; dOut lies in a slot of a ring
-  PackedA rows = {}, low_rank = {};  // dOutput and Q
+  char* panels = nullptr;     // of dG or dU and its Q; dOut lies in a slot of a ring
+  PackedA rows = {}, q = {};  // dOutput and Q
 };
 
 // The gradients of the routing weights in the making: dots <dh, h> of all routed tokens, row after row.
@@ -80,7 +80,7 @@ struct Pass {
   const KernelSet& kernels() const { return lease.kernels(); }
   // All projections that the experts have, and those that read hidden_states.
   std::span<const Projection> projections() const { return projections_of(experts.gated); }
-  std::span<const Projection> gate_up() const { return gate_up_of(experts.gated); }
+  std::span<const Projection> x_projections() const { return x_projections_of(experts.gated); }
   const LoraPair& lora(Projection p) const { return inputs.of(p); }
   index_t rank(Projection p) const { return inputs.of(p).rank(); }
   // s. Dropped inputs are zeros, and the kept ones' factor 1 / (1 - probability) enters here, in fp32.
@@ -110,21 +110,21 @@ struct Pass {
 
   // Some columns of a block's rows: in a [T, n] matrix; in the blocks' own [m, width]; the input of a
   // projection, X or h; and the gradient of its output, dOut, dG or dU.
-  Rows by_token(const MatView& matrix, const Block& rows, Range cols) const;
-  Rows by_route(const ByBlock& matrices, index_t width, const Block& rows, Range cols) const;
-  Rows input(Projection p, const Block& rows, Range cols) const;
-  Rows grad_output(Projection p, const Block& rows, Range cols) const;
+  Rows by_token(const MatView& matrix, const BlockRows& rows, Range cols) const;
+  Rows by_route(const ByBlock& matrices, index_t width, const BlockRows& rows, Range cols) const;
+  Rows input(Projection p, const BlockRows& rows, Range cols) const;
+  Rows grad_output(Projection p, const BlockRows& rows, Range cols) const;
   // P' or Q' of a block's rows: [r, count].
-  MatView low_rank(const ByBlock& matrices, Projection p, const Block& rows) const;
+  MatView transposed_rows(const ByBlock& matrices, Projection p, const BlockRows& rows) const;
 
   // Memory for a matrix of each block, on the block's node; and matrices that lie in the caller's memory, one
   // shard after the other. [m, width of the shard]; and [m, r] or [r, m], which the shards of a token block
   // have in common. Of a null matrix none.
   ByBlock take_inner();
   ByBlock saved_inner(bf16_t* matrix) const;
-  ByBlock take_low_rank(Projection p);
-  ByBlock saved_low_rank(Projection p, bf16_t* matrix) const;
-  Arena& memory(const Block& block) { return lease.memory(block.node); }
+  ByBlock take_p_or_q(Projection p);
+  ByBlock saved_p(Projection p, bf16_t* matrix) const;
+  Arena& arena(const Block& block) { return lease.arena(block.node); }
   // One row of fp32 results, stored in the wanted type.
   void store(const float* row, index_t n, const Result& result, index_t offset) const;
 

@@ -120,13 +120,16 @@ Plan::Plan(const Routing& routing, const ExpertWeights& experts, const KernelSet
     Block block{e, 0, 0, 0, 0, routing.first(e), count};
     if (expert_parallel)
       block.node = workers.node_of[static_cast<std::size_t>(experts.homes[static_cast<std::size_t>(e)])];
-    for_mc_ranges(block, each, [&](const Block& rows) { add_token_block(rows, expert_parallel); });
+    for (const index_t end = block.first + count; block.first < end; block.first += each) {
+      block.count = std::min(each, end - block.first);
+      add_token_block(block, expert_parallel);
+    }
   }
 }
 
 void Plan::add_token_block(Block block, bool expert_parallel) {
   most_rows = std::max(most_rows, block.count);
-  all_by_gemv = all_by_gemv && block.count <= kGemvRows;
+  all_by_gemv = all_by_gemv && by_gemv(block);
   const std::size_t root = blocks.size();
   std::vector<std::size_t> packers(node_threads.size(), blocks.max_size());
   for (std::size_t i = 0; i < shards.size(); ++i) {
@@ -169,14 +172,14 @@ PackSchedule::PackSchedule(const Plan& plan) {
   }
   const auto multiply_next = [&](Ring& ring) {
     for_readers(plan, ring.inputs[ring.multiplied++],
-                [&](const Block& block) { steps.push_back({block.index, false}); });
+                [&](const Block& block) { actions.push_back({block.index, false}); });
   };
   for (const Block& block : plan.blocks) {
     if (block.packer != block.index) continue;
     Ring& ring = rings[block.node];
     const std::size_t turn = ring.inputs.size();
-    steps.push_back({block.index, true, static_cast<index_t>(turn % ring.slots),
-                     turn < ring.slots ? kNone : ring.inputs[turn - ring.slots]});
+    actions.push_back({block.index, true, static_cast<index_t>(turn % ring.slots),
+                       turn < ring.slots ? kNone : ring.inputs[turn - ring.slots]});
     ring.inputs.push_back(block.index);
     if (ring.inputs.size() > ring.ahead) multiply_next(ring);
   }

@@ -60,8 +60,8 @@ inline constexpr index_t kMostCacheBytes = index_t{512} << 10;
 inline constexpr std::array kDown{Projection::down};
 
 // A token block on one shard, which is what a verb computes: consecutive routed tokens of one expert, and the
-// shard's slice of the intermediate dimension. Or some of its rows. The shards of a token block follow one
-// another, and the first is its root, which computes what all of them need, and reduces their partial sums.
+// shard's slice of the intermediate dimension. The shards of a token block follow one another, and the first
+// is its root, which computes what all of them need, and reduces their partial sums.
 struct Block {
   int expert;
   std::size_t shard, node;  // of those in the plan
@@ -69,6 +69,21 @@ struct Block {
   std::size_t packer;       // the block of its node that packs the input that they have in common
   index_t first, count;     // its routed tokens
 };
+
+// All rows of a block, or some of them, such as an MC range. The block outlives them.
+struct BlockRows {
+  BlockRows(const Block& all) : block(all), rows{0, all.count} {}
+  BlockRows(const Block& of, Range some) : block(of), rows(some) {}
+
+  const Block& block;
+  Range rows;  // of the block
+
+  index_t first() const { return block.first + rows.begin; }  // of its routed tokens
+  index_t count() const { return rows.size(); }
+};
+
+// Whether a block has so few rows that its products are GEMVs, which read the weights where they lie.
+inline bool by_gemv(const Block& block) { return block.count <= kGemvRows; }
 
 // A shard of the plan: its slice of the intermediate dimension, its number in the runtime and its node.
 struct ShardSlice {
@@ -97,16 +112,11 @@ void for_nc_ranges(const NcRanges& ranges, index_t task, index_t per_task, const
   }
 }
 
-// `count` rows of a block from row `first` on.
-inline Block rows_of(Block block, index_t first, index_t count) {
-  block.first += first, block.count = count;
-  return block;
-}
-
 // Cuts a block into MC ranges of at most `rows` rows.
 template <class Body>
 void for_mc_ranges(const Block& block, index_t rows, const Body& body) {
-  for (index_t i = 0; i < block.count; i += rows) body(rows_of(block, i, std::min(rows, block.count - i)));
+  for (index_t i = 0; i < block.count; i += rows)
+    body(BlockRows(block, {i, std::min(i + rows, block.count)}));
 }
 
 class Plan {
@@ -122,23 +132,12 @@ class Plan {
   index_t cache_bytes = 0;  // of weights that a task keeps in its L2 cache
   bool all_by_gemv = true;  // every block
 
-  // Whether a block has so few rows that its products are GEMVs, which read the weights where they lie.
-  bool by_gemv(const Block& block) const { return blocks[block.index].count <= kGemvRows; }
-
   bool is_root(const Block& block) const { return block.index % shards.size() == 0; }
   // All shards of the same token block, its root first.
   std::span<const Block> token_block(const Block& block) const {
     return std::span(blocks).subspan(block.index - block.index % shards.size(), shards.size());
   }
   const Block& root(const Block& block) const { return token_block(block).front(); }
-  // Where some rows lie in their block; and the same rows on another shard.
-  Range within(const Block& rows) const {
-    const index_t begin = rows.first - blocks[rows.index].first;
-    return {begin, begin + rows.count};
-  }
-  Block on_shard_of(const Block& other, const Block& rows) const {
-    return rows_of(other, within(rows).begin, rows.count);
-  }
   // The columns of the intermediate dimension that a block has.
   const Range& slice(const Block& block) const { return shards[block.shard].range; }
   index_t width(const Block& block) const { return slice(block).size(); }
@@ -157,7 +156,7 @@ class Plan {
     for (index_t i = 0, rows; i < block.count; i += rows) {
       const index_t left = block.count - i;
       rows = left <= edge || left > half + edge ? std::min(tile, left) : std::min(half, left);
-      body(rows_of(block, i, rows));
+      body(BlockRows(block, {i, i + rows}));
     }
   }
 
@@ -170,7 +169,7 @@ class Plan {
 // The order in which a node's inputs are packed and multiplied. Packing runs some blocks ahead, by a node's
 // threads, so that products seldom wait, into a ring of slots, each free again when its products are done.
 struct PackSchedule {
-  struct Step {
+  struct Action {
     std::size_t block;
     bool packs;  // its input; else multiplies it
     index_t slot = 0;
@@ -182,7 +181,7 @@ struct PackSchedule {
   explicit PackSchedule(const Plan& plan);
 
   std::vector<index_t> slots;  // of each node's ring
-  std::vector<Step> steps;
+  std::vector<Action> actions;
 };
 
 // The blocks that read the input that `packer` packed.

@@ -18,15 +18,15 @@
 
 namespace kt {
 
-// The steps of a layer's forward and backward pass.
+// What a layer's forward and backward pass consist of.
 enum class Stage : std::uint8_t {
   setup,              // what the caller does alone: plan, add tasks, free memory
   route,              // routed tokens, sorted by expert
   fetch,              // weights that are not in memory
   dispatch,           // rows of X or dY, packed
   lora_p,             // P = s X A'
-  pack,               // weights, packed
-  decode,             // codes to bf16, and packed
+  pack_weights,       // weights, packed
+  decode_weights,     // codes to bf16, and packed
   gate_up,            // G, U
   activation,         // h
   pack_h,             // h, packed
@@ -47,7 +47,7 @@ enum class Stage : std::uint8_t {
 
 // clang-format off
 inline constexpr std::array<std::string_view, 23> stage_names{
-    "setup", "route", "fetch", "dispatch", "lora_p", "pack", "decode", "gate_up", "activation", "pack_h", "down",
+    "setup", "route", "fetch", "dispatch", "lora_p", "pack_weights", "decode_weights", "gate_up", "activation", "pack_h", "down",
     "combine", "reduce", "grad_down", "grad_activation", "grad_topk_weights", "pack_grad", "lora_q",
     "grad_hidden", "lora_grad", "zero_grad", "wait", "idle"};
 // clang-format on
@@ -56,7 +56,7 @@ static_assert(kStages == static_cast<std::size_t>(Stage::idle) + 1);
 
 constexpr std::string_view name_of(Stage stage) { return stage_names[static_cast<std::size_t>(stage)]; }
 
-// The work of some time. Bytes are those that a step has to read or write, caches aside: local ones lie in
+// The work of some time. Bytes are those that a task has to read or write, caches aside: local ones lie in
 // the memory of the node that does it, remote ones in that of another. The caller's tensors lie in node 0's.
 struct Work {
   std::int64_t flops = 0, local = 0, remote = 0;

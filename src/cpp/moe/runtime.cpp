@@ -86,15 +86,15 @@ Runtime::Runtime(std::optional<int> threads, std::optional<int> shards, std::opt
   if (topology_.l1d < static_cast<std::size_t>(kernels_.gemm.mr) * kWay) kernels_.gemm.in_place = false;
   l2_bytes_ = topology_.l2 == 0 ? kUsualL2 : topology_.l2;
   for (const Node& node : layout_.nodes) {
-    memory_.emplace_back(node.memory);
-    for (int thread = 0; thread < node.threads; ++thread) scratch_.emplace_back(node.memory);
+    arenas_.emplace_back(node.memory_nodes);
+    for (int thread = 0; thread < node.threads; ++thread) scratch_.emplace_back(node.memory_nodes);
   }
 }
 
 std::size_t Runtime::scratch_bytes() {
   const WorkerPool::Claim claim = pool_.claim();
   std::size_t total = 0;
-  for (const auto* arenas : {&memory_, &scratch_})
+  for (const auto* arenas : {&arenas_, &scratch_})
     for (const Arena& arena : *arenas) total += arena.peak();
   return total;
 }
@@ -128,7 +128,7 @@ Runtime::Lease::Lease(Runtime& runtime) : runtime_(runtime), claim_(runtime.pool
   // In a forked child it is left where it is, as the parent's threads are.
   if (auto& profile = runtime_.profile_; profile != nullptr && !profile->is_own())
     new std::shared_ptr<Profile>(std::move(profile));
-  for (Arena& arena : runtime_.memory_) {
+  for (Arena& arena : runtime_.arenas_) {
     arena.reset();
     arena.reset_peak();
   }

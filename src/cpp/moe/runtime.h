@@ -43,8 +43,8 @@ class Runtime {
   // brings its weights to the shards' memory use the same cut.
   std::vector<Range> split(index_t n, index_t align) const;
   // The NUMA nodes of a shard's memory; none where the machine has but one.
-  const std::vector<int>& memory_of(std::size_t shard) const {
-    return layout_.nodes[layout_.shards[shard].node].memory;
+  const std::vector<int>& memory_nodes_of(std::size_t shard) const {
+    return layout_.nodes[layout_.shards[shard].node].memory_nodes;
   }
   // A shard's share of all work, in the same unit for all shards.
   index_t weight_of(std::size_t shard) const { return layout_.shards[shard].weight; }
@@ -61,15 +61,15 @@ class Runtime {
   // The first shard that each thread serves.
   std::vector<int> first_shards() const;
 
-  // The runtime for one caller at a time. The next lease overwrites what this one took from `memory`.
+  // The runtime for one caller at a time. The next lease overwrites what this one took from an `arena`.
   class Lease {
    public:
     explicit Lease(Runtime& runtime);
 
     const KernelSet& kernels() const { return runtime_.kernels_; }
     Workers workers() const;
-    // Memory of a node's own.
-    Arena& memory(std::size_t node) { return runtime_.memory_[node]; }
+    // Scratch of a node's own, for all of a call.
+    Arena& arena(std::size_t node) { return runtime_.arenas_[node]; }
     // The profile that records this call, or null.
     Profile* profile() const { return runtime_.profile_.get(); }
     // The recorder of the thread whose scratch this is, or null.
@@ -98,7 +98,7 @@ class Runtime {
   ShardLayout layout_;
   std::size_t l2_bytes_;
   WorkerPool pool_;
-  std::vector<Arena> memory_;   // one a node
+  std::vector<Arena> arenas_;   // one a node
   std::vector<Arena> scratch_;  // one a worker
   std::shared_ptr<Profile> profile_;
   std::shared_ptr<BufferPool> results_ = std::make_shared<BufferPool>();

@@ -22,10 +22,10 @@ const TaskGraph::Group* add_packing(Pass& pass, const PackedProducts& products, 
         pack(pass, block, slot, scratch);
       },
       [&pass, &block](index_t) { return cost_of_packing(pass, block); });
-  if (products.pack_low_rank == nullptr || pass.plan.is_root(block)) return own;
+  if (products.pack_p_or_q == nullptr || pass.plan.is_root(block)) return own;
   return pass.tasks.add(
       pass.label(Stage::dispatch, block), block.node, 1, Groups{own, packed[pass.plan.root(block).index]},
-      [&pass, &block, slot, pack = products.pack_low_rank](index_t, Arena&) { pack(pass, block, slot); });
+      [&pass, &block, slot, pack = products.pack_p_or_q](index_t, Arena&) { pack(pass, block, slot); });
 }
 
 const TaskGraph::Group* add_products(Pass& pass, const PackedProducts& products, const Block& block,
@@ -66,14 +66,14 @@ Groups add_packed_products(Pass& pass, const PackedProducts& products, const Gro
   const PackSchedule schedule(plan);
   std::vector<char*> rings;  // by node
   for (std::size_t node = 0; node < schedule.slots.size(); ++node)
-    rings.push_back(pass.lease.memory(node).take<char>(schedule.slots[node] * products.slot_bytes));
+    rings.push_back(pass.lease.arena(node).take<char>(schedule.slots[node] * products.slot_bytes));
   Groups packed(plan.blocks.size()), done(plan.blocks.size());  // by block
-  for (const PackSchedule::Step& step : schedule.steps) {
-    const Block& block = plan.blocks[step.block];
-    if (step.packs) {
+  for (const PackSchedule::Action& action : schedule.actions) {
+    const Block& block = plan.blocks[action.block];
+    if (action.packs) {
       packed[block.index] =
-          add_packing(pass, products, block, rings[block.node] + step.slot * products.slot_bytes,
-                      of_readers(plan, step.emptied, done), packed);
+          add_packing(pass, products, block, rings[block.node] + action.slot * products.slot_bytes,
+                      of_readers(plan, action.emptied, done), packed);
     } else {
       Groups after{packed[block.packer]};
       if (!ready.empty()) after.push_back(ready[block.index]);
@@ -90,7 +90,7 @@ Groups add_shard_sums(Pass& pass, const ShardSums& sums, const Groups& ready) {
   std::vector<const float*> products(plan.shards.size());  // of a token block, by shard
   for (const Block& block : plan.blocks) {
     const index_t n = sums.floats(pass, block);
-    float* own = sharded ? pass.memory(block).take<float>(n) : nullptr;
+    float* own = sharded ? pass.arena(block).take<float>(n) : nullptr;
     products[block.shard] = own;
     done[block.index] = pass.tasks.add(pass.label(sums.stage, block), block.node, 1, ready[block.index],
                                        [=, &pass, &block](index_t, Arena& scratch) {
@@ -122,9 +122,9 @@ Work cost_of_packing(const Pass& pass, const Block& block) {
 
 Work cost_of_gate_up(const Pass& pass, const Block& block, Range nc) {
   const index_t matrix = block.count * nc.size() * kBf16;
-  Work work{0, matrix, 0};                                                                  // h
-  if (!pass.up.empty()) work += moved(std::ssize(pass.gate_up()) * matrix, 0, block.node);  // G, U
-  for (const Projection p : pass.gate_up())
+  Work work{0, matrix, 0};                                                                        // h
+  if (!pass.up.empty()) work += moved(std::ssize(pass.x_projections()) * matrix, 0, block.node);  // G, U
+  for (const Projection p : pass.x_projections())
     work += cost_of_product(pass, p, block, nc.size(), pass.cols(p, block),
                             /*here=*/true);
   return work;
@@ -140,8 +140,8 @@ Work cost_of_down(const Pass& pass, std::span<const Block> blocks, Range nc) {
 
 Work cost_of_grad_down(const Pass& pass, const Block& block, Range nc) {
   const index_t matrix = block.count * nc.size() * kBf16;
-  const index_t inner = std::ssize(pass.gate_up()) * matrix;  // G, U; and so many dG, dU
-  Work work{0, inner + matrix, 0};                            // and h
+  const index_t inner = std::ssize(pass.x_projections()) * matrix;  // G, U; and so many dG, dU
+  Work work{0, inner + matrix, 0};                                  // and h
   work += moved(inner, pass.recompute ? block.node : 0, block.node);
   work += cost_of_product(pass, Projection::down, block, nc.size(), pass.rows(Projection::down, block), true);
   return work;
@@ -150,7 +150,7 @@ Work cost_of_grad_down(const Pass& pass, const Block& block, Range nc) {
 Work cost_of_grad_gate_up(const Pass& pass, std::span<const Block> blocks, Range nc) {
   Work work{0, blocks.front().count * nc.size() * kFloat, 0};
   for (const Block& block : blocks)
-    for (const Projection p : pass.gate_up())
+    for (const Projection p : pass.x_projections())
       work += cost_of_product(pass, p, block, nc.size(), pass.rows(p, block), pass.plan.is_root(block));
   return work;
 }

@@ -14,10 +14,10 @@ namespace kt {
 struct PackedProducts {
   Stage stage;
   // The packing of a block's input into a slot, by the first of its shards on each node; the root also
-  // computes the input's low rank, which `pack_low_rank` then packs into the slots of other nodes. Null:
+  // computes P or Q of the input, which `pack_p_or_q` then packs into the slots of other nodes. Null:
   // there is no LoRA.
   void (*pack)(Pass& pass, const Block& block, char* slot, Arena& scratch);
-  void (*pack_low_rank)(Pass& pass, const Block& block, char* slot);
+  void (*pack_p_or_q)(Pass& pass, const Block& block, char* slot);
   index_t slot_bytes;
   // The product with NC range `i` of the weights, after which range `next` is multiplied.
   void (*multiply)(const Pass& pass, const Block& block, index_t i, Range nc, Range next, Arena& scratch);
@@ -46,7 +46,7 @@ inline Work moved(index_t bytes, std::size_t memory, std::size_t node) {
 }
 
 // A product of a block's rows with n x rank numbers of LoRA.
-inline Work cost_of_low_rank(const Block& block, index_t rank, index_t n) {
+inline Work cost_of_shrink(const Block& block, index_t rank, index_t n) {
   return {2 * block.count * rank * n, 0, 0};
 }
 

@@ -11,14 +11,14 @@ namespace {
 constexpr index_t kBlock = 32;
 
 template <class T>
-void transpose_blocks(const T* src, index_t src_stride, index_t src_step, index_t rows, index_t cols, T* dst,
-                      index_t dst_stride) {
+void transpose_blocks(const T* src, index_t src_stride, index_t src_col_stride, index_t rows, index_t cols,
+                      T* dst, index_t dst_stride) {
   for (index_t i0 = 0; i0 < rows; i0 += kBlock) {
     const index_t i1 = std::min(rows, i0 + kBlock);
     for (index_t j0 = 0; j0 < cols; j0 += kBlock) {
       const index_t j1 = std::min(cols, j0 + kBlock);
       for (index_t j = j0; j < j1; ++j) {
-        for (index_t i = i0; i < i1; ++i) dst[j * dst_stride + i] = src[i * src_stride + j * src_step];
+        for (index_t i = i0; i < i1; ++i) dst[j * dst_stride + i] = src[i * src_stride + j * src_col_stride];
       }
     }
   }
@@ -99,9 +99,9 @@ std::optional<index_t> bad_code(const std::byte* scales, index_t count, unsigned
 
 }  // namespace
 
-void transpose(const std::uint16_t* src, index_t src_stride, index_t src_step, index_t rows, index_t cols,
-               std::uint16_t* dst, index_t dst_stride) {
-  transpose_blocks(src, src_stride, src_step, rows, cols, dst, dst_stride);
+void transpose(const std::uint16_t* src, index_t src_stride, index_t src_col_stride, index_t rows,
+               index_t cols, std::uint16_t* dst, index_t dst_stride) {
+  transpose_blocks(src, src_stride, src_col_stride, rows, cols, dst, dst_stride);
 }
 
 void transpose(const std::uint32_t* src, index_t src_stride, index_t rows, index_t cols, std::uint32_t* dst,

@@ -15,9 +15,10 @@
 
 namespace kt {
 
-// dst[j * dst_stride + i] = src[i * src_stride + j * src_step] for i < rows, j < cols; strides in elements.
-void transpose(const std::uint16_t* src, index_t src_stride, index_t src_step, index_t rows, index_t cols,
-               std::uint16_t* dst, index_t dst_stride);
+// dst[j * dst_stride + i] = src[i * src_stride + j * src_col_stride] for i < rows, j < cols; strides in
+// elements.
+void transpose(const std::uint16_t* src, index_t src_stride, index_t src_col_stride, index_t rows,
+               index_t cols, std::uint16_t* dst, index_t dst_stride);
 void transpose(const std::uint32_t* src, index_t src_stride, index_t rows, index_t cols, std::uint32_t* dst,
                index_t dst_stride);
 

@@ -106,7 +106,7 @@ bool find_fused(const Spelling& spelling, std::string_view last, ExpertName& fou
   if (!down && !last.starts_with(up_word)) return false;
   found.tail = find_tail(kFusedTails, last.substr((down ? down_word : up_word).size()));
   found.spelling = &spelling;
-  found.first = down ? Projection::down : gate_up_of(spelling.gated.value_or(true)).front();
+  found.first = down ? Projection::down : x_projections_of(spelling.gated.value_or(true)).front();
   found.last = down ? Projection::down : Projection::up;
   return true;
 }

@@ -35,13 +35,13 @@ PageNodes sample_pages(const ExpertWeights& weights, std::size_t shard, std::spa
   index_t bytes = 0;
   for (const MatView& codes : all) bytes += codes.rows * codes.cols;
   const index_t most = std::max(index_t{1}, kMostPages / std::ssize(weights.shards));
-  const index_t step = std::max(kPage, ceil_div(bytes, most));
+  const index_t stride = std::max(kPage, ceil_div(bytes, most));
 
   std::vector<const void*> pages;
   index_t at = 0;  // the next byte that is looked at, counted from the codes at hand
   for (const MatView& codes : all) {
     const index_t here = codes.rows * codes.cols;
-    for (; at < here; at += step) {
+    for (; at < here; at += stride) {
       const auto address = reinterpret_cast<std::uintptr_t>(codes.at(at / codes.cols, 0)) +
                            static_cast<std::uintptr_t>(at % codes.cols);
       pages.push_back(reinterpret_cast<const void*>(address / kPage * kPage));
@@ -115,7 +115,7 @@ std::vector<PageNodes> Experts::page_nodes() const {
   const Runtime::Lease lease(*runtime_);
   std::vector<PageNodes> nodes;
   for (std::size_t s = 0; s < weights_.shards.size(); ++s)
-    nodes.push_back(sample_pages(weights_, s, runtime_->memory_of(s)));
+    nodes.push_back(sample_pages(weights_, s, runtime_->memory_nodes_of(s)));
   return nodes;
 }
 

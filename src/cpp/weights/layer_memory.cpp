@@ -172,7 +172,7 @@ std::array<std::vector<Weight>, 3> weights_in(std::span<const LayerBlock> blocks
 }
 
 LayerMemory::LayerMemory(const Runtime& runtime, const LayerShape& layer, const Sharding& sharding) {
-  for (std::size_t s = 0; s < sharding.shards.size(); ++s) nodes_.push_back(runtime.memory_of(s));
+  for (std::size_t s = 0; s < sharding.shards.size(); ++s) nodes_.push_back(runtime.memory_nodes_of(s));
   const auto add = [&](LayerBlock block, std::span<const int> nodes) {
     const Buffer& buffer = buffers_.emplace_back(static_cast<std::size_t>(block.bytes()), nodes);
     refused_ |= buffer.refused();

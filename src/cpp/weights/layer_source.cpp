@@ -94,14 +94,14 @@ void LayerSource::read_rows(const Entry& entry, int expert, const Plane& plane, 
                                {at, static_cast<std::size_t>(bytes)});
   };
   const index_t first = expert * plane.per_expert + plane.first;
-  if (plane.step == 1) return read(first + begin, to, count * row_bytes);
+  if (plane.row_stride == 1) return read(first + begin, to, count * row_bytes);
   const Arena::Frame frame(scratch);
-  const index_t stride = plane.step * row_bytes;
+  const index_t stride = plane.row_stride * row_bytes;
   const index_t chunk = std::clamp(kChunkBytes / stride, index_t{1}, count);
   auto* chunk_data = scratch.take<std::byte>(chunk * stride);
   for (index_t done = 0; done < count; done += chunk) {
     const index_t n = std::min(chunk, count - done);
-    read(first + (begin + done) * plane.step, chunk_data, (n - 1) * stride + row_bytes);
+    read(first + (begin + done) * plane.row_stride, chunk_data, (n - 1) * stride + row_bytes);
     for (index_t i = 0; i < n; ++i, to += row_bytes)
       std::memcpy(to, chunk_data + i * stride, static_cast<std::size_t>(row_bytes));
   }

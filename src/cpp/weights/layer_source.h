@@ -59,8 +59,9 @@ class LayerSource {
   // Rows of a stored tensor at equal distances.
   struct Plane {
     index_t rows = 0;
-    index_t first = 0, step = 1;  // in rows of the tensor: where this matrix begins, and from row to row
-    index_t per_expert = 0;       // rows of an expert in a fused tensor; 0: each has its own tensor
+    index_t first = 0,
+            row_stride = 1;  // in rows of the tensor: where this matrix begins, and from row to row
+    index_t per_expert = 0;  // rows of an expert in a fused tensor; 0: each has its own tensor
   };
 
   // `interleaved`: gate and up alternate in fused tensors.

@@ -30,7 +30,7 @@ std::size_t padding(const PackedLayer& layer) {
 // A mapped layer with the descriptor and the link by which other processes find it.
 struct Published {
   std::shared_ptr<const PackedFile> file;
-  Descriptor memory;
+  Descriptor memfd;
   fs::path link;
   pid_t process = ::getpid();
 
@@ -68,15 +68,15 @@ std::shared_ptr<const PackedFile> SharedLayer::find(const PackedLayer& wanted, s
       continue;
     }
     if (!at->path().filename().native().starts_with(name_ + ".")) continue;
-    Descriptor memory(::open(at->path().c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
-    if (memory < 0 && errno == ENXIO) {  // another process has its number, and a socket there
+    Descriptor memfd(::open(at->path().c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+    if (memfd < 0 && errno == ENXIO) {  // another process has its number, and a socket there
       ::unlink(at->path().c_str());
-    } else if (memory < 0) {
+    } else if (memfd < 0) {
       why = message("{}: {}", at->path().native(), std::system_category().message(errno));
-    } else if (file == nullptr && ::fcntl(memory, F_GET_SEALS) == kSeals) {
+    } else if (file == nullptr && ::fcntl(memfd, F_GET_SEALS) == kSeals) {
       // Without the seals it is a file of another process, which got the same number.
-      file = PackedFile::map(memory, wanted, padding(wanted), why);
-      if (file != nullptr) of_file = std::move(memory);
+      file = PackedFile::map(memfd, wanted, padding(wanted), why);
+      if (file != nullptr) of_file = std::move(memfd);
     }
   }
   if (error) throw_errno(directory_, "cannot list", error.value());
@@ -87,9 +87,9 @@ std::byte* SharedLayer::reserve(const PackedLayer& layer, std::span<const int> n
   const std::size_t bytes = layer.bytes() + padding(layer);
   void* map = MAP_FAILED;
   for (const unsigned huge : {unsigned{MFD_HUGETLB}, 0u}) {  // reserved huge pages, if there are enough
-    memory_ = Descriptor(::memfd_create(name_.c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING | huge));
-    if (memory_ < 0 || ::ftruncate(memory_, static_cast<off_t>(bytes)) != 0) continue;
-    map = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, memory_, 0);
+    memfd_ = Descriptor(::memfd_create(name_.c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING | huge));
+    if (memfd_ < 0 || ::ftruncate(memfd_, static_cast<off_t>(bytes)) != 0) continue;
+    map = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, memfd_, 0);
     if (map != MAP_FAILED) break;
   }
   if (map == MAP_FAILED)
@@ -107,18 +107,18 @@ std::shared_ptr<const PackedFile> SharedLayer::commit(const PackedLayer& layer, 
   write_header(layer, map_.get(), runtime, report);
   map_.reset();
   std::string why;
-  if (::fcntl(memory_, F_ADD_SEALS, kSeals) != 0) why = std::system_category().message(errno);
-  auto file = why.empty() ? PackedFile::map(memory_, layer, padding(layer), why) : nullptr;
+  if (::fcntl(memfd_, F_ADD_SEALS, kSeals) != 0) why = std::system_category().message(errno);
+  auto file = why.empty() ? PackedFile::map(memfd_, layer, padding(layer), why) : nullptr;
   if (file == nullptr) throw IoError(message("cannot share the memory of {}: {}", name_, why));
-  return publish(std::move(memory_), std::move(file));
+  return publish(std::move(memfd_), std::move(file));
 }
 
-std::shared_ptr<const PackedFile> SharedLayer::publish(Descriptor memory,
+std::shared_ptr<const PackedFile> SharedLayer::publish(Descriptor memfd,
                                                        std::shared_ptr<const PackedFile> file) const {
   auto published = std::make_shared<Published>();
   published->file = std::move(file);
-  published->memory = std::move(memory);
-  const int fd = published->memory;
+  published->memfd = std::move(memfd);
+  const int fd = published->memfd;
   const fs::path link = directory_ / message("{}.{}.{}", name_, published->process, fd);
   ::unlink(link.c_str());  // of a process that had the same numbers
   const auto target = message("/proc/{}/fd/{}", published->process, fd);

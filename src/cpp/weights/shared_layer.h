@@ -42,12 +42,12 @@ class SharedLayer {
     void operator()(std::byte* memory) const noexcept;
   };
 
-  std::shared_ptr<const PackedFile> publish(Descriptor memory, std::shared_ptr<const PackedFile> file) const;
+  std::shared_ptr<const PackedFile> publish(Descriptor memfd, std::shared_ptr<const PackedFile> file) const;
 
   std::filesystem::path directory_;
   std::string name_;
   Descriptor lock_;
-  Descriptor memory_;  // the file that is being written
+  Descriptor memfd_;  // the file that is being written
   std::unique_ptr<std::byte, Unmap> map_;
 };
 

@@ -31,9 +31,9 @@ class TilesSource final : public LayerSource {
       std::byte* codes = into.codes + part * (down ? into.code_bytes(cols) : rows * stride);
       (int4 ? kt_int4_codes : kt_int8_codes)(tiles.data(), rows, cols, codes, stride);
       float* to = scales + part * (down ? 1 : rows);
-      const index_t step = down ? parts : 1;
+      const index_t every = down ? parts : 1;
       for (index_t i = 0; i < rows; ++i)
-        to[i * step] = part_scales[static_cast<std::size_t>(i)] * (int4 ? 16.0f : 1.0f);
+        to[i * every] = part_scales[static_cast<std::size_t>(i)] * (int4 ? 16.0f : 1.0f);
     }
   }
 };

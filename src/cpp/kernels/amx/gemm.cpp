@@ -26,8 +26,8 @@ KT_INLINE void prefetch_tile(const char* bytes) {
   for (int line = 0; line < 16; ++line) _mm_prefetch(bytes + 64 * line, _MM_HINT_T0);
 }
 
-// A step of the product, from element to element; behind the last one it goes on, to the next panels.
-struct Step {
+// Where the product is, from element to element; behind the last one it goes on, to the next panels.
+struct Position {
   const BatchElement *element, *end;
   int p = 0;
   const char *a = static_cast<const char*>(element->a), *b = static_cast<const char*>(element->b);
@@ -54,7 +54,7 @@ void tile(const BatchElement* batch, int count, float* c, ptrdiff_t ldc, bool ad
     KT_TILE_ZERO(2);
     KT_TILE_ZERO(3);
   }
-  Step next{batch, batch + count};
+  Position next{batch, batch + count};
   for (int i = 0; i < kAhead; ++i) next.advance();
   for (const BatchElement* element = batch; element != batch + count; ++element) {
     const char* a = static_cast<const char*>(element->a);

@@ -5,7 +5,7 @@ namespace kt::avx2 {
 
 namespace {
 
-// The steps of decode_rows.
+// The decoders of decode_rows.
 
 struct Int8 {
   __m256 scale;
@@ -17,7 +17,7 @@ struct Int8 {
     return _mm256_srli_epi32(nearest_bf16(_mm256_mul_ps(_mm256_cvtepi32_ps(values), scale)), 16);
   }
   KT_INLINE void operator()(const uint8_t* codes, uint16_t* dst) const {
-    for (int i = 0; i < kStepCols; i += 16) {
+    for (int i = 0; i < kDecoderCols; i += 16) {
       const __m256i words = _mm256_packus_epi32(product(codes + i), product(codes + i + 8));
       _mm256_storeu_si256((__m256i*)(dst + i), _mm256_permute4x64_epi64(words, 0xd8));
     }

@@ -21,7 +21,7 @@ void load_pairs(RowSource src, int j, int cols, int p, int k, Vec (&r)[8]) {
 
 // One k: every row of A times V vectors of B.
 template <int R, int V>
-KT_INLINE void step(__m256 (&acc)[R][V], const float* a, const float* b) {
+KT_INLINE void add_step(__m256 (&acc)[R][V], const float* a, const float* b) {
   __m256 column[V];
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v) column[v] = _mm256_load_ps(b + 8 * v);
@@ -48,8 +48,8 @@ void tile(const BatchElement* batch, int count, float* c, ptrdiff_t ldc, int acc
     int k = element->k;
     for (; k >= KB; k -= KB, a += MR * KB)
 #pragma GCC unroll 4
-      for (int p = 0; p < KB; ++p, b += NR) step<R, V>(acc, a + p, b);
-    for (int p = 0; p < k; ++p, b += NR) step<R, V>(acc, a + p, b);
+      for (int p = 0; p < KB; ++p, b += NR) add_step<R, V>(acc, a + p, b);
+    for (int p = 0; p < k; ++p, b += NR) add_step<R, V>(acc, a + p, b);
   }
 
 #pragma GCC unroll 16

@@ -122,9 +122,9 @@ void gemv_nt(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t stride, flo
   }
 }
 
-// sum[M][16] (+)= X * W for `rows` rows of W and a run of columns; x holds X as [rows][step].
+// sum[M][16] (+)= X * W for `rows` rows of W and a run of columns; x holds X as [rows][x_stride].
 template <int M>
-void cross_tile(const float* x, int step, int rows, const uint16_t* w, ptrdiff_t stride, int cols,
+void cross_tile(const float* x, int x_stride, int rows, const uint16_t* w, ptrdiff_t stride, int cols,
                 ptrdiff_t far, ptrdiff_t near, float* sum, bool fresh) {
   __m256 acc[M][2];
 #pragma GCC unroll 8
@@ -132,7 +132,7 @@ void cross_tile(const float* x, int step, int rows, const uint16_t* w, ptrdiff_t
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h)
       acc[i][h] = fresh ? _mm256_setzero_ps() : _mm256_load_ps(sum + i * kRun + 8 * h);
-  for (int p = 0; p < rows; ++p, w += stride, x += step) {
+  for (int p = 0; p < rows; ++p, w += stride, x += x_stride) {
     request(w + far);
     request(w + near);
     const Run run = load_first(w, cols);

@@ -8,7 +8,7 @@ namespace kt::avx512 {
 
 namespace {
 
-struct Step {
+struct TileTraits {
   static constexpr int kDepth = 1;
   static constexpr bool kInPlace = false;  // fp32: panels only
   using Operand = __m512;
@@ -28,7 +28,7 @@ void pack_b_cols(RowSource src, int cols, int k, void* panel) {
 
 void micro_kernel(int rows, int cols, const BatchElement* batch, int count, float* c, ptrdiff_t ldc,
                   int accumulate) {
-  kTiles<Step>[rows - 1][cols > 16](batch, count, c, ldc, accumulate);
+  kTiles<TileTraits>[rows - 1][cols > 16](batch, count, c, ldc, accumulate);
 }
 
 constexpr GemmKernels gemm = {.mr = MR,
@@ -40,11 +40,11 @@ constexpr GemmKernels gemm = {.mr = MR,
                               .pack_b_rows = pack_b_rows_f32<Vec>,
                               .micro_kernel = micro_kernel,
                               .max_edge = kGemvRows,
-                              .peak = multiply_registers<Step>,
-                              .in_place = Step::kInPlace};
+                              .peak = multiply_registers<TileTraits>,
+                              .in_place = TileTraits::kInPlace};
 
 // bf16 widened to fp32 where it is: the even and the odd elements of a line.
-struct GemvStep {
+struct GemvTraits {
   struct Line {
     __m512 even, odd;
   };
@@ -75,8 +75,8 @@ struct GemvStep {
   static __m512 multiply_add(__m512i x, __m512i w, __m512 c) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(w), c);
   }
-  static void keep_terms(const uint16_t* x, int rows, uint32_t* to, int step) {
-    for (int p = 0; p < rows; ++p, to += step) *to = uint32_t{x[p]} << 16;
+  static void keep_terms(const uint16_t* x, int rows, uint32_t* to, int stride) {
+    for (int p = 0; p < rows; ++p, to += stride) *to = uint32_t{x[p]} << 16;
   }
   static void in_order(__m512 (&half)[2]) {
     const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -84,7 +84,7 @@ struct GemvStep {
   }
 };
 
-constexpr GemvKernels gemv = {kGemvNt<GemvStep>, kGemvNn<GemvStep>};
+constexpr GemvKernels gemv = {kGemvNt<GemvTraits>, kGemvNn<GemvTraits>};
 
 }  // namespace
 

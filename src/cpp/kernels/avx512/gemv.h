@@ -1,4 +1,4 @@
-// The GEMVs that the AVX-512 sets have in common. `Step` says how a line of 32 weights is
+// The GEMVs that the AVX-512 sets have in common. `Traits` says how a line of 32 weights is
 // read and multiplied; it has internal linkage, and so has what is instantiated with it.
 //
 // A weight takes part in few multiplications, so what counts is how many lines are on their way from memory.
@@ -35,16 +35,17 @@ static inline __m128 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
 // The loops over r, i and v are unrolled by order: gcc keeps acc in registers only when no index is left.
 
 // A line of each of R weights' rows times the same line of M rows of X.
-template <class Step, int M, int R>
+template <class Traits, int M, int R>
 KT_INLINE static void dot_line(__m512 (&acc)[R * M], const char* x, const uint16_t* const (&w)[R], int p,
                                __mmask32 mask) {
-  typename Step::Line line[R];
+  typename Traits::Line line[R];
 #pragma GCC unroll 2
-  for (int r = 0; r < R; ++r) line[r] = Step::load(w[r] + p, mask);
+  for (int r = 0; r < R; ++r) line[r] = Traits::load(w[r] + p, mask);
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 2
-    for (int r = 0; r < R; ++r) acc[i * R + r] = Step::dot(line[r], x + i * Step::kLineBytes, acc[i * R + r]);
+    for (int r = 0; r < R; ++r)
+      acc[i * R + r] = Traits::dot(line[r], x + i * Traits::kLineBytes, acc[i * R + r]);
 }
 
 // `low` picks the first half of the columns out of both; the second half lies 8 lanes on.
@@ -70,7 +71,7 @@ KT_INLINE static void add_dots(const __m512 (&acc)[R * M], int rows, float* c, p
 }
 
 // C[M x rows], rows <= R, from k elements of X in the order of use and as many of each row of W.
-template <class Step, int M, int R>
+template <class Traits, int M, int R>
 static void dot_tile(const char* x, int k, const uint16_t* w, ptrdiff_t stride, int rows, ptrdiff_t far,
                      ptrdiff_t near, float* c, ptrdiff_t ldc, int accumulate) {
   const uint16_t* row[R];
@@ -80,16 +81,16 @@ static void dot_tile(const char* x, int k, const uint16_t* w, ptrdiff_t stride, 
 #pragma GCC unroll 16
   for (int q = 0; q < R * M; ++q) acc[q] = _mm512_setzero_ps();
   int p = 0;
-  for (; p + kLine <= k; p += kLine, x += M * Step::kLineBytes) {
-    if constexpr (M > Step::kUnaided) {
+  for (; p + kLine <= k; p += kLine, x += M * Traits::kLineBytes) {
+    if constexpr (M > Traits::kUnaided) {
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r) request(row[r] + p + far);
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r) request(row[r] + p + near);
     }
-    dot_line<Step, M, R>(acc, x, row, p, ~0u);
+    dot_line<Traits, M, R>(acc, x, row, p, ~0u);
   }
-  if (p < k) dot_line<Step, M, R>(acc, x, row, p, first32(k - p));
+  if (p < k) dot_line<Traits, M, R>(acc, x, row, p, first32(k - p));
 
   add_dots<M, R>(acc, rows, c, ldc, accumulate);
 }
@@ -97,33 +98,33 @@ static void dot_tile(const char* x, int k, const uint16_t* w, ptrdiff_t stride, 
 // X goes through the stack as [k / 32][M] lines: rows a power of two apart would share their cache sets.
 // tile(X's lines, p, count, j, panel): the product of elements p to p + count of X and of W's rows j to j +
 // R, of the panel that begins with that row; the elements before p have been added.
-template <class Step, int M, int R, class Tile>
+template <class Traits, int M, int R, class Tile>
 static inline void for_dot_tiles(int n, int k, RowSource x, const Tile& tile) {
-  constexpr int kWhole = kStackBytes / (M * Step::kLineBytes) * kLine;
-  constexpr int kPart = kL1Bytes / (M * Step::kLineBytes) * kLine;
+  constexpr int kWhole = kStackBytes / (M * Traits::kLineBytes) * kLine;
+  constexpr int kPart = kL1Bytes / (M * Traits::kLineBytes) * kLine;
   alignas(64) char lines[kStackBytes];
   for (int begin = 0; begin < k; begin += kWhole) {
     const int whole = smaller(kWhole, k - begin);
     for (int i = 0; i < M; ++i)
       for (int p = 0; p < whole; p += kLine)
-        Step::keep(source_row(x, i) + begin + p, first32(whole - p),
-                   lines + (p / kLine * M + i) * Step::kLineBytes);
+        Traits::keep(source_row(x, i) + begin + p, first32(whole - p),
+                     lines + (p / kLine * M + i) * Traits::kLineBytes);
     for (int panel = 0; panel < n; panel += kPanelRows)
       for (int p = 0; p < whole; p += kPart)
         for (int j = panel; j < smaller(panel + kPanelRows, n); j += R)
-          tile(lines + p / kLine * M * Step::kLineBytes, begin + p, smaller(kPart, whole - p), j, panel);
+          tile(lines + p / kLine * M * Traits::kLineBytes, begin + p, smaller(kPart, whole - p), j, panel);
   }
 }
 
-template <class Step, int M>
+template <class Traits, int M>
 static void gemv_nt(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t stride, float* c, ptrdiff_t ldc,
                     int accumulate) {
   constexpr int R = M <= 4 ? 1 : 2;
-  for_dot_tiles<Step, M, R>(n, k, x, [&](const char* lines, int p, int count, int j, int panel) {
+  for_dot_tiles<Traits, M, R>(n, k, x, [&](const char* lines, int p, int count, int j, int panel) {
     const ptrdiff_t far = panel + 2 * kPanelRows <= n ? kPanelRows * stride : 0;
     const ptrdiff_t near = j + kNearRows + R <= n ? kNearRows * stride : 0;
-    dot_tile<Step, M, R>(lines, count, w + j * stride + p, stride, smaller(R, n - j), far, near, c + j, ldc,
-                         accumulate || p > 0);
+    dot_tile<Traits, M, R>(lines, count, w + j * stride + p, stride, smaller(R, n - j), far, near, c + j, ldc,
+                           accumulate || p > 0);
   });
 }
 
@@ -152,10 +153,10 @@ static inline ptrdiff_t lines_later(int count, int j, int lines, ptrdiff_t to_ne
 }
 
 // sum[M x 32 columns] (+)= X * W for `rows` rows of W; x holds its terms as [rows / kRows][M].
-template <class Step, int M>
+template <class Traits, int M>
 static void cross_tile(const uint32_t* x, int rows, const uint16_t* w, ptrdiff_t stride, int cols,
                        Requests& requests, ptrdiff_t near, ptrdiff_t nearest, float* sum, bool fresh) {
-  constexpr int kRows = Step::kRows;
+  constexpr int kRows = Traits::kRows;
   Requests far = requests;  // in registers
   const __mmask32 mask = first32(cols);
   __m512 acc[M][2];
@@ -173,12 +174,12 @@ static void cross_tile(const uint32_t* x, int rows, const uint16_t* w, ptrdiff_t
     }
     const bool all = p + kRows <= rows;
     __m512i b[2];
-    Step::load_across(w, all ? stride : 0, mask, all ? mask : 0, b);
+    Traits::load_across(w, all ? stride : 0, mask, all ? mask : 0, b);
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
       const __m512i term = _mm512_set1_epi32(static_cast<int>(x[i]));
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) acc[i][v] = Step::multiply_add(term, b[v], acc[i][v]);
+      for (int v = 0; v < 2; ++v) acc[i][v] = Traits::multiply_add(term, b[v], acc[i][v]);
     }
   }
 #pragma GCC unroll 8
@@ -188,13 +189,13 @@ static void cross_tile(const uint32_t* x, int rows, const uint16_t* w, ptrdiff_t
   requests = far;
 }
 
-// C[M x cols] (+)= the sums of its tiles, which hold columns in the order of Step.
-template <class Step, int M>
+// C[M x cols] (+)= the sums of its tiles, which hold columns in the order of Traits.
+template <class Traits, int M>
 static void store_sums(const float* sum, int cols, float* c, ptrdiff_t ldc, int accumulate) {
   for (int j = 0; j < cols; j += kLine)
     for (int i = 0; i < M; ++i, sum += kLine) {
       __m512 half[2] = {_mm512_load_ps(sum), _mm512_load_ps(sum + 16)};
-      Step::in_order(half);
+      Traits::in_order(half);
       for (int h = 0; h < 2; ++h) {
         const __mmask16 mask = first16(cols - j - 16 * h);
         float* to = c + i * ldc + j + 16 * h;
@@ -206,38 +207,39 @@ static void store_sums(const float* sum, int cols, float* c, ptrdiff_t ldc, int 
 
 // Goes through a block of rows of W line by line of columns, from top to bottom with C in registers; between
 // blocks C is on the stack.
-template <class Step, int M>
+template <class Traits, int M>
 static void gemv_nn(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t stride, float* c, ptrdiff_t ldc,
                     int accumulate) {
   constexpr int kColumns = kStackBytes / (4 * M * kLine) * kLine;
   alignas(64) float sum[kColumns * M];
-  uint32_t terms[kRowsBetweenSums / Step::kRows * M];
+  uint32_t terms[kRowsBetweenSums / Traits::kRows * M];
   for (int begin = 0; begin < n; begin += kColumns) {
     const int cols = smaller(kColumns, n - begin), lines = (cols + kLine - 1) / kLine;
     for (int p = 0; p < k; p += kRowsBetweenSums) {
       const int rows = smaller(kRowsBetweenSums, k - p);
-      for (int i = 0; i < M; ++i) Step::keep_terms(source_row(x, i) + p, rows, terms + i, M);
+      for (int i = 0; i < M; ++i) Traits::keep_terms(source_row(x, i) + p, rows, terms + i, M);
       const uint16_t* block = w + p * stride + begin;
       const ptrdiff_t to_next = p + 2 * kRowsBetweenSums > k ? 0 : kRowsBetweenSums * stride;
       Requests far{block + to_next, lines, lines, stride - lines * kLine};
       for (int j = 0; j < cols; j += kLine)
-        cross_tile<Step, M>(terms, rows, block + j, stride, cols - j, far, lines_later(6, j, lines, to_next),
-                            lines_later(2, j, lines, to_next), sum + M * j, p == 0);
+        cross_tile<Traits, M>(terms, rows, block + j, stride, cols - j, far,
+                              lines_later(6, j, lines, to_next), lines_later(2, j, lines, to_next),
+                              sum + M * j, p == 0);
     }
-    store_sums<Step, M>(sum, cols, c + begin, ldc, accumulate);
+    store_sums<Traits, M>(sum, cols, c + begin, ldc, accumulate);
   }
 }
 
-template <class Step>
+template <class Traits>
 constexpr GemvByRows kGemvNt = {
-    gemv_nt<Step, 1>, gemv_nt<Step, 2>, gemv_nt<Step, 3>, gemv_nt<Step, 4>,
-    gemv_nt<Step, 5>, gemv_nt<Step, 6>, gemv_nt<Step, 7>, gemv_nt<Step, 8>,
+    gemv_nt<Traits, 1>, gemv_nt<Traits, 2>, gemv_nt<Traits, 3>, gemv_nt<Traits, 4>,
+    gemv_nt<Traits, 5>, gemv_nt<Traits, 6>, gemv_nt<Traits, 7>, gemv_nt<Traits, 8>,
 };
 
-template <class Step>
+template <class Traits>
 constexpr GemvByRows kGemvNn = {
-    gemv_nn<Step, 1>, gemv_nn<Step, 2>, gemv_nn<Step, 3>, gemv_nn<Step, 4>,
-    gemv_nn<Step, 5>, gemv_nn<Step, 6>, gemv_nn<Step, 7>, gemv_nn<Step, 8>,
+    gemv_nn<Traits, 1>, gemv_nn<Traits, 2>, gemv_nn<Traits, 3>, gemv_nn<Traits, 4>,
+    gemv_nn<Traits, 5>, gemv_nn<Traits, 6>, gemv_nn<Traits, 7>, gemv_nn<Traits, 8>,
 };
 
 }  // namespace kt

@@ -169,7 +169,7 @@ struct Fp8 {
   }
 };
 
-// A step of decode_rows.
+// A decoder of decode_rows.
 template <class Lines>
 struct Stored {
   Lines lines;

@@ -1,5 +1,5 @@
 // The micro-kernel that the AVX-512 sets have in common. A step is what one multiply-add takes: 4 bytes of a
-// row of A (kDepth of k: an fp32, or a pair of bf16) and 4 * kTileCols bytes of packed B. `Step` says how
+// row of A (kDepth of k: an fp32, or a pair of bf16) and 4 * kTileCols bytes of packed B. `Traits` says how
 // those are read and multiplied, and whether rows of A may lie in a matrix; it has internal linkage, and so
 // has what is instantiated with it.
 #pragma once
@@ -27,16 +27,16 @@ KT_INLINE static const char* row_of(const TileRows& a, int r) {
 // The loops over r and v are unrolled by order: gcc keeps acc in registers only when no index is left.
 
 // One step: every row of A, at an offset, times V vectors of B.
-template <class Step, int R, int V>
+template <class Traits, int R, int V>
 KT_INLINE static void add_step(__m512 (&acc)[R][V], const TileRows& a, int offset, const char* b) {
-  typename Step::Operand column[V];
+  typename Traits::Operand column[V];
 #pragma GCC unroll 2
-  for (int v = 0; v < V; ++v) column[v] = Step::load(b + 64 * v);
+  for (int v = 0; v < V; ++v) column[v] = Traits::load(b + 64 * v);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    const typename Step::Operand row = Step::broadcast(row_of(a, r) + offset);
+    const typename Traits::Operand row = Traits::broadcast(row_of(a, r) + offset);
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) acc[r][v] = Step::multiply_add(row, column[v], acc[r][v]);
+    for (int v = 0; v < V; ++v) acc[r][v] = Traits::multiply_add(row, column[v], acc[r][v]);
   }
 }
 
@@ -51,13 +51,13 @@ KT_INLINE static void request(Prefetch& prefetch) {
 }
 
 // `stride` and `run`: bytes from a row of A to the next, and from a run to the next. Constants for panels.
-template <class Step, int R, int V>
+template <class Traits, int R, int V>
 KT_INLINE static void add_element(__m512 (&acc)[R][V], const BatchElement& element, ptrdiff_t stride,
                                   ptrdiff_t run) {
   const char *first = static_cast<const char*>(element.a), *b = static_cast<const char*>(element.b);
   TileRows a{{first, first + 4 * stride, first + 8 * stride}, stride, 3 * stride};
   Prefetch prefetch = element.prefetch;
-  int steps = (element.k + Step::kDepth - 1) / Step::kDepth;
+  int steps = (element.k + Traits::kDepth - 1) / Traits::kDepth;
   for (; steps >= kRun; steps -= kRun) {
     request(prefetch);
 #pragma GCC unroll 16
@@ -66,15 +66,15 @@ KT_INLINE static void add_element(__m512 (&acc)[R][V], const BatchElement& eleme
     for (int p = 0; p < kRun; ++p, b += 4 * kTileCols) {
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) _mm_prefetch(b + 4 * kTileCols * kStepsAhead + 64 * v, _MM_HINT_T0);
-      add_step<Step, R, V>(acc, a, 4 * p, b);
+      add_step<Traits, R, V>(acc, a, 4 * p, b);
     }
 #pragma GCC unroll 3
     for (const char*& row : a.fourth) row += run;
   }
-  for (int p = 0; p < steps; ++p, b += 4 * kTileCols) add_step<Step, R, V>(acc, a, 4 * p, b);
+  for (int p = 0; p < steps; ++p, b += 4 * kTileCols) add_step<Traits, R, V>(acc, a, 4 * p, b);
 }
 
-template <class Step, int R, int V>
+template <class Traits, int R, int V>
 static void tile(const BatchElement* batch, int count, float* c, ptrdiff_t ldc, int accumulate) {
   __m512 acc[R][V];
 #pragma GCC unroll 16
@@ -83,10 +83,10 @@ static void tile(const BatchElement* batch, int count, float* c, ptrdiff_t ldc, 
     for (int v = 0; v < V; ++v) acc[r][v] = _mm512_setzero_ps();
 
   for (const BatchElement* element = batch; element != batch + count; ++element) {
-    if (Step::kInPlace && element->a_stride != 0)
-      add_element<Step, R, V>(acc, *element, element->a_stride, 64);
+    if (Traits::kInPlace && element->a_stride != 0)
+      add_element<Traits, R, V>(acc, *element, element->a_stride, 64);
     else  // a panel
-      add_element<Step, R, V>(acc, *element, 64, 64 * kTileRows);
+      add_element<Traits, R, V>(acc, *element, 64, 64 * kTileRows);
   }
 
 #pragma GCC unroll 16
@@ -99,31 +99,31 @@ static void tile(const BatchElement* batch, int count, float* c, ptrdiff_t ldc, 
 
 using Tile = void (*)(const BatchElement*, int, float*, ptrdiff_t, int);
 
-template <class Step, int R>
-constexpr Tile kTilesOf[2] = {tile<Step, R, 1>, tile<Step, R, 2>};
+template <class Traits, int R>
+constexpr Tile kTilesOf[2] = {tile<Traits, R, 1>, tile<Traits, R, 2>};
 
-template <class Step>
+template <class Traits>
 constexpr const Tile* kTiles[kTileRows] = {
-    kTilesOf<Step, 1>, kTilesOf<Step, 2>,  kTilesOf<Step, 3>,  kTilesOf<Step, 4>,
-    kTilesOf<Step, 5>, kTilesOf<Step, 6>,  kTilesOf<Step, 7>,  kTilesOf<Step, 8>,
-    kTilesOf<Step, 9>, kTilesOf<Step, 10>, kTilesOf<Step, 11>, kTilesOf<Step, 12>,
+    kTilesOf<Traits, 1>, kTilesOf<Traits, 2>,  kTilesOf<Traits, 3>,  kTilesOf<Traits, 4>,
+    kTilesOf<Traits, 5>, kTilesOf<Traits, 6>,  kTilesOf<Traits, 7>,  kTilesOf<Traits, 8>,
+    kTilesOf<Traits, 9>, kTilesOf<Traits, 10>, kTilesOf<Traits, 11>, kTilesOf<Traits, 12>,
 };
 
 // The multiply-add of a set on registers alone.
-template <class Step>
+template <class Traits>
 static double multiply_registers(int rounds, void* registers) {
   constexpr int kChains = 16;  // two units, each with a latency of at most 8 multiply-adds
   char* words = static_cast<char*>(registers);
-  const typename Step::Operand a = Step::load(words), b = Step::load(words + 64);
+  const typename Traits::Operand a = Traits::load(words), b = Traits::load(words + 64);
   __m512 acc[kChains];
 #pragma GCC unroll 16
   for (int i = 0; i < kChains; ++i) acc[i] = _mm512_load_ps(words + 64 * i);
   for (int round = 0; round < rounds; ++round)
 #pragma GCC unroll 16
-    for (int i = 0; i < kChains; ++i) acc[i] = Step::multiply_add(a, b, acc[i]);
+    for (int i = 0; i < kChains; ++i) acc[i] = Traits::multiply_add(a, b, acc[i]);
 #pragma GCC unroll 16
   for (int i = 0; i < kChains; ++i) _mm512_store_ps(words + 64 * i, acc[i]);
-  return 2.0 * Step::kDepth * 16 * kChains * rounds;
+  return 2.0 * Traits::kDepth * 16 * kChains * rounds;
 }
 
 }  // namespace kt

@@ -12,8 +12,8 @@ namespace kt::avx512_bf16 {
 
 namespace {
 
-// The step of this set's GEMVs: pairs of bf16 along k.
-struct Step {
+// Pairs of bf16 along k.
+struct GemvTraits {
   using Line = __m512bh;
   static constexpr int kLineBytes = 64;  // of X, for a line of W
   static constexpr int kRows = 2;        // of W in a term of `nn`
@@ -37,8 +37,9 @@ struct Step {
   static __m512 multiply_add(__m512i x, __m512i w, __m512 c) {
     return _mm512_dpbf16_ps(c, (__m512bh)x, (__m512bh)w);
   }
-  static void keep_terms(const uint16_t* x, int rows, uint32_t* to, int step) {
-    for (int p = 0; p < rows; p += 2, to += step) *to = x[p] | (p + 1 < rows ? uint32_t{x[p + 1]} << 16 : 0);
+  static void keep_terms(const uint16_t* x, int rows, uint32_t* to, int stride) {
+    for (int p = 0; p < rows; p += 2, to += stride)
+      *to = x[p] | (p + 1 < rows ? uint32_t{x[p + 1]} << 16 : 0);
   }
   // Unpacking interleaves within 128 bits: the first half has columns 0-3, 8-11, ...
   static void in_order(__m512 (&half)[2]) {
@@ -124,7 +125,7 @@ struct LinesPair {
     b[0] = _mm512_unpacklo_epi16(even_line, odd_line);
     b[1] = _mm512_unpackhi_epi16(even_line, odd_line);
   }
-  static void in_order(__m512 (&half)[2]) { Step::in_order(half); }
+  static void in_order(__m512 (&half)[2]) { GemvTraits::in_order(half); }
 };
 
 // A table of one row, twice.

@@ -48,7 +48,7 @@ void pack_panels(RowSource src, int k, int cols, char* dst, ptrdiff_t panel_byte
 constexpr PackPanels* kPackPanels[] = {pack_panels<1>, pack_panels<2>, pack_panels<3>, pack_panels<4>};
 
 // A pair of k.
-struct Step {
+struct TileTraits {
   static constexpr int kDepth = 2;
   static constexpr bool kInPlace = true;  // rows of a matrix are what a panel's are
   using Operand = __m512bh;
@@ -72,7 +72,7 @@ void from_int8(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
 
 void micro_kernel(int rows, int cols, const BatchElement* batch, int count, float* c, ptrdiff_t ldc,
                   int accumulate) {
-  kTiles<Step>[rows - 1][cols > 16](batch, count, c, ldc, accumulate);
+  kTiles<TileTraits>[rows - 1][cols > 16](batch, count, c, ldc, accumulate);
 }
 
 constexpr GemmKernels gemm = {.mr = MR,
@@ -84,8 +84,8 @@ constexpr GemmKernels gemm = {.mr = MR,
                               .pack_b_rows = pack_b_rows,
                               .micro_kernel = micro_kernel,
                               .max_edge = kGemvRows,
-                              .peak = multiply_registers<Step>,
-                              .in_place = Step::kInPlace};
+                              .peak = multiply_registers<TileTraits>,
+                              .in_place = TileTraits::kInPlace};
 constexpr DecodeKernels decode = {nullptr, nullptr, {nullptr, from_int8}};
 
 }  // namespace

@@ -28,10 +28,10 @@ KT_INLINE void dot_lines(__m512 (&acc)[R * M], const Coded& w, const char*& x, c
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       if constexpr (Each) lines[r] = Codes::lines(w, place[r] + q * Codes::kScales);
-      const auto line = (Step::Line)lines[r].line(codes[r] + q * Codes::kBytes);
+      const auto line = (GemvTraits::Line)lines[r].line(codes[r] + q * Codes::kBytes);
 #pragma GCC unroll 8
       for (int i = 0; i < M; ++i)
-        acc[i * R + r] = Step::dot(line, x + (q * M + i) * Step::kLineBytes, acc[i * R + r]);
+        acc[i * R + r] = GemvTraits::dot(line, x + (q * M + i) * GemvTraits::kLineBytes, acc[i * R + r]);
     }
   }
 #pragma GCC unroll 4
@@ -39,7 +39,7 @@ KT_INLINE void dot_lines(__m512 (&acc)[R * M], const Coded& w, const char*& x, c
     codes[r] += Count * Codes::kBytes;
     if (Each) place[r] += Count * Codes::kScales;
   }
-  x += Count * M * Step::kLineBytes;
+  x += Count * M * GemvTraits::kLineBytes;
 }
 
 // C[M x rows], rows <= R, from columns p to p + count of W's rows j to j + R; groups may begin before p.
@@ -84,7 +84,7 @@ void coded_nt(RowSource x, const Coded& w, float* c, ptrdiff_t ldc, int accumula
   constexpr int R = M <= 2 ? 4 : 2;  // as many sums at once as hide the latency of an addition
   const int row_bytes = w.cols / kLine * Codes::kBytes, together = R * row_bytes;
   const ptrdiff_t ahead = row_bytes >= kAhead ? kAhead : (kAhead + together - 1) / together * R * w.stride;
-  for_dot_tiles<Step, M, R>(w.rows, w.cols, x, [&](const char* lines, int p, int count, int j, int) {
+  for_dot_tiles<GemvTraits, M, R>(w.rows, w.cols, x, [&](const char* lines, int p, int count, int j, int) {
     coded_dot_tile<Codes, M, R>(lines, w, p, count, j, ahead, c + j, ldc, accumulate || p > 0);
   });
 }
@@ -129,7 +129,7 @@ void coded_cross_tile(const uint32_t* x, int rows, const Coded& w, int first, in
       for (int i = 0; i < M; ++i) {
         const __m512i term = _mm512_set1_epi32(static_cast<int>(x[i]));
 #pragma GCC unroll 2
-        for (int h = 0; h < 2; ++h) acc[i][v][h] = Step::multiply_add(term, b[h], acc[i][v][h]);
+        for (int h = 0; h < 2; ++h) acc[i][v][h] = GemvTraits::multiply_add(term, b[h], acc[i][v][h]);
       }
     }
   }
@@ -151,7 +151,7 @@ void coded_cross_tile(const uint32_t* x, int rows, const Coded& w, int first, in
 template <class Codes, int M, bool Shared>
 void cross_blocks(RowSource x, const Coded& w, float* c, ptrdiff_t ldc, int accumulate) {
   constexpr int V = smaller(M <= 2 ? 4 : M <= 4 ? 2 : 1, kCacheLine / Codes::kBytes);
-  uint32_t terms[kRowsBetweenSums / Step::kRows * M];
+  uint32_t terms[kRowsBetweenSums / GemvTraits::kRows * M];
   const ptrdiff_t far = kRowsBetweenSums * w.stride, row_bytes = w.cols / kLine * Codes::kBytes;
   const auto near = [&](int j) {  // behind the last line of a row comes the next block
     const ptrdiff_t bytes = smaller(kNear, static_cast<int>(row_bytes));
@@ -159,7 +159,7 @@ void cross_blocks(RowSource x, const Coded& w, float* c, ptrdiff_t ldc, int accu
   };
   for (int p = 0; p < w.rows; p += kRowsBetweenSums) {
     const int rows = smaller(kRowsBetweenSums, w.rows - p);
-    for (int i = 0; i < M; ++i) Step::keep_terms(source_row(x, i) + p, rows, terms + i, M);
+    for (int i = 0; i < M; ++i) GemvTraits::keep_terms(source_row(x, i) + p, rows, terms + i, M);
     int j = 0;
     for (; j + V * kLine <= w.cols; j += V * kLine)
       coded_cross_tile<Codes, M, V, Shared>(terms, rows, w, p, j, far, near(j), c + j, ldc,
@@ -194,7 +194,7 @@ struct Nn {
       coded_nn<Codes, 1>, coded_nn<Codes, 2>, coded_nn<Codes, 3>, coded_nn<Codes, 4>,
       coded_nn<Codes, 5>, coded_nn<Codes, 6>, coded_nn<Codes, 7>, coded_nn<Codes, 8>,
   };
-  static bool takes(const CodedRows& w) { return w.cols % kLine == 0 && w.rows % Step::kRows == 0; }
+  static bool takes(const CodedRows& w) { return w.cols % kLine == 0 && w.rows % GemvTraits::kRows == 0; }
 };
 
 template <class Direction, template <ScaleType> class Codes>
@@ -256,6 +256,6 @@ constexpr CodedGemvKernels coded_gemv = {kByType<Nt>, kByType<Nn>};
 
 }  // namespace
 
-const GemvKernels gemv = {kGemvNt<Step>, kGemvNn<Step>, &coded_gemv};
+const GemvKernels gemv = {kGemvNt<GemvTraits>, kGemvNn<GemvTraits>, &coded_gemv};
 
 }  // namespace kt::avx512_bf16

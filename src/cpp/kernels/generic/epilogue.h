@@ -18,8 +18,8 @@
 namespace kt {
 namespace {
 
-// Two registers: each step is written for both, because the CPU does not look far enough ahead to overlap two
-// whole chains of dependent steps.
+// Two registers: each operation is written for both, because the CPU does not look far enough ahead to
+// overlap two whole chains of dependent operations.
 template <class Vec>
 struct Pair {
   Vec low, high;
@@ -99,26 +99,26 @@ KT_INLINE void stream(Lanes<Vec> lanes, uint16_t* dst, Pair<Vec> x) {
   Vec::stream_bf16(dst, x.low, x.high, lanes.low, lanes.high);
 }
 
-// Calls step(i, lanes) for the n elements of a row. Without masks the last step overlaps the one before.
-template <class Vec, class Step>
-KT_INLINE void for_lanes(int n, const Step& step) {
+// Calls body(i, lanes) for the n elements of a row. Without masks the last call overlaps the one before.
+template <class Vec, class Body>
+KT_INLINE void for_lanes(int n, const Body& body) {
   constexpr int kSize = Lanes<Vec>::kSize;
   int i = 0;
-  for (; i + kSize <= n; i += kSize) step(i, Lanes<Vec>{});
+  for (; i + kSize <= n; i += kSize) body(i, Lanes<Vec>{});
   if (i == n) return;
   if (!Vec::kMasks && n > kSize) i = n - kSize;
-  step(i, Lanes<Vec>::first(n - i));
+  body(i, Lanes<Vec>::first(n - i));
 }
 
-// The sum over a row of what step(i, lanes, sum) adds to the elements of `sum`.
-template <class Vec, class Step>
-KT_INLINE float sum_lanes(int n, const Step& step) {
+// The sum over a row of what body(i, lanes, sum) adds to the elements of `sum`.
+template <class Vec, class Body>
+KT_INLINE float sum_lanes(int n, const Body& body) {
   constexpr int kSize = Lanes<Vec>::kSize;
   Pair<Vec> dot = Pair<Vec>::all(0.0f), edge = dot;
   int i = 0;
-  for (; i + kSize <= n; i += kSize) step(i, Lanes<Vec>{}, dot);
+  for (; i + kSize <= n; i += kSize) body(i, Lanes<Vec>{}, dot);
   if (i == n) return sum(dot);
-  step(i, Lanes<Vec>::first(n - i), Vec::kMasks ? dot : edge);
+  body(i, Lanes<Vec>::first(n - i), Vec::kMasks ? dot : edge);
   return Vec::kMasks ? sum(dot) : sum(dot) + sum(edge);
 }
 
@@ -207,7 +207,7 @@ template <class Vec>
 void sum_scaled(int n, int count, const float* const* x, const float* scale, float* y) {
   constexpr int kVectors = 4;
   using Parts = typename Vec::Part[kVectors];
-  const auto step = [=](int i, const Parts& part) KT_INLINE_LAMBDA {
+  const auto sum_part = [=](int i, const Parts& part) KT_INLINE_LAMBDA {
     Vec sum[kVectors];
 #pragma GCC unroll 4
     for (Vec& s : sum) s = Vec::all(0.0f);
@@ -222,11 +222,11 @@ void sum_scaled(int n, int count, const float* const* x, const float* scale, flo
   };
   int i = 0;
   for (; i + kVectors * Vec::kSize <= n; i += kVectors * Vec::kSize)
-    step(i, {Vec::kAll, Vec::kAll, Vec::kAll, Vec::kAll});
+    sum_part(i, {Vec::kAll, Vec::kAll, Vec::kAll, Vec::kAll});
   if (i == n) return;
   Parts part;
   for (int v = 0; v < kVectors; ++v) part[v] = Vec::first(n - i - Vec::kSize * v);
-  step(i, part);
+  sum_part(i, part);
 }
 
 }  // namespace

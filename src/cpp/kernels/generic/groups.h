@@ -1,4 +1,4 @@
-// The loops around a decode of codes, and the decodes of sets with vectors over their own steps and their own
+// The loops around a decode of codes, and the decodes of sets with vectors over their own runs and their own
 // Vec (generic/epilogue.h says what that has). Static functions only: each set's objects keep their own copy.
 #pragma once
 
@@ -105,12 +105,12 @@ static inline bool products_are_normal(const CodedRows& src) {
 }
 
 // Codes are decoded by so many columns.
-constexpr int kStepCols = 32;
+constexpr int kDecoderCols = 32;
 
 // Bytes that the codes of so many columns take.
-template <int StepBytes>
+template <int Bytes>
 static inline ptrdiff_t code_bytes(int cols) {
-  return (ptrdiff_t{cols} * StepBytes + kStepCols - 1) / kStepCols;
+  return (ptrdiff_t{cols} * Bytes + kDecoderCols - 1) / kDecoderCols;
 }
 
 // Bytes from a code to the prefetch that is made when it is decoded: in the row, or so many rows below where
@@ -120,116 +120,116 @@ static inline ptrdiff_t prefetch_distance(ptrdiff_t stride, ptrdiff_t row_bytes)
   return row_bytes >= kAhead ? kAhead : (kAhead + row_bytes - 1) / row_bytes * stride;
 }
 
-// The last columns of every row, fewer than a step takes: decoded aside, so that nothing is read or written
-// behind them. step_at(place of their first scale) decodes them.
-template <int StepBytes, class StepAt>
-static void decode_edges(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride, const StepAt& step_at) {
-  const int cols = src.cols % kStepCols, begin = src.cols - cols;
+// The last columns of every row, fewer than a decoder takes: decoded aside, so that nothing is read or
+// written behind them. decoder_at(place of their first scale) decodes them.
+template <int Bytes, class DecoderAt>
+static void decode_edges(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride,
+                         const DecoderAt& decoder_at) {
+  const int cols = src.cols % kDecoderCols, begin = src.cols - cols;
   for (int i = 0; i < src.rows; ++i) {
     const ptrdiff_t place = i * src.scale_stride + begin / src.group;
-    uint8_t codes[StepBytes] = {};
-    uint16_t decoded[kStepCols];
-    memcpy(codes, src.codes + i * src.stride + code_bytes<StepBytes>(begin), code_bytes<StepBytes>(cols));
-    step_at(place)(codes, decoded);
+    uint8_t codes[Bytes] = {};
+    uint16_t decoded[kDecoderCols];
+    memcpy(codes, src.codes + i * src.stride + code_bytes<Bytes>(begin), code_bytes<Bytes>(cols));
+    decoder_at(place)(codes, decoded);
     memcpy(dst + i * dst_stride + begin, decoded, cols * sizeof *dst);
   }
 }
 
-template <int StepBytes, class Step>
-KT_INLINE static void decode_steps(const Step& step, int steps, ptrdiff_t ahead, const uint8_t*& codes,
-                                   uint16_t*& dst) {
-  for (; steps > 0; --steps, codes += StepBytes, dst += kStepCols) {
+template <int Bytes, class Decoder>
+KT_INLINE static void decode_runs(const Decoder& decoder, int runs, ptrdiff_t ahead, const uint8_t*& codes,
+                                  uint16_t*& dst) {
+  for (; runs > 0; --runs, codes += Bytes, dst += kDecoderCols) {
     __builtin_prefetch(codes + ahead);
-    step(codes, dst);
+    decoder(codes, dst);
   }
 }
 
-// The columns of one group, from `begin` on, in all rows: where rows share scales, a step serves them all.
-template <int StepBytes, class StepOf>
+// The columns of one group, from `begin` on, in all rows: where rows share scales, a decoder serves them all.
+template <int Bytes, class DecoderOf>
 static inline void decode_group(const CodedRows& src, int begin, ptrdiff_t ahead, uint16_t* dst,
-                                ptrdiff_t dst_stride, const StepOf& step_of) {
+                                ptrdiff_t dst_stride, const DecoderOf& decoder_of) {
   const int cols = src.cols - begin < src.group ? src.cols - begin : src.group;
   const ptrdiff_t first = begin / src.group;
-  auto step = step_of(scale_at(src, first), zero_at(src, first));
+  auto decoder = decoder_of(scale_at(src, first), zero_at(src, first));
   for (int i = 0; i < src.rows; ++i) {
     const ptrdiff_t place = i * src.scale_stride + first;
-    if (place != first) step = step_of(scale_at(src, place), zero_at(src, place));
-    const uint8_t* codes = src.codes + i * src.stride + code_bytes<StepBytes>(begin);
+    if (place != first) decoder = decoder_of(scale_at(src, place), zero_at(src, place));
+    const uint8_t* codes = src.codes + i * src.stride + code_bytes<Bytes>(begin);
     uint16_t* to = dst + i * dst_stride + begin;
-    decode_steps<StepBytes>(step, cols / kStepCols, ahead, codes, to);
+    decode_runs<Bytes>(decoder, cols / kDecoderCols, ahead, codes, to);
   }
 }
 
-// Row by row. Groups of GroupSteps steps share a scale; 0: of as many as src.group says.
-template <int StepBytes, int GroupSteps, class StepOf>
+// Row by row. Groups of GroupRuns runs share a scale; 0: of as many as src.group says.
+template <int Bytes, int GroupRuns, class DecoderOf>
 static inline void decode_groups(const CodedRows& src, ptrdiff_t ahead, uint16_t* dst, ptrdiff_t dst_stride,
-                                 const StepOf& step_of) {
-  const int group = GroupSteps == 0 ? src.group / kStepCols : GroupSteps;
-  const int steps = src.cols / kStepCols, groups = (steps + group - 1) / group;
+                                 const DecoderOf& decoder_of) {
+  const int group = GroupRuns == 0 ? src.group / kDecoderCols : GroupRuns;
+  const int runs = src.cols / kDecoderCols, groups = (runs + group - 1) / group;
   for (int i = 0; i < src.rows; ++i) {
     const uint8_t* codes = src.codes + i * src.stride;
     uint16_t* to = dst + i * dst_stride;
-    int left = steps;
+    int left = runs;
     for (int first = 0; first < groups; first += kScalesTogether) {
       const int n = groups - first < kScalesTogether ? groups - first : kScalesTogether;
       const ptrdiff_t place = i * src.scale_stride + first;
       float scales[kScalesTogether];
       load_scales(src, place, n, scales);
       for (int k = 0; k < n; ++k, left -= group)
-        decode_steps<StepBytes>(step_of(scales[k], zero_at(src, place + k)),
-                                GroupSteps == 1 || left > group ? group : left, ahead, codes, to);
+        decode_runs<Bytes>(decoder_of(scales[k], zero_at(src, place + k)),
+                           GroupRuns == 1 || left > group ? group : left, ahead, codes, to);
     }
   }
 }
 
-// step_of(scale, zero point) makes the step for columns that share them: step(codes, dst) decodes kStepCols
-// columns from StepBytes bytes.
-template <int StepBytes, class StepOf>
+// decoder_of(scale, zero point) makes the decoder for columns that share them: decoder(codes, dst) decodes
+// kDecoderCols columns from Bytes bytes.
+template <int Bytes, class DecoderOf>
 static inline void decode_rows(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride,
-                               const StepOf& step_of) {
+                               const DecoderOf& decoder_of) {
   constexpr int kManyRows = 32;  // fewer are read as they lie in memory, which hides more of its latency
-  const ptrdiff_t ahead = prefetch_distance(src.stride, code_bytes<StepBytes>(src.cols));
+  const ptrdiff_t ahead = prefetch_distance(src.stride, code_bytes<Bytes>(src.cols));
   if (src.group >= src.cols || (src.scale_stride == 0 && src.rows >= kManyRows))
     for (int begin = 0; begin < src.cols; begin += src.group)
-      decode_group<StepBytes>(src, begin, ahead, dst, dst_stride, step_of);
-  else if (src.group == kStepCols)
-    decode_groups<StepBytes, 1>(src, ahead, dst, dst_stride, step_of);
+      decode_group<Bytes>(src, begin, ahead, dst, dst_stride, decoder_of);
+  else if (src.group == kDecoderCols)
+    decode_groups<Bytes, 1>(src, ahead, dst, dst_stride, decoder_of);
   else
-    decode_groups<StepBytes, 0>(src, ahead, dst, dst_stride, step_of);
-  if (src.cols % kStepCols == 0) return;
-  decode_edges<StepBytes>(src, dst, dst_stride, [&](ptrdiff_t place) {
-    return step_of(scale_at(src, place), zero_at(src, place));
-  });
+    decode_groups<Bytes, 0>(src, ahead, dst, dst_stride, decoder_of);
+  if (src.cols % kDecoderCols == 0) return;
+  decode_edges<Bytes>(src, dst, dst_stride,
+                      [&](ptrdiff_t place) { return decoder_of(scale_at(src, place), zero_at(src, place)); });
 }
 
-constexpr int kHalfStep = kStepCols / 2;
+constexpr int kHalfCols = kDecoderCols / 2;
 
-// Whether a step has columns of two groups: decode_half_steps decodes these.
-static inline bool has_half_steps(const CodedRows& src) {
-  return src.group == kHalfStep && src.cols > kHalfStep;
+// Whether a decoder has columns of two groups: decode_half_groups decodes these.
+static inline bool has_half_groups(const CodedRows& src) {
+  return src.group == kHalfCols && src.cols > kHalfCols;
 }
 
-// step_of(scale of the first half of the columns, of the second one) makes a step.
-template <int StepBytes, class StepOf>
-static inline void decode_half_steps(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride,
-                                     const StepOf& step_of) {
+// decoder_of(scale of the first half of the columns, of the second one) makes a decoder.
+template <int Bytes, class DecoderOf>
+static inline void decode_half_groups(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride,
+                                      const DecoderOf& decoder_of) {
   constexpr int kTogether = kScalesTogether / 2;
-  const ptrdiff_t ahead = prefetch_distance(src.stride, code_bytes<StepBytes>(src.cols));
-  const int steps = src.cols / kStepCols, edge = src.cols % kStepCols;
+  const ptrdiff_t ahead = prefetch_distance(src.stride, code_bytes<Bytes>(src.cols));
+  const int runs = src.cols / kDecoderCols, edge = src.cols % kDecoderCols;
   for (int i = 0; i < src.rows; ++i) {
     const uint8_t* codes = src.codes + i * src.stride;
     uint16_t* to = dst + i * dst_stride;
-    for (int first = 0; first < steps; first += kTogether) {
-      const int n = steps - first < kTogether ? steps - first : kTogether;
+    for (int first = 0; first < runs; first += kTogether) {
+      const int n = runs - first < kTogether ? runs - first : kTogether;
       float scales[kScalesTogether];
       load_scales(src, i * src.scale_stride + 2 * first, 2 * n, scales);
       for (int k = 0; k < n; ++k)
-        decode_steps<StepBytes>(step_of(scales[2 * k], scales[2 * k + 1]), 1, ahead, codes, to);
+        decode_runs<Bytes>(decoder_of(scales[2 * k], scales[2 * k + 1]), 1, ahead, codes, to);
     }
   }
   if (edge == 0) return;
-  decode_edges<StepBytes>(src, dst, dst_stride, [&](ptrdiff_t place) {
-    return step_of(scale_at(src, place), scale_at(src, edge > kHalfStep ? place + 1 : place));
+  decode_edges<Bytes>(src, dst, dst_stride, [&](ptrdiff_t place) {
+    return decoder_of(scale_at(src, place), scale_at(src, edge > kHalfCols ? place + 1 : place));
   });
 }
 
@@ -248,8 +248,8 @@ inline void round_row(int n, const T* src, uint16_t* dst, const Load& load) {
   if (i < n) load(src + i, Vec::first(n - i)).store_bf16(dst + i, Vec::first(n - i));
 }
 
-// A step of 32 columns is made from their scale, that of nibbles also from what the sixteen codes stand for
-// and from the zero point, and HalfNibbles from the scales of either half.
+// A decoder of 32 columns is made from their scale, that of nibbles also from what the sixteen codes stand
+// for and from the zero point, and HalfNibbles from the scales of either half.
 template <class Vec, class Int8, class Nibbles, class HalfNibbles, class Fp8>
 struct Decodes {
   static void from_f32(int n, const float* src, uint16_t* dst) { round_row<Vec>(n, src, dst, Vec::load); }
@@ -267,8 +267,8 @@ struct Decodes {
   }
 
   static void from_e2m1(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
-    if (has_half_steps(src))
-      return decode_half_steps<16>(
+    if (has_half_groups(src))
+      return decode_half_groups<16>(
           src, dst, dst_stride, [](float first, float second) { return HalfNibbles(kE2M1, first, second); });
     decode_rows<16>(src, dst, dst_stride, [](float scale, float) { return Nibbles(kE2M1, 0.0f, scale); });
   }
