@@ -37,8 +37,8 @@ bool place_memory(void* memory, std::size_t bytes, std::span<const int> nodes) n
   if (nodes.empty() || bytes == 0) return true;
   unsigned long mask[1024 / kBits] = {};
   for (const int node : nodes) {
-    if (node < 0 || static_cast<std::size_t>(node) >= 1024) return false;
-    mask[static_cast<std::size_t>(node) / kBits] |= 1UL << static_cast<std::size_t>(node) % kBits;
+    if (node < 0 || to_size(node) >= 1024) return false;
+    mask[to_size(node) / kBits] |= 1UL << to_size(node) % kBits;
   }
   const int policy = nodes.size() == 1 ? MPOL_PREFERRED : MPOL_INTERLEAVE;
   // One bit more than there are: the kernel takes the number for exclusive.

@@ -62,7 +62,7 @@ class Arena {
 
   template <class T>
   T* take(index_t count) {
-    return static_cast<T*>(take_bytes(static_cast<std::size_t>(count) * sizeof(T)));
+    return static_cast<T*>(take_bytes(to_size(count) * sizeof(T)));
   }
   // Allocates nothing and never fails: a task that could not start would keep others waiting.
   void reset() noexcept;

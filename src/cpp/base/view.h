@@ -51,6 +51,16 @@ inline bf16_t to_bf16(float x) {
 
 using index_t = std::int64_t;
 
+// The places of containers, and int, in which kernels count the rows and columns of a tile.
+template <class T>
+constexpr std::size_t to_size(T n) {
+  return static_cast<std::size_t>(n);
+}
+template <class T>
+constexpr int to_int(T n) {
+  return static_cast<int>(n);
+}
+
 // Owns nothing; the shape travels with the data. rows x cols, row-major, `stride` elements from one row to
 // the next (stride >= cols).
 struct MatView {

@@ -30,7 +30,7 @@ constexpr std::span<const Projection> x_projections_of(bool gated) {
 }
 
 // For arrays with one element a projection.
-constexpr std::size_t index_of(Projection p) { return static_cast<std::size_t>(p); }
+constexpr std::size_t index_of(Projection p) { return to_size(p); }
 
 constexpr std::string_view name_of(Projection p) {
   switch (p) {
@@ -46,12 +46,12 @@ enum class Format : std::uint8_t { bf16, int8, int4, fp8, mxfp4, nvfp4 };
 // By ScaleType.
 inline constexpr std::array<std::string_view, 5> scale_names{"none", "f32", "bf16", "e8m0", "e4m3"};
 
-constexpr std::string_view name_of(ScaleType type) { return scale_names[static_cast<std::size_t>(type)]; }
-constexpr index_t size_of(ScaleType type) { return kScaleBytes[static_cast<std::size_t>(type)]; }
+constexpr std::string_view name_of(ScaleType type) { return scale_names[to_size(type)]; }
+constexpr index_t size_of(ScaleType type) { return kScaleBytes[to_size(type)]; }
 
 inline constexpr std::array<std::string_view, kCodeTypes> code_names{"bf16", "int8", "int4", "e4m3", "e2m1"};
 
-constexpr std::string_view name_of(CodeType type) { return code_names[static_cast<std::size_t>(type)]; }
+constexpr std::string_view name_of(CodeType type) { return code_names[to_size(type)]; }
 
 // What the scales of a matrix are scaled by: one fp32 number, by which each is multiplied or divided.
 enum class GlobalScale : std::uint8_t { none, multiplies, divides };
@@ -89,7 +89,7 @@ inline constexpr std::array formats{
         "nvfp4", CodeType::e2m1, 4, {Format::nvfp4, ScaleType::e4m3, 1, 16, false, GlobalScale::multiplies}},
 };
 
-constexpr const FormatTraits& traits_of(Format format) { return formats[static_cast<std::size_t>(format)]; }
+constexpr const FormatTraits& traits_of(Format format) { return formats[to_size(format)]; }
 constexpr std::string_view name_of(Format format) { return traits_of(format).name; }
 
 // ValueError for a name that no format has.

@@ -74,7 +74,7 @@ std::shared_ptr<Experts> from_tensors(py::handle gate, py::handle up, py::handle
   read_bias(Projection::up, up_bias, i, "[E, I]" + of_weights);
   read_bias(Projection::down, down_bias, h, "[E, H]" + of_weights);
   const Activation act = activation_from(activation);
-  const LayerShape layer{static_cast<int>(e), h, i, types_of(format_from(format)), gated};
+  const LayerShape layer{to_int(e), h, i, types_of(format_from(format)), gated};
   const ShardingOptions sharding = sharding_options(placement, std::move(popularity));
 
   const kt::ReleaseGil release;
@@ -157,7 +157,7 @@ void routed(const Experts& experts, py::handle into) {
 
 // A part of a projection of every expert: shapes and format once, then an address for each expert.
 py::dict stored_slice(const ExpertWeights& w, Projection p, std::size_t part, Range slice) {
-  const auto experts = static_cast<std::size_t>(w.num_experts);
+  const auto experts = to_size(w.num_experts);
   const auto& all = w.weights[index_of(p)];
   const std::span<const Weight> matrices(all.begin() + static_cast<std::ptrdiff_t>(part * experts), experts);
   const auto addresses = [&](const std::byte* Weight::* member) {

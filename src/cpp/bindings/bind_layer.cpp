@@ -157,8 +157,7 @@ void sorted_routes(py::handle topk_ids, int num_experts, const std::vector<int>&
   const index_t entries = ids.rows * ids.cols, rows = to.dim(0) - entries;
   KT_CHECK(rows >= 0, "into has {} entries, wanted at least those of topk_ids, {}", to.dim(0), entries);
   auto* data = static_cast<std::int32_t*>(to.data);
-  sort_routes(ids, num_experts, experts, {data + entries, static_cast<std::size_t>(rows)},
-              {data, static_cast<std::size_t>(entries)});
+  sort_routes(ids, num_experts, experts, {data + entries, to_size(rows)}, {data, to_size(entries)});
 }
 
 }  // namespace

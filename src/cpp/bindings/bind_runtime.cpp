@@ -150,7 +150,7 @@ class Recording {
   py::list spans() const {
     py::list all;
     for (int thread = 0; thread < profile_->threads(); ++thread)
-      for (const kt::SpanRecord& span : kt::in_order(profile_->recorder(static_cast<std::size_t>(thread))))
+      for (const kt::SpanRecord& span : kt::in_order(profile_->recorder(kt::to_size(thread))))
         all.append(py::make_tuple(name(span.stage), thread, span.args.shard, seconds(time()(span.begin)),
                                   seconds(time()(span.end)), seconds(time().lasted(span.own)), span.call,
                                   span.args.expert, span.args.rows, span.work.flops, span.work.local,
@@ -165,7 +165,7 @@ class Recording {
       const auto stage = static_cast<kt::Stage>(i);
       py::list threads;
       for (int thread = 0; thread < profile_->threads(); ++thread) {
-        const kt::StageTotal& total = profile_->recorder(static_cast<std::size_t>(thread)).total(stage);
+        const kt::StageTotal& total = profile_->recorder(kt::to_size(thread)).total(stage);
         threads.append(py::make_tuple(total.spans, seconds(time().lasted(total.own)), total.work.flops,
                                       total.work.local, total.work.remote));
       }

@@ -50,7 +50,7 @@ std::string names(std::initializer_list<DType> dtypes) {
 
 std::size_t Tensor::bytes() const {
   std::size_t total = size_of(dtype);
-  for (const index_t n : shape) total *= static_cast<std::size_t>(n);
+  for (const index_t n : shape) total *= to_size(n);
   return total;
 }
 

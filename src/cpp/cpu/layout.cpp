@@ -43,7 +43,7 @@ std::vector<Range> share_out(index_t n, const std::vector<index_t>& weights) {
 using NumaNodes = std::span<const NumaNode* const>;
 
 NumaNodes part_of(NumaNodes nodes, Range range) {
-  return nodes.subspan(static_cast<std::size_t>(range.begin), static_cast<std::size_t>(range.size()));
+  return nodes.subspan(to_size(range.begin), to_size(range.size()));
 }
 
 index_t cores_of(NumaNodes nodes) {
@@ -81,9 +81,9 @@ void share_threads(std::vector<Node>& nodes, const std::vector<index_t>& cores, 
   std::vector<index_t> weights;
   for (index_t part = 0; part < count; ++part) {
     const Range some = split(std::ssize(nodes), count, part);
-    Node& first = nodes[static_cast<std::size_t>(some.begin)];
+    Node& first = nodes[to_size(some.begin)];
     index_t& weight = weights.emplace_back(0);
-    for (auto n = static_cast<std::size_t>(some.begin); n < static_cast<std::size_t>(some.end); ++n) {
+    for (auto n = to_size(some.begin); n < to_size(some.end); ++n) {
       weight += cores[n];
       nodes[n].threads = 0;
       if (&nodes[n] == &first) continue;
@@ -93,8 +93,8 @@ void share_threads(std::vector<Node>& nodes, const std::vector<index_t>& cores, 
   }
   const std::vector<Range> threads_of = share_out(threads, weights);
   for (index_t part = 0; part < count; ++part) {
-    Node& first = nodes[static_cast<std::size_t>(split(std::ssize(nodes), count, part).begin)];
-    first.threads = static_cast<int>(threads_of[static_cast<std::size_t>(part)].size());
+    Node& first = nodes[to_size(split(std::ssize(nodes), count, part).begin)];
+    first.threads = to_int(threads_of[to_size(part)].size());
     if (count == 1 && !chosen) first.cpus.clear();
   }
 }
@@ -120,9 +120,9 @@ NodeProbe probe(const NumaNode& node, std::size_t bytes) {
     for (std::size_t at = 0; at < bytes; at += kPage) first[at] = 1;
   }).join();
   const std::vector<int> found = nodes_of(pages);
-  result.pages = static_cast<int>(pages.size());
-  result.right = static_cast<int>(std::ranges::count(found, node.id));
-  result.unknown = static_cast<int>(std::ranges::count(found, -1));
+  result.pages = to_int(pages.size());
+  result.right = to_int(std::ranges::count(found, node.id));
+  result.unknown = to_int(std::ranges::count(found, -1));
   return result;
 }
 
@@ -140,7 +140,7 @@ Topology choose_nodes(Topology topology, std::span<const int> nodes) {
              id, found == all.end() ? "is not there" : "has no CPU that this process may use",
              usable_ids(all));
     if (std::ranges::find(topology.nodes, id, &NumaNode::id) == topology.nodes.end())
-      cores += static_cast<int>(found->cores.size());
+      cores += to_int(found->cores.size());
     topology.nodes.push_back(*found);
   }
   topology.cores = std::clamp(cores, 1, topology.cores);
@@ -162,7 +162,7 @@ ShardLayout plan_layout(const Topology& topology, int threads, int shards) {
   for (std::size_t n = 0; n < layout.nodes.size(); ++n) {
     layout.nodes[n].shards = shards_of[n];
     const Shard shard{cores[n] * kShares / shards_of[n].size(), n};
-    layout.shards.insert(layout.shards.end(), static_cast<std::size_t>(shards_of[n].size()), shard);
+    layout.shards.insert(layout.shards.end(), to_size(shards_of[n].size()), shard);
   }
   return layout;
 }

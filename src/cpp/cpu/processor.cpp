@@ -12,6 +12,8 @@
 #include <stdexcept>
 #include <string_view>
 
+#include "base/view.h"
+
 namespace kt {
 
 namespace {
@@ -87,7 +89,7 @@ unsigned bits_of(const Is& is) {
 unsigned features_named(std::initializer_list<std::string_view> names) {
   const unsigned bits =
       bits_of([&](const Feature& f) { return std::ranges::find(names, f.name) != names.end(); });
-  if (static_cast<std::size_t>(std::popcount(bits)) != names.size())
+  if (to_size(std::popcount(bits)) != names.size())
     throw std::logic_error("a kernel set needs a feature that cpu/processor.cpp does not know");
   return bits;
 }
@@ -110,14 +112,14 @@ bool request_tiles() {
 std::vector<std::string> feature_names(unsigned features) {
   std::vector<std::string> names;
   for (std::size_t i = 0; i < known_features().size(); ++i)
-    if (bit(features, static_cast<int>(i))) names.emplace_back(known_features()[i].name);
+    if (bit(features, to_int(i))) names.emplace_back(known_features()[i].name);
   return names;
 }
 
 std::vector<std::string> cpuinfo_flags(unsigned features) {
   std::vector<std::string> flags;
   for (std::size_t i = 0; i < known_features().size(); ++i)
-    if (bit(features, static_cast<int>(i)))
+    if (bit(features, to_int(i)))
       flags.insert(flags.end(), known_features()[i].flags.begin(), known_features()[i].flags.end());
   return flags;
 }

@@ -9,6 +9,8 @@
 #include <charconv>
 #include <memory>
 
+#include "base/view.h"
+
 namespace kt {
 
 namespace {
@@ -62,7 +64,7 @@ class Limits {
 
   void memory(std::int64_t bytes) {
     if (bytes <= 0 || bytes >= kNoMemoryLimit) return;
-    const auto limit = static_cast<std::size_t>(bytes);
+    const auto limit = to_size(bytes);
     if (found_.memory == 0 || limit < found_.memory) found_.memory = limit;
   }
 
@@ -102,13 +104,13 @@ std::vector<int> parse_list(std::string_view text) {
     const std::optional<int> first = id_number(part.substr(0, dash));
     const std::optional<int> last = dash == part.size() ? first : id_number(part.substr(dash + 1));
     if (!first || !last || *last < *first) continue;
-    if (named.size() <= static_cast<std::size_t>(*last)) named.resize(static_cast<std::size_t>(*last) + 1);
+    if (named.size() <= to_size(*last)) named.resize(to_size(*last) + 1);
     std::fill(named.begin() + *first, named.begin() + *last + 1, true);
     left -= *last - *first + 1;
   }
   std::vector<int> ids;
   for (std::size_t id = 0; id < named.size(); ++id)
-    if (named[id]) ids.push_back(static_cast<int>(id));
+    if (named[id]) ids.push_back(to_int(id));
   return ids;
 }
 
@@ -141,7 +143,7 @@ std::string SystemFiles::text(const std::string& path) const {
   char buffer[4096];
   ssize_t got = 0;
   while (text.size() < kMostText && (got = ::read(file, buffer, sizeof buffer)) > 0)
-    text.append(buffer, static_cast<std::size_t>(got));
+    text.append(buffer, to_size(got));
   ::close(file);
   return text;
 }

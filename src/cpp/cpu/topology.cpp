@@ -7,6 +7,7 @@
 #include <set>
 #include <tuple>
 
+#include "base/view.h"
 #include "cpu/sysfs.h"
 
 namespace kt {
@@ -112,7 +113,7 @@ void read_caches(const SystemFiles& files, const std::vector<int>& cpus, Topolog
 std::size_t memory_field(const SystemFiles& files, const std::string& path, const std::string& name) {
   const std::vector<std::int64_t> kib = parse_numbers(files.field(path, name));
   constexpr std::int64_t kMost = std::int64_t{1} << 50;
-  return kib.empty() || kib[0] < 0 || kib[0] > kMost ? 0 : static_cast<std::size_t>(kib[0]) * 1024;
+  return kib.empty() || kib[0] < 0 || kib[0] > kMost ? 0 : to_size(kib[0]) * 1024;
 }
 
 void read_memory(const SystemFiles& files, const std::string& path, const std::string& prefix,
@@ -128,7 +129,7 @@ std::vector<int> distances(const SystemFiles& files, int id, std::size_t own, st
   all[own] = kOwnDistance;
   const std::vector<std::int64_t> told = parse_numbers(files.line(node_folder(id) + "distance"));
   for (std::size_t i = 0; told.size() == nodes && i < nodes; ++i)
-    if (i != own && told[i] > 0 && told[i] < 256) all[i] = static_cast<int>(told[i]);
+    if (i != own && told[i] > 0 && told[i] < 256) all[i] = to_int(told[i]);
   return all;
 }
 
@@ -192,15 +193,15 @@ Topology read_topology(const std::string& root, const std::optional<std::vector<
   for (const auto& [core, count] : cores)
     if (const auto package = files.number(cpu_folder(core) + "topology/physical_package_id"))
       packages.insert(*package);
-  t.packages = std::max(1, static_cast<int>(packages.size()));
+  t.packages = std::max(1, to_int(packages.size()));
   read_caches(files, usable, t);
 
   const CgroupLimits limits = cgroup_limits(files);
   t.cgroup_cpus = limits.cpus;
   t.cgroup_memory = limits.memory;
-  t.cpus = static_cast<int>(usable.size());
-  if (limits.cpus > 0) t.cpus = static_cast<int>(std::clamp<double>(std::ceil(limits.cpus), 1, t.cpus));
-  t.cores = std::min(t.cpus, static_cast<int>(cores.size()));
+  t.cpus = to_int(usable.size());
+  if (limits.cpus > 0) t.cpus = to_int(std::clamp<double>(std::ceil(limits.cpus), 1, t.cpus));
+  t.cores = std::min(t.cpus, to_int(cores.size()));
   return t;
 }
 

@@ -73,7 +73,7 @@ struct WorkerPool::Crew {
   explicit Crew(std::span<const Node> nodes) : queues(nodes.size()) {
     for (std::size_t t = 0; t < nodes.size(); ++t) {
       queues[t].cpus = nodes[t].cpus;
-      node_of.insert(node_of.end(), static_cast<std::size_t>(nodes[t].threads), static_cast<int>(t));
+      node_of.insert(node_of.end(), to_size(nodes[t].threads), to_int(t));
     }
     try {
       for (int worker = 1; worker < std::ssize(node_of); ++worker)
@@ -96,7 +96,7 @@ struct WorkerPool::Crew {
   }
 
   void serve(int worker) {
-    set_affinity(queues[static_cast<std::size_t>(node_of[static_cast<std::size_t>(worker)])].cpus);
+    set_affinity(queues[to_size(node_of[to_size(worker)])].cpus);
     for (unsigned seen = 0;;) {
       wait_while(loop, seen);
       seen = loop.load(std::memory_order_acquire);
@@ -112,8 +112,8 @@ struct WorkerPool::Crew {
   // `between` is called after each task.
   void work(int worker, const std::function<void()>& between = {}) {
     inside_task = true;
-    const int node = shared ? 0 : node_of[static_cast<std::size_t>(worker)];
-    Queue& queue = queues[static_cast<std::size_t>(node)];
+    const int node = shared ? 0 : node_of[to_size(worker)];
+    Queue& queue = queues[to_size(node)];
     for (int task; (task = queue.next.fetch_add(1, std::memory_order_relaxed)) < queue.tasks;) {
       try {
         (*body)(node, task, worker);
@@ -140,7 +140,7 @@ struct WorkerPool::Crew {
       queues[t].tasks = tasks[t];
       queues[t].next.store(0, std::memory_order_relaxed);
     }
-    busy.store(static_cast<int>(members.size()), std::memory_order_relaxed);
+    busy.store(to_int(members.size()), std::memory_order_relaxed);
     const unsigned before = done.load(std::memory_order_relaxed);
     loop.fetch_add(1, std::memory_order_release);
     loop.notify_all();
@@ -204,7 +204,7 @@ void WorkerPool::run(std::span<const int> tasks, bool share, const NodeBody& bod
     return crew_.get().run(tasks, share, body, between);
   for (std::size_t node = 0; node < tasks.size(); ++node)  // not worth waking anyone
     if (tasks[node] > 0) {
-      body(static_cast<int>(node), 0, 0);
+      body(to_int(node), 0, 0);
       if (between) between();
     }
 }

@@ -27,15 +27,15 @@ CodedRows coded(const WeightBlock& run) {
   const index_t scale = run.rows.begin / w.type.scale_rows * groups + run.cols.begin / group;
   float global_scale = 1;
   if (w.global_scale != nullptr) std::memcpy(&global_scale, w.global_scale, sizeof global_scale);
-  return {static_cast<int>(run.rows.size()),
-          static_cast<int>(run.cols.size()),
+  return {to_int(run.rows.size()),
+          to_int(run.cols.size()),
           static_cast<const std::uint8_t*>(codes.data),
           codes.stride,
           w.type.scale,
           w.scales + scale * size_of(w.type.scale),
           w.type.scale_rows == 1 ? groups : 0,
           w.zeros == nullptr ? nullptr : reinterpret_cast<const std::uint8_t*>(w.zeros) + scale,
-          static_cast<int>(group),
+          to_int(group),
           global_scale,
           w.type.global_scale == GlobalScale::divides};
 }
@@ -46,10 +46,10 @@ void decode(const KernelSet& kernels, const WeightBlock& block, bf16_t* to, inde
   if (block.is_bf16()) {
     const MatView codes = codes_of(block);
     for (index_t i = 0; i < codes.rows; ++i)
-      std::memcpy(to + i * stride, codes.at(i, 0), static_cast<std::size_t>(codes.cols));
+      std::memcpy(to + i * stride, codes.at(i, 0), to_size(codes.cols));
     return;
   }
-  DecodeCodes* kernel = kernels.decode.from_codes[static_cast<int>(traits_of(w.type.format).codes)];
+  DecodeCodes* kernel = kernels.decode.from_codes[to_int(traits_of(w.type.format).codes)];
   const index_t group = w.group(), shared = w.type.scale_rows;
   for (index_t row = rows.begin, below; row < rows.end; row = below) {
     below = shared == 1 ? rows.end : std::min(rows.end, (row / shared + 1) * shared);

@@ -22,7 +22,7 @@ Rows in_bf16(const KernelSet& kernels, Rows source, Arena& scratch) {
   const bool dense = m.stride == m.cols;  // then as one row: the decoder asks for more than a short one ahead
   const index_t rows = dense ? 1 : m.rows, cols = dense ? m.rows * m.cols : m.cols;
   for (index_t i = 0; i < rows; ++i)
-    kernels.decode.from_f32(static_cast<int>(cols), static_cast<const float*>(m.at(i, 0)), copy + i * cols);
+    kernels.decode.from_f32(to_int(cols), static_cast<const float*>(m.at(i, 0)), copy + i * cols);
   return {view(copy, DType::bf16, m.rows, m.cols)};
 }
 
@@ -43,7 +43,7 @@ Packed pack_rows(char* panels, const KernelSet& kernels, PackRows* pack, int wid
   const index_t rows = source.matrix.rows, k = source.matrix.cols;
   const index_t bytes = panel_bytes(kernels.gemm, width, k);
   for (index_t i = 0; i < rows; i += width)
-    pack(from_row(source, i), static_cast<int>(std::min<index_t>(width, rows - i)), static_cast<int>(k),
+    pack(from_row(source, i), to_int(std::min<index_t>(width, rows - i)), to_int(k),
          panels + i / width * bytes);
   return {panels, rows, k, bytes};
 }
@@ -85,7 +85,7 @@ PackedB pack_b_cols(const KernelSet& kernels, Rows source, Arena& scratch) {
 PackedB pack_b_rows_into(char* panels, const KernelSet& kernels, Rows source) {
   const GemmKernels& gemm = kernels.gemm;
   const index_t k = source.matrix.rows, cols = source.matrix.cols, bytes = panel_bytes(gemm, gemm.nr, k);
-  gemm.pack_b_rows(from_row(source, 0), static_cast<int>(k), static_cast<int>(cols), panels, bytes);
+  gemm.pack_b_rows(from_row(source, 0), to_int(k), to_int(cols), panels, bytes);
   return {panels, cols, k, bytes};
 }
 
@@ -140,8 +140,8 @@ Prefetch prefetch_of(const GemmKernels& gemm, const MatView& next, index_t k, in
   const index_t steps = std::max<index_t>(1, k * gemm.element_bytes / kLine);
   const index_t count = ceil_div(all, tiles * steps), first = tile * steps * count;
   if (first >= all) return {};
-  return {static_cast<const char*>(next.at(first / lines, 0)), next.stride * size, static_cast<int>(lines),
-          static_cast<int>(first % lines), static_cast<int>(count)};
+  return {static_cast<const char*>(next.at(first / lines, 0)), next.stride * size, to_int(lines),
+          to_int(first % lines), to_int(count)};
 }
 
 }  // namespace
@@ -160,11 +160,11 @@ void brgemm(const KernelSet& kernels, std::span<const Term> terms, float* c, ind
         const auto& [a, b, next] = terms[t];
         assert(a.rows == rows && b.cols == cols && a.k == b.k);
         batch[t] = {a.data + i / gemm.mr * a.panel_bytes, b.data + j / gemm.nr * b.panel_bytes, a.row_bytes,
-                    static_cast<int>(a.k), prefetch_of(gemm, next, a.k, tiles, tile)};
+                    to_int(a.k), prefetch_of(gemm, next, a.k, tiles, tile)};
       }
-      gemm.micro_kernel(static_cast<int>(std::min<index_t>(gemm.mr, rows - i)),
-                        static_cast<int>(std::min<index_t>(gemm.nr, cols - j)), batch.data(),
-                        static_cast<int>(terms.size()), c + i * ldc + j, ldc, accumulate);
+      gemm.micro_kernel(to_int(std::min<index_t>(gemm.mr, rows - i)),
+                        to_int(std::min<index_t>(gemm.nr, cols - j)), batch.data(), to_int(terms.size()),
+                        c + i * ldc + j, ldc, accumulate);
     }
   if (gemm.end != nullptr) gemm.end();
 }
@@ -175,8 +175,8 @@ void call_gemv(const KernelSet& kernels, Gemv* const* by_rows, index_t n, const 
                index_t ldc, bool accumulate, Arena& scratch) {
   const Arena::Frame frame(scratch);
   w = in_bf16(kernels, w, scratch);
-  by_rows[x.matrix.rows - 1](static_cast<int>(n), static_cast<int>(x.matrix.cols), from_row(x, 0),
-                             bf16(w.matrix.data), w.matrix.stride, c, ldc, accumulate);
+  by_rows[x.matrix.rows - 1](to_int(n), to_int(x.matrix.cols), from_row(x, 0), bf16(w.matrix.data),
+                             w.matrix.stride, c, ldc, accumulate);
 }
 
 }  // namespace
@@ -214,10 +214,9 @@ void for_decoded(const KernelSet& kernels, const WeightBlock& w, index_t each, A
 bool gemv_of_codes(const KernelSet& kernels, CodedGemv* const* CodedGemvKernels::* direction, const Rows& x,
                    const WeightBlock& w, float* c, index_t ldc, bool accumulate) {
   if (kernels.gemv.coded == nullptr) return false;
-  CodedGemv* product =
-      (kernels.gemv.coded->*direction)[static_cast<int>(traits_of(w.weight->type.format).codes)];
+  CodedGemv* product = (kernels.gemv.coded->*direction)[to_int(traits_of(w.weight->type.format).codes)];
   return product != nullptr && is_run(w) &&
-         product(static_cast<int>(x.matrix.rows), from_row(x, 0), coded(w), c, ldc, accumulate) != 0;
+         product(to_int(x.matrix.rows), from_row(x, 0), coded(w), c, ldc, accumulate) != 0;
 }
 
 // Calls body(rows) for the block's rows, kCodedRows at a time; cut where scales change, if that is a multiple

@@ -127,7 +127,7 @@ void sum_dots(const Pass& pass, float* grad_topk_weights) {
   std::fill_n(grad_topk_weights, pass.inputs.topk_weights.rows * pass.inputs.topk_weights.cols, 0.0f);
   for (index_t i = 0; i < dots.count; ++i)
     for (index_t r = 0; r < dots.routes; ++r)
-      grad_topk_weights[pass.routing.sorted_slots[static_cast<std::size_t>(r)]] += dots.row(i)[r];
+      grad_topk_weights[pass.routing.sorted_slots[to_size(r)]] += dots.row(i)[r];
 }
 
 // dG and dU, packed, and their products with B for Q; Q = s dG B of them.

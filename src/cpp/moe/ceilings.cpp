@@ -29,17 +29,17 @@ template <class Work>
 std::vector<double> rates(Runtime::Lease& lease, int threads, double seconds, const Work& work) {
   std::vector<double> totals;
   for (int repetition = -1; repetition < kRepetitions; ++repetition) {  // the first one only warms up
-    std::vector<double> rate(static_cast<std::size_t>(threads));
+    std::vector<double> rate(to_size(threads));
     std::latch together(threads);  // no thread takes a second task while it waits here for the others
     lease.parallel_for(threads, [&](index_t thread, Arena&) {
       together.arrive_and_wait();
       const double begin = now();
       double done = 0, elapsed = 0;
       do {
-        done += work(static_cast<int>(thread));
+        done += work(to_int(thread));
         elapsed = now() - begin;
       } while (elapsed < seconds / kRepetitions);
-      rate[static_cast<std::size_t>(thread)] = done / elapsed;
+      rate[to_size(thread)] = done / elapsed;
     });
     double total = 0;
     for (const double r : rate) total += r;
@@ -68,7 +68,7 @@ index_t fitting_k(const GemmKernels& gemm, std::size_t bytes, int width) {
 // The micro-kernel over panels of A and one of B, a result tile a thread.
 class Products {
  public:
-  Products(Runtime::Lease& lease, int threads) : gemm_(lease.kernels().gemm), tiles_(threads) {
+  Products(Runtime::Lease& lease, int threads) : gemm_(lease.kernels().gemm), tiles_(to_size(threads)) {
     for (float*& tile : tiles_) tile = lease.arena(0).take<float>(gemm_.mr * gemm_.nr);
   }
 
@@ -76,8 +76,7 @@ class Products {
     if (gemm_.begin != nullptr) gemm_.begin();
     for (int call = 0; call < calls; ++call) {
       const BatchElement element{a + (call % panels) * panel_bytes, b, a_stride, k, {}};
-      gemm_.micro_kernel(gemm_.mr, gemm_.nr, &element, 1, tiles_[static_cast<std::size_t>(thread)], gemm_.nr,
-                         0);
+      gemm_.micro_kernel(gemm_.mr, gemm_.nr, &element, 1, tiles_[to_size(thread)], gemm_.nr, 0);
     }
     if (gemm_.end != nullptr) gemm_.end();
     return 2.0 * gemm_.mr * gemm_.nr * k * calls;
@@ -95,14 +94,14 @@ class Products {
 // The multiply-add alone, each thread on registers of its own.
 class Registers {
  public:
-  Registers(Runtime::Lease& lease, int threads) : gemm_(lease.kernels().gemm), words_(threads) {
+  Registers(Runtime::Lease& lease, int threads) : gemm_(lease.kernels().gemm), words_(to_size(threads)) {
     for (void*& words : words_)
       words = const_cast<void*>(numbers(1, kPeakBytes / 2, lease.arena(0)).matrix.data);
   }
 
   double operator()(int thread) const {
     if (gemm_.begin != nullptr) gemm_.begin();
-    const double done = gemm_.peak(kRounds, words_[static_cast<std::size_t>(thread)]);
+    const double done = gemm_.peak(kRounds, words_[to_size(thread)]);
     if (gemm_.end != nullptr) gemm_.end();
     return done;
   }
@@ -117,7 +116,7 @@ void put_in_l1(Products& products, Runtime::Lease& lease, std::size_t l1) {
   const KernelSet& kernels = lease.kernels();
   const int mr = kernels.gemm.mr, nr = kernels.gemm.nr;
   const index_t k = fitting_k(kernels.gemm, l1 / 4 * 3, std::max(mr, nr));
-  products.k = static_cast<int>(k);
+  products.k = to_int(k);
   products.b = nr >= mr ? pack_b_cols(kernels, numbers(nr, k, lease.arena(0)), lease.arena(0)).data
                         : pack_a(kernels, numbers(mr, k, lease.arena(0)), lease.arena(0)).data;
   products.a = products.b;
@@ -130,14 +129,14 @@ void put_in_l2(Products& products, Runtime::Lease& lease, std::size_t l1) {
   const GemmKernels& gemm = kernels.gemm;
   const index_t k = fitting_k(gemm, l1 / 3, std::max(gemm.mr, gemm.nr));
   const index_t half = static_cast<index_t>(lease.workers().l2_bytes / 2);
-  products.k = static_cast<int>(k);
+  products.k = to_int(k);
   products.panels = std::max<index_t>(1, half / (gemm.mr * k * gemm.element_bytes));
   const PackedA a = pack_a(kernels, numbers(products.panels * gemm.mr, k, lease.arena(0)), lease.arena(0));
   products.a = a.data;
   products.panel_bytes = a.panel_bytes;
   products.a_stride = a.row_bytes;
   products.b = pack_b_cols(kernels, numbers(gemm.nr, k, lease.arena(0)), lease.arena(0)).data;
-  products.calls = static_cast<int>(products.panels);
+  products.calls = to_int(products.panels);
 }
 
 std::uint64_t read_chunk(const std::uint64_t* words) {
@@ -149,12 +148,10 @@ std::uint64_t read_chunk(const std::uint64_t* words) {
 }
 
 std::vector<double> read_rates(Runtime::Lease& lease, int threads, double seconds, std::size_t bytes) {
-  const std::size_t chunks = std::max<std::size_t>(1, bytes / kChunk / static_cast<std::size_t>(threads));
-  const Buffer buffer(chunks * kChunk * static_cast<std::size_t>(threads));
+  const std::size_t chunks = std::max<std::size_t>(1, bytes / kChunk / to_size(threads));
+  const Buffer buffer(chunks * kChunk * to_size(threads));
   auto* const words = static_cast<std::uint64_t*>(buffer.data());
-  const auto slice = [&](index_t thread) {
-    return words + static_cast<std::size_t>(thread) * chunks * (kChunk / kWord);
-  };
+  const auto slice = [&](index_t thread) { return words + to_size(thread) * chunks * (kChunk / kWord); };
   // Written first, or every page would be the one page of zeros.
   lease.parallel_for(threads, [&](index_t thread, Arena&) {
     std::fill_n(slice(thread), chunks * (kChunk / kWord), static_cast<std::uint64_t>(thread) + 1);
@@ -163,10 +160,10 @@ std::vector<double> read_rates(Runtime::Lease& lease, int threads, double second
     std::size_t chunk = 0;
     std::uint64_t sum = 0;
   };
-  std::vector<Reader> readers(static_cast<std::size_t>(threads));
+  std::vector<Reader> readers(to_size(threads));
   volatile std::uint64_t keep = 0;  // or the reading would be left out
   std::vector<double> result = rates(lease, threads, seconds, [&](int thread) {
-    Reader& reader = readers[static_cast<std::size_t>(thread)];
+    Reader& reader = readers[to_size(thread)];
     reader.sum ^= read_chunk(slice(thread) + reader.chunk * (kChunk / kWord));
     reader.chunk = (reader.chunk + 1) % chunks;
     return static_cast<double>(kChunk);

@@ -35,7 +35,7 @@ std::vector<NodeProducts> products_of(const Plan& plan, index_t routes, const Ta
     for (end = s; end < shards.size() && shards[end].node == shards[s].node;) ++end;
     NodeProducts& part = nodes.emplace_back();
     part.node = shards[s].node;
-    part.shard = to_int(static_cast<index_t>(shards[s].number));
+    part.shard = to_int(shards[s].number);
     part.routes = routes;
     for (std::size_t b = 0; b < plan.blocks.size(); b += shards.size()) {
       const std::span<const Block> token_block = plan.token_block(plan.blocks[b]);
@@ -61,12 +61,12 @@ Combine::Combine(Pass& pass, const Result& result, bool weighted, index_t tile, 
       reduces_(pass.plan.shards.size() > 1 && nodes_.size() > 1) {
   const Plan& plan = pass.plan;
   if (!reduces_ && nodes_.size() > 1) {
-    rows_.resize(static_cast<std::size_t>(pass.routing.routes()));
+    rows_.resize(to_size(pass.routing.routes()));
     for (std::size_t l = 0; l < nodes_.size(); ++l) {
       index_t number = 0;
       for (const std::vector<Block>& blocks : nodes_[l].products)
         for (index_t i = 0; i < blocks.front().count; ++i)
-          rows_[static_cast<std::size_t>(blocks.front().first + i)] = {l, number++};
+          rows_[to_size(blocks.front().first + i)] = {l, number++};
     }
   }
   const index_t bytes = inner_bytes * ceil_div(pass.experts.intermediate, reduces_ ? std::ssize(nodes_) : 1);
@@ -76,7 +76,7 @@ Combine::Combine(Pass& pass, const Result& result, bool weighted, index_t tile, 
   stride_ = min_ldc(pass.kernels(), width);
   nc_ = std::clamp(plan.cache_bytes / bytes, tile, kRangeTiles * tile);
   groups_.resize(chunks());
-  buffers_.resize(static_cast<std::size_t>(std::min(ranges_.count, kChunksInUse)));
+  buffers_.resize(to_size(std::min(ranges_.count, kChunksInUse)));
   for (ChunkBuffers& own : buffers_)
     for (const NodeProducts& part : nodes_) {
       Arena& arena = pass.lease.arena(part.node);
@@ -87,7 +87,7 @@ Combine::Combine(Pass& pass, const Result& result, bool weighted, index_t tile, 
 
 float* Combine::row(std::size_t c, std::size_t n, index_t route) const {
   if (rows_.empty()) return buffers(c).rows[n] + route * stride_;
-  const Row& own = rows_[static_cast<std::size_t>(route)];
+  const Row& own = rows_[to_size(route)];
   return buffers(c).rows[own.n] + own.number * stride_;
 }
 
@@ -110,11 +110,9 @@ void Combine::add_products(std::size_t c, Stage stage, Product* product, Product
     groups_[c].products.push_back(pass_.tasks.add(
         {stage, {part.shard}}, part.node, std::ssize(part.products), {std::move(readers), part.ready},
         [=, this, &part](index_t task, Arena& scratch) {
-          multiply(c, l, part.products[static_cast<std::size_t>(task)], product, scratch);
+          multiply(c, l, part.products[to_size(task)], product, scratch);
         },
-        [=, this, &part](index_t task) {
-          return cost(pass_, part.products[static_cast<std::size_t>(task)], chunk(c));
-        }));
+        [=, this, &part](index_t task) { return cost(pass_, part.products[to_size(task)], chunk(c)); }));
   }
 }
 
@@ -248,8 +246,7 @@ Work Combine::cost_of_rows(std::size_t c, Range tokens, std::size_t node) const 
   const std::span<const std::int32_t> routes = routes_of(tokens);
   if (rows_.empty()) return moved(std::ssize(routes) * bytes, nodes_.front().node, node);
   Work work;
-  for (const std::int32_t route : routes)
-    work += moved(bytes, nodes_[rows_[static_cast<std::size_t>(route)].n].node, node);
+  for (const std::int32_t route : routes) work += moved(bytes, nodes_[rows_[to_size(route)].n].node, node);
   return work;
 }
 

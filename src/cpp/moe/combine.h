@@ -67,7 +67,7 @@ class Combine {
   Work cost_of_rows(std::size_t c, Range tokens, std::size_t node) const;
   Work cost_of_result(std::size_t c, Range tokens, std::size_t node) const;
 
-  std::size_t chunks() const { return static_cast<std::size_t>(ranges_.count); }
+  std::size_t chunks() const { return to_size(ranges_.count); }
   Range chunk(std::size_t c) const { return ranges_[static_cast<index_t>(c)]; }
   // Where a product writes the row of a routed token.
   float* row(std::size_t c, std::size_t n, index_t route) const;

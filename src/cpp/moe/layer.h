@@ -18,7 +18,7 @@
 namespace kt {
 
 inline const ActivationKernels& kernels_of(const KernelSet& kernels, Activation activation) {
-  return kernels.epilogue.activations[static_cast<std::size_t>(activation)];
+  return kernels.epilogue.activations[to_size(activation)];
 }
 
 // How experts are divided among shards. `tensor` (tensor parallel): every shard has a slice of each expert's
@@ -59,16 +59,14 @@ struct ExpertWeights : LayerShape, Sharding {
   // The slice of an expert's projection that a shard has.
   WeightBlock of(Projection p, int expert, std::size_t shard) const {
     const auto& all = weights[index_of(p)];
-    const auto e = static_cast<std::size_t>(expert);
-    if (split()) return whole(all[shard * static_cast<std::size_t>(num_experts) + e]);
+    const auto e = to_size(expert);
+    if (split()) return whole(all[shard * to_size(num_experts) + e]);
     const Weight& w = all[e];
     return p == Projection::down ? WeightBlock{&w, {0, w.rows}, shards[shard]}
                                  : WeightBlock{&w, shards[shard], {0, w.cols}};
   }
   // An expert's projection, of weights that are not split.
-  const Weight& of(Projection p, int expert) const {
-    return weights[index_of(p)][static_cast<std::size_t>(expert)];
-  }
+  const Weight& of(Projection p, int expert) const { return weights[index_of(p)][to_size(expert)]; }
   const bf16_t* bias(Projection p, int expert) const {
     const bf16_t* all = biases[index_of(p)];
     return all == nullptr ? nullptr : all + expert * rows(p);

@@ -152,7 +152,7 @@ void multiply_backward(const Pass& pass, const BackwardWeights& weights, const B
   for (const BackwardTerm& term : loras) {
     sum_of_products(pass, {&term, 1}, mc, product, stride, scratch);
     for (index_t row = 0; row < mc.count(); ++row) {
-      const std::int32_t slot = pass.routing.sorted_slots[static_cast<std::size_t>(mc.first() + row)];
+      const std::int32_t slot = pass.routing.sorted_slots[to_size(mc.first() + row)];
       drop(pass.inputs.dropout, term.projection, slot, pass.first_col(term.projection, mc.block) + nc.begin,
            nc.size(), product + row * stride);
       const std::array<const float*, 2> terms{result + row * stride, product + row * stride};

@@ -37,8 +37,8 @@ Rows lora_input(const Pass& pass, Projection p, const BlockRows& rows, Range col
   for (index_t i = 0; i < rows.count(); ++i) {
     bf16_t* row = copy + i * cols.size();
     const index_t source = input.index ? input.index[i] : i;
-    std::memcpy(row, input.matrix.at(source, 0), static_cast<std::size_t>(cols.size()) * sizeof(bf16_t));
-    drop(pass.inputs.dropout, p, pass.routing.sorted_slots[static_cast<std::size_t>(rows.first() + i)],
+    std::memcpy(row, input.matrix.at(source, 0), to_size(cols.size()) * sizeof(bf16_t));
+    drop(pass.inputs.dropout, p, pass.routing.sorted_slots[to_size(rows.first() + i)],
          pass.first_col(p, rows.block) + cols.begin, cols.size(), row);
   }
   return {view(copy, DType::bf16, rows.count(), cols.size())};
@@ -248,7 +248,7 @@ void clear_gradients(const LayerInputs& inputs, const LayerGradients& gradients,
   const auto clear = [expert](const Result& gradient, const StridedBatch& stack) {
     if (!gradient) return;
     const index_t bytes = stack.rows * stack.cols * static_cast<index_t>(size_of(gradient.dtype));
-    stream_zeros(static_cast<char*>(gradient.data) + expert * bytes, static_cast<std::size_t>(bytes));
+    stream_zeros(static_cast<char*>(gradient.data) + expert * bytes, to_size(bytes));
   };
   for (const Projection p : projections) {
     clear(gradients.lora_a[index_of(p)], inputs.of(p).a);
@@ -280,7 +280,7 @@ void add_lora_gradients(Pass& pass, const LayerGradients& gradients, const TaskG
   }
   if (!gradients.clear_idle) return;
   pass.tasks.add(Stage::zero_grad, 0, pass.experts.num_experts, {}, [&](index_t expert, Arena&) {
-    if (pass.routing.count(static_cast<int>(expert)) == 0) clear_gradients(pass.inputs, gradients, expert);
+    if (pass.routing.count(to_int(expert)) == 0) clear_gradients(pass.inputs, gradients, expert);
   });
 }
 

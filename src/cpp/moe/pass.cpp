@@ -17,7 +17,7 @@ Pass::Pass(Runtime& runtime, const ExpertWeights& weights, const LayerInputs& la
       tasks(plan.node_threads) {
   if (experts.fetch)
     tasks.add(Stage::fetch, 0, std::ssize(routing.experts), {},
-              [this](index_t i, Arena&) { experts.fetch(routing.experts[static_cast<std::size_t>(i)]); });
+              [this](index_t i, Arena&) { experts.fetch(routing.experts[to_size(i)]); });
   const auto* topk_weights = static_cast<const float*>(inputs.topk_weights.data);
   for (const std::int32_t slot : routing.sorted_slots) route_weights.push_back(topk_weights[slot]);
 }
@@ -38,8 +38,7 @@ void Pass::run() {
 }
 
 Label Pass::label(Stage stage, const Block& block) const {
-  const int shard =
-      plan.shards.size() > 1 ? to_int(static_cast<index_t>(plan.shards[block.shard].number)) : -1;
+  const int shard = plan.shards.size() > 1 ? to_int(plan.shards[block.shard].number) : -1;
   return {stage, {shard, block.expert, to_int(block.count)}};
 }
 
@@ -113,7 +112,7 @@ ByBlock Pass::saved_p(Projection of, bf16_t* matrix) const {
 
 void Pass::store(const float* row, index_t n, const Result& result, index_t offset) const {
   if (result.dtype == DType::f32)
-    std::memcpy(static_cast<float*>(result.data) + offset, row, static_cast<std::size_t>(n) * sizeof(float));
+    std::memcpy(static_cast<float*>(result.data) + offset, row, to_size(n) * sizeof(float));
   else
     kernels().epilogue.round_scaled(to_int(n), 1.0f, row, static_cast<bf16_t*>(result.data) + offset);
 }

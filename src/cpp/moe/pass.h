@@ -87,7 +87,7 @@ struct Pass {
   float lora_scale(Projection p) const {
     return static_cast<float>(inputs.of(p).scaling / (1.0 - inputs.dropout.probability));
   }
-  float route_weight(index_t route) const { return route_weights[static_cast<std::size_t>(route)]; }
+  float route_weight(index_t route) const { return route_weights[to_size(route)]; }
 
   // Rows and columns of a projection on a block's shard, and the first of each in all of the projection.
   index_t rows(Projection p, const Block& block) const {

@@ -25,8 +25,8 @@ std::int64_t expert_at(const MatView& ids, index_t i) {
 template <class Put>
 void for_places(const MatView& topk_ids, std::vector<std::int32_t> next, const Put& put) {
   for (index_t i = 0; i < topk_ids.rows * topk_ids.cols; ++i) {
-    std::int32_t& place = next[static_cast<std::size_t>(expert_at(topk_ids, i))];
-    put(static_cast<std::size_t>(i), place < 0 ? -1 : place++);
+    std::int32_t& place = next[to_size(expert_at(topk_ids, i))];
+    put(to_size(i), place < 0 ? -1 : place++);
   }
 }
 
@@ -35,13 +35,13 @@ void for_places(const MatView& topk_ids, std::vector<std::int32_t> next, const P
 std::vector<std::int32_t> count_routes_of_each(const MatView& ids, int num_experts) {
   KT_CHECK(ids.rows * ids.cols <= std::numeric_limits<std::int32_t>::max(),
            "topk_ids has {} x {} entries, more than 2^31 - 1", ids.rows, ids.cols);
-  std::vector<std::int32_t> routes(static_cast<std::size_t>(num_experts) + 1);
+  std::vector<std::int32_t> routes(to_size(num_experts) + 1);
   for (index_t i = 0; i < ids.rows * ids.cols; ++i) {
     const std::int64_t e = expert_at(ids, i);
     KT_CHECK(e >= 0 && e <= num_experts,
              "topk_ids[{}, {}] is {}, wanted an expert in [0, {}) or {} for no route", i / ids.cols,
              i % ids.cols, e, num_experts, num_experts);
-    ++routes[static_cast<std::size_t>(e)];
+    ++routes[to_size(e)];
   }
   return routes;
 }
@@ -56,16 +56,16 @@ void sort_routes(const MatView& topk_ids, int num_experts, const std::vector<int
   std::vector<std::int32_t> next(routes.size(), -1);  // where the next route of each expert goes
   std::int32_t first = 0;
   for (const int e : experts) {
-    KT_CHECK(e >= 0 && e < num_experts && next[static_cast<std::size_t>(e)] < 0,
+    KT_CHECK(e >= 0 && e < num_experts && next[to_size(e)] < 0,
              "experts has {}, wanted numbers in [0, {}), each once", e, num_experts);
-    next[static_cast<std::size_t>(e)] = std::exchange(first, first + routes[static_cast<std::size_t>(e)]);
+    next[to_size(e)] = std::exchange(first, first + routes[to_size(e)]);
   }
   KT_CHECK(std::ssize(permutation) == first && std::ssize(inverse) == topk_ids.rows * topk_ids.cols,
            "there is room for {} routes and {} entries, wanted {} and {}", permutation.size(), inverse.size(),
            first, topk_ids.rows * topk_ids.cols);
   for_places(topk_ids, next, [&](std::size_t i, std::int32_t place) {
     inverse[i] = place;
-    if (place >= 0) permutation[static_cast<std::size_t>(place)] = static_cast<std::int32_t>(i);
+    if (place >= 0) permutation[to_size(place)] = static_cast<std::int32_t>(i);
   });
 }
 
@@ -74,28 +74,27 @@ Routing route(const MatView& topk_ids, int num_experts) {
   Routing r;
   r.expert_offsets.push_back(0);
   for (int e = 0; e < num_experts; ++e) {
-    const std::int32_t n = routes[static_cast<std::size_t>(e)];
+    const std::int32_t n = routes[to_size(e)];
     r.expert_offsets.push_back(r.expert_offsets.back() + n);
     if (n > 0) r.experts.push_back(e);
   }
-  r.sorted_token_ids.resize(static_cast<std::size_t>(r.expert_offsets.back()));
+  r.sorted_token_ids.resize(to_size(r.expert_offsets.back()));
   r.sorted_slots.resize(r.sorted_token_ids.size());
   std::vector<std::int32_t> next(r.expert_offsets);
   next.back() = -1;  // of no expert
   for_places(topk_ids, next, [&](std::size_t i, std::int32_t place) {
     if (place < 0) return;
-    r.sorted_token_ids[static_cast<std::size_t>(place)] =
-        static_cast<std::int32_t>(static_cast<index_t>(i) / topk_ids.cols);
-    r.sorted_slots[static_cast<std::size_t>(place)] = static_cast<std::int32_t>(i);
+    r.sorted_token_ids[to_size(place)] = static_cast<std::int32_t>(static_cast<index_t>(i) / topk_ids.cols);
+    r.sorted_slots[to_size(place)] = static_cast<std::int32_t>(i);
   });
-  r.token_offsets.resize(static_cast<std::size_t>(topk_ids.rows) + 1);
-  for (const std::int32_t t : r.sorted_token_ids) ++r.token_offsets[static_cast<std::size_t>(t) + 1];
+  r.token_offsets.resize(to_size(topk_ids.rows) + 1);
+  for (const std::int32_t t : r.sorted_token_ids) ++r.token_offsets[to_size(t) + 1];
   std::partial_sum(r.token_offsets.begin(), r.token_offsets.end(), r.token_offsets.begin());
   r.inverse_permutation.resize(r.sorted_token_ids.size());
   next.assign(r.token_offsets.begin(), r.token_offsets.end());
   for (std::int32_t i = 0; i < r.expert_offsets.back(); ++i) {
-    const auto t = static_cast<std::size_t>(r.sorted_token_ids[static_cast<std::size_t>(i)]);
-    r.inverse_permutation[static_cast<std::size_t>(next[t]++)] = i;
+    const auto t = to_size(r.sorted_token_ids[to_size(i)]);
+    r.inverse_permutation[to_size(next[t]++)] = i;
   }
   return r;
 }
@@ -118,8 +117,7 @@ Plan::Plan(const Routing& routing, const ExpertWeights& experts, const KernelSet
     const index_t count = routing.count(e), cuts = ceil_div(count, kBlockRows);
     const index_t each = round_up(ceil_div(count, cuts), kernels.gemm.nr);
     Block block{e, 0, 0, 0, 0, routing.first(e), count};
-    if (expert_parallel)
-      block.node = workers.node_of[static_cast<std::size_t>(experts.homes[static_cast<std::size_t>(e)])];
+    if (expert_parallel) block.node = workers.node_of[to_size(experts.homes[to_size(e)])];
     for (const index_t end = block.first + count; block.first < end; block.first += each) {
       block.count = std::min(each, end - block.first);
       add_token_block(block, expert_parallel);
@@ -164,8 +162,8 @@ PackSchedule::PackSchedule(const Plan& plan) {
   };
   std::vector<Ring> rings;
   for (std::size_t node = 0; node < plan.node_threads.size(); ++node) {
-    const auto ahead = static_cast<std::size_t>(std::max(2, plan.node_threads[node] / 2));
-    const auto inputs = static_cast<std::size_t>(std::ranges::count_if(
+    const auto ahead = to_size(std::max(2, plan.node_threads[node] / 2));
+    const auto inputs = to_size(std::ranges::count_if(
         plan.blocks, [&](const Block& block) { return block.node == node && block.packer == block.index; }));
     rings.push_back({ahead, std::min(inputs, 2 * ahead)});
     slots.push_back(static_cast<index_t>(rings.back().slots));

@@ -29,10 +29,8 @@ struct Routing {
   std::vector<std::int32_t> token_offsets, inverse_permutation;
 
   index_t routes() const { return static_cast<index_t>(sorted_token_ids.size()); }
-  index_t first(int expert) const { return expert_offsets[static_cast<std::size_t>(expert)]; }
-  index_t count(int expert) const {
-    return expert_offsets[static_cast<std::size_t>(expert) + 1] - first(expert);
-  }
+  index_t first(int expert) const { return expert_offsets[to_size(expert)]; }
+  index_t count(int expert) const { return expert_offsets[to_size(expert) + 1] - first(expert); }
 };
 
 // topk_ids: [T, K] int32 or int64 in [0, E]; E means "no route". ValueError names the first entry outside.
@@ -45,9 +43,6 @@ std::vector<std::int32_t> count_routes_of_each(const MatView& topk_ids, int num_
 void sort_routes(const MatView& topk_ids, int num_experts, const std::vector<int>& experts,
                  std::span<std::int32_t> permutation, std::span<std::int32_t> inverse);
 Routing route(const MatView& topk_ids, int num_experts);
-
-// Kernels count the rows and columns of a tile in int.
-inline int to_int(index_t n) { return static_cast<int>(n); }
 
 // A token block has at most so many rows: enough to make the packing of an expert's weights cheap.
 inline constexpr index_t kBlockRows = 512;

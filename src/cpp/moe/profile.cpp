@@ -34,7 +34,7 @@ void Recorder::idle_until(Ticks end) {
 
 // A span that finds no memory is dropped as one too many is.
 void Recorder::keep(const SpanRecord& span) noexcept {
-  StageTotal& total = totals_[static_cast<std::size_t>(span.stage)];
+  StageTotal& total = totals_[to_size(span.stage)];
   ++total.spans;
   total.own += span.own;
   total.work += span.work;
@@ -89,7 +89,7 @@ std::int64_t Profile::dropped_spans() const {
 }
 
 void Profile::keep(const CallRecord& call) noexcept {
-  CallTotal& total = totals_[static_cast<std::size_t>(call.direction)];
+  CallTotal& total = totals_[to_size(call.direction)];
   ++total.calls;
   total.wall += call.end - call.begin;
   total.covered += call.covered;
@@ -106,7 +106,7 @@ Call::Call(Profile* profile, Direction direction) : profile_(profile) {
   setup_.emplace(caller(), Stage::setup);
   record_.direction = direction;
   record_.begin = setup_->begin_;
-  const auto number = static_cast<int>(std::ssize(profile_->calls_) + profile_->dropped_calls_);
+  const auto number = to_int(std::ssize(profile_->calls_) + profile_->dropped_calls_);
   for (auto& recorder : profile_->recorders_) recorder->begin_call(number, record_.begin);
   profile_->recorder(0).idle_ = false;
 }

@@ -52,9 +52,9 @@ inline constexpr std::array<std::string_view, 23> stage_names{
     "grad_hidden", "lora_grad", "zero_grad", "wait", "idle"};
 // clang-format on
 inline constexpr std::size_t kStages = stage_names.size();
-static_assert(kStages == static_cast<std::size_t>(Stage::idle) + 1);
+static_assert(kStages == to_size(Stage::idle) + 1);
 
-constexpr std::string_view name_of(Stage stage) { return stage_names[static_cast<std::size_t>(stage)]; }
+constexpr std::string_view name_of(Stage stage) { return stage_names[to_size(stage)]; }
 
 // The work of some time. Bytes are those that a task has to read or write, caches aside: local ones lie in
 // the memory of the node that does it, remote ones in that of another. The caller's tensors lie in node 0's.
@@ -120,7 +120,7 @@ class alignas(128) Recorder {
 
   // Spans in the order of their ends, no more than `most`.
   std::vector<SpanRecord> spans() const;
-  const StageTotal& total(Stage stage) const { return totals_[static_cast<std::size_t>(stage)]; }
+  const StageTotal& total(Stage stage) const { return totals_[to_size(stage)]; }
   std::int64_t dropped() const { return dropped_; }
 
  private:
@@ -200,12 +200,12 @@ class Profile {
 
   // Whether this process made it. In a forked child its open spans are those of threads that are not there.
   bool is_own() const { return process_ == getpid(); }
-  int threads() const { return static_cast<int>(recorders_.size()); }
+  int threads() const { return to_int(recorders_.size()); }
   int shards() const { return shards_; }
   Recorder& recorder(std::size_t thread) { return *recorders_[thread]; }
   const Recorder& recorder(std::size_t thread) const { return *recorders_[thread]; }
   const std::vector<CallRecord>& calls() const { return calls_; }
-  const CallTotal& total(Direction direction) const { return totals_[static_cast<std::size_t>(direction)]; }
+  const CallTotal& total(Direction direction) const { return totals_[to_size(direction)]; }
   std::int64_t dropped_calls() const { return dropped_calls_; }
   std::int64_t dropped_spans() const;
   const TickClock& clock() const { return clock_; }

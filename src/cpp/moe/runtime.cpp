@@ -43,7 +43,7 @@ int number(const char* what, std::optional<int> argument, const char* variable, 
 ShardLayout choose_layout(const Topology& topology, std::optional<int> threads, std::optional<int> shards) {
   const int count = number("threads", threads, "KT_MOE_THREADS", topology.cores, kMostThreads);
   const auto nodes = std::ranges::count_if(topology.nodes, [](const NumaNode& n) { return !n.cpus.empty(); });
-  const int usual = std::clamp(static_cast<int>(nodes), 1, std::min(count, kMostShards));
+  const int usual = std::clamp(to_int(nodes), 1, std::min(count, kMostShards));
   return plan_layout(topology, count, number("shards", shards, "KT_MOE_SHARDS", usual, kMostShards));
 }
 
@@ -83,7 +83,7 @@ Runtime::Runtime(std::optional<int> threads, std::optional<int> shards, std::opt
   // The first cache level has a way for each 4 KiB of its size, and lines that lie a multiple of 4 KiB apart
   // share a set. With fewer ways than a tile has rows, these would drive each other out where they lie.
   constexpr std::size_t kWay = 4096;
-  if (topology_.l1d < static_cast<std::size_t>(kernels_.gemm.mr) * kWay) kernels_.gemm.in_place = false;
+  if (topology_.l1d < to_size(kernels_.gemm.mr) * kWay) kernels_.gemm.in_place = false;
   l2_bytes_ = topology_.l2 == 0 ? kUsualL2 : topology_.l2;
   for (const Node& node : layout_.nodes) {
     arenas_.emplace_back(node.memory_nodes);
@@ -120,7 +120,7 @@ void Runtime::set_profile(std::shared_ptr<Profile> profile) {
 std::vector<int> Runtime::first_shards() const {
   std::vector<int> shards;
   for (const Node& node : layout_.nodes)
-    shards.insert(shards.end(), static_cast<std::size_t>(node.threads), static_cast<int>(node.shards.begin));
+    shards.insert(shards.end(), to_size(node.threads), to_int(node.shards.begin));
   return shards;
 }
 
@@ -145,21 +145,21 @@ Workers Runtime::Lease::workers() const {
 void Runtime::Lease::parallel_for(index_t tasks, const std::function<void(index_t, Arena&)>& body,
                                   const std::function<void()>& between) {
   const auto with_scratch = [&](int task, int worker) {
-    Arena& scratch = runtime_.scratch_[static_cast<std::size_t>(worker)];
+    Arena& scratch = runtime_.scratch_[to_size(worker)];
     scratch.reset();
     const UsualFloats floats;
     body(task, scratch);
   };
-  runtime_.pool_.parallel_for(static_cast<int>(tasks), with_scratch, between);
+  runtime_.pool_.parallel_for(to_int(tasks), with_scratch, between);
 }
 
 void Runtime::Lease::parallel_for_nodes(std::span<const index_t> tasks, const NodeBody& body) {
   const std::vector<int> counts(tasks.begin(), tasks.end());
   runtime_.pool_.parallel_for_nodes(counts, [&](int node, int task, int worker) {
-    Arena& scratch = runtime_.scratch_[static_cast<std::size_t>(worker)];
+    Arena& scratch = runtime_.scratch_[to_size(worker)];
     scratch.reset();
     const UsualFloats floats;
-    body(static_cast<std::size_t>(node), task, scratch);
+    body(to_size(node), task, scratch);
   });
 }
 

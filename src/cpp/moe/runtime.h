@@ -38,7 +38,7 @@ class Runtime {
           Topology topology = usable_topology({}));
 
   int threads() const { return pool_.threads(); }
-  int shards() const { return static_cast<int>(layout_.shards.size()); }
+  int shards() const { return to_int(layout_.shards.size()); }
   // Cuts [0, n) among the shards, in proportion to their cores, on multiples of `align`. The layer and what
   // brings its weights to the shards' memory use the same cut.
   std::vector<Range> split(index_t n, index_t align) const;
@@ -75,7 +75,7 @@ class Runtime {
     // The recorder of the thread whose scratch this is, or null.
     Recorder* recorder(const Arena& scratch) const {
       if (profile() == nullptr) return nullptr;
-      return &profile()->recorder(static_cast<std::size_t>(&scratch - runtime_.scratch_.data()));
+      return &profile()->recorder(to_size(&scratch - runtime_.scratch_.data()));
     }
 
     // Runs body(task, scratch) for every task in [0, tasks); scratch is the task's alone until it returns.

@@ -54,7 +54,7 @@ void TaskGraph::run(Runtime::Lease& lease) {
 bool TaskGraph::wait_for(const Group& group, index_t task, Recorder* recorder) const {
   const auto& [all, each] = group.after_;
   const std::span<const Group* const> own =
-      each.empty() ? std::span<const Group* const>() : each[static_cast<std::size_t>(task)];
+      each.empty() ? std::span<const Group* const>() : each[to_size(task)];
   const auto done = [](const Group* before) { return before->done(); };
   const bool waits =
       recorder != nullptr && !(std::ranges::all_of(all, done) && std::ranges::all_of(own, done));

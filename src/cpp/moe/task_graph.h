@@ -68,7 +68,7 @@ class TaskGraph::Group {
   Group(const Label& label, index_t first, index_t count, After after, Body body, Cost cost)
       : label_(label),
         first_(first),
-        left_(static_cast<int>(count)),
+        left_(to_int(count)),
         after_(std::move(after)),
         body_(std::move(body)),
         cost_(std::move(cost)) {}

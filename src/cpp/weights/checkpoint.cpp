@@ -109,7 +109,7 @@ TensorTable read_indexed_tensors(const fs::path& index) {
   std::vector<Found> found;
   found.reserve(map.size());
   for (const auto& [tensor, name] : map) {
-    const auto file = static_cast<std::size_t>(std::ranges::lower_bound(names, name) - names.begin());
+    const auto file = to_size(std::ranges::lower_bound(names, name) - names.begin());
     auto& rows = headers[file].rows;
     const auto row = std::ranges::lower_bound(rows, tensor, {}, &SafetensorsHeader::Row::name);
     KT_CHECK(row != rows.end() && row->name == tensor, "{}: tensor {} is not in {}", quote(index.native()),

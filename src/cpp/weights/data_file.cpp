@@ -46,6 +46,15 @@ Descriptor::~Descriptor() {
   if (fd_ >= 0) ::close(fd_);
 }
 
+void Unmap::operator()(const std::byte* memory) const noexcept {
+  ::munmap(const_cast<std::byte*>(memory), bytes);
+}
+
+Mapping map_file(int fd, std::size_t bytes, int protection, int flags) {
+  void* memory = ::mmap(nullptr, bytes, protection, flags, fd, 0);
+  return {memory == MAP_FAILED ? nullptr : static_cast<std::byte*>(memory), Unmap{bytes}};
+}
+
 void wait_for_lock(int fd, const std::function<void()>& meanwhile) {
   while (::flock(fd, LOCK_EX | LOCK_NB) != 0 && (errno == EWOULDBLOCK || errno == EINTR)) {
     std::this_thread::sleep_for(std::chrono::milliseconds(50));
@@ -79,15 +88,10 @@ OpenFile::OpenFile(std::filesystem::path path)
   if (descriptor_ < 0) throw_errno(path_, "cannot open", errno);
   struct stat info{};
   const int error = ::fstat(descriptor_, &info) == 0 ? 0 : errno;
-  if (error != 0 || !S_ISREG(info.st_mode)) {
-    ::close(descriptor_);
-    if (error != 0) throw_errno(path_, "cannot stat", error);
-    throw ValueError(message("{}: not a regular file", subject(path_)));
-  }
+  if (error != 0) throw_errno(path_, "cannot stat", error);
+  KT_CHECK(S_ISREG(info.st_mode), "{}: not a regular file", subject(path_));
   stamp_ = stamp_of(info);
 }
-
-OpenFile::~OpenFile() { ::close(descriptor_); }
 
 void OpenFile::read(std::uint64_t offset, std::span<std::byte> to, std::string_view tensor) const {
   const std::uint64_t end = offset + to.size();
@@ -99,7 +103,7 @@ void OpenFile::read(std::uint64_t offset, std::span<std::byte> to, std::string_v
     KT_CHECK(got > 0, "{}: the file was shortened: it ends at byte {}, wanted {}", subject(path_, tensor),
              offset, end);
     offset += static_cast<std::uint64_t>(got);
-    to = to.subspan(static_cast<std::size_t>(got));
+    to = to.subspan(to_size(got));
   }
 }
 
@@ -110,10 +114,6 @@ void OpenFile::read_ahead(std::uint64_t offset, std::uint64_t bytes) const noexc
   // To ask for what is there already costs a tenth of reading it.
   if (::preadv2(descriptor_, &to, 1, static_cast<off_t>(offset + bytes - 1), RWF_NOWAIT) == 1) return;
   ::posix_fadvise(descriptor_, static_cast<off_t>(offset), static_cast<off_t>(bytes), POSIX_FADV_WILLNEED);
-}
-
-DataFile::Mapping::~Mapping() {
-  if (!bytes.empty()) ::munmap(const_cast<std::byte*>(bytes.data()), bytes.size());
 }
 
 std::shared_ptr<const OpenFile> DataFile::open(std::string_view tensor) const {
@@ -130,16 +130,14 @@ std::shared_ptr<const OpenFile> DataFile::open(std::string_view tensor) const {
 }
 
 std::span<const std::byte> DataFile::map(std::string_view tensor) const {
-  Mapping& mapping = mapping_.get();
-  const std::lock_guard lock(mapping.making);
-  if (mapping.bytes.empty() && stamp_.size > 0) {  // mmap refuses an empty range
+  auto& [making, file] = mapped_.get();
+  const std::lock_guard lock(making);
+  if (file == nullptr && stamp_.size > 0) {  // mmap refuses an empty range
     const auto opened = open(tensor);
-    const auto size = static_cast<std::size_t>(stamp_.size);
-    void* data = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, opened->descriptor(), 0);
-    if (data == MAP_FAILED) throw_errno(path_, "cannot map the file", errno, tensor);
-    mapping.bytes = {static_cast<const std::byte*>(data), size};
+    file = map_file(opened->descriptor(), to_size(stamp_.size), PROT_READ, MAP_PRIVATE);
+    if (file == nullptr) throw_errno(path_, "cannot map the file", errno, tensor);
   }
-  return mapping.bytes;
+  return {file.get(), file.get_deleter().bytes};
 }
 
 std::shared_ptr<const OpenFile> OpenFiles::open(const DataFile& file, std::string_view tensor) {

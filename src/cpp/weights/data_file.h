@@ -41,6 +41,14 @@ class Descriptor {
   int fd_;
 };
 
+struct Unmap {
+  std::size_t bytes = 0;
+  void operator()(const std::byte* memory) const noexcept;
+};
+// The first bytes of a file in memory; null where the operating system refuses, and errno says why.
+using Mapping = std::unique_ptr<std::byte, Unmap>;
+Mapping map_file(int fd, std::size_t bytes, int protection, int flags);
+
 // Waits for the exclusive lock of an open file (flock), and calls `meanwhile`, which may be empty, while it
 // waits. On file systems without locks it returns at once.
 void wait_for_lock(int fd, const std::function<void()>& meanwhile);
@@ -59,9 +67,6 @@ class OpenFile {
  public:
   // Throws NotFoundError, IoError, or ValueError for a directory, a FIFO, a device.
   explicit OpenFile(std::filesystem::path path);
-  ~OpenFile();
-  OpenFile(const OpenFile&) = delete;
-  OpenFile& operator=(const OpenFile&) = delete;
 
   const std::filesystem::path& path() const { return path_; }
   int descriptor() const { return descriptor_; }
@@ -75,7 +80,7 @@ class OpenFile {
 
  private:
   std::filesystem::path path_;
-  int descriptor_;
+  Descriptor descriptor_;
   FileStamp stamp_;
 };
 
@@ -97,16 +102,14 @@ class DataFile {
   std::span<const std::byte> map(std::string_view tensor) const;
 
  private:
-  struct Mapping {
-    ~Mapping();
-
+  struct Mapped {
     std::mutex making;
-    std::span<const std::byte> bytes;  // none: not made yet
+    Mapping file;  // none: not made yet
   };
 
   std::filesystem::path path_;
   FileStamp stamp_;
-  PerProcess<Mapping> mapping_;
+  PerProcess<Mapped> mapped_;
 };
 
 // The files being read at a time: opening one for each read would cost more than a small read, and a large

@@ -70,8 +70,8 @@ std::string_view take_last(std::string_view& dotted) {
   const char* const begin = dotted.data();
   const char* at = begin + dotted.size();
   while (at != begin && at[-1] != '.') --at;
-  const std::string_view last(at, static_cast<std::size_t>(begin + dotted.size() - at));
-  dotted = {begin, static_cast<std::size_t>(at == begin ? 0 : at - 1 - begin)};
+  const std::string_view last(at, to_size(begin + dotted.size() - at));
+  dotted = {begin, to_size(at == begin ? 0 : at - 1 - begin)};
   return last;
 }
 
@@ -95,7 +95,7 @@ bool find_word(const Spelling& spelling, std::string_view word, ExpertName& foun
   const auto at = std::ranges::find(spelling.words, word);
   if (at == spelling.words.end() || word.empty()) return false;
   found.spelling = &spelling;
-  found.first = found.last = projections[static_cast<std::size_t>(at - spelling.words.begin())];
+  found.first = found.last = projections[to_size(at - spelling.words.begin())];
   return true;
 }
 
@@ -247,12 +247,12 @@ void LayerTensors::decide_layout(std::span<const Member> members) {
 
 void LayerTensors::fill(std::span<const Member> members) {
   // More experts than tensors: one of the first must be missing, and a number in a name costs no memory.
-  const int most = static_cast<int>(members.size()) + 1;
+  const int most = to_int(members.size()) + 1;
   for (const auto& [entry, name] : members) {
     experts_ = std::max(experts_, std::min(name.expert + 1, most));
     parts_ = std::max(parts_, std::min(name.part + 1, most));
   }
-  const auto cells = static_cast<std::size_t>(experts_) * static_cast<std::size_t>(parts_);
+  const auto cells = to_size(experts_) * to_size(parts_);
   KT_CHECK(parts_ == 1 || cells <= members.size(),
            "{}: layer {} has {} experts in {} parts but {} tensors; some are missing",
            quote(checkpoint_->path().native()), layer_, experts_, parts_, members.size());
@@ -261,7 +261,7 @@ void LayerTensors::fill(std::span<const Member> members) {
     nbytes_ += entry->tensor.nbytes;
     const Role role = name.tail->role;
     if (role == Role::unused || name.expert >= experts_) continue;
-    auto& like = likes_[static_cast<std::size_t>(role)];
+    auto& like = likes_[to_size(role)];
     if (!like) like = name;
     for (const Projection p : projections()) {
       if (p < name.first || p > name.last) continue;
@@ -289,8 +289,7 @@ void LayerTensors::check_alike() const {
   for (std::size_t at = 0; at < grid_.size(); ++at) {
     if (grid_[at] == nullptr) continue;
     const Role role = static_cast<Role>(at % kRoleCount);
-    const Projection p =
-        kt::projections[at / kRoleCount / static_cast<std::size_t>(parts_) % kt::projections.size()];
+    const Projection p = kt::projections[at / kRoleCount / to_size(parts_) % kt::projections.size()];
     const StoredTensor &tensor = grid_[at]->tensor, &wanted = first(p, role).tensor;
     const auto* type = first(role).tensor.type;
     if (tensor.type != type)

@@ -119,7 +119,7 @@ class LayerTensors {
   std::size_t nbytes() const { return nbytes_; }
 
   // Either every matrix has a tensor of the role or none has.
-  bool has(Role role) const { return likes_[static_cast<std::size_t>(role)].has_value(); }
+  bool has(Role role) const { return likes_[to_size(role)].has_value(); }
   const Entry& at(int expert, Projection p, Role role, int part = 0) const {
     return *grid_[place(fused() ? 0 : expert, p, role, part)];
   }
@@ -145,9 +145,8 @@ class LayerTensors {
 
  private:
   std::size_t place(int expert, Projection p, Role role, int part) const {
-    const auto matrix = static_cast<std::size_t>(expert) * kt::projections.size() + index_of(p);
-    return (matrix * static_cast<std::size_t>(parts_) + static_cast<std::size_t>(part)) * kRoleCount +
-           static_cast<std::size_t>(role);
+    const auto matrix = to_size(expert) * kt::projections.size() + index_of(p);
+    return (matrix * to_size(parts_) + to_size(part)) * kRoleCount + to_size(role);
   }
   std::string where(std::string_view tensor) const;
   void decide_layout(std::span<const Member> members);

@@ -19,8 +19,7 @@ constexpr index_t kMostPages = 4096;  // of all shards
 std::vector<MatView> codes_in(const ExpertWeights& weights, std::size_t shard) {
   std::vector<MatView> all;
   for (int e = 0; e < weights.num_experts; ++e) {
-    if (!weights.homes.empty() && weights.homes[static_cast<std::size_t>(e)] != static_cast<int>(shard))
-      continue;
+    if (!weights.homes.empty() && weights.homes[to_size(e)] != to_int(shard)) continue;
     for (const Projection p : projections_of(weights.gated))
       all.push_back(codes_of(weights.placement == Placement::tensor ? weights.of(p, e, shard)
                                                                     : whole(weights.of(p, e))));
@@ -62,7 +61,7 @@ PageNodes sample_pages(const ExpertWeights& weights, std::size_t shard, std::spa
 Experts::Experts(std::shared_ptr<Runtime> runtime, ExpertWeights weights, Storage storage)
     : runtime_(std::move(runtime)),
       storage_(std::move(storage)),
-      routed_(static_cast<std::size_t>(weights.num_experts)),
+      routed_(to_size(weights.num_experts)),
       weights_(std::move(weights)) {
   weights_.routed = routed_.data();
   for (const Projection p : projections)
@@ -78,8 +77,7 @@ void Experts::dequantize(Projection p, bf16_t* into) const {
       const Range slice = weights_.shards[s];
       if (slice.size() == 0) continue;
       const index_t first = p == Projection::down ? slice.begin : slice.begin * cols;
-      decode(lease.kernels(), weights_.of(p, static_cast<int>(expert), s),
-             into + expert * rows * cols + first, cols);
+      decode(lease.kernels(), weights_.of(p, to_int(expert), s), into + expert * rows * cols + first, cols);
     }
   });
 }
@@ -120,8 +118,7 @@ std::vector<PageNodes> Experts::page_nodes() const {
 }
 
 bool Experts::verify(const Report& report) const {
-  const PackedFile* file = storage_.packed ? storage_.packed.get() : storage_.shared.get();
-  return file == nullptr || file->verify(*runtime_, report);
+  return storage_.packed == nullptr || storage_.packed->verify(*runtime_, report);
 }
 
 }  // namespace kt

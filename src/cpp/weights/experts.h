@@ -22,9 +22,9 @@ struct Storage {
   // One of these.
   std::shared_ptr<LayerMemory> own = {};
   std::shared_ptr<const PackedFile> packed = {};
-  std::shared_ptr<const PackedFile> shared = {};       // memory of several processes
   std::shared_ptr<const ExpertIndex> checkpoint = {};  // whose files are mapped
 
+  bool shared = false;  // what is packed is memory of several processes, else a file on a disk
   std::array<std::vector<bf16_t>, 3> biases = {};  // of gate, up and down; empty: none
   std::optional<QuantErrors> errors = {};          // if the weights were quantised when they were loaded
 };
@@ -47,9 +47,11 @@ class Experts {
   const ExpertWeights& weights() const { return weights_; }
   const std::optional<QuantErrors>& errors() const { return storage_.errors; }
   // Whether they are paged in from a file by access.
-  bool mapped() const { return storage_.packed != nullptr || storage_.checkpoint != nullptr; }
+  bool mapped() const {
+    return (storage_.packed != nullptr && !storage_.shared) || storage_.checkpoint != nullptr;
+  }
   // Whether they lie in memory that other processes may have mapped too.
-  bool shared() const { return storage_.shared != nullptr; }
+  bool shared() const { return storage_.shared; }
   // Whether the kernel refused memory on the NUMA nodes of the shards.
   bool refused() const { return storage_.own != nullptr && storage_.own->refused(); }
   Runtime& runtime() const { return *runtime_; }

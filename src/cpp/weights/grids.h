@@ -35,7 +35,7 @@ struct Int8 : Integers<128> {
     return t.scale == ScaleType::f32 && t.scale_rows == 1 && t.scale_cols % 32 == 0;
   }
   static constexpr std::array factors = {1.0f, 0.97f, 0.94f, 0.91f};
-  static std::uint8_t code(float x) { return static_cast<std::uint8_t>(static_cast<int>(nearest(x))); }
+  static std::uint8_t code(float x) { return static_cast<std::uint8_t>(to_int(nearest(x))); }
 };
 
 struct Int4 : Integers<8> {
@@ -45,7 +45,7 @@ struct Int4 : Integers<8> {
   }
   static constexpr std::array factors = {1.0f,  0.94f, 1.1f,
                                          0.98f, 1.02f, 0.92f};  // normal weights want these
-  static std::uint8_t code(float x) { return static_cast<std::uint8_t>(static_cast<int>(nearest(x)) + 8); }
+  static std::uint8_t code(float x) { return static_cast<std::uint8_t>(to_int(nearest(x)) + 8); }
 };
 
 // Sign, exponent and mantissa. In integers, whose comparisons are vectors.

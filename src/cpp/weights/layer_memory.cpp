@@ -36,8 +36,7 @@ index_t padded_bytes(const MutableWeight& w) {
 void copy_rows(const std::byte* from, index_t stride, index_t rows, index_t bytes, std::byte* to) {
   if (rows == 0 || bytes == 0) return;
   if (stride == bytes) bytes *= rows, rows = 1;
-  for (index_t i = 0; i < rows; ++i)
-    std::memcpy(to + i * bytes, from + i * stride, static_cast<std::size_t>(bytes));
+  for (index_t i = 0; i < rows; ++i) std::memcpy(to + i * bytes, from + i * stride, to_size(bytes));
 }
 
 // Codes, scales and zero points of a slice of a matrix, which is cut where it may be, and its global scale.
@@ -81,8 +80,7 @@ std::string_view name_of(Placement placement) { return placement == Placement::t
 
 std::vector<index_t> weights_of(const Runtime& runtime) {
   std::vector<index_t> weights;
-  for (std::size_t s = 0; s < static_cast<std::size_t>(runtime.shards()); ++s)
-    weights.push_back(runtime.weight_of(s));
+  for (std::size_t s = 0; s < to_size(runtime.shards()); ++s) weights.push_back(runtime.weight_of(s));
   return weights;
 }
 
@@ -95,11 +93,11 @@ std::vector<int> assign_homes(int experts, std::span<const index_t> weights,
     sum += weight;
   }
   KT_CHECK(experts <= 1 << 22, "there are {} experts, wanted at most {}", experts, 1 << 22);
-  std::vector<int> homes(static_cast<std::size_t>(experts));
+  std::vector<int> homes(to_size(experts));
   if (std::ranges::all_of(popularity, [](double p) { return p == 0; })) {
     const std::vector<Range> runs = split_by(experts, weights, 1);
     for (std::size_t s = 0; s < runs.size(); ++s)
-      std::fill(homes.begin() + runs[s].begin, homes.begin() + runs[s].end, static_cast<int>(s));
+      std::fill(homes.begin() + runs[s].begin, homes.begin() + runs[s].end, to_int(s));
     return homes;
   }
 
@@ -120,7 +118,7 @@ std::vector<int> assign_homes(int experts, std::span<const index_t> weights,
       const double after = (load[s] + share) / static_cast<double>(weights[s]);
       if (best == weights.size() || after < least) best = s, least = after;
     }
-    homes[e] = static_cast<int>(best);
+    homes[e] = to_int(best);
     load[best] += share;
     --room[best];
   }
@@ -174,7 +172,7 @@ std::array<std::vector<Weight>, 3> weights_in(std::span<const LayerBlock> blocks
 LayerMemory::LayerMemory(const Runtime& runtime, const LayerShape& layer, const Sharding& sharding) {
   for (std::size_t s = 0; s < sharding.shards.size(); ++s) nodes_.push_back(runtime.memory_nodes_of(s));
   const auto add = [&](LayerBlock block, std::span<const int> nodes) {
-    const Buffer& buffer = buffers_.emplace_back(static_cast<std::size_t>(block.bytes()), nodes);
+    const Buffer& buffer = buffers_.emplace_back(to_size(block.bytes()), nodes);
     refused_ |= buffer.refused();
     block.memory = static_cast<std::byte*>(buffer.data());
     blocks_.push_back(block);
@@ -196,8 +194,7 @@ LayerMemory::LayerMemory(const Runtime& runtime, const LayerShape& layer, const 
   add(all, {});
   for (std::size_t e = 0; e < sharding.homes.size(); ++e) {
     const std::span<std::byte> memory = expert(e);
-    refused_ |=
-        !place_memory(memory.data(), memory.size(), nodes_[static_cast<std::size_t>(sharding.homes[e])]);
+    refused_ |= !place_memory(memory.data(), memory.size(), nodes_[to_size(sharding.homes[e])]);
   }
   at_ = sharding.homes;
 }
@@ -207,7 +204,7 @@ bool LayerMemory::move(std::span<const int> homes) {
   for (std::size_t e = 0; e < at_.size(); ++e) {
     if (at_[e] == homes[e]) continue;
     const std::span<std::byte> memory = expert(e);
-    if (move_memory(memory.data(), memory.size(), nodes_[static_cast<std::size_t>(homes[e])]))
+    if (move_memory(memory.data(), memory.size(), nodes_[to_size(homes[e])]))
       at_[e] = homes[e];
     else
       moved = false;
@@ -217,7 +214,7 @@ bool LayerMemory::move(std::span<const int> homes) {
 
 std::span<std::byte> LayerMemory::expert(std::size_t number) const {
   const LayerBlock& all = blocks_.front();
-  const auto each = static_cast<std::size_t>(all.expert_bytes());
+  const auto each = to_size(all.expert_bytes());
   return {all.memory + number * each, each};
 }
 
@@ -238,12 +235,12 @@ QuantErrors fill_all(Runtime& runtime, const LayerShape& layer, std::span<const 
     const std::size_t now = nbytes / tasks * done + (done == tasks ? nbytes % tasks : 0);
     report(now - std::exchange(reported, now));
   };
-  std::vector<QuantError> errors(static_cast<std::size_t>(layer.num_experts) * projections.size());
+  std::vector<QuantError> errors(to_size(layer.num_experts) * projections.size());
   {
     Runtime::Lease lease(runtime);
     const auto fill_task = [&](index_t task, Arena& scratch) {
-      const Matrix& m = order[static_cast<std::size_t>(task)];
-      const auto place = static_cast<std::size_t>(m.expert) * projections.size() + index_of(m.projection);
+      const Matrix& m = order[to_size(task)];
+      const auto place = to_size(m.expert) * projections.size() + index_of(m.projection);
       errors[place] = fill_one(m, layer, blocks, fill, lease.kernels(), scratch);
       ++done;
     };

@@ -90,8 +90,7 @@ void LayerSource::read_bias(int expert, Projection p, bf16_t* into, Arena& scrat
 void LayerSource::read_rows(const Entry& entry, int expert, const Plane& plane, index_t row_bytes,
                             index_t begin, index_t count, std::byte* to, Arena& scratch) const {
   const auto read = [&](index_t row, std::byte* at, index_t bytes) {
-    tensors_.checkpoint().read(entry, static_cast<std::uint64_t>(row * row_bytes),
-                               {at, static_cast<std::size_t>(bytes)});
+    tensors_.checkpoint().read(entry, static_cast<std::uint64_t>(row * row_bytes), {at, to_size(bytes)});
   };
   const index_t first = expert * plane.per_expert + plane.first;
   if (plane.row_stride == 1) return read(first + begin, to, count * row_bytes);
@@ -103,7 +102,7 @@ void LayerSource::read_rows(const Entry& entry, int expert, const Plane& plane, 
     const index_t n = std::min(chunk, count - done);
     read(first + (begin + done) * plane.row_stride, chunk_data, (n - 1) * stride + row_bytes);
     for (index_t i = 0; i < n; ++i, to += row_bytes)
-      std::memcpy(to, chunk_data + i * stride, static_cast<std::size_t>(row_bytes));
+      std::memcpy(to, chunk_data + i * stride, to_size(row_bytes));
   }
 }
 
@@ -131,7 +130,7 @@ void LayerSource::check_order(int expert, Projection p, Arena& scratch) const {
   const index_t group = info_.matrix(p).group();
   for (index_t begin = 0, number = 0; begin < std::ssize(groups); begin += group, ++number) {
     for (index_t i = begin; i < std::min(begin + group, std::ssize(groups)); ++i) {
-      const auto found = groups[static_cast<std::size_t>(i)];
+      const auto found = groups[to_size(i)];
       if (found != number)
         tensors_.fail(entry,
                       "puts column {} into group {}, wanted {}: columns reordered by activation "
@@ -143,10 +142,9 @@ void LayerSource::check_order(int expert, Projection p, Arena& scratch) const {
 
 void round_row(const DecodeKernels& decode, DType type, index_t n, const std::byte* src, bf16_t* dst) {
   switch (type) {
-    case DType::f16:
-      return decode.from_f16(static_cast<int>(n), reinterpret_cast<const std::uint16_t*>(src), dst);
-    case DType::f32: return decode.from_f32(static_cast<int>(n), reinterpret_cast<const float*>(src), dst);
-    default: std::memcpy(dst, src, static_cast<std::size_t>(n) * sizeof *dst);
+    case DType::f16: return decode.from_f16(to_int(n), reinterpret_cast<const std::uint16_t*>(src), dst);
+    case DType::f32: return decode.from_f32(to_int(n), reinterpret_cast<const float*>(src), dst);
+    default: std::memcpy(dst, src, to_size(n) * sizeof *dst);
   }
 }
 
@@ -161,7 +159,7 @@ SourcePointer open_source(LayerTensors tensors) {
   if (tensors.has(Role::global_scale)) return open_nvfp4(std::move(tensors));
   constexpr decltype(&open_plain) kByEncoding[] = {nullptr,   open_plain, open_packed,
                                                    open_gptq, open_mxfp4, open_kt};
-  return kByEncoding[static_cast<std::size_t>(tensors.encoding())](std::move(tensors));
+  return kByEncoding[to_size(tensors.encoding())](std::move(tensors));
 }
 
 const std::vector<index_t>& shape_of(const LayerTensors& tensors, Projection p, Role role, std::size_t rank) {
@@ -178,7 +176,7 @@ int experts_in(const LayerTensors& tensors, index_t experts) {
   constexpr index_t kMostExperts = 1'000'000;  // far above any model, so that an int counts them
   if (experts > kMostExperts)
     tensors.fail(tensors.first(Role::weight), "has {} experts, wanted at most {}", experts, kMostExperts);
-  return static_cast<int>(experts);
+  return to_int(experts);
 }
 
 index_t group_of(const LayerTensors& tensors, const Entry& scales, index_t cols, index_t groups) {

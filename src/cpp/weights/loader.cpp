@@ -11,7 +11,6 @@
 #include <utility>
 
 #include "base/error.h"
-#include "cpu/topology.h"
 #include "gemm/decode.h"
 #include "weights/data_file.h"
 #include "weights/json.h"
@@ -26,7 +25,7 @@ namespace {
 // A dense matrix in bf16, row by row; nothing of one without data.
 std::vector<bf16_t> rounded(Runtime& runtime, const MatView& from) {
   if (from.data == nullptr) return {};
-  std::vector<bf16_t> rows(static_cast<std::size_t>(from.rows * from.cols));
+  std::vector<bf16_t> rows(to_size(from.rows * from.cols));
   const Runtime::Lease lease(runtime);
   round_rows(lease.kernels().decode, from, rows.data());
   return rows;
@@ -47,9 +46,8 @@ LayerInfo part_of(LayerInfo layer, int number, const std::optional<Range>& exper
   KT_CHECK(experts->begin >= 0 && experts->size() > 0 && experts->end <= layer.num_experts,
            "experts is range({}, {}), but layer {} has {} experts: wanted some of them", experts->begin,
            experts->end, number, layer.num_experts);
-  layer.nbytes =
-      layer.nbytes / static_cast<std::size_t>(layer.num_experts) * static_cast<std::size_t>(experts->size());
-  layer.num_experts = static_cast<int>(experts->size());
+  layer.nbytes = layer.nbytes / to_size(layer.num_experts) * to_size(experts->size());
+  layer.num_experts = to_int(experts->size());
   return layer;
 }
 
@@ -74,7 +72,7 @@ void read_ahead(const std::byte* bytes, index_t count) {
 void page_in(ExpertWeights& layer) {
   layer.fetch = [weights = layer.weights](int expert) {
     for (const auto& stack : weights) {
-      const Weight& w = stack[static_cast<std::size_t>(expert)];
+      const Weight& w = stack[to_size(expert)];
       read_ahead(w.codes, w.codes_bytes());
       read_ahead(w.scales, w.scales_bytes());
       read_ahead(w.zeros, w.zeros_bytes());
@@ -121,7 +119,7 @@ class CheckpointLayer {
         options_(options),
         report_(report),
         source_(index_->open(layer)),
-        first_(options.experts ? static_cast<int>(options.experts->begin) : 0),
+        first_(options.experts ? to_int(options.experts->begin) : 0),
         info_(part_of(source_->info(), layer, options.experts)),
         weights_{info_, {}, options.activation} {
     for (const Projection p : projections_of(info_.gated))
@@ -159,13 +157,12 @@ class CheckpointLayer {
   std::array<std::vector<bf16_t>, 3> biases() const {
     std::array<std::vector<bf16_t>, 3> result;
     for (const Projection p : projections_of(info_.gated))
-      result[index_of(p)].resize(static_cast<std::size_t>(info_.num_experts * info_.rows(p)));
+      result[index_of(p)].resize(to_size(info_.num_experts * info_.rows(p)));
     Runtime::Lease lease(*runtime_);
     lease.parallel_for(info_.num_experts, [&](index_t expert, Arena& scratch) {
       for (const Projection p : projections_of(info_.gated))
-        source_->read_bias(first_ + static_cast<int>(expert), p,
-                           result[index_of(p)].data() + expert * info_.rows(p), scratch,
-                           lease.kernels().decode);
+        source_->read_bias(first_ + to_int(expert), p, result[index_of(p)].data() + expert * info_.rows(p),
+                           scratch, lease.kernels().decode);
     });
     return result;
   }
@@ -181,13 +178,12 @@ class CheckpointLayer {
              name_of(*options_.format), name_of(info_.types.back().format));
     storage_.checkpoint = index_;
     for (const Projection p : projections_of(info_.gated))
-      weights_.weights[index_of(p)].resize(static_cast<std::size_t>(info_.num_experts));
+      weights_.weights[index_of(p)].resize(to_size(info_.num_experts));
     {
       Runtime::Lease lease(*runtime_);
       lease.parallel_for(info_.num_experts, [&](index_t expert, Arena&) {
         for (const Projection p : projections_of(info_.gated))
-          weights_.weights[index_of(p)][static_cast<std::size_t>(expert)] =
-              source_->map(first_ + static_cast<int>(expert), p);
+          weights_.weights[index_of(p)][to_size(expert)] = source_->map(first_ + to_int(expert), p);
       });
     }
     if (report_) report_(info_.nbytes);
@@ -202,7 +198,7 @@ class CheckpointLayer {
     if (!why.empty() && options_.warn)
       options_.warn(message("{}: ignored and made again: {}", quote(path.native()), why));
     if (file == nullptr) file = pack(path, wanted);
-    storage_.packed = use(std::move(file));
+    use(std::move(file));
     page_in(weights_);
   }
 
@@ -214,15 +210,13 @@ class CheckpointLayer {
     if (file == nullptr && !why.empty() && options_.warn)
       options_.warn(message("another process has layer {} in memory that cannot be shared: {}", layer_, why));
     if (file == nullptr) {
-      std::vector<int> nodes;
-      for (const NumaNode& node : read_topology().nodes)
-        if (node.has_memory()) nodes.push_back(node.id);
       PackedLayer layer = wanted;
-      layer.errors = fill(std::array{LayerBlock::whole(weights_, shared.reserve(wanted, nodes))});
+      layer.errors = fill(std::array{LayerBlock::whole(weights_, shared.reserve(wanted))});
       packed_ = info_.nbytes;
       file = shared.commit(layer, *runtime_, report_);
     }
-    storage_.shared = use(std::move(file));
+    use(std::move(file));
+    storage_.shared = true;
   }
 
   PackedLayer wanted_layer() const {
@@ -231,13 +225,13 @@ class CheckpointLayer {
     return wanted;
   }
 
-  std::shared_ptr<const PackedFile> use(std::shared_ptr<const PackedFile> file) {
+  void use(std::shared_ptr<const PackedFile> file) {
     if (report_) report_(info_.nbytes - packed_);
     // Of a mapping for reading: nobody writes there.
     const std::array blocks{LayerBlock::whole(weights_, const_cast<std::byte*>(file->weights()))};
     weights_.weights = weights_in(blocks);
     storage_.errors = file->layer().errors;
-    return file;
+    storage_.packed = std::move(file);
   }
 
   std::shared_ptr<const PackedFile> pack(const fs::path& path, PackedLayer layer) {

@@ -81,11 +81,11 @@ bool same_layer(const Header& a, const Header& b) {
 // Expert by expert, so that threads share the work.
 std::uint64_t weights_checksum(Runtime& runtime, const LayerShape& shape, const std::byte* weights,
                                const Report& report) {
-  const auto each = static_cast<std::size_t>(LayerBlock::whole(shape).expert_bytes());
-  std::vector<std::uint64_t> sums(static_cast<std::size_t>(shape.num_experts));
+  const auto each = to_size(LayerBlock::whole(shape).expert_bytes());
+  std::vector<std::uint64_t> sums(to_size(shape.num_experts));
   Runtime::Lease lease(runtime);
   const auto sum = [&](index_t expert, Arena&) {
-    const auto e = static_cast<std::size_t>(expert);
+    const auto e = to_size(expert);
     sums[e] = checksum({weights + e * each, each});
   };
   std::function<void()> between;
@@ -101,9 +101,7 @@ void sync_directory(const fs::path& directory) {
 
 }  // namespace
 
-std::size_t PackedLayer::bytes() const {
-  return kHeaderBytes + static_cast<std::size_t>(LayerBlock::whole(shape).bytes());
-}
+std::size_t PackedLayer::bytes() const { return kHeaderBytes + to_size(LayerBlock::whole(shape).bytes()); }
 
 std::byte* weights_behind_header(std::byte* file) { return file + kHeaderBytes; }
 
@@ -118,13 +116,13 @@ std::shared_ptr<const PackedFile> PackedFile::open(const fs::path& path, const P
                                                    std::string& why) {
   why.clear();
   const Descriptor fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
-  if (fd >= 0) return map(fd, wanted, 0, why);
+  if (fd >= 0) return map(fd, path, wanted, 0, why);
   if (errno != ENOENT && errno != ENOTDIR) why = std::system_category().message(errno);
   return nullptr;
 }
 
-std::shared_ptr<const PackedFile> PackedFile::map(int fd, const PackedLayer& wanted, std::size_t more,
-                                                  std::string& why) {
+std::shared_ptr<const PackedFile> PackedFile::map(int fd, const fs::path& path, const PackedLayer& wanted,
+                                                  std::size_t more, std::string& why) {
   why.clear();
   const std::size_t bytes = wanted.bytes() + more;
   struct stat info{};
@@ -143,14 +141,13 @@ std::shared_ptr<const PackedFile> PackedFile::map(int fd, const PackedLayer& wan
     why = "it holds a layer of another shape or format";
   else if (found.source != want.source)
     why = "the checkpoint has changed since";
-  else if (static_cast<std::size_t>(info.st_size) != bytes)
+  else if (to_size(info.st_size) != bytes)
     why = message("it has {} bytes, wanted {}", info.st_size, bytes);
   if (!why.empty()) return nullptr;
 
-  void* map = ::mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd, 0);
-  if (map == MAP_FAILED)
-    throw IoError(message("cannot map a packed layer: {}", std::system_category().message(errno)));
-  std::shared_ptr<PackedFile> file(new PackedFile(static_cast<const std::byte*>(map), bytes));
+  Mapping map = map_file(fd, bytes, PROT_READ, MAP_SHARED);
+  if (map == nullptr) throw_errno(path, "cannot map the packed layer", errno);
+  std::shared_ptr<PackedFile> file(new PackedFile(std::move(map)));
   file->layer_ = wanted;
   file->checksum_ = found.weights_checksum;
   for (std::size_t i = 0; i < found.errors.size() && file->layer_.errors; ++i)
@@ -158,9 +155,7 @@ std::shared_ptr<const PackedFile> PackedFile::map(int fd, const PackedLayer& wan
   return file;
 }
 
-PackedFile::~PackedFile() { ::munmap(const_cast<std::byte*>(map_), bytes_); }
-
-const std::byte* PackedFile::weights() const { return map_ + kHeaderBytes; }
+const std::byte* PackedFile::weights() const { return map_.get() + kHeaderBytes; }
 
 bool PackedFile::verify(Runtime& runtime, const Report& report) const {
   return weights_checksum(runtime, layer_.shape, weights(), report) == checksum_;
@@ -169,7 +164,7 @@ bool PackedFile::verify(Runtime& runtime, const Report& report) const {
 PackedWriter::PackedWriter(fs::path path, const LayerShape& shape, const Report& report)
     : path_(std::move(path)),
       temporary_(path_),
-      bytes_(kHeaderBytes + static_cast<std::size_t>(LayerBlock::whole(shape).bytes())) {
+      bytes_(kHeaderBytes + to_size(LayerBlock::whole(shape).bytes())) {
   temporary_ += ".part";
   std::error_code error;
   fs::create_directories(path_.parent_path(), error);
@@ -178,18 +173,14 @@ PackedWriter::PackedWriter(fs::path path, const LayerShape& shape, const Report&
   // What a killed writer left is locked by nobody, and taken over. A name whose file went away meanwhile was
   // its writer's: commit renames it.
   for (;;) {
-    fd_ = ::open(temporary_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0644);
+    fd_ = Descriptor(
+        ::open(temporary_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0644));
     if (fd_ < 0) throw_errno(temporary_, "cannot write", errno);
-    try {  // without locks two writers write the same bytes
-      wait_for_lock(fd_, report ? [&] { report(0); } : std::function<void()>());
-    } catch (...) {
-      ::close(fd_);
-      throw;
-    }
+    // Without locks two writers write the same bytes.
+    wait_for_lock(fd_, report ? [&] { report(0); } : std::function<void()>());
     struct stat mine{}, named{};
     const bool found = ::fstat(fd_, &mine) == 0 && ::lstat(temporary_.c_str(), &named) == 0;
     if (found && mine.st_ino == named.st_ino && S_ISREG(mine.st_mode) && mine.st_nlink == 1) return;
-    ::close(fd_);
     // Another file's second name: to write it would be to write that file.
     if (found && mine.st_ino == named.st_ino)
       throw IoError(message("{}: not a file of its own", quote(temporary_.native())));
@@ -200,25 +191,22 @@ std::byte* PackedWriter::reserve() {
   // Space for all of it now: a full disk would be a signal when the mapping is written.
   const int full = ::posix_fallocate(fd_, 0, static_cast<off_t>(bytes_));
   if (full != 0) throw_errno(temporary_, message("cannot make a file of {} bytes", bytes_), full);
-  void* map = ::mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, fd_, 0);
-  if (map == MAP_FAILED) throw_errno(temporary_, "cannot map", errno);
-  map_ = static_cast<std::byte*>(map);
-  return map_ + kHeaderBytes;
+  map_ = map_file(fd_, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED);
+  if (map_ == nullptr) throw_errno(temporary_, "cannot map", errno);
+  return map_.get() + kHeaderBytes;
 }
 
 PackedWriter::~PackedWriter() {
-  if (map_ != nullptr) ::munmap(map_, bytes_);
   if (fd_ < 0) return;
   ::unlink(temporary_.c_str());
   ::flock(fd_, LOCK_UN);  // a child that was forked meanwhile has the descriptor, and with it the lock
-  ::close(fd_);
 }
 
 void PackedWriter::commit(const PackedLayer& layer, Runtime& runtime, const Report& report) {
-  write_header(layer, map_, runtime, report);
+  write_header(layer, map_.get(), runtime, report);
   constexpr std::size_t kChunk = std::size_t{64} << 20;
   for (std::size_t done = 0; done < bytes_; done += kChunk) {
-    if (::msync(map_ + done, std::min(kChunk, bytes_ - done), MS_SYNC) != 0)
+    if (::msync(map_.get() + done, std::min(kChunk, bytes_ - done), MS_SYNC) != 0)
       throw_errno(temporary_, "cannot write", errno);
     if (report) report(0);
   }
@@ -226,7 +214,7 @@ void PackedWriter::commit(const PackedLayer& layer, Runtime& runtime, const Repo
       ::rename(temporary_.c_str(), path_.c_str()) != 0)
     throw_errno(path_, "cannot write", errno);
   ::flock(fd_, LOCK_UN);
-  ::close(std::exchange(fd_, -1));
+  fd_ = Descriptor();
   sync_directory(path_.parent_path());
 }
 

@@ -12,6 +12,7 @@
 
 #include "moe/runtime.h"
 #include "weights/convert.h"
+#include "weights/data_file.h"
 #include "weights/layer_memory.h"
 
 namespace kt {
@@ -37,12 +38,9 @@ class PackedFile {
   // file that is damaged or holds something else; with none, if there is no file.
   static std::shared_ptr<const PackedFile> open(const std::filesystem::path& path, const PackedLayer& wanted,
                                                 std::string& why);
-  // The same of an open file, which has `more` bytes behind the weights.
-  static std::shared_ptr<const PackedFile> map(int fd, const PackedLayer& wanted, std::size_t more,
-                                               std::string& why);
-  ~PackedFile();
-  PackedFile(const PackedFile&) = delete;
-  PackedFile& operator=(const PackedFile&) = delete;
+  // The same of an open file, which has `more` bytes behind the weights. IoError names it `path`.
+  static std::shared_ptr<const PackedFile> map(int fd, const std::filesystem::path& path,
+                                               const PackedLayer& wanted, std::size_t more, std::string& why);
 
   const PackedLayer& layer() const { return layer_; }
   const std::byte* weights() const;
@@ -50,10 +48,9 @@ class PackedFile {
   bool verify(Runtime& runtime, const Report& report) const;
 
  private:
-  PackedFile(const std::byte* map, std::size_t bytes) : map_(map), bytes_(bytes) {}
+  explicit PackedFile(Mapping map) : map_(std::move(map)) {}
 
-  const std::byte* map_;
-  std::size_t bytes_;
+  Mapping map_;
   std::uint64_t checksum_ = 0;
   PackedLayer layer_;
 };
@@ -76,9 +73,9 @@ class PackedWriter {
 
  private:
   std::filesystem::path path_, temporary_;
-  int fd_ = -1;
-  std::byte* map_ = nullptr;
-  std::size_t bytes_ = 0;
+  std::size_t bytes_;
+  Descriptor fd_;
+  Mapping map_;
 };
 
 }  // namespace kt

@@ -18,7 +18,7 @@ namespace {
 // The rows of the source, each widened when it is asked for.
 class Rows {
  public:
-  explicit Rows(const MatView& source) : source_(source), row_(static_cast<std::size_t>(source.cols)) {}
+  explicit Rows(const MatView& source) : source_(source), row_(to_size(source.cols)) {}
 
   const float* operator()(index_t row) {
     const auto n = row_.size();
@@ -96,7 +96,7 @@ float squared_error(const float* x, index_t n, float scale) {
   for (index_t i = 0; i < n; i += kLanes)
     for (index_t lane = 0; lane < kLanes; ++lane) {
       const float off = x[i + lane] - Grid::nearest(x[i + lane] * inverse) * scale;
-      sums[static_cast<std::size_t>(lane)] += off * off;
+      sums[to_size(lane)] += off * off;
     }
   float sum = 0;
   for (const float part : sums) sum += part;
@@ -110,7 +110,7 @@ float best_scale(const float* weights, index_t n, ScaleType type, std::vector<fl
   float best = 1, least = std::numeric_limits<float>::infinity();
   if (peak == 0) return best;
   const float unit = std::fabs(peak);
-  relative.resize(static_cast<std::size_t>(round_up(n, kLanes)));
+  relative.resize(to_size(round_up(n, kLanes)));
   float* x = relative.data();
   for (index_t i = 0; i < n; ++i) x[i] = weights[i] / unit;
   std::fill(relative.begin() + n, relative.end(), 0.0f);
@@ -149,16 +149,16 @@ class Scales {
       : into_(into),
         rows_(rows),
         global_scale_(choose_global_scale<Grid>(into, rows)),
-        scales_(static_cast<std::size_t>(ceil_div(into.cols, into.group()))) {}
+        scales_(to_size(ceil_div(into.cols, into.group()))) {}
 
-  float of_group(index_t group) const { return scales_[static_cast<std::size_t>(group)]; }
+  float of_group(index_t group) const { return scales_[to_size(group)]; }
   // For `row` and those behind it that share its scales.
   void choose(index_t row) {
     const index_t end = std::min(row + into_.type.scale_rows, into_.rows);
     std::fill(scales_.begin(), scales_.end(), 0.0f);
     for (index_t i = row; i < end; ++i) look_at(rows_(i));
     for (index_t g = 0; g < std::ssize(scales_); ++g) {
-      float& scale = scales_[static_cast<std::size_t>(g)];
+      float& scale = scales_[to_size(g)];
       if constexpr (kByPeak<Grid>) scale = Grid::scale_of(scale, global_scale_);
       store_scale(into_, row / into_.type.scale_rows * std::ssize(scales_) + g, scale);
       scale *= global_scale_;
@@ -169,7 +169,7 @@ class Scales {
   void look_at(const float* weights) {
     for (index_t begin = 0, g = 0; begin < into_.cols; begin += into_.group(), ++g) {
       const index_t n = std::min(into_.group(), into_.cols - begin);
-      float& scale = scales_[static_cast<std::size_t>(g)];
+      float& scale = scales_[to_size(g)];
       if constexpr (kByPeak<Grid>)
         scale = std::max(scale, std::fabs(peak_of(weights + begin, n)));
       else
@@ -216,8 +216,8 @@ QuantError quantize_as(const KernelSet& kernels, const MatView& source, const Mu
   const index_t cols = into.cols, group = into.group(), row_bytes = into.code_bytes(cols);
   Rows rows(source);
   Scales<Grid> scales(into, rows);
-  std::vector<std::uint8_t> codes(static_cast<std::size_t>(cols + 1));
-  std::vector<bf16_t> decoded(static_cast<std::size_t>(cols));
+  std::vector<std::uint8_t> codes(to_size(cols + 1));
+  std::vector<bf16_t> decoded(to_size(cols));
   QuantError total;
   for (index_t row = 0; row < into.rows; ++row) {
     if (row % into.type.scale_rows == 0) scales.choose(row);
@@ -228,7 +228,7 @@ QuantError quantize_as(const KernelSet& kernels, const MatView& source, const Mu
     if (traits_of(into.type.format).bits == 4)
       pack_pairs(codes.data(), row_bytes, to);
     else
-      std::memcpy(to, codes.data(), static_cast<std::size_t>(row_bytes));
+      std::memcpy(to, codes.data(), to_size(row_bytes));
 
     decode(kernels, {&coded, {row, row + 1}, {0, cols}}, decoded.data(), cols);
     const QuantError of_row = error_of(weights, decoded.data(), cols);
@@ -258,7 +258,7 @@ QuantError quantize(const KernelSet& kernels, const MatView& source, const Mutab
            "weights to quantise are {}, wanted bfloat16 or float32", name_of(source.dtype));
   KT_CHECK(source.rows == into.rows && source.cols == into.cols,
            "weights to quantise are {} x {}, wanted {} x {}", source.rows, source.cols, into.rows, into.cols);
-  const Quantizer& to = kQuantizers[static_cast<std::size_t>(into.type.format)];
+  const Quantizer& to = kQuantizers[to_size(into.type.format)];
   KT_CHECK(to.takes != nullptr && !into.type.zero_points &&
                into.type.global_scale == traits_of(into.type.format).quantized.global_scale &&
                to.takes(into.type),

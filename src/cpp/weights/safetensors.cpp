@@ -210,7 +210,7 @@ class IndexReader final : JsonReader {
 
 // `size` bytes from `offset`.
 std::string read_text(const OpenFile& file, std::uint64_t offset, std::uint64_t size) {
-  std::string text(static_cast<std::size_t>(size), '\0');
+  std::string text(to_size(size), '\0');
   file.read(offset, std::as_writable_bytes(std::span(text)));
   return text;
 }

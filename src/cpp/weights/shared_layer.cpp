@@ -10,9 +10,11 @@
 #include <functional>
 #include <system_error>
 #include <utility>
+#include <vector>
 
 #include "base/error.h"
 #include "base/memory.h"
+#include "cpu/topology.h"
 
 namespace kt {
 namespace fs = std::filesystem;
@@ -22,8 +24,7 @@ constexpr int kSeals = F_SEAL_WRITE | F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL;
 
 // Bytes behind the weights that make the file a whole number of huge pages.
 std::size_t padding(const PackedLayer& layer) {
-  return static_cast<std::size_t>(
-             round_up(static_cast<index_t>(layer.bytes()), static_cast<index_t>(kHugePage))) -
+  return to_size(round_up(static_cast<index_t>(layer.bytes()), static_cast<index_t>(kHugePage))) -
          layer.bytes();
 }
 
@@ -41,10 +42,8 @@ struct Published {
 
 }  // namespace
 
-void SharedLayer::Unmap::operator()(std::byte* memory) const noexcept { ::munmap(memory, bytes); }
-
 SharedLayer::SharedLayer(fs::path directory, std::string name, const Report& report)
-    : directory_(std::move(directory)), name_(std::move(name)), map_(nullptr, Unmap{0}) {
+    : directory_(std::move(directory)), name_(std::move(name)) {
   const fs::path path = directory_ / (name_ + ".lock");
   lock_ = Descriptor(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600));
   if (lock_ < 0) throw_errno(path, "cannot open", errno);
@@ -75,7 +74,7 @@ std::shared_ptr<const PackedFile> SharedLayer::find(const PackedLayer& wanted, s
       why = message("{}: {}", at->path().native(), std::system_category().message(errno));
     } else if (file == nullptr && ::fcntl(memfd, F_GET_SEALS) == kSeals) {
       // Without the seals it is a file of another process, which got the same number.
-      file = PackedFile::map(memfd, wanted, padding(wanted), why);
+      file = PackedFile::map(memfd, at->path(), wanted, padding(wanted), why);
       if (file != nullptr) of_file = std::move(memfd);
     }
   }
@@ -83,22 +82,23 @@ std::shared_ptr<const PackedFile> SharedLayer::find(const PackedLayer& wanted, s
   return file == nullptr ? nullptr : publish(std::move(of_file), std::move(file));
 }
 
-std::byte* SharedLayer::reserve(const PackedLayer& layer, std::span<const int> nodes) {
+std::byte* SharedLayer::reserve(const PackedLayer& layer) {
   const std::size_t bytes = layer.bytes() + padding(layer);
-  void* map = MAP_FAILED;
   for (const unsigned huge : {unsigned{MFD_HUGETLB}, 0u}) {  // reserved huge pages, if there are enough
     memfd_ = Descriptor(::memfd_create(name_.c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING | huge));
     if (memfd_ < 0 || ::ftruncate(memfd_, static_cast<off_t>(bytes)) != 0) continue;
-    map = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, memfd_, 0);
-    if (map != MAP_FAILED) break;
+    map_ = map_file(memfd_, bytes, PROT_READ | PROT_WRITE, MAP_SHARED);
+    if (map_ != nullptr) break;
   }
-  if (map == MAP_FAILED)
+  if (map_ == nullptr)
     throw IoError(message("cannot make {} bytes of shared memory for {}: {}", bytes, name_,
                           std::system_category().message(errno)));
-  map_ = {static_cast<std::byte*>(map), Unmap{bytes}};
-  ::madvise(map, bytes, MADV_DONTFORK);  // a child that could still write would keep it from being sealed
-  ::madvise(map, bytes, MADV_HUGEPAGE);  // advice, as is the placement
-  if (nodes.size() > 1) place_memory(map, bytes, nodes);
+  ::madvise(map_.get(), bytes, MADV_DONTFORK);  // a child that could write would keep it from being sealed
+  ::madvise(map_.get(), bytes, MADV_HUGEPAGE);  // advice, as is the placement
+  std::vector<int> nodes;
+  for (const NumaNode& node : read_topology().nodes)
+    if (node.has_memory()) nodes.push_back(node.id);
+  if (nodes.size() > 1) place_memory(map_.get(), bytes, nodes);
   return weights_behind_header(map_.get());
 }
 
@@ -108,7 +108,7 @@ std::shared_ptr<const PackedFile> SharedLayer::commit(const PackedLayer& layer, 
   map_.reset();
   std::string why;
   if (::fcntl(memfd_, F_ADD_SEALS, kSeals) != 0) why = std::system_category().message(errno);
-  auto file = why.empty() ? PackedFile::map(memfd_, layer, padding(layer), why) : nullptr;
+  auto file = why.empty() ? PackedFile::map(memfd_, name_, layer, padding(layer), why) : nullptr;
   if (file == nullptr) throw IoError(message("cannot share the memory of {}: {}", name_, why));
   return publish(std::move(memfd_), std::move(file));
 }

@@ -8,7 +8,6 @@
 
 #include <filesystem>
 #include <memory>
-#include <span>
 #include <string>
 
 #include "weights/data_file.h"
@@ -30,25 +29,20 @@ class SharedLayer {
   // used. Removes links of processes that are gone.
   std::shared_ptr<const PackedFile> find(const PackedLayer& wanted, std::string& why) const;
 
-  // Memory for the weights, on all of `nodes` in turn if there are several, on huge pages where the kernel
-  // has them. IoError.
-  std::byte* reserve(const PackedLayer& layer, std::span<const int> nodes);
+  // Memory for the weights, on all NUMA nodes that have some in turn, on huge pages where the kernel has them.
+  // IoError.
+  std::byte* reserve(const PackedLayer& layer);
   // Seals what was written there, and lets others find it.
   std::shared_ptr<const PackedFile> commit(const PackedLayer& layer, Runtime& runtime, const Report& report);
 
  private:
-  struct Unmap {
-    std::size_t bytes;
-    void operator()(std::byte* memory) const noexcept;
-  };
-
   std::shared_ptr<const PackedFile> publish(Descriptor memfd, std::shared_ptr<const PackedFile> file) const;
 
   std::filesystem::path directory_;
   std::string name_;
   Descriptor lock_;
   Descriptor memfd_;  // the file that is being written
-  std::unique_ptr<std::byte, Unmap> map_;
+  Mapping map_;
 };
 
 }  // namespace kt

@@ -32,8 +32,7 @@ class TilesSource final : public LayerSource {
       (int4 ? kt_int4_codes : kt_int8_codes)(tiles.data(), rows, cols, codes, stride);
       float* to = scales + part * (down ? 1 : rows);
       const index_t every = down ? parts : 1;
-      for (index_t i = 0; i < rows; ++i)
-        to[i * every] = part_scales[static_cast<std::size_t>(i)] * (int4 ? 16.0f : 1.0f);
+      for (index_t i = 0; i < rows; ++i) to[i * every] = part_scales[to_size(i)] * (int4 ? 16.0f : 1.0f);
     }
   }
 };

@@ -43,8 +43,7 @@ class RowsSource final : public LayerSource {
     if (into.type.scale != ScaleType::none) read_scales(expert, p, into, scratch);
     if (into.global_scale_bytes() > 0) {
       const Entry& entry = tensors().at(expert, p, Role::global_scale);
-      tensors().checkpoint().read(entry, 0,
-                                  {into.global_scale, static_cast<std::size_t>(into.global_scale_bytes())});
+      tensors().checkpoint().read(entry, 0, {into.global_scale, to_size(into.global_scale_bytes())});
       check_global_scale(entry, expert, into.global_scale);
     }
     if (into.type.zero_points) {

@@ -2,7 +2,11 @@
 // Panels are those of avx512_bf16, A with 32 rows: 64-byte runs of A and pairs of B are what tiles hold.
 #include <string.h>
 
+#ifdef KT_TILE_UNIT
+#include KT_TILE_UNIT
+#else
 #include "kernels/amx/tile_unit.h"
+#endif
 #include "kernels/avx512_bf16/set.h"
 
 namespace kt::KT_AMX {
