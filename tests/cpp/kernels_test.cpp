@@ -274,7 +274,7 @@ TEST_CASE("kernels read and write no byte beyond their operands, not even where 
       set.epilogue.sum_scaled(n, 2, terms, scales, y.data);
       set.epilogue.round_scaled(n, 1.0f, x.data, a.data);
       for (int activation = 0; activation < kActivationCount; ++activation) {
-        const ActivationKernels& kernels = set.epilogue.activations[activation];
+        const ActivationKernels& kernels = set.epilogue.activations->gated[activation];
         kernels.forward(n, x.data, y.data, a.data, b.data, c.data);
         kernels.backward(n, z.data, 1.0f, a.data, b.data, c.data, d.data, e.data);
       }
@@ -445,8 +445,8 @@ void check_like_scalar(int activation) {
         ours.push_back(row.data + offset);
       }
       std::vector<std::vector<bf16_t>> truth(6, std::vector<bf16_t>(size, 77));
-      const ActivationKernels &kernels = set.epilogue.activations[activation],
-                              &scalar = scalar_set().epilogue.activations[activation];
+      const ActivationKernels &kernels = set.epilogue.activations->gated[activation],
+                              &scalar = scalar_set().epilogue.activations->gated[activation];
       kernels.forward(n, g.data(), u.data(), ours[0], ours[1], ours[2]);
       scalar.forward(n, g.data(), u.data(), truth[0].data(), truth[1].data(), truth[2].data());
       const float dot =
@@ -458,11 +458,13 @@ void check_like_scalar(int activation) {
 
       std::fill_n(rows[3].data, 205, bf16_t{77});
       std::fill(truth[3].begin(), truth[3].end(), bf16_t{77});
-      kernels.ungated_forward(n, g.data(), ours[0], ours[1]);
-      scalar.ungated_forward(n, g.data(), truth[0].data(), truth[1].data());
-      check_dot(
-          kernels.ungated_backward(n, dh.data(), 0.7f, truth[0].data(), ours[2], ours[3]),
-          scalar.ungated_backward(n, dh.data(), 0.7f, truth[0].data(), truth[2].data(), truth[3].data()));
+      const ActivationKernels &ungated = set.epilogue.activations->ungated[activation],
+                              &scalar_ungated = scalar_set().epilogue.activations->ungated[activation];
+      ungated.forward(n, nullptr, g.data(), nullptr, ours[0], ours[1]);
+      scalar_ungated.forward(n, nullptr, g.data(), nullptr, truth[0].data(), truth[1].data());
+      check_dot(ungated.backward(n, dh.data(), 0.7f, nullptr, truth[0].data(), nullptr, ours[2], ours[3]),
+                scalar_ungated.backward(n, dh.data(), 0.7f, nullptr, truth[0].data(), nullptr,
+                                        truth[2].data(), truth[3].data()));
       check_rows(n, ours, truth);
     }
   });
@@ -533,7 +535,7 @@ TEST_CASE("activations are those of their definitions, and their slopes the diff
     for (int a = 0; a < kActivationCount; ++a) {
       CAPTURE(kActivationNames[a]);
       const Definition of = definition(static_cast<Activation>(a));
-      const ActivationKernels& kernels = set.epilogue.activations[a];
+      const ActivationKernels& kernels = set.epilogue.activations->gated[a];
       for (const float g : {-20.0f, -9.0f, -5.0f, -3.0f, -1.0f, -0.75f, -0.25f, 0.0f, 0.5f, 1.0f, 2.0f, 4.0f,
                             6.5f, 9.5f, 30.0f})
         for (const float u : {1.5f, -0.125f, 6.0f, 40.0f, -40.0f}) {
@@ -560,14 +562,14 @@ TEST_CASE("without a gate activations are of U alone") {
     for (int a = 0; a < kActivationCount; ++a) {
       CAPTURE(kActivationNames[a]);
       const Definition of = definition(static_cast<Activation>(a));
-      const ActivationKernels& kernels = set.epilogue.activations[a];
+      const ActivationKernels& kernels = set.epilogue.activations->ungated[a];
       for (const float u : {-20.0f, -5.0f, -1.0f, -0.25f, 0.0f, 0.5f, 2.0f, 6.5f, 7.0f, 7.0625f, 9.5f, 10.0f,
                             10.0625f, 30.0f}) {
         CAPTURE(u);
         const float dh = 3.0f;
         bf16_t up, du, h[2];
-        kernels.ungated_forward(1, &u, &up, h);
-        const float dot = kernels.ungated_backward(1, &dh, 0.5f, &up, &du, h + 1);
+        kernels.forward(1, nullptr, &u, nullptr, &up, h);
+        const float dot = kernels.backward(1, &dh, 0.5f, nullptr, &up, nullptr, &du, h + 1);
         const auto [value, by_up] = ungated(of, u);
         for (const bf16_t found : h)
           CHECK(to_float(found) == doctest::Approx(value).epsilon(0.005).scale(1e-5));
@@ -597,7 +599,7 @@ TEST_CASE("limited activations: no gradient beyond a limit, however little, one 
                  {limit * 1.0002f, limit * -1.0002f, false, false},
                  {limit * 0.9998f, limit * 0.9998f, true, true}};
     for_every_set([&](const KernelSet& set) {
-      const ActivationKernels& kernels = set.epilogue.activations[static_cast<int>(activation)];
+      const ActivationKernels& kernels = set.epilogue.activations->gated[static_cast<int>(activation)];
       for (const auto& [g, u, gate_moves, up_moves] : cases) {
         CAPTURE(g);
         CAPTURE(u);
@@ -630,8 +632,8 @@ TEST_CASE("smooth activations have a small relative error, far below 0 too") {
         const bf16_t gate = to_bf16(static_cast<float>(i) / 256.0f), up = to_bf16(u);
         bf16_t dg, du, h;
         const double wanted = of.h(to_float(gate), to_float(up));
-        const float dot = set.epilogue.activations[static_cast<int>(activation)].backward(1, &dh, 1.0f, &gate,
-                                                                                          &up, &dg, &du, &h);
+        const float dot = set.epilogue.activations->gated[static_cast<int>(activation)].backward(
+            1, &dh, 1.0f, &gate, &up, &dg, &du, &h);
         if (wanted != 0.0) worst = std::max(worst, std::abs(dot / wanted - 1));
       }
       CHECK(worst < bound);
@@ -648,7 +650,8 @@ TEST_CASE("the registry: unknown and absent sets are refused, empty slots are fi
     CHECK(static_cast<bool>(set.gemm.micro_kernel));
     CHECK(static_cast<bool>(set.gemv.nn[kGemvRows - 1]));
     CHECK(static_cast<bool>(set.epilogue.transpose));
-    for (int a = 0; a < kActivationCount; ++a) CHECK(static_cast<bool>(set.epilogue.activations[a].backward));
+    for (int a = 0; a < kActivationCount; ++a)
+      CHECK(static_cast<bool>(set.epilogue.activations->gated[a].backward));
     CHECK(static_cast<bool>(set.decode.from_f16));
   });
 }

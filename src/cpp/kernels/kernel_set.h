@@ -150,7 +150,8 @@ constexpr float kGeluSlope = 1.5957691216f, kGeluCubic = 0.044715f, kGeluFar = 1
 constexpr float kGateSoftcap = 4.0f, kUpSoftcap = 25.0f;
 
 // One row of G and U of an expert: G, U and h rounded once to bf16. Lines that G and U fill may go past the
-// caches: before another thread reads them comes a locked instruction or a fence.
+// caches: before another thread reads them comes a locked instruction or a fence. Without a gate nothing is
+// read or written of G, here and below.
 using ActivationForward = void(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
                                uint16_t* h);
 // Backward, from dh (fp32, before the routing weight) and the saved G, U: dG, dU for weight * dh, and h of
@@ -158,20 +159,13 @@ using ActivationForward = void(int n, const float* g, const float* u, uint16_t* 
 using ActivationBackward = float(int n, const float* dh, float weight, const uint16_t* g, const uint16_t* u,
                                  uint16_t* dg, uint16_t* du, uint16_t* h);
 
-// The same of experts without a gate: of a row of U alone.
-using UngatedForward = void(int n, const float* u, uint16_t* u_saved, uint16_t* h);
-using UngatedBackward = float(int n, const float* dh, float weight, const uint16_t* u, uint16_t* du,
-                              uint16_t* h);
-
 struct ActivationKernels {
   ActivationForward* forward;
   ActivationBackward* backward;
-  UngatedForward* ungated_forward;
-  UngatedBackward* ungated_backward;
 };
 
 struct ActivationTable {
-  ActivationKernels kernels[kActivationCount];
+  ActivationKernels gated[kActivationCount], ungated[kActivationCount];
 };
 
 // dst[j * dst_stride + i] = src[i * src_stride + j] for i < rows, j < cols.
@@ -185,7 +179,7 @@ struct EpilogueKernels {
   Transpose* transpose;
   SumScaled* sum_scaled;
   RoundScaled* round_scaled;
-  const ActivationKernels* activations;  // [kActivationCount]
+  const ActivationTable* activations;
 };
 
 // Stored weights and parameters to bf16, one row at a time.

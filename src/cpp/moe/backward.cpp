@@ -94,13 +94,12 @@ void activate_grad(const Pass& pass, const BlockRows& mc, Range nc, const float*
     for (index_t j = 0; j < nc.size(); j += dot_cols) {
       const index_t at = row * n + nc.begin + j;
       const int width = to_int(std::min(dot_cols, nc.size() - j));
-      const float weight = pass.route_weight(route), *row_dh = dh + i * stride + j;
-      const bf16_t* up = pass.up[b] + at;
-      bf16_t *du = pass.d_gate_up[1][b] + at, *h = pass.h[b] + at;
-      dots[j / dot_cols * pass.routing.routes() + route] =
-          pass.experts.gated ? pass.activation.backward(width, row_dh, weight, pass.gate[b] + at, up,
-                                                        pass.d_gate_up[0][b] + at, du, h)
-                             : pass.activation.ungated_backward(width, row_dh, weight, up, du, h);
+      const auto row_of = [&](const ByBlock& matrices) {
+        return matrices.empty() ? nullptr : matrices[b] + at;  // there may be no gate
+      };
+      dots[j / dot_cols * pass.routing.routes() + route] = pass.activation.backward(
+          width, dh + i * stride + j, pass.route_weight(route), row_of(pass.gate), row_of(pass.up),
+          row_of(pass.d_gate_up[0]), row_of(pass.d_gate_up[1]), row_of(pass.h));
     }
   }
 }

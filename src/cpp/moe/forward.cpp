@@ -42,18 +42,13 @@ void activate(const Pass& pass, const BlockRows& mc, Range nc, const std::array<
   const Arena::Frame frame(scratch);
   const Span span(pass.recorder(scratch), Stage::activation);
   const index_t width = nc.size();
-  const bool saved = !pass.up.empty();
   // Not at the start of a line: whole lines may be stored past the caches, and these rows are never read.
   auto* unsaved = scratch.take<bf16_t>(width + 1) + 1;
   for (index_t i = 0; i < mc.count(); ++i) {
     const index_t at = (mc.rows.begin + i) * pass.plan.width(mc.block) + nc.begin;
-    bf16_t* const up = saved ? pass.up[mc.block.index] + at : unsaved;
-    if (!pass.experts.gated) {
-      pass.activation.ungated_forward(to_int(width), g_u[1] + i * width, up, pass.h[mc.block.index] + at);
-      continue;
-    }
-    pass.activation.forward(to_int(width), g_u[0] + i * width, g_u[1] + i * width,
-                            saved ? pass.gate[mc.block.index] + at : unsaved, up,
+    const auto row_of = [&](const float* rows) { return rows == nullptr ? nullptr : rows + i * width; };
+    const auto to = [&](const ByBlock& kept) { return kept.empty() ? unsaved : kept[mc.block.index] + at; };
+    pass.activation.forward(to_int(width), row_of(g_u[0]), row_of(g_u[1]), to(pass.gate), to(pass.up),
                             pass.h[mc.block.index] + at);
   }
 }

@@ -17,8 +17,9 @@
 
 namespace kt {
 
-inline const ActivationKernels& kernels_of(const KernelSet& kernels, Activation activation) {
-  return kernels.epilogue.activations[to_size(activation)];
+inline const ActivationKernels& kernels_of(const KernelSet& kernels, Activation activation, bool gated) {
+  const ActivationTable& table = *kernels.epilogue.activations;
+  return (gated ? table.gated : table.ungated)[to_size(activation)];
 }
 
 // How experts are divided among shards. `tensor` (tensor parallel): every shard has a slice of each expert's

@@ -11,7 +11,7 @@ Pass::Pass(Runtime& runtime, const ExpertWeights& weights, const LayerInputs& la
       call(lease.profile(), direction),
       experts(weights),
       inputs(layer_inputs),
-      activation(kernels_of(kernels(), weights.activation)),
+      activation(kernels_of(kernels(), weights.activation, weights.gated)),
       routing(find_routes()),
       plan(routing, weights, kernels(), lease.workers()),
       tasks(plan.node_threads) {

@@ -173,8 +173,8 @@ PackedWriter::PackedWriter(fs::path path, const LayerShape& shape, const Report&
   // What a killed writer left is locked by nobody, and taken over. A name whose file went away meanwhile was
   // its writer's: commit renames it.
   for (;;) {
-    fd_ = Descriptor(
-        ::open(temporary_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0644));
+    fd_ =
+        Descriptor(::open(temporary_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0644));
     if (fd_ < 0) throw_errno(temporary_, "cannot write", errno);
     // Without locks two writers write the same bytes.
     wait_for_lock(fd_, report ? [&] { report(0); } : std::function<void()>());

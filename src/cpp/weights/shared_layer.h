@@ -29,8 +29,8 @@ class SharedLayer {
   // used. Removes links of processes that are gone.
   std::shared_ptr<const PackedFile> find(const PackedLayer& wanted, std::string& why) const;
 
-  // Memory for the weights, on all NUMA nodes that have some in turn, on huge pages where the kernel has them.
-  // IoError.
+  // Memory for the weights, on all NUMA nodes that have some in turn, on huge pages where the kernel has
+  // them. IoError.
   std::byte* reserve(const PackedLayer& layer);
   // Seals what was written there, and lets others find it.
   std::shared_ptr<const PackedFile> commit(const PackedLayer& layer, Runtime& runtime, const Report& report);

@@ -1,5 +1,5 @@
-// The AMX tile unit: the few operations the micro-kernel needs. A tile is 16 rows of 64 bytes. Macros, because
-// gcc 12 wants tile numbers as literals. A test has the same on arrays, for CPUs without AMX.
+// The AMX tile unit: the few operations the micro-kernel needs. A tile is 16 rows of 64 bytes. Macros,
+// because gcc 12 wants tile numbers as literals. A test has the same on arrays, for CPUs without AMX.
 #pragma once
 
 #include <immintrin.h>

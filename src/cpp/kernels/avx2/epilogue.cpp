@@ -50,6 +50,6 @@ constexpr ActivationTable activations = activation_table<VectorKernels<Vec>::Of>
 
 }  // namespace
 
-const EpilogueKernels epilogue = {transpose<Vec>, sum_scaled<Vec>, round_scaled<Vec>, activations.kernels};
+const EpilogueKernels epilogue = {transpose<Vec>, sum_scaled<Vec>, round_scaled<Vec>, &activations};
 
 }  // namespace kt::avx2

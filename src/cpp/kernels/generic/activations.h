@@ -209,15 +209,15 @@ template <class... A>
 struct List {};
 using Activations = List<Silu, GptOss, ClampedSilu, GeluTanh, Gelu, SoftcappedSilu, Relu2>;
 
-template <template <class> class Kernels, class... A>
+template <template <class, bool> class Kernels, class... A>
 constexpr ActivationTable table_of(List<A...>) {
   static_assert(sizeof...(A) == kActivationCount);
-  return {{{Kernels<A>::forward, Kernels<A>::backward, Kernels<A>::ungated_forward,
-            Kernels<A>::ungated_backward}...}};
+  return {{{Kernels<A, true>::forward, Kernels<A, true>::backward}...},
+          {{Kernels<A, false>::forward, Kernels<A, false>::backward}...}};
 }
 
-// A set's table, from a template of its kernels for an activation.
-template <template <class> class Kernels>
+// A set's table, from a template of its kernels for an activation and for whether there is a gate.
+template <template <class, bool> class Kernels>
 constexpr ActivationTable activation_table() {
   return table_of<Kernels>(Activations{});
 }
@@ -235,30 +235,11 @@ KT_INLINE V limited_up(V u) {
   return u;
 }
 
-// G and U to be saved, and h.
-template <class V>
-struct Activated {
-  V gate, up, hidden;
-};
-
+// A G or U to be saved, of which `limited` is what its limit leaves.
 template <class A, class V>
-KT_INLINE Activated<V> activate(V g, V u) {
-  const V gate = limited_gate<A>(g), up = limited_up<A>(u), hidden = A::value(gate) * A::factor(up);
-  if constexpr (A::kLimit > 0.0f) return {beyond(g, gate), beyond(u, up), hidden};
-  return {g, u, hidden};
-}
-
-// U to be saved, and h, of experts without a gate.
-template <class V>
-struct UngatedActivated {
-  V up, hidden;
-};
-
-template <class A, class V>
-KT_INLINE UngatedActivated<V> activate(V u) {
-  const V up = limited_gate<A>(u), hidden = A::value(up);
-  if constexpr (A::kLimit > 0.0f) return {beyond(u, up), hidden};
-  return {u, hidden};
+KT_INLINE V to_save(V x, V limited) {
+  if constexpr (A::kLimit > 0.0f) return beyond(x, limited);
+  return x;
 }
 
 }  // namespace

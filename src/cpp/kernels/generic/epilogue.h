@@ -122,59 +122,49 @@ KT_INLINE float sum_lanes(int n, const Body& body) {
   return Vec::kMasks ? sum(dot) : sum(dot) + sum(edge);
 }
 
-// A template in a class, so that activation_table can be given it for a Vec.
+// A template in a class, so that activation_table can be given it for a Vec. Without a gate U takes the place
+// of G, and there is no factor.
 template <class Vec>
 struct VectorKernels {
   using V = Pair<Vec>;
   using L = Lanes<Vec>;
 
-  template <class A>
+  template <class A, bool Gated>
   struct Of {
     static void forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
                         uint16_t* h) {
+      if constexpr (!Gated) g = u, g_saved = u_saved;
       for_lanes<Vec>(n, [=](int i, L lanes) KT_INLINE_LAMBDA {
-        const auto [gate, up, hidden] = activate<A>(load(lanes, g + i), load(lanes, u + i));
-        stream(lanes, g_saved + i, gate);
-        stream(lanes, u_saved + i, up);
+        const V gate = load(lanes, g + i), limited = limited_gate<A>(gate);
+        V hidden = A::value(limited);
+        stream(lanes, g_saved + i, to_save<A>(gate, limited));
+        if constexpr (Gated) {
+          const V up = load(lanes, u + i), limited_u = limited_up<A>(up);
+          hidden = hidden * A::factor(limited_u);
+          stream(lanes, u_saved + i, to_save<A>(up, limited_u));
+        }
         store(lanes, h + i, hidden);
       });
     }
 
     static float backward(int n, const float* dh, float weight, const uint16_t* g_saved,
                           const uint16_t* u_saved, uint16_t* dg, uint16_t* du, uint16_t* h) {
+      if constexpr (!Gated) g_saved = u_saved, dg = du;
       return sum_lanes<Vec>(n, [=](int i, L lanes, V& dot) KT_INLINE_LAMBDA {
-        const V g = load(lanes, g_saved + i), u = load(lanes, u_saved + i);
-        const V gate = limited_gate<A>(g), up = limited_up<A>(u);
-        const auto [value, slope] = A::value_and_slope(gate);
-        const auto [factor, factor_slope] = A::factor_and_slope(up);
-        const V hidden = value * factor;
-        V by_gate = factor * slope, by_up = value * factor_slope;
-        if constexpr (A::kLimit > 0.0f) by_gate = within(g, gate, by_gate), by_up = within(u, up, by_up);
+        const V g = load(lanes, g_saved + i), gate = limited_gate<A>(g);
+        auto [hidden, by_gate] = A::value_and_slope(gate);
         const V d = load(lanes, dh + i), weighted = V::all(weight) * d;
+        if constexpr (Gated) {
+          const V u = load(lanes, u_saved + i), up = limited_up<A>(u);
+          const auto [factor, factor_slope] = A::factor_and_slope(up);
+          V by_up = hidden * factor_slope;
+          if constexpr (A::kLimit > 0.0f) by_up = within(u, up, by_up);
+          store(lanes, du + i, weighted * by_up);
+          hidden = hidden * factor, by_gate = factor * by_gate;
+        }
+        if constexpr (A::kLimit > 0.0f) by_gate = within(g, gate, by_gate);
         dot = mul_add(d, hidden, dot);
         store(lanes, dg + i, weighted * by_gate);
-        store(lanes, du + i, weighted * by_up);
-        store(lanes, h + i, hidden);
-      });
-    }
-
-    static void ungated_forward(int n, const float* u, uint16_t* u_saved, uint16_t* h) {
-      for_lanes<Vec>(n, [=](int i, L lanes) KT_INLINE_LAMBDA {
-        const auto [up, hidden] = activate<A>(load(lanes, u + i));
-        stream(lanes, u_saved + i, up);
-        store(lanes, h + i, hidden);
-      });
-    }
-
-    static float ungated_backward(int n, const float* dh, float weight, const uint16_t* u_saved, uint16_t* du,
-                                  uint16_t* h) {
-      return sum_lanes<Vec>(n, [=](int i, L lanes, V& dot) KT_INLINE_LAMBDA {
-        const V u = load(lanes, u_saved + i), up = limited_gate<A>(u);
-        auto [hidden, slope] = A::value_and_slope(up);
-        if constexpr (A::kLimit > 0.0f) slope = within(u, up, slope);
-        const V d = load(lanes, dh + i);
-        dot = mul_add(d, hidden, dot);
-        store(lanes, du + i, V::all(weight) * d * slope);
         store(lanes, h + i, hidden);
       });
     }

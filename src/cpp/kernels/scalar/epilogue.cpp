@@ -30,51 +30,41 @@ Vec where_negative(Vec x, Vec a, Vec b) { return x.x < 0.0f ? a : b; }
 bool changed(Vec x, Vec limited) { return x.x < limited.x || x.x > limited.x; }
 Vec beyond(Vec x, Vec limited) { return changed(x, limited) ? x * Vec::all(kBeyondLimit) : x; }
 
-template <class A>
+// Without a gate U takes the place of G, and there is no factor.
+template <class A, bool Gated>
 struct Kernels {
   static void forward(int n, const float* g, const float* u, uint16_t* g_saved, uint16_t* u_saved,
                       uint16_t* h) {
+    if (!Gated) g = u, g_saved = u_saved;
     for (int i = 0; i < n; ++i) {
-      const auto [gate, up, hidden] = activate<A>(Vec{g[i]}, Vec{u[i]});
-      g_saved[i] = round(gate.x);
-      u_saved[i] = round(up.x);
+      const Vec gate{g[i]}, limited = limited_gate<A>(gate);
+      Vec hidden = A::value(limited);
+      g_saved[i] = round(to_save<A>(gate, limited).x);
+      if constexpr (Gated) {
+        const Vec up{u[i]}, limited_u = limited_up<A>(up);
+        hidden = hidden * A::factor(limited_u);
+        u_saved[i] = round(to_save<A>(up, limited_u).x);
+      }
       h[i] = round(hidden.x);
     }
   }
 
   static float backward(int n, const float* dh, float weight, const uint16_t* g_saved,
                         const uint16_t* u_saved, uint16_t* dg, uint16_t* du, uint16_t* h) {
+    if (!Gated) g_saved = u_saved, dg = du;
     float dot = 0.0f;
     for (int i = 0; i < n; ++i) {
-      const Vec g{widen(g_saved[i])}, u{widen(u_saved[i])};
-      const Vec gate = limited_gate<A>(g), up = limited_up<A>(u);
-      const auto [value, slope] = A::value_and_slope(gate);
-      const auto [factor, factor_slope] = A::factor_and_slope(up);
-      const Vec hidden = value * factor;
+      const Vec g{widen(g_saved[i])}, gate = limited_gate<A>(g);
+      auto [hidden, slope] = A::value_and_slope(gate);
+      float d_value = weight * dh[i];
+      if constexpr (Gated) {
+        const Vec u{widen(u_saved[i])}, up = limited_up<A>(u);
+        const auto [factor, factor_slope] = A::factor_and_slope(up);
+        du[i] = changed(u, up) ? 0 : round(d_value * hidden.x * factor_slope.x);
+        hidden = hidden * factor, d_value *= factor.x;
+      }
       dot += dh[i] * hidden.x;
-      dg[i] = changed(g, gate) ? 0 : round(weight * dh[i] * factor.x * slope.x);
-      du[i] = changed(u, up) ? 0 : round(weight * dh[i] * value.x * factor_slope.x);
-      h[i] = round(hidden.x);
-    }
-    return dot;
-  }
-
-  static void ungated_forward(int n, const float* u, uint16_t* u_saved, uint16_t* h) {
-    for (int i = 0; i < n; ++i) {
-      const auto [up, hidden] = activate<A>(Vec{u[i]});
-      u_saved[i] = round(up.x);
-      h[i] = round(hidden.x);
-    }
-  }
-
-  static float ungated_backward(int n, const float* dh, float weight, const uint16_t* u_saved, uint16_t* du,
-                                uint16_t* h) {
-    float dot = 0.0f;
-    for (int i = 0; i < n; ++i) {
-      const Vec u{widen(u_saved[i])}, up = limited_gate<A>(u);
-      const auto [hidden, slope] = A::value_and_slope(up);
-      dot += dh[i] * hidden.x;
-      du[i] = changed(u, up) ? 0 : round(weight * dh[i] * slope.x);
+      dg[i] = changed(g, gate) ? 0 : round(d_value * slope.x);
       h[i] = round(hidden.x);
     }
     return dot;
@@ -102,6 +92,6 @@ constexpr ActivationTable activations = activation_table<Kernels>();
 
 }  // namespace
 
-const EpilogueKernels epilogue = {transpose, sum_scaled, round_scaled, activations.kernels};
+const EpilogueKernels epilogue = {transpose, sum_scaled, round_scaled, &activations};
 
 }  // namespace kt::scalar
