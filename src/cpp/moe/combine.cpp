@@ -50,6 +50,12 @@ std::vector<NodeProducts> products_of(const Plan& plan, index_t routes, const Ta
   return nodes;
 }
 
+// The tokens that a task sums.
+Range tokens_of_task(Range all, index_t task) {
+  const index_t first = all.begin + task * kTokensPerTask;
+  return {first, std::min(all.end, first + kTokensPerTask)};
+}
+
 }  // namespace
 
 Combine::Combine(Pass& pass, const Result& result, bool weighted, index_t tile, index_t inner_bytes,
@@ -62,11 +68,11 @@ Combine::Combine(Pass& pass, const Result& result, bool weighted, index_t tile, 
   const Plan& plan = pass.plan;
   if (!reduces_ && nodes_.size() > 1) {
     rows_.resize(to_size(pass.routing.routes()));
-    for (std::size_t l = 0; l < nodes_.size(); ++l) {
+    for (std::size_t n = 0; n < nodes_.size(); ++n) {
       index_t number = 0;
-      for (const std::vector<Block>& blocks : nodes_[l].products)
+      for (const std::vector<Block>& blocks : nodes_[n].products)
         for (index_t i = 0; i < blocks.front().count; ++i)
-          rows_[to_size(blocks.front().first + i)] = {l, number++};
+          rows_[to_size(blocks.front().first + i)] = {n, number++};
     }
   }
   const index_t bytes = inner_bytes * ceil_div(pass.experts.intermediate, reduces_ ? std::ssize(nodes_) : 1);
@@ -102,15 +108,15 @@ void Combine::add_tasks(Stage stage, Product* product, ProductCost* cost) {
 }
 
 void Combine::add_products(std::size_t c, Stage stage, Product* product, ProductCost* cost) {
-  for (std::size_t l = 0; l < nodes_.size(); ++l) {
-    const NodeProducts& part = nodes_[l];
+  for (std::size_t n = 0; n < nodes_.size(); ++n) {
+    const NodeProducts& part = nodes_[n];
     TaskGraph::Groups readers;  // of the memory that these products write
     if (const ChunkGroups* before = previous(c); before != nullptr)
-      readers = reduces_ ? TaskGraph::Groups{before->sums[l]} : before->sums;
+      readers = reduces_ ? TaskGraph::Groups{before->sums[n]} : before->sums;
     groups_[c].products.push_back(pass_.tasks.add(
         {stage, {part.shard}}, part.node, std::ssize(part.products), {std::move(readers), part.ready},
         [=, this, &part](index_t task, Arena& scratch) {
-          multiply(c, l, part.products[to_size(task)], product, scratch);
+          multiply(c, n, part.products[to_size(task)], product, scratch);
         },
         [=, this, &part](index_t task) { return cost(pass_, part.products[to_size(task)], chunk(c)); }));
   }
@@ -150,23 +156,20 @@ void Combine::add_token_sums(std::size_t c) {
 void Combine::add_partial_sums(std::size_t c) {
   const index_t tokens = pass_.inputs.hidden_states.rows;
   const index_t width = chunk(0).size();
-  const auto tokens_of = [tokens](index_t task) {
-    return Range{task * kTokensPerTask, std::min(tokens, (task + 1) * kTokensPerTask)};
-  };
-  for (std::size_t l = 0; l < nodes_.size(); ++l) {
-    TaskGraph::Groups after{groups_[c].products[l]};
+  for (std::size_t n = 0; n < nodes_.size(); ++n) {
+    TaskGraph::Groups after{groups_[c].products[n]};
     if (const ChunkGroups* before = previous(c); before != nullptr)
       after.insert(after.end(), before->reduced.begin(), before->reduced.end());
     groups_[c].sums.push_back(pass_.tasks.add(
-        {Stage::combine, {nodes_[l].shard}}, nodes_[l].node, ceil_div(tokens, kTokensPerTask),
+        {Stage::combine, {nodes_[n].shard}}, nodes_[n].node, ceil_div(tokens, kTokensPerTask),
         std::move(after),
         [=, this](index_t task, Arena& scratch) {
-          const Range some = tokens_of(task);
+          const Range some = tokens_of_task({0, tokens}, task);
           for (index_t t = some.begin; t < some.end; ++t)
-            sum_routes(c, l, t, buffers(c).sums[l] + t * width, scratch);
+            sum_routes(c, n, t, buffers(c).sums[n] + t * width, scratch);
         },
         [=, this](index_t task) {
-          const Range some = tokens_of(task);
+          const Range some = tokens_of_task({0, tokens}, task);
           return Work{0, (std::ssize(routes_of(some)) + some.size()) * chunk(c).size() * kFloat, 0};
         }));
   }
@@ -205,14 +208,12 @@ void Combine::add_by_token(Stage stage, TaskGraph::Groups after, TaskGraph::Grou
   const std::vector<index_t> threads(node_threads.begin(), node_threads.end());
   const std::vector<Range> shares = split_by(pass_.inputs.hidden_states.rows, threads, kTokensPerTask);
   for (std::size_t node = 0; node < shares.size(); ++node) {
-    const auto tokens = [share = shares[node]](index_t task) {
-      const index_t first = share.begin + task * kTokensPerTask;
-      return Range{first, std::min(share.end, first + kTokensPerTask)};
-    };
     added.push_back(pass_.tasks.add(
         stage, node, ceil_div(shares[node].size(), kTokensPerTask), after,
-        [=](index_t task, Arena& scratch) { body(tokens(task), scratch); },
-        [=](index_t task) { return cost(node, tokens(task)); }));
+        [=, share = shares[node]](index_t task, Arena& scratch) {
+          body(tokens_of_task(share, task), scratch);
+        },
+        [=, share = shares[node]](index_t task) { return cost(node, tokens_of_task(share, task)); }));
   }
 }
 

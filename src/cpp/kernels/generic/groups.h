@@ -104,7 +104,7 @@ static inline bool products_are_normal(const CodedRows& src) {
   return outside == 0;
 }
 
-// Codes are decoded by so many columns.
+// A decoder takes a run of so many columns.
 constexpr int kDecoderCols = 32;
 
 // Bytes that the codes of so many columns take.
@@ -238,8 +238,8 @@ namespace {
 // Elements of a row to bf16: load(place, part) loads a Vec of them.
 template <class Vec, class T, class Load>
 inline void round_row(int n, const T* src, uint16_t* dst, const Load& load) {
-  constexpr int kAhead =
-      512;  // elements between a prefetch and its use: memory then gives up to three times as much
+  // Elements between a prefetch and its use: memory then gives up to three times as much.
+  constexpr int kAhead = 512;
   int i = 0;
   for (; i + Vec::kSize <= n; i += Vec::kSize) {
     __builtin_prefetch(src + i + kAhead);
