@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -130,16 +131,16 @@ class Recording {
 
   void stop() {
     runtime_->set_profile(nullptr);
-    time_.emplace(*profile_);
+    ns_per_tick_ = 1e9 * profile_->clock().seconds_per_tick();
   }
 
-  bool stopped() const { return time_.has_value(); }
+  bool stopped() const { return ns_per_tick_.has_value(); }
 
   py::list calls() const {
     py::list all;
     for (const kt::CallRecord& call : profile_->calls()) {
       const auto wall = static_cast<double>((call.end - call.begin) * profile_->threads());
-      all.append(py::make_tuple(name(call.direction), seconds(time()(call.begin)), seconds(time()(call.end)),
+      all.append(py::make_tuple(name(call.direction), seconds_at(call.begin), seconds_at(call.end),
                                 static_cast<double>(call.covered) / wall, call.tokens, call.routes,
                                 call.experts, call.most_rows, call.work.flops, call.work.local,
                                 call.work.remote));
@@ -151,10 +152,9 @@ class Recording {
     py::list all;
     for (int thread = 0; thread < profile_->threads(); ++thread)
       for (const kt::SpanRecord& span : kt::in_order(profile_->recorder(kt::to_size(thread))))
-        all.append(py::make_tuple(name(span.stage), thread, span.args.shard, seconds(time()(span.begin)),
-                                  seconds(time()(span.end)), seconds(time().lasted(span.own)), span.call,
-                                  span.args.expert, span.args.rows, span.work.flops, span.work.local,
-                                  span.work.remote));
+        all.append(py::make_tuple(name(span.stage), thread, span.args.shard, seconds_at(span.begin),
+                                  seconds_at(span.end), seconds(span.own), span.call, span.args.expert,
+                                  span.args.rows, span.work.flops, span.work.local, span.work.remote));
     return all;
   }
 
@@ -166,8 +166,8 @@ class Recording {
       py::list threads;
       for (int thread = 0; thread < profile_->threads(); ++thread) {
         const kt::StageTotal& total = profile_->recorder(kt::to_size(thread)).total(stage);
-        threads.append(py::make_tuple(total.spans, seconds(time().lasted(total.own)), total.work.flops,
-                                      total.work.local, total.work.remote));
+        threads.append(py::make_tuple(total.spans, seconds(total.own), total.work.flops, total.work.local,
+                                      total.work.remote));
       }
       all[name(stage)] = threads;
     }
@@ -179,8 +179,7 @@ class Recording {
     py::dict all;
     for (const auto direction : {kt::Direction::forward, kt::Direction::backward}) {
       const kt::CallTotal& total = profile_->total(direction);
-      all[name(direction)] = py::make_tuple(total.calls, seconds(time().lasted(total.wall)),
-                                            seconds(time().lasted(total.covered)));
+      all[name(direction)] = py::make_tuple(total.calls, seconds(total.wall), seconds(total.covered));
     }
     return all;
   }
@@ -193,15 +192,16 @@ class Recording {
   static py::str name(T of) {
     return py::str(std::string(kt::name_of(of)));
   }
-  const kt::TraceTime& time() const {
-    if (!time_) throw std::runtime_error("the profile is recording");
-    return *time_;
+  // In whole nanoseconds; and since the profile began.
+  double seconds(kt::Ticks ticks) const {
+    if (!ns_per_tick_) throw std::runtime_error("the profile is recording");
+    return 1e-9 * std::floor(static_cast<double>(ticks) * *ns_per_tick_ + 0.5);
   }
-  static double seconds(std::int64_t ns) { return 1e-9 * static_cast<double>(ns); }
+  double seconds_at(kt::Ticks ticks) const { return seconds(ticks - profile_->clock().begin()); }
 
   std::shared_ptr<kt::Runtime> runtime_;
   std::shared_ptr<kt::Profile> profile_;
-  std::optional<kt::TraceTime> time_;
+  std::optional<double> ns_per_tick_;  // none: it is recording
 };
 
 }  // namespace

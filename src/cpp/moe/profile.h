@@ -246,22 +246,6 @@ class Call {
   std::optional<Span> setup_;
 };
 
-// Ticks as nanoseconds since the profile began. Fixes the rate of its clock when it is made.
-class TraceTime {
- public:
-  explicit TraceTime(const Profile& profile)
-      : begin_(profile.clock().begin()), rate_(1e9 * profile.clock().seconds_per_tick()) {}
-
-  std::int64_t operator()(Ticks at) const { return lasted(at - begin_); }
-  std::int64_t lasted(Ticks ticks) const {
-    return static_cast<std::int64_t>(static_cast<double>(ticks) * rate_ + 0.5);
-  }
-
- private:
-  Ticks begin_;
-  double rate_;
-};
-
 // The kept spans of a thread by their begin, outer ones before inner ones.
 std::vector<SpanRecord> in_order(const Recorder& recorder);
 
