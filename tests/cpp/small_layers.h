@@ -39,7 +39,7 @@ inline float scale(int expert, Projection p, index_t row, index_t group) {
 }
 using Value = std::function<float(int expert, Projection p, index_t row, index_t col)>;
 
-inline const KernelSet& scalar() {
+inline const KernelSet& scalar_set() {
   static const KernelSet set = kernel_set("scalar", 0);
   return set;
 }
@@ -63,7 +63,7 @@ struct Memory {
 inline std::vector<bf16_t> decoded(const MutableWeight& m) {
   std::vector<bf16_t> out(static_cast<std::size_t>(m.rows * m.cols));
   const Weight w = frozen(m);
-  decode(scalar(), whole(w), out.data(), m.cols);
+  decode(scalar_set(), whole(w), out.data(), m.cols);
   return out;
 }
 
@@ -77,7 +77,7 @@ inline void check_values(const LayerSource& source, const Value& value) {
   for (int e = 0; e < info.num_experts; ++e) {
     for (const Projection p : projections) {
       const Memory memory(info.matrix(p));
-      source.read(e, p, memory.weight, scratch, scalar().decode);
+      source.read(e, p, memory.weight, scratch, scalar_set().decode);
       const auto found = decoded(memory.weight);
       const index_t rows = info.rows(p), cols = info.cols(p);
       index_t wrong = 0;

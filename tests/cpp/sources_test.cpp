@@ -49,11 +49,11 @@ TEST_CASE("gpt-oss: gate and up alternate along the last dimension, biases too")
   REQUIRE(source->info().biases);
   Arena scratch;
   std::vector<bf16_t> bias(H);
-  source->read_bias(1, Projection::up, bias.data(), scratch, scalar().decode);
+  source->read_bias(1, Projection::up, bias.data(), scratch, scalar_set().decode);
   CHECK(to_float(bias[5]) == 111);
-  source->read_bias(1, Projection::gate, bias.data(), scratch, scalar().decode);
+  source->read_bias(1, Projection::gate, bias.data(), scratch, scalar_set().decode);
   CHECK(to_float(bias[5]) == 110);
-  source->read_bias(1, Projection::down, bias.data(), scratch, scalar().decode);
+  source->read_bias(1, Projection::down, bias.data(), scratch, scalar_set().decode);
   CHECK(to_float(bias[5]) == 95);
 }
 
@@ -71,7 +71,7 @@ TEST_CASE("biases of each expert are rounded to bf16") {
   check_values(*source, [](auto e, auto p, auto r, auto c) { return bf16_value(e, p, r, c) + 1e-4f; });
   Arena scratch;
   std::vector<bf16_t> bias(H);
-  source->read_bias(0, Projection::down, bias.data(), scratch, scalar().decode);
+  source->read_bias(0, Projection::down, bias.data(), scratch, scalar_set().decode);
   for (index_t row = 0; row < H; ++row)
     CHECK(bias[static_cast<std::size_t>(row)] == to_bf16(1.0f + 1e-3f * static_cast<float>(row)));
 }
