@@ -2,7 +2,6 @@
 // is tested on CPUs without AMX.
 #pragma once
 
-#include <immintrin.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "base/error.h"
-#include "kernels/scalar/set.h"
+#include "kernels/registry.h"
 #include "small_layers.h"
 #include "weights/convert.h"
 

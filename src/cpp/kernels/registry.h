@@ -2,6 +2,7 @@
 // activations.
 #pragma once
 
+#include <cstdint>
 #include <span>
 #include <string>
 #include <string_view>
@@ -37,5 +38,10 @@ KernelSet kernel_set(std::string_view isa, unsigned features);
 // ValueError for a name that is not known.
 Activation activation_from(std::string_view name);
 std::string_view name_of(Activation activation);
+
+// fp16 to fp32, exact, as all sets have it.
+namespace scalar {
+float half_to_float(std::uint16_t half);
+}
 
 }  // namespace kt

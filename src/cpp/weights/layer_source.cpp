@@ -5,7 +5,7 @@
 #include <cstring>
 #include <utility>
 
-#include "kernels/scalar/set.h"
+#include "kernels/registry.h"
 #include "weights/convert.h"
 #include "weights/json.h"
 

@@ -3,7 +3,7 @@
 #include <cstring>
 #include <utility>
 
-#include "kernels/scalar/set.h"
+#include "kernels/registry.h"
 #include "weights/convert.h"
 #include "weights/json.h"
 #include "weights/layer_source.h"
