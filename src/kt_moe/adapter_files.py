@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import glob
 import json
-import math
 import os
 import pickle
 import re
@@ -30,6 +29,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.save_and_load import load_peft_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from kt_moe.lora_options import check_names, check_numbers, numbers_by_pattern, of_pattern
 
 _CONFIG = "kt_moe_config"
 _NOT_COMPARED = {
@@ -94,7 +95,7 @@ def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         if not changed:
             break
         if time.monotonic() > end:
-            _check_numbers(directory, options)
+            _check_options(directory, options)
             name = next(iter(changed))
             raise ValueError(
                 f"{CONFIG_NAME} in {directory} is not the one that {names[0]} was saved with: {name} is "
@@ -102,7 +103,7 @@ def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
                 "changed; save the adapter again"
             )
         time.sleep(0.01)
-    _check_numbers(directory, options)
+    _check_options(directory, options)
     _check_tensors(directory, tensors)
     _check_ranks(directory, options, tensors)
     return _config(directory, options, text), tensors
@@ -185,55 +186,29 @@ def _parse(directory: Path, text: bytes) -> dict[str, Any]:
     return options
 
 
-def _check_numbers(directory: Path, options: dict[str, Any]) -> None:
-    """ValueError unless ranks and alphas are such numbers."""
+def _check_options(directory: Path, options: dict[str, Any]) -> None:
+    """ValueError unless the config is LoRA's, with ranks and alphas that are such numbers."""
     where = f"{CONFIG_NAME} in {directory}"
     if options.get("peft_type") != "LORA":
         raise ValueError(f"{where} is of peft_type {options.get('peft_type')!r}, wanted 'LORA'")
-    ranks, alphas = ({"": options.get(n), **_numbers(where, options, p)} for n, p in _NUMBERS)
-    for key, rank in ranks.items():
-        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-            raise ValueError(f"{where} has rank {rank!r}{_of(key)}, wanted an integer of at least 1")
-    for key, alpha in alphas.items():
-        if alpha is not None and not _is_finite(alpha):
-            raise ValueError(f"{where} has lora_alpha {alpha!r}{_of(key)}, wanted a finite number")
-    dropout = options.get("lora_dropout", 0.0)
-    if not (_is_finite(dropout) and 0.0 <= dropout < 1.0):
-        raise ValueError(f"{where} has lora_dropout {dropout!r}, wanted a probability in [0, 1)")
-    if (bias := options.get("bias", "none")) not in ("none", "all", "lora_only"):
-        raise ValueError(f"{where} has bias {bias!r}, wanted none, all or lora_only")
-
-
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
+    check_numbers(where, options)
 
 
 def _check_ranks(directory: Path, options: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """ValueError for a rank that no tensor has room for: memory is taken by the config's ranks."""
     where = f"{CONFIG_NAME} in {directory}"
     most = max((max(tensor.shape) for key, tensor in tensors.items() if ".lora_" in key), default=0)
-    for key, rank in {"": options.get("r"), **_numbers(where, options, "rank_pattern")}.items():
-        if most and rank is not None and rank > most:
+    for key, rank in numbers_by_pattern(where, options, "r", "rank_pattern").items():
+        if most and rank > most:
             raise ValueError(
-                f"{where} has rank {rank}{_of(key)}, and no LoRA tensor has more than {most} rows"
+                f"{where} has rank {rank}{of_pattern(key)}, and no LoRA tensor has more than {most} rows"
             )
 
 
 def _config(directory: Path, options: dict[str, Any], text: bytes) -> LoraConfig:
     """PEFT's config of this file."""
     where = f"{CONFIG_NAME} in {directory}"
-    for name in _WORDS:
-        value = options.get(name)
-        if not (value is None or isinstance(value, str) or _all(value, str)):
-            raise ValueError(f"{where} has {name} {value!r}, wanted names")
-    layers = options.get("layers_to_transform")
-    if not (layers is None or isinstance(layers, int) or _all(layers, int)):
-        raise ValueError(f"{where} has layers_to_transform {layers!r}, wanted integers")
+    check_names(where, options)
     with tempfile.TemporaryDirectory() as snapshot:  # the file itself may change meanwhile
         (Path(snapshot) / CONFIG_NAME).write_bytes(text)
         try:
@@ -243,25 +218,6 @@ def _config(directory: Path, options: dict[str, Any], text: bytes) -> LoraConfig
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{where} is of {type(config).__name__}, wanted LoraConfig")
     return config
-
-
-_WORDS = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_pattern")
-_NUMBERS = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
-
-
-def _numbers(where: str, options: dict[str, Any], name: str) -> dict[str, Any]:
-    value = options.get(name) or {}
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} has {name} {value!r}, wanted an object")
-    return value
-
-
-def _all(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(isinstance(one, kind) for one in value)
-
-
-def _of(key: str) -> str:
-    return f" for {key!r}" if key else ""
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

@@ -133,7 +133,7 @@ def load_adapter(
         undo = _remember(model, adapter_name)
     try:
         fill(model, tensors, adapter_name, path, layout)
-    except ValueError:
+    except BaseException:  # an interrupt too leaves no adapter without its values
         undo()
         raise
     model.set_requires_grad(adapter_name, is_trainable)

@@ -188,6 +188,16 @@ def test_a_pattern_of_all_numbers_is_that_of_all_experts(checkpoint: Path) -> No
             "'experts', and model.layers.0.mlp.experts has routed experts, which",
         ),
         ({"modules_to_save": ["mlp"]}, "'mlp', and model.layers.0.mlp has routed experts, which are frozen"),
+        ({"modules_to_save": "lm_head"}, "LoraConfig has modules_to_save 'lm_head', wanted a list of names"),
+        ({"r": 2.5}, "LoraConfig has rank 2.5, wanted an integer of at least 1"),
+        ({"rank_pattern": {"experts": "x"}}, "LoraConfig has rank 'x' for 'experts', wanted an integer"),
+        ({"rank_pattern": {"q_proj": 0}}, "LoraConfig has rank 0 for 'q_proj', wanted an integer"),
+        ({"rank_pattern": {3: 4}}, r"LoraConfig has rank_pattern \{3: 4\}, wanted an object"),
+        ({"lora_alpha": float("nan")}, "LoraConfig has lora_alpha nan, wanted a finite number"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "LoraConfig has lora_alpha 'x' for 'q_proj', wanted a finite"),
+        ({"lora_dropout": 2.0}, "LoraConfig has lora_dropout 2.0, wanted a probability"),
+        ({"exclude_modules": [3]}, r"LoraConfig has exclude_modules \{3\}, wanted names"),
+        ({"init_lora_weights": 1}, "init_lora_weights=1 does not work on kt_moe experts: it is not known"),
         ({"layer_replication": [(0, 2), (0, 2)]}, "layer_replication does not work with kt_moe experts"),
         ({"use_dora": True}, r"use_dora does not work on kt_moe experts: it scales every row of W \+ s B A"),
     ],
@@ -200,6 +210,24 @@ def test_what_is_refused_leaves_the_model_as_it_was(
     before = [name for name, _ in model.named_modules()]
     with pytest.raises(ValueError, match=message):
         model.add_adapter("more", LoraConfig(target_modules=["q_proj", "v_proj", "experts"], **options))
+    assert [name for name, _ in model.named_modules()] == before
+    assert list(model.peft_config) == model.active_adapters == ["default"]
+
+
+@pytest.mark.parametrize("where", ["update_layer", "saved_config"])
+def test_an_interrupt_leaves_no_half_of_an_adapter(
+    where: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_lora(checkpoint, ["q_proj", "experts"])
+    before = [name for name, _ in model.named_modules()]
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    owner = "lora.KtLoraExperts" if where == "update_layer" else "tuner"
+    monkeypatch.setattr(f"kt_moe.hf.{owner}.{where}", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.add_adapter("more", LoraConfig(target_modules=["q_proj", "v_proj", "experts"]))
     assert [name for name, _ in model.named_modules()] == before
     assert list(model.peft_config) == model.active_adapters == ["default"]
 
@@ -456,7 +484,7 @@ def test_deepcopy(checkpoint: Path) -> None:
         ({"lora_bias": True}, "lora_bias does not work on kt_moe experts"),
         ({"init_lora_weights": "pissa_niter_x"}, "does not work on kt_moe experts: it is not known"),
         ({"init_lora_weights": "eva", "eva_config": EvaConfig()}, "not work on kt_moe experts: it looks at"),
-        ({"rank_pattern": {"experts": 0}}, "the rank of experts is 0"),
+        ({"rank_pattern": {"experts": 0}}, "LoraConfig has rank 0 for 'experts', wanted an integer"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )  # fmt: skip

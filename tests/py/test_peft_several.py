@@ -165,6 +165,64 @@ def test_add_weighted_adapter(kind: str, bases: dict[str, Path]) -> None:
     assert model(tokens()).logits.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("weights", "kind", "options", "message"),
+    [
+        ([float("nan"), 1.0], "cat", {}, r"weights is \[nan, 1.0\], wanted finite numbers"),
+        (["a", 1.0], "linear", {}, r"weights is \['a', 1.0\], wanted finite numbers"),
+        ([1.0, 1.0], "ties", {}, r"density is None, wanted a number in \[0, 1\] for combination_type='ties'"),
+        ([1.0, 1.0], "dare_linear", {"density": 7}, "density is 7, wanted a number in"),
+        ([1.0, 1.0], "ties", {"density": 0.5, "majority_sign_method": "q"}, "majority_sign_method is 'q'"),
+    ],
+)
+def test_what_add_weighted_adapter_refuses(
+    weights: Any, kind: str, options: dict[str, Any], message: str, bases: dict[str, Path]
+) -> None:
+    model = two(bases["qwen3_moe"])
+    with pytest.raises(ValueError, match=message):
+        model.add_weighted_adapter(["default", "second"], weights, "sum", kind, **options)
+    with pytest.raises(ValueError, match="wanted at least one name"):
+        model.add_weighted_adapter([], [], "sum")
+    assert list(model.peft_config) == ["default", "second"]
+
+
+@pytest.mark.parametrize("where", ["kt_moe.hf.tuner.combine", "torch.linalg.svd"])  # of experts, of layers
+def test_an_interrupt_leaves_no_half_of_a_weighted_adapter(
+    where: str, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = two(bases["qwen3_moe"])
+    before = [name for name, _ in model.named_modules()]
+    place = lora_layers(model)[0].place
+    numbers = place.numbers
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", "svd")
+    assert [name for name, _ in model.named_modules()] == before
+    assert list(model.peft_config) == ["default", "second"]
+    assert place.numbers == numbers
+
+
+def test_an_interrupt_leaves_no_adapter_without_its_values(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = two(bases["qwen3_moe"])
+    kt_moe.save_adapter(model, tmp_path)
+    before = [name for name, _ in model.named_modules()]
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kt_moe.adapters.set_peft_model_state_dict", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        kt_moe.load_adapter(model, tmp_path, adapter_name="third")
+    assert [name for name, _ in model.named_modules()] == before
+    assert list(model.peft_config) == ["default", "second"]
+
+
 def test_weighted_sum_of_loaded_fused_adapters(bases: dict[str, Path], tmp_path: Path) -> None:
     model = two(bases["gpt_oss"], target_modules=["down_proj"])
     model.save_pretrained(tmp_path)

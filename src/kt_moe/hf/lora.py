@@ -455,7 +455,7 @@ def refuse_options(config: LoraConfig, pairs: ExpertPairs) -> None:
             )
         if getattr(config, "shared_outer", False):
             raise ValueError(f"SharedOuterLoraConfig does not work with init_lora_weights={initial!r}")
-    elif initial not in INITIAL_VALUES:
+    elif not isinstance(initial, bool | str) or initial not in INITIAL_VALUES:
         reasons = (why for word, why in _NO_INITIAL_VALUES.items() if str(initial).lower().startswith(word))
         why = next(reasons, "is not known")
         raise ValueError(

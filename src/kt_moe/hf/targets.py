@@ -39,6 +39,7 @@ from transformers.pytorch_utils import Conv1D
 from kt_moe.architectures import Architecture
 from kt_moe.experts import PROJECTIONS
 from kt_moe.hf.experts import is_kt_experts
+from kt_moe.lora_options import check_names, check_numbers
 from kt_moe.patterns import check_patterns, first_match
 
 _ALL_LINEAR = "all-linear"
@@ -91,9 +92,12 @@ def find_targets(model: nn.Module, config: LoraConfig, architecture: Architectur
     """All that `config` targets.
 
     Raises:
-        ValueError: a target that matches nothing, or some experts of a layer; a layer that there is not;
-            experts in modules_to_save; a pattern that takes too long; names it.
+        ValueError: an option of another type or out of range; a target that matches nothing, or some experts
+            of a layer; a layer that there is not; experts in modules_to_save; a pattern that takes too long;
+            names it.
     """
+    check_numbers("LoraConfig", vars(config))
+    check_names("LoraConfig", vars(config))
     modules = {name: module for name, module in free_modules(model) if name}
     paths = [name for name, module in modules.items() if holds_kt_experts(module)]
     _refuse_saved_experts(config, modules, paths)
@@ -359,7 +363,7 @@ def _pairs(
     for name, parts in fused.items():
         key = [f"{names[''][0]}.{name}"]
         of_pattern = first_match(config.rank_pattern, key)
-        rank = config.r if of_pattern is None else int(of_pattern)
+        rank = config.r if of_pattern is None else of_pattern
         ranks[name] = rank
         scaling = _scaling(config, rank, first_match(config.alpha_pattern, key))
         # What PEFT makes of separate gate and up has twice the rank; what the file has decides later.
@@ -368,15 +372,13 @@ def _pairs(
     for projection in sorted(by_name - pairs.keys()):
         key = [n for n in names[projection] if not n.endswith(".gate_up_proj")] + names[""]
         of_pattern = first_match(config.rank_pattern, key)
-        rank = config.r if of_pattern is None else int(of_pattern)
+        rank = config.r if of_pattern is None else of_pattern
         pairs[projection] = Pair(rank, _scaling(config, rank, first_match(config.alpha_pattern, key)))
     ordered = {p: pairs[p] for p in PROJECTIONS if p in pairs}
     return ExpertPairs(ordered, ranks)
 
 
 def _scaling(config: LoraConfig, rank: int, alpha: float | None) -> float:
-    if rank < 1:
-        raise ValueError(f"LoraConfig: the rank of experts is {rank}, wanted at least 1")
     alpha = config.lora_alpha if alpha is None else alpha
     return float(alpha / (math.sqrt(rank) if config.use_rslora else rank))
 

@@ -30,7 +30,7 @@ from kt_moe.hf.initial import halves, join_fixed, joined, part_fixed, start_laye
 from kt_moe.hf.lora import NO_MERGE, KtLoraExperts, experts_architecture, lora_layers, refuse_options
 from kt_moe.hf.portable import PREFIX, Matrices, is_per_expert, path_to_save, renaming_of
 from kt_moe.hf.targets import Targets, find_targets, free_modules, holds_kt_experts
-from kt_moe.hf.weighted import KINDS, combine
+from kt_moe.hf.weighted import check_weighted, combine
 from kt_moe.job import check_alike
 from kt_moe.lora_device import LoraPlace
 from kt_moe.patterns import first_match
@@ -71,12 +71,12 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
             _logger.info("LoRA %r is on %s", adapter_name, targets)
             _check_alike(model, adapter_name, config)
             self._inject(model, adapter_name, config, *args, **kwargs)
-        except Exception:
+            _move_to_their_models(model, adapter_name)
+            config.kt_moe_saved = saved_config(model, config, adapter_name)
+        except BaseException:  # an interrupt too leaves no half of an adapter
             del self.peft_config[adapter_name]
             _take_out(model, adapter_name, tuned)
             raise
-        _move_to_their_models(model, adapter_name)
-        config.kt_moe_saved = saved_config(model, config, adapter_name)
         if config.target_parameters:  # PEFT's functions for several adapters want names of modules
             config.target_modules, config.target_parameters = (
                 targets.names(),
@@ -115,18 +115,15 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
         """Add the weighted sum of adapters as a further one; see `peft.LoraModel.add_weighted_adapter`.
 
         Raises:
-            ValueError: a combination that does not work on experts, an adapter that there is not, or weights
-                that are not one for each; names it, and nothing is added.
+            ValueError: a combination that does not work on experts, an adapter that there is not, or numbers
+                that are none for it; names it, and nothing is added.
         """
         if adapter_name in self.peft_config:
             return
         if unknown := [name for name in adapters if name not in self.peft_config]:
             raise ValueError(f"adapters has {unknown}, the model's adapters are {sorted(self.peft_config)}")
-        if len(weights) != len(adapters):
-            raise ValueError(f"weights has {len(weights)} numbers for {len(adapters)} adapters: {adapters}")
         kind = "linear" if len(adapters) == 1 else combination_type  # as PEFT has it
-        if kind not in KINDS:
-            raise ValueError(f"combination_type is {kind!r}, kt_moe experts know {list(KINDS)}")
+        check_weighted(adapters, weights, kind, density, majority_sign_method)
         fixed = [name for name in adapters if self.peft_config[name].has_fixed]
         if fixed:
             raise ValueError(
@@ -138,13 +135,20 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
         shared = {"density": density, "majority_sign_method": majority_sign_method}
         self._kt_held = held = dict[KtLoraExperts, tuple[Any, Any]]()
         try:
-            super().add_weighted_adapter(
-                adapters, weights, adapter_name, combination_type=combination_type, **shared, **options
-            )
-        finally:
-            del self._kt_held
-        for layer, (layer.lora_A[adapter_name], layer.lora_B[adapter_name]) in held.items():
-            self._combine(layer, adapters, weights, adapter_name, kind, shared)
+            try:
+                super().add_weighted_adapter(
+                    adapters, weights, adapter_name, combination_type=combination_type, **shared, **options
+                )
+            finally:
+                del self._kt_held
+                for layer, (a, b) in held.items():
+                    layer.lora_A[adapter_name], layer.lora_B[adapter_name] = a, b
+            for layer in held:
+                self._combine(layer, adapters, weights, adapter_name, kind, shared)
+        except BaseException:
+            if adapter_name in self.peft_config:
+                self.delete_adapter(adapter_name)
+            raise
 
     @torch.no_grad()
     def _combine(
@@ -359,8 +363,7 @@ def _take_out(model: nn.Module, adapter_name: str, tuned: Collection[Any]) -> No
             if left is not child:
                 setattr(parent, name, left)
     for layer in tuned:
-        if adapter_name in layer.scaling:
-            layer.delete_adapter(adapter_name)
+        layer.delete_adapter(adapter_name)
 
 
 def _refuse_shared_outer(configs: Any) -> None:

@@ -9,7 +9,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kt_moe.lora_options import is_finite
+
 KINDS = ("cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+
+_WITH_DENSITY = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+_SIGN_METHODS = ("total", "frequency")
+
+
+def check_weighted(
+    adapters: Sequence[str], weights: Sequence[float], kind: str, density: float | None, sign_method: str
+) -> None:
+    """Check the arguments of `add_weighted_adapter`, of which `kind` is the combination_type.
+
+    Raises:
+        ValueError: no adapter, not one finite weight for each, a kind that experts do not know, a density or
+            majority_sign_method that is none of that kind; names it.
+    """
+    if not adapters:
+        raise ValueError(f"adapters is {adapters!r}, wanted at least one name")
+    if len(weights) != len(adapters):
+        raise ValueError(f"weights has {len(weights)} numbers for {len(adapters)} adapters: {adapters}")
+    if not all(map(is_finite, weights)):
+        raise ValueError(f"weights is {weights!r}, wanted finite numbers")
+    if kind not in KINDS:
+        raise ValueError(f"combination_type is {kind!r}, kt_moe experts know {list(KINDS)}")
+    if kind in _WITH_DENSITY and not (is_finite(density) and 0.0 <= float(density or 0.0) <= 1.0):
+        raise ValueError(f"density is {density!r}, wanted a number in [0, 1] for combination_type={kind!r}")
+    if kind in ("ties", "dare_ties") and sign_method not in _SIGN_METHODS:
+        raise ValueError(f"majority_sign_method is {sign_method!r}, wanted one of {list(_SIGN_METHODS)}")
 
 
 def combine(
