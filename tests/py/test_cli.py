@@ -269,7 +269,7 @@ def test_options_of_a_gpu_that_is_not_there(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rank", "0"], "the rank of experts is 0, wanted at least 1"),
+        (["--rank", "0"], "has rank 0, wanted an integer of at least 1"),
         (["--lr", "fast"], "argument --lr/--learning_rate/--learning-rate: invalid float value: 'fast'"),
         (["--eval-fraction", "1"], "--eval_fraction is 1.0, wanted 0 to below 1"),
         (["--targets", "q_proj,nothing"], "targets ['nothing'], which match nothing in this model; it has"),

@@ -468,7 +468,7 @@ def test_a_measured_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
             ["--max_lenght", "8"],
             "the command line has ['--max_lenght', '8'], which are no options (did you mean --max_length?)",
         ),
-        (tiny_config(), ["--rank", "0"], "rank of experts is 0, wanted at least 1"),
+        (tiny_config(), ["--rank", "0"], "has rank 0, wanted an integer of at least 1"),
         (tiny_config(), ["--gpu", "off", "--cpu-share", "0.5"], 'has gpu="off" and gpu_memory or cpu_share'),
         (tiny_config(), ["--gpu-memory", "six"], "gpu_memory is 'six', wanted a positive number of bytes"),
         (tiny_config(), ["--gpu_memory", "six"], "gpu_memory is 'six', wanted a positive number of bytes"),
