@@ -67,17 +67,17 @@ def _balanced(loads: Sequence[float], parts: int, most: int) -> list[int]:
     return cut(enough)
 
 
-def exchange_bytes(hidden_size: int, topk: int, recompute: bool = False) -> int:
-    """That a rank sends in a training step for a token and a rank it goes to, its own results included.
+def exchange_bytes(hidden_size: int, topk: int, recompute: bool = False) -> tuple[int, int]:
+    """What a training step exchanges for a token and a rank it goes to: bytes there, and bytes back.
 
-    Forward sends bf16 rows with ids and weights, and fp32 results come back; backward bf16 gradients, and
-    fp32 gradients of rows and weights come back. What comes back to one was sent by another, so that in the
-    mean a rank sends all four.
+    Forward sends bf16 rows with ids and weights, backward bf16 gradients; fp32 results come back, and fp32
+    gradients of rows and weights.
 
     recompute: gradient checkpointing runs the exchanges of forward twice.
     """
-    forward = 2 * hidden_size + 8 * topk + 4 * hidden_size
-    return forward * (2 if recompute else 1) + 2 * hidden_size + 4 * (hidden_size + topk)
+    times = 2 if recompute else 1
+    there = times * (2 * hidden_size + 8 * topk) + 2 * hidden_size
+    return there, times * 4 * hidden_size + 4 * (hidden_size + topk)
 
 
 @dataclass(frozen=True)

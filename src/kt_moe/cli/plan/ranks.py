@@ -90,7 +90,8 @@ def modes_of(
         own, part, rows, sent, away = model, weights, 0.0, 0.0, 0.0
         if name == "global":
             own, part = _part_of(model, weights, job.size)
-            of_pair = exchange_bytes(model.layers[0].hidden_size, model.topk, run.checkpointing)
+            # What comes back to one rank another sends, so that in the mean a rank sends both.
+            of_pair = sum(exchange_bytes(model.layers[0].hidden_size, model.topk, run.checkpointing))
             to_rank = _pairs(model, job.size) * len(model.layers) * run.tokens  # of all its layers and tokens
             sent, away = (n * to_rank * of_pair for n in (job.size - 1, job.size - job.ranks))
             kept = 1 if run.one_layer else len(model.layers)
