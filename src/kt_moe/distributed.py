@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-EXPERT_PARALLEL = ("auto", "off", "host")
+EXPERT_PARALLEL = ("auto", "off", "host", "global")
 
 
 def local_ranks() -> tuple[int, int]:

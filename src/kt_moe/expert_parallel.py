@@ -54,7 +54,7 @@ def local_experts(
 ) -> range:
     """Which of a layer's E experts the calling rank has, as `Experts.from_checkpoint(experts=)` takes it.
 
-    Parts are contiguous; the first E % (number of ranks) ranks have one expert more; some may have none.
+    Parts are contiguous, and as large as the first, but for the last ranks, which may have fewer or none.
 
     counts: [E], how often each expert is routed to, in any unit, as `Experts.routed` and
         `kt_moe.routing_counts` tell; the same on all ranks. The busiest rank then has as few routes as

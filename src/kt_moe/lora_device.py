@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kt_moe.gpu.page_lock import PageLock, PageLockError, lock
+from kt_moe.rank_parameters import Division, keep_from_fully_shard
 
 CHOICES = ("auto", "cpu", "cuda")
 _STATE_BYTES = 16  # of an fp32 parameter, its gradient and AdamW's two moments
@@ -67,11 +68,35 @@ class LoraParameters(nn.ParameterDict):
     `.to()`, `.cuda()`, Trainer and accelerate then convert their dtype, and do not move them; their gradients
     alike. They get page-locked memory, so that a GPU reads it without work of the CPU; where that is refused,
     the CPU copies them for the GPU in every pass.
+
+    Args:
+        division: how the matrices are divided over ranks, of which this one has its own; None: they are not.
+            State dicts then have them as DTensors, and may have them whole when they are loaded.
     """
 
-    def __init__(self, place: LoraPlace) -> None:
+    def __init__(self, place: LoraPlace, division: Division | None = None) -> None:
         super().__init__()
-        self.place = place
+        self.place, self.division = place, division
+        if division is not None:
+            _divided.add(self)
+            keep_from_fully_shard(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.division is not None:  # a copy
+            _divided.add(self)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.division is not None:
+            for name in self.keys():
+                destination[prefix + name] = self.division.sharded(destination[prefix + name])
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.division is not None:
+            found = [prefix + name for name in self.keys() if prefix + name in state_dict]
+            state_dict = {**state_dict, **{name: self.division.own(state_dict[name]) for name in found}}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         stay = False
@@ -90,6 +115,16 @@ class LoraParameters(nn.ParameterDict):
         applied = super()._apply(held, recurse)  # type: ignore[no-untyped-call]
         _lock_pages(self, [p for p in self.values() if stay and p.is_cpu])
         return applied
+
+
+_divided: weakref.WeakSet[LoraParameters] = weakref.WeakSet()
+
+
+def divided_parameters() -> Iterator[tuple[Tensor, Division]]:
+    """All parameters of this process that are its part of those of all ranks."""
+    for module in list(_divided):
+        if module.division is not None:
+            yield from ((parameter, module.division) for parameter in module.parameters())
 
 
 # By the address of a parameter's memory. A lock keeps that memory, which so belongs to nobody else meanwhile.

@@ -3,12 +3,96 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
+
+from kt_moe.token_exchange import partition
+
+
+@dataclass(frozen=True)
+class Division:
+    """How tensors [E, ...] of a layer's experts are divided over the ranks of a group.
+
+    In memory a rank has the matrices of its own experts, as an ordinary tensor. In state dicts they are
+    DTensors, `Shard(0)`, so that torch.distributed.checkpoint and others know them as parts of one tensor.
+    """
+
+    num_experts: int
+    group: dist.ProcessGroup
+
+    def __deepcopy__(self, memo: object) -> Division:
+        return self  # a group has no copies
+
+    @cached_property
+    def part(self) -> range:
+        """The calling rank's experts."""
+        return partition(self.num_experts, self.group.size())[self.group.rank()]
+
+    def own(self, tensor: Any) -> Tensor:
+        """The rank's part [N, ...] of a tensor [E, ...], of a DTensor made by `sharded`, or of itself."""
+        if hasattr(tensor, "to_local"):
+            local: Tensor = tensor.to_local()
+            return local
+        is_whole = len(tensor) == self.num_experts
+        part: Tensor = tensor[self.part.start : self.part.stop] if is_whole else tensor
+        return part
+
+    def sharded(self, own: Tensor) -> Any:
+        """The rank's part [N, ...] as a DTensor [E, ...]; no rank waits for another."""
+        from torch.distributed.tensor import DTensor, Shard
+
+        shape = torch.Size((self.num_experts, *own.shape[1:]))
+        strides = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            own.detach(), _mesh(self.group), [Shard(0)], run_check=False, shape=shape, stride=strides
+        )
+
+
+def keep_from_fully_shard(module: nn.Module) -> None:
+    """Have fully_shard pass by a module, as one whose parameters something else replicates."""
+    from torch.distributed._composable.contract import REGISTRY_KEY, RegistryItem
+
+    module.__dict__[REGISTRY_KEY] = {"replicate": RegistryItem()}
+
+
+_meshes: WeakKeyDictionary[dist.ProcessGroup, Any] = WeakKeyDictionary()
+
+
+def _mesh(group: dist.ProcessGroup) -> Any:
+    """The group as a mesh of what it exchanges tensors of: host memory if it can."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if group not in _meshes:
+        kind = "cpu" if "cpu:" in str(dist.get_backend_config(group)) else "cuda"
+        _meshes[group] = DeviceMesh.from_group(group, kind)
+    return _meshes[group]
+
+
+def whole(tensor: Any) -> Any:
+    """Of a DTensor, which all its ranks ask for, the whole tensor; else the tensor itself."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def whole_on_first(tensors: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A state dict with whole tensors in the place of DTensors, in host memory.
+
+    All ranks call it. Returns None on all ranks but the first one of all.
+    """
+    first = dist.get_rank() == 0
+    found: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if hasattr(tensor, "full_tensor"):
+            of_all = tensor.full_tensor()
+            tensor = of_all.cpu() if first else None
+        found[name] = tensor
+    return found if first else None
 
 
 def clip_grad_norm_(
@@ -32,19 +116,13 @@ def clip_grad_norm_(
     """
     grads = [[p.grad for p in parameters if p.grad is not None] for parameters in (shared, local)]
     device = next((g.device for some in grads for g in some), torch.device("cpu"))
-    squares = [_whole(get_total_norm(some)).to(device).double().square() for some in grads]
+    squares = [whole(get_total_norm(some)).to(device).double().square() for some in grads]
     dist.all_reduce(squares[1], group=group)
-    norm = (squares[0] + squares[1]).sqrt().float()
+    norm: Tensor = (squares[0] + squares[1]).sqrt().float()
     factor = min(1.0, max_norm / (float(norm) + 1e-6))
     for grad in (g for some in grads for g in some):
         grad.mul_(factor)
     return norm
-
-
-def _whole(norm: Any) -> Tensor:
-    """Of gradients that fully_shard shards, the norm of all of them."""
-    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    return whole
 
 
 def gather_lora(

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from kt_moe.files import replacing
-from kt_moe.hf.experts import dims_of
+from kt_moe.hf.experts import dims_of, division_of
 from kt_moe.models import expert_modules
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
@@ -33,12 +33,19 @@ StrPath = str | os.PathLike[str]
 def routing_counts(model: nn.Module) -> dict[str, Tensor]:
     """Routes of each expert so far, int64 [E], by the name of the module that has the experts.
 
-    The names are those of `model_experts`. Zeros where experts are not loaded yet.
+    The names are those of `model_experts`. Zeros where experts are not loaded yet, and for those of other
+    ranks (`expert_parallel="global"`), while the routes of a rank's own are those of all ranks' tokens.
     """
-    return {
-        name: torch.zeros(dims_of(module)[0], dtype=torch.int64) if experts is None else experts.routed
-        for name, module, experts in expert_modules(model)
-    }
+    found = {}
+    for name, module, experts in expert_modules(model):
+        division = division_of(module)
+        if experts is not None and division is None:
+            found[name] = experts.routed
+            continue
+        found[name] = torch.zeros(dims_of(module)[0], dtype=torch.int64)
+        if experts is not None and division is not None:
+            found[name][division.part.start : division.part.stop] = experts.routed
+    return found
 
 
 @dataclass(frozen=True)

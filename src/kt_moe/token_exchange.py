@@ -23,9 +23,10 @@ Step = Literal["forward", "forward's results", "backward", "backward's results"]
 
 
 def partition(num_experts: int, world_size: int, counts: Sequence[float] | None = None) -> list[range]:
-    """The experts of each rank: contiguous, the first `num_experts % world_size` ranks have one more.
+    """The experts of each rank: contiguous, as `torch.chunk` and DTensor's `Shard(0)` divide a tensor.
 
-    Ranks beyond the number of experts have an empty range.
+    Every rank has as many as the first, but the last one with any, which may have fewer; ranks behind it have
+    an empty range.
 
     counts: routes of each expert, [E]. The busiest rank then has as few of them as contiguous parts allow
         that have at most twice as many experts as equal ones; the last ranks may have none.
@@ -37,14 +38,14 @@ def partition(num_experts: int, world_size: int, counts: Sequence[float] | None 
         raise ValueError(
             f"num_experts is {num_experts} and world_size {world_size}, wanted at least 1 of each"
         )
-    each, more = divmod(num_experts, world_size)
-    firsts = [rank * each + min(rank, more) for rank in range(world_size + 1)]
+    each = -(-num_experts // world_size)
+    firsts = [min(rank * each, num_experts) for rank in range(world_size + 1)]
     if counts is not None:
         loads = [float(count) for count in counts]
         if len(loads) != num_experts or not all(math.isfinite(load) and load >= 0 for load in loads):
             raise ValueError(f"counts is {loads}, wanted {num_experts} finite numbers of 0 or more")
         if any(loads):
-            firsts = _balanced(loads, world_size, 2 * -(-num_experts // world_size))
+            firsts = _balanced(loads, world_size, 2 * each)
     return [range(*both) for both in itertools.pairwise(firsts)]
 
 

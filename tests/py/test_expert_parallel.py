@@ -248,6 +248,7 @@ def test_what_happens_to_one_rank_is_told_to_the_others(tmp_path: Path) -> None:
 
 def test_partition() -> None:
     assert partition(5, 3) == [range(2), range(2, 4), range(4, 5)]
+    assert partition(5, 4) == [range(2), range(2, 4), range(4, 5), range(5, 5)]  # as torch.chunk
     assert partition(2, 4) == [range(1), range(1, 2), range(2, 2), range(2, 2)]
     assert partition(8, 1) == [range(8)]
     with pytest.raises(ValueError, match="num_experts is 0"):

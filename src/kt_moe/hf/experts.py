@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
@@ -33,23 +34,29 @@ from kt_moe.computation import (
     sizes_of,
     transformers_class,
 )
+from kt_moe.expert_parallel import ExpertParallel
 from kt_moe.experts import Experts
 from kt_moe.functional import Lora, MoEFunction
+from kt_moe.rank_parameters import Division
 from kt_moe.tensors import check_module
 
 NAME = "kt_moe"
 
-Load = Callable[["KtExperts", Callable[[int], object] | None], Experts]
+Load = Callable[["KtExperts", Callable[[int], object] | None], Experts | None]
 _loading = threading.Lock()
 os.register_at_fork(after_in_child=_loading._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 @dataclass
 class _Held:
-    """The weights of a module and of its copies, and before they are loaded what loads them."""
+    """The weights of a module and of its copies, and before they are loaded what loads them.
+
+    parallel: computes with the experts of all ranks, over which they are divided, if they are.
+    """
 
     experts: Experts | None
     load: Load | None = None
+    parallel: ExpertParallel | None = None
 
 
 class KtExperts(nn.Module):
@@ -95,7 +102,7 @@ class KtExperts(nn.Module):
 
     def load(self, progress: Callable[[int], object] | None = None) -> None:
         """Load the weights if they are not. RuntimeError before from_pretrained has said where they are."""
-        if self._held.experts is not None:
+        if self._held.experts is not None or self._held.parallel is not None:
             return
         if self._held.load is None:
             raise RuntimeError(
@@ -106,17 +113,38 @@ class KtExperts(nn.Module):
 
     @property
     def experts(self) -> Experts:
-        """The weights; loads them if they are not. RuntimeError as in `load`."""
+        """The weights; loads them if they are not. RuntimeError as in `load`, ValueError if it has none."""
         if self._held.experts is None:
             with _loading:  # of several threads that come first, one loads
                 if self._held.experts is None:
                     self.load()
-        assert self._held.experts is not None
+        if self._held.experts is None:
+            raise ValueError(f"of the experts of layer {self.layer} this rank has none")
         return self._held.experts
+
+    @property
+    def loaded(self) -> Experts | None:
+        """The weights; None where they are not loaded, or this rank has none."""
+        return self._held.experts
+
+    def divide(self, group: dist.ProcessGroup) -> None:
+        """Let loaded experts be this rank's part of the layer's. All ranks call it, for layers alike."""
+        self._held.parallel = ExpertParallel(self._held.experts, self.num_experts, group)
+
+    @property
+    def parallel(self) -> ExpertParallel | None:
+        """What computes with the experts of all ranks; None where this process has them all."""
+        return self._held.parallel
+
+    @property
+    def division(self) -> Division | None:
+        """How the experts are divided over ranks; None where this process has them all."""
+        group = None if self.parallel is None else self.parallel.group
+        return None if group is None else Division(self.num_experts, group)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, H], [T, K], [T, K] -> [T, H]; see `computed`."""
-        return computed(self, self.experts, hidden_states, top_k_index, top_k_weights)
+        return computed(self, hidden_states, top_k_index, top_k_weights)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KtExperts:
         norm = copy.deepcopy(output_norm(self), memo)
@@ -222,7 +250,7 @@ def experts_of(module: nn.Module) -> Experts:
 def loaded_experts(module: nn.Module) -> Experts | None:
     """Those that `experts_of` gave last; None if it was never asked."""
     if isinstance(module, KtExperts):
-        return module._held.experts
+        return module.loaded
     packed = _packed.get(module)
     return None if packed is None else packed.experts
 
@@ -242,15 +270,18 @@ def expert_parameters(module: Any) -> tuple[list[str], list[Tensor]]:
     return names, [getattr(module, name) for name in names]
 
 
-def pack(module: nn.Module, **options: Any) -> Experts:
+def pack(module: nn.Module, part: range | None = None, **options: Any) -> Experts:
     """From weights [E, out, in] or [E, in, out], gate first, alternating with up, or not there.
 
     Args:
+        part: of the experts; None: all.
         options: of `Experts`, beside its weights and activation.
     """
     inner, down, *biases = (p.detach() for p in expert_parameters(module)[1])
     options["activation"] = _computation(module).activation
     inner = inner[: len(down)]  # LongCat-Flash has more, for experts that are the identity
+    if part is not None:
+        inner, down, *biases = (p[part.start : part.stop] for p in (inner, down, *biases))
     if layout_of(module).is_transposed:
         inner, down = inner.mT, down.mT
     gate, up = _split(module, inner)
@@ -311,7 +342,6 @@ def _computation(module: Any) -> Computation:
 
 def computed(
     module: nn.Module,
-    experts: Experts,
     hidden_states: Tensor,
     ids: Tensor,
     weights: Tensor,
@@ -326,14 +356,40 @@ def computed(
     """
     norm = output_norm(module)
     if norm is None:
-        out: Tensor = MoEFunction.apply(hidden_states, ids, weights, experts, lora, **tensors)
-        return out
+        return _summed(module, hidden_states, ids, weights, lora, tensors)
     of_routes = hidden_states.float().repeat_interleave(ids.shape[1], 0)
     ones = torch.ones(ids.numel(), 1, device=weights.device)
-    rows: Tensor = MoEFunction.apply(of_routes, ids.reshape(-1, 1), ones, experts, lora, **tensors)
-    rows = norm(rows).view(*ids.shape, -1)
-    routed = weights.float().masked_fill(ids == experts.num_experts, 0.0)
-    return (rows * routed[..., None]).sum(1).to(hidden_states.dtype)
+    rows = norm(_summed(module, of_routes, ids.reshape(-1, 1), ones, lora, tensors)).view(*ids.shape, -1)
+    routed = weights.float().masked_fill(ids == dims_of(module)[0], 0.0)
+    out: Tensor = (rows * routed[..., None]).sum(1).to(hidden_states.dtype)
+    return out
+
+
+def _summed(
+    module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor, lora: Lora | None, tensors: dict[str, Tensor]
+) -> Tensor:
+    """What `MoEFunction` computes, with the experts of all ranks where they are divided."""
+    parallel = parallel_of(module)
+    if parallel is None:
+        alone: Tensor = MoEFunction.apply(x, ids, weights, experts_of(module), lora, **tensors)
+        return alone
+    lora = lora or Lora()
+    own = tensors if parallel.experts is not None else {}
+    out: Tensor = parallel(x, ids, weights, own, scaling=lora.scaling, dropout=lora.dropout, seed=lora.seed)
+    # A rank without experts has empty tensors. They get their empty gradients, as others get theirs.
+    for tensor in () if own else tensors.values():
+        out = out + tensor.sum()
+    return out
+
+
+def parallel_of(module: nn.Module) -> ExpertParallel | None:
+    """See `KtExperts.parallel`; None for other modules."""
+    return module.parallel if isinstance(module, KtExperts) else None
+
+
+def division_of(module: nn.Module) -> Division | None:
+    """See `KtExperts.division`; None for other modules."""
+    return module.division if isinstance(module, KtExperts) else None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -341,4 +397,4 @@ def kt_moe_experts_forward(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """What transformers calls for `experts_implementation="kt_moe"`: [T, H], [T, K], [T, K] -> [T, H]."""
-    return computed(self, experts_of(self), hidden_states, top_k_index, top_k_weights)
+    return computed(self, hidden_states, top_k_index, top_k_weights)

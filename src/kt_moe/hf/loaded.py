@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from kt_moe.architectures import architecture_of
 from kt_moe.computation import is_experts, output_norm
+from kt_moe.expert_parallel import local_experts
 from kt_moe.experts import Experts
 from kt_moe.hf.experts import KtExperts, expert_parameters, pack
 from kt_moe.hf.kt_config import checked_config
@@ -81,17 +82,23 @@ def wrap(model: nn.Module, config: KtMoeConfig | None = None) -> nn.Module:
     }  # fmt: skip
     size = sum(_nbytes(module) for module in left.values())
     del theirs, module
-    packed: dict[str | None, Experts] = {}
+    group = config.new_group()
+    packed: dict[str | None, Experts | None] = {}
     with logging.tqdm(total=size, desc="Packing experts", unit="B", unit_scale=True) as bar:
         for described in architecture.modules:
             if described.path in left:
                 module = left.pop(described.path)
-                shared = packed.get(described.same_as)  # where a model ties the parameters of two modules
-                experts = shared or pack(module, **options)
+                part = None if group is None else local_experts(described.num_experts, group)
+                experts = packed.get(described.same_as)  # where a model ties the parameters of two modules
+                if experts is None and part != range(0):
+                    experts = pack(module, part=part, **options)
                 ours = KtExperts(architecture, described, experts, output_norm(module))
-                packed[described.path] = ours.experts
-                ours.experts.recompute = config.recompute
-                ours.experts.checkpoint_experts = config.checkpoint_experts
+                packed[described.path] = experts
+                if experts is not None:
+                    experts.recompute = config.recompute
+                    experts.checkpoint_experts = config.checkpoint_experts
+                if group is not None:
+                    ours.divide(group)
                 ours.lora_device, ours.training = config.lora_device, module.training
                 guard_loaded_model(inner, KtMoeQuantizer(config))  # from the first layer on
                 for parent, name in list(_places(inner, module)):

@@ -7,6 +7,7 @@ its form on disk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +18,14 @@ from torch import Tensor, nn
 from kt_moe.architectures import Architecture, architecture_of, fused_parameters
 from kt_moe.experts import PROJECTIONS
 from kt_moe.functional import Lora, of_all
-from kt_moe.hf.experts import computed, dims_of, experts_of, is_gated_module, is_kt_experts
+from kt_moe.hf.experts import (
+    computed,
+    dims_of,
+    division_of,
+    experts_of,
+    is_gated_module,
+    is_kt_experts,
+)
 from kt_moe.hf.initial import joined, starting_pair, starts_from_weights
 from kt_moe.hf.portable import ExpertsForm, Matrices
 from kt_moe.hf.targets import ExpertPairs, Pair
@@ -46,7 +54,7 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
     [E, out, r]; of adapters in `shared_outer`, one A of gate and of up, and one B of down, [1, ...]. `place`
     says whether they go where the model goes. Adapters that start with a part of the base weights (`initial`)
     also have `lora_fixed_A` and `lora_fixed_B` of the same shapes, which are not trained; their ranks in `r`
-    and `pairs` are of both together.
+    and `pairs` are of both together. Where experts are divided over ranks, E counts this rank's own.
     """
 
     other_param_names = (*LoraLayer.other_param_names, "lora_fixed_A", "lora_fixed_B")
@@ -108,6 +116,8 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
                 with; names it.
         """
         refuse_options(config, pairs)
+        if getattr(config, "shared_outer", False) and division_of(self.base_layer) is not None:
+            raise ValueError('SharedOuterLoraConfig does not work with expert_parallel="global"')
         self.scaling[adapter_name] = _first_scaling(pairs.pairs)
         fixed = starts_from_weights(config.init_lora_weights)
         self._set_pairs(adapter_name, _doubled(pairs) if fixed else pairs)
@@ -117,8 +127,8 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         self.lora_dropout[adapter_name] = (
             nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         )
-        self.lora_A[adapter_name] = LoraParameters(self.place)
-        self.lora_B[adapter_name] = LoraParameters(self.place)
+        self.lora_A[adapter_name] = self._no_parameters()
+        self.lora_B[adapter_name] = self._no_parameters()
         for projection, pair in pairs.pairs.items():
             self._new_pair(adapter_name, projection, pair.rank)
         if fixed:
@@ -126,6 +136,15 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         else:
             self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _no_parameters(self) -> LoraParameters:
+        return LoraParameters(self.place, division_of(self.base_layer))
+
+    @property
+    def _own_experts(self) -> int:
+        """How many experts this process has."""
+        division = division_of(self.base_layer)
+        return dims_of(self.base_layer)[0] if division is None else len(division.part)
 
     def _set_pairs(self, adapter_name: str, pairs: ExpertPairs) -> None:
         """Note what an adapter consists of; PEFT's one rank and alpha of it are the largest rank's."""
@@ -136,7 +155,8 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
 
     def _new_pair(self, adapter_name: str, projection: str, rank: int) -> None:
         """Parameters without values; PEFT makes new modules on the meta device where it is to load them."""
-        num_experts, into, out = dims_of(self.base_layer)
+        _, into, out = dims_of(self.base_layer)
+        num_experts = self._own_experts
         if projection == "down":
             into, out = out, into
         sizes = (num_experts, num_experts)
@@ -199,7 +219,7 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
 
     def matrices(self, adapter_name: str, projection: str) -> tuple[Tensor, Tensor]:
         """A [E, r, in] and B [E, out, r] of a projection; views of those that are shared."""
-        experts = dims_of(self.base_layer)[0]
+        experts = self._own_experts
         a, b = self._pair(adapter_name, projection)
         return of_all(a, experts), of_all(b, experts)
 
@@ -230,15 +250,18 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
     @torch.no_grad()
     def _start(self, adapter_name: str, pairs: Mapping[str, Pair], how: str, path: str) -> None:
         """Let an adapter start with a part of the base weights, which a fixed one takes away."""
-        weights: dict[str, Any] = dict(
-            zip(PROJECTIONS, experts_of(self.base_layer).dequantize(), strict=True)
-        )
-        fixed_a, fixed_b = LoraParameters(self.place), LoraParameters(self.place)
+        weights: dict[str, Any] = dict.fromkeys(PROJECTIONS, ())
+        if self._own_experts:
+            weights = dict(zip(PROJECTIONS, experts_of(self.base_layer).dequantize(), strict=True))
+        division = division_of(self.base_layer)
+        first = 0 if division is None else division.part.start
+        fixed_a, fixed_b = self._no_parameters(), self._no_parameters()
         for projection, pair in pairs.items():
             a, b = self.lora_A[adapter_name][projection], self.lora_B[adapter_name][projection]
-            for e, weight in enumerate(weights[projection]):
-                name = f"{projection}_proj of expert {e} at {path}"
-                a[e], b[e] = starting_pair(weight, pair.rank, pair.scaling, how, name)
+            with self._in_step():
+                for e, weight in enumerate(weights[projection]):
+                    name = f"{projection}_proj of expert {first + e} at {path}"
+                    a[e], b[e] = starting_pair(weight, pair.rank, pair.scaling, how, name)
             fixed_a[projection] = nn.Parameter(a.detach().clone(), requires_grad=False)
             fixed_b[projection] = nn.Parameter(-b.detach(), requires_grad=False)
             self.place.fixed += a.numel() + b.numel()
@@ -248,19 +271,42 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         """Initialise as PEFT does each expert's pair, by one of `INITIAL_VALUES`."""
         if init_lora_weights == "orthogonal":
-            for projection, a in self.lora_A[adapter_name].items():
-                _orthogonal(a, self.lora_B[adapter_name][projection])
+            for projection, own in self.lora_A[adapter_name].items():
+                with self._whole(own) as a, self._whole(self.lora_B[adapter_name][projection]) as b:
+                    _orthogonal(a, b)
             return
-        for a in self.lora_A[adapter_name].values():
-            if init_lora_weights == "gaussian":
-                a.normal_(std=1 / a.shape[1])
-            else:
-                a.uniform_(-(a.shape[2] ** -0.5), a.shape[2] ** -0.5)  # Kaiming with a = sqrt(5)
-        for b in self.lora_B[adapter_name].values():
-            if init_lora_weights:
-                b.zero_()
-            else:
-                b.uniform_(-(b.shape[2] ** -0.5), b.shape[2] ** -0.5)
+        for own in self.lora_A[adapter_name].values():
+            with self._whole(own) as a:
+                if init_lora_weights == "gaussian":
+                    a.normal_(std=1 / a.shape[1])
+                else:
+                    a.uniform_(-(a.shape[2] ** -0.5), a.shape[2] ** -0.5)  # Kaiming with a = sqrt(5)
+        for own in self.lora_B[adapter_name].values():
+            with self._whole(own) as b:
+                if init_lora_weights:
+                    b.zero_()
+                else:
+                    b.uniform_(-(b.shape[2] ** -0.5), b.shape[2] ** -0.5)
+
+    @contextmanager
+    def _whole(self, own: Tensor) -> Iterator[Tensor]:
+        """A parameter to be filled; of all experts, so that all ranks draw what one process draws."""
+        division = division_of(self.base_layer)
+        if division is None:
+            yield own
+        else:
+            whole = own.new_empty(division.num_experts, *own.shape[1:])
+            yield whole
+            own.copy_(division.own(whole))
+
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """Where ranks draw numbers for their own experts, the generator is left alike on all."""
+        if division_of(self.base_layer) is None:
+            yield
+        else:
+            with torch.random.fork_rng():
+                yield
 
     def forward(
         self,
@@ -277,6 +323,8 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         """
         inputs = hidden_states, top_k_index, top_k_weights
         if adapter_names is not None and not self.disable_adapters:
+            if division_of(self.base_layer) is not None:
+                raise ValueError('adapter_names does not work with expert_parallel="global"')
             return self._mixed(adapter_names, *inputs)
         return self._adapted([] if self.disable_adapters else self.active_adapters, *inputs)
 
@@ -285,7 +333,7 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         if not active:
             return self.base_layer(x, ids, weights)  # type: ignore[no-any-return]
         lora, tensors = self._combined(active)
-        return computed(self.base_layer, experts_of(self.base_layer), x, ids, weights, lora, **tensors)
+        return computed(self.base_layer, x, ids, weights, lora, **tensors)
 
     def _mixed(self, adapter_names: Sequence[str], x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         tokens, samples = len(x), len(adapter_names)

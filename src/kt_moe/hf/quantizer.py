@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers.integrations.accelerate import get_max_memory
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -23,9 +24,11 @@ from kt_moe.checkpoint import Checkpoint, check_path
 from kt_moe.computation import output_norm
 from kt_moe.conversion import stored_lists
 from kt_moe.distributed import EXPERT_PARALLEL, is_shared, local_ranks
+from kt_moe.expert_parallel import local_experts
 from kt_moe.experts import CHECKPOINT_FORMATS, PLACEMENTS, Experts
 from kt_moe.families import refuse_config
 from kt_moe.gpu import Gpu, Rates, as_gpu
+from kt_moe.hf import divided
 from kt_moe.hf.experts import NAME, KtExperts, dims_of
 from kt_moe.hf.rest import RestQuantizer, as_config
 from kt_moe.hf.unmarked import mark
@@ -77,8 +80,10 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         expert_parallel: where several processes of a job on this machine have the experts. "off": each loads
             them for itself. "host": they lie once in memory that all share (see
             `kt_moe.Experts.from_checkpoint`, `shared`). "auto": "host" where torchrun or accelerate have
-            started several processes here (LOCAL_WORLD_SIZE). `cache_dir` and `paged` share in files. Unless
-            it is "off", the settings of all processes of the job are compared (ValueError).
+            started several processes here (LOCAL_WORLD_SIZE). `cache_dir` and `paged` share in files.
+            "global": they are divided over all processes of the job, on whatever machines, each of which has
+            the LoRA of its own experts; tokens travel to them. torch.distributed has to be initialised.
+            Unless it is "off", the settings of all processes of the job are compared (ValueError).
         rest: how transformers is to quantise the other layers, one of its quantization configs, as
             `BitsAndBytesConfig(load_in_4bit=True)`. None: as they are stored. Where a checkpoint has them
             quantised, its own config is heeded without it; it then changes that one's loading options, as
@@ -89,8 +94,8 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Raises:
         TypeError: nodes or cache_dir is something else.
-        ValueError: an unknown option or choice, two of `paged`, `cache_dir` and "host", gpu="off" with
-            gpu_memory or cpu_share.
+        ValueError: an unknown option or choice, two of `paged`, `cache_dir` and "host", "global" with `lazy`,
+            gpu="off" with gpu_memory or cpu_share.
     """
 
     stored: Any = None
@@ -146,6 +151,11 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 'KtMoeConfig has expert_parallel="host" and paged or cache_dir, which share the experts in '
                 "files: wanted one of them"
             )
+        if expert_parallel == "global" and lazy:
+            raise ValueError(
+                'KtMoeConfig has expert_parallel="global" and lazy, wanted one of them: ranks compare their '
+                "experts when all are loaded"
+            )
         made = self.make_gpu()  # refuses its options
         # JSON knows no numbers of numpy.
         self.gpu_memory = gpu_memory if isinstance(gpu_memory, str) else made.memory
@@ -193,6 +203,29 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """Whether experts lie in memory that the processes of this machine share."""
         return is_shared(self.expert_parallel) and not self.paged and self.cache_dir is None
 
+    def new_group(self) -> dist.ProcessGroup | None:
+        """A group of all processes, over which experts are divided; None: each process has them all.
+
+        Raises:
+            ValueError: torch.distributed is not initialised, and a launcher started several processes.
+        """
+        if self.expert_parallel != "global":
+            return None
+        if not (dist.is_available() and dist.is_initialized()):
+            if (size := os.environ.get("WORLD_SIZE", "1")) != "1":
+                raise ValueError(
+                    f'expert_parallel="global" among {size} processes (WORLD_SIZE) wants torch.distributed '
+                    "initialised before the model is loaded: make the Trainer's arguments first, or call "
+                    "init_process_group()"
+                )
+            return None
+        if dist.get_world_size() == 1:
+            return None
+        divided.watch()
+        # Of the experts alone: wrappers use that of all processes while backward runs.
+        group: dist.ProcessGroup = dist.new_group()
+        return group
+
     def _rates(self) -> Rates | None:
         if self.gpu_rates is None:
             return None
@@ -233,6 +266,7 @@ class KtMoeQuantizer(RestQuantizer):
             }
             check_alike("experts", of_model | settings)
         self._runtime, self._gpu = self.quantization_config.runtime(), self.quantization_config.make_gpu()
+        self._group = self.quantization_config.new_group()
         _refuse_gptq_v2(self._checkpoint, self.quantization_config.stored)
         self.read_stored(checkpoint, lists, model.dtype, kwargs.get("device_map"))
         # before ours, as some replace modules by their names
@@ -248,18 +282,21 @@ class KtMoeQuantizer(RestQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         modules = {m.expert_module.path: m for m in model.modules() if isinstance(m, KtExperts)}
-        load = _Loader(self._checkpoint, self._runtime, self._gpu, self.quantization_config)
+        load = _Loader(self._checkpoint, self._runtime, self._gpu, self.quantization_config, self._group)
         for module in modules.values():
             same_as = module.expert_module.same_as
             module.load_with(load if same_as is None else _Shared(modules[same_as]))
         if not self.quantization_config.lazy:
             _load_all(list(modules.values()), self._checkpoint)
+        for module in modules.values():
+            if self._group is not None:
+                module.divide(self._group)
         self.rest._process_model_after_weight_loading(model, **kwargs)
         if self.quantization_config.expert_parallel != "off":
             check_told()
         guard_loaded_model(model, self)
         # The model keeps its quantizer, and must stay copyable.
-        del self._checkpoint, self._runtime, self._gpu
+        del self._checkpoint, self._runtime, self._gpu, self._group
         return model
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -322,7 +359,7 @@ class KtMoeQuantizer(RestQuantizer):
 
 @dataclass(frozen=True)
 class _Loader:
-    """Loads the experts of any layer of a checkpoint as a config says.
+    """Loads the experts of any layer of a checkpoint as a config says; None where this rank is to have none.
 
     ValueError, before anything is loaded, where their shapes are not those of the model's config.
     """
@@ -331,8 +368,9 @@ class _Loader:
     runtime: Runtime
     gpu: Gpu
     config: KtMoeConfig
+    group: dist.ProcessGroup | None
 
-    def __call__(self, module: KtExperts, progress: Callable[[int], object] | None = None) -> Experts:
+    def __call__(self, module: KtExperts, progress: Callable[[int], object] | None = None) -> Experts | None:
         info = self.checkpoint.layer(module.layer)
         found = (info.num_experts, info.hidden_size, info.intermediate_size)
         if found != (wanted := dims_of(module)):
@@ -340,6 +378,9 @@ class _Loader:
                 f"the checkpoint's experts of layer {module.layer} have (experts, hidden, intermediate) "
                 f"{found}, the config says {wanted}"
             )
+        part = None if self.group is None else local_experts(info.num_experts, self.group)
+        if part is not None and len(part) == 0:
+            return None
         experts = Experts.from_checkpoint(
             self.checkpoint,
             module.layer,
@@ -352,6 +393,7 @@ class _Loader:
             progress=progress,
             placement=self.config.placement,
             gpu=self.gpu,
+            experts=part,
         )
         experts.recompute = self.config.recompute
         experts.checkpoint_experts = self.config.checkpoint_experts
@@ -364,9 +406,9 @@ class _Shared:
 
     other: KtExperts
 
-    def __call__(self, module: KtExperts, progress: Callable[[int], object] | None = None) -> Experts:
+    def __call__(self, module: KtExperts, progress: Callable[[int], object] | None = None) -> Experts | None:
         self.other.load(progress)
-        return self.other.experts
+        return self.other.loaded
 
 
 def _load_all(modules: Sequence[KtExperts], checkpoint: Checkpoint) -> None:

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from kt_moe.functional import of_all
 from kt_moe.hf.config import KtLoraConfig, SharedOuterLoraConfig, saved_config, with_ranks_doubled
-from kt_moe.hf.experts import KtExperts, is_kt_experts
+from kt_moe.hf.divided import parameters_of
+from kt_moe.hf.experts import KtExperts, division_of, is_kt_experts
 from kt_moe.hf.initial import halves, join_fixed, joined, part_fixed, start_layer
 from kt_moe.hf.lora import NO_MERGE, KtLoraExperts, experts_architecture, lora_layers, refuse_options
 from kt_moe.hf.portable import PREFIX, Matrices, is_per_expert, path_to_save, renaming_of
@@ -34,6 +35,7 @@ from kt_moe.hf.weighted import check_weighted, combine
 from kt_moe.job import check_alike
 from kt_moe.lora_device import LoraPlace
 from kt_moe.patterns import first_match
+from kt_moe.rank_parameters import whole
 
 _logger = logging.getLogger(__name__)
 # Of a config, what says where its files are from.
@@ -176,7 +178,7 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
                 )
 
             b.zero_()
-            if parts:
+            if parts and len(b):  # a rank may have no experts
                 values = combine(parts, pair.rank, kind, of_matrices)
                 a.copy_(values[0])
                 b.copy_(values[1] / pair.scaling)
@@ -258,8 +260,8 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
                 tail = f"{adapter_name}.{projection}"
                 if f"{path}.lora_A.{tail}" in found:
                     experts = layer.form(path).num_experts
-                    own = [found.pop(f"{path}.lora_{matrix}.{tail}") for matrix in "AB"]
-                    fixed = [found.pop(f"{path}.lora_fixed_{matrix}.{tail}", None) for matrix in "AB"]
+                    own = [whole(found.pop(f"{path}.lora_{matrix}.{tail}")) for matrix in "AB"]
+                    fixed = [whole(found.pop(f"{path}.lora_fixed_{matrix}.{tail}", None)) for matrix in "AB"]
                     matrices[projection] = (
                         of_all(joined(own[0], fixed[0], 1), experts),
                         of_all(joined(own[1], fixed[1], 2), experts),
@@ -287,7 +289,9 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
             matrices = form.take(state_dict, allowed, own, renamed, layer.fused_factors(adapter_name))
             layer.fit(adapter_name, {p: a.shape[1] for p, (a, _) in matrices.items()})
             for projection, pair in matrices.items():
+                division = division_of(layer.base_layer)
                 for dim, tensor in enumerate(layer.held(adapter_name, projection, pair), 1):
+                    tensor = tensor if division is None else division.own(tensor).clone()
                     # Tensors may become parameters as they are; those of host memory are not to be elsewhere.
                     held = tensor.cpu() if layer.place.stays(tensor.device) else tensor
                     tail = f"{'AB'[dim - 1]}.{adapter_name}.{projection}"
@@ -382,11 +386,16 @@ def register() -> None:
 
 
 def _with_experts(count: Callable[[PeftModel], tuple[int, int]]) -> Callable[[PeftModel], tuple[int, int]]:
-    """PEFT's count of trainable and of all parameters, with experts, whose weights are not torch's."""
+    """PEFT's count of trainable and of all parameters, with experts, whose weights are not torch's, and with
+    LoRA of those that other ranks have.
+    """
 
     @functools.wraps(count)
     def counted(model: PeftModel) -> tuple[int, int]:
         trainable, everything = count(model)
+        for _, parameter, division in parameters_of(model):
+            elsewhere = (division.num_experts - len(parameter)) * parameter.shape[1:].numel()
+            trainable, everything = trainable + elsewhere * parameter.requires_grad, everything + elsewhere
         held = sum(module.expert_module.numel for module in model.modules() if isinstance(module, KtExperts))
         return trainable, everything + held
 

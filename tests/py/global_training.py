@@ -1,0 +1,312 @@
+"""Models whose experts are divided over processes: `global_training.py PART DIRECTORY WORLD...`.
+
+One process imports everything and makes the ranks of each world by fork, one world after the other. Their
+results lie in DIRECTORY/PART-WORLD-RANK.pt. A world of one process has no group: it is what the others are
+compared with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import transformers
+from tiny_models import load
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import kt_moe
+from kt_moe.hf.divided import parameters_of
+from kt_moe.rank_parameters import whole
+
+ROWS = 2  # of each rank in a step
+STEPS = 20
+MAX_NORM = 0.5
+MODEL = Path(__file__).resolve().parents[2] / "examples" / "tiny-qwen3-moe"
+TEXTS = [{"text": f"def add{n}(a, b):\n    return a + b + {n}"} for n in range(12)]
+PAIRS = [
+    {"prompt": "def f(x):", "chosen": f" return x + {n}", "rejected": f" pass  # {n}"} for n in range(12)
+]
+Results = Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """adapter, base: directories. worlds: numbers of processes."""
+
+    adapter: str
+    base: str
+    wrapper: str
+    worlds: tuple[int, ...]
+
+    def name(self, world: int) -> str:
+        return f"{self.adapter}-{self.wrapper}-{world}"
+
+
+CASES = {
+    "DDP": Case("both", "base", "ddp", (2, 4)),
+    "fully_shard": Case("both", "base", "fsdp", (3,)),
+    "experts alone": Case("experts", "base", "ddp", (4,)),
+    "skewed": Case("on skewed", "skewed", "none", (3,)),
+}
+
+
+def wrapped(model: Any, wrapper: str) -> Any:
+    if dist.is_initialized() and wrapper == "ddp":
+        return DistributedDataParallel(model)
+    if dist.is_initialized() and wrapper == "fsdp":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in model.base_model.model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+    return model
+
+
+def synchronised(model: Any, last: bool) -> Any:
+    """Gradients are exchanged in the last backward of a step alone."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(last)
+    if hasattr(model, "no_sync") and not last:
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+class Rank:
+    """What a rank, or one process with everything, does."""
+
+    def __init__(self, directory: Path, rank: int, world: int) -> None:
+        self.directory, self.rank, self.world = directory, rank, world
+
+    def base(self, name: str = "base", **options: Any) -> Any:
+        config = kt_moe.KtMoeConfig(expert_parallel="global", **options)
+        return load(self.directory / name, quantization_config=config)
+
+    def model(self, adapter: str, base: str = "base") -> Any:
+        found = peft.PeftModel.from_pretrained(self.base(base), self.directory / adapter, is_trainable=True)
+        return found.train()
+
+    def results(self) -> Iterator[tuple[str, Results]]:
+        for name, case in CASES.items():
+            if self.world == 1:
+                for world in case.worlds:
+                    yield f"{name} of {world}", self.steps(case, world)
+            elif self.world in case.worlds:
+                yield name, self.steps(case, self.world)
+
+    def steps(self, case: Case, world: int) -> Results:
+        """20 steps, each from the parameters that one process has then.
+
+        One process does the work of all ranks of a world in turn: each row is a call, so that shapes, and
+        with them roundings, are alike.
+        """
+        alone = self.world == 1
+        model = self.model(case.adapter, case.base)
+        call = wrapped(model, case.wrapper)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        divided = dict(model.named_parameters()) if alone else {n: d for n, _, d in parameters_of(model)}
+        optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+        start = None if alone else torch.load(self.directory / f"{case.name(world)}.pt")
+        found: Results = {"losses": [], "norms": [], "gradients": [], "parameters": []}
+        for number, batch in enumerate(torch.load(self.directory / "batches.pt")):
+            if start is not None and number:
+                put(trained, divided, start[number - 1])
+            shares = batch[: world * ROWS].chunk(world)
+            losses = []
+            for share in shares if alone else [shares[self.rank]]:
+                for index, row in enumerate(share.split(1)):
+                    with synchronised(call, index == ROWS - 1):
+                        loss = call(input_ids=row, labels=row).loss / ROWS
+                        loss.backward()
+                    losses.append(loss.detach())
+            for name, p in trained.items():
+                if alone:
+                    p.grad /= world
+                elif case.wrapper == "none" and name not in divided:
+                    dist.all_reduce(p.grad)
+                    p.grad /= world
+            mean = torch.stack(losses).sum() / world
+            if not alone:
+                dist.all_reduce(mean)
+            found["losses"].append(float(mean))
+            found["gradients"].append({name: whole(p.grad).clone() for name, p in trained.items()})
+            found["norms"].append(float(whole(torch.nn.utils.clip_grad_norm_(trained.values(), MAX_NORM))))
+            optimizer.step()
+            optimizer.zero_grad()
+            found["parameters"].append({name: whole(p.detach()).clone() for name, p in trained.items()})
+        if alone:
+            torch.save(found["parameters"], self.directory / f"{case.name(world)}.pt")
+        kt_moe.save_adapter(model, self.directory / f"{case.name(world)}-{self.world}")
+        return found
+
+    def saving(self) -> Iterator[tuple[str, Results]]:
+        model = self.model("both")
+        kt_moe.save_adapter(model, self.directory / f"by-kt_moe-{self.world}")
+        model.save_pretrained(self.directory / f"by-peft-{self.world}")
+        torch.manual_seed(3)
+        config = {"r": 4, "target_modules": ["experts", "q_proj"]}
+        for how in (True, "gaussian", "orthogonal", "olora"):
+            fresh = peft.get_peft_model(self.base(), peft.LoraConfig(init_lora_weights=how, **config))
+            kt_moe.save_adapter(fresh, self.directory / f"start-{how}-{self.world}")
+            if how is True:
+                yield "counts", fresh.get_nb_trainable_parameters()
+        with_same = peft.LoraConfig(**config)
+        with_same.__class__ = kt_moe.SharedOuterLoraConfig
+        yield "shared outer", said(lambda: peft.get_peft_model(self.base(), with_same))
+        yield from self.resuming()
+
+    def resuming(self) -> Iterator[tuple[str, Results]]:
+        """Two processes save a state after three steps; all numbers of processes go on from there."""
+        batches = torch.load(self.directory / "batches.pt")[:5, :6]  # rows for one, two and three processes
+        model = self.model("both")
+        call = wrapped(model, "ddp")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-2)
+
+        def state() -> dict[str, Any]:
+            of_model, of_optimizer = get_state_dict(call, optimizer)
+            of_model = {name: t for name, t in of_model.items() if "lora_" in name}
+            return {"model": of_model, "optimizer": of_optimizer}
+
+        def step(batch: Tensor) -> None:
+            call(input_ids=(share := batch.chunk(self.world)[self.rank]), labels=share).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        place = self.directory / "dcp"
+        if self.world == 2:
+            for batch in batches[:3]:
+                step(batch)
+            dcp.save(state(), checkpoint_id=place)
+        else:
+            found = state()
+            dcp.load(found, checkpoint_id=place)
+            set_state_dict(
+                call, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"],
+                options=StateDictOptions(strict=False),
+            )  # fmt: skip
+        for batch in batches[3:]:
+            step(batch)
+        kt_moe.save_adapter(model, self.directory / f"resumed-{self.world}")
+        yield "state", {"steps": {float(s["step"]) for s in optimizer.state.values()}}
+
+    def trainers(self) -> Iterator[tuple[str, Results]]:
+        yield "SFT", self.train("SFT", TEXTS, self.directory / f"sft-{self.world}")
+        if self.world != 2:  # goes on from the checkpoint of two
+            out = self.directory / f"sft-resumed-{self.world}"
+            yield "resumed", self.train("SFT", TEXTS, out, self.directory / "sft-2" / "checkpoint-2")
+        if self.world < 3:
+            yield "DPO", self.train("DPO", PAIRS, self.directory / f"dpo-{self.world}")
+
+    def train(
+        self, kind: str, rows: list[dict[str, Any]], out: Path, checkpoint: Path | None = None
+    ) -> Results:
+        import trl
+        from datasets import Dataset
+        from transformers import AutoTokenizer
+
+        args = getattr(trl, f"{kind}Config")(
+            output_dir=str(out), max_steps=4, logging_steps=1, per_device_train_batch_size=4 // self.world,
+            gradient_accumulation_steps=2, learning_rate=1e-3, bf16=False, gradient_checkpointing=True,
+            report_to="none", save_steps=1, save_total_limit=3, disable_tqdm=True, max_grad_norm=0.1,
+            dataloader_pin_memory=False, seed=0, use_cpu=True, eval_strategy="steps", eval_steps=2,
+            per_device_eval_batch_size=4 // self.world, router_aux_loss_coef=0.0,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        config = kt_moe.KtMoeConfig(expert_parallel="global")
+        base = transformers.AutoModelForCausalLM.from_pretrained(
+            MODEL, dtype=torch.float32, quantization_config=config
+        )
+        lora = peft.LoraConfig(r=4, target_modules=["q_proj", "experts"])
+        trainer = getattr(trl, f"{kind}Trainer")(
+            peft.get_peft_model(base, lora), args=args, train_dataset=Dataset.from_list(rows),
+            eval_dataset=Dataset.from_list(rows[:4]), processing_class=AutoTokenizer.from_pretrained(MODEL),
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.save_model(str(out / "last"))
+        return {
+            what: [log[what] for log in trainer.state.log_history if what in log]
+            for what in ("loss", "grad_norm", "eval_loss")
+        }
+
+
+def said(function: Callable[[], object]) -> str:
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@torch.no_grad()
+def put(trained: dict[str, Any], divided: dict[str, Any], values: dict[str, Tensor]) -> None:
+    """Give parameters the values that one process has."""
+    for name, p in trained.items():
+        if isinstance(p, DTensor):
+            p.copy_(distribute_tensor(values[name], p.device_mesh, p.placements))
+        else:
+            p.copy_(divided[name].own(values[name]) if name in divided else values[name])
+
+
+def rank_main(part: str, directory: Path, rank: int, world: int) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(11)
+    transformers.utils.logging.disable_progress_bar()
+    if world > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+        store = f"file://{directory}/store-{part}-{world}"
+        dist.init_process_group(
+            "gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        )
+    results = {}
+    start = time.perf_counter()
+    for name, found in getattr(Rank(directory, rank, world), part)():
+        results[name] = found
+        if rank == 0:
+            print(f"{part} {world} {name}: {time.perf_counter() - start:.1f} s", flush=True)
+    torch.save(results, directory / f"{part}-{world}-{rank}.pt")
+    if world > 1:
+        dist.barrier()
+
+
+def run_world(part: str, directory: Path, world: int) -> int:
+    (directory / f"store-{part}-{world}").unlink(missing_ok=True)
+    ranks = []
+    for rank in range(world):
+        process = os.fork()
+        if process == 0:
+            code = 1
+            try:
+                rank_main(part, directory, rank, world)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # A group's end waits, with the GIL, for a thread of gloo's that may want the GIL.
+            os._exit(code)
+        ranks.append(process)
+    return sum(os.waitpid(process, 0)[1] != 0 for process in ranks)
+
+
+if __name__ == "__main__":
+    part, directory, *worlds = sys.argv[1:]
+    if part == "trainers":
+        import trl  # noqa: F401 (once for all ranks)
+    sys.exit(sum(run_world(part, Path(directory), int(world)) for world in worlds))
