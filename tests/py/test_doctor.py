@@ -23,6 +23,7 @@ from kt_moe.cli.doctor.report import describe
 
 GIB = 2**30
 THP = "sys/kernel/mm/transparent_hugepage/enabled"
+SHARED_THP = "sys/kernel/mm/transparent_hugepage/shmem_enabled"
 BALANCING = "proc/sys/kernel/numa_balancing"
 GOVERNOR = "sys/devices/system/cpu/cpu{}/cpufreq/scaling_governor"
 DRIVER = "sys/devices/system/cpu/cpu{}/cpufreq/scaling_driver"
@@ -63,6 +64,14 @@ CASES = [
     pytest.param(ONE.with_files({THP: "always madvise [never]\n"}), {"huge-pages-off": True}, id="thp off"),
     pytest.param(ONE.with_files({THP: "[always] madvise never\n"}), {}, id="thp always"),
     pytest.param(ONE.with_files({THP: None}), {}, id="thp unknown"),
+    pytest.param(
+        ONE.with_files({SHARED_THP: "always within_size advise [never] deny force\n"}),
+        {"shared-huge-pages-off": False},
+        id="thp of shared memory off",
+    ),
+    pytest.param(
+        ONE.with_files({SHARED_THP: "always within_size [advise] never deny force\n"}), {}, id="and on"
+    ),
     pytest.param(replace(TWO, allowed=(0, 1, 8)), {"affinity": True}, id="mask"),
     pytest.param(replace(TWO, mems=(0,)), {"memory-not-allowed": True}, id="mems"),
     pytest.param(

@@ -283,17 +283,6 @@ def test_copies(checkpoint: Path) -> None:
         pickle.dumps(model)
 
 
-def test_unsupported_architecture(tmp_path: Path) -> None:
-    config = transformers.LlamaConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=16
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"'llama' is not supported by kt_moe: LlamaForCausalLM has no experts"
-    ):
-        load(tmp_path)
-
-
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     """By both doors: nothing in it would be computed by kt_moe."""
     sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}

@@ -103,6 +103,15 @@ def _huge_pages(m: Machine) -> Iterator[Finding]:
             "weights and scratch lie in pages of 4 KiB, whose addresses take longer to look up",
             "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled",
         )
+    if m.shared_huge_pages in ("never", "deny"):
+        yield Finding(
+            "shared-huge-pages-off",
+            "memory that processes share has no transparent huge pages",
+            "experts that several processes share lie in pages of 4 KiB, and take a tenth longer",
+            "echo advise | sudo tee /sys/kernel/mm/transparent_hugepage/shmem_enabled, where processes share "
+            "experts",
+            slow=False,
+        )
     if m.huge_page_pool_bytes >= _GIB:
         yield Finding(
             "huge-page-pool",

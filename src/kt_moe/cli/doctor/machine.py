@@ -32,6 +32,7 @@ class Machine:
         threads, shards: of a default runtime.
         memory_bytes: of all nodes; available_bytes: that a run may take, as `kt-moe plan` counts them.
         transparent_huge_pages: "always", "madvise" or "never".
+        shared_huge_pages: the same of memory that processes share, "advise", "never", "deny" and others.
         governors: of the CPUs in the affinity mask: how many; frequency_driver: theirs.
         numa_balancing: /proc/sys/kernel/numa_balancing; 0 is off.
         huge_page_pool_bytes: unused huge pages that only programs that ask for them get.
@@ -49,6 +50,7 @@ class Machine:
     cpu: tuple[str, int, int] = ("", 0, 0)
     isa_flags: tuple[str, ...] = ()
     transparent_huge_pages: str | None = None
+    shared_huge_pages: str | None = None
     governors: dict[str, int] = field(default_factory=dict)
     frequency_driver: str = ""
     numa_balancing: int | None = None
@@ -91,7 +93,10 @@ def settings_of(root: Path) -> dict[str, Any]:
     topology = _core.read_topology(str(root))
     cpu, memory = (_fields(read_text(root / "proc" / name)) for name in ("cpuinfo", "meminfo"))
     used = set().union(*_core.kernel_flags().values())
-    chosen = re.search(r"\[(\w+)\]", read_text(root / "sys/kernel/mm/transparent_hugepage/enabled"))
+    huge = root / "sys/kernel/mm/transparent_hugepage"
+    chosen, of_shared = (
+        re.search(r"\[(\w+)\]", read_text(huge / name)) for name in ("enabled", "shmem_enabled")
+    )
     balancing = read_text(root / "proc/sys/kernel/numa_balancing").strip()
     cpus = [cpu for node in topology["nodes"] for cpu in node["cpus"]]
     folders = [root / f"sys/devices/system/cpu/cpu{cpu}/cpufreq" for cpu in cpus]
@@ -103,6 +108,7 @@ def settings_of(root: Path) -> dict[str, Any]:
         "cpu": (cpu.get("vendor_id", ""), _number(cpu, "cpu family"), _number(cpu, "model")),
         "isa_flags": tuple(sorted(used & set(cpu.get("flags", "").split()))),
         "transparent_huge_pages": chosen[1] if chosen else None,
+        "shared_huge_pages": of_shared[1] if of_shared else None,
         "governors": dict(governors),
         "frequency_driver": max(
             (read_text(folder / "scaling_driver").strip() for folder in folders), default=""
