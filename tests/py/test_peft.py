@@ -483,6 +483,7 @@ def test_deepcopy(checkpoint: Path) -> None:
         ({"use_dora": True}, "use_dora does not work on kt_moe experts"),
         ({"lora_bias": True}, "lora_bias does not work on kt_moe experts"),
         ({"init_lora_weights": "pissa_niter_x"}, "does not work on kt_moe experts: it is not known"),
+        ({"init_lora_weights": "pissa_niter_99999999999"}, "N below 1000"),
         ({"init_lora_weights": "eva", "eva_config": EvaConfig()}, "not work on kt_moe experts: it looks at"),
         ({"rank_pattern": {"experts": 0}}, "LoraConfig has rank 0 for 'experts', wanted an integer"),
     ],

@@ -22,13 +22,13 @@ from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-_PISSA = re.compile(r"pissa(?:_niter_(\d+))?")
+_PISSA = re.compile(r"pissa(?:_niter_(\d{1,3}))?")
 _OLORA = "olora"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def starts_from_weights(init_lora_weights: Any) -> bool:
-    """Whether this is a value of `init_lora_weights` that is done so: "pissa", "pissa_niter_N", "olora"."""
+    """Whether this `init_lora_weights` is done so: "pissa", "pissa_niter_N" with N below 1000, "olora"."""
     words = init_lora_weights if isinstance(init_lora_weights, str) else ""
     return words.lower() == _OLORA or _PISSA.fullmatch(words) is not None
 

@@ -508,7 +508,7 @@ def refuse_options(config: LoraConfig, pairs: ExpertPairs) -> None:
         why = next(reasons, "is not known")
         raise ValueError(
             f"LoraConfig: init_lora_weights={initial!r} does not work on kt_moe experts: it {why}; wanted "
-            f"one of {[*INITIAL_VALUES, 'pissa', 'pissa_niter_N', 'olora']}"
+            f"one of {[*INITIAL_VALUES, 'pissa', 'pissa_niter_N (N below 1000)', 'olora']}"
         )
     odd = [f"{p}_proj has {pair.rank}" for p, pair in pairs.pairs.items() if pair.rank % 2]
     if config.init_lora_weights == "orthogonal" and odd:
