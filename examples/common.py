@@ -36,7 +36,13 @@ E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])  # values of mxfp4's codes, wi
 
 
 def options(
-    description: str, model: str, architecture: str, *, stored: str = "bf16", pairs: bool = False
+    description: str,
+    model: str,
+    architecture: str,
+    *,
+    stored: str = "bf16",
+    pairs: bool = False,
+    arguments: list[str] | None = None,
 ) -> Any:
     """The options of an example; with --tiny `model` and `data` are generated ones.
 
@@ -45,6 +51,7 @@ def options(
         architecture: a name of `SIZES`.
         stored: how the checkpoint has its experts: "bf16", "fp8", "mxfp4" or "int4".
         pairs: whether the data are preference pairs instead of texts.
+        arguments: what is parsed; None: the command line.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -56,10 +63,10 @@ def options(
     parser.add_argument(
         "--tiny", action="store_true", help="a generated model and three steps, on any machine"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.tiny:
         args.output.mkdir(parents=True, exist_ok=True)
-        args.model = str(tiny_model(args.output / "tiny-model", architecture, stored))
+        args.model = str(tiny_model(args.output / f"tiny-{architecture}-{stored}", architecture, stored))
         args.data = str(tiny_data(args.output / "tiny.jsonl", pairs))
         args.steps = 3
     return args
@@ -76,7 +83,9 @@ def tiny_data(path: Path, pairs: bool) -> Path:
 
 
 def tiny_model(path: Path, architecture: str, stored: str) -> Path:
-    """A random model of an architecture, its experts stored as `options` says."""
+    """A random model of an architecture, its experts stored as `options` says; kept if it is there."""
+    if (path / "whole").exists():
+        return path
     torch.manual_seed(0)
     config = AutoConfig.for_model(architecture, **{**COMMON, **SIZES[architecture]})
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
@@ -90,6 +99,7 @@ def tiny_model(path: Path, architecture: str, stored: str) -> Path:
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     found = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(found | note))
+    (path / "whole").touch()
     return path
 
 

@@ -92,6 +92,7 @@ def whole_on_first(tensors: Mapping[str, Any]) -> dict[str, Any] | None:
             of_all = tensor.full_tensor()
             tensor = of_all.cpu() if first else None
         found[name] = tensor
+    dist.barrier()  # a rank that ends while others still receive breaks their connections
     return found if first else None
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
 import kt_moe
 
@@ -43,3 +46,26 @@ def test_docstring_has_command_memory_and_what_to_expect(name: str) -> None:
     text = ast.get_docstring(ast.parse(source)) or ""
     for part in (f"python examples/{name}.py --data", "--tiny", "\nMemory: ", "\nWhat to expect: "):
         assert part in text
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("how", [[], ["--global"]], ids=["host", "global"])
+def test_several_processes(how: list[str], tmp_path: Path) -> None:
+    start = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    program = [EXAMPLES / "several_processes.py", "--tiny", "--output", tmp_path, *how]
+    run = subprocess.run(
+        [*start, "--nproc-per-node=2", *map(str, program)], capture_output=True, text=True, timeout=250
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    tokens = [log["num_tokens"] for log in state["log_history"] if "num_tokens" in log]
+    assert tokens == [28, 56, 88]  # of both processes
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("name", "hosts"), [("one_host", 1), ("two_hosts", 2)])
+def test_accelerate_reads_the_configurations(name: str, hosts: int) -> None:
+    config = load_config_from_file(str(EXAMPLES / "accelerate" / f"{name}.yaml"))
+    assert (config.num_machines, config.num_processes) == (hosts, 4 * hosts)
+    assert config.distributed_type.value == "MULTI_GPU"
+    assert f"examples/accelerate/{name}.yaml" in (EXAMPLES / "several_processes.py").read_text()
