@@ -31,7 +31,7 @@ parser = argparse.ArgumentParser(add_help=False)
 parser.add_argument("--global", action="store_const", const="global", default="host", dest="how")
 how, rest = parser.parse_known_args()
 state = PartialState(cpu=not torch.cuda.is_available())
-with state.local_main_process_first():  # with --tiny it makes model and data
+with state.main_process_first():  # with --tiny it makes model and data, which all hosts have to see
     args = options(__doc__, "Qwen/Qwen3-235B-A22B", "qwen3_moe", arguments=rest)
 
 config = kt_moe.KtMoeConfig(expert_parallel=how.how, checkpoint_experts="retain")
