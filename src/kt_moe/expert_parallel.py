@@ -41,6 +41,7 @@ from kt_moe.token_exchange import (
     combine,
     dispatch,
     exchanged,
+    exchanges_host_memory,
     partition,
 )  # fmt: skip
 
@@ -103,7 +104,7 @@ class ExpertParallel:
         self._counts = _counts.setdefault(processes, _Counts())
         self._number = self._counts.layers
         # What ranks tell each other goes by the CPU where it can: then no rank waits for its GPU's work.
-        self._tells_by_cpu = "cpu:" in dist.get_backend_config(group)
+        self._tells_by_cpu = exchanges_host_memory(group)
         # What is wrong with this rank's arguments is told, not raised: the others would wait.
         layers: list[Any] = [None] * self.world_size
         dist.all_gather_object(layers, _Layer.of(experts, num_experts, average, self._number), group)

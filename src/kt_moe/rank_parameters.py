@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from kt_moe.token_exchange import partition
+from kt_moe.token_exchange import exchanges_host_memory, partition
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _mesh(group: dist.ProcessGroup) -> Any:
     from torch.distributed.device_mesh import DeviceMesh
 
     if group not in _meshes:
-        kind = "cpu" if "cpu:" in str(dist.get_backend_config(group)) else "cuda"
+        kind = "cpu" if exchanges_host_memory(group) else "cuda"
         _meshes[group] = DeviceMesh.from_group(group, kind)
     return _meshes[group]
 

@@ -146,6 +146,11 @@ class Exchange:
         return got
 
 
+def exchanges_host_memory(group: dist.ProcessGroup | None) -> bool:
+    """Whether the group has a backend for tensors in host memory, perhaps beside one for those of GPUs."""
+    return "cpu:" in dist.get_backend_config(group)
+
+
 def exchanged(
     got: Tensor,
     rows: Tensor,

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
+from expert_parallel_ranks import said
 from tiny_models import load
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -243,14 +244,6 @@ class Rank:
             what: [log[what] for log in trainer.state.log_history if what in log]
             for what in ("loss", "grad_norm", "eval_loss")
         }
-
-
-def said(function: Callable[[], object]) -> str:
-    try:
-        function()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 @torch.no_grad()

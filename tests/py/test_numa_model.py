@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from docs_scripts import DOCS, load_script
 
-DOCS = Path(__file__).parents[2] / "docs"
 NODE = {"cores": 48, "local": 285e9, "remote": 110e9, "core_flops": 0.7e12, "cache": 256e6}
 
 
 @pytest.fixture(scope="module")
 def model() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("numa_model", DOCS / "numa_model.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+    return load_script("numa_model")
 
 
 def tables() -> Iterator[Any]:

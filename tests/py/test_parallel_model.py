@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-
-DOCS = Path(__file__).parents[2] / "docs"
+from docs_scripts import DOCS, load_script
 
 
 @pytest.fixture(scope="module")
 def model() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("parallel_model", DOCS / "parallel_model.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+    return load_script("parallel_model")
 
 
 def test_the_page_has_what_the_script_prints(model: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
