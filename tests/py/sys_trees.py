@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kt_moe import _core
-from kt_moe.cli.doctor import gpus
 from kt_moe.cli.doctor import machine as seen
 from kt_moe.cli.text import ranges_text
 from kt_moe.host_memory import free_memory
@@ -291,6 +290,5 @@ def read_tree(root: Path) -> seen.Machine:
         threads=topology["cores"],
         shards=max(1, sum(bool(node["cpus"]) for node in topology["nodes"])),
         available_bytes=free_memory(root),
-        gpus=gpus.recorded_gpus(root),
         **settings,
     )

@@ -15,11 +15,6 @@ def size_text(nbytes: float) -> str:
     return f"{value:.{2 if unit else 0}f} {_UNITS[unit]}"
 
 
-def cache_text(nbytes: int) -> str:
-    """The size of a cache, which is a round number: "48 KiB", "1.5 MiB"."""
-    return f"{nbytes // 1024} KiB" if nbytes < 2**20 else f"{nbytes / 2**20:g} MiB"
-
-
 def count_text(number: int, noun: str) -> str:
     """ "1 layer", "61 layers"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
