@@ -27,15 +27,13 @@ from torch import Tensor, nn
 
 import kt_moe
 from kt_moe.cli.bench.cases import Case
-from kt_moe.cli.bench.contestants import OneLayer, Step
-from kt_moe.cli.bench.inputs import SCALING, make_inputs, make_weights
-from kt_moe.cli.bench.plain import fuse
+from kt_moe.cli.bench.layers import SCALING, OneLayer, Step, make_inputs, make_weights
 from kt_moe.cli.bench.training import (
     LEARNING_RATE,
-    GroupedExperts,
     Trainer,
     lora_config,
     next_token_loss,
+    put_grouped,
     skeleton,
 )
 from kt_moe.functional import LORA_NAMES
@@ -56,7 +54,7 @@ def kt_kernel_fewer(settings: argparse.Namespace) -> Remote:
 
 def roundpipe(settings: argparse.Namespace) -> Remote:
     """RoundPipe's training steps."""
-    return Remote(RoundPipe, "roundpipe", settings)
+    return Remote(round_pipe, settings)
 
 
 class RemoteError(Exception):
@@ -125,7 +123,7 @@ class KtKernel(OneLayer):
 
     def __init__(self, threads: int, settings: argparse.Namespace) -> None:
         super().__init__(lambda *_: torch.empty(0))
-        self._base, self._max_tokens = make_weights(settings.shape, 0), max(settings.tokens)
+        self._base, self._max_tokens = make_weights(settings.shape), max(settings.tokens)
         # Only its extension is loaded: what the package around it imports is not needed for one layer.
         spec = importlib.util.find_spec("kt_kernel")
         if spec is None or spec.origin is None:
@@ -180,7 +178,7 @@ class KtKernel(OneLayer):
         return middle - begin, time.perf_counter() - middle
 
 
-class RoundPipe(Trainer):
+def round_pipe(settings: argparse.Namespace) -> Trainer:
     """Training steps by RoundPipe 0.1.1, as its documentation has it.
 
     It keeps all weights in page-locked memory, copies layer after layer to the GPU, keeps hidden states of
@@ -190,32 +188,30 @@ class RoundPipe(Trainer):
     ready-made wrapper of Qwen3-MoE calls transformers by arguments that transformers 5 has dropped, so the
     layers are listed here.
     """
+    import roundpipe  # before a model is made
 
-    def step_of(self, name: str, settings: argparse.Namespace) -> Callable[[Tensor], float]:
-        import roundpipe  # before a model is made
+    model = skeleton(settings).to("cpu")
+    peft.get_peft_model(model, lora_config(settings), autocast_adapter_dtype=False)
+    put_grouped(model, settings, pin_memory=settings.device == "cuda")
+    for layer in model.model.layers:
+        layer.mlp.experts.bfloat16()
+    layers = [_First(model.model), *map(_Middle, model.model.layers), _Last(model)]
+    pipe = roundpipe.RoundPipe(nn.Sequential(*layers), optim_dtype=torch.float32, name="qwen3_moe")
+    decay = {"weight_decay": 0.01, "decoupled_weight_decay": True}
+    adam = roundpipe.optim.Adam(list(pipe.optim_parameters()), lr=LEARNING_RATE, **decay)
 
-        model, weights = skeleton(settings).to("cpu"), make_weights(settings.shape, 0)
-        peft.get_peft_model(model, lora_config(settings), autocast_adapter_dtype=False)
-        for layer in model.model.layers:
-            fused = fuse(weights, pin_memory=settings.device == "cuda")
-            layer.mlp.experts = GroupedExperts(fused, settings).bfloat16()
-        layers = [_First(model.model), *map(_Middle, model.model.layers), _Last(model)]
-        pipe = roundpipe.RoundPipe(nn.Sequential(*layers), optim_dtype=torch.float32, name="qwen3_moe")
-        decay = {"weight_decay": 0.01, "decoupled_weight_decay": True}
-        adam = roundpipe.optim.Adam(list(pipe.optim_parameters()), lr=LEARNING_RATE, **decay)
+    def update() -> None:
+        adam.step()
+        adam.zero_grad()
 
-        def update() -> None:
-            adam.step()
-            adam.zero_grad()
+    def step(ids: Tensor) -> float:
+        parts = min(2, len(ids))
+        config = roundpipe.RoundPipeRunConfig(num_microbatch=parts)
+        loss = pipe.forward_backward(input_args=(ids,), run_config=config)
+        pipe.step(update)  # at once: the update runs beside the next step
+        return float(loss) / parts  # it is the sum of theirs
 
-        def step(ids: Tensor) -> float:
-            parts = min(2, len(ids))
-            config = roundpipe.RoundPipeRunConfig(num_microbatch=parts)
-            loss = pipe.forward_backward(input_args=(ids,), run_config=config)
-            pipe.step(update)  # at once: the update runs beside the next step
-            return float(loss) / parts  # it is the sum of theirs
-
-        return step
+    return Trainer(step, settings)
 
 
 class _First(nn.Module):

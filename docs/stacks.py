@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 import kt_moe
 from kt_moe.cli.bench import plain
 from kt_moe.cli.bench.cases import PRESETS, Shape
-from kt_moe.cli.bench.inputs import SCALING, Layer, make_lora, make_weights
+from kt_moe.cli.bench.layers import SCALING, Layer, make_lora, make_weights
 from kt_moe.cli.options import integer, list_of, memory_size
 from kt_moe.gpu.streams import Event, streams_of
 
@@ -94,7 +94,7 @@ def _save(shape: Shape, directory: Path) -> Path:
     save_file(
         {
             f"model.layers.0.mlp.experts.{expert}.{name}.weight": matrix
-            for name, weights in zip(names, make_weights(shape, 0), strict=True)
+            for name, weights in zip(names, make_weights(shape), strict=True)
             for expert, matrix in enumerate(weights.unbind())
         },
         directory / "model.safetensors",
@@ -112,7 +112,7 @@ def _layers(
         load = {"format": format, "gpu": gpu, "experts": part, "shared": several and part is None}
         experts = [kt_moe.Experts.from_checkpoint(path, 0, **load) for _ in range(args.layers)]
         return [_ours(e, shape.experts, divided=part is not None) for e in experts]
-    weights = make_weights(shape, 0)
+    weights = make_weights(shape)
     if who == "resident":
         return [plain.grouped_layer(plain.fuse(weights, device=device)) for _ in range(args.layers)]
     if who != "streamed":

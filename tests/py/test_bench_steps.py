@@ -6,18 +6,15 @@ import argparse
 import json
 from functools import partialmethod
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from tiny_models import PEFT_WARNINGS
 from torch import nn
 
-import kt_moe
 from kt_moe.cli import bench, main
-from kt_moe.cli.bench import contestants, options, training
+from kt_moe.cli.bench import training
 from kt_moe.cli.bench.cases import Case
-from kt_moe.cli.bench.training import Trainer
 
 TINY = ["--hidden", "64", "--intermediate", "32", "--experts", "6", "--topk", "2"]
 STEP = [*TINY, "--step", "--layers", "2", "--tokens", "16", "--sequence", "8", "--rank", "8", "--reps", "1"]
@@ -34,27 +31,24 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_everyone_trains_the_same_model(experts: str, tmp_path: Path) -> None:
     file, argv = tmp_path / "bench.json", ["bench", *STEP, "--checkpoint-experts", experts]
     argv[argv.index("16")] = "17"  # rows of eight: the last token is left out
-    assert main([*argv, "--peers", "resident,cpu", "--json", str(file)]) == 0
-    ours, *others = json.loads(file.read_text())["results"]
-    assert [r["who"] for r in (ours, *others)] == ["kt_moe bf16", "resident", "cpu"]
+    assert main([*argv, "--peers", "resident", "--json", str(file)]) == 0
+    ours, other = json.loads(file.read_text())["results"]
+    assert [r["who"] for r in (ours, other)] == ["kt_moe bf16", "resident"]
     assert ours["seconds"]["both"]["count"] == 1
     assert ours["losses"][-1] < ours["losses"][0] + 0.5
-    for other in others:
-        assert other["tokens"] == 16
-        ratio = other["seconds"]["both"]["median"] / ours["seconds"]["both"]["median"]
-        assert other["time_over_first"] == pytest.approx(ratio)
-        assert other["losses"] == pytest.approx(ours["losses"], rel=2e-3)
+    assert other["tokens"] == 16
+    assert other["losses"] == pytest.approx(ours["losses"], rel=2e-3)
 
 
 def losses_of(*more: str) -> list[float]:
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
     settings = parser.parse_args([*STEP, *more])
-    options.check(settings)
+    bench.check(settings)
     settings.device = "cpu"
-    trainer = Trainer("kt_moe bf16", settings)
+    trainer = training.trainer("kt_moe bf16", settings)
     trainer.prepare(Case(settings.shape, 16, 8))
-    trainer.turn(1, 0.0)
+    trainer.turn()
     found: list[float] = trainer.figures()["losses"]
     return found
 
@@ -75,29 +69,6 @@ def test_compiled_attention_is_one_graph_beside_experts(monkeypatch: pytest.Monk
             losses.append(losses_of(*more, "--checkpoint-experts", experts))
     assert losses == [losses[0]] * 4
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-
-
-def test_who_does_not_fit_is_left_out(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(contestants, "make_experts", fail)
-    monkeypatch.setattr(training, "make_experts", fail)
-    assert main(["bench", *STEP, "--peers", "resident"]) == 0
-    printed = capsys.readouterr().out
-    assert "note: kt_moe bf16 is left out: OutOfMemoryError: CUDA out of memory\n" in printed
-    assert "\n    16  resident " in printed
-
-
-def test_a_fault_of_ours_is_no_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr(kt_moe.Experts, "__init__", fail)
-    with pytest.raises(RuntimeError, match="a bug"):
-        main(["bench", *STEP])
 
 
 def test_the_loss_in_parts_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:

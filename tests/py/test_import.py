@@ -40,7 +40,7 @@ HELP = """if True:
 @pytest.mark.parametrize(
     "argv",
     [
-        "--help", "--version", "bench --help", "bench --nothing", "bench --layers 3", "bench --format int5",
+        "--help", "--version", "bench --help", "bench --nothing", "bench --topk 999", "bench --format int5",
         "doctor --help", "doctor --sysfs /nowhere", "inspect --help", "pack --help", "merge --help",
         "models --help",
     ],

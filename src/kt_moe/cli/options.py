@@ -35,10 +35,11 @@ def number(least: float, below: float = float("inf")) -> Callable[[str], float]:
 
 def memory_size(text: str) -> int | str:
     """An argparse type: a number of bytes for `kt_moe.Gpu`, or "auto"."""
+    if text == "auto":
+        return text
     from kt_moe.gpu import parse_bytes  # which takes torch along, unlike help and errors
 
-    wanted = "auto or a size such as 6GiB"
-    return text if text == "auto" else _checked(lambda size: parse_bytes("", size), bool, wanted)(text)
+    return _checked(lambda size: parse_bytes("", size), bool, "auto or a size such as 6GiB")(text)
 
 
 def list_of(item: Callable[[str], object]) -> Callable[[str], list[object]]:

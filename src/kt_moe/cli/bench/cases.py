@@ -1,12 +1,13 @@
-"""What is timed: shapes of layers, and cases with their work and traffic."""
+"""What is timed: shapes of layers, and cases with their work and traffic, against the machine's ceilings."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
-MIB, GIB = 2**20, 2**30
+from kt_moe.cli.text import table
 
 Spread = dict[str, float]  # median and quartiles of repeated measurements, and their count
 
@@ -51,13 +52,22 @@ class Case:
 
     Args:
         rank: of the LoRA pairs on gate, up and down; 0 means none.
-        variants: sets of routes the steps take in turn, so that few tokens' experts do not stay in a cache.
     """
 
     shape: Shape
     tokens: int
     rank: int
-    variants: int = 1
+
+    @property
+    def variants(self) -> int:
+        """Sets of routes that steps take in turn, so that few tokens' experts do not stay in a cache."""
+        return max(1, min(16, self.shape.experts // (self.tokens * self.shape.topk)))
+
+    @property
+    def touched(self) -> float:
+        """Experts that have tokens, in the mean, as each token takes K of E at random."""
+        s = self.shape
+        return s.experts * (1 - (1 - s.topk / s.experts) ** self.tokens)
 
     def flops(self) -> float:
         """Multiplications and additions of a layer that the mathematics needs.
@@ -67,28 +77,28 @@ class Case:
         s, routes = self.shape, 2.0 * self.tokens * self.shape.topk
         return routes * (6 * s.hidden * s.intermediate + 9 * self.rank * (s.hidden + s.intermediate))
 
-    def bytes(self, touched: float) -> float:
-        """Bytes of a layer that must pass between memory and cores where `touched` experts have tokens.
+    def bytes(self) -> float:
+        """Bytes of a layer that must pass between memory and cores.
 
-        Each pass reads these experts' weights and LoRA pairs once. Forward reads the hidden states and writes
-        as many; backward reads them and the output's gradient, and writes theirs and the LoRA gradients of
-        all experts, which autograd wants dense.
+        Each pass reads weights and LoRA pairs of the experts with tokens once. Forward reads the hidden
+        states and writes as many; backward reads them and the output's gradient, and writes theirs and the
+        LoRA gradients of all experts, which autograd wants dense.
         """
         s = self.shape
         lora = self.rank * 3 * (s.hidden + s.intermediate) * 4
         states = self.tokens * s.hidden * 2
-        return 2 * touched * (s.expert_bytes + lora) + 5 * states + s.experts * lora
+        return 2 * self.touched * (s.expert_bytes + lora) + 5 * states + s.experts * lora
 
-    def limited_to(self, flops: float) -> Case:
-        """The same with no more tokens than `flops` suffice for, and one set of routes."""
-        tokens = int(flops / (self.flops() / self.tokens))
-        return replace(self, tokens=max(1, min(self.tokens, tokens)), variants=1)
+    def limits(self, seconds: float, ceilings: dict[str, Spread]) -> dict[str, Any]:
+        """Work and traffic of both passes, the seconds that they take at least, and their part of `seconds`.
 
-
-def variants_of(shape: Shape, tokens: int, cache_bytes: int) -> int:
-    """Sets of routes needed so that a step finds none of its experts in a cache of this size; at most 16."""
-    touched = min(shape.experts, tokens * shape.topk) * shape.expert_bytes
-    return max(1, min(16, shape.experts // (tokens * shape.topk), -(-4 * cache_bytes // touched)))
+        ceilings: by the names of `_core.measure_ceilings`.
+        """
+        work, rates = {"flops": self.flops(), "bytes": self.bytes()}, {"flops": "l2_all", "bytes": "read_all"}
+        least = {name: amount / ceilings[rates[name]]["median"] for name, amount in work.items()}
+        most = max(least.values())
+        bound = "compute" if most == least["flops"] else "memory"
+        return {**work, "bound": bound, "limit_seconds": most, "share_of_limit": most / seconds}
 
 
 def spread(samples: Sequence[float]) -> Spread:
@@ -96,3 +106,17 @@ def spread(samples: Sequence[float]) -> Spread:
     two = [*samples, *samples][: max(2, len(samples))]
     q1, median, q3 = statistics.quantiles(two, n=4, method="inclusive")
     return {"median": median, "q1": q1, "q3": q3, "count": len(samples)}
+
+
+def ceilings_table(found: dict[str, Spread], threads: int) -> str:
+    """Ceilings on one thread and on all of them, and what more threads give."""
+    rows = [["ceilings", "1 thread", f"{threads} threads", "all over one"]]
+    for name, label, unit in (
+        ("registers", "multiply-add on registers alone, TFLOP/s", 1e12),
+        ("l1", "micro-kernel, operands in L1, TFLOP/s", 1e12),
+        ("l2", "micro-kernel, A from L2, TFLOP/s", 1e12),
+        ("read", "memory read, GB/s", 1e9),
+    ):
+        one, every = (found[f"{name}_{many}"]["median"] for many in ("one", "all"))
+        rows.append([label, f"{one / unit:.3f}", f"{every / unit:.3f}", f"{every / one:.2f}x"])
+    return table(rows, right=(1, 2, 3))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 from torch.utils.checkpoint import checkpoint
 
-from kt_moe.cli.bench.inputs import SCALING, Layer, Weights
+from kt_moe.cli.bench.layers import SCALING, Layer, Weights
 
 Fused = tuple[Tensor, Tensor]  # gate above up [E, 2I, H], down [E, H, I]; bf16
 

@@ -1,36 +1,40 @@
-"""The order of things: ceilings, then everyone in turn at every case."""
+"""The order of things: ceilings, then everyone in turn at every case; and what a run leaves."""
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, TypeVar
+import os
+import platform
+import shlex
+import sys
+from dataclasses import asdict, replace
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 import kt_moe
-from kt_moe.cli.bench import ceilings
-from kt_moe.cli.bench.cases import Case, spread, variants_of
-from kt_moe.cli.bench.contestants import OneLayer, Step, make
-from kt_moe.cli.bench.inputs import make_inputs, make_weights
-from kt_moe.cli.bench.plain import loop_layer
-from kt_moe.cli.bench.report import Record
+from kt_moe import _core
+from kt_moe.cli.bench import plain
+from kt_moe.cli.bench.cases import Case, Spread, ceilings_table, spread
+from kt_moe.cli.bench.layers import SCALING, OneLayer, Step, make_experts, make_weights
 from kt_moe.cli.errors import UserError
 from kt_moe.cli.formats import QUANTISED, projection_bytes
+from kt_moe.cli.output import write_json
 from kt_moe.cli.text import size_text
 from kt_moe.host_memory import free_memory
 
-_WORST_ERROR = 0.05  # relative L2, of bf16 experts; they leave about 0.005
-_CHECKED_FLOPS = 1e11  # of the tokens whose outputs are compared with float64
+_CHECKED_TOKENS = 64  # whose outputs are compared with float64
 _TURN = 0.15  # seconds of a layer's turn
-_Made = TypeVar("_Made")
+_CEILING = 0.2  # of the measurement of each ceiling
 
 
 class Session:
-    """One run of the command.
+    """One run of the command; `found` is what its JSON holds.
 
     Raises:
         ValueError: an override of threads or kernels that does not hold here.
@@ -38,14 +42,33 @@ class Session:
 
     def __init__(self, settings: argparse.Namespace) -> None:
         settings.device = "cuda" if settings.step and torch.cuda.is_available() else "cpu"
-        self.settings, self.runtime = settings, kt_moe.default_runtime()
+        self.settings, self.runtime, info = settings, kt_moe.default_runtime(), kt_moe.cpu_info()
         torch.set_num_threads(self.runtime.threads)
-        self.record = Record(settings, self.runtime)
-        self.roof: ceilings.Ceilings | None = None
         self.truth: OneLayer | None = None
+        versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
+        self.found: dict[str, Any] = {
+            "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            "command": shlex.join(["kt-moe", *sys.argv[1:]]),
+            "machine": {n: info[n] for n in ("model", "cores", "numa_nodes", "caches", "isa_features")},
+            "gpu": torch.cuda.get_device_name() if settings.device == "cuda" else None,
+            "load_average": os.getloadavg()[0],  # before we load it ourselves
+            "versions": {"kt_moe": kt_moe.__version__, "python": platform.python_version(), **versions},
+            "isa": self.runtime.isa,
+            "threads": self.runtime.threads,
+            "settings": {n: v for n, v in vars(settings).items() if n not in ("json", "shape")},
+            "layer": asdict(settings.shape),
+            "results": [],
+        }
+        self._write()  # a file that cannot be written is said before anything slow
+        print(f"{self.found['command']}, {self.found['date']}")
+        print(", ".join(f"{name} {version}" for name, version in self.found["versions"].items()))
+        on = f"{self.found['gpu']} beside " if self.found["gpu"] else ""
+        print(f"{on}{info['model']}, load average: {self.found['load_average']:.1f}")
+        threads = f"{self.runtime.isa}, {self.runtime.threads} threads"
+        print(f"{threads}; {settings.shape}, LoRA rank {settings.rank}", flush=True)
 
-    def run(self) -> int:
-        """Time everyone; 1 if an output of ours was wrong.
+    def run(self) -> None:
+        """Time everyone.
 
         Training steps one contestant after the other: few fit into a GPU beside another.
 
@@ -54,103 +77,122 @@ class Session:
         """
         settings = self.settings
         names = [*(f"kt_moe {format}" for format in settings.format), *settings.peers]
-        groups = [[name] for name in names] if settings.step else [names]
         self._check_memory()
         if not settings.step:
-            self.truth = OneLayer(loop_layer(make_weights(settings.shape, 0)), torch.float64, torch.float64)
-            self.roof = self.record.found["ceilings"] = ceilings.measure(self.runtime)
-            print(ceilings.ceilings_table(self.roof, self.runtime.threads), flush=True)
-        l3 = kt_moe.cpu_info()["caches"]["l3"]
-        for group in groups:
-            tried = {name: self._attempt(name, make, name, settings) for name in group}
-            made = {name: one for name, one in tried.items() if one is not None}
+            layer = plain.loop_layer(make_weights(settings.shape))
+            self.truth = OneLayer(layer, torch.float64, torch.float64)
+            self.found["ceilings"] = ceilings_of(self.runtime)
+            print(ceilings_table(self.found["ceilings"], self.runtime.threads), flush=True)
+        for group in [[name] for name in names] if settings.step else [names]:
+            made = {name: make(name, settings) for name in group}
             for tokens in settings.tokens:
-                variants = 1 if settings.step else variants_of(settings.shape, tokens, l3)
-                self._time(Case(settings.shape, tokens, settings.rank, variants), made)
-            tried = made = {}
+                self._time(Case(settings.shape, tokens, settings.rank), made)
+            del made
             gc.collect()
             torch.cuda.empty_cache()
-        self.record.write()
-        return 0 if self.record.found["ok"] else 1
 
     def _check_memory(self) -> None:
         """Refuse experts that the host cannot hold: everyone's, the original, and an expert being packed."""
         settings, shape, free = self.settings, self.settings.shape, free_memory()
-        bf16, widths = shape.weight_bytes, (shape.experts, shape.hidden, shape.intermediate)
-        ours = [sum(projection_bytes(QUANTISED[name], *widths).values()) for name in settings.format]
-        needed = 2 * bf16 + sum(ours) + bf16 * len(settings.peers)
-        if settings.step:
-            on_host = "resident" in settings.peers and settings.device == "cpu"
-            needed = 2 * bf16 + settings.layers * max(*ours, bf16 * on_host)
+        widths = (shape.experts, shape.hidden, shape.intermediate)
+        held = [sum(projection_bytes(QUANTISED[name], *widths).values()) for name in settings.format]
+        held += [shape.weight_bytes] * len(settings.peers)
+        needed = 2 * shape.weight_bytes + (settings.layers * max(held) if settings.step else sum(held))
         if needed > free:
             raise UserError(
                 f"the experts take {size_text(needed)} of memory, and {size_text(free)} are free: lower "
                 "--experts or --layers, or time fewer --format and --peers"
             )
 
-    def _attempt(self, name: str, call: Callable[..., _Made], *args: object) -> _Made | None:
-        """What the call gives; None, with a note, where a rival fails, or ours for want of memory."""
-        try:
-            return call(*args)
-        except Exception as error:
-            if name.startswith("kt_moe") and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-                raise
-            said = " ".join(str(error).split())[:200]
-            self.record.note(f"{name} is left out: {type(error).__name__}: {said}")
-            return None
-
-    def _time(self, case: Case, made: dict[str, Any]) -> None:
-        """Errors, on as many tokens as float64 has time for, then times: A, B, A, B, ...
+    def _time(self, case: Case, contestants: dict[str, Any]) -> None:
+        """Errors of some tokens, then times: A, B, A, B, ...
 
         Whatever else the machine does falls on everyone alike.
         """
-        small, errors = case.limited_to(_CHECKED_FLOPS), {}
+        errors: dict[str, dict[str, float]] = {name: {} for name in contestants}
         if self.truth is not None:
-            self.truth.prepare(small)
-            wanted = self.truth.outputs()
-
-        def begin(name: str, one: Any) -> list[Step]:
-            if self.truth is not None:
-                one.prepare(small)
-                errors[name] = relative_errors(one.outputs(), wanted)
+            for one in (self.truth, *contestants.values()):
+                one.prepare(replace(case, tokens=min(case.tokens, _CHECKED_TOKENS)))
+            truth = self.truth.outputs()
+            errors = {name: relative_errors(one.outputs(), truth) for name, one in contestants.items()}
+        for one in contestants.values():
             one.prepare(case)
-            return []
+        turns = [[one.turn(_TURN) for one in contestants.values()] for _ in range(self.settings.reps)]
+        for (name, one), taken in zip(contestants.items(), zip(*turns, strict=True), strict=True):
+            steps = [step for turn in taken for step in turn]
+            self._add(name, case, steps, errors[name], one.figures())
 
-        steps = {
-            name: self._attempt(f"{name}, tokens {case.tokens}", begin, name, one)
-            for name, one in made.items()
-        }
-        for _ in range(self.settings.reps):
-            for name in (name for name, taken in steps.items() if taken is not None):
-                more = self._attempt(f"{name}, tokens {case.tokens}", made[name].turn, case.variants, _TURN)
-                steps[name] = None if more is None else (steps[name] or []) + more
-        for name, taken in steps.items():
-            if taken is None:
-                continue
-            found: dict[str, Any] = {"who": name, "tokens": case.tokens}
-            passes = ("forward", "backward") if len(taken[0]) == 2 else ()
-            columns = zip(passes, zip(*taken, strict=True), strict=False)
-            found["seconds"] = {"both": spread(list(map(sum, taken))), **{n: spread(c) for n, c in columns}}
-            found |= made[name].figures()
-            if name in errors:
-                worst = float(np.max([*errors[name].values()]))  # not a number if one of them is not
-                found |= {"errors": errors[name], "worst_error": worst}
-                limit = _WORST_ERROR if name == "kt_moe bf16" else np.inf
-                if name.startswith("kt_moe") and not worst <= limit:
-                    self.record.found["ok"] = False
-                    self.record.note(f"WRONG, {name}, tokens {case.tokens}: an output is off: {errors[name]}")
-            self.record.add(found | self._rates(case, found["seconds"]["both"]["median"]))
+    def _add(
+        self, name: str, case: Case, steps: list[Step], errors: dict[str, float], figures: dict[str, Any]
+    ) -> None:
+        """Keep a result, and print its line."""
+        passes = zip(("forward", "backward"), zip(*steps, strict=True), strict=False) if errors else ()
+        seconds = {"both": spread([*map(sum, steps)]), **{name: spread(s) for name, s in passes}}
+        median = seconds["both"]["median"]
+        result = {"who": name, "tokens": case.tokens, "seconds": seconds, **figures}
+        result["tokens_per_second"] = case.tokens / median
+        if errors:
+            worst = float(np.max([*errors.values()]))  # not a number if one of them is not
+            result |= {"errors": errors, "worst_error": worst}
+            result |= case.limits(median, self.found["ceilings"])
+        self.found["results"].append(result)
+        self._write()
+        cells = cells_of(result)
+        for row in (cells, cells.values()) if len(self.found["results"]) == 1 else (cells.values(),):
+            tokens, who, *others = row
+            print(f"{tokens:>6}  {who:21}", *(f"{cell:>8}" for cell in others), flush=True)
 
-    def _rates(self, case: Case, seconds: float) -> dict[str, Any]:
-        """What was done a second, and how near that is to what the machine allows."""
-        found: dict[str, Any] = {"tokens_per_second": case.tokens / seconds}
-        if self.roof is not None:
-            touched = make_inputs(replace(case, rank=0)).touched
-            found |= {"flops": case.flops(), "bytes": case.bytes(touched), "experts_touched": touched}
-            found |= {f"{name}_per_second": found[name] / seconds for name in ("flops", "bytes")}
-            found["limit_seconds"], found["bound"] = ceilings.bound(case, touched, self.roof)
-            found["share_of_limit"] = found["limit_seconds"] / seconds
-        return found
+    def _write(self) -> None:
+        """Write the JSON that was asked for. OSError: it cannot be written."""
+        if self.settings.json is not None:
+            write_json(self.settings.json, self.found)
+
+
+def make(name: str, settings: argparse.Namespace) -> Any:
+    """The contestant of that name: one of kt_moe's or torch's, or what a function makes, "FILE.py:NAME"."""
+    file, _, function = name.rpartition(":")
+    if file:
+        sys.path.insert(0, str(Path(file).parent))
+        return getattr(import_module(Path(file).stem), function)(settings)
+    if settings.step:
+        from kt_moe.cli.bench.training import trainer  # transformers and PEFT, which take seconds to import
+
+        return trainer(name, settings)
+    if name.startswith("kt_moe"):
+        (experts,) = make_experts(name.partition(" ")[2], settings)
+        return OneLayer(lambda x, ids, w, lora: kt_moe.moe(x, ids, w, experts, lora, scaling=SCALING))
+    weights = make_weights(settings.shape)
+    layer = plain.loop_layer(weights) if name == "torch" else plain.grouped_layer(plain.fuse(weights))
+    return OneLayer(layer, torch.bfloat16)
+
+
+def ceilings_of(runtime: kt_moe.Runtime) -> dict[str, Spread]:
+    """What the machine can do, by the names of `_core.measure_ceilings`."""
+    l3 = kt_moe.cpu_info()["caches"]["l3"]
+    # Where groups of cores have an L3 each, l3 is one group's: half of it a thread is more than all of them.
+    size = min(4 << 30, max(256 << 20, 4 * l3, runtime.threads * l3 // 2), free_memory() // 4)
+    lists = _core.measure_ceilings(runtime._core, _CEILING, size)
+    return {name: spread(samples) for name, samples in lists.items()}
+
+
+def cells_of(result: dict[str, Any]) -> dict[str, str]:
+    """A line of the table: what stands in each column."""
+    seconds = result["seconds"]
+    both = seconds["both"]
+    cells = {"tokens": str(result["tokens"]), "who": result["who"]}
+    cells |= {name: f"{1e3 * both[key]:.2f}" for name, key in (("ms", "median"), ("q1", "q1"), ("q3", "q3"))}
+    cells["tokens/s"] = f"{result['tokens_per_second']:.0f}"
+    if "bound" in result:
+        for name, one in (("fwd ms", "forward"), ("bwd ms", "backward")):
+            cells[name] = f"{1e3 * seconds[one]['median']:.2f}"
+        cells["TFLOP/s"] = f"{result['flops'] / both['median'] / 1e12:.3f}"
+        cells["GB/s"] = f"{result['bytes'] / both['median'] / 1e9:.1f}"
+        cells |= {"bound": result["bound"], "share": f"{result['share_of_limit']:.0%}"}
+        cells["error"] = f"{result['worst_error']:.1e}"
+    else:
+        cells["GPU GiB"] = f"{result['gpu_bytes'] / 2**30:.2f}" if "gpu_bytes" in result else "-"
+        cells["loss"] = f"{result['losses'][0]:.3f}"
+    return cells
 
 
 def relative_errors(outputs: dict[str, Any], truth: dict[str, Any]) -> dict[str, float]:

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeConfig
 
-from kt_moe.architectures import architecture_of
 from kt_moe.cli.bench.cases import Case
-from kt_moe.cli.bench.contestants import Step, make_experts
-from kt_moe.cli.bench.inputs import SCALING, make_lora, make_weights
+from kt_moe.cli.bench.layers import SCALING, Step, make_experts, make_lora, make_weights
 from kt_moe.cli.bench.plain import Fused, fuse, grouped_experts
-from kt_moe.hf import KtExperts
+from kt_moe.cli.described import described
+from kt_moe.hf.quantizer import put_experts
 
 _VOCABULARY = Qwen3MoeConfig().vocab_size
 _LOSS_ROWS = 512
@@ -29,21 +28,15 @@ _WARM_UP = 4  # steps that are not timed
 
 
 class Trainer:
-    """A contestant's training loop.
+    """A contestant: a training loop.
 
     Args:
-        name: "cpu", "resident", or "kt_moe" and a format.
+        step: does a step on tokens [B, S], and gives the loss.
         settings: of `kt-moe bench --step`.
     """
 
-    def __init__(self, name: str, settings: argparse.Namespace) -> None:
-        self._sequence, self._device = settings.sequence, settings.device
-        self._step = self.step_of(name, settings)
-
-    def step_of(self, name: str, settings: argparse.Namespace) -> Callable[[Tensor], float]:
-        """Make the model; a function of tokens [B, S] that does a step and gives the loss."""
-        model = resident_model(settings) if name == "resident" else kt_model(name, settings)
-        return torch_step(model, settings.device)
+    def __init__(self, step: Callable[[Tensor], float], settings: argparse.Namespace) -> None:
+        self._step, self._sequence, self._device = step, settings.sequence, settings.device
 
     def prepare(self, case: Case) -> None:
         """Random tokens in rows of a sequence, and the first steps, whose losses count and times do not."""
@@ -52,11 +45,11 @@ class Trainer:
         row = min(case.tokens, self._sequence)
         self._size = case.tokens // row, row
         for _ in range(_WARM_UP):
-            self.turn(1, 0.0)
+            self.turn()
         if self._device == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
-    def turn(self, variants: int, seconds: float) -> list[Step]:
+    def turn(self, seconds: float = 0.0) -> list[Step]:
         """One step."""
         ids = torch.randint(_VOCABULARY, self._size, generator=self._generator)
         begin = time.perf_counter()
@@ -69,25 +62,29 @@ class Trainer:
         return {"losses": self._losses, **peak}
 
 
-def kt_model(name: str, settings: argparse.Namespace) -> Any:
-    """The model in bf16 with kt_moe's experts and LoRA on them and on attention, all else frozen."""
-    model, held = skeleton(settings), make_experts(name, settings, settings.layers)
-    architecture = architecture_of(model)
-    for module, layer, one in zip(architecture.modules, model.model.layers, held, strict=True):
-        one.checkpoint_experts = settings.checkpoint_experts
-        layer.mlp.experts = KtExperts(architecture, module, one)
-        layer.mlp.experts.lora_device = "cpu" if name == "cpu" else settings.lora_device or settings.device
-    peft.get_peft_model(model, lora_config(settings, "experts"))
-    return model
+def trainer(name: str, settings: argparse.Namespace) -> Trainer:
+    """Of the model in bf16, frozen but for LoRA on attention and experts.
+
+    name: "kt_moe" and a format; "resident": its experts by torch's grouped_mm.
+    """
+    model = skeleton(settings)
+    if name == "resident":
+        peft.get_peft_model(model, lora_config(settings))
+        put_grouped(model, settings, device=settings.device)
+    else:
+        held = make_experts(name.partition(" ")[2], settings, settings.layers)
+        for layer, one in zip(model.model.layers, held, strict=True):
+            one.checkpoint_experts = settings.checkpoint_experts
+            layer.mlp.experts.load_with(lambda *_, one=one: one)
+        peft.get_peft_model(model, lora_config(settings, "experts"))
+    return Trainer(torch_step(model, settings.device), settings)
 
 
-def resident_model(settings: argparse.Namespace) -> Any:
-    """The same with experts by torch's grouped_mm."""
-    model, weights = skeleton(settings), make_weights(settings.shape, 0)
-    peft.get_peft_model(model, lora_config(settings))
+def put_grouped(model: Any, settings: argparse.Namespace, **place: Any) -> None:
+    """Give a skeleton experts with LoRA by torch's grouped_mm, where `torch.empty` puts them."""
+    weights = make_weights(settings.shape)
     for layer in model.model.layers:
-        layer.mlp.experts = GroupedExperts(fuse(weights, device=settings.device), settings)
-    return model
+        layer.mlp.experts = GroupedExperts(fuse(weights, **place), settings)
 
 
 def lora_config(settings: argparse.Namespace, *more: str) -> peft.LoraConfig:
@@ -113,7 +110,7 @@ class GroupedExperts(nn.Module):
 
 
 def skeleton(settings: argparse.Namespace) -> Any:
-    """A Qwen3-MoE model of the shape on the device, each of whose layers still lacks its experts.
+    """A Qwen3-MoE model of the shape on the device, whose experts (`kt_moe.hf.KtExperts`) have yet to load.
 
     As in all models of that family, a head has 128 columns, and 64 columns of the hidden size have one head.
     """
@@ -130,13 +127,10 @@ def skeleton(settings: argparse.Namespace) -> Any:
         head_dim=128,
         use_cache=False,
     )
-    with torch.device("meta"):
-        model = Qwen3MoeForCausalLM(config).bfloat16()
-    architecture_of(model)  # remembered for the model without experts
-    for layer in model.model.layers:
-        layer.mlp.experts = nn.Identity()
-        if settings.compile:
-            layer.self_attn.compile()
+    model, architecture = described(config, dtype=torch.bfloat16)
+    put_experts(model, architecture, settings.lora_device or settings.device)
+    for layer in model.model.layers if settings.compile else ():
+        layer.self_attn.compile()
     model.to_empty(device=settings.device)
     torch.manual_seed(0)
     for parameter in model.parameters():

@@ -18,7 +18,7 @@ import torch
 
 from kt_moe import Experts, Rates, _core
 from kt_moe.cli.bench.cases import Shape
-from kt_moe.cli.bench.inputs import make_weights
+from kt_moe.cli.bench.layers import make_weights
 from kt_moe.cli.text import count_text, size_text
 from kt_moe.distributed import pci_address
 from kt_moe.gpu.page_lock import PageLockError, lock
