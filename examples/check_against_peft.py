@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from kt_moe.cli.data import cut_texts, hold_out, load_data
+from kt_moe.cli.data import cut, hold_out, load_data
 from kt_moe.cli.plot import Curves, losses_of, plot_losses
 
 TOLERANCE = 0.01
@@ -50,14 +50,14 @@ Rows = tuple[Dataset, Dataset]
 WRITE_INITIAL_LORA = """
 import sys
 from kt_moe.adapters import save_adapter
-from kt_moe.cli import finetune, job
+from kt_moe.cli import job, train
 
 def built(self, trainer):
     save_adapter(trainer.model, sys.argv[1])
     sys.exit()
 
 job.Job.built = built
-finetune.run("finetune", sys.argv[2:])
+train.run("finetune", sys.argv[2:])
 """
 
 
@@ -139,7 +139,12 @@ def read_rows(data: Path) -> Rows:
     run = json.loads((OUT / "kt_moe" / "run.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(demo.MODEL)
     parts = hold_out(load_data(str(data))["train"], run["eval_fraction"], run["seed"])
-    training, held_out = (cut_texts(part, tokenizer, run["max_length"]) for part in parts)
+
+    def pieces(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        documents = (tokenizer(text + tokenizer.eos_token)["input_ids"] for text in batch["text"])
+        return {"input_ids": [ids[part] for ids in documents for part in cut(len(ids), run["max_length"])]}
+
+    training, held_out = (part.map(pieces, batched=True, remove_columns=["text"]) for part in parts)
     return training, held_out
 
 

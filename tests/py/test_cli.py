@@ -169,8 +169,7 @@ def test_interrupted_run_resumes_with_the_same_losses(
         patch.setattr(trainer.Clock, "on_log", interrupt)
         assert cli(output, *arguments) == 130
     said = capsys.readouterr().out
-    assert "the last checkpoint is" in said
-    assert said.rstrip().endswith("--resume_from_checkpoint last")
+    assert f"the last checkpoint is {output / 'checkpoint-3'}" in said
     assert not (output / "adapter_model.safetensors").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -201,7 +200,7 @@ def test_finished_run_is_not_touched_unasked(
     assert metrics(output)["train"] == metrics(finished)["train"]
     ours, theirs = adapter(output), adapter(finished)
     assert all((ours[name] == theirs[name]).all() for name in theirs)
-    assert cli(output, "--max-steps", "1", "--eval-fraction", "0", "--overwrite") == 0
+    assert cli(output, "--max-steps", "1", "--eval_strategy", "no", "--overwrite") == 0
     assert len(metrics(output)["train"]) == 1
     assert metrics(output)["held_out"] == []
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-1"]
@@ -231,7 +230,6 @@ def test_options_of_the_experts_arrive(cli: Any, tmp_path: Path, monkeypatch: py
             super().__init__(**options)
 
     monkeypatch.setattr("kt_moe.cli.experts_config.KtMoeConfig", Config)
-    monkeypatch.setattr("kt_moe.cli.job.check_experts", lambda options: None)
     more = ["--gpu-memory", "6GiB", "--cpu-share", "0.5", "--lora-device", "cpu", "--max-steps", "1"]
     assert cli(tmp_path / "out", *more, "--experts_gpu_rates", "link=1e9", "--format", "int4") == 2
     rates = ",".join(f"{rate.name}={1e9 + n}" for n, rate in enumerate(fields(kt_moe.Rates)))
@@ -248,21 +246,8 @@ def test_conversation_the_template_refuses(
     data = tmp_path / "d.jsonl"
     data.write_text(json.dumps({"messages": [{"role": "stranger", "content": "?"}]}) + "\n")
     files = ["--model", str(model), "--data", str(data), "--output", str(tmp_path / "out")]
-    assert main(["finetune", *files, *SMALL, "--eval-fraction", "0"]) == 2
-    assert f"a conversation in {data} does not fit the chat template: no strangers" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize(
-    "option",
-    [["--gpu-memory", "1GiB"], ["--cpu-share", "0.5"], ["--lora-device", "cuda"], ["--gpu", "cuda:0"]],
-)
-def test_options_of_a_gpu_that_is_not_there(
-    cli: Any, option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli(tmp_path / "out", *option) == 2
-    assert f"{option[0]} is for a GPU, and PyTorch " in capsys.readouterr().err
+    assert main(["finetune", *files, *SMALL, "--eval_strategy", "no"]) == 2
+    assert "error: TemplateError: no strangers" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -270,28 +255,22 @@ def test_options_of_a_gpu_that_is_not_there(
     ("arguments", "message"),
     [
         (["--rank", "0"], "has rank 0, wanted an integer of at least 1"),
-        (["--lr", "fast"], "argument --lr/--learning_rate/--learning-rate: invalid float value: 'fast'"),
-        (["--eval-fraction", "1"], "--eval_fraction is 1.0, wanted 0 to below 1"),
+        (["--lr", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
+        (["--eval-fraction", "1"], "--eval_fraction is 1.0, wanted more than 0 and less than 1"),
         (["--targets", "q_proj,nothing"], "targets ['nothing'], which match nothing in this model; it has"),
         (["--nothing", "1"], "'--nothing', '1'"),
         (["--gpu-memory", "6 apples"], "gpu_memory is '6 apples', wanted a positive number of bytes"),
         (["--gpu", "off", "--gpu-memory", "1GiB"], 'gpu="off" and gpu_memory'),
         (["--lora-device", "gpu"], "invalid choice: 'gpu'"),
-        (["--checkpoint-experts", "retain"], "--checkpoint-experts retain is for --gradient_checkpointing"),
-        (["--experts_checkpoint_experts", "retain"], "--experts_checkpoint_experts retain is for"),
         (["--resume"], "no complete checkpoint"),
-        (["--resume", "--overwrite"], "exclude each other"),
         (["--assistant-only-loss"], "only supported for conversational datasets"),
-        (["--seq-len", "100000"], "--seq-len is 100000, the model's longest sequence is "),
+        (["--seq-len", "100000"], "--max_length is 100000, the model's longest sequence is "),
         (["--model", "/nowhere"], "there is no /nowhere"),
         (["--model", "nobody/nothing"], "nobody/nothing: no config of a model: "),
-        (["--data", "/nowhere.txt"], "no such file: /nowhere.txt"),
-        (["--output", __file__], "is a file, wanted a directory"),
+        (["--data", "/nowhere.txt"], "--dataset_name /nowhere.txt cannot be read: FileNotFoundError: "),
+        (["--output", __file__], f"File exists: {__file__!r}"),
         (["--config", "/nowhere.yaml"], "No such file or directory: '/nowhere.yaml'"),
-        (
-            ["--eval-fraction", "0", "--eval_strategy", "steps", "--dataset_test_split", "x"],
-            "has no split 'x'",
-        ),
+        (["--eval-fraction", "0", "--dataset_test_split", "x"], "has no split 'x' to evaluate with: pass"),
     ],
 )
 def test_user_errors_are_one_line(
@@ -321,14 +300,12 @@ def test_output_that_cannot_be_written(cli: Any, capsys: pytest.CaptureFixture[s
 
 
 def test_incomplete_checkpoints_are_passed_over(tmp_path: Path) -> None:
-    for name, state in {
-        "checkpoint-9": "{}",
-        "checkpoint-10": "{}",
-        "checkpoint-11": '{"a',
-        "checkpoint-x": "{}",
-    }.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "trainer_state.json").write_text(state)
+    for step in (9, 10, 11):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        state = json.dumps({"global_step": step})
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(
+            state[: -3 if step == 11 else None]
+        )
     (tmp_path / "checkpoint-12").mkdir()
     last = RunDirectory(tmp_path).last_checkpoint()
     assert last is not None

@@ -21,8 +21,8 @@ from tiny_models import ALL_EXPERTS, PEFT_WARNINGS, error, load, lora_layers, sa
 from torch import Tensor
 
 import kt_moe
-from kt_moe.cli import finetune
 from kt_moe.cli.job import lora_of
+from kt_moe.cli.train import parse
 from kt_moe.experts import PROJECTIONS
 
 pytestmark = PEFT_WARNINGS
@@ -165,7 +165,7 @@ def test_orthogonal_start_and_moe_layer(bases: dict[str, Path]) -> None:
 def test_of_the_finetune_command(bases: dict[str, Path]) -> None:
     for more, sizes in ((["--shared-outer"], [1, 1, 4]), ([], [4, 4, 4])):
         given = ["--model", str(bases["qwen3_moe"]), "--targets", "experts", "--output", "o", *more]
-        lora = lora_of(finetune.parse(given, "finetune"))
+        lora = lora_of(parse("finetune", given))
         lora.target_modules = {"experts"}
         model = peft.get_peft_model(load(bases["qwen3_moe"]), lora)
         assert [len(a) for a in lora_layers(model)[0].lora_A["default"].values()] == sizes

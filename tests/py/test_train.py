@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 from tiny_models import PEFT_WARNINGS
 from user_errors import one_line_error
 
-from kt_moe.cli import finetune, main
+from kt_moe.cli import main
+from kt_moe.cli.data import losses_by_length
 from kt_moe.cli.errors import UserError
 from kt_moe.cli.experts_config import ExpertsConfig
 from kt_moe.cli.job import Job
 from kt_moe.cli.output import RunDirectory
-from kt_moe.cli.train import parse
-from kt_moe.cli.trainer import first_bad, losses_by_length
+from kt_moe.cli.train import _SHORT, parse
+from kt_moe.cli.trainer import first_bad
 from kt_moe.hf import KtMoeConfig
 
 pytestmark = PEFT_WARNINGS[:1]
@@ -140,7 +141,7 @@ def test_a_yaml_file_has_the_options_and_the_command_line_wins(tmp_path: Path) -
     assert found.model.lora_target_modules == "experts"
     assert (found.model.use_peft, found.training.bf16) == (True, False)
     file.write_text("experts_formt: int8\n")
-    with pytest.raises(UserError, match=r"file of --config has \['--experts_formt', 'int8'\]"):
+    with pytest.raises(UserError, match=r"arguments from config file: \['--experts_formt', 'int8'\]"):
         parse("sft", ["--config", str(file), "--output_dir", "o"])
 
 
@@ -153,7 +154,7 @@ def test_experts_config_has_the_options_of_ours(capsys: pytest.CaptureFixture[st
     text = " ".join(capsys.readouterr().out.split())
     assert "--experts_gpu_memory" in text
     assert "GPU memory for expert weights: bytes" in text
-    assert "Defaults that differ from TRL's: use_peft true; lora_target_modules attention experts" in text
+    assert "(default: ['attention', 'experts'])" in text
 
 
 def test_rates_are_those_that_kt_moe_takes() -> None:
@@ -163,8 +164,8 @@ def test_rates_are_those_that_kt_moe_takes() -> None:
     assert rates(None) is None
     assert rates("link=55e9, rest_seconds=5e-3") == {"link": 55e9, "rest_seconds": 5e-3}
     assert rates({"rest_seconds": 0, "gpu_flops": "4e14"}) == {"rest_seconds": 0.0, "gpu_flops": 4e14}
-    for wrong in ("link=0", "link=1.2.3", "link=-1", "link=nan", "link", "speed=1", "", {"link": True}):
-        with pytest.raises(ValueError, match=r"--experts_gpu_rates has .*, wanted one of link, gpu_flops"):
+    for wrong in ("link=0", "link=1.2.3", "link=-1", "link=nan", "link", "speed=1", {"link": "fast"}):
+        with pytest.raises(ValueError, match=r"--experts_gpu_rates .*; wanted link=55e9"):
             rates(wrong)
 
 
@@ -212,7 +213,7 @@ def test_signals_leave_a_checkpoint(
         signal.signal(number, before)
     assert RunDirectory(out).last_checkpoint() == out / "checkpoint-1"
     said = capsys.readouterr().out
-    assert said.rstrip().endswith("--resume_from_checkpoint last")
+    assert f"stopped; the last checkpoint is {out / 'checkpoint-1'}" in said
     assert not (out / "adapter_model.safetensors").exists()
 
 
@@ -308,8 +309,8 @@ def test_documents_that_the_length_cuts_are_counted(
     data = write_rows(tmp_path / "d.jsonl", rows)
     assert main(["sft", *arguments(data, tmp_path / "out")]) == 0
     said = capsys.readouterr().out
-    assert "2 of 6 documents are longer than 64 tokens and lose" in said
-    assert "of 1 nothing is left to learn, they are dropped" in said
+    assert "train     6 documents, 2 of them longer than 64 tokens: they lose" in said
+    assert "tokens, and 1 of them all that is to be learnt" in said
     assert "train     5 rows" in said
 
 
@@ -319,8 +320,8 @@ def test_losses_by_length_counts_tokens() -> None:
     learned = {"input_ids": [[1, 2, 3, 4, 5], [1, 2]], "labels": [[-100, -100, -100, 4, 5], [1, 2]]}
     rows = Dataset.from_dict(learned)
     said = losses_by_length(rows, 3, "keep_start")
-    assert "1 of 2 documents are longer than 3 tokens and lose 2 of 7 tokens; of 1 nothing" in said
-    assert "dropped" not in losses_by_length(rows, 3, "keep_end")
+    assert "1 of them longer than 3 tokens: they lose 2 tokens, and 1 of them all" in said
+    assert "and 0 of them all" in losses_by_length(rows, 3, "keep_end")
     assert losses_by_length(rows, 5, "keep_start") == ""
 
 
@@ -341,11 +342,8 @@ def test_a_test_split_of_the_data_is_kept(tmp_path: Path, capsys: pytest.Capture
     said = capsys.readouterr().out
     assert "train     8 rows" in said
     assert "held out  3 rows" in said
-    given = arguments(folder, tmp_path / "other", "--eval-fraction", "0.5")
-    error = one_line_error(capsys, "finetune", lambda: main(["finetune", *given]))
-    assert f"--eval_fraction is 0.5, but {folder} has a split 'test'" in error
-    more = ["--dataset_test_split", "more", "--max_steps", "1"]
-    assert main(["finetune", *given, *more]) == 0
+    more = ["--eval-fraction", "0.5", "--dataset_test_split", "more", "--max_steps", "1"]
+    assert main(["finetune", *arguments(folder, tmp_path / "other", *more)]) == 0
     assert "held out  4 rows" in capsys.readouterr().out
 
 
@@ -358,41 +356,37 @@ def test_a_stream_is_cut_into_rows(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kt_moe.cli.job.Job.report", look)
-        more = ["--dataset_streaming", "--eval_fraction", "0", "--max_steps", "1"]
+        more = ["--dataset_streaming", "--eval_strategy", "no", "--max_steps", "1"]
         assert main(["finetune", *arguments(data, tmp_path / "out", *more)]) == 0
     assert len(seen) > 4
     assert max(seen) - min(seen) <= 1
 
 
-def test_finetune_derives_only_what_was_not_given(tmp_path: Path) -> None:
-    def evaluation(*argv: str) -> tuple[int, str]:
-        found = finetune.parse(["--output", "o", *argv], "finetune").training
-        return found.per_device_eval_batch_size, found.eval_strategy
+def test_finetune_evaluates_with_the_batches_of_training() -> None:
+    def batch(*argv: str) -> int:
+        found: int = parse("finetune", ["--output", "o", *argv]).training.per_device_eval_batch_size
+        return found
 
-    def file(text: str) -> tuple[str, str]:
-        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.yaml"
-        path.write_text(text)
-        return "--config", str(path)
+    assert batch("--batch-size", "3") == 3
+    assert batch("--batch-size", "3", "--per_device_eval_batch_size=2") == 2
 
-    assert evaluation("--batch-size", "3") == (3, "steps")
-    assert evaluation(*file("per_device_train_batch_size: 3")) == (3, "steps")
-    assert evaluation("--eval-fraction", "0")[1] == "no"
-    assert evaluation(*file("eval_fraction: 0.0"))[1] == "no"
-    for given in (("--per_device_eval_batch_size=2",), file("per_device_eval_batch_size: 2")):
-        assert evaluation("--batch-size", "3", *given)[0] == 2
-    for given in (("--eval-strategy", "epoch"), file("eval_strategy: epoch")):
-        assert evaluation("--eval-fraction", "0", *given)[1] == "epoch"
-    assert evaluation("--eval_strategy", "no")[1] == "no"
+
+def test_short_names_stand_for_options_of_every_script() -> None:
+    """And none is the name of one of TRL's."""
+    for command in KINDS:
+        parser = importlib.import_module(f"trl.scripts.{command}").make_parser()
+        assert not set(parser._option_string_actions) & {f"--{name}" for name in _SHORT}
+        found = parse(command, ["--output=o", "--lr", "0.5", "--gpu_memory", "6GiB", "--resume"])
+        assert (found.training.output_dir, found.training.learning_rate) == ("o", 0.5)
+        assert found.training.resume_from_checkpoint == "last"
+        assert found.experts.experts_gpu_memory == "6GiB"
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--dataset_streaming"], "--eval_fraction is 0.05, and --dataset_streaming holds out no rows"),
-        (
-            ["--eval_fraction", "0", "--dataset_streaming", "--eval_strategy", "steps", "--max_steps", "1"],
-            "has no split 'test' to evaluate with: pass --eval_strategy no",
-        ),
+        (["--dataset_streaming", "--max_steps", "1"], "has no split 'test' to evaluate with: pass --eval_"),
+        (["--eval_fraction", "0"], "has no split 'test' to evaluate with: pass --eval_strategy no"),
     ],
 )
 def test_evaluation_that_cannot_be(
@@ -402,35 +396,13 @@ def test_evaluation_that_cannot_be(
     assert message in one_line_error(capsys, "finetune", lambda: main(["finetune", *given]))
 
 
-def test_a_gpu_that_is_none_is_refused_where_there_are_some(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for gpu, message in (("cuda:x", "gpu is 'cuda:x'"), ("cuda:2", "--experts_gpu cuda:2: there are 2 GPUs")):
-        job = Job(parse("sft", arguments("nobody/nothing", Path("o"), "--experts_gpu", gpu)))
-        with monkeypatch.context() as patch:
-            patch.setattr("torch.cuda.is_available", lambda: True)
-            patch.setattr("torch.cuda.device_count", lambda: 2)
-            with pytest.raises((UserError, ValueError), match=message):
-                job._check()
-
-
-@pytest.mark.parametrize("way", [["--overwrite"], ["--overwrite", "true"], ["--overwrite=true"], None])
-def test_the_command_that_resumes_can_be_run(
-    way: list[str] | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out, file = tmp_path / "out", tmp_path / "c.yaml"
-    file.write_text("overwrite: true\n" if way is None else "lora_r: 4\n")
-    checkpoint = out / "checkpoint-1"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text("{}")
-    more = ["--config", str(file), *(way or [])]
-    Job(parse("sft", arguments("d.jsonl", out, *more)))._stopped(signal.SIGTERM)
-    printed = shlex.split(capsys.readouterr().out.rpartition("resume with: kt-moe ")[2])
-    again = parse(printed[0], printed[1:])
-    assert (again.run.overwrite, again.training.resume_from_checkpoint) == (False, "last")
-
-
 def test_what_changes_losses_is_recorded() -> None:
-    job = Job(parse("sft", arguments("nobody/nothing", Path("o"))))
-    recorded = {name for name in job._record() if name.startswith("dataloader")}
-    assert recorded == {"dataloader_drop_last", "dataloader_in_order"}
+    record = Job(parse("sft", arguments("nobody/nothing", Path("o"))))._record()
+
+    def recorded(kind: str) -> set[str]:
+        return {name.removeprefix(kind) for name in record if name.startswith(kind)}
+
+    assert recorded("dataloader_") == {"drop_last", "in_order"}
+    assert recorded("experts_") == {"format", "placement", "shards", "isa", "nodes"}
+    assert {"learning_rate", "lora_r", "eval_fraction", "long_text", "dataset_name"} <= set(record)
+    assert not {"output_dir", "report", "report_to", "sample", "overwrite"} & set(record)

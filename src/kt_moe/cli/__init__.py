@@ -12,25 +12,21 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
 
 from kt_moe import __version__
-from kt_moe.cli.errors import UserError
+from kt_moe.cli.errors import OneLineErrors, UserError
 
 __all__ = ["main"]
 
-_TRL = {
+_TRAINING = {
+    "finetune": "sft with defaults for a first run",
+    "plan": "tell memory and speed of a run before it is started (finetune --dry_run)",
     "sft": "train on texts, conversations, or prompts and completions (TRL's SFT)",
     "dpo": "train on pairs of a chosen and a rejected answer (TRL's DPO)",
     "kto": "train on answers that are marked good or bad (TRL's KTO)",
     "reward": "train a reward model on pairs of answers (TRL's reward)",
     "grpo": "train by rewards of groups of the model's own answers (TRL's GRPO)",
     "rloo": "train by rewards of the model's own answers (TRL's RLOO)",
-}
-_TRAINING = {
-    "finetune": "sft with short names of options and defaults for a first run",
-    "plan": "tell memory and speed of a run before it is started (finetune --dry_run)",
-    **_TRL,
 }
 _OTHERS = {
     "pack": "write experts to a directory from which they are mapped",
@@ -48,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     command = next(iter(words), "")
     # TRL and PEFT still use the older name of activation checkpointing, which means the same.
-    known = r"`(is_)?gradient_checkpointing` is deprecated"
+    known = r"`\w*gradient_checkpointing\w*` is deprecated"
     warnings.filterwarnings("ignore", message=known, category=FutureWarning)
     try:
         status = _run(command, words)
@@ -68,11 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, words: list[str]) -> int:
     if command in _TRAINING:
         try:
-            module = import_module(f"kt_moe.cli.{'train' if command in _TRL else command}")
+            module = import_module("kt_moe.cli.train")
         except ModuleNotFoundError as error:
             raise UserError(f"{error.name} is missing: pip install 'kt_moe[train]'") from error
-        status: int = module.run(command, words[1:])
-        return status
+        return int(module.run(command, words[1:]))
     parser = _Parser(prog="kt-moe", description="LoRA fine-tuning of MoE models, experts on CPU and GPU")
     parser.add_argument("--version", action="version", version=f"kt-moe {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -80,18 +75,12 @@ def _run(command: str, words: list[str]) -> int:
     if command in _OTHERS:  # the only one that is imported
         module = import_module(f"kt_moe.cli.{command}")
         module.add_arguments(subs[command])
-    args, unknown = parser.parse_known_args(words)
-    if unknown:
-        # names the command's own --help
-        subs.get(command, parser).error(f"unrecognized arguments: {' '.join(unknown)}")
+    args = parser.parse_args(words)
     try:
-        status = module.run(args)
+        return int(module.run(args))
     except ValueError as error:  # the library's word for what is the user's
         raise UserError(str(error)) from error
-    return status
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        # without argparse's usage, a screen of it, in front
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+class _Parser(OneLineErrors, argparse.ArgumentParser):
+    pass

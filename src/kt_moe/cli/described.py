@@ -20,7 +20,7 @@ from kt_moe.hf.targets import find_targets
 ATTENTION = "attention"
 
 
-def read_config(name: str, **options: Any) -> Any:
+def read_config(name: str | None, **options: Any) -> Any:
     """The config of a model directory, of a config.json, or of a model on the hub.
 
     options: of `AutoConfig.from_pretrained`, such as revision.
@@ -28,13 +28,12 @@ def read_config(name: str, **options: Any) -> Any:
     Raises:
         UserError: no such file, or not one that transformers knows.
     """
-    path = Path(name)
-    if path.exists() and not (path if path.is_file() else path / "config.json").is_file():
-        raise UserError(f"{path} is not a model directory: it has no config.json")
-    if not path.exists() and (path.is_absolute() or name.count("/") > 1 or name.startswith(".")):
-        raise UserError(f"there is no {path}, and it is no name of a model on the hub")
+    if not name:
+        raise UserError("--model_name_or_path is missing: a directory, or a name on the hub")
+    if (name.startswith(("/", ".")) or name.count("/") > 1) and not Path(name).exists():
+        raise UserError(f"there is no {name}, and it is no name of a model on the hub")
     with blamed_on(name):
-        return AutoConfig.from_pretrained(path if path.exists() else name, **options)
+        return AutoConfig.from_pretrained(name, **options)
 
 
 @contextmanager
@@ -45,8 +44,7 @@ def blamed_on(name: str | Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        text = " ".join(str(error).split()) or "no reason given"
-        raise UserError(f"{name}: no config of a model: {type(error).__name__}: {text[:500]}") from error
+        raise UserError(f"{name}: no config of a model: {type(error).__name__}: {error}") from error
 
 
 def described(config: Any, **options: Any) -> tuple[Any, Architecture]:
@@ -65,9 +63,7 @@ def described(config: Any, **options: Any) -> tuple[Any, Architecture]:
 def resolve_targets(model: nn.Module, architecture: Architecture, lora: Any) -> Any:
     """`target_modules` for a LoraConfig, in which "attention" stands for all linear layers in attention.
 
-    Args:
-        model: as `described` gives it; its experts are replaced.
-        lora: a LoraConfig; one that has words in a string, separated by commas, means these words.
+    model: as `described` gives it; its experts are replaced.
 
     Raises:
         UserError: a name that matches nothing; lists those there are.
@@ -77,9 +73,9 @@ def resolve_targets(model: nn.Module, architecture: Architecture, lora: Any) -> 
     if names is None or names == ["all-linear"]:
         return lora.target_modules
     if ATTENTION in names:
-        linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        found = {n.rpartition(".")[2] for n in linear if "attn" in n or ATTENTION in n}
-        names = list((set(names) | found) - {ATTENTION})
+        linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+        found = {name.rpartition(".")[2] for name in linear if "attn" in name or ATTENTION in name}
+        names = list({*names} - {ATTENTION} | found)
     lora.target_modules = set(names)
     try:
         find_targets(model, lora, architecture)
@@ -89,7 +85,7 @@ def resolve_targets(model: nn.Module, architecture: Architecture, lora: Any) -> 
 
 
 def split_targets(given: Any) -> list[str] | None:
-    """Names in `lora_target_modules`, also words with commas between; None: a regular expression, or none."""
-    if isinstance(given, str):
-        return given.split(",") if re.fullmatch(r"[\w.,-]+", given) else None
-    return None if given is None else [name for word in given for name in word.split(",")]
+    """Names in `lora_target_modules`, which may have commas between; None: a regular expression, or none."""
+    if given is None or (isinstance(given, str) and not re.fullmatch(r"[\w.,-]+", given)):
+        return None
+    return ",".join([given] if isinstance(given, str) else given).split(",")

@@ -11,11 +11,13 @@ import re
 from collections.abc import Sequence
 from typing import Any, get_args, get_type_hints
 
+import yaml  # type: ignore[import-untyped]
+
 from kt_moe.gpu import Rates
 from kt_moe.hf import KtMoeConfig
 from kt_moe.hf.quantizer import CHOICES
 
-PREFIX = "experts_"
+_PREFIX = "experts_"
 _LEFT_OUT = ("rest", "unknown")  # TRL's --load_in_4bit and --load_in_8bit are about the rest
 
 
@@ -33,12 +35,10 @@ class _Experts:
         Raises:
             ValueError: an option out of range; names it.
         """
-        options = {name.removeprefix(PREFIX): value for name, value in vars(self).items()}
-        options["gpu_rates"] = self.rates()
-        for name, number in (("gpu_memory", int), ("cpu_share", float)):
-            if re.fullmatch(r"[0-9]*\.?[0-9]+", str(options[name])):
-                options[name] = number(options[name])
-        return KtMoeConfig(**options, rest=rest)
+        options = {name.removeprefix(_PREFIX): value for name, value in vars(self).items()}
+        for name in ("gpu_memory", "cpu_share"):  # text or a number
+            options[name] = yaml.safe_load(str(options[name]))
+        return KtMoeConfig(**options | {"gpu_rates": self.rates()}, rest=rest)
 
     def rates(self) -> dict[str, float] | None:
         """What --experts_gpu_rates says, "link=55e9,gpu_flops=4e14" or a mapping of YAML; None: nothing.
@@ -46,18 +46,15 @@ class _Experts:
         Raises:
             ValueError: none of `kt_moe.Rates`, or a number that these refuse.
         """
-        given = self.experts_gpu_rates
-        if isinstance(given, str):
-            given = dict(part.strip().partition("=")[::2] for part in given.split(","))
-        names = [rate.name for rate in dataclasses.fields(Rates)]
-        found: dict[str, float] = {}
-        for name, value in (given or {}).items():
-            try:
-                found[name] = float(str(value))
-                Rates(**{**dict.fromkeys(names, 1.0), **found})  # judges names and ranges
-            except (TypeError, ValueError):
-                wanted = f"one of {', '.join(names)}, = and a positive number"
-                raise ValueError(f"--experts_gpu_rates has {name}={value}, wanted {wanted}") from None
+        given = self.experts_gpu_rates or {}
+        try:
+            pairs = (
+                [pair.split("=") for pair in given.split(",")] if isinstance(given, str) else given.items()
+            )
+            found = {name.strip(): float(value) for name, value in pairs}
+            Rates(**dict.fromkeys((rate.name for rate in dataclasses.fields(Rates)), 1.0) | found)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"--experts_gpu_rates {given}: {error}; wanted link=55e9 and the like") from None
         return found or None
 
 
@@ -74,16 +71,15 @@ def _kind(hint: Any) -> Any:
 def _fields() -> list[Any]:
     """Name, type and field of each option, whose help is what the docstring of `KtMoeConfig` says."""
     section = inspect.cleandoc(KtMoeConfig.__doc__ or "").split("Args:\n")[1].split("\n\n")[0]
-    texts: dict[str, str] = {}
-    for names, text in re.findall(r"^    ([a-z_, ]+): (.*(?:\n {8}.*)*)", section, re.MULTILINE):
-        said = " ".join(text.split()).replace("`", "").replace("%", "%%")
-        texts |= dict.fromkeys(names.split(", "), said[0].upper() + said[1:])
+    texts = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE))
     hints, fields = get_type_hints(KtMoeConfig.__init__), []
     for name, parameter in inspect.signature(KtMoeConfig).parameters.items():
         if name not in _LEFT_OUT:
-            about = {"help": texts[name], **({"choices": list(CHOICES[name])} if name in CHOICES else {})}
+            about: dict[str, Any] = {"help": " ".join(texts[name].split()).replace("%", "%%")}
+            if name in CHOICES:
+                about["choices"] = list(CHOICES[name])
             field = dataclasses.field(default=parameter.default, metadata=about)
-            fields.append((PREFIX + name, _kind(hints[name]), field))
+            fields.append((_PREFIX + name, _kind(hints[name]), field))
     return fields
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import re
-import shlex
+import signal
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,18 @@ from unittest import mock
 
 import datasets
 import torch
-import transformers
 import trl
 from jinja2 import TemplateError
 from safetensors import SafetensorError
+from transformers import AutoTokenizer
 
 from kt_moe.cli import data
 from kt_moe.cli.described import described, read_config, resolve_targets
 from kt_moe.cli.errors import UserError
-from kt_moe.cli.output import RunDirectory, finished
+from kt_moe.cli.output import RunDirectory
 from kt_moe.cli.report import RoutingWatch, show_samples, write_report
-from kt_moe.cli.train import Options, check_experts
-from kt_moe.cli.trainer import Clock, StopOnSignal, StoppedError, extended, peak_memory
+from kt_moe.cli.train import Options
+from kt_moe.cli.trainer import Clock, StopOnSignal, StoppedError, extended, finished, peak_memory
 from kt_moe.hf import SharedOuterLoraConfig
 from kt_moe.models import model_experts
 
@@ -38,12 +38,11 @@ _TRAINERS = {
 }  # fmt: skip
 # How options begin that a resumed run may have otherwise: they change no loss.
 _FREE = re.compile(
-    "output_dir|logging|log_|report_to|run_name|project|trackio|save_|push_|hub_|disable_tqdm|resume|restore|"
+    "output_dir|logging|log_|report|run_name|project|trackio|save_|push_|hub_|disable_tqdm|resume|restore|"
     "activation_checkpointing|gradient_checkpointing|local_rank|dataloader_(?!drop_last|in_order)|debug|do_|"
-    "torch_empty_cache_steps|skip_memory_metrics|use_cpu|ddp|include_|accelerator_config|model_init_kwargs"
+    "torch_empty_cache_steps|skip_memory_metrics|use_cpu|ddp|include_|accelerator_config|model_init_kwargs|"
+    "experts_(?!format|placement|shards|isa|nodes)|overwrite|sample"
 )
-_OF_EXPERTS = ("experts_format", "experts_placement", "experts_shards", "experts_isa", "experts_nodes")
-_OF_RUN = ("eval_fraction", "long_text", "lora_shared_outer")
 _REFUSALS = (SafetensorError, RuntimeError, OSError, ValueError, KeyError, ImportError, TemplateError)
 
 _groups: list[Any] = []  # kept until the process ends
@@ -60,81 +59,70 @@ class Job:
     """
 
     def __init__(self, options: Options) -> None:
-        self.options, self.command = options, options.command
-        rows, output = options.script.dataset_name or options.mixture.datasets, options.training.output_dir
-        for given, name, what in (
-            (options.model.model_name_or_path, "model_name_or_path", "a directory, or a name on the hub"),
-            (rows, "dataset_name", "a file, a directory of files, or a name on the hub"),
-            (output not in (None, "trainer_output"), "output_dir", "where the adapter and checkpoints go"),
-        ):
-            if not given:
-                raise UserError(f"--{name} is missing: {what}")
-        self.directory = RunDirectory(Path(output))
+        self.options, self.directory = options, RunDirectory(Path(options.training.output_dir))
         self.stop, self.clock = StopOnSignal(), Clock()
         self.routing: RoutingWatch | None = None
         self.constructed = self.chat = False
 
     def run(self) -> int:
         """Check, train, save; the exit status. Cheap checks come first."""
-        wanted, overwrite = self.options.training.resume_from_checkpoint, self.options.run.overwrite
-        self.directory.check(resume=wanted is not None, overwrite=overwrite)
         first = self.options.training.process_index == 0
         try:
             self._check()
             with self.directory.locked() if first else contextlib.nullcontext():
-                if not self._complete(wanted):
+                if not self._complete():
                     self._train()
         except (StoppedError, KeyboardInterrupt):
-            return self._stopped(self.stop.requested or 2)
+            self.say(f"stopped; the last checkpoint is {self.directory.last_checkpoint()}")
+            self.say("the same command with --resume goes on from it, with --overwrite it starts anew")
+            return 128 + (self.stop.requested or signal.SIGINT)
         except _REFUSALS as error:
-            if (said := self._explained(error)) is None:
+            said = str(error)
+            if isinstance(error, torch.OutOfMemoryError):
+                advice = "--per_device_train_batch_size, --max_length or --experts_gpu_memory"
+                said = f"out of GPU memory: lower {advice}, or pass --gradient_checkpointing"
+            elif "No space left" in said or "PytorchStreamWriter" in said:
+                said = f"the disk of --output_dir {self.directory.root} is full: {said}"
+            elif self.constructed and not isinstance(error, OSError):
                 raise
+            elif isinstance(error, (KeyError, TemplateError)):
+                said = f"{type(error).__name__}: {said}"
             raise UserError(said) from error
         return 0
 
     def _check(self) -> None:
         """What can be refused before anything is loaded."""
-        options, training, script = self.options, self.options.training, self.options.script
-        self.config = options.experts.to_config(trl.get_quantization_config(options.model))
-        check_experts(options)
-        fraction = options.run.eval_fraction
-        if not 0.0 <= fraction < 1.0:
-            raise UserError(f"--eval_fraction is {fraction}, wanted 0 to below 1")
-        if fraction and script.dataset_streaming:
-            raise UserError(
-                f"--eval_fraction is {fraction}, and --dataset_streaming holds out no rows: pass "
-                "--eval_fraction 0; --eval_strategy steps then wants data with a split "
-                f"{script.dataset_test_split!r}"
-            )
-        if options.mixture.datasets and "eval_fraction" in options.given:
-            raise UserError("--eval_fraction is for --dataset_name; --datasets have --test_split_size")
-        if training.eval_on_start and training.eval_strategy == "no":
-            if "eval_on_start" in options.given:
-                raise UserError("--eval_on_start wants --eval_strategy steps or epoch")
-            training.eval_on_start = False
-        data.check_exists(script.dataset_name or "")
-        model, trusted = options.model, {"trust_remote_code": training.trust_remote_code}
+        options, training, model = self.options, self.options.training, self.options.model
+        if not (training.resume_from_checkpoint or options.run.overwrite):
+            self.directory.check_free()
+        self.config = options.experts.to_config(trl.get_quantization_config(model))
+        self.config.runtime()  # KT_MOE_ISA and its kin
+        training.eval_on_start &= training.eval_strategy != "no"
+        trusted = {"trust_remote_code": training.trust_remote_code}
         config = read_config(model.model_name_or_path, revision=model.model_revision, **trusted)
         text = config.get_text_config()
         most, length = getattr(text, "max_position_embeddings", None), getattr(training, "max_length", None)
         if most and length and length > most:
             raise UserError(f"--max_length is {length}, the model's longest sequence is {most}")
-        self.config.runtime()  # KT_MOE_ISA and its kin
         self.lora = lora_of(options)
         if self.lora is not None:
             self.lora.target_modules = resolve_targets(*described(config, **trusted), self.lora)
-        self.tokenizer = _tokenizer(model, getattr(text, "vocab_size", 0), trusted)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.model_name_or_path, revision=model.model_revision, **trusted
+        )
+        # Of a model without a tokenizer's files transformers makes one that knows no words.
+        if 10 * len(tokenizer) < getattr(text, "vocab_size", 0):
+            raise UserError(
+                f"{model.model_name_or_path} has no tokenizer: tokenizer.json or the like is missing"
+            )
         if options.experts.experts_threads:
             torch.set_num_threads(options.experts.experts_threads)
 
-    def _complete(self, wanted: str | None) -> bool:
-        """Whether the run that is to be resumed is complete; else what is to be done is made ready.
-
-        wanted: a checkpoint's directory, "last", or None, which begins anew.
-        """
+    def _complete(self) -> bool:
+        """Whether the run that is to be resumed is complete; else what is to be done is made ready."""
         training, record, checkpoint = self.options.training, self._record(), None
-        if wanted is not None:
-            checkpoint = self.directory.resume("last" if str(wanted).lower() == "true" else wanted, record)
+        if training.resume_from_checkpoint:
+            checkpoint = self.directory.resume(training.resume_from_checkpoint, record)
             if finished(checkpoint) and self.directory.adapter.exists():
                 self.say(f"the run is complete: {self.directory.adapter}")
                 return True
@@ -146,95 +134,65 @@ class Job:
 
     def _record(self) -> dict[str, Any]:
         """What decides the losses."""
-        options, training = self.options, self.options.training.to_dict().items()
-        names = [options.script.dataset_name] if options.script.dataset_name else []
-        names += [f"{dataset.path} {dataset.data_files}" for dataset in options.mixture.datasets]
-        return {
-            "command": options.command,
-            **asdict(options.model), **asdict(options.script),
-            **{name: value for name, value in training if not _FREE.match(name)},
-            **{name: getattr(options.experts, name) for name in _OF_EXPERTS},
-            **{name: getattr(options.run, name) for name in _OF_RUN},
-            "model_name_or_path": _absolute(options.model.model_name_or_path),
-            "dataset_name": [_absolute(name) for name in names],
-            "data_sha256": [data.digest(name) for name in names],
-        }  # fmt: skip
+        options = self.options
+        parts = (asdict(part) for part in (options.model, options.script, options.experts, options.run))
+        every = {name: value for part in (*parts, options.training.to_dict()) for name, value in part.items()}
+        name = options.script.dataset_name
+        found = {name: value for name, value in every.items() if not _FREE.match(name)}
+        data_of_it = data.digest(name) if name else asdict(options.mixture)
+        return {"command": options.command, **found, "dataset_name": data_of_it}
 
     def _train(self) -> None:
         """TRL's main."""
-        options, trainer = self.options, _TRAINERS[self.command]
+        options, trainer, theirs = self.options, _TRAINERS[self.options.command], datasets.load_dataset
         patches: dict[str, Any] = {
             trainer: extended(getattr(trl, trainer), self),
             "get_quantization_config": lambda model: self.config,
             "get_peft_config": lambda model: self.lora,
         }
-        theirs = datasets.load_dataset
 
-        def load(path: str, name: str | None = None, streaming: bool = False, **more: Any) -> Any:
-            if more or path != options.script.dataset_name:
-                return theirs(path, name=name, streaming=streaming, **more)
-            with mock.patch("datasets.load_dataset", theirs):
-                return self.load_data(path, name, streaming)
+        def load(path: str, *args: Any, **more: Any) -> Any:
+            ours = path == options.script.dataset_name and not args
+            return self.load_data(path, **more) if ours else theirs(path, *args, **more)
 
         if torch.distributed.is_initialized():
             # The last user of the group ends it, and waits, with the GIL, for a thread of gloo's that may
             # want the GIL. That must not be the trainer, right behind its last exchange.
             _groups.append(torch.distributed.group.WORLD)
-        module = importlib.import_module(f"trl.scripts.{self.command}")
+        module = importlib.import_module(f"trl.scripts.{options.command}")
         with mock.patch.multiple(trl, **patches), mock.patch("datasets.load_dataset", load):
             module.main(options.script, options.training, options.model, options.mixture)
 
-    def _explained(self, error: Exception) -> str | None:
-        """What to tell the user of an error; None: it is a bug."""
-        said = " ".join(str(error).split())
-        if isinstance(error, torch.OutOfMemoryError):
-            advice = "--per_device_train_batch_size, --max_length or --experts_gpu_memory"
-            return f"out of GPU memory: lower {advice}, or pass --gradient_checkpointing"
-        if getattr(error, "errno", None) == 28 or "No space left" in said or "PytorchStreamWriter" in said:
-            return f"the disk of --output_dir {self.directory.root} is full: {said[:200]}"
-        if self.constructed and not isinstance(error, OSError):
-            return None
-        if isinstance(error, TemplateError):
-            name = self.options.script.dataset_name
-            return f"a conversation in {name} does not fit the chat template: {said}"
-        return f"KeyError {said}" if isinstance(error, KeyError) else said
+    def load_data(self, path: str, **more: Any) -> Any:
+        """The data of the command line, with held-out rows where they are wanted and there are none.
 
-    def load_data(self, name: str, config: str | None, streaming: bool) -> Any:
-        """The data of the command line, its held-out rows and rows of long texts."""
+        more: options of `datasets.load_dataset`.
+        """
         options, training, script = self.options, self.options.training, self.options.script
-        found = data.load_data(name, config, streaming)
+        found = data.load_data(path, **more)
         train, test = script.dataset_train_split, script.dataset_test_split
-        fraction = options.run.eval_fraction
         if train not in found:
-            raise UserError(
-                f"{name} has no split {train!r}, but {', '.join(found)}: see --dataset_train_split"
-            )
+            raise UserError(f"{path} has no split {train!r}, but {', '.join(found)}")
         text = getattr(training, "dataset_text_field", "text")
-        data.check_columns(self.command, found[train], name, text)
-        columns = set(found[train].column_names or [])
-        self.chat = bool({"messages", "conversations"} & columns)
-        if fraction and test not in found:
-            found[train], found[test] = data.hold_out(found[train], fraction, training.seed, text)
-        elif fraction and "eval_fraction" in options.given:
-            raise UserError(
-                f"--eval_fraction is {fraction}, but {name} has a split {test!r}: leave it out to evaluate "
-                "with that split, or name another --dataset_test_split for the rows held out"
-            )
+        data.check_columns(options.command, found[train], path, text)
+        self.chat = bool({"messages", "conversations"} & {*(found[train].column_names or [])})
         if training.eval_strategy != "no" and test not in found:
-            wanted = "--eval_strategy no" if streaming else "--eval_fraction, or --eval_strategy no"
-            raise UserError(f"{name} has no split {test!r} to evaluate with: pass {wanted}")
-        if options.run.long_text == "cut" and self.command == "sft" and text in columns:
-            for split in {train, test} & set(found):
-                found[split] = data.cut_texts(found[split], self.tokenizer, training.max_length, text)
+            if not options.run.eval_fraction or script.dataset_streaming:
+                raise UserError(
+                    f"{path} has no split {test!r} to evaluate with: pass --eval_strategy no, or let "
+                    "--eval_fraction hold out rows (not of --dataset_streaming)"
+                )
+            held_out = data.hold_out(found[train], options.run.eval_fraction, training.seed, text)
+            found[train], found[test] = held_out
         return found
 
     def built(self, trainer: Any) -> None:
         """The trainer is made, nothing is trained yet."""
         for what, rows in (("train", trainer.train_dataset), ("held out", trainer.eval_dataset)):
-            if rows is not None and hasattr(rows, "__len__"):
+            if isinstance(rows, datasets.Dataset):
                 self.say(f"{what:<9} {len(rows):,} rows")
-                if what == "train" and not len(rows):
-                    raise UserError("no row is left to train on")
+                if not len(rows):
+                    raise UserError("no row is left to train on or to evaluate with")
         model, experts = trainer.model, next(iter(model_experts(trainer.model).values()), None)
         by = f"by {experts.runtime.isa}, {experts.runtime.threads} threads" if experts else "not loaded"
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -261,18 +219,6 @@ class Job:
             self.say(f"speed          {self.clock.rate:.0f} tokens/s, peak {peaks}")
         self.say(f"adapter        {self.directory.adapter}")
 
-    def _stopped(self, number: int) -> int:
-        checkpoint = self.directory.last_checkpoint()
-        if checkpoint is None:
-            self.say("stopped before the first checkpoint: start again with --overwrite")
-        else:
-            # Where an option is given twice, the later one counts.
-            words = [*self.options.command_line, "--resume_from_checkpoint", "last"]
-            words += ["--overwrite", "false"] if self.options.run.overwrite else []
-            self.say(f"stopped; the last checkpoint is {checkpoint}")
-            self.say(f"resume with: kt-moe {shlex.join(words)}")
-        return 128 + number
-
     def say(self, text: str) -> None:
         """Print a line of the run, from its first process alone."""
         if self.options.training.process_index == 0:
@@ -285,19 +231,3 @@ def lora_of(options: Options) -> Any:
     if found is not None and options.run.lora_shared_outer:
         found.__class__ = SharedOuterLoraConfig
     return found
-
-
-def _tokenizer(model: Any, words: int, trusted: dict[str, bool]) -> Any:
-    name = model.model_name_or_path
-    try:
-        found = transformers.AutoTokenizer.from_pretrained(name, revision=model.model_revision, **trusted)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name} has no tokenizer that loads: {error}") from error
-    # Of a model without a tokenizer's files transformers makes one that knows no words.
-    if 10 * len(found) < words:
-        raise UserError(f"{name} has no tokenizer: its directory lacks tokenizer.json or the like")
-    return found
-
-
-def _absolute(name: str) -> str:
-    return str(Path(name).resolve()) if Path(name).exists() else name

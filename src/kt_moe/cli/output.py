@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from kt_moe.cli.errors import UserError
 from kt_moe.files import replacing
 
 ROUTING = "routing.safetensors"  # also in a checkpoint
-_OURS = ("run.json", "metrics.json", "loss.png", "routing.png", ROUTING)
 
 
 class RunDirectory:
@@ -36,21 +35,12 @@ class RunDirectory:
         self.routing, self.heat_map = root / ROUTING, root / "routing.png"
         self._run = root / "run.json"
 
-    def check(self, *, resume: bool, overwrite: bool) -> None:
-        """Refuse early, before anything slow, what `start` and `resume` would refuse.
+    def check_free(self) -> None:
+        """Refuse early, before anything slow, to write over another run.
 
         Raises:
-            UserError: an adapter or a run is in the way, there is nothing to resume, or root is a file.
+            UserError: an adapter or a run is in the way.
         """
-        if resume and overwrite:
-            raise UserError("--resume_from_checkpoint and --overwrite exclude each other")
-        if self.root.exists() and not self.root.is_dir():
-            raise UserError(f"--output_dir {self.root} is a file, wanted a directory")
-        nearest = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
-        if not os.access(nearest, os.W_OK):
-            raise UserError(f"--output_dir {self.root}: no permission to write in {nearest}")
-        if resume or overwrite:
-            return
         for file, what in ((self.adapter, "already has an adapter"), (self._run, "holds an unfinished run")):
             if file.exists():
                 raise UserError(
@@ -64,23 +54,20 @@ class RunDirectory:
 
         Raises:
             UserError: another run does.
+            OSError: the directory cannot be made or written to.
         """
-        made = not self.root.exists()
         self.root.mkdir(parents=True, exist_ok=True)
         file = self.root / ".run.lock"
-        lock: AbstractContextManager[Any]
         try:
             lock = FileLock(file).acquire(blocking=False)
         except Timeout:
             raise UserError(f"another run is writing to --output_dir {self.root}") from None
-        except OSError:  # a file system without locks
-            lock = nullcontext()
         with lock:
             try:
                 yield
             finally:
                 file.unlink(missing_ok=True)
-                if made and not any(self.root.iterdir()):
+                with suppress(OSError):  # files are in it
                     self.root.rmdir()
 
     def start(self, record: dict[str, Any]) -> None:
@@ -88,8 +75,8 @@ class RunDirectory:
         if self._run.exists():  # so the checkpoints are ours to delete
             for folder in self.root.glob("checkpoint-*"):
                 shutil.rmtree(folder)
-        for name in _OURS:
-            (self.root / name).unlink(missing_ok=True)
+        for file in (self.metrics, self.curve, self.heat_map, self.routing):
+            file.unlink(missing_ok=True)
         write_json(self._run, record)
 
     def resume(self, wanted: str, record: dict[str, Any]) -> Path:
@@ -100,11 +87,10 @@ class RunDirectory:
         Raises:
             UserError: there is none, or an option differs from the run's; names it.
         """
-        checkpoint = self.last_checkpoint() if wanted == "last" else Path(wanted)
-        if checkpoint is None or _read_json(checkpoint / "trainer_state.json") is None:
+        checkpoint = self.last_checkpoint() if str(wanted).lower() in ("last", "true") else Path(wanted)
+        before = _read_json(self._run)
+        if checkpoint is None or before is None or _read_json(checkpoint / "trainer_state.json") is None:
             raise UserError(f"--resume_from_checkpoint: no complete checkpoint in {checkpoint or self.root}")
-        if (before := _read_json(self._run)) is None:
-            raise UserError(f"--resume_from_checkpoint: {self._run} is missing or damaged")
         for name, value in json.loads(json.dumps(record, default=str)).items():
             if (was := before.get(name)) != value:
                 said = f"{name} was {was!r} when the run began, now it is {value!r}"
@@ -113,13 +99,9 @@ class RunDirectory:
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint: the trainer writes trainer_state.json last."""
-        numbered = [(path, path.name.removeprefix("checkpoint-")) for path in self.root.glob("checkpoint-*")]
-        complete = {
-            int(number): path
-            for path, number in numbered
-            if number.isdecimal() and _read_json(path / "trainer_state.json") is not None
-        }
-        return complete[max(complete)] if complete else None
+        states = ((path, _read_json(path)) for path in self.root.glob("checkpoint-*/trainer_state.json"))
+        complete = [(state["global_step"], path.parent) for path, state in states if state is not None]
+        return max(complete)[1] if complete else None
 
     @contextmanager
     def whole(self) -> Iterator[Path]:
@@ -133,12 +115,6 @@ class RunDirectory:
                     os.fsync(stream.fileno())
             for file in files:
                 file.replace(self.root / file.name)
-
-
-def finished(checkpoint: Path) -> bool:
-    """Whether a checkpoint is a run's last step."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    return bool(state["global_step"] >= state["max_steps"])
 
 
 def write_json(path: Path, value: Any) -> None:

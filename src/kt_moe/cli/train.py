@@ -1,20 +1,18 @@
-"""`kt-moe sft | dpo | kto | reward | grpo | rloo`: TRL's own scripts on models whose experts kt_moe computes.
+"""`kt-moe finetune`, `sft`, `dpo`, `kto`, `reward`, `grpo`, `rloo` and `plan`: TRL's scripts on our models.
 
-Options are TRL's (`TrlParser`: a YAML file by --config, and the command line), `ExpertsConfig`'s and
-`RunConfig`'s. `kt_moe.cli.job.Job` runs TRL's script with them.
+Options are TRL's (`TrlParser`: a YAML file by --config, and the command line), `ExpertsConfig`'s,
+`RunConfig`'s and `PlanConfig`'s; some have short names. `finetune` and `plan` are `sft` with defaults for a
+first run. `kt_moe.cli.job.Job` runs TRL's script with them, `kt_moe.cli.plan.dry_run` plans the run.
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
-import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from difflib import get_close_matches
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import datasets
 import torch
@@ -22,13 +20,13 @@ import transformers
 import trl
 from transformers.hf_argparser import HfArg
 
-from kt_moe.cli.errors import UserError
+from kt_moe.cli.errors import OneLineErrors, UserError
 from kt_moe.cli.experts_config import ExpertsConfig
 from kt_moe.gpu.predict import CARDS
 
 # Where our defaults are not TRL's: experts are frozen, so LoRA it is; weights are bf16 already, and autocast
 # would round LoRA's fp32 products besides; a loss that is no number is shown, not replaced by an average.
-DEFAULTS: dict[str, Any] = {
+_DEFAULTS: dict[str, Any] = {
     "use_peft": True,
     "lora_target_modules": ["attention", "experts"],
     "dtype": "bfloat16",
@@ -37,6 +35,57 @@ DEFAULTS: dict[str, Any] = {
     "dataloader_pin_memory": torch.cuda.is_available(),
     "disable_tqdm": not sys.stderr.isatty(),  # bars are for terminals
 }
+_OF_A_FIRST_RUN = {
+    "lora_dropout": 0.0,
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,  # of the run
+    "num_train_epochs": 1.0,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": None,  # that of training
+    "gradient_checkpointing": False,
+    "router_aux_loss_coef": 0.0,  # the router is frozen: the loss shown is the text's alone
+    "seed": 0,
+    "logging_steps": 1,  # a loss a step: a resumed run's log is the uninterrupted run's
+    "eval_strategy": "steps",
+    "eval_steps": 0.1,  # of the run
+    "eval_on_start": True,
+    "save_steps": 0.1,
+    "save_total_limit": 2,
+    "eval_fraction": 0.05,
+    "long_text": "cut",
+    "report": True,
+}
+# Short names, and the options that they stand for.
+_SHORT = {
+    "model": "model_name_or_path",
+    "data": "dataset_name",
+    "output": "output_dir",
+    "rank": "lora_r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "targets": "lora_target_modules",
+    "shared-outer": "lora_shared_outer",
+    "lr": "learning_rate",
+    "warmup": "warmup_steps",
+    "epochs": "num_train_epochs",
+    "batch-size": "per_device_train_batch_size",
+    "grad-accum": "gradient_accumulation_steps",
+    "seq-len": "max_length",
+    "eval-every": "eval_steps",
+    "save-every": "save_steps",
+    "resume": "resume_from_checkpoint=last",
+    "rates": "experts_gpu_rates",
+    **{
+        name.replace("_", "-"): f"experts_{name}"
+        for name in (
+            "format", "placement", "cache_dir", "gpu", "gpu_memory", "cpu_share", "lora_device",
+            "checkpoint_experts", "threads",
+        )
+    },
+    **{name: f"plan_{name}" for name in ("hosts", "ranks", "network", "json")},
+    "no-measure": "no_plan_measure",
+}  # fmt: skip
 
 
 @dataclass
@@ -89,10 +138,7 @@ class PlanConfig:
 
 @dataclass
 class Options:
-    """What the command line and a YAML file gave.
-
-    given: names of the options that one of them has; the others have their defaults.
-    """
+    """What the command line and a YAML file gave. command: of TRL's script."""
 
     command: str
     script: Any
@@ -102,8 +148,10 @@ class Options:
     experts: Any
     run: RunConfig
     plan: PlanConfig
-    command_line: list[str] = field(default_factory=list)
-    given: frozenset[str] = frozenset()
+
+
+class _Parser(OneLineErrors, trl.TrlParser):  # type: ignore[misc]
+    pass
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -112,11 +160,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     Raises:
         UserError: bad input, named in one line.
     """
-    return start(parse(command, argv))
-
-
-def start(options: Options) -> int:
-    """Carry out what the options say: a run, or its plan."""
+    options = parse(command, argv)
     if options.plan.dry_run:
         from kt_moe.cli.plan import dry_run
 
@@ -126,133 +170,46 @@ def start(options: Options) -> int:
     return Job(options).run()
 
 
-def parse(
-    command: str,
-    argv: Sequence[str],
-    *,
-    name: str = "",
-    defaults: Mapping[str, Any] | None = None,
-    short: Mapping[str, str] | None = None,
-    about: str = "",
-) -> Options:
+def parse(command: str, argv: Sequence[str]) -> Options:
     """Read the options of a command. Messages of other libraries that say nothing to the user are off then.
-
-    Args:
-        name: the command as the user typed it.
-        defaults: those that differ, beside `DEFAULTS`.
-        short: other names of options, without the hyphens in front.
-        about: sentences of its --help.
 
     Raises:
         UserError: unknown options or values, some that exclude each other, a YAML file that is not readable.
         SystemExit: --help.
     """
     _quieten()
-    theirs = importlib.import_module(f"trl.scripts.{command}").make_parser().dataclass_types
-    changed = {**DEFAULTS, **(defaults or {})}
-    said = "; ".join(f"{key} {_shown(value)}" for key, value in changed.items())
-    prog = f"kt-moe {name or command}"
-    parser = _Parser([*theirs, ExpertsConfig, RunConfig, PlanConfig], prog=prog, allow_abbrev=False)
-    parser.epilog = f"{about} Defaults that differ from TRL's: {said}.".strip()
-    parser.set_defaults_with_config(**changed)
-    parser.in_file = set()  # those were ours
-    parser.add_names(short or {})
+    script = "sft" if command in ("finetune", "plan") else command
+    theirs = import_module(f"trl.scripts.{script}").make_parser().dataclass_types
+    names = "; ".join(f"--{short} --{long}" for short, long in _SHORT.items())
+    parser = _Parser(
+        [*theirs, ExpertsConfig, RunConfig, PlanConfig],
+        prog=f"kt-moe {command}", allow_abbrev=False, epilog=f"Short names: {names}.",
+    )  # fmt: skip
+    parser.set_defaults_with_config(**_DEFAULTS, **(_OF_A_FIRST_RUN if script != command else {}))
+    words = [_long(word) for word in argv]
+    if command == "plan":
+        words = [*(["--model_name_or_path"] if words and not words[0].startswith("-") else []), *words]
+        words.append("--dry_run")
     try:
-        *parts, in_file, in_line = parser.parse_args_and_config(
-            list(argv), return_remaining_strings=True, separate_remaining_strings=True
-        )
+        options = Options(script, *parser.parse_args_and_config(words))
     except (ValueError, OSError, ImportError) as error:
         raise UserError(str(error)) from error
-    if unknown := [*in_line, *in_file]:
-        where = "the command line" if in_line else "the file of --config"
-        known = parser._option_string_actions
-        near = [match for word in unknown for match in get_close_matches(word, known, 1)]
-        hint = f" (did you mean {', '.join(near)}?)" if near else ""
-        raise UserError(f"{where} has {unknown}, which are no options{hint}: see {prog} --help")
-    options = Options(command, *parts)
-    options.command_line, options.given = [name or command, *argv], parser.given(argv)
+    if (training := options.training).per_device_eval_batch_size is None:
+        training.per_device_eval_batch_size = training.per_device_train_batch_size
     return options
 
 
-class _Parser(trl.TrlParser):  # type: ignore[misc]
-    """TRL's parser, which also knows what was given.
-
-    in_file: names of the options that the YAML file has.
-    """
-
-    def add_names(self, short: Mapping[str, str]) -> None:
-        """Let options be called otherwise, too; and --resume_from_checkpoint alone means the last one."""
-        actions = self._option_string_actions
-        for name, long in short.items():
-            action = actions[f"--{long}"]
-            for spelling in dict.fromkeys((f"--{name}", f"--{name.replace('-', '_')}")):
-                actions[spelling] = action
-            action.option_strings.insert(0, f"--{name}")  # for --help and errors
-        resume = actions["--resume_from_checkpoint"]
-        resume.nargs, resume.const = "?", "last"
-
-    def set_defaults_with_config(self, **values: Any) -> list[str]:
-        self.in_file = set(values)
-        return super().set_defaults_with_config(**values)  # type: ignore[no-any-return]
-
-    def given(self, argv: Sequence[str]) -> frozenset[str]:
-        """Names of the options that the YAML file or the command line has."""
-        actions = (self._option_string_actions.get(word.partition("=")[0]) for word in argv)
-        return frozenset(self.in_file | {action.dest for action in actions if action is not None})
-
-    def error(self, message: str) -> NoReturn:
-        # without argparse's usage, screens of it, in front
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
-@contextmanager
-def short_names(short: Mapping[str, str], argv: Sequence[str]) -> Iterator[None]:
-    """Within `with`: errors call options by their short names, unless `argv` or a hint has the long one."""
-    used = {word.partition("=")[0] for word in argv}
-    back = {f"--{long}": f"--{name}" for name, long in short.items() if f"--{long}" not in used}
-    try:
-        yield
-    except UserError as error:
-        said = re.sub(r"(?<!mean )--\w+(?!\S*/--)", lambda found: back.get(found[0], found[0]), str(error))
-        raise UserError(said) from error
-
-
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value).lower()
-
-
-def check_experts(options: Options) -> None:
-    """UserError where options of the experts do not go together, or need a GPU that is not there.
-
-    options: whose `experts.to_config` raised nothing.
-    """
-    experts = options.experts
-    if experts.experts_checkpoint_experts == "retain" and not options.training.gradient_checkpointing:
-        raise UserError("--experts_checkpoint_experts retain is for --gradient_checkpointing")
-    if options.plan.plan_gpu is not None:
-        return
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    named, _, number = experts.experts_gpu.partition(":")
-    given = [name for name in ("gpu_memory", "cpu_share") if getattr(experts, f"experts_{name}") != "auto"]
-    given += ["lora_device"] if experts.experts_lora_device == "cuda" else []
-    given += ["gpu"] if named == "cuda" else []
-    if given and not gpus:
-        raise UserError(
-            f"--experts_{given[0]} is for a GPU, and PyTorch {torch.__version__} finds none (a plan is made "
-            "for one by --plan_gpu)"
-        )
-    if named == "cuda" and int(number or 0) >= gpus:
-        raise UserError(f"--experts_gpu {experts.experts_gpu}: there are {gpus} GPUs")
+def _long(word: str) -> str:
+    """A word of the command line with the whole name of its option."""
+    name, equals, value = word.partition("=")
+    known = _SHORT.get(name[2:].replace("_", "-")) if name.startswith("--") else None
+    return word if known is None else f"--{known}{equals}{value}"
 
 
 def _quieten() -> None:
     """No messages of other libraries that say nothing to the user, and bars on terminals alone."""
-    # Checkpoints less than a second apart are told apart by their step numbers instead, which is as good.
-    logging.getLogger("transformers.trainer_utils").addFilter(_is_news)
+    for name in ("trainer_utils", "tokenization_utils_base"):  # checkpoints of one second, and long documents
+        logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
         datasets.utils.logging.disable_progress_bar()
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("mtime may not be reliable")

@@ -14,12 +14,13 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import TrainerCallback, TrainerState
 
+from kt_moe.cli.data import cut_rows, losses_by_length
 from kt_moe.cli.errors import UserError
-from kt_moe.cli.output import finished
 
 if TYPE_CHECKING:
     from kt_moe.cli.job import Job
@@ -36,7 +37,7 @@ def extended(base: type, job: Job) -> type:
 
     - write their adapter whole or not at all, after `Job.report`;
     - stop at a loss that is no number, and say at which step and in which layer it came up;
-    - count documents that the length cuts or drops (SFT);
+    - cut long texts into rows, or count documents that the length cuts or drops (SFT);
     - log tokens a second and peak memory;
     - end after a step, with a checkpoint, when a signal says so.
     """
@@ -49,15 +50,17 @@ def extended(base: type, job: Job) -> type:
             job.built(self)
 
         def _prepare_dataset(self, dataset: Any, tokenizer: Any, args: Any, *more: Any, **named: Any) -> Any:
-            if job.command != "sft" or not hasattr(dataset, "with_format") or len(more) != 3 or named:
+            if job.options.command != "sft" or len(more) != 3 or named or args.max_length is None:
                 return super()._prepare_dataset(dataset, tokenizer, args, *more, **named)
             packing, formatting, name = more
-            untruncated = copy.copy(args)
+            long, untruncated = job.options.run.long_text, copy.copy(args)
             untruncated.max_length, untruncated.shuffle_dataset = None, False
             whole = super()._prepare_dataset(dataset, tokenizer, untruncated, False, formatting, name)
-            cuts = args.max_length is not None and (not packing or args.packing_strategy == "bfd")
-            if cuts and (said := losses_by_length(whole, args.max_length, args.truncation_mode, packing)):
-                job.say(f"{name:<9} {said}")
+            if long == "cut" and args.dataset_text_field in (dataset.column_names or next(iter(dataset))):
+                whole = cut_rows(whole, args.max_length)
+            elif isinstance(whole, Dataset) and (not packing or args.packing_strategy == "bfd"):
+                said = losses_by_length(whole, args.max_length, args.truncation_mode)
+                job.say(f"{name:<9} {len(dataset):,} documents{said}")
             return super()._prepare_dataset(whole, tokenizer, args, packing, None, name)
 
         def train(self, *args: Any, resume_from_checkpoint: Any = None, **options: Any) -> Any:
@@ -93,37 +96,38 @@ def extended(base: type, job: Job) -> type:
     return Trainer
 
 
+def finished(checkpoint: Path) -> bool:
+    """Whether a checkpoint is a run's last step."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return bool(state.global_step >= state.max_steps)
+
+
 class Clock(TrainerCallback):  # type: ignore[misc]
     """Adds peak memory to logs, and tokens a second of the training steps since the last log.
 
     Attributes:
-        tokens, seconds: of all training steps of this process; evaluation and saving are not in it.
+        rate: tokens a second of all training steps of this process; None before the first log with tokens.
     """
 
     def __init__(self) -> None:
-        self.tokens = self.seconds = self._began = 0.0
+        self.rate: float | None = None
+        self._seconds = self._began = 0.0
         self._before = (0.0, 0.0)
-
-    @property
-    def rate(self) -> float | None:
-        """Tokens a second; None where nothing was trained or the trainer counts no tokens."""
-        return self.tokens / self.seconds if self.seconds and self.tokens else None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds += time.perf_counter() - self._began
+        self._seconds += time.perf_counter() - self._began
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         if "loss" not in logs:
             return
         more = {f"peak_{where}_gib": round(size / 2**30, 2) for where, size in peak_memory().items()}
-        self.tokens = float(logs.get("num_tokens", 0.0))
-        tokens, seconds = self.tokens - self._before[0], self.seconds - self._before[1]
-        if tokens > 0 and seconds > 0:
-            more["tokens_per_second"] = round(tokens / seconds, 1)
-        self._before = self.tokens, self.seconds
+        tokens, before = float(logs.get("num_tokens", 0.0)), self._before
+        if tokens > before[0] and self._seconds > before[1]:
+            more["tokens_per_second"] = round((tokens - before[0]) / (self._seconds - before[1]), 1)
+            self.rate, self._before = tokens / self._seconds, (tokens, self._seconds)
         for entry in (logs, state.log_history[-1]):
             entry.update(more)
 
@@ -158,40 +162,12 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
         tqdm.write("stopping after this step, with a checkpoint; once more stops at once", file=sys.stderr)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if _any_process(self.requested, args.device) and state.global_step < state.max_steps:
+        stop = torch.tensor(self.requested)
+        if torch.distributed.is_initialized():  # all processes have to stop after the same step
+            stop = stop.to(args.device)
+            torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX)
+        if stop and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
-
-
-def _any_process(number: int, device: torch.device) -> bool:
-    """Whether a number is not 0 in some process: all have to stop after the same step."""
-    if not torch.distributed.is_initialized():
-        return number != 0
-    found = torch.tensor(number, device=device)
-    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    return bool(found)
-
-
-def losses_by_length(rows: Any, length: int, mode: str, packing: bool = False) -> str:
-    """What `length` takes away from rows with "input_ids" and "labels", for people; empty: nothing.
-
-    mode: "keep_start" or "keep_end", as TRL's truncation_mode.
-    """
-    kept = slice(None, length) if mode == "keep_start" else slice(-length, None)
-    longer = dropped = lost = tokens = 0
-    for row in rows.select_columns(["input_ids", "labels"]):
-        size = len(row["input_ids"])
-        tokens += size
-        if size > length:
-            longer += 1
-            lost += size - length
-            dropped += all(label == -100 for label in row["labels"][kept])
-    if not longer:
-        return ""
-    said = f"{longer:,} of {len(rows):,} documents are longer than {length} tokens and "
-    said += f"lose {lost:,} of {tokens:,} tokens"
-    if dropped and not packing:
-        said += f"; of {dropped:,} nothing is left to learn, they are dropped"
-    return said + " (--long_text cut, or --packing --packing_strategy bfd_split, keeps all of a text)"
 
 
 def first_bad(model: nn.Module, inputs: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 from torch.nn import functional
 
 from kt_moe import Runtime
-from kt_moe.cli import finetune, train
 from kt_moe.cli.described import blamed_on, read_config
 from kt_moe.cli.errors import UserError
 from kt_moe.cli.plan.memory import Part, make_plan
@@ -21,43 +19,26 @@ from kt_moe.cli.plan.ranks import Job, Mode, describe_modes, modes_of
 from kt_moe.cli.plan.report import add_up, describe
 from kt_moe.cli.plan.speed import speed_of
 from kt_moe.cli.plan.weights import weights_part
+from kt_moe.cli.train import Options
 from kt_moe.gpu import parse_bytes
 from kt_moe.gpu.predict import CARDS
 from kt_moe.host_memory import free_memory, resident
 
-_SHORT = {"json": "plan_json", "no-measure": "no_plan_measure", "rates": "experts_gpu_rates"}
-_SHORT |= {name: f"plan_{name}" for name in ("hosts", "ranks", "network")}
-_ABOUT = "kt-moe plan MODEL ...: the model comes first, or anywhere as --model MODEL."
 
-
-def run(command: str, argv: Sequence[str]) -> int:
-    """`kt-moe plan MODEL ...`: the plan of `kt-moe finetune --model MODEL ...`, without data or output.
-
-    Raises:
-        UserError: bad input, named in one line.
-    """
-    words = list(argv)
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--model")
-    with train.short_names({**finetune.ALIASES, **_SHORT}, argv):
-        return dry_run(finetune.parse(words, command, _SHORT, _ABOUT))
-
-
-def dry_run(options: train.Options) -> int:
+def dry_run(options: Options) -> int:
     """Print the plan of a run; 0 if it fits, 1 if not.
 
     Raises:
         UserError: no such model, an architecture that the core cannot compute, or wrong options.
     """
     asked, experts, name = options.plan, options.experts, options.model.model_name_or_path
-    if not name:
-        raise UserError("--model_name_or_path is missing: a directory, a config.json, or a name on the hub")
     trusted = {"trust_remote_code": options.training.trust_remote_code}
     config = read_config(name, revision=options.model.model_revision, **trusted)
     try:
-        replace(experts, experts_gpu_rates=None).to_config()  # refuses what a run would
+        made = replace(experts, experts_gpu_rates=None).to_config()  # refuses what a run would
+        if asked.plan_gpu is None:
+            made.warn_without_gpu()
         wanted = Run.from_options(options)
-        train.check_experts(options)
         experts.rates()
         runtime = Runtime(experts.experts_threads)
         # The run will not be beside this process.
