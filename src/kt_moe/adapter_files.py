@@ -36,6 +36,7 @@ _CONFIG = "kt_moe_config"
 _NOT_COMPARED = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type",
 }  # fmt: skip
+_KT_KERNEL = "fused_expert_lora.safetensors"  # where kt-kernel keeps LoRA of routed experts
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _WRITERS_SECONDS = 1.0  # that a writer may take between the two files
 
@@ -78,8 +79,9 @@ def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
 
     Raises:
         FileNotFoundError: no adapter in the directory.
-        ValueError: no LoRA adapter, files that do not belong together, numbers or tensors that no adapter has
-            (NaN, infinite, integers, complex, without dimensions, one of a pair); names them.
+        ValueError: no LoRA adapter, files that do not belong together, LoRA of experts in kt-kernel's file,
+            numbers or tensors that no adapter has (NaN, infinite, integers, complex, without dimensions, one
+            of a pair); names them.
     """
     if not (directory / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"no {CONFIG_NAME} in {directory}")
@@ -103,6 +105,12 @@ def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
                 "changed; save the adapter again"
             )
         time.sleep(0.01)
+    if saved_with is None and (directory / _KT_KERNEL).is_file():
+        raise ValueError(
+            f"the adapter in {directory} has LoRA of experts in {_KT_KERNEL}, which kt-kernel alone reads: "
+            f"python -m kt_kernel.sft.convert_kt_to_sglang_adapter {directory} OUTPUT "
+            "--base-model-name-or-path MODEL writes an adapter with all of it"
+        )
     _check_options(directory, options)
     _check_tensors(directory, tensors)
     _check_ranks(directory, options, tensors)
@@ -140,12 +148,28 @@ def scratch(directory: Path, name: str) -> Iterator[Path]:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
-    """Write a safetensors file that others may read. OSError where it cannot be written."""
+    """Write a safetensors file that others may read, the same bytes for the same tensors.
+
+    OSError where it cannot be written.
+    """
     try:
         safetensors.torch.save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:  # what it makes of a full disk
         raise OSError(f"cannot write {path}: {error}") from error
+    if metadata is not None and len(metadata) > 1:
+        _sort_metadata(path)
     path.chmod(0o644)  # safetensors makes files that only their owner reads; servers run as others
+
+
+def _sort_metadata(path: Path) -> None:
+    """Metadata in the order of their names: safetensors writes them in another order each time."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ For expert e with routed tokens X (Hu et al. 2021 for LoRA, Shazeer 2020 for the
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ class Lora:
 
     def __post_init__(self) -> None:
         try:
+            if isinstance(self.scaling, str):
+                raise TypeError
             count = len(self.scalings)
         except (TypeError, ValueError):
             raise TypeError(f"scaling is {self.scaling!r}, wanted a number, or three") from None
@@ -61,6 +64,8 @@ class Lora:
             raise ValueError(f"dropout is {self.dropout}, wanted a probability in [0, 1)")
         if count != len(PROJECTIONS):
             raise ValueError(f"scaling has {count} numbers, wanted one, or one each for {PROJECTIONS}")
+        if not all(map(math.isfinite, self.scalings)):
+            raise ValueError(f"scaling is {self.scaling!r}, wanted finite numbers")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}, wanted an integer in [0, 2**63)")
 
@@ -290,12 +295,17 @@ def check_inputs(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) 
         check_tensor(name, tensor)
     if hidden_states.dtype not in _FLOATS:
         raise ValueError(f"hidden_states is {hidden_states.dtype}, wanted bfloat16, float16 or float32")
+    if hidden_states.dim() != 2:
+        shape = list(hidden_states.shape)
+        raise ValueError(f"hidden_states has shape {shape}, wanted 2 dimensions: [T, H], a row a token")
     if not topk_weights.is_floating_point():
         raise ValueError(f"topk_weights is {topk_weights.dtype}, wanted a floating-point dtype")
 
 
 def check_lora_names(lora_params: Mapping[str, Tensor | None]) -> None:
-    """ValueError for keys that are no LoRA tensor's name."""
+    """TypeError for what is no mapping, ValueError for keys that are no LoRA tensor's name."""
+    if not isinstance(lora_params, Mapping):
+        raise TypeError(f"lora_params is a {type(lora_params).__name__}, wanted tensors by name")
     if unknown := lora_params.keys() - set(LORA_NAMES):
         names = list(LORA_NAMES)
         raise ValueError(f"lora_params has the unknown keys {sorted(unknown)}, wanted some of {names}")
@@ -353,7 +363,7 @@ def moe(
 
     The other arguments, the result and the errors are those of `MoEFunction.apply`.
     """
-    params = dict(lora_params or {})
+    params = {} if lora_params is None else lora_params
     check_lora_names(params)
     lora = Lora(scaling, dropout, seed)
     out: Tensor = MoEFunction.apply(hidden_states, topk_ids, topk_weights, experts, lora, **params)

@@ -217,6 +217,18 @@ def test_a_process_killed_between_the_files(
     assert read_adapter(adapter)[0].lora_alpha == 16
 
 
+def test_lora_that_kt_kernel_keeps_apart_is_not_lost(checkpoint: Path, model: Any, tmp_path: Path) -> None:
+    adapter = tmp_path / "a"
+    kt_moe.save_adapter(with_lora(checkpoint, ["q_proj"]), adapter)
+    _, tensors = read_adapter(adapter)
+    safetensors.torch.save_file(tensors, adapter / WEIGHTS)  # as PEFT writes it
+    fused = adapter / "fused_expert_lora.safetensors"
+    safetensors.torch.save_file({"layers.0.experts.up_lora_a": torch.zeros(4, 2, 8)}, fused)
+    refused(checkpoint, adapter, f"LoRA of experts in {fused.name}.*convert_kt_to_sglang_adapter", model)
+    kt_moe.save_adapter(with_lora(checkpoint, ["q_proj"]), adapter)  # the other file is an old one now
+    assert read_adapter(adapter)[1].keys() == tensors.keys()
+
+
 def test_a_changed_base_model_is_no_other_config(checkpoint: Path, tmp_path: Path) -> None:
     kt_moe.save_adapter(with_lora(checkpoint), tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())

@@ -193,6 +193,15 @@ def test_no_adapter(checkpoint: Path, tmp_path: Path) -> None:
         kt_moe.merge_adapter(checkpoint, tmp_path, tmp_path / "out")
 
 
+def test_an_adapter_has_the_same_bytes_each_time(checkpoint: Path, tmp_path: Path) -> None:
+    model = with_lora(checkpoint)
+    written = set()
+    for n in range(12):
+        kt_moe.save_adapter(model, tmp_path / str(n))
+        written.add((tmp_path / str(n) / WEIGHTS).read_bytes())
+    assert len(written) == 1
+
+
 def half_written(tensors: Any, path: Path, **_: Any) -> None:
     Path(path).write_bytes(b"half")
     raise OSError(28, "No space left on device")

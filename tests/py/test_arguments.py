@@ -51,7 +51,7 @@ CASES = [
     ),
     ("hidden_states", lambda t: t.long(), r"hidden_states is torch\.int64"),
     ("hidden_states", lambda t: t[:, :15], r"hidden_states has shape \[5, 15\], wanted \[T, 16\]"),
-    ("hidden_states", lambda t: t[None], r"hidden_states has shape \[1, 5, 16\], wanted 2 dimensions"),
+    ("hidden_states", lambda t: t[None], r"hidden_states has shape \[1, 5, 16\], wanted 2 dim.*: \[T, H\]"),
     ("topk_ids", lambda t: t[:4], r"topk_ids has shape \[4, 2\], wanted \[5, K\]"),
     ("topk_ids", lambda t: t.float(), r"topk_ids is torch\.float32, wanted int64 or int32"),
     ("topk_ids", lambda t: t + 3, r"topk_ids\[0, \d\] is \d, wanted an expert in \[0, 3\) or 3 for no route"),
@@ -109,13 +109,17 @@ def test_moe_keywords(good):
     args = [good[k] for k in ("hidden_states", "topk_ids", "topk_weights", "experts")]
     with pytest.raises(ValueError, match=r"lora_params has the unknown keys \['gate'\]"):
         kt_moe.moe(*args, {"gate": None})
+    with pytest.raises(TypeError, match="lora_params is a list, wanted tensors by name"):
+        kt_moe.moe(*args, [good["gate_lora_a"], good["gate_lora_b"]])
+    with pytest.raises(ValueError, match="scaling is nan, wanted finite numbers"):
+        kt_moe.moe(*args, scaling=float("nan"))
     with pytest.raises(ValueError, match="scaling has 2 numbers"):
         kt_moe.moe(*args, scaling=(1.0, 2.0))
     with pytest.raises(ValueError, match=r"dropout is -0\.1"):
         kt_moe.moe(*args, dropout=-0.1)
     with pytest.raises(ValueError, match="seed is -1"):
         kt_moe.moe(*args, seed=-1)
-    for keywords in ({"scaling": "x"}, {"scaling": None}, {"dropout": "0.1"}, {"seed": 1.5}):
+    for keywords in ({"scaling": "2"}, {"scaling": None}, {"dropout": "0.1"}, {"seed": 1.5}):
         with pytest.raises(TypeError, match=rf"{next(iter(keywords))} is .*, wanted a"):
             kt_moe.moe(*args, **keywords)
 

@@ -37,6 +37,8 @@ def options(settings: dict) -> dict:
         ({"kt_backend": "AMXINT8"}, {"format": "int8"}),
         ({"kt_backend": "AMXINT4"}, {"format": "int4"}),
         ({"kt_backend": "AMXBF16", "kt_expert_weight_format": "bf16"}, {}),
+        ({"kt_backend": "AMXINT4_KGroup"}, {}),
+        ({"kt_backend": "AMXFP8", "kt_expert_weight_format": "fp8"}, {}),
         ({"kt_weight_lifecycle": "ephemeral"}, {"paged": True}),
         ({"kt_activation_policy": {"cpu": "recompute", "gpu": "recompute"}}, {"recompute": True}),
         ({"kt_activation_policy": {"cpu": "retain", "gpu": "retain"}}, {}),
@@ -76,6 +78,8 @@ def test_lora():
 def test_what_is_not_needed_is_said():
     found = KTConfig.from_dict({"kt_max_cache_depth": 2, "kt_share_backward_bb": True})
     assert set(found.not_needed) == {"kt_max_cache_depth", "kt_share_backward_bb"}
+    found = KTConfig.from_dict({"kt_use_lora_experts": False, "kt_lora_expert_num": 2})
+    assert set(found.not_needed) == {"kt_lora_expert_num"}
 
 
 @pytest.mark.parametrize(
@@ -90,6 +94,12 @@ def test_what_is_not_needed_is_said():
         ({"kt_num_threads": 8, "threads": 4}, "threads is 4, and threads is 8 already"),
         ({"kt_backend": "AMXINT8", "kt_expert_weight_format": "bf16"}, "format is 'int8' already"),
         ({"kt_backend": "CUDA"}, "kt_backend is 'CUDA', wanted one of auto"),
+        ({"kt_backend": "AMXINT8_SkipLoRA"}, "kt_backend is 'AMXINT8_SkipLoRA', wanted amxint8: LoRA is on"),
+        ({"use_kt": True, "lora_rank": 8}, "use_kt is an option of LLaMA-Factory, wanted kt-kernel's"),
+        (
+            {"kt_use_lora_experts": True, "kt_lora_expert_num": 2},
+            "experts is True, has no counter",
+        ),
         ({"kt_tp_enabled": "maybe"}, "kt_tp_enabled is 'maybe', wanted true or false"),
         ({"kt_weight_path": "/experts"}, "kt_weight_path is '/experts', has no counterpart"),
         ({"kt_num_gpu_experts": 4}, "gpu_memory says how much"),

@@ -23,7 +23,8 @@ _NOT_OURS = "config is a KTConfig, which also has LoRA's settings: give its .exp
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 _BACKENDS = {
     "auto": "as-stored", "amxbf16": "as-stored", "bf16": "as-stored", "fp8": "as-stored",
-    "rawint4": "as-stored", "mxfp4": "as-stored", "amxint8": "int8", "int8": "int8", "amxint4": "int4",
+    "amxfp8": "as-stored", "rawint4": "as-stored", "amxint4_kgroup": "as-stored", "mxfp4": "as-stored",
+    "amxint8": "int8", "int8": "int8", "amxint4": "int4",
 }  # fmt: skip
 
 
@@ -83,6 +84,11 @@ class KTConfig:
         if not isinstance(settings, Mapping):
             raise TypeError(f"settings is a {type(settings).__name__}, wanted a mapping")
         nested = settings.get("kt_config")
+        if nested is None and "use_kt" in settings:
+            raise ValueError(
+                "use_kt is an option of LLaMA-Factory, wanted kt-kernel's settings, which are kt_config "
+                "in the file for accelerate launch --config_file"
+            )
         if nested is not None and not isinstance(nested, Mapping):
             raise ValueError(f"kt_config is {nested!r}, wanted names and values")
         given = {k: v for k, v in (settings if nested is None else nested).items() if v is not None}
@@ -226,8 +232,6 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "kt_train_mode": ("lora", "wanted \"lora\": kt_moe's experts are frozen"),
     "kt_full_weight_grad": ("false", "wanted false: kt_moe's experts are frozen"),
     "kt_use_lora_experts": ("false", "has no counterpart: kt_moe adds no experts of its own"),
-    "kt_lora_expert_num": ("", "has no counterpart: kt_moe adds no experts of its own"),
-    "kt_lora_expert_intermediate_size": ("", "has no counterpart: kt_moe adds no experts of its own"),
     "kt_wrap_fn": ("", "has no counterpart: see kt_moe.wrap"),
     "kt_wrap_kwargs": ({}, "has no counterpart: see kt_moe.wrap"),
 }  # fmt: skip
@@ -238,6 +242,8 @@ _NOT_NEEDED = {
     "kt_share_cache_pool": "what backward needs is kept by autograd",
     "kt_force_fused_expert_lora": "LoRA is always computed with the experts",
     "kt_skip_expert_loading": "torch never loads the experts",
+    "kt_lora_expert_num": "kt-kernel heeds it with kt_use_lora_experts alone",
+    "kt_lora_expert_intermediate_size": "kt-kernel heeds it with kt_use_lora_experts alone",
     "kt_checkpoint_files": "transformers hands them over",
     "kt_sharded_metadata": "the index is read from the files",
     "kt_omp_num_threads": "kt_moe has threads of its own; OMP_NUM_THREADS sets torch's",
@@ -268,7 +274,12 @@ def _option(name: str, value: Any) -> dict[str, Any]:
     if name == "kt_threadpool_count":
         return {"shards": _number(name, value)}
     if name in ("kt_backend", "kt_expert_weight_format"):
-        if (backend := str(value).strip().lower()) not in _BACKENDS:
+        backend = str(value).strip().lower()
+        if (plain := backend.removesuffix("_skiplora")) != backend and plain in _BACKENDS:
+            raise ValueError(
+                f"{name} is {value!r}, wanted {plain}: LoRA is on experts only where target_modules has them"
+            )
+        if backend not in _BACKENDS:
             raise ValueError(f"{name} is {value!r}, wanted one of {', '.join(_BACKENDS)}")
         return {"format": _BACKENDS[backend]}
     if name == "kt_weight_lifecycle":
