@@ -113,6 +113,14 @@ class KTConfig:
                 for option, setting in _option(name, value).items():
                     if options.setdefault(option, setting) != setting:
                         raise ValueError(f"{name} is {value!r}, and {option} is {options[option]!r} already")
+        made = options.get("format", "as-stored")
+        if given.get("kt_weight_lifecycle") == "ephemeral" and made != "as-stored":
+            if options.get("cache_dir") is None:
+                raise ValueError(
+                    f"kt_weight_lifecycle is 'ephemeral', wanted cache_dir beside it: {made} experts stay in "
+                    "files of their own, which kt_moe packs there"
+                )
+            options["paged"] = False
         return cls(KtMoeConfig(**options), lora, reasons)
 
     @classmethod
