@@ -109,7 +109,7 @@ def test_what_is_not_needed_is_said():
         ({"kt_num_gpu_experts": 4}, "gpu_memory says how much"),
         ({"kt_train_mode": "full"}, "kt_train_mode is 'full', wanted \"lora\""),
         ({"kt_full_weight_grad": True}, "experts are frozen"),
-        ({"kt_backend": "INT8", "kt_weight_lifecycle": "ephemeral"}, "'ephemeral', wanted cache_dir beside it"),
+        ({"kt_backend": "INT8", "kt_weight_lifecycle": "ephemeral"}, "wanted cache_dir beside it"),
         ({"kt_weight_lifecycle": "short"}, "wanted persistent or ephemeral"),
         ({"kt_activation_policy": {}}, 'wanted "cpu", "gpu" or both'),
         ({"kt_activation_policy": {"cpu": "retain", "tpu": "retain"}}, 'wanted "cpu", "gpu" or both'),
