@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,10 +130,13 @@ def test_a_plan_for_a_gpu_that_is_not_here(config: Path, capsys: pytest.CaptureF
     assert plan(config, "--gpu-memory", "36864B", *more) == 0
     text = capsys.readouterr().out
     assert "speed of the experts, predicted, with 36.00 KiB of them on the GPU" in text
-    assert "  given: link 1 GB/s, CPU 2 TFLOP/s, 4 ms a layer for all but experts\n" in text
-    assert "  assumed, an H200 on PCIe 5 and 16 vCPUs with AMX: GPU 330 TFLOP/s, GPU memory 2600 GB/s" in text
+    assert "  given: link=1e+09, cpu_flops=2e+12, rest_seconds=0.004\n" in text
+    assert "  assumed, an H200 on PCIe 5 and 16 vCPUs with AMX: gpu_flops=3.3e+14, gpu_bytes=2.6e+12" in text
+    assert "; loss and optimizer come on top" in text
     assert plan(config, "--plan_gpu", "24GiB") == 0
-    assert "CPU memory 69 GB/s\n" in capsys.readouterr().out  # and no rest, of which nothing is known
+    text = capsys.readouterr().out
+    assert "cpu_bytes=6.9e+10\n" in text  # and no rest, of which nothing is known
+    assert "; attention and all else come on top" in text
     assert "\n  even " in text
     assert "\n  skewed " in text
     assert max(map(len, text.splitlines())) <= 160
@@ -172,7 +176,9 @@ def test_a_plan_without_a_gpu(config: Path, capsys: pytest.CaptureFixture[str]) 
         assert {one["gpu_experts"] for one in found["predictions"]} == {0}
     assert plan(config, "--rates", "link=1e9,cpu_flops=1e12") == 0
     text = capsys.readouterr().out
-    assert "predicted: experts on the CPU alone, attention and all else come on top\n  given: CPU 1 T" in text
+    assert "speed of the experts, predicted, on the CPU alone\n" in text
+    assert "\n  given: cpu_flops=1e+12\n" in text
+    assert re.search(r"\n  even +0 experts +8 experts .* CPU +[\d,.]+ tokens/s\n", text)
 
 
 @pytest.mark.parametrize(

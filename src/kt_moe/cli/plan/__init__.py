@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -12,16 +13,15 @@ from torch.nn import functional
 from kt_moe import Runtime
 from kt_moe.cli.described import blamed_on, read_config
 from kt_moe.cli.errors import UserError
-from kt_moe.cli.plan.memory import Part, make_plan
+from kt_moe.cli.plan.memory import Part, make_plan, weights_on_gpu, weights_part
 from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.outline import Outline, outline
-from kt_moe.cli.plan.ranks import Job, Mode, describe_modes, modes_of
-from kt_moe.cli.plan.report import add_up, describe
-from kt_moe.cli.plan.speed import speed_of
-from kt_moe.cli.plan.weights import weights_part
+from kt_moe.cli.plan.ranks import modes_of
+from kt_moe.cli.plan.report import describe
+from kt_moe.cli.plan.speed import rates_of, step_of
 from kt_moe.cli.train import Options
 from kt_moe.gpu import parse_bytes
-from kt_moe.gpu.predict import CARDS
+from kt_moe.gpu.predict import CARDS, ROUTINGS
 from kt_moe.host_memory import free_memory, resident
 
 
@@ -45,7 +45,10 @@ def dry_run(options: Options) -> int:
         free = free_memory() + resident("RssAnon")
         if asked.plan_host_memory is not None:
             free = parse_bytes("--plan_host_memory", asked.plan_host_memory)
-        job = Job(asked.plan_hosts, asked.plan_ranks, asked.plan_network * 1e9)
+        job = {"hosts": asked.plan_hosts, "ranks": asked.plan_ranks, "network": asked.plan_network * 1e9}
+        for name_of, value in job.items():
+            if not value > 0:
+                raise ValueError(f"--plan_{name_of} is {value:g}, wanted a positive number")
         gpu_free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
         if asked.plan_gpu in CARDS:
             gpu_free = CARDS[asked.plan_gpu][0] << 30
@@ -54,36 +57,43 @@ def dry_run(options: Options) -> int:
     except ValueError as error:
         names = f"; or one of {', '.join(CARDS)}" if "--plan_gpu" in str(error) else ""
         raise UserError(f"{error}{names}") from error
-    process = Part("process", process_bytes(), "measured", "Python, PyTorch and other libraries")
+    process = Part("process", process_bytes(), "measured: Python, PyTorch and other libraries")
     with blamed_on(name):
         model = outline(config, wanted, **trusted)
         weights, format = weights_part(Path(name), config, model, wanted.format)
 
     def plan(of: Outline, experts: Part) -> tuple[list[Part], list[Part]]:
-        threads = max(1, runtime.threads // job.ranks)
-        return make_plan(of, wanted, experts, process, threads, gpu_free)
+        return make_plan(of, wanted, experts, process, max(1, runtime.threads // asked.plan_ranks), gpu_free)
 
-    host, on_gpu = plan(model, weights)
-    memories = {"host memory": add_up(host, free)}
-    if gpu_free is not None:
-        memories["GPU memory"] = add_up(on_gpu, gpu_free)
-    speed = speed_of(options, model, wanted, format, weights.nbytes, runtime, gpu_free)
-    fits = all(memory["spare"] >= 0 for memory in memories.values())
-    modes: list[Mode] = []
-    if job.size > 1:
-        share = str(experts.experts_cpu_share)
-        modes = modes_of(job, model, wanted, format, weights, speed.rates, plan, share, free, gpu_free)
-        fits = any(mode.fits for mode in modes)
-    if asked.plan_json:
-        said = {"model": asdict(model), "run": asdict(wanted), "speed": asdict(speed), "fits": fits}
-        said |= {"host": memories["host memory"], "gpu": memories.get("GPU memory")}
-        said |= {"job": asdict(job), "modes": [asdict(mode) for mode in modes]}
-        print(json.dumps(said, indent=2))
-    else:
-        print(describe(model, wanted, memories, speed))
-        if modes:
-            print("", describe_modes(job, modes), sep="\n")
-    return 0 if fits else 1
+    host, gpu = plan(model, weights)
+    rates, sources = rates_of(options, model.layers[0], format, runtime)
+    try:
+        steps = [step_of(model, wanted, format, weights, rates, gpu_free, routing) for routing in ROUTINGS]
+    except ValueError as error:
+        raise UserError(f"--experts_gpu_memory: {error}") from error
+    memory = weights_on_gpu(model, wanted, weights.nbytes, gpu_free)
+    speed = {"memory": memory, "rates": asdict(rates), "sources": sources}
+    found: dict[str, Any] = {
+        "model": asdict(model),
+        "run": asdict(wanted),
+        "host": _add_up(host, free),
+        "gpu": None if gpu_free is None else _add_up(gpu, gpu_free),
+        "speed": {**speed, "predictions": [{**asdict(step), "bound": step.bound} for step in steps]},
+        "job": job,
+        "modes": [],
+    }
+    found["fits"] = all(found[place]["spare"] >= 0 for place in ("host", "gpu") if found[place])
+    if asked.plan_hosts * asked.plan_ranks > 1:
+        found["modes"] = modes_of(job, model, wanted, format, weights, rates, plan, free, gpu_free)
+        found["fits"] = any(mode["fits"] for mode in found["modes"])
+    print(json.dumps(found, indent=2) if asked.plan_json else describe(found))
+    return 0 if found["fits"] else 1
+
+
+def _add_up(parts: list[Part], available: int) -> dict[str, Any]:
+    """What of the run lies in a memory, and what it leaves there; "spare" is negative if it does not fit."""
+    nbytes, listed = sum(part.nbytes for part in parts), [asdict(part) for part in parts]
+    return {"parts": listed, "nbytes": nbytes, "available": available, "spare": available - nbytes}
 
 
 def process_bytes() -> int:

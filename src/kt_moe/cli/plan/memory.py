@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from dataclasses import dataclass, replace
 from operator import add
+from pathlib import Path
+from typing import Any
 
+from kt_moe import Checkpoint
 from kt_moe.architectures import ExpertModule
+from kt_moe.checkpoint import LayerInfo
+from kt_moe.cli.errors import UserError
 from kt_moe.cli.formats import QUANTISED, bias_bytes, projection_bytes
 from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.outline import Outline
@@ -24,25 +31,55 @@ _ENGINE_BYTES = 1 << 30  # of the GPU, the most that computing experts there tak
 
 @dataclass(frozen=True)
 class Part:
-    """One line of the plan.
-
-    source: "computed" from shapes, "measured" on this machine, or "estimated" under the assumption in `note`.
-    """
+    """One line of the plan, computed from shapes unless `note` says that it is measured or estimated."""
 
     name: str
     nbytes: int
-    source: str = "computed"
     note: str = ""
 
 
-def weights_bytes(layer: ExpertModule, format: str) -> int:
-    """Of a layer's experts, quantised to a format on loading, and their biases."""
-    return sum(projection_bytes(QUANTISED[format], *shape_of(layer)).values()) + biases_bytes(layer)
+def weights_part(path: Path, config: Any, model: Outline, format: str | None) -> tuple[Part, str]:
+    """The experts' line of the plan, and the format of most layers.
+
+    format: None means as the directory's files have them; where there are none, as the config says.
+
+    Raises:
+        UserError: files that cannot be read, or that lack a layer.
+    """
+    if not (path.is_dir() and any(path.glob("*.safetensors"))):
+        chosen, doubt = (format, "") if format else stored_format(config)
+        note = f"{chosen}{doubt}, of the config's shapes: there are no weights here"
+        return Part("expert weights", sum(weights_bytes(x, chosen) for x in model.layers), note), chosen
+    try:
+        checkpoint = Checkpoint(path)
+        stored = [checkpoint.layer(layer.number) for layer in model.layers]
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+    pairs = zip(model.layers, stored, strict=True)
+    size = sum(weights_bytes(layer, format or info.format, info) for layer, info in pairs)
+    chosen = format or stored[0].format
+    return Part("expert weights", size, chosen), chosen
 
 
-def biases_bytes(layer: ExpertModule) -> int:
-    """Of a layer's experts; 0 where they have none."""
-    return bias_bytes(*shape_of(layer)) if layer.has_bias else 0
+def stored_format(config: Any) -> tuple[str, str]:
+    """In which format a model's experts come by its quantization_config, and a remark if that is assumed."""
+    said = getattr(config, "quantization_config", None) or {}
+    method = said.get("quant_method", "bf16")
+    if method in ("bf16", "fp8", "mxfp4"):
+        return method, ""
+    if method not in ("gptq", "awq", "compressed-tensors", "modelopt"):
+        return "bf16", f" (assumed: {method} is unknown)"
+    eight = re.search(r'bits?": 8|"FP8"', json.dumps(said))
+    return "int8" if eight else "int4", f" (assumed of {method})"
+
+
+def weights_bytes(layer: ExpertModule, format: str, stored: LayerInfo | None = None) -> int:
+    """Of a layer's experts and their biases: as they are stored, or quantised to a format on loading."""
+    if stored is not None and stored.format == format:
+        size = sum(stored.memory_bytes.values())
+    else:
+        size = sum(projection_bytes(QUANTISED[format], *shape_of(layer)).values())
+    return size + (bias_bytes(*shape_of(layer)) if layer.has_bias else 0)
 
 
 def shape_of(layer: ExpertModule) -> tuple[int, int, int, bool]:
@@ -61,11 +98,6 @@ def lora_numbers(layer: ExpertModule, run: Run) -> int:
     return ranks(layer, run) * ((1 if run.shared_outer else experts) * hidden + experts * intermediate)
 
 
-def optimizer_bytes(numbers: int, optimizer: str) -> int:
-    """State of the optimizer for so many parameters."""
-    return int(numbers * _STATE[optimizer])
-
-
 def saved_bytes(layer: ExpertModule, run: Run, topk: int) -> int:
     """G, U and the P of each LoRA pair, bf16, of every route of a layer."""
     inner = (2 if layer.gated else 1) * layer.intermediate_size
@@ -78,29 +110,29 @@ def result_bytes(layer: ExpertModule, run: Run) -> int:
 
 
 def scratch_bytes(layer: ExpertModule, run: Run, topk: int, threads: int) -> int:
-    """Of a backward call: h, dG, dU, packed dG, dU; low-rank products; a block of tokens a thread."""
+    """Of a call: h, dG, dU, packed dG, dU; low-rank products; a block of tokens a thread; X, Y, dX and dY."""
     of_route = (10 if layer.gated else 6) * layer.intermediate_size + 4 * ranks(layer, run) + _ROUTE_BYTES
-    return run.tokens * topk * of_route + threads * (_BLOCK_ROWS * layer.hidden_size * 2 + _CACHE_PART)
+    blocks = threads * (_BLOCK_ROWS * layer.hidden_size * 2 + _CACHE_PART)
+    return run.tokens * topk * of_route + blocks + 4 * result_bytes(layer, run)
 
 
-def weights_on_gpu(weights: int, wanted: int | str, free: int) -> int:
+def weights_on_gpu(model: Outline, run: Run, weights: int, gpu: int | None) -> int:
     """Of expert weights on a GPU with so many bytes free, as `kt_moe.Gpu` takes them for its `memory`."""
-    return auto_memory(weights, max(free, 0)) if isinstance(wanted, str) else min(weights, wanted)
+    if gpu is None:
+        return 0
+    if isinstance(run.gpu_memory, str):
+        return auto_memory(weights, max(gpu - model.rest_bytes, 0))
+    return min(weights, run.gpu_memory)
 
 
 def backward_bytes(saved: list[int], gradients: list[int], one_layer: bool) -> int:
-    """Most of what forward saved and of gradients that is alive at a time, in the order of the layers.
+    """Most of what forward saved and of gradients that is alive at a time, layers being much alike.
 
     Backward goes through the layers from the last: a layer's gradients appear while its saved tensors are
     still there, and take the place of those before. one_layer: a layer's are saved only then.
     """
-    alive = 0 if one_layer else sum(saved)
-    most, made = alive, 0
-    for one, gradient in zip(reversed(saved), reversed(gradients), strict=True):
-        made += gradient
-        most = max(most, made + (one if one_layer else alive))
-        alive -= 0 if one_layer else one
-    return most
+    in_the_first = max(saved) + sum(gradients)
+    return in_the_first if one_layer else max(sum(saved) + max(gradients), in_the_first)
 
 
 def activation_bytes(model: Outline, checkpointing: bool) -> int:
@@ -114,16 +146,6 @@ def activation_bytes(model: Outline, checkpointing: bool) -> int:
     return layers + model.outside + 4 * model.logits
 
 
-def heap_slack(model: Outline, checkpointing: bool) -> int:
-    """What glibc keeps of freed tensors on the host: holes between the tensors that are alive.
-
-    They came to about as much as the activations themselves, in runs of 1,000 to 4,000 tokens. Blocks from a
-    threshold on are always given back: glibc raises it to 32 MiB by itself, unless the environment fixes it.
-    """
-    threshold = int(os.environ.get("MALLOC_MMAP_THRESHOLD_", 32 << 20))
-    return activation_bytes(model, checkpointing) - 4 * model.logits if model.boundary < threshold else 0
-
-
 def make_plan(
     model: Outline, run: Run, weights: Part, process: Part, threads: int, gpu: int | None
 ) -> tuple[list[Part], list[Part]]:
@@ -131,69 +153,59 @@ def make_plan(
 
     gpu: free bytes of the GPU that the rest of the model is on; None: there is none, all is in host memory.
     """
-    layers, free = model.layers, (gpu or 0) - model.rest_bytes
+    layers = model.layers
     numbers = [lora_numbers(layer, run) for layer in layers]
     together, gradients = sum(numbers), [LORA_BYTES * n for n in numbers]
+    auto = run.lora_device == "auto" and gpu is not None and auto_moves(together, gpu - model.rest_bytes)
+    on_gpu = gpu is not None and (auto or run.lora_device == "cuda")  # LoRA of the experts
+    saved = [saved_bytes(layer, run, model.topk) for layer in layers]
     results = [result_bytes(layer, run) if run.retain else 0 for layer in layers]
-    kept = [saved_bytes(layer, run, model.topk) for layer in layers]
-    kept = list(map(add, kept, results)) if gpu is None else kept
-    lora = [
-        Part("LoRA of the experts", together * LORA_BYTES, note=f"{together:,} parameters"),
-        Part("its optimizer state", optimizer_bytes(together, run.optimizer), note=run.optimizer),
-    ]
-    choice = run.lora_device
-    lora_on_gpu = gpu is not None and (choice == "cuda" or (choice == "auto" and auto_moves(together, free)))
+    saved = saved if gpu is not None else [*map(add, saved, results)]
+    most = backward_bytes(saved, [0] * len(layers) if on_gpu else gradients, run.one_layer)
+    peak = activation_bytes(model, run.checkpointing)
+    of_rest = int((2 * LORA_BYTES + _STATE[run.optimizer]) * model.rest_lora)
     # What one side has of a layer's LoRA and the other needs, and the gradients that come back; of matrices
     # that experts share, each expert's.
     copied = 2 * LORA_BYTES * max(lora_numbers(layer, replace(run, shared_outer=False)) for layer in layers)
-    copies = Part("a layer's LoRA and gradients", copied, note="copies")
-    scratch = max(scratch_bytes(layer, run, model.topk, threads) for layer in layers)
-    # A call's: output and gradient of the hidden states, and both as the layer's inputs.
-    widest = 4 * max(result_bytes(layer, run) for layer in layers)
-    most = backward_bytes(kept, [0] * len(kept) if lora_on_gpu else gradients, run.one_layer)
-    saved = "saved for backward" if lora_on_gpu else "saved for backward, LoRA gradients"
-    note = "G, U, P of a route" + (", one layer at a time" if run.one_layer else "")
-    routes = "about 10 I + 3,600 bytes a route, and a block a thread"
+    copies = Part("a layer's LoRA and gradients", copied, "copies")
+    lora = [
+        Part("LoRA of the experts", together * LORA_BYTES, f"{together:,} parameters"),
+        Part("its optimizer state", int(together * _STATE[run.optimizer]), run.optimizer),
+    ]
+    one = ", one layer at a time" if run.one_layer else ""
     host = [
         process,
         weights,
-        *([] if lora_on_gpu else lora),
-        Part(saved, most, note=note if lora_on_gpu else f"{note}; they share memory"),
-        Part("scratch of a layer call", scratch, "estimated", routes),
-        Part("results of a layer call", widest),
+        Part("saved for backward, LoRA gradients", most, f"G, U, P of a route{one}; they share memory"),
+        Part(
+            "scratch of a layer call",
+            max(scratch_bytes(layer, run, model.topk, threads) for layer in layers),
+            "estimated: about 10 I + 3,600 bytes a route, and a block a thread",
+        ),
     ]
-    rest = _rest(model, run)
+    rest = [
+        Part("the rest of the model", model.rest_bytes, "bf16: attention, router, ..."),
+        Part("its LoRA, gradients, optimizer state", of_rest, f"{model.rest_lora:,} parameters, fp32"),
+        Part("its activations", peak, "estimated: what autograd keeps, attention fused; 4 x logits"),
+    ]
     if gpu is None:
-        return [*host, *([copies] if run.shared_outer else []), *rest, *_slack(model, run)], []
-    if run.retain:
-        rest.insert(0, Part("results of the experts", sum(results), note="kept for recomputations"))
-    if lora_on_gpu:
-        host.append(copies)
-        rest = [*lora, Part("gradients of it", sum(gradients)), *rest]
+        # In runs of 1,000 to 4,000 tokens they came to about as much as the activations without logits.
+        holes = 0 if "MALLOC_MMAP_THRESHOLD_" in os.environ else peak - 4 * model.logits
+        why = "estimated: holes that malloc keeps; MALLOC_MMAP_THRESHOLD_=1048576 avoids them"
+        host += [*lora, *([copies] if run.shared_outer else []), *rest, Part("slack of the heap", holes, why)]
+        rest = []
     else:
+        with_lora, without = (rest, host) if on_gpu else (host, rest)
+        with_lora += lora
+        without.append(copies)
         # What a forward has sent to the GPU, and its backward sends again.
-        again = 2 * (max(numbers) if run.one_layer else together)
-        host.append(Part("LoRA for backward", again, note="bf16, page-locked"))
-        rest.insert(0, copies)
-    if there := weights_on_gpu(weights.nbytes, run.gpu_memory, free):
-        source = "estimated" if run.gpu_memory == "auto" else "computed"
-        copy = Part("expert weights on the GPU", there, source, "copies; --experts_gpu_memory bounds them")
-        rest = [copy, *rest, Part("computing experts", _ENGINE_BYTES, "estimated", "at most")]
-    return host, rest
-
-
-def _slack(model: Outline, run: Run) -> list[Part]:
-    holes = "holes that malloc keeps; MALLOC_MMAP_THRESHOLD_=1048576 avoids them"
-    slack = heap_slack(model, run.checkpointing)
-    return [Part("slack of the heap", slack, "estimated", holes)] if slack else []
-
-
-def _rest(model: Outline, run: Run) -> list[Part]:
-    parts = [Part("the rest of the model", model.rest_bytes, note="bf16: attention, router, ...")]
-    if model.rest_lora:
-        size = 2 * LORA_BYTES * model.rest_lora + optimizer_bytes(model.rest_lora, run.optimizer)
-        note = f"{model.rest_lora:,} parameters, fp32"
-        parts.append(Part("its LoRA, gradients, optimizer state", size, note=note))
-    peak = activation_bytes(model, run.checkpointing)
-    note = "what autograd keeps, attention fused; 4 x logits"
-    return [*parts, Part("its activations", peak, "estimated", note)]
+        again = 0 if on_gpu else 2 * (max(numbers) if run.one_layer else together)
+        host.append(Part("LoRA for backward", again, "bf16, page-locked"))
+        there = weights_on_gpu(model, run, weights.nbytes, gpu)
+        rest += [
+            Part("gradients of it", sum(gradients) if on_gpu else 0),
+            Part("results of the experts", sum(results), "kept for recomputations"),
+            Part("expert weights on the GPU", there, "copies; --experts_gpu_memory bounds them"),
+            Part("computing experts", _ENGINE_BYTES if there else 0, "estimated: at most"),
+        ]
+    return [part for part in host if part.nbytes], [part for part in rest if part.nbytes]

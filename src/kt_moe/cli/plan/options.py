@@ -28,6 +28,7 @@ class Run:
         checkpointing: gradient checkpointing: a layer's activations are computed again in backward.
         retain: not its experts: what they save and their results are kept from forward.
         gpu_memory: bytes of the GPU for expert weights; "auto": what the run will take; 0: none.
+        cpu_share: of the routes, see `kt_moe.gpu.plan.cut_by_share`; None: what ends soonest.
         lora_device: where the experts' LoRA lies: "auto", "cpu" or "cuda".
         shared_outer: whether all experts of a layer share A of gate and up, and B of down.
     """
@@ -42,6 +43,7 @@ class Run:
     checkpointing: bool
     retain: bool = False
     gpu_memory: int | str = "auto"
+    cpu_share: float | None = None
     lora_device: str = "auto"
     shared_outer: bool = False
 
@@ -75,8 +77,9 @@ class Run:
                 raise UserError(f"no plan is made for {why}")
         of_experts = {name: {"experts", name, f"experts.{name}_proj"} for name in PROJECTIONS}
         optim = str(getattr(training.optim, "value", training.optim))
-        memory, share = experts.experts_gpu_memory, str(experts.experts_cpu_share)
-        cpu_alone = experts.experts_gpu == "off" or (share != "auto" and float(share) == 1.0)
+        memory, said = experts.experts_gpu_memory, str(experts.experts_cpu_share)
+        share = None if said == "auto" else float(said)
+        cpu_alone = experts.experts_gpu == "off" or share == 1.0
         return cls(
             training.per_device_train_batch_size * _ROWS[options.command],
             getattr(training, "max_length", None) or 1024,
@@ -88,6 +91,7 @@ class Run:
             training.gradient_checkpointing,
             experts.experts_checkpoint_experts == "retain",
             0 if cpu_alone else memory if memory == "auto" else parse_bytes("gpu_memory", memory),
+            share,
             experts.experts_lora_device,
             options.run.lora_shared_outer,
         )

@@ -1,87 +1,76 @@
-"""A plan for people."""
+"""A plan for people, from its JSON."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterator
 from typing import Any
 
-from kt_moe.cli.plan.memory import Part, shape_of
-from kt_moe.cli.plan.options import Run
-from kt_moe.cli.plan.outline import Outline
-from kt_moe.cli.plan.speed import Speed
 from kt_moe.cli.text import ranges_text, size_text, table
 
-# A rate's text, and how many of it are one of its units.
-_RATES = {
-    "link": ("link {:.3g} GB/s", 1e9),
-    "gpu_flops": ("GPU {:.3g} TFLOP/s", 1e12),
-    "gpu_bytes": ("GPU memory {:.4g} GB/s", 1e9),
-    "cpu_flops": ("CPU {:.3g} TFLOP/s", 1e12),
-    "cpu_bytes": ("CPU memory {:.3g} GB/s", 1e9),
-    "rest_seconds": ("{:.3g} ms a layer for all but experts", 1e-3),
-}
 
-
-def add_up(parts: list[Part], available: int) -> dict[str, Any]:
-    """What of the run lies in one memory, beside the bytes that it may take there.
-
-    "spare" is what is left over, negative if the parts do not fit.
-    """
-    nbytes = sum(part.nbytes for part in parts)
-    return {
-        "parts": [*map(asdict, parts)], "nbytes": nbytes, "available": available, "spare": available - nbytes,
-    }  # fmt: skip
-
-
-def describe(model: Outline, run: Run, memories: dict[str, dict[str, Any]], speed: Speed) -> str:
-    """Model, memory by part, whether it fits, speed."""
-    experts, hidden, intermediate, _ = shape_of(model.layers[0])
-    checkpointing = ", gradient checkpointing" if run.checkpointing else ""
-    checkpointing += ", experts retained" if run.retain else ""
+def describe(found: dict[str, Any]) -> str:
+    """Model, memory by part, whether it fits, speed, and ways to share the experts out."""
+    model, run = found["model"], found["run"]
+    layer = model["layers"][0]
+    how = ", gradient checkpointing" * run["checkpointing"] + ", experts retained" * run["retain"]
     lines = [
-        f"model  {model.model_type}: layers {ranges_text(layer.number for layer in model.layers)} with "
-        f"{experts} experts each, hidden {hidden}, intermediate {intermediate}, "
-        f"{model.topk} experts a token",
-        f"run    {run.batch} x {run.sequence} tokens, LoRA rank {run.rank} in fp32 on "
-        f"{', '.join((*run.projections, *run.modules))}, {run.optimizer}{checkpointing}",
+        f"model  {model['model_type']}: layers {ranges_text(x['number'] for x in model['layers'])} with "
+        f"{layer['num_experts']} experts each, hidden {layer['hidden_size']}, intermediate "
+        f"{layer['intermediate_size']}, {model['topk']} experts a token",
+        f"run    {run['batch']} x {run['sequence']} tokens, LoRA rank {run['rank']} in fp32 on "
+        f"{', '.join((*run['projections'], *run['modules']))}, {run['optimizer']}{how}",
     ]
-    for title, memory in memories.items():
-        rows = [
-            [part["name"], size_text(part["nbytes"]), part["source"], part["note"]]
-            for part in memory["parts"]
-        ]
-        rows += [["together", size_text(memory["nbytes"]), "", ""]]
-        rows += [["available", size_text(memory["available"]), "", ""]]
-        verdict = "it fits, with {} to spare" if memory["spare"] >= 0 else "IT DOES NOT FIT, by {}"
-        shown = [*table(rows, right=[1]).splitlines(), verdict.format(size_text(abs(memory["spare"])))]
-        lines += ["", title, *(f"  {line}" for line in shown)]
-    return "\n".join([*lines, "", *_speed_lines(speed)])
+    for title, memory in (("host memory", found["host"]), ("GPU memory", found["gpu"])):
+        if memory is not None:
+            rows = [[part["name"], size_text(part["nbytes"]), part["note"]] for part in memory["parts"]]
+            rows += [["together", size_text(memory["nbytes"]), ""]]
+            rows += [["available", size_text(memory["available"]), ""]]
+            verdict = "it fits, with {} to spare" if memory["spare"] >= 0 else "IT DOES NOT FIT, by {}"
+            lines += ["", title, *_indented(rows), f"  {verdict.format(size_text(abs(memory['spare'])))}"]
+    lines += ["", *_speed(found["speed"])]
+    if found["modes"]:
+        lines += ["", *_modes(found)]
+    return "\n".join(lines)
 
 
-def _speed_lines(speed: Speed) -> list[str]:
-    by_source: dict[str, list[str]] = {}
-    for name, source in speed.sources.items():
-        text, unit = _RATES[name]
-        rate = getattr(speed.rates, name)
-        if rate and (speed.memory or name.startswith("cpu")):
-            by_source.setdefault(source, []).append(text.format(rate / unit))
-    known = [f"  {source}: {', '.join(texts)}" for source, texts in by_source.items()]
-    rest = "loss and optimizer" if speed.rates.rest_seconds else "attention and all else"
-    if not speed.memory:
-        rate = speed.predictions[0].tokens_per_second
-        most = f"at most {rate:,.{0 if rate >= 10 else 2}f} tokens/s, predicted"
-        return [f"speed  {most}: experts on the CPU alone, {rest} come on top", *known]
+def _speed(speed: dict[str, Any]) -> Iterator[str]:
+    memory, rates = speed["memory"], speed["rates"]
+    where = f"with {size_text(memory)} of them on the GPU" if memory else "on the CPU alone"
+    yield f"speed of the experts, predicted, {where}"
+    for source in dict.fromkeys(speed["sources"].values()):
+        names = [name for name, other in speed["sources"].items() if other == source and rates[name]]
+        used = [f"{name}={rates[name]:.3g}" for name in names if memory or name.startswith("cpu")]
+        if used:
+            yield f"  {source}: {', '.join(used)}"
     rows = [["routing", "GPU", "CPU", "link", "GPU", "CPU", "step", "bound by", "at most"]]
-    for p in speed.predictions:
-        places = [
-            f"{p.gpu_experts} experts, {p.gpu_rows:,} rows",
-            f"{p.cpu_experts} experts, {p.cpu_rows:,} rows",
-        ]
-        times = [f"{seconds:.3f} s" for seconds in (p.link, p.gpu, p.cpu, p.seconds)]
-        rows.append([p.routing, *places, *times, p.bound, f"{p.tokens_per_second:,.0f} tokens/s"])
-    return [
-        f"speed of the experts, predicted, with {size_text(speed.memory)} of them on the GPU",
-        *known,
-        *(f"  {line}" for line in table(rows, right=range(3, 9)).splitlines()),
-        f"  experts and rows of a layer; times of a step's experts; {rest} come on top",
-    ]
+    for p in speed["predictions"]:
+        places = [f"{p['gpu_experts']} experts", f"{p['cpu_experts']} experts"]
+        times = [f"{p[name]:.3f} s" for name in ("link", "gpu", "cpu", "seconds")]
+        rate = p["tokens_per_second"]
+        most = f"{rate:,.{0 if rate >= 10 else 2}f} tokens/s"
+        rows.append([p["routing"], *places, *times, p["bound"], most])
+    yield from _indented(rows)
+    rest = "loss and optimizer" if rates["rest_seconds"] else "attention and all else"
+    yield f"  experts of a layer; times of a step's experts; {rest} come on top"
+
+
+def _modes(found: dict[str, Any]) -> Iterator[str]:
+    job = found["job"]
+    rows = [["expert_parallel", "a host has", "a GPU has", "host sends", "experts", "network", "at most"]]
+    for mode in found["modes"]:
+        sizes = [size_text(mode[name]) for name in ("host", "gpu", "network")]
+        times = [f"{mode['experts']:.3g} s", f"{mode['exchange']:.3g} s"]
+        name = f'"{mode["name"]}"' + ("" if mode["fits"] else ": DOES NOT FIT")
+        rows.append([name, *sizes, *times, f"{mode['tokens_per_second']:,.0f} tokens/s"])
+    network = f"{job['network'] / 1e9:g} GB/s"
+    yield f"{job['hosts']} x {job['ranks']} ranks of such a run, whose hosts send and receive {network} each"
+    yield from _indented(rows)
+    yield "  memory; bytes of a step to other hosts; seconds of a step's experts, then of the network;"
+    yield "  routing is even; attention and all else come on top"
+
+
+def _indented(rows: list[list[str]]) -> Iterator[str]:
+    """A table whose columns end together where they have numbers: all but the first and words in the last."""
+    words = range(2, 3) if len(rows[0]) == 3 else range(0)
+    right = [column for column in range(1, len(rows[0])) if column not in words]
+    return (f"  {line}" for line in table(rows, right=right).splitlines())

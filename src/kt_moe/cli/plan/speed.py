@@ -2,88 +2,60 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from kt_moe import Experts, Runtime
 from kt_moe.architectures import ExpertModule
-from kt_moe.cli.errors import UserError
-from kt_moe.cli.plan.memory import ranks, weights_bytes, weights_on_gpu
+from kt_moe.cli.plan.memory import Part, ranks, weights_bytes, weights_on_gpu
 from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.outline import Outline
 from kt_moe.gpu.plan import Rates
-from kt_moe.gpu.predict import CARDS, REFERENCE, ROUTINGS, Prediction, Workload, card_rates, predict
+from kt_moe.gpu.predict import CARDS, REFERENCE, Prediction, Workload, card_rates, predict
 from kt_moe.gpu.rates import cpu_rates, gpu_rates
 
 _EXPERTS = 8  # that are made for a measurement
 
 
-@dataclass(frozen=True)
-class Speed:
-    """What is predicted, and from what.
+def rates_of(
+    options: Any, layer: ExpertModule, format: str, runtime: Runtime
+) -> tuple[Rates, dict[str, str]]:
+    """Given, or of a card that is named, or measured here, or `REFERENCE`'s; and where each is from.
 
-    Attributes:
-        memory: bytes for experts on the GPU; 0: the CPU computes all of them.
-        sources: for each rate where it is from.
-        predictions: one for each of `ROUTINGS`.
+    options: `kt_moe.cli.train.Options`.
     """
-
-    memory: int
-    rates: Rates
-    sources: dict[str, str]
-    predictions: list[Prediction]
-
-
-def speed_of(
-    options: Any, model: Outline, run: Run, format: str, weights: int, runtime: Runtime, free: int | None
-) -> Speed:
-    """Of the run that `kt_moe.cli.train.Options` describe.
-
-    Rates are given, or of a card that is named, or measured here, or `REFERENCE`'s.
-
-    Args:
-        format: of the experts in memory; `weights` bytes together.
-        free: bytes of the GPU; None: there is none.
-
-    Raises:
-        UserError: --experts_gpu_memory does not hold one expert.
-    """
-    layer, plan, share = model.layers[0], options.plan, options.experts.experts_cpu_share
-    memory = 0 if free is None else weights_on_gpu(weights, run.gpu_memory, free - model.rest_bytes)
-    work = workload(model, run, format)
+    card = options.plan.plan_gpu
     known = {"assumed, an H200 on PCIe 5 and 16 vCPUs with AMX": {**vars(REFERENCE)}}
-    if plan.plan_measure:
+    if options.plan.plan_measure:
         known["measured"] = measured_rates(layer, format, runtime)
-    if plan.plan_gpu in CARDS:
-        known[f"expected of an {plan.plan_gpu} by its data sheet"] = card_rates(plan.plan_gpu)
+    if card in CARDS:
+        known[f"expected of an {card} by its data sheet"] = card_rates(card)
     known["given"] = options.experts.rates() or {}
     rates = {name: rate for some in known.values() for name, rate in some.items()}
-    sources = {name: source for source, some in known.items() for name in some}
-    of_cpu = cpu_share(share, run, memory)
-    try:
-        found = [predict(work, Rates(**rates), memory, routing, of_cpu) for routing in ROUTINGS]
-    except ValueError as error:
-        raise UserError(f"--experts_gpu_memory: {error}") from error
-    return Speed(memory, Rates(**rates), sources, found)
+    return Rates(**rates), {name: source for source, some in known.items() for name in some}
 
 
-def cpu_share(share: str, run: Run, memory: int) -> float | None:
-    """As `predict` takes it, of --experts_cpu_share and the memory for experts on the GPU."""
-    if not memory and run.gpu_memory in ("auto", 0):
-        return 1.0
-    return None if share == "auto" else float(share)
+def step_of(
+    model: Outline, run: Run, format: str, weights: Part, rates: Rates, gpu: int | None, routing: str = "even"
+) -> Prediction:
+    """The experts of a step.
 
+    Args:
+        weights, format: of all experts, and what they are in.
+        gpu: free bytes of the GPU; None: there is none.
 
-def workload(model: Outline, run: Run, format: str) -> Workload:
-    """The experts of a step."""
-    layer = model.layers[0]
-    return Workload(
+    Raises:
+        ValueError: the memory for experts does not hold one.
+    """
+    layer, memory = model.layers[0], weights_on_gpu(model, run, weights.nbytes, gpu)
+    work = Workload(
         len(model.layers), layer.hidden_size, layer.intermediate_size, layer.num_experts, model.topk,
         weights_bytes(layer, format) // layer.num_experts, ranks(layer, run), run.tokens, run.one_layer,
         layer.gated,
     )  # fmt: skip
+    alone = not memory and run.gpu_memory in ("auto", 0)
+    return predict(work, rates, memory, routing, 1.0 if alone else run.cpu_share)
 
 
 def measured_rates(layer: ExpertModule, format: str, runtime: Runtime) -> dict[str, float]:
