@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 4 examples/several_processes.py --data train.jsonl
     accelerate launch --config_file examples/accelerate/one_host.yaml examples/several_processes.py
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/several_processes.py
     torchrun --nproc-per-node 2 examples/several_processes.py --tiny
 
 On two hosts, on the first with 0 and on the second with 1 for N, where host0 is the name of the first:

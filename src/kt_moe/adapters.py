@@ -18,7 +18,7 @@ from kt_moe.hf.config import KtLoraConfig, SharedOuterLoraConfig, check_same
 from kt_moe.hf.lora import experts_architecture, lora_layers
 from kt_moe.hf.portable import PREFIX, expert_major
 from kt_moe.hf.targets import check_config_patterns
-from kt_moe.rank_parameters import whole_on_first
+from kt_moe.rank_parameters import gathered, whole_on_first
 from kt_moe.tensors import check_module
 
 StrPath = str | os.PathLike[str]
@@ -32,8 +32,8 @@ def save_adapter(model: nn.Module, directory: StrPath, *, adapter_name: str = "d
     and on disk, so that a full disk leaves the adapter that was there, and readers can tell a pair whose
     second file is still to come.
 
-    Of a model that fully_shard shards, or whose experts are divided over ranks, every process has to call it;
-    the first one of them writes, and all return when it has.
+    Of a model that fully_shard or DeepSpeed's ZeRO-3 shards, or whose experts are divided over ranks, every
+    process has to call it; the first one of them writes, and all return when it has.
 
     Args:
         model: a PeftModel, or a transformers model with an adapter added.
@@ -53,17 +53,18 @@ def save_adapter(model: nn.Module, directory: StrPath, *, adapter_name: str = "d
         config.auto_mapping = {"base_model_class": made.__name__, "parent_library": made.__module__}
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None)
-    own = {n: t for n, t in model.state_dict().items() if f".{adapter_name}" in n or not _is_sharded(t)}
-    sharded = any(map(_is_sharded, own.values()))
-    whole = whole_on_first(own) if sharded else own
-    try:
-        if whole is not None:
-            state_dict = get_peft_model_state_dict(model, whole, adapter_name=adapter_name)
-            tensors = {key: tensor.detach().to("cpu").contiguous() for key, tensor in state_dict.items()}
-            write_adapter(path, config, tensors)
-    finally:
-        if sharded:
-            distributed.barrier()
+    with gathered(p for n, p in model.named_parameters() if f".{adapter_name}" in n) as sharded:
+        own = {n: t for n, t in model.state_dict().items() if f".{adapter_name}" in n or not _is_sharded(t)}
+        sharded = sharded or any(map(_is_sharded, own.values()))
+        whole = whole_on_first(own) if sharded else own
+        try:
+            if whole is not None:
+                state_dict = get_peft_model_state_dict(model, whole, adapter_name=adapter_name)
+                tensors = {key: tensor.detach().to("cpu").contiguous() for key, tensor in state_dict.items()}
+                write_adapter(path, config, tensors)
+        finally:
+            if sharded:
+                distributed.barrier()
 
 
 def _is_sharded(tensor: Any) -> bool:

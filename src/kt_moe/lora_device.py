@@ -86,6 +86,19 @@ class LoraParameters(nn.ParameterDict):
         if self.division is not None:  # a copy
             _divided.add(self)
 
+    def set_deepspeed_parallelism(self, *_: Any) -> None:
+        """DeepSpeed asks all modules that have this, before its processes exchange any parameter.
+
+        Raises:
+            ValueError: the matrices are divided over ranks, of which DeepSpeed would make a mean.
+        """
+        if self.division is not None:
+            raise ValueError(
+                'DeepSpeed does not work with LoRA on experts and KtMoeConfig(expert_parallel="global"), as '
+                "it takes each process's part for a copy of the same: use DistributedDataParallel, "
+                'or FSDP2 (fully_shard) to shard the rest; DeepSpeed works with expert_parallel="host"'
+            )
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.division is not None:

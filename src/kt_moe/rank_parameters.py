@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -78,6 +79,22 @@ def _mesh(group: dist.ProcessGroup) -> Any:
 def whole(tensor: Any) -> Any:
     """Of a DTensor, which all its ranks ask for, the whole tensor; else the tensor itself."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@contextmanager
+def gathered(parameters: Iterable[Tensor]) -> Iterator[bool]:
+    """Parameters that DeepSpeed's ZeRO-3 partitions are whole meanwhile.
+
+    All ranks call it. Yields whether there are any.
+    """
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    if not partitioned:
+        yield False
+        return
+    import deepspeed  # which is there, as it has partitioned them
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield True
 
 
 def whole_on_first(tensors: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
+from accelerate.commands.launch import (
+    _validate_launch_command,
+    launch_command_parser,
+    prepare_multi_gpu_env,
+)
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from expert_parallel_ranks import said
 from tiny_models import load
 from torch import Tensor
@@ -40,6 +48,7 @@ ROWS = 2  # of each rank in a step
 STEPS = 20
 MAX_NORM = 0.5
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "tiny-qwen3-moe"
+FSDP2 = MODEL.parent / "accelerate" / "fsdp2.yaml"
 TEXTS = [{"text": f"def add{n}(a, b):\n    return a + b + {n}"} for n in range(12)]
 PAIRS = [
     {"prompt": "def f(x):", "chosen": f" return x + {n}", "rejected": f" pass  # {n}"} for n in range(12)
@@ -63,13 +72,14 @@ class Case:
 CASES = {
     "DDP": Case("both", "base", "ddp", (2, 4)),
     "fully_shard": Case("both", "base", "fsdp", (3,)),
+    "ZeroRedundancyOptimizer": Case("both", "base", "zero", (2,)),
     "experts alone": Case("experts", "base", "ddp", (4,)),
     "skewed": Case("on skewed", "skewed", "none", (3,)),
 }
 
 
 def wrapped(model: Any, wrapper: str) -> Any:
-    if dist.is_initialized() and wrapper == "ddp":
+    if dist.is_initialized() and wrapper in ("ddp", "zero"):
         return DistributedDataParallel(model)
     if dist.is_initialized() and wrapper == "fsdp":
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -79,6 +89,23 @@ def wrapped(model: Any, wrapper: str) -> Any:
     return model
 
 
+def optimizers_of(trained: dict[str, Any], divided: dict[str, Any], wrapper: str) -> list[Any]:
+    """Of one process that has all, or of a rank."""
+    if not dist.is_initialized() or wrapper != "zero":
+        # torch's kernels for many parameters at once take no sharded ones beside others
+        return [torch.optim.AdamW(trained.values(), lr=1e-2, foreach=wrapper == "fsdp")]
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # which warns of torch.jit
+
+    refused = said(ZeroRedundancyOptimizer(trained.values(), torch.optim.AdamW, lr=1e-2).step)
+    assert refused.startswith("ValueError: ZeroRedundancyOptimizer has LoRA of experts"), refused
+    own = [p for name, p in trained.items() if name in divided]
+    shared = [p for name, p in trained.items() if name not in divided]
+    return [
+        torch.optim.AdamW(own, lr=1e-2),
+        ZeroRedundancyOptimizer(shared, torch.optim.AdamW, lr=1e-2),
+    ]
+
+
 def synchronised(model: Any, last: bool) -> Any:
     """Gradients are exchanged in the last backward of a step alone."""
     if hasattr(model, "set_requires_gradient_sync"):
@@ -86,6 +113,19 @@ def synchronised(model: Any, last: bool) -> Any:
     if hasattr(model, "no_sync") and not last:
         return model.no_sync()
     return contextlib.nullcontext()
+
+
+def fsdp_on_cpu() -> None:
+    """Have accelerate take FSDP without a GPU too."""
+    init = AcceleratorState.__init__
+
+    def made(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = made
 
 
 class Rank:
@@ -121,7 +161,7 @@ class Rank:
         call = wrapped(model, case.wrapper)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         divided = dict(model.named_parameters()) if alone else {n: d for n, _, d in parameters_of(model)}
-        optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+        optimizers = optimizers_of(trained, divided, case.wrapper)
         start = None if alone else torch.load(self.directory / f"{case.name(world)}.pt")
         found: Results = {"losses": [], "norms": [], "gradients": [], "parameters": []}
         for number, batch in enumerate(torch.load(self.directory / "batches.pt")):
@@ -147,8 +187,9 @@ class Rank:
             found["losses"].append(float(mean))
             found["gradients"].append({name: whole(p.grad).clone() for name, p in trained.items()})
             found["norms"].append(float(whole(torch.nn.utils.clip_grad_norm_(trained.values(), MAX_NORM))))
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             found["parameters"].append({name: whole(p.detach()).clone() for name, p in trained.items()})
         if alone:
             torch.save(found["parameters"], self.directory / f"{case.name(world)}.pt")
@@ -214,8 +255,41 @@ class Rank:
         if self.world < 3:
             yield "DPO", self.train("DPO", PAIRS, self.directory / f"dpo-{self.world}")
 
+    def fsdp2(self) -> Iterator[tuple[str, Results]]:
+        """By the configuration of accelerate that is among the examples."""
+        args = launch_command_parser().parse_args([f"--config_file={FSDP2}", "program.py"])
+        os.environ |= prepare_multi_gpu_env(_validate_launch_command(args)[0])
+        fsdp_on_cpu()
+        for how in ("host", "global"):
+            out = self.directory / f"fsdp2-{how}"
+            yield how, self.train("SFT", TEXTS, out, how=how)
+            resumed = self.train("SFT", TEXTS, out / "resumed", out / "checkpoint-2", how=how)
+            yield f"{how}, resumed", resumed
+
+    def deepspeed(self) -> Iterator[tuple[str, Results]]:
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # which it would compile
+        for stage in (1, 2, 3):
+            config = {
+                "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+                "gradient_clipping": "auto",
+                # As for large models: else ZeRO-3 leaves tiny parameters whole.
+                "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            }  # fmt: skip
+            out = self.directory / f"deepspeed-{stage}"
+            yield f"{stage}", self.train("SFT", TEXTS, out, how="host", deepspeed=config)
+            train = partial(self.train, "SFT", TEXTS, out / "global", deepspeed=config)
+            yield f"{stage}, global", said(train)
+
     def train(
-        self, kind: str, rows: list[dict[str, Any]], out: Path, checkpoint: Path | None = None
+        self,
+        kind: str,
+        rows: list[dict[str, Any]],
+        out: Path,
+        checkpoint: Path | None = None,
+        how: str = "global",
+        **arguments: Any,
     ) -> Results:
         import trl
         from datasets import Dataset
@@ -226,10 +300,10 @@ class Rank:
             gradient_accumulation_steps=2, learning_rate=1e-3, bf16=False, gradient_checkpointing=True,
             report_to="none", save_steps=1, save_total_limit=3, disable_tqdm=True, max_grad_norm=0.1,
             dataloader_pin_memory=False, seed=0, use_cpu=True, eval_strategy="steps", eval_steps=2,
-            per_device_eval_batch_size=4 // self.world, router_aux_loss_coef=0.0,
+            per_device_eval_batch_size=4 // self.world, router_aux_loss_coef=0.0, **arguments,
         )  # fmt: skip
         torch.manual_seed(0)
-        config = kt_moe.KtMoeConfig(expert_parallel="global")
+        config = kt_moe.KtMoeConfig(expert_parallel=how)
         base = transformers.AutoModelForCausalLM.from_pretrained(
             MODEL, dtype=torch.float32, quantization_config=config
         )
@@ -240,6 +314,7 @@ class Rank:
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.save_model(str(out / "last"))
+        AcceleratorState._reset_state(True)
         return {
             what: [log[what] for log in trainer.state.log_history if what in log]
             for what in ("loss", "grad_norm", "eval_loss")
@@ -300,6 +375,6 @@ def run_world(part: str, directory: Path, world: int) -> int:
 
 if __name__ == "__main__":
     part, directory, *worlds = sys.argv[1:]
-    if part == "trainers":
+    if part in ("trainers", "fsdp2", "deepspeed"):
         import trl  # noqa: F401 (once for all ranks)
     sys.exit(sum(run_world(part, Path(directory), int(world)) for world in worlds))

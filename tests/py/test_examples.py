@@ -71,9 +71,12 @@ def test_several_processes(how: list[str], tmp_path: Path) -> None:
     assert (tmp_path / "adapter_model.safetensors").stat().st_size > 1000
 
 
-@pytest.mark.parametrize(("name", "hosts"), [("one_host", 1), ("two_hosts", 2)])
-def test_accelerate_reads_the_configurations(name: str, hosts: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "hosts", "kind"),
+    [("one_host", 1, "MULTI_GPU"), ("two_hosts", 2, "MULTI_GPU"), ("fsdp2", 1, "FSDP")],
+)
+def test_accelerate_reads_the_configurations(name: str, hosts: int, kind: str) -> None:
     config = load_config_from_file(str(EXAMPLES / "accelerate" / f"{name}.yaml"))
     assert (config.num_machines, config.num_processes) == (hosts, 4 * hosts)
-    assert config.distributed_type.value == "MULTI_GPU"
+    assert config.distributed_type.value == kind
     assert f"examples/accelerate/{name}.yaml" in (EXAMPLES / "several_processes.py").read_text()

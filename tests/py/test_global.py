@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -135,8 +136,16 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return sum(float((a[name] - b[name]).square().sum()) for name in b) ** 0.5
 
 
-def test_trainers(tmp_path: Path) -> None:
-    two, one, four = (ranks_of[0] for ranks_of in run("trainers", tmp_path, 2, 1, 4).values())
+@pytest.fixture(scope="module")
+def by_trainers(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Where trainers of several numbers of processes wrote, and what they found."""
+    path = tmp_path_factory.mktemp("trainers")
+    return path, run("trainers", path, 2, 1, 4)
+
+
+def test_trainers(by_trainers: Any) -> None:
+    tmp_path, found = by_trainers
+    two, one, four = (found[world][0] for world in (2, 1, 4))
 
     def adapter(name: str) -> dict[str, Tensor]:
         return load_file(tmp_path / name / FILES[1])
@@ -162,3 +171,34 @@ def test_trainers(tmp_path: Path) -> None:
     for key, values in states[0]["state"].items():
         for name, value in values.items():
             assert error(states[1]["state"][key][name], value) < 0.05, (key, name)
+
+
+def test_fsdp2_by_trainer(by_trainers: Any, tmp_path: Path) -> None:
+    directory, found = by_trainers
+    wrapped = run("fsdp2", tmp_path, 2)[2][0]
+    for how in ("host", "global"):
+        trained_as_by_one(wrapped[how], tmp_path / f"fsdp2-{how}", found[1][0]["SFT"], directory / "sft-1")
+        for what, values in wrapped[f"{how}, resumed"].items():  # from the second step on
+            assert values == pytest.approx(wrapped[how][what], rel=1e-6), (how, what)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="no DeepSpeed")
+def test_deepspeed_by_trainer(by_trainers: Any, tmp_path: Path) -> None:
+    directory, found = by_trainers
+    wrapped = run("deepspeed", tmp_path, 2)[2]
+    for stage in "123":
+        out = tmp_path / f"deepspeed-{stage}"
+        trained_as_by_one(wrapped[0][stage], out, found[1][0]["SFT"], directory / "sft-1")
+        for rank in wrapped:
+            assert rank[f"{stage}, global"].startswith(
+                "ValueError: DeepSpeed does not work with LoRA on experts and KtMoeConfig("
+            )
+
+
+def trained_as_by_one(found: dict[str, Any], out: Path, one: dict[str, Any], directory: Path) -> None:
+    for what, wanted in one.items():
+        assert found[what] == pytest.approx(wanted, rel=1e-2), what
+    before, last, ours = (
+        load_file(path / FILES[1]) for path in (directory / "checkpoint-2", directory / "last", out / "last")
+    )
+    assert distance(ours, last) < 0.2 * distance(before, last)

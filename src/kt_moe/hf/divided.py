@@ -5,6 +5,7 @@ parameters that all ranks have; `watch` has them do with these what is right for
 
 - DistributedDataParallel leaves them out: it would overwrite them with rank 0's, and mix their gradients.
 - fully_shard leaves them out (`keep_from_fully_shard`).
+- Optimizers take them in one group with sharded parameters; ZeroRedundancyOptimizer refuses them.
 - `torch.nn.utils.clip_grad_norm_`, which Trainer and accelerate call, counts those of all ranks.
 - State dicts of optimizers have their states as DTensors, as those of models have the parameters, and take
   whole tensors as well.
@@ -18,7 +19,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
@@ -27,12 +28,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from kt_moe.lora_device import LoraParameters, divided_parameters
 from kt_moe.rank_parameters import Division, whole, whole_on_first
 
 _optimizers: WeakSet[Optimizer] = WeakSet()  # whose state dicts have DTensors
+_steps: WeakKeyDictionary[Optimizer, _Step] = WeakKeyDictionary()
 
 
 def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Division]]:
@@ -60,7 +66,8 @@ def watch() -> None:
     apart = _sharded_apart(torch.nn.utils.clip_grads_with_norm_)
     torch.nn.utils.clip_grads_with_norm_ = apart
     clip_grad._clip_grads_with_norm_ = apart
-    register_optimizer_step_post_hook(lambda optimizer, *_: shard_state(optimizer))
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
     PeftModel.save_pretrained = _by_the_first(PeftModel.save_pretrained)
     Trainer.save_model = _with_whole_model(Trainer.save_model)
     Trainer._save_optimizer_and_scheduler = _with_whole_state(Trainer._save_optimizer_and_scheduler)
@@ -145,12 +152,51 @@ def _sharded_apart(clip: Callable[..., None]) -> Callable[..., None]:
     return clipped
 
 
+_Step = list[tuple[dict[str, Any], list[dict[str, Any]]]]  # groups of parameters, and what stands for each
+
+
+def _before_step(optimizer: Optimizer, *_: object) -> None:
+    """Have a group of sharded parameters and others be two in this step: torch takes no mixtures."""
+    if type(optimizer).__name__ == "ZeroRedundancyOptimizer" and _has_divided(optimizer):
+        raise ValueError(
+            "ZeroRedundancyOptimizer has LoRA of experts that are divided over processes, which it would "
+            "overwrite with another process's: give these an optimizer of their own"
+        )
+    _together(optimizer)  # after a step that failed
+    step: _Step = []
+    for group in optimizer.param_groups:
+        sharded = [p for p in group["params"] if isinstance(p, DTensor)]
+        others = [p for p in group["params"] if not isinstance(p, DTensor)]
+        both = [{**group, "params": some} for some in (sharded, others)]
+        step.append((group, both if sharded and others else [group]))
+    if any(len(parts) > 1 for _, parts in step):
+        _steps[optimizer] = step
+        optimizer.param_groups = [part for _, parts in step for part in parts]
+
+
+def _after_step(optimizer: Optimizer, *_: object) -> None:
+    _together(optimizer)
+    shard_state(optimizer)
+
+
+def _together(optimizer: Optimizer) -> None:
+    step = _steps.pop(optimizer, None)
+    if step is not None:
+        optimizer.param_groups = [group for group, _ in step]
+        for group, parts in step:  # some optimizers count in their groups
+            group.update({**parts[0], "params": group["params"]})
+
+
+def _has_divided(optimizer: Optimizer) -> bool:
+    own = {id(p) for p, _ in divided_parameters()}
+    return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+
+
 def shard_state(optimizer: Optimizer) -> None:
     """Let an optimizer's state dicts have states of divided parameters as DTensors, and take whole ones."""
     if optimizer in _optimizers:
         return
-    own = {id(p) for p, _ in divided_parameters()}
-    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+    if not _has_divided(optimizer):
         return
     _optimizers.add(optimizer)
     optimizer.register_state_dict_post_hook(_to_sharded)

@@ -261,6 +261,12 @@ class KtLoraModel(LoraModel):  # type: ignore[misc]
                 if f"{path}.lora_A.{tail}" in found:
                     experts = layer.form(path).num_experts
                     own = [whole(found.pop(f"{path}.lora_{matrix}.{tail}")) for matrix in "AB"]
+                    if own[0].dim() != 3:
+                        raise ValueError(
+                            f"LoRA of {path} is partitioned by DeepSpeed's ZeRO-3: call kt_moe.save_adapter "
+                            "in every process, or give a state_dict with whole tensors (accelerate's "
+                            "get_state_dict)"
+                        )
                     fixed = [whole(found.pop(f"{path}.lora_fixed_{matrix}.{tail}", None)) for matrix in "AB"]
                     matrices[projection] = (
                         of_all(joined(own[0], fixed[0], 1), experts),
