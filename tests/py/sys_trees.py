@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from kt_moe import _core
 from kt_moe.cli.doctor import machine as seen
@@ -277,18 +278,21 @@ MACHINES: dict[str, Callable[[], Machine]] = {
 }
 
 
-def read_tree(root: Path) -> seen.Machine:
+def read_tree(root: Path) -> dict[str, Any]:
     """The machine whose /proc and /sys are below `root`, as the doctor sees one without measurements."""
     settings, sets = seen.settings_of(root), {}
     for name, flags in _core.kernel_flags().items():
         missing = set(flags) - set(settings["isa_flags"])
         sets[name] = "this CPU lacks " + ", ".join(sorted(missing)) if missing else "available"
     topology = settings["topology"]
-    return seen.Machine(
-        kernel_sets=sets,
-        selected=[name for name, state in sets.items() if state == "available"][-1],
-        threads=topology["cores"],
-        shards=max(1, sum(bool(node["cpus"]) for node in topology["nodes"])),
-        available_bytes=free_memory(root),
+    return {
         **settings,
-    )
+        "kernel_sets": sets,
+        "selected": [name for name, state in sets.items() if state == "available"][-1],
+        "threads": topology["cores"],
+        "shards": max(1, sum(bool(node["cpus"]) for node in topology["nodes"])),
+        "available_bytes": free_memory(root),
+        "environment": {},
+        "probes": [],
+        "gpus": [],
+    }

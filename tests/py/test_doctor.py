@@ -17,7 +17,7 @@ import kt_moe
 from kt_moe.cli import main
 from kt_moe.cli.doctor import findings
 from kt_moe.cli.doctor import machine as machines
-from kt_moe.cli.doctor.machine import Gpu, describe, read_machine
+from kt_moe.cli.doctor.machine import describe, read_machine
 
 GIB = 2**30
 THP = "sys/kernel/mm/transparent_hugepage/enabled"
@@ -31,7 +31,7 @@ def no_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def found(root: Path, machine: Machine, **changes: Any) -> set[str]:
     """The findings' names, of a recorded machine with what no tree can say."""
-    return {f.name for f in findings.find(replace(read_tree(write_tree(root, machine)), **changes))}
+    return {f.name for f in findings.find(read_tree(write_tree(root, machine)) | changes)}
 
 
 def nodes(*free: float, gib: float = 64) -> tuple[Node, ...]:
@@ -98,7 +98,8 @@ def test_amx_that_the_kernel_refuses(tmp_path: Path) -> None:
     assert found(tmp_path, ONE, kernel_sets=sets, selected="avx512_bf16") == {"amx-refused"}
 
 
-H200 = Gpu("NVIDIA H200", (9, 0), 55e9, "PCIe 5 x16", "PCIe 5 x16", 63e9)
+LINK = {"link": "PCIe 5 x16", "best_link": "PCIe 5 x16", "most_rate": 63e9}
+H200 = {"name": "NVIDIA H200", "capability": [9, 0], "copy_rate": 55e9, **LINK}
 NO_CUDA = "torch 2.11 is built without CUDA"
 
 
@@ -106,19 +107,19 @@ NO_CUDA = "torch 2.11 is built without CUDA"
     ("changes", "expected"),
     [
         ({}, set()),
-        ({"gpus": (), "without_cuda": NO_CUDA, "nvidia_gpus": 1}, {"gpu-unused"}),
-        ({"gpus": (), "without_cuda": NO_CUDA}, set()),
+        ({"gpus": [], "without_cuda": NO_CUDA, "nvidia_gpus": 1}, {"gpu-unused"}),
+        ({"gpus": [], "without_cuda": NO_CUDA}, set()),
         ({"triton": False}, {"no-triton"}),
         ({"page_lock": "cudaHostRegister of 9 bytes: no"}, {"page-lock-refused"}),
-        ({"gpus": (replace(H200, capability=(7, 5)),)}, {"gpu-old"}),
-        ({"gpus": (H200, replace(H200, copy_rate=20e9))}, {"gpu-link"}),
-        ({"gpus": (replace(H200, link="PCIe 1 x1"),)}, set()),  # a virtual machine is told so
-        ({"gpus": (Gpu("NVIDIA H200", (9, 0), 20e9),)}, set()),
-        ({"gpus": (replace(H200, copy_rate=0.0),)}, set()),
+        ({"gpus": [{**H200, "capability": [7, 5]}]}, {"gpu-old"}),
+        ({"gpus": [H200, {**H200, "copy_rate": 20e9}]}, {"gpu-link"}),
+        ({"gpus": [{**H200, "link": "PCIe 1 x1"}]}, set()),  # a virtual machine is told so
+        ({"gpus": [{"name": "NVIDIA H200", "capability": [9, 0], "copy_rate": 20e9}]}, set()),
+        ({"gpus": [{**H200, "copy_rate": 0.0}]}, set()),
     ],
 )
 def test_gpus(changes: dict[str, Any], expected: set[str], tmp_path: Path) -> None:
-    assert found(tmp_path, ONE, **{"gpus": (H200,), "environment": PASSIVE, **changes}) == expected
+    assert found(tmp_path, ONE, **{"gpus": [H200], "environment": PASSIVE, **changes}) == expected
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_gpus(changes: dict[str, Any], expected: set[str], tmp_path: Path) -> No
 def test_threads_that_spin(
     environment: dict[str, str], alone: bool, beside_a_gpu: bool, tmp_path: Path
 ) -> None:
-    for gpus, slow in (((), alone), ((H200,), beside_a_gpu)):
+    for gpus, slow in (([], alone), ([H200], beside_a_gpu)):
         assert ("omp-spins" in found(tmp_path, ONE, environment=environment, gpus=gpus)) == slow
 
 
@@ -164,13 +165,21 @@ def test_a_link(speed: str, lanes: str, link: str | None, tmp_path: Path) -> Non
 
 def test_gpus_of_nvidia_are_counted(tmp_path: Path) -> None:
     others = gpu("0000:65:00.0") | gpu("0000:66:00.0", vendor="0x8086")
-    assert read_tree(write_tree(tmp_path, ONE.with_files(gpu() | others))).nvidia_gpus == 2
+    assert read_tree(write_tree(tmp_path, ONE.with_files(gpu() | others)))["nvidia_gpus"] == 2
 
 
 def test_what_is_measured_of_a_gpu() -> None:
     device = torch.device("cpu")
     assert machines.link_rate(device) > 0
-    assert isinstance(machines.measure_rates(device), kt_moe.Rates)
+    assert kt_moe.Rates(**machines.measure_rates(device)).rest_seconds == 0
+
+
+def test_a_gpu_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(machines, "measure", fail)
+    assert machines.measure_rates(torch.device("cpu")) == {}
 
 
 def test_a_gpu_that_torch_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,21 +192,25 @@ def test_a_gpu_that_torch_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(machines, "link_rate", lambda device: 20e9)
-    monkeypatch.setattr(machines, "measure_rates", lambda device: None)
+    monkeypatch.setattr(machines, "measure_rates", lambda device: {})
     read = machines.read_gpus()
     most = pytest.approx(63.0e9, rel=0.01)
-    assert read["gpus"] == (Gpu("NVIDIA H200", (9, 0), 20e9, "PCIe 4 x16", "PCIe 5 x16", most),)
+    assert read["gpus"] == [{**H200, "copy_rate": 20e9, "link": "PCIe 4 x16", "most_rate": most}]
     assert read["page_lock"]  # there is no GPU really
     del properties.pci_bus_id  # an older torch
-    assert machines.read_gpus()["gpus"] == (Gpu("NVIDIA H200", (9, 0), 20e9),)
+    assert machines.read_gpus()["gpus"] == [{"name": "NVIDIA H200", "capability": [9, 0], "copy_rate": 20e9}]
 
 
 def test_gpus_for_people(tmp_path: Path) -> None:
-    machine = replace(
-        read_tree(write_tree(tmp_path, TWO)),
-        gpus=(H200, replace(H200, copy_rate=13e9, link="PCIe 5 x4")),
-        rates=kt_moe.Rates(55e9, 4.2e14, 3.5e12, 4.6e12, 1.1e11),
-    )
+    rates = {
+        "link": 5.5e10,
+        "gpu_flops": 4.2e14,
+        "gpu_bytes": 3.5e12,
+        "cpu_flops": 4.6e12,
+        "cpu_bytes": 1.1e11,
+    }
+    gpus = [H200, {**H200, "copy_rate": 13e9, "link": "PCIe 5 x4"}]
+    machine = read_tree(write_tree(tmp_path, TWO)) | {"gpus": gpus, "rates": rates}
     text = describe(machine)
     assert "\nGPU 0    NVIDIA H200, PCIe 5 x16, 55.0 GB/s from page-locked memory\n" in text
     said = (
@@ -205,7 +218,7 @@ def test_gpus_for_people(tmp_path: Path) -> None:
     )
     assert said in findings.describe(findings.find(machine))
     given = next(line.removeprefix("rates").strip() for line in text.splitlines() if "kt_moe.Gpu(" in line)
-    assert eval(given, {"kt_moe": kt_moe}).rates == machine.rates
+    assert eval(given, {"kt_moe": kt_moe}).rates == kt_moe.Rates(**rates)
 
 
 def shown(root: Path) -> str:
@@ -250,7 +263,7 @@ def test_damaged_files(text: str, tmp_path: Path) -> None:
 def test_memory_for_a_run_is_what_plan_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kt_moe.cli.doctor.machine.free_memory", lambda: 5 * GIB)
     monkeypatch.setattr("kt_moe.cli.doctor.machine.resident", lambda kind: GIB)
-    assert read_machine().available_bytes == 6 * GIB
+    assert read_machine()["available_bytes"] == 6 * GIB
 
 
 def test_an_override_that_does_not_hold(
@@ -282,5 +295,5 @@ def test_a_copy_of_this_machine_reads_as_it_does(tmp_path: Path) -> None:
     (tmp_path / "sys").symlink_to("/sys")
     copy = read_tree(tmp_path)
     for key in ("model", "packages", "cores", "online", "caches", "l3_sharing"):
-        assert copy.topology[key] == here.topology[key]
-    assert (copy.cpu, copy.isa_flags) == (here.cpu, here.isa_flags)
+        assert copy["topology"][key] == here["topology"][key]
+    assert (copy["cpu"], copy["isa_flags"]) == (here["cpu"], here["isa_flags"])

@@ -85,6 +85,6 @@ def test_results_are_those_of_one_node(placement: str) -> None:
 
 def test_every_page_is_where_it_was_asked_for() -> None:
     machine = read_machine()
-    assert [probe["node"] for probe in machine.probes] == [n["id"] for n in NODES if n["memory_bytes"] > 0]
-    assert all(probe["right"] == probe["pages"] > 0 for probe in machine.probes)
+    assert [probe["node"] for probe in machine["probes"]] == [n["id"] for n in NODES if n["memory_bytes"] > 0]
+    assert all(probe["right"] == probe["pages"] > 0 for probe in machine["probes"])
     assert "placement-refused" not in {finding.name for finding in find(machine)}

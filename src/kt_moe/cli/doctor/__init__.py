@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     seen = machine.read_machine()
     found = findings.find(seen)
     if args.json:
-        print(json.dumps({"machine": asdict(seen), "findings": [*map(asdict, found)]}, indent=2))
+        print(json.dumps({"machine": seen, "findings": [*map(asdict, found)]}, indent=2))
     else:
         print(machine.describe(seen), findings.describe(found), sep="\n\n")
     return 1 if found else 0

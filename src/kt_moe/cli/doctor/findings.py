@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from kt_moe.cli.doctor.machine import Machine
 from kt_moe.cli.text import count_text, ranges_text, size_text
 
 _LEAST = 0.6  # of what the lanes carry; copies reach 0.8 to 0.9 of it
@@ -27,8 +27,8 @@ class Finding:
     mend: str
 
 
-def find(machine: Machine) -> list[Finding]:
-    """All findings."""
+def find(machine: dict[str, Any]) -> list[Finding]:
+    """All findings about what `read_machine` returned."""
     return [finding for check in (_cpu, _memory, _gpus, _threads) for finding in check(machine)]
 
 
@@ -40,17 +40,17 @@ def describe(findings: list[Finding]) -> str:
     return "\n".join(lines) or "nothing found that costs speed and can be mended"
 
 
-def _cpu(m: Machine) -> Iterator[Finding]:
-    vendor, family, model = m.cpu
+def _cpu(m: dict[str, Any]) -> Iterator[Finding]:
+    vendor, family, model = m["cpu"]
     expected: set[str] = set()
     if vendor == "GenuineIntel" and family == 6 and model in (143, 207, 173, 174):  # Sapphire Rapids on
         expected = {"avx512_bf16", "amx_tile", "amx_bf16"}
     zen4 = family == 25 and (0x10 <= model < 0x20 or 0x60 <= model < 0x80 or 0xA0 <= model < 0xB0)
     if vendor == "AuthenticAMD" and (zen4 or family == 26):
         expected = {"avx512_bf16"}
-    hidden = sorted(expected - set(m.isa_flags)) if m.isa_flags else []
-    cost = f"{m.selected} kernels run, which are slower"
-    if {"amx_tile", "amx_bf16"} <= set(m.isa_flags) and m.kernel_sets["amx"] != "available":
+    hidden = sorted(expected - set(m["isa_flags"])) if m["isa_flags"] else []
+    cost = f"{m['selected']} kernels run, which are slower"
+    if {"amx_tile", "amx_bf16"} <= set(m["isa_flags"]) and m["kernel_sets"]["amx"] != "available":
         what = "the CPU has AMX, and the kernel does not let this process use it"
         mend = "Linux 5.16 or newer, and a seccomp filter that lets arch_prctl pass"
         yield Finding("amx-refused", what, cost, mend)
@@ -62,8 +62,8 @@ def _cpu(m: Machine) -> Iterator[Finding]:
             "in a virtual machine pass the host's CPU through (QEMU: -cpu host; libvirt: host-passthrough); "
             "else look at the BIOS, and for clearcpuid in /proc/cmdline",
         )
-    mask = sorted(cpu for node in m.topology["nodes"] for cpu in node["cpus"])
-    online, limit = m.topology["online_cpus"], m.topology["cgroup_cpu_limit"]
+    mask = sorted(cpu for node in m["topology"]["nodes"] for cpu in node["cpus"])
+    online, limit = m["topology"]["online_cpus"], m["topology"]["cgroup_cpu_limit"]
     if len(mask) < online:
         yield Finding(
             "affinity",
@@ -75,20 +75,20 @@ def _cpu(m: Machine) -> Iterator[Finding]:
         yield Finding(
             "cpu-limit",
             f"a control group grants the time of {limit:g} CPUs, and the affinity mask has {len(mask)}",
-            f"{count_text(m.topology['cores'], 'thread')} by default, and all pause when the time is used up",
+            f"{count_text(m['threads'], 'thread')} run, and all pause when the time is used up",
             "docker --cpus, Kubernetes' limits.cpu or systemd's CPUQuota set it",
         )
 
 
-def _memory(m: Machine) -> Iterator[Finding]:
-    if m.transparent_huge_pages == "never":
+def _memory(m: dict[str, Any]) -> Iterator[Finding]:
+    if m["transparent_huge_pages"] == "never":
         yield Finding(
             "huge-pages-off",
             "transparent huge pages are off",
             "weights and scratch lie in pages of 4 KiB, whose addresses take longer to look up",
             "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled",
         )
-    nodes = [node for node in m.topology["nodes"] if node["memory_bytes"]]
+    nodes = [node for node in m["topology"]["nodes"] if node["memory_bytes"]]
     for node in nodes if len(nodes) > 1 else ():
         number, free, size, files = (node[k] for k in ("id", "free_bytes", "memory_bytes", "cache_bytes"))
         if node["cpus"] and not node["memory_allowed"]:
@@ -108,7 +108,7 @@ def _memory(m: Machine) -> Iterator[Finding]:
                 "what does not fit lies on another node, further away",
                 "sync; echo 1 | sudo tee /proc/sys/vm/drop_caches" if drop else "end programs that use it",
             )
-    refused = [probe["node"] for probe in m.probes if not probe["asked"]]
+    refused = [probe["node"] for probe in m["probes"] if not probe["asked"]]
     if refused and len(nodes) > 1:
         yield Finding(
             "placement-refused",
@@ -118,45 +118,46 @@ def _memory(m: Machine) -> Iterator[Finding]:
         )
 
 
-def _gpus(m: Machine) -> Iterator[Finding]:
-    if m.nvidia_gpus and m.without_cuda:
+def _gpus(m: dict[str, Any]) -> Iterator[Finding]:
+    if m["nvidia_gpus"] and "without_cuda" in m:
         yield Finding(
             "gpu-unused",
-            f"this machine has {count_text(m.nvidia_gpus, 'NVIDIA GPU')}, and {m.without_cuda}",
+            f"this machine has {count_text(m['nvidia_gpus'], 'NVIDIA GPU')}, and {m['without_cuda']}",
             "the CPU computes all experts",
             "a torch with CUDA (pytorch.org/get-started); where it has that: nvidia-smi, docker --gpus all",
         )
-    for number, gpu in enumerate(m.gpus):
+    for number, gpu in enumerate(m["gpus"]):
         # Measured: a virtual machine may say anything of the link.
-        if 0 < gpu.copy_rate < _LEAST * gpu.most_rate:
-            reached = f"{gpu.copy_rate / 1e9:.1f} GB/s, and {gpu.best_link} carries {gpu.most_rate / 1e9:.1f}"
+        if 0 < gpu["copy_rate"] < _LEAST * gpu.get("most_rate", 0):
+            reached, most = (f"{gpu[name] / 1e9:.1f}" for name in ("copy_rate", "most_rate"))
             yield Finding(
                 "gpu-link",
-                f"copies to GPU {number} reach {reached}; it is connected by {gpu.link}",
+                f"copies to GPU {number} reach {reached} GB/s by {gpu['link']}, and {gpu['best_link']}, which it "
+                f"can have, carries {most}",
                 "weights cross the link in proportion to it",
                 "another slot or riser, the BIOS (link speed, bifurcation), iommu=pt, the socket that the "
                 "GPU is at (numactl), no other program on the link",
             )
-        if gpu.capability < (8, 0):
-            what = f"GPU {number} has compute capability {'.'.join(map(str, gpu.capability))}"
+        if gpu["capability"] < [8, 0]:
+            what = f"GPU {number} has compute capability {'.'.join(map(str, gpu['capability']))}"
             mend = "a GPU of 8.0 (NVIDIA's Ampere) or newer, which the kernels need"
             yield Finding("gpu-old", what, _ONE_BY_ONE, mend)
-    if not m.triton:
+    if not m.get("triton", True):
         mend = "pip install triton (torch's CUDA wheels for Linux bring it)"
         yield Finding("no-triton", "Triton is not installed", _ONE_BY_ONE, mend)
-    if m.page_lock:
+    if m.get("page_lock"):
         yield Finding(
             "page-lock-refused",
-            f"memory cannot be page-locked: {m.page_lock}",
+            f"memory cannot be page-locked: {m['page_lock']}",
             "each expert is copied twice on its way to the GPU, the first time by a core",
             "ulimit -l unlimited (LimitMEMLOCK= of systemd, docker --ulimit memlock=-1)",
         )
 
 
-def _threads(m: Machine) -> Iterator[Finding]:
+def _threads(m: dict[str, Any]) -> Iterator[Finding]:
     """OpenMP's threads, torch's, that wait busily, as they do where nothing is set."""
-    policy = m.environment.get("OMP_WAIT_POLICY", "").lower()
-    if policy == "active" or (m.gpus and not policy and "GOMP_SPINCOUNT" not in m.environment):
+    policy = m["environment"].get("OMP_WAIT_POLICY", "").lower()
+    if policy == "active" or (m["gpus"] and not policy and "GOMP_SPINCOUNT" not in m["environment"]):
         yield Finding(
             "omp-spins",
             f"OMP_WAIT_POLICY is {policy or 'not set'}: torch's threads stay awake while they wait",
