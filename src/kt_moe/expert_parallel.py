@@ -34,16 +34,22 @@ from kt_moe.functional import check_inputs, check_lora_names, moe, on_failure, u
 from kt_moe.job import tell_what_ends_this_process
 from kt_moe.tensors import refuse_tracing
 from kt_moe.token_exchange import (
+    CHUNKS,
+    PARTS,
     Exchange,
     Routes,
     Step,
+    arrive,
     attempt,
+    chunk_count,
     combine,
-    dispatch,
-    exchanged,
     exchanges_host_memory,
+    leave,
     partition,
-)  # fmt: skip
+    sizes_of_chunks,
+    start,
+    telling_who_failed,
+)
 
 _STEPS: tuple[Step, ...] = get_args(Step)
 # What a rank's call needs, as bits: a graph, gradients of its tokens, gradients of its LoRA tensors.
@@ -96,9 +102,11 @@ class ExpertParallel:
         group: dist.ProcessGroup | None = None,
         *,
         average: bool = True,
+        chunks: int | None = None,
     ) -> None:
         self.rank, self.world_size = _rank_and_size(group)
         self.experts, self.num_experts, self.group, self.average = experts, num_experts, group, average
+        self.chunks = chunks
         processes = group or dist.group.WORLD
         assert processes is not None
         self._counts = _counts.setdefault(processes, _Counts())
@@ -107,7 +115,7 @@ class ExpertParallel:
         self._tells_by_cpu = exchanges_host_memory(group)
         # What is wrong with this rank's arguments is told, not raised: the others would wait.
         layers: list[Any] = [None] * self.world_size
-        dist.all_gather_object(layers, _Layer.of(experts, num_experts, average, self._number), group)
+        dist.all_gather_object(layers, _Layer.of(experts, num_experts, average, chunks, self._number), group)
         _check_layers(layers)
         self._counts.layers += 1
         tell_what_ends_this_process()
@@ -162,39 +170,60 @@ class ExpertParallel:
         number, params = self._counts.calls, lora_params or {}
         self._counts.calls += 1
 
-        def look() -> tuple[Routes, int]:
+        def look() -> tuple[Routes, int, int]:
             refuse_tracing((hidden_states, topk_ids, topk_weights))
             check_inputs(hidden_states, topk_ids, topk_weights)
             self._check(hidden_states, topk_ids, topk_weights, params)
-            return Routes.of(topk_ids, self.parts), _needs(hidden_states, topk_weights, params)
+            found = Routes.of(topk_ids, self.parts)
+            on_gpu = self.experts is not None and self.experts.gpu.engine(hidden_states.device) is not None
+            return found, _needs(hidden_states, topk_weights, params), -1 if on_gpu else topk_ids.numel()
 
         seen, error = attempt(look)
-        routes, needs = seen or (None, 0)
+        routes, needs, rows = seen or (None, 0, 0)
         device = getattr(hidden_states, "device", torch.device("cpu"))
         call = _Call(self._number, number, topk_ids.shape[1] if routes else 0, needs)
-        counts, needs = self._agree(call, "forward", device, error, routes.sizes if routes else None)
+        sizes = routes.part_sizes(len(topk_ids)) if routes else None
+        heard, needs = self._agree(call, "forward", device, error, rows, sizes)
         assert routes is not None
+        chunks = self.chunks or chunk_count([row[0] for row in heard], self.num_experts)
+        of_chunks = routes.divided(len(topk_ids), chunks)
+        received = [sizes_of_chunks(row[1:], chunks) for row in heard]
 
         def agree(step: Step, error: Exception | None = None) -> None:
             self._agree(call, step, device, error)
 
-        exchange = Exchange(self.group, agree, routes.sizes, counts)
+        width = self.hidden_size
+        exchange = Exchange(
+            self.group,
+            agree,
+            [chunk.sizes for chunk in of_chunks],
+            [list(of_ranks) for of_ranks in zip(*received, strict=True)],
+            (width, width + call.slots if needs & _TOKENS else 0),
+            device,
+        )
         # So that a rank that needs no gradient takes part in the backward of the others.
         anchor = torch.empty(0, device=device, requires_grad=True) if needs & (_TOKENS | _LORA) else None
         anchor_of_tokens = anchor if needs & _TOKENS else None
-        rows, ids, weights = dispatch(hidden_states, topk_weights, anchor_of_tokens, routes, exchange)
+        lora = {name: self._scaled(tensor) for name, tensor in params.items()}
+        begun = start(hidden_states, topk_weights, anchor_of_tokens, of_chunks, exchange)
+        handles = []
+        for chunk in range(chunks):
+            arrived = arrive(begun, exchange, chunk, call.slots)
+            own = None if seed is None else (seed + chunk) % 2**63
+            lora_options: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "seed": own}
+            partial, error = attempt(functools.partial(self._compute, *arrived, lora, **lora_options))
+            if error is not None:
+                exchange.fail(chunk, error)
+            assert partial is not None
+            on_failure(partial, functools.partial(exchange.fail, chunk))
+            handles.append(leave(partial, anchor, exchange, chunk))
+        return combine(handles, of_chunks, hidden_states, exchange)
 
-        def compute() -> Tensor:
-            if self.experts is None:
-                return rows  # there are none
-            lora = {name: self._scaled(tensor) for name, tensor in params.items()}
-            return moe(rows, ids, weights, self.experts, lora, scaling=scaling, dropout=dropout, seed=seed)
-
-        partial, error = attempt(compute)
-        agree("forward's results", error)
-        assert partial is not None
-        on_failure(partial, lambda error: agree("backward's results", error))
-        return combine(partial, anchor, routes, hidden_states, exchange)
+    def _compute(
+        self, rows: Tensor, ids: Tensor, weights: Tensor, lora: Mapping[str, Tensor | None], **options: Any
+    ) -> Tensor:
+        """What this rank's experts make of rows; where it has none there are no rows."""
+        return rows if self.experts is None else moe(rows, ids, weights, self.experts, lora, **options)
 
     def _scaled(self, tensor: Tensor | None) -> Tensor | None:
         if tensor is None or not self.average:
@@ -238,22 +267,27 @@ class ExpertParallel:
         step: Step,
         device: torch.device,
         error: Exception | None,
-        sizes: Sequence[int] | None = None,
-    ) -> tuple[list[int], int]:
-        """Tell all ranks what this one does, and how many rows it has for each.
+        routes: int = 0,
+        sizes: Sequence[Sequence[int]] | None = None,
+    ) -> tuple[list[list[int]], int]:
+        """Tell all ranks what this one does, how many routes it has, and how many rows for each.
+
+        Args:
+            routes, sizes: see `chunk_count` and `Routes.part_sizes`.
 
         Returns:
-            Rows that come from each rank, and what any of them needs.
+            Of each rank its routes, and rows that come from it; and what any of them needs.
 
         Raises:
             Exception: `error`, if there is one.
             RuntimeError: another rank has one, or does something else.
         """
         mine = [_STEPS.index(step), call.layer, call.number, call.slots, call.needs, int(error is not None)]
-        rows = [[*mine, size] for size in sizes or [0] * self.world_size]
+        rows = [[*mine, routes, *parts] for parts in sizes or [[0] * PARTS] * self.world_size]
         told = torch.tensor(rows, dtype=torch.int64, device="cpu" if self._tells_by_cpu else device)
         heard = torch.empty_like(told)
-        exchanged(heard, told, None, None, self.group)
+        with telling_who_failed():
+            dist.all_to_all_single(heard, told, group=self.group)
         ranks = heard.tolist()
         failed = any(row[5] for row in ranks)
         differ = any(row[:4] != mine[:4] or (row[4] ^ call.needs) & _RECORDS for row in ranks)
@@ -267,7 +301,7 @@ class ExpertParallel:
                 for s, layer, n, k, needs, *_ in ranks
             ]
             _check_alike(said, "ranks call expert parallel layers differently", RuntimeError)
-        return [row[6] for row in ranks], functools.reduce(operator.or_, (row[4] for row in ranks))
+        return [row[6:] for row in ranks], functools.reduce(operator.or_, (row[4] for row in ranks))
 
     def _fail(self, error: Exception | None) -> None:
         """On all ranks, where one has an error: raise it there, and tell it elsewhere."""
@@ -336,21 +370,24 @@ class _Layer:
     number: int
     num_experts: int
     average: bool
+    chunks: int | None
     local: int
     sizes: dict[str, Any]
     error: str
 
     @classmethod
-    def of(cls, experts: object, num_experts: int, average: bool, number: int) -> _Layer:
+    def of(cls, experts: object, num_experts: int, average: bool, chunks: int | None, number: int) -> _Layer:
         error, local, sizes = "", 0, {}
         if not isinstance(num_experts, int) or num_experts < 1:
             error = f"num_experts is {num_experts!r}, wanted an integer of 1 or more"
+        if chunks is not None and (isinstance(chunks, bool) or chunks not in CHUNKS):
+            error = f"chunks is {chunks!r}, wanted 1, 2, 4 or None"
         if isinstance(experts, Experts):
             names = ("hidden_size", "intermediate_size", "gated", "activation", "format")
             local, sizes = experts.num_experts, {name: getattr(experts, name) for name in names}
         elif experts is not None:
             error = f"experts is a {type(experts).__name__}, wanted kt_moe.Experts or None"
-        return cls(number, num_experts, average, local, sizes, error)
+        return cls(number, num_experts, average, chunks, local, sizes, error)
 
 
 def _check_layers(layers: Sequence[_Layer]) -> None:
@@ -358,7 +395,10 @@ def _check_layers(layers: Sequence[_Layer]) -> None:
         if layer.error:
             raise ValueError(f"on rank {rank} {layer.error}")
     what = "ranks disagree about an expert parallel layer"
-    of_all = [{"num_experts": a.num_experts, "average": a.average, "layers before": a.number} for a in layers]
+    of_all = [
+        {"num_experts": a.num_experts, "average": a.average, "chunks": a.chunks, "layers before": a.number}
+        for a in layers
+    ]
     _check_alike(of_all, what, ValueError)
     _check_alike([layer.sizes for layer in layers], what, ValueError)
     if sum(layer.local for layer in layers) != layers[0].num_experts:

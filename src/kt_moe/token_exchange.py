@@ -1,15 +1,20 @@
-"""Tokens sent to the ranks of their experts, and the experts' parts of the results sent back.
+"""Tokens sent to the ranks of their experts, and the experts' parts of the results sent back, in chunks.
 
-`dispatch` and `combine` are differentiable; the backward of each is an exchange in the other direction.
+While a chunk is computed, the next one is on its way to the experts, and the results of the one before go
+back. Four differentiable functions make a call: `start`, then for each chunk `arrive` and `leave`, before and
+behind its computation, and `combine`. Handles, which are scalars, tell autograd in which order; the rows are
+in the call's `Exchange`. Backward is the mirror image: the last chunk comes first.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from datetime import timedelta
+from typing import Any, Literal, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +25,11 @@ from kt_moe import job
 
 _T = TypeVar("_T")
 Step = Literal["forward", "forward's results", "backward", "backward's results"]
+CHUNKS = (1, 2, 4)  # into which a rank's tokens are divided
+PARTS = CHUNKS[-1]
+ROWS = (
+    512  # that an expert has in each of several chunks on the average; with fewer, weights are read too often
+)
 
 
 def partition(num_experts: int, world_size: int, counts: Sequence[float] | None = None) -> list[range]:
@@ -112,38 +122,153 @@ class Routes:
         local = torch.where(there, ids[tokens] - firsts[to, None], (stops - firsts)[to, None])
         return cls(tokens, local.int(), torch.bincount(to, minlength=world).tolist())
 
+    def part_sizes(self, count: int) -> list[list[int]]:
+        """Rows for each rank of each of `PARTS` equal runs of a call's `count` tokens."""
+        keys = self._ranks() * PARTS + self._runs(count, PARTS)
+        return torch.bincount(keys, minlength=PARTS * len(self.sizes)).view(-1, PARTS).tolist()
 
-@dataclass(frozen=True)
+    def divided(self, count: int, chunks: int) -> list[Routes]:
+        """Those of each of so many equal runs of a call's `count` tokens."""
+        if chunks == 1:
+            return [self]
+        runs, ranks, found = self._runs(count, chunks), self._ranks(), []
+        for chunk in range(chunks):
+            rows = (runs == chunk).nonzero()[:, 0]
+            sizes = torch.bincount(ranks[rows], minlength=len(self.sizes)).tolist()
+            found.append(Routes(self.tokens[rows], self.ids[rows], sizes))
+        return found
+
+    def _ranks(self) -> Tensor:
+        """[S]: to which rank a row goes."""
+        sizes = torch.tensor(self.sizes, device=self.tokens.device)
+        return torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+
+    def _runs(self, count: int, runs: int) -> Tensor:
+        """[S]: in which of so many equal runs of tokens a row's is."""
+        stops = [count * (run + 1) // runs for run in range(runs)]
+        return torch.bucketize(self.tokens, torch.tensor(stops, device=self.tokens.device), right=True)
+
+
+def chunk_count(routes: Sequence[int], num_experts: int) -> int:
+    """Into how many chunks a call's tokens are divided, the same on all ranks.
+
+    routes: of each rank's tokens; below 0 where experts are computed on a GPU: each chunk would bring their
+        weights there.
+    """
+    if min(routes) < 0:
+        return 1
+    return max(chunks for chunks in CHUNKS if chunks == 1 or sum(routes) >= chunks * ROWS * num_experts)
+
+
+def sizes_of_chunks(of_parts: Sequence[int], chunks: int) -> list[int]:
+    """Rows of each chunk, of those of `PARTS` runs of tokens."""
+    each = PARTS // chunks
+    return [sum(of_parts[chunk * each : (chunk + 1) * each]) for chunk in range(chunks)]
+
+
 class Exchange:
     """One call's exchanges between the ranks of a group.
 
-    Attributes:
-        agree: called on all ranks before each exchange of backward, with the name of its step and what the
-            rank failed with, if it did.
-        sent, received: rows to and from each rank.
+    Args:
+        agree: called on all ranks before the first exchange of backward, and before the last results of each
+            direction, with the name of its step and what the rank failed with, if it did.
+        sent, received: of each chunk, rows to and from each rank.
+        widths: of results, in forward and in backward; 0: there are none.
     """
 
-    group: dist.ProcessGroup | None
-    agree: Callable[[Step, Exception | None], object]
-    sent: list[int]
-    received: list[int]
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        agree: Callable[[Step, Exception | None], object],
+        sent: Sequence[list[int]],
+        received: Sequence[list[int]],
+        widths: tuple[int, int],
+        device: torch.device,
+    ) -> None:
+        self.group, self.agree, self.sent, self.received = group, agree, sent, received
+        self.widths, self.device = widths, device
+        self._coming: dict[int, _Coming] = {}
+        self._results: dict[int, _Coming] = {}
 
-    def send(self, rows: Tensor) -> Tensor:
-        """[S, ...] in the order of `Routes` to the ranks of the experts: [R, ...], those of rank 0 first."""
-        return self._swap(rows, self.sent, self.received)
+    def begin(self, rows: Callable[[int], Tensor], forward: bool) -> None:
+        """Send the direction's first chunk to the ranks of the experts.
 
-    def send_back(self, rows: Tensor, tokens: Tensor, count: int) -> Tensor:
-        """[R, N] fp32 to the ranks of the tokens, where those of a token are added in the order of ranks."""
-        parts = self._swap(rows, self.received, self.sent)
-        total = parts.new_zeros(count, parts.shape[1])
-        for at, part in zip(*(t.split_with_sizes(self.sent) for t in (tokens, parts)), strict=True):
-            total.index_add_(0, at, part)  # a token is once in a part, so that the order of sums is fixed
+        rows: of a chunk, [S, bytes] in the order of its `Routes`.
+        """
+        order = list(range(len(self.sent)))
+        self._order = order if forward else order[::-1]
+        self._step: Step = "forward's results" if forward else "backward's results"
+        self._width = self.widths[0 if forward else 1]
+        self._rows: Callable[[int], Tensor] | None = rows
+        self._send(self._order[0])
+
+    def _send(self, chunk: int) -> None:
+        assert self._rows is not None
+        rows = self._rows(chunk)
+        if chunk == self._order[-1]:
+            self._rows = None  # and with it the tokens, which a checkpointed region must not keep
+        self._coming[chunk] = _Coming.of(rows, self.sent[chunk], self.received[chunk], self.group)
+
+    def arrived(self, chunk: int) -> Tensor:
+        """[R, bytes] of a chunk, those of rank 0 first. The next one is sent."""
+        got = self._coming.pop(chunk).wait()
+        if chunk != self._order[-1]:
+            self._send(self._order[self._order.index(chunk) + 1])
+        return got
+
+    def send_back(self, chunk: int, rows: Tensor) -> None:
+        """[R, width] fp32 of a chunk to the ranks of the tokens. RuntimeError: another rank has failed."""
+        if chunk == self._order[-1]:
+            self.agree(self._step, None)
+        self._return(chunk, rows)
+
+    def _return(self, chunk: int, rows: Tensor) -> None:
+        if self._width:
+            sent, received = self.received[chunk], self.sent[chunk]
+            self._results[chunk] = _Coming.of(rows, sent, received, self.group)
+
+    def fail(self, chunk: int, error: Exception) -> NoReturn:
+        """Raise an error of a chunk's computation, on all ranks, after the exchanges that they begin."""
+        for at in self._order[self._order.index(chunk) :]:
+            if at != chunk:
+                self.arrived(at)
+            if at == self._order[-1]:
+                self.agree(self._step, error)
+            self._return(at, torch.zeros(sum(self.received[at]), self._width, device=self.device))
+        raise error
+
+    def sums(self, tokens: Sequence[Tensor], count: int) -> Tensor:
+        """[T, width] fp32 of what comes back: the rows of a token are added in the order of ranks."""
+        total = torch.zeros(count, self._width, device=self.device)
+        for chunk in self._order:
+            parts = self._results.pop(chunk).wait()
+            each = (t.split_with_sizes(self.sent[chunk]) for t in (tokens[chunk], parts))
+            for at, part in zip(*each, strict=True):
+                total.index_add_(0, at, part)  # a token is once in a part, so that the order of sums is fixed
         return total
 
-    def _swap(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        got = rows.new_empty(sum(received), *rows.shape[1:])
-        exchanged(got, rows.contiguous(), received, sent, self.group)
-        return got
+
+@dataclass(frozen=True)
+class _Coming:
+    """Rows on their way from all ranks; `sent` are those to them, which have to last until then."""
+
+    work: Any
+    got: Tensor
+    sent: Tensor
+
+    @classmethod
+    def of(
+        cls, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup | None
+    ) -> _Coming:
+        got, rows = rows.new_empty(sum(received), *rows.shape[1:]), rows.contiguous()
+        with telling_who_failed():
+            work = dist.all_to_all_single(got, rows, received, sent, group=group, async_op=True)
+        return cls(work, got, rows)
+
+    def wait(self) -> Tensor:
+        with telling_who_failed():
+            self.work.wait()
+        return self.got
 
 
 def exchanges_host_memory(group: dist.ProcessGroup | None) -> bool:
@@ -151,21 +276,24 @@ def exchanges_host_memory(group: dist.ProcessGroup | None) -> bool:
     return "cpu:" in dist.get_backend_config(group)
 
 
-def exchanged(
-    got: Tensor,
-    rows: Tensor,
-    received: list[int] | None,
-    sent: list[int] | None,
-    group: dist.ProcessGroup | None,
-) -> None:
-    """`all_to_all_single`.
+def timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
+    """How long operations of a group may take; None where torch does not tell."""
+    processes: Any = group or dist.group.WORLD
+    device = torch.device("cpu" if exchanges_host_memory(group) else "cuda")
+    options = getattr(processes._get_backend(device), "options", None)
+    return getattr(options, "_timeout", None)
+
+
+@contextmanager
+def telling_who_failed() -> Iterator[None]:
+    """Around an exchange.
 
     Raises:
         RuntimeError: torch's, as another rank is gone or silent; where that one could tell what ended it, it
             says so.
     """
     try:
-        dist.all_to_all_single(got, rows, received, sent, group=group)
+        yield
     except RuntimeError as error:
         if told := job.failure():
             raise RuntimeError(f"{told} (seen by an expert parallel layer's exchange of tokens)") from error
@@ -180,71 +308,85 @@ def attempt(function: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
         return None, error
 
 
-def dispatch(
-    hidden_states: Tensor, topk_weights: Tensor, anchor: Tensor | None, routes: Routes, exchange: Exchange
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens to the ranks of their experts.
+def start(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    anchor: Tensor | None,
+    routes: Sequence[Routes],
+    exchange: Exchange,
+) -> Tensor:
+    """Send the first chunk of tokens to the ranks of their experts.
 
     Args:
         hidden_states: [T, H], sent as bf16.
         topk_weights: [T, K], sent as fp32.
-        anchor: something that requires a gradient, so that what is returned does on this rank too.
+        anchor: something that requires a gradient, so that what arrives does on this rank too.
+        routes: of each chunk.
+
+    Returns:
+        A handle for `arrive`.
+    """
+    handle: Tensor = _Start.apply(hidden_states, topk_weights, anchor, routes, exchange)  # type: ignore[no-untyped-call]
+    return handle
+
+
+def arrive(handle: Tensor, exchange: Exchange, chunk: int, topk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Wait for a chunk, and send the next one.
 
     Returns:
         Rows that came [R, H] in fp32, as their gradients will be; ids [R, K] int32; weights [R, K] fp32.
     """
-    got = _Dispatch.apply(hidden_states, topk_weights, anchor, routes, exchange)  # type: ignore[no-untyped-call]
+    got = _Arrive.apply(handle, exchange, chunk, topk)  # type: ignore[no-untyped-call]
     return cast("tuple[Tensor, Tensor, Tensor]", got)
 
 
-def combine(
-    partial: Tensor, anchor: Tensor | None, routes: Routes, like: Tensor, exchange: Exchange
-) -> Tensor:
-    """The experts' parts of the results back to the tokens, and added up.
+def leave(partial: Tensor, anchor: Tensor | None, exchange: Exchange, chunk: int) -> Tensor:
+    """Send the experts' parts of a chunk's results back, [R, H] fp32.
 
-    Args:
-        partial: [R, H] fp32.
-        anchor: as of `dispatch`.
-        like: [T, H], the shape and dtype of the result.
+    anchor: as of `start`.
+
+    Returns:
+        A handle for `combine`.
     """
-    out: Tensor = _Combine.apply(partial, anchor, routes.tokens, len(like), like.dtype, exchange)  # type: ignore[no-untyped-call]
+    handle: Tensor = _Leave.apply(partial, anchor, exchange, chunk)  # type: ignore[no-untyped-call]
+    return handle
+
+
+def combine(handles: Sequence[Tensor], routes: Sequence[Routes], like: Tensor, exchange: Exchange) -> Tensor:
+    """Add up the parts of results: [T, H] as `like`."""
+    tokens = [of_chunk.tokens for of_chunk in routes]
+    out: Tensor = _Combine.apply(tokens, len(like), like.dtype, exchange, *handles)  # type: ignore[no-untyped-call]
     return out
 
 
-class _Dispatch(torch.autograd.Function):
+class _Start(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden_states: Tensor,
         topk_weights: Tensor,
         anchor: Tensor | None,
-        routes: Routes,
+        routes: Sequence[Routes],
         exchange: Exchange,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens = routes.tokens
-        ctx.exchange, ctx.count = exchange, len(hidden_states)
+    ) -> Tensor:
+        ctx.exchange, ctx.sizes = exchange, hidden_states.shape
         ctx.dtypes = hidden_states.dtype, topk_weights.dtype
-        ctx.save_for_backward(tokens)
-        fields = hidden_states[tokens].bfloat16(), routes.ids, topk_weights[tokens].float()
-        got = exchange.send(torch.cat([_as_bytes(field) for field in fields], dim=1))
-        each = got.split_with_sizes([field.shape[1] * field.itemsize for field in fields], dim=1)
-        rows, ids, weights = (
-            # Copied by itself: a view of other elements wants them aligned.
-            part.contiguous().view(field.dtype)
-            for part, field in zip(each, fields, strict=True)
-        )
-        ctx.mark_non_differentiable(ids)
-        return rows.float(), ids, weights
+        ctx.save_for_backward(*(of_chunk.tokens for of_chunk in routes))
+
+        def rows(chunk: int) -> Tensor:
+            tokens, ids = routes[chunk].tokens, routes[chunk].ids
+            fields = hidden_states[tokens].bfloat16(), ids, topk_weights[tokens].float()
+            return torch.cat([_as_bytes(field) for field in fields], dim=1)
+
+        exchange.begin(rows, forward=True)
+        return hidden_states.new_zeros(())
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_rows: Tensor, _: object, grad_weights: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        (tokens,) = ctx.saved_tensors
-        both, error = attempt(lambda: torch.cat([grad_rows, grad_weights], dim=1))
-        ctx.exchange.agree("backward's results", error)
-        x, weights = ctx.exchange.send_back(both, tokens, ctx.count).tensor_split([grad_rows.shape[1]], dim=1)
+    def backward(ctx: Any, _: object) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        count, hidden_size = ctx.sizes
+        both = ctx.exchange.sums(ctx.saved_tensors, count)
+        x, weights = both.tensor_split([hidden_size], dim=1)
         x_dtype, weights_dtype = ctx.dtypes
         needs_x, needs_weights, *_ = ctx.needs_input_grad
         return (
@@ -256,31 +398,75 @@ class _Dispatch(torch.autograd.Function):
         )
 
 
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, handle: Tensor, exchange: Exchange, chunk: int, topk: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.exchange, ctx.chunk = exchange, chunk
+        ctx.dtype = handle.dtype
+        got = exchange.arrived(chunk)
+        sizes = [got.shape[1] - 8 * topk, 4 * topk, 4 * topk]
+        rows, ids, weights = (
+            # Copied by itself: a view of other elements wants them aligned.
+            part.contiguous().view(dtype)
+            for part, dtype in zip(
+                got.split_with_sizes(sizes, dim=1), (torch.bfloat16, torch.int32, torch.float32), strict=True
+            )
+        )
+        ctx.mark_non_differentiable(ids)
+        return rows.float(), ids, weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_rows: Tensor, _: object, grad_weights: Tensor
+    ) -> tuple[Tensor, None, None, None]:
+        both, error = attempt(lambda: torch.cat([grad_rows, grad_weights], dim=1))
+        if error is not None:
+            ctx.exchange.fail(ctx.chunk, error)
+        ctx.exchange.send_back(ctx.chunk, both)
+        return grad_rows.new_zeros((), dtype=ctx.dtype), None, None, None
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, anchor: Tensor | None, exchange: Exchange, chunk: int) -> Tensor:
+        ctx.exchange, ctx.chunk = exchange, chunk
+        exchange.send_back(chunk, partial)
+        return partial.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: object) -> tuple[Tensor, None, None, None]:
+        return ctx.exchange.arrived(ctx.chunk).view(torch.bfloat16).float(), None, None, None
+
+
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        partial: Tensor,
-        anchor: Tensor | None,
-        tokens: Tensor,
+        tokens: Sequence[Tensor],
         count: int,
         dtype: torch.dtype,
         exchange: Exchange,
+        *handles: Tensor,
     ) -> Tensor:
         ctx.exchange = exchange
-        # On all ranks this is the last tensor that a call saves: a checkpointed region is recomputed as far
-        # as its last saved tensor, so that all ranks recompute all exchanges of a call, or none.
-        ctx.save_for_backward(tokens)
-        return exchange.send_back(partial, tokens, count).to(dtype)
+        # On all ranks these are the last tensors that a call saves: a checkpointed region is recomputed as
+        # far as its last saved tensor, so that all ranks recompute all exchanges of a call, or none.
+        ctx.save_for_backward(*tokens)
+        return exchange.sums(tokens, count).to(dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        (tokens,) = ctx.saved_tensors
-        sent, error = attempt(lambda: _as_bytes(grad_out[tokens].bfloat16()))
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        tokens = ctx.saved_tensors
+        rows, error = attempt(lambda: [_as_bytes(grad_out[t].bfloat16()) for t in tokens])
         ctx.exchange.agree("backward", error)
-        rows = ctx.exchange.send(sent)
-        return rows.view(torch.bfloat16).float(), None, None, None, None, None
+        assert rows is not None
+        ctx.exchange.begin(rows.__getitem__, forward=False)
+        return None, None, None, None, *(grad_out.new_zeros((), dtype=torch.float32) for _ in rows)
 
 
 def _as_bytes(rows: Tensor) -> Tensor:

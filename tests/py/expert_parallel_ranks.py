@@ -164,6 +164,13 @@ class Rank:
             layer = self.layer(problem, average=False)
             for name, dtype in DTYPES.items():
                 yield f"{routing} {name}", self.plain(layer, problem, dtype)
+        for chunks in (2, 4):
+            layer = self.layer(average=False, chunks=chunks)
+            for name, dtype in DTYPES.items():
+                yield f"{chunks} chunks {name}", self.plain(layer, self.problem, dtype)
+            leaves = self.leaves(self.problem, torch.float32)
+            out = self.run(layer, self.problem, leaves, lambda f, *a: checkpoint(f, *a, use_reentrant=False))
+            yield f"{chunks} chunks checkpoint", out
         layer = self.layer(average=False)
         yield "again", self.plain(layer, self.problem, torch.float32)
         yield "average", self.plain(self.layer(), self.problem, torch.float32)
@@ -299,6 +306,9 @@ class Rank:
         )
         yield "kind", said(lambda: ExpertParallel(problem if self.rank == 1 else experts, count))
         yield "average", said(lambda: ExpertParallel(experts, count, average=self.rank == 1))
+        chunks = 2 if self.rank == 1 else None
+        yield "chunks", said(lambda: ExpertParallel(experts, count, chunks=chunks))
+        yield "three chunks", said(lambda: ExpertParallel(experts, count, chunks=3))
         alone = dist.new_group([0])
         yield "group", said(lambda: local_experts(count, alone))
         yield "works still", said(lambda: first(x))
@@ -331,6 +341,17 @@ class Rank:
         yield "backward", said(lambda: self.plain(layer, self.problem, torch.float32))
         functional._core = core
         yield "afterwards", self.plain(layer, self.problem, torch.float32)
+        chunks = self.layer(chunks=4)
+        yield "chunks", self.plain(chunks, self.problem, torch.float32)
+        for name, broken in {
+            "backward": Broken(backward=out_of_memory),
+            "forward": Broken(forward=out_of_memory),
+        }.items():
+            if self.rank == 1:
+                functional._core = broken
+            yield f"{name} in chunks", said(lambda: self.plain(chunks, self.problem, torch.float32))
+            functional._core = core
+        yield "chunks afterwards", self.plain(chunks, self.problem, torch.float32)
         short = self.layer(group=dist.new_group(timeout=timedelta(seconds=2)))
         began = time.monotonic()
         if self.rank != 1:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import kt_moe
 from kt_moe.expert_parallel import ExpertParallel, local_experts
-from kt_moe.token_exchange import Routes, partition
+from kt_moe.token_exchange import ROWS, Routes, chunk_count, partition
 
 HERE = Path(__file__).parent
 WORLDS = (2, 3, 4)
@@ -57,15 +57,21 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return 0.0 if difference == 0 else float(difference / wanted.double().norm())
 
 
-def alone(world: int, routing: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """One process with all experts and the tokens of all ranks."""
+def alone(world: int, routing: str, dtype: torch.dtype, chunks: int = 1) -> dict[str, Tensor]:
+    """One process with all experts and the tokens of all ranks, a call for each chunk of these."""
     problem = ranks.problem_of(world, routing)
     leaves = {name: ranks.leaf(tensor) for name, tensor in problem.leaves().items()}
     leaves["hidden_states"] = ranks.leaf(problem.hidden_states, dtype)
     experts = ranks.experts_of(problem, range(ranks.EXPERTS[world]))
     lora = {name: leaves[name] for name in LORA_NAMES}
     x, weights = leaves["hidden_states"], leaves["topk_weights"]
-    out = kt_moe.moe(x, problem.topk_ids, weights, experts, lora, scaling=problem.scaling)
+    of_ranks = torch.arange(len(x)).split(ranks.TOKENS[world])
+    out = torch.empty_like(x)
+    for chunk in range(chunks):
+        at = torch.cat([t[len(t) * chunk // chunks : len(t) * (chunk + 1) // chunks] for t in of_ranks])
+        ids, of_chunk = problem.topk_ids[at], weights[at]
+        part = kt_moe.moe(x[at], ids, of_chunk, experts, lora, scaling=problem.scaling)
+        out = out.index_copy(0, at, part)
     return ranks.gradients(out, problem.grad_out, leaves)
 
 
@@ -88,6 +94,25 @@ def test_equals_one_process(results: Any, routing: str, dtype: str) -> None:
         assert error(tensor, wanted[name]) < most, name
         if name in LORA_NAMES:  # rows arrive in the order that one process has them
             assert torch.equal(tensor, wanted[name]), name
+
+
+@pytest.mark.parametrize("chunks", [2, 4])
+@pytest.mark.parametrize("dtype", ranks.DTYPES)
+def test_chunks_equal_as_many_calls_of_one_process(results: Any, chunks: int, dtype: str) -> None:
+    world, found = results
+    wanted = alone(world, "random", ranks.DTYPES[dtype], chunks)
+    got = together(found, f"{chunks} chunks {dtype}")
+    assert got.keys() == wanted.keys()
+    for name, tensor in got.items():
+        most = 1e-3 if tensor.dtype is torch.bfloat16 else 1e-5
+        assert error(tensor, wanted[name]) < most, name
+        if name in LORA_NAMES:
+            assert torch.equal(tensor, wanted[name]), name
+    if dtype == "fp32":
+        again = together(found, f"{chunks} chunks checkpoint")
+        assert all(torch.equal(tensor, again[name]) for name, tensor in got.items())
+        whole = together(found, "random fp32")
+        assert not all(torch.equal(tensor, whole[name]) for name, tensor in got.items())
 
 
 def test_is_bitwise_the_same_again(results: Any) -> None:
@@ -223,6 +248,8 @@ def test_what_ranks_do_not_agree_about(tmp_path: Path) -> None:
         assert "ranks have 2, 5, 1 experts, wanted 5 together" in one["part"]
         assert "on rank 1 experts is a Problem, wanted kt_moe.Experts or None" in one["kind"]
         assert "average is False on ranks 0, 2 and True on rank 1" in one["average"]
+        assert "chunks is None on ranks 0, 2 and 2 on rank 1" in one["chunks"]
+        assert one["three chunks"] == "ValueError: on rank 0 chunks is 3, wanted 1, 2, 4 or None"
         assert one["worked in between"] == one["works still"] == ""
     assert [one["group"] for one in (first, second)] == [
         "", "ValueError: process 1 is not in the group, wanted one of its members"
@@ -237,10 +264,13 @@ def test_a_rank_that_is_gone_ends_the_others(tmp_path: Path) -> None:
 
 def test_what_happens_to_one_rank_is_told_to_the_others(tmp_path: Path) -> None:
     for one in run("faults", 3, tmp_path, [0, 1, 0]):
-        for name in ("slow", "afterwards"):
-            assert all(torch.equal(t, one["as it should be"][key]) for key, t in one[name].items())
+        for name, wanted in {
+            "slow": "as it should be", "afterwards": "as it should be", "chunks afterwards": "chunks",
+        }.items():  # fmt: skip
+            assert all(torch.equal(t, one[wanted][key]) for key, t in one[name].items())
         wanted = "RuntimeError: expert parallel layer 0 failed on rank 1: MemoryError: no memory for dG"
-        assert one["backward"] == wanted
+        assert one["backward"] == one["backward in chunks"].replace("layer 1", "layer 0") == wanted
+        assert one["forward in chunks"] == one["backward in chunks"]
         assert "RuntimeError" in one["silent"]
         assert one["seconds"] < 30
         assert "rank 1 failed: ValueError: a row of the data set is empty" in one["uncaught"]
@@ -274,12 +304,24 @@ def test_partition_by_load() -> None:
             partition(2, 2, counts)
 
 
+def test_how_many_chunks() -> None:
+    each = 8 * ROWS  # routes of eight experts with that many rows
+    assert [chunk_count([n * each // 2] * 2, 8) for n in (1, 2, 3, 4, 9)] == [1, 2, 2, 4, 4]
+    assert chunk_count([9 * each, 0], 8) == 4
+    assert chunk_count([9 * each, -1], 8) == 1
+
+
 def test_a_token_is_sent_once_to_a_rank() -> None:
     ids = torch.tensor([[0, 1, 4], [5, 5, 5], [3, 0, 3]])
     routes = Routes.of(ids, partition(5, 2))
     assert routes.sizes == [2, 2]
     assert routes.tokens.tolist() == [0, 2, 0, 2]
     assert routes.ids.tolist() == [[0, 1, 3], [3, 0, 3], [2, 2, 1], [0, 2, 0]]
+    first, second = routes.divided(3, 2)
+    assert (first.tokens.tolist(), first.sizes) == ([0, 0], [1, 1])
+    assert (second.tokens.tolist(), second.sizes) == ([2, 2], [1, 1])
+    assert second.ids.tolist() == [[3, 0, 3], [0, 2, 0]]
+    assert routes.part_sizes(3) == [[0, 1, 0, 1], [0, 1, 0, 1]]
 
 
 def test_without_a_group() -> None:
