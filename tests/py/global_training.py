@@ -43,6 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 import kt_moe
 from kt_moe.hf.divided import parameters_of
 from kt_moe.rank_parameters import whole
+from kt_moe.token_exchange import timeout_of
 
 ROWS = 2  # of each rank in a step
 STEPS = 20
@@ -53,6 +54,18 @@ TEXTS = [{"text": f"def add{n}(a, b):\n    return a + b + {n}"} for n in range(1
 PAIRS = [
     {"prompt": "def f(x):", "chosen": f" return x + {n}", "rejected": f" pass  # {n}"} for n in range(12)
 ]
+TIMEOUT = timedelta(seconds=60)
+STARTS = ("pissa", "pissa_niter_4", "olora")
+# Of a model beside its family: how its experts are kept, how LoRA on them starts, how they are checkpointed.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "wrap": {},
+    **{start: {} for start in STARTS},
+    "int4": {"format": "int4"},
+    "fp8": {"format": "fp8"},
+    "reentrant": {},
+    "not reentrant": {},
+    "retain": {"checkpoint_experts": "retain"},
+}
 Results = Any
 
 
@@ -198,6 +211,8 @@ class Rank:
 
     def saving(self) -> Iterator[tuple[str, Results]]:
         model = self.model("both")
+        if self.world > 1:
+            yield "timeout", str(timeout_of(next(parameters_of(model))[2].group))
         kt_moe.save_adapter(model, self.directory / f"by-kt_moe-{self.world}")
         model.save_pretrained(self.directory / f"by-peft-{self.world}")
         torch.manual_seed(3)
@@ -246,6 +261,40 @@ class Rank:
             step(batch)
         kt_moe.save_adapter(model, self.directory / f"resumed-{self.world}")
         yield "state", {"steps": {float(s["step"]) for s in optimizer.state.values()}}
+
+    def families(self) -> Iterator[tuple[str, Results]]:
+        for name, (base, variant) in torch.load(self.directory / "families.pt").items():
+            yield name, self.family(name, self.directory / base, variant)
+
+    def family(self, name: str, base: Path, variant: str) -> Results:
+        """Outputs, and gradients of all that torch has, with fixed gradients of the outputs; a row a call."""
+        config = kt_moe.KtMoeConfig(expert_parallel="global", **VARIANTS.get(variant, {}))
+        made = getattr(transformers, transformers.AutoConfig.from_pretrained(base).architectures[0])
+        options = {} if variant == "wrap" else {"quantization_config": config}
+        model = made.from_pretrained(base, dtype=torch.float32, **options)
+        if variant == "wrap":
+            kt_moe.wrap(model, config)
+        torch.manual_seed(3)
+        start = variant if variant in STARTS else False
+        lora = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["experts"], init_lora_weights=start)
+        model = peft.get_peft_model(model, lora)
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        if variant in ("reentrant", "not reentrant", "retain"):
+            model.train()
+            model.gradient_checkpointing_enable({"use_reentrant": variant == "reentrant"})
+        random = torch.Generator().manual_seed(1)
+        outs = []
+        for row in torch.randint(3, 60, (6, 10), generator=random).chunk(self.world)[self.rank].split(1):
+            torch.manual_seed(0)  # of models that start from noise
+            out = model(input_ids=row)[0]
+            out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(int(row.sum()))))
+            outs.append(out.detach())
+        kt_moe.save_adapter(model, self.directory / f"{name}-{self.world}")
+        divided = {n for n, *_ in parameters_of(model)}
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        # Those of the experts are means over processes.
+        return outs, {n: g * self.world if n in divided else g for n, g in gradients.items()}, divided
 
     def trainers(self) -> Iterator[tuple[str, Results]]:
         yield "SFT", self.train("SFT", TEXTS, self.directory / f"sft-{self.world}")
@@ -339,9 +388,7 @@ def rank_main(part: str, directory: Path, rank: int, world: int) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
         store = f"file://{directory}/store-{part}-{world}"
-        dist.init_process_group(
-            "gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
-        )
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=TIMEOUT)
     results = {}
     start = time.perf_counter()
     for name, found in getattr(Rank(directory, rank, world), part)():

@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_families import tiny_family
 from tiny_models import PEFT_WARNINGS, error, load, save_tiny_checkpoint, tiny_model
 from torch import Tensor
 
@@ -115,6 +116,7 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 def test_what_ranks_tell(saved: Any, world: int) -> None:
     for rank in saved[world]:
         assert rank["counts"] == saved[1][0]["counts"]
+        assert rank["timeout"] == str(ranks.TIMEOUT)
         assert (
             rank["shared outer"]
             == 'ValueError: SharedOuterLoraConfig does not work with expert_parallel="global"'
@@ -134,6 +136,47 @@ def test_a_distributed_checkpoint_is_for_any_number_of_processes(
 
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return sum(float((a[name] - b[name]).square().sum()) for name in b) ** 0.5
+
+
+# Biases, no gate, groups of experts, layers that share experts, a norm of each expert's output, weights the
+# other way, experts that are the identity, one expert a token.
+FAMILIES = ["gpt_oss", "nemotron_h", "deepseek_v3", "diffusion_gemma", "muse_spark", "llama4"]
+FAMILIES += ["longcat_flash", "zaya"]
+VARIANTS = {"qwen3_moe": [*ranks.VARIANTS], "gpt_oss": ["wrap", "fp8", "pissa", "not reentrant"]}
+CASES = {name: (name, "") for name in FAMILIES}
+CASES |= {f"{base} {one}": (base, one) for base, variants in VARIANTS.items() for one in variants}
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, list[dict[str, Any]]]]:
+    path = tmp_path_factory.mktemp("families")
+    for base in {base for base, _ in CASES.values()}:
+        tiny_family(base).save_pretrained(path / base)
+    torch.save(CASES, path / "families.pt")
+    return path, run("families", path, 1, 3)  # the third process has none of the four experts
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_families(families: Any, name: str) -> None:
+    path, found = families
+    outs, gradients, _ = found[1][0][name]
+    each = [of_rank[name] for of_rank in found[3]]
+    assert len(outs) == len(got := [out for of_rank, *_ in each for out in of_rank]) == 6
+    # Where a difference of the last bit moves a number across a boundary of rounding to bf16, as above.
+    assert max(map(error, got, outs)) < 1e-3
+    errors = []
+    for key, wanted in gradients.items():
+        parts = [of_rank[key] for _, of_rank, _ in each]
+        grad = torch.cat(parts) if key in each[0][2] else sum(parts)
+        assert grad.shape == wanted.shape
+        if wanted.any():
+            errors.append(error(grad, wanted))
+    assert each[0][2]
+    assert sorted(errors)[len(errors) // 2] < 2e-3
+    assert max(errors) < 1e-2
+    one, of_three = (path / f"{name}-{world}" for world in (1, 3))
+    assert (of_three / FILES[0]).read_bytes() == (one / FILES[0]).read_bytes()
+    same(load_file(of_three / FILES[1]), load_file(one / FILES[1]))
 
 
 @pytest.fixture(scope="module")

@@ -51,11 +51,13 @@ os.register_at_fork(after_in_child=_loading._at_fork_reinit)  # type: ignore[att
 class _Held:
     """The weights of a module and of its copies, and before they are loaded what loads them.
 
+    loaded: whether they are; this rank may have none.
     parallel: computes with the experts of all ranks, over which they are divided, if they are.
     """
 
     experts: Experts | None
     load: Load | None = None
+    loaded: bool = False
     parallel: ExpertParallel | None = None
 
 
@@ -94,7 +96,7 @@ class KtExperts(nn.Module):
         self.architecture, self.expert_module, self.layer = architecture, module, module.number
         self.num_experts, self.hidden_dim = module.num_experts, module.hidden_size
         self.intermediate_dim = module.intermediate_size
-        self._held = _Held(experts)
+        self._held = _Held(experts, loaded=experts is not None)
 
     def load_with(self, load: Load) -> None:
         """Have the weights loaded so, by `load` or when they are first used."""
@@ -102,14 +104,14 @@ class KtExperts(nn.Module):
 
     def load(self, progress: Callable[[int], object] | None = None) -> None:
         """Load the weights if they are not. RuntimeError before from_pretrained has said where they are."""
-        if self._held.experts is not None or self._held.parallel is not None:
+        if self._held.loaded:
             return
         if self._held.load is None:
             raise RuntimeError(
                 f"the experts of layer {self.layer} are not loaded: from_pretrained did not finish"
             )
         self._held.experts = self._held.load(self, progress)
-        self._held.load = None  # and with it the checkpoint
+        self._held.load, self._held.loaded = None, True  # and with it the checkpoint
 
     @property
     def experts(self) -> Experts:
@@ -129,6 +131,7 @@ class KtExperts(nn.Module):
 
     def divide(self, group: dist.ProcessGroup) -> None:
         """Let loaded experts be this rank's part of the layer's. All ranks call it, for layers alike."""
+        self._held.loaded = True
         self._held.parallel = ExpertParallel(self._held.experts, self.num_experts, group)
 
     @property

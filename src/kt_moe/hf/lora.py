@@ -258,9 +258,12 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
         fixed_a, fixed_b = self._no_parameters(), self._no_parameters()
         for projection, pair in pairs.items():
             a, b = self.lora_A[adapter_name][projection], self.lora_B[adapter_name][projection]
-            with self._in_step():
-                for e, weight in enumerate(weights[projection]):
-                    name = f"{projection}_proj of expert {first + e} at {path}"
+            seed = int(torch.randint(2**62, (), device="cpu"))
+            for e, weight in enumerate(weights[projection]):
+                name = f"{projection}_proj of expert {first + e} at {path}"
+                # What "pissa_niter_N" draws for an expert is the same on whatever rank it is.
+                with torch.random.fork_rng(devices=[]):
+                    torch.default_generator.manual_seed(seed + first + e)
                     a[e], b[e] = starting_pair(weight, pair.rank, pair.scaling, how, name)
             fixed_a[projection] = nn.Parameter(a.detach().clone(), requires_grad=False)
             fixed_b[projection] = nn.Parameter(-b.detach(), requires_grad=False)
@@ -298,15 +301,6 @@ class KtLoraExperts(nn.Module, LoraLayer):  # type: ignore[misc]
             whole = own.new_empty(division.num_experts, *own.shape[1:])
             yield whole
             own.copy_(division.own(whole))
-
-    @contextmanager
-    def _in_step(self) -> Iterator[None]:
-        """Where ranks draw numbers for their own experts, the generator is left alike on all."""
-        if division_of(self.base_layer) is None:
-            yield
-        else:
-            with torch.random.fork_rng():
-                yield
 
     def forward(
         self,

@@ -34,6 +34,7 @@ from kt_moe.hf.rest import RestQuantizer, as_config
 from kt_moe.hf.unmarked import mark
 from kt_moe.job import check_alike, check_told, files_text
 from kt_moe.runtime import Runtime, default_runtime
+from kt_moe.token_exchange import timeout_of
 
 CHOICES = {
     "format": CHECKPOINT_FORMATS,
@@ -223,7 +224,7 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
             return None
         divided.watch()
         # Of the experts alone: wrappers use that of all processes while backward runs.
-        group: dist.ProcessGroup = dist.new_group()
+        group: dist.ProcessGroup = dist.new_group(timeout=timeout_of(None))
         return group
 
     def _rates(self) -> Rates | None:
