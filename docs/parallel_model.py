@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kt_moe.cli.bench.cases import PRESETS, Shape
 from kt_moe.cli.formats import QUANTISED, projection_bytes
-from kt_moe.cli.options import integer, list_of, number
+from kt_moe.cli.options import integer, list_of
 from kt_moe.cli.text import table
 from kt_moe.gpu.predict import REFERENCE, Workload, predict
 from kt_moe.routing_stats import RoutingHistory
@@ -121,8 +121,8 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     add("--ranks", type=list_of(integer(1)), default=[1, 8, 16, 64, 256, 1024])
     add("--per-host", type=integer(1), default=8, help="ranks of a host; default: 8")
     add("--group", type=integer(1), default=64, help="most ranks that divide experts; default: 64")
-    add("--network-gb-s", type=number(0), default=50, help="10^9 bytes/s of a host in each direction")
-    add("--gpu-gb", type=number(1), default=24, help="of a GPU for experts, 10^9 bytes; default: 24")
+    add("--network-gb-s", type=float, default=50, help="10^9 bytes/s of a host in each direction")
+    add("--gpu-gb", type=float, default=24, help="of a GPU for experts, 10^9 bytes; default: 24")
     args = parser.parse_args(given)
     args.network, args.gpu_bytes = args.network_gb_s * 1e9, int(args.gpu_gb * 1e9)
     return args

@@ -27,7 +27,7 @@ PROMPT = 'The "with" statement is used to'
 
 # Rank and learning rate suit a model this small; large models want the defaults.
 OPTIONS = [
-    *("--rank", "16", "--alpha", "32", "--lr", "2e-3", "--targets", "attention,experts"),
+    *("--rank", "16", "--lora_alpha", "32", "--lr", "2e-3", "--targets", "attention,experts"),
     *("--epochs", "3", "--batch-size", "4", "--seq-len", "256", "--eval-fraction", "0.15"),
 ]  # fmt: skip
 

@@ -21,8 +21,7 @@ from tiny_models import ALL_EXPERTS, PEFT_WARNINGS, error, load, lora_layers, sa
 from torch import Tensor
 
 import kt_moe
-from kt_moe.cli.job import lora_of
-from kt_moe.cli.train import parse
+from kt_moe.cli import main
 from kt_moe.experts import PROJECTIONS
 
 pytestmark = PEFT_WARNINGS
@@ -162,13 +161,16 @@ def test_orthogonal_start_and_moe_layer(bases: dict[str, Path]) -> None:
     assert all(p.grad is not None for p in moe.parameters())
 
 
-def test_of_the_finetune_command(bases: dict[str, Path]) -> None:
-    for more, sizes in ((["--shared-outer"], [1, 1, 4]), ([], [4, 4, 4])):
-        given = ["--model", str(bases["qwen3_moe"]), "--targets", "experts", "--output", "o", *more]
-        lora = lora_of(parse("finetune", given))
-        lora.target_modules = {"experts"}
-        model = peft.get_peft_model(load(bases["qwen3_moe"]), lora)
-        assert [len(a) for a in lora_layers(model)[0].lora_A["default"].values()] == sizes
+def test_of_the_finetune_command(tmp_path: Path) -> None:
+    data, example = tmp_path / "d.txt", Path(__file__).parents[2] / "examples" / "tiny-qwen3-moe"
+    data.write_text("One text.\n\n\nAnother one.")
+    for more, shared in ((["--shared-outer"], True), ([], False)):
+        files = ["--model", str(example), "--data", str(data), "--output", str(tmp_path / str(shared))]
+        assert main(["finetune", *files, "--targets", "experts", "--max-steps", "1", *more]) == 0
+        tensors = safetensors.torch.load_file(tmp_path / str(shared) / "adapter_model.safetensors")
+        place = "base_model.model.model.layers.0.mlp.experts"
+        first, second = (tensors[f"{place}.{n}.gate_proj.lora_A.weight"] for n in range(2))
+        assert torch.equal(first, second) == shared
 
 
 def test_servers(bases: dict[str, Path], tmp_path: Path) -> None:

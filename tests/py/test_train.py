@@ -240,9 +240,8 @@ def test_a_loss_that_is_no_number_stops_the_run(
 
     monkeypatch.setattr("kt_moe.cli.trainer.Clock.on_step_begin", spoil)
     error = one_line_error(capsys, "sft", lambda: main(["sft", *arguments(data, out)]))
-    assert (
-        "step 2: the loss is nan, the first layer with such numbers is model.layers.2.post_attention" in error
-    )
+    assert "step 2: the loss is nan, the first layer with such numbers is base_model.model.model." in error
+    assert "layers.2.post_attention" in error
     assert not (out / "adapter_model.safetensors").exists()
 
 
@@ -330,6 +329,25 @@ def test_packing_keeps_what_it_can(tmp_path: Path, capsys: pytest.CaptureFixture
     more = ["--packing", "--packing_strategy", "wrapped", "--per_device_train_batch_size", "1"]
     assert main(["sft", *arguments(data, tmp_path / "out", *more)]) == 0
     assert "longer than" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "row", "message"),
+    [
+        ("sft", {"prompt": "a"}, "the data has no 'completion', neither a split nor a column"),
+        ("dpo", {"text": "a"}, "the data has no 'chosen', neither a split nor a column"),
+        ("kto", {"prompt": "a", "completion": "b"}, "Column 'label' doesn't exist."),
+        ("grpo", {"text": "a"}, "has no column 'prompt', but text"),
+    ],
+)
+def test_columns_that_a_command_cannot_use(
+    command: str, row: dict[str, str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = arguments(write_rows(tmp_path / "d.jsonl", [row] * 4), tmp_path / "out", *MORE.get(command, []))
+    if command == "grpo":
+        del given[(at := given.index("--max_length")) : at + 2]
+    assert message in one_line_error(capsys, command, lambda: main([command, *given]))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_test_split_of_the_data_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,20 +14,12 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
+from huggingface_hub.utils.sha import sha_fileobj
 
 from kt_moe.cli.errors import UserError
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
-# Columns that a command's data may have, each tuple one way; sft also takes a column of text.
-_PAIRS = ("chosen", "rejected")
-_COLUMNS: dict[str, list[tuple[str, ...]]] = {
-    "sft": [("messages",), ("prompt", "completion"), ("conversations",), ("input_ids",), ("images",)],
-    "dpo": [_PAIRS],
-    "reward": [_PAIRS],
-    "kto": [("prompt", "completion", "label"), _PAIRS],
-    "grpo": [("prompt",)],
-    "rloo": [("prompt",)],
-}
+_WHOLE = {"text", "messages", "prompt", "completion", "label", "chosen", "rejected"}  # no row may lack them
 
 
 def load_data(path: str, **options: Any) -> Any:
@@ -68,14 +60,14 @@ def _files(name: str) -> list[Path]:
     return [file for file in sorted(path.rglob("*")) if file.is_file()] or [path] * path.is_file()
 
 
-def digest(name: str) -> str:
-    """SHA-256 of a data set's files, hexadecimal; its name where it is on the hub."""
-    found = hashlib.sha256()
-    for file in (files := _files(name)):
+def digest(name: str) -> list[str]:
+    """SHA-256 of each of a data set's files, hexadecimal; its name where it is on the hub."""
+
+    def of(file: Path) -> str:
         with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                found.update(block)
-    return found.hexdigest() if files else name
+            return sha_fileobj(stream).hex()
+
+    return [of(file) for file in _files(name)] or [name]
 
 
 def documents(text: str) -> list[str]:
@@ -85,25 +77,21 @@ def documents(text: str) -> list[str]:
     return [part.strip("\n") for part in re.split(pattern, text) if part.strip()]
 
 
-def check_columns(command: str, rows: Any, where: str, text_field: str = "text") -> None:
+def check_columns(command: str, rows: Any, where: str) -> None:
     """Refuse data that the command cannot use.
 
     Raises:
-        UserError: it has no rows, other columns, or some in only a part of its rows.
+        UserError: it has no rows, lacks a column, or has one in only a part of its rows.
     """
     if not isinstance(rows, Dataset):  # a stream
         return
-    ways = _COLUMNS[command] + ([(text_field,)] if command == "sft" else [])
-    way = next((way for way in ways if {*way} <= {*rows.column_names}), None)
-    if way is None:
-        wanted = ", or ".join(" and ".join(way) for way in ways)
-        raise UserError(
-            f"{where} has the columns {', '.join(rows.column_names)}; kt-moe {command} wants {wanted}"
-        )
+    names = {*rows.column_names}
+    if command in ("grpo", "rloo") and "prompt" not in names:  # the others' trainers say so early
+        raise UserError(f"{where} has no column 'prompt', but {', '.join(sorted(names))}")
     if not len(rows):
         raise UserError(f"{where} has no rows")
-    if lacking := [name for name in way if rows.data.column(name).null_count]:
-        raise UserError(f"{where}: some rows have no {lacking[0]}, others have: files do not mix kinds")
+    if lacking := {name for name in names & _WHOLE if rows.data.column(name).null_count}:
+        raise UserError(f"{where}: some rows have no {min(lacking)}, others have: files do not mix kinds")
 
 
 def hold_out(rows: Any, fraction: float, seed: int, text_field: str = "text") -> tuple[Any, Any]:
@@ -125,10 +113,7 @@ def hold_out(rows: Any, fraction: float, seed: int, text_field: str = "text") ->
     keys = [hashlib.sha256(f"{seed}\n{json.dumps(item, default=str)}".encode()).hexdigest() for item in items]
     ranked = sorted({*keys})
     if len(ranked) < 2:
-        raise UserError(
-            "the data is a single document, so none can be held out: separate its documents (form feed or "
-            "two blank lines in .txt, a line each in .jsonl), or pass --eval_strategy no"
-        )
+        raise UserError("the data is a single document, none can be held out: pass --eval_strategy no")
     out = {*ranked[: min(max(1, round(fraction * len(ranked))), len(ranked) - 1)]}
     parts = ([n for n, key in enumerate(keys) if (key in out) == side] for side in (False, True))
     training, held_out = (rows.select(part) for part in parts)

@@ -17,8 +17,6 @@ from kt_moe.cli.errors import UserError
 from kt_moe.hf.quantizer import put_experts
 from kt_moe.hf.targets import find_targets
 
-ATTENTION = "attention"
-
 
 def read_config(name: str | None, **options: Any) -> Any:
     """The config of a model directory, of a config.json, or of a model on the hub.
@@ -72,10 +70,10 @@ def resolve_targets(model: nn.Module, architecture: Architecture, lora: Any) -> 
     names = split_targets(lora.target_modules)
     if names is None or names == ["all-linear"]:
         return lora.target_modules
-    if ATTENTION in names:
+    if "attention" in names:
         linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-        found = {name.rpartition(".")[2] for name in linear if "attn" in name or ATTENTION in name}
-        names = list({*names} - {ATTENTION} | found)
+        found = {name.rpartition(".")[2] for name in linear if "attn" in name or "attention" in name}
+        names = list({*names} - {"attention"} | found)
     lora.target_modules = set(names)
     try:
         find_targets(model, lora, architecture)

@@ -15,7 +15,6 @@ import yaml  # type: ignore[import-untyped]
 
 from kt_moe.gpu import Rates
 from kt_moe.hf import KtMoeConfig
-from kt_moe.hf.quantizer import CHOICES
 
 _PREFIX = "experts_"
 _LEFT_OUT = ("rest", "unknown")  # TRL's --load_in_4bit and --load_in_8bit are about the rest
@@ -75,9 +74,7 @@ def _fields() -> list[Any]:
     hints, fields = get_type_hints(KtMoeConfig.__init__), []
     for name, parameter in inspect.signature(KtMoeConfig).parameters.items():
         if name not in _LEFT_OUT:
-            about: dict[str, Any] = {"help": " ".join(texts[name].split()).replace("%", "%%")}
-            if name in CHOICES:
-                about["choices"] = list(CHOICES[name])
+            about = {"help": " ".join(texts[name].split()).replace("%", "%%")}
             field = dataclasses.field(default=parameter.default, metadata=about)
             fields.append((_PREFIX + name, _kind(hints[name]), field))
     return fields

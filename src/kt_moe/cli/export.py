@@ -29,12 +29,10 @@ def run(args: argparse.Namespace) -> int:
     output: Path = args.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"OUTPUT is {output}, which exists already")
-    import torch
-
     import kt_moe
 
     config = kt_moe.KtMoeConfig(lazy=True)
-    model = kt_moe.load_model(args.base, config, device_map=None, dtype=torch.bfloat16)
+    model = kt_moe.load_model(args.base, config, device_map=None, dtype="bfloat16")
     kt_moe.export_adapter(kt_moe.load_adapter(model, args.adapter), args.output, target=args.target)
     print(f"exported for {args.target}: {args.output}")
     return 0

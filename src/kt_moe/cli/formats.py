@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kt_moe import _core
-
-if TYPE_CHECKING:
-    from kt_moe.checkpoint import LayerInfo
 
 # What weights are quantised to on loading: format, type of the scales, and rows and columns of the block that
 # shares one (0 columns: a row), as `_core.matrix_bytes` takes them.
@@ -28,13 +25,3 @@ def projection_bytes(
 def bias_bytes(experts: int, hidden: int, intermediate: int, gated: bool = True) -> int:
     """Of all experts of a layer with biases, which are bf16 beside weights of any format."""
     return 2 * experts * ((2 if gated else 1) * intermediate + hidden)
-
-
-def kept_as(info: LayerInfo) -> str:
-    """A layer's format in memory for people: codes, and scales of blocks of them."""
-    if info.scale_type == "none":
-        return info.format
-    block = f"{info.scale_rows} x {info.scale_cols}" if info.scale_rows > 1 else str(info.scale_cols)
-    zeros = " and zero points" if info.zero_points else ""
-    whole = ", an f32 scale per matrix" if info.global_scale else ""
-    return f"{info.format}, {info.scale_type} scales{zeros} per {block if info.scale_cols else 'row'}{whole}"

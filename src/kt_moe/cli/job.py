@@ -28,14 +28,10 @@ from kt_moe.cli.errors import UserError
 from kt_moe.cli.output import RunDirectory
 from kt_moe.cli.report import RoutingWatch, show_samples, write_report
 from kt_moe.cli.train import Options
-from kt_moe.cli.trainer import Clock, StopOnSignal, StoppedError, extended, finished, peak_memory
+from kt_moe.cli.trainer import Clock, StopOnSignal, extended, finished
 from kt_moe.hf import SharedOuterLoraConfig
 from kt_moe.models import model_experts
 
-_TRAINERS = {
-    "sft": "SFTTrainer", "dpo": "DPOTrainer", "kto": "KTOTrainer", "reward": "RewardTrainer",
-    "grpo": "GRPOTrainer", "rloo": "RLOOTrainer",
-}  # fmt: skip
 # How options begin that a resumed run may have otherwise: they change no loss.
 _FREE = re.compile(
     "output_dir|logging|log_|report|run_name|project|trackio|save_|push_|hub_|disable_tqdm|resume|restore|"
@@ -72,7 +68,7 @@ class Job:
             with self.directory.locked() if first else contextlib.nullcontext():
                 if not self._complete():
                     self._train()
-        except (StoppedError, KeyboardInterrupt):
+        except KeyboardInterrupt:
             self.say(f"stopped; the last checkpoint is {self.directory.last_checkpoint()}")
             self.say("the same command with --resume goes on from it, with --overwrite it starts anew")
             return 128 + (self.stop.requested or signal.SIGINT)
@@ -85,8 +81,10 @@ class Job:
                 said = f"the disk of --output_dir {self.directory.root} is full: {said}"
             elif self.constructed and not isinstance(error, OSError):
                 raise
-            elif isinstance(error, (KeyError, TemplateError)):
-                said = f"{type(error).__name__}: {said}"
+            elif isinstance(error, KeyError):
+                said = f"the data has no {said}, neither a split nor a column"
+            elif isinstance(error, TemplateError):
+                said = f"the chat template refuses a conversation: {said}"
             raise UserError(said) from error
         return 0
 
@@ -96,7 +94,6 @@ class Job:
         if not (training.resume_from_checkpoint or options.run.overwrite):
             self.directory.check_free()
         self.config = options.experts.to_config(trl.get_quantization_config(model))
-        self.config.runtime()  # KT_MOE_ISA and its kin
         training.eval_on_start &= training.eval_strategy != "no"
         trusted = {"trust_remote_code": training.trust_remote_code}
         config = read_config(model.model_name_or_path, revision=model.model_revision, **trusted)
@@ -104,8 +101,10 @@ class Job:
         most, length = getattr(text, "max_position_embeddings", None), getattr(training, "max_length", None)
         if most and length and length > most:
             raise UserError(f"--max_length is {length}, the model's longest sequence is {most}")
-        self.lora = lora_of(options)
+        self.lora = trl.get_peft_config(model)
         if self.lora is not None:
+            if options.run.lora_shared_outer:
+                self.lora.__class__ = SharedOuterLoraConfig
             self.lora.target_modules = resolve_targets(*described(config, **trusted), self.lora)
         tokenizer = AutoTokenizer.from_pretrained(
             model.model_name_or_path, revision=model.model_revision, **trusted
@@ -144,7 +143,8 @@ class Job:
 
     def _train(self) -> None:
         """TRL's main."""
-        options, trainer, theirs = self.options, _TRAINERS[self.options.command], datasets.load_dataset
+        options, command, theirs = self.options, self.options.command, datasets.load_dataset
+        trainer = f"{'Reward' if command == 'reward' else command.upper()}Trainer"
         patches: dict[str, Any] = {
             trainer: extended(getattr(trl, trainer), self),
             "get_quantization_config": lambda model: self.config,
@@ -159,7 +159,7 @@ class Job:
             # The last user of the group ends it, and waits, with the GIL, for a thread of gloo's that may
             # want the GIL. That must not be the trainer, right behind its last exchange.
             _groups.append(torch.distributed.group.WORLD)
-        module = importlib.import_module(f"trl.scripts.{options.command}")
+        module = importlib.import_module(f"trl.scripts.{command}")
         with mock.patch.multiple(trl, **patches), mock.patch("datasets.load_dataset", load):
             module.main(options.script, options.training, options.model, options.mixture)
 
@@ -171,10 +171,8 @@ class Job:
         options, training, script = self.options, self.options.training, self.options.script
         found = data.load_data(path, **more)
         train, test = script.dataset_train_split, script.dataset_test_split
-        if train not in found:
-            raise UserError(f"{path} has no split {train!r}, but {', '.join(found)}")
         text = getattr(training, "dataset_text_field", "text")
-        data.check_columns(options.command, found[train], path, text)
+        data.check_columns(options.command, found[train], path)
         self.chat = bool({"messages", "conversations"} & {*(found[train].column_names or [])})
         if training.eval_strategy != "no" and test not in found:
             if not options.run.eval_fraction or script.dataset_streaming:
@@ -214,20 +212,9 @@ class Job:
         losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
         if losses:
             self.say(f"held-out loss  {losses[0]:.4f} at first, {losses[-1]:.4f} at last")
-        if self.clock.rate is not None:
-            peaks = ", ".join(f"{size / 2**30:.2f} GiB {where}" for where, size in peak_memory().items())
-            self.say(f"speed          {self.clock.rate:.0f} tokens/s, peak {peaks}")
         self.say(f"adapter        {self.directory.adapter}")
 
     def say(self, text: str) -> None:
         """Print a line of the run, from its first process alone."""
         if self.options.training.process_index == 0:
             print(text, flush=True)
-
-
-def lora_of(options: Options) -> Any:
-    """The PEFT config of a run; None without PEFT."""
-    found = trl.get_peft_config(options.model)
-    if found is not None and options.run.lora_shared_outer:
-        found.__class__ = SharedOuterLoraConfig
-    return found

@@ -41,12 +41,11 @@ class RunDirectory:
         Raises:
             UserError: an adapter or a run is in the way.
         """
-        for file, what in ((self.adapter, "already has an adapter"), (self._run, "holds an unfinished run")):
-            if file.exists():
-                raise UserError(
-                    f"{self.root} {what}: pass --resume_from_checkpoint last to go on with its run, "
-                    "--overwrite to start anew, or another --output_dir"
-                )
+        if self.adapter.exists() or self._run.exists():
+            raise UserError(
+                f"{self.root} has a run already: pass --resume to go on with it, --overwrite to start anew, "
+                "or another --output_dir"
+            )
 
     @contextmanager
     def locked(self) -> Iterator[None]:

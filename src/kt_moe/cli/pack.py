@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from glob import escape
 from pathlib import Path
 
 from kt_moe.cli.errors import UserError
 from kt_moe.cli.formats import QUANTISED
-from kt_moe.cli.text import count_text, size_text
+from kt_moe.cli.text import count_text, ranges_text, size_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,12 +33,10 @@ def run(args: argparse.Namespace) -> int:
 
     from kt_moe import Checkpoint, Experts
 
-    damaged: list[Path] = []
+    damaged: list[int] = []
     packed, checkpoint = 0, Checkpoint(args.checkpoint)
     if not (layers := checkpoint.layers):
         raise UserError(f"{checkpoint.path}: no experts in it")
-    # Folders are named after the checkpoint and a hash of its path; those of another path are shown, too.
-    folders = f"{escape(checkpoint.path.resolve().name)}-*"
     total = sum(checkpoint.layer(layer).nbytes for layer in layers)
     with tqdm(total=total, desc="Packing", unit="B", unit_scale=True, disable=sys.stderr is None) as bar:
         for layer in layers:
@@ -48,10 +45,10 @@ def run(args: argparse.Namespace) -> int:
             )
             packed += experts.nbytes
             if args.verify and not experts.verify():
-                damaged += sorted(args.cache_dir.glob(f"{folders}/layer-{layer}.{experts.format}.ktmoe"))
+                damaged.append(layer)
     print(f"{count_text(len(layers), 'layer')}, {size_text(packed)} in {args.cache_dir}")
     if damaged:
-        print("\n".join(["damaged, delete to have it packed again:", *map(str, damaged)]))
+        print(f"damaged, delete the files to have them packed again: layers {ranges_text(damaged)}")
     elif args.verify:
         print("all checksums agree")
     return int(bool(damaged))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from kt_moe.files import save_png
@@ -21,7 +20,7 @@ def losses_of(log: list[dict[str, Any]]) -> Curves:
 
 
 def plot_losses(runs: Mapping[str, Curves], path: Path, title: str) -> None:
-    """Draw training loss (pale: every step, strong: running mean) and held-out loss of each run into a PNG.
+    """Draw training loss (pale) and held-out loss of each run into a PNG.
 
     runs: a name for the legend, "" for none, and its losses.
     """
@@ -29,19 +28,12 @@ def plot_losses(runs: Mapping[str, Curves], path: Path, title: str) -> None:
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    for index, (name, curves) in enumerate(runs.items()):
-        prefix = f"{name}: " if name else ""
+    for index, (run, curves) in enumerate(runs.items()):
         # Of two curves that agree, the later one lies inside the earlier one.
         look: dict[str, Any] = {"color": f"C{index}", "linewidth": 1.5 * (len(runs) - index)}
-        steps, losses = ([point[at] for point in curves["train"]] for at in (0, 1))
-        window = max(1, len(losses) // 20)
-        means = [fmean(losses[max(0, end - window) : end]) for end in range(1, len(losses) + 1)]
-        axes.plot(steps, losses, **look, alpha=0.25)
-        axes.plot(steps, means, **look, label=f"{prefix}training, mean of {window}")
-        if held_out := curves["held_out"]:
-            axes.plot(
-                *zip(*held_out, strict=True), **look, marker="o", linestyle="--", label=f"{prefix}held-out"
-            )
+        for name, more in (("train", {"alpha": 0.4}), ("held_out", {"marker": "o"})):
+            steps, losses = ([point[at] for point in curves[name]] for at in (0, 1))
+            axes.plot(steps, losses, **look, **more, label=f"{run} {name}".strip().replace("_", " "))
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()

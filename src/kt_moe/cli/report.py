@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback, pipeline
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kt_moe.cli.output import ROUTING, write_json
 from kt_moe.cli.plot import losses_of, plot_losses
@@ -43,7 +42,7 @@ class RoutingWatch(TrainerCallback):  # type: ignore[misc]
         self.history.end(model, state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.history.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / ROUTING)
+        self.history.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / ROUTING)
 
 
 def write_report(job: Job, trainer: Any) -> None:
@@ -58,8 +57,7 @@ def write_report(job: Job, trainer: Any) -> None:
     if history and total:
         history.save(directory.routing)
         plot_routing(total, directory.heat_map, f"Experts of {name} in training")
-        most = max(layer.imbalance for layer in balance.values())
-        job.say(f"routing        busiest expert {most:.1f} times the mean: {directory.heat_map}")
+        job.say(f"routing        {directory.heat_map}")
     used = {"tokens_per_second": job.clock.rate, "peak_memory_bytes": peak_memory()}
     routing = {layer: asdict(of_it) for layer, of_it in balance.items()}
     write_json(directory.metrics, {**losses, **used, "routing": routing})

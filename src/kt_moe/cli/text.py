@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
-_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
+from collections.abc import Container, Iterable, Sequence
 
 
 def size_text(nbytes: float) -> str:
     """A number of bytes in the unit that leaves one to four digits before the point: "1.50 GiB"."""
-    value, unit = float(nbytes), 0
-    while abs(value) >= 1024 and unit < len(_UNITS) - 1:
-        value, unit = value / 1024, unit + 1
-    return f"{value:.{2 if unit else 0}f} {_UNITS[unit]}"
+    power = min(max(abs(int(nbytes)).bit_length() - 1, 0) // 10, 4)
+    unit = ("bytes", "KiB", "MiB", "GiB", "TiB")[power]
+    return f"{nbytes / 1024**power:.{2 if power else 0}f} {unit}"
 
 
 def count_text(number: int, noun: str) -> str:
@@ -31,14 +28,10 @@ def ranges_text(numbers: Iterable[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def table(rows: Sequence[Sequence[str]], *, right: Iterable[int] = ()) -> str:
+def table(rows: Sequence[Sequence[str]], *, right: Container[int] = ()) -> str:
     """Rows of cells as aligned columns, two spaces apart; those of the columns `right` end together."""
-    rightmost = set(right)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(widths[i]) if i in rightmost else cell.ljust(widths[i]) for i, cell in enumerate(row)
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    columns = []
+    for number, column in enumerate(zip(*rows, strict=True)):
+        width = max(map(len, column))
+        columns.append([cell.rjust(width) if number in right else cell.ljust(width) for cell in column])
+    return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))

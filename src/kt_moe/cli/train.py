@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any
 
@@ -56,36 +56,6 @@ _OF_A_FIRST_RUN = {
     "long_text": "cut",
     "report": True,
 }
-# Short names, and the options that they stand for.
-_SHORT = {
-    "model": "model_name_or_path",
-    "data": "dataset_name",
-    "output": "output_dir",
-    "rank": "lora_r",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "targets": "lora_target_modules",
-    "shared-outer": "lora_shared_outer",
-    "lr": "learning_rate",
-    "warmup": "warmup_steps",
-    "epochs": "num_train_epochs",
-    "batch-size": "per_device_train_batch_size",
-    "grad-accum": "gradient_accumulation_steps",
-    "seq-len": "max_length",
-    "eval-every": "eval_steps",
-    "save-every": "save_steps",
-    "resume": "resume_from_checkpoint=last",
-    "rates": "experts_gpu_rates",
-    **{
-        name.replace("_", "-"): f"experts_{name}"
-        for name in (
-            "format", "placement", "cache_dir", "gpu", "gpu_memory", "cpu_share", "lora_device",
-            "checkpoint_experts", "threads",
-        )
-    },
-    **{name: f"plan_{name}" for name in ("hosts", "ranks", "network", "json")},
-    "no-measure": "no_plan_measure",
-}  # fmt: skip
 
 
 @dataclass
@@ -136,6 +106,26 @@ class PlanConfig:
     plan_json: bool = HfArg(default=False, help="Print the plan as JSON.")
 
 
+# Short names of options; those of kt_moe's own go without their prefix.
+_SHORT = {
+    "model": "model_name_or_path",
+    "data": "dataset_name",
+    "output": "output_dir",
+    "rank": "lora_r",
+    "targets": "lora_target_modules",
+    "shared-outer": "lora_shared_outer",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch-size": "per_device_train_batch_size",
+    "seq-len": "max_length",
+    "resume": "resume_from_checkpoint=last",
+    "rates": "experts_gpu_rates",
+    "no-measure": "no_plan_measure",
+}
+for _name in (field.name for config in (PlanConfig, ExpertsConfig) for field in fields(config)):
+    _SHORT[_name.removeprefix("plan_").removeprefix("experts_").replace("_", "-")] = _name
+
+
 @dataclass
 class Options:
     """What the command line and a YAML file gave. command: of TRL's script."""
@@ -177,7 +167,11 @@ def parse(command: str, argv: Sequence[str]) -> Options:
         UserError: unknown options or values, some that exclude each other, a YAML file that is not readable.
         SystemExit: --help.
     """
-    _quieten()
+    for name in ("trainer_utils", "tokenization_utils_base"):  # checkpoints of one second, and long documents
+        logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():  # bars are for terminals
+        transformers.utils.logging.disable_progress_bar()
+        datasets.utils.logging.disable_progress_bar()
     script = "sft" if command in ("finetune", "plan") else command
     theirs = import_module(f"trl.scripts.{script}").make_parser().dataclass_types
     names = "; ".join(f"--{short} --{long}" for short, long in _SHORT.items())
@@ -204,12 +198,3 @@ def _long(word: str) -> str:
     name, equals, value = word.partition("=")
     known = _SHORT.get(name[2:].replace("_", "-")) if name.startswith("--") else None
     return word if known is None else f"--{known}{equals}{value}"
-
-
-def _quieten() -> None:
-    """No messages of other libraries that say nothing to the user, and bars on terminals alone."""
-    for name in ("trainer_utils", "tokenization_utils_base"):  # checkpoints of one second, and long documents
-        logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR)
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-        datasets.utils.logging.disable_progress_bar()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import resource
 import signal
 import sys
@@ -24,12 +23,6 @@ from kt_moe.cli.errors import UserError
 
 if TYPE_CHECKING:
     from kt_moe.cli.job import Job
-
-_WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer$|\.default$")  # what PEFT adds to names
-
-
-class StoppedError(Exception):
-    """A signal ended training after a step, with a checkpoint."""
 
 
 def extended(base: type, job: Job) -> type:
@@ -72,7 +65,7 @@ def extended(base: type, job: Job) -> type:
             with job.stop:
                 done = super().train(*args, resume_from_checkpoint=resume_from_checkpoint, **options)
             if job.stop.requested and self.state.global_step < self.state.max_steps:
-                raise StoppedError
+                raise KeyboardInterrupt  # after a step, with a checkpoint
             return done
 
         def training_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
@@ -174,23 +167,22 @@ def first_bad(model: nn.Module, inputs: dict[str, Any]) -> str:
     """Where a loss that is no number comes from: parameters, or the first layer of a forward pass."""
     bad = [n for n, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
     if bad:
-        return f"and {len(bad)} trained tensors are not finite, the first is {_WRAPPERS.sub('', bad[0])}"
+        return f"and {len(bad)} trained tensors are not finite, the first is {bad[0]}"
     found: list[str] = []
 
     def look(name: str, module: nn.Module, args: Any, out: Any) -> None:
         values = out if isinstance(out, (tuple, list)) else [out]
         floats = (v for v in values if isinstance(v, Tensor) and v.is_floating_point())
         if not all(torch.isfinite(value).all() for value in floats):
-            found.append(_WRAPPERS.sub("", name) or type(module).__name__)
+            found.append(name)
 
     for name, module in model.named_modules():
         module.register_forward_hook(partial(look, name))  # the run ends here
-    names = ("input_ids", "attention_mask", "position_ids")
-    with torch.no_grad():
-        model(**{name: inputs[name] for name in names if name in inputs})
-    return (
-        f"the first layer with such numbers is {found[0]}" if found else "but all layers' results are finite"
-    )
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+    if given:
+        with torch.no_grad():
+            model(**given)
+    return f"the first layer with such numbers is {found[0]}" if found else "but no layer has such results"
 
 
 def peak_memory() -> dict[str, int]:
