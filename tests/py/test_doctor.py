@@ -214,7 +214,7 @@ def test_gpus_for_people(tmp_path: Path) -> None:
     text = describe(machine)
     assert "\nGPU 0    NVIDIA H200, PCIe 5 x16, 55.0 GB/s from page-locked memory\n" in text
     said = (
-        "SLOW  copies to GPU 1 reach 13.0 GB/s, and PCIe 5 x16 carries 63.0; it is connected by PCIe 5 x4\n"
+        "SLOW  copies to GPU 1 reach 13.0 GB/s by PCIe 5 x4, and PCIe 5 x16, which it can have, carries 63.0"
     )
     assert said in findings.describe(findings.find(machine))
     given = next(line.removeprefix("rates").strip() for line in text.splitlines() if "kt_moe.Gpu(" in line)

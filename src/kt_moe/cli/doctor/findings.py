@@ -132,8 +132,8 @@ def _gpus(m: dict[str, Any]) -> Iterator[Finding]:
             reached, most = (f"{gpu[name] / 1e9:.1f}" for name in ("copy_rate", "most_rate"))
             yield Finding(
                 "gpu-link",
-                f"copies to GPU {number} reach {reached} GB/s by {gpu['link']}, and {gpu['best_link']}, which it "
-                f"can have, carries {most}",
+                f"copies to GPU {number} reach {reached} GB/s by {gpu['link']}, and {gpu['best_link']}, "
+                f"which it can have, carries {most}",
                 "weights cross the link in proportion to it",
                 "another slot or riser, the BIOS (link speed, bifurcation), iommu=pt, the socket that the "
                 "GPU is at (numactl), no other program on the link",
