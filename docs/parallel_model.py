@@ -5,6 +5,8 @@ that are drawn; bytes are divided by the network's rate, and `kt_moe.gpu.predict
 experts. All ranks are like one H200 on PCIe 5 beside 16 vCPUs with AMX.
 
     python docs/parallel_model.py --preset qwen3-235b-a22b --layers 94 --tokens 8192
+
+With --overlap: what chunks gain where hosts without GPUs divide experts, by their rates and the network's.
 """
 
 from __future__ import annotations
@@ -27,6 +29,14 @@ from kt_moe.token_exchange import Routes, exchange_bytes, partition
 RECORDED = Path(__file__).with_name("routing.safetensors")  # of examples/tiny-qwen3-moe, on prose
 DRAWN = 4096  # tokens whose routes are drawn
 LORA_BYTES = 4  # of a number
+CHUNK_COSTS = {1: 1.0, 2: 1.03, 4: 1.05}  # of the experts' time, at 512 rows an expert and chunk
+HOST_RATES = (
+    5_000,
+    10_000,
+    20_000,
+    40_000,
+)  # tokens/s of a layer's experts on one host, forward and backward
+NETWORKS = (1.25e9, 3.125e9, 12.5e9)  # bytes/s
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,40 @@ def divided(args: argparse.Namespace, shape: Shape, size: int, routing: str, by_
     )
 
 
+def in_chunks(experts: float, network: float, chunks: int) -> float:
+    """Seconds of a layer's forward and backward with tokens in chunks, of those of experts and of network.
+
+    A third of the experts' time is forward's. Each direction has half of the bytes: a third goes there
+    and two thirds come back. All rows go before results, one chunk after another.
+    """
+    seconds = 0.0
+    for share in (1 / 3, 2 / 3):
+        arrived = computed = 0.0
+        sent = network / 6
+        for _ in range(chunks):
+            arrived += network / 6 / chunks
+            computed = max(computed, arrived) + share * experts * CHUNK_COSTS[chunks] / chunks
+            sent = max(sent, computed) + network / 3 / chunks
+        seconds += sent
+    return seconds
+
+
+def overlap(shape: Shape) -> list[list[str]]:
+    """Microseconds a token and layer, a host being one rank, and how much shorter chunks make their sum."""
+    lines = [["hosts", "Gbit/s", "tokens/s", "experts us", "network us", "2 chunks", "4 chunks"]]
+    for hosts in (2, 8):
+        ids = drawn(popularity(shape.experts, "even"), shape.topk, 2)
+        to = sum(Routes.of(ids, partition(shape.experts, hosts)).sizes) / DRAWN
+        sent = to * (hosts - 1) / hosts * sum(exchange_bytes(shape.hidden, shape.topk))
+        for rate in NETWORKS:
+            for tokens in HOST_RATES:
+                both = 1e6 / tokens, sent / rate * 1e6
+                gains = (sum(both) / in_chunks(*both, chunks) for chunks in (2, 4))
+                numbers = (*(f"{x:.0f}" for x in both), *(f"{gain:.2f}x" for gain in gains))
+                lines.append([str(hosts), f"{rate * 8e-9:.0f}", f"{tokens:,}", *numbers])
+    return lines
+
+
 def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
@@ -123,6 +167,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     add("--group", type=integer(1), default=64, help="most ranks that divide experts; default: 64")
     add("--network-gb-s", type=float, default=50, help="10^9 bytes/s of a host in each direction")
     add("--gpu-gb", type=float, default=24, help="of a GPU for experts, 10^9 bytes; default: 24")
+    add("--overlap", action="store_true", help="what exchanging tokens in chunks gains")
     args = parser.parse_args(given)
     args.network, args.gpu_bytes = args.network_gb_s * 1e9, int(args.gpu_gb * 1e9)
     return args
@@ -131,6 +176,9 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 def main(given: list[str] | None = None) -> None:
     args = arguments(given)
     shape = PRESETS[args.preset]
+    if args.overlap:
+        print(table(lines := overlap(shape), right=range(len(lines[0]))))
+        return
     header = [
         "ranks",
         "experts",

@@ -19,7 +19,7 @@ def model() -> ModuleType:
 def test_the_page_has_what_the_script_prints(model: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     pattern = r"^    python docs/parallel_model\.py(.*)\n\n((?:    .*\n)+)"
     found = re.findall(pattern, (DOCS / "distributed.md").read_text(), re.MULTILINE)
-    assert len(found) == 4
+    assert len(found) == 5
     for command, table in found:
         model.main(shlex.split(command))
         printed = capsys.readouterr().out.splitlines()
@@ -48,3 +48,12 @@ def test_parts_by_load_are_no_worse(model: ModuleType) -> None:
     assert 1 < balanced.busiest < equal.busiest
     assert float(model.popularity(128, "recorded").std()) > 0.3
     assert torch.equal(model.popularity(5, "even"), torch.ones(5))
+
+
+def test_chunks_by_hand(model: ModuleType) -> None:
+    assert model.in_chunks(3.0, 6.0, 1) == pytest.approx(9)  # one after the other
+    # Forward: half of the rows come, are computed, two results follow each other. Backward: both halves are
+    # computed, and the second result is behind them.
+    assert model.in_chunks(3.0, 6.0, 2) == pytest.approx(0.5 + 0.515 + 2 + 0.5 + 2 * 1.03 + 1)
+    assert model.in_chunks(3.0, 0.0, 4) == pytest.approx(3 * 1.05)
+    assert model.in_chunks(0.0, 6.0, 4) == pytest.approx(6)
