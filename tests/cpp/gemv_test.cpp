@@ -26,8 +26,8 @@ void for_every_set(const Body& body) {
 enum class Direction { nt, nn };
 constexpr Direction kDirections[] = {Direction::nt, Direction::nn};
 
-Gemv* kernel(const GemvKernels& gemv, Direction direction, int rows) {
-  return (direction == Direction::nn ? gemv.nn : gemv.nt)[rows - 1];
+Gemv* kernel(const GemvKernels& gemv, Direction direction) {
+  return direction == Direction::nn ? gemv.nn : gemv.nt;
 }
 
 // A matrix whose last row ends where a page ends, before one that may not be touched; what its stride leaves
@@ -86,8 +86,8 @@ struct Operands {
 
   // Columns begin.. of the product into c, as many as c has.
   void multiply(const GemvKernels& gemv, int begin, int cols, const Matrix<float>& c, bool accumulate) const {
-    kernel(gemv, direction, rows)(cols, k, source(), &weight(begin, 0), w.stride(), c.data(), c.stride(),
-                                  accumulate);
+    kernel(gemv, direction)(rows, cols, k, source(), &weight(begin, 0), w.stride(), c.data(), c.stride(),
+                            accumulate);
   }
 
   double exact(int i, int j) const {

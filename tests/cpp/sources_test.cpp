@@ -12,7 +12,7 @@
 #include "base/error.h"
 #include "kernels/registry.h"
 #include "small_layers.h"
-#include "weights/convert.h"
+#include "weights/grids.h"
 
 using namespace kt;
 using namespace kt::test;
@@ -117,7 +117,7 @@ TEST_CASE("scales that are NaN, infinite or 0 are found") {
   scales[3] = -0.5f, scales[4] = 1e-44f, scales[5] = 3e38f;
   std::vector<bf16_t> halves(37, to_bf16(0.5f));
   const auto found = [](ScaleType type, const auto& values) {
-    return bad_scale(type, reinterpret_cast<const std::byte*>(values.data()), std::ssize(values));
+    return grids::bad_scale(type, reinterpret_cast<const std::byte*>(values.data()), std::ssize(values));
   };
   CHECK_FALSE(found(ScaleType::f32, scales));
   CHECK_FALSE(found(ScaleType::bf16, halves));

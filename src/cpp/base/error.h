@@ -1,6 +1,7 @@
 // Errors and the check at the door. Every message names the argument, what it was and what was wanted.
 #pragma once
 
+#include <functional>
 #include <locale>
 #include <sstream>
 #include <stdexcept>
@@ -49,6 +50,17 @@ std::string message(std::string_view text, const Args&... args) {
   out.imbue(std::locale::classic());
   detail::append(out, text, args...);
   return out.str();
+}
+
+// What text_of makes of each of some things, as a list.
+template <class Things, class TextOf = std::identity>
+std::string joined(const Things& things, const TextOf& text_of = {}, std::string_view between = ", ") {
+  std::string text;
+  for (const auto& thing : things) {
+    if (!text.empty()) text += between;
+    text += std::invoke(text_of, thing);
+  }
+  return text;
 }
 
 }  // namespace kt

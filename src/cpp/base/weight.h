@@ -96,13 +96,7 @@ constexpr std::string_view name_of(Format format) { return traits_of(format).nam
 inline Format format_from(std::string_view name) {
   const auto at = std::ranges::find(formats, name, &FormatTraits::name);
   if (at != formats.end()) return at->quantized.format;
-  std::string names;
-  for (const FormatTraits& row : formats)
-    names += (&row == &formats.front()  ? ""
-              : &row == &formats.back() ? " or "
-                                        : ", ") +
-             std::string(row.name);
-  throw ValueError(message("format is \"{}\", wanted {}", name, names));
+  throw ValueError(message("format is \"{}\", wanted one of {}", name, joined(formats, &FormatTraits::name)));
 }
 
 // Where the parts of a matrix lie, each row-major and dense; a row of codes begins on a byte.

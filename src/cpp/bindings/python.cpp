@@ -40,12 +40,6 @@ std::optional<DType> dtype_of(py::handle tensor) {
   return std::nullopt;
 }
 
-std::string names(std::initializer_list<DType> dtypes) {
-  std::string text;
-  for (const DType dtype : dtypes) text += (text.empty() ? "" : " or ") + std::string(name_of(dtype));
-  return text;
-}
-
 }  // namespace
 
 std::size_t Tensor::bytes() const {
@@ -62,7 +56,8 @@ Tensor read_tensor(py::handle object, const std::string& name, std::initializer_
            std::string(py::str(object.attr("device").attr("type"))));
   const std::optional<DType> dtype = dtype_of(object);
   KT_CHECK(dtype && std::find(dtypes.begin(), dtypes.end(), *dtype) != dtypes.end(), "{} is {}, wanted {}",
-           name, std::string(py::str(object.attr("dtype"))), names(dtypes));
+           name, std::string(py::str(object.attr("dtype"))),
+           joined(dtypes, [](DType wanted) { return name_of(wanted); }, " or "));
 
   Tensor tensor{nullptr, *dtype, {}};
   for (const py::handle n : py::tuple(object.attr("shape"))) tensor.shape.push_back(n.cast<index_t>());

@@ -171,12 +171,12 @@ void brgemm(const KernelSet& kernels, std::span<const Term> terms, float* c, ind
 
 namespace {
 
-void call_gemv(const KernelSet& kernels, Gemv* const* by_rows, index_t n, const Rows& x, Rows w, float* c,
-               index_t ldc, bool accumulate, Arena& scratch) {
+void call_gemv(const KernelSet& kernels, Gemv* gemv, index_t n, const Rows& x, Rows w, float* c, index_t ldc,
+               bool accumulate, Arena& scratch) {
   const Arena::Frame frame(scratch);
   w = in_bf16(kernels, w, scratch);
-  by_rows[x.matrix.rows - 1](to_int(n), to_int(x.matrix.cols), from_row(x, 0), bf16(w.matrix.data),
-                             w.matrix.stride, c, ldc, accumulate);
+  gemv(to_int(x.matrix.rows), to_int(n), to_int(x.matrix.cols), from_row(x, 0), bf16(w.matrix.data),
+       w.matrix.stride, c, ldc, accumulate);
 }
 
 }  // namespace

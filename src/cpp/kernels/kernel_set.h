@@ -90,13 +90,11 @@ struct GemmKernels {
 // Most rows whose products are a GEMV's: arithmetic takes as long as memory there.
 constexpr int kGemvRows = 8;
 
-// A product of few rows, straight from natural row-major matrices: nothing of W is packed, and each of its
-// elements is read from memory once. n, k >= 1. An element's additions run in an order that only the number
-// of rows and k decide: the same bits whatever columns of C a caller computes at a time.
-using Gemv = void(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c, ptrdiff_t ldc,
-                  int accumulate);
-// For 1 to kGemvRows rows.
-using GemvByRows = Gemv* const[kGemvRows];
+// A product of 1 to kGemvRows rows, straight from natural row-major matrices: nothing of W is packed, and
+// each of its elements is read from memory once. n, k >= 1. An element's additions run in an order that only
+// the number of rows and k decide: the same bits whatever columns of C a caller computes at a time.
+using Gemv = void(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
+                  ptrdiff_t ldc, int accumulate);
 
 // A block of rows of quantised weights (base/weight.h has the formats).
 struct CodedRows {
@@ -124,8 +122,8 @@ struct CodedGemvKernels {
 };
 
 struct GemvKernels {
-  Gemv* const* nt;  // C[rows x n] (+)= X[rows x k] * W', W [n x k]: a weight going forward
-  Gemv* const* nn;  // C[rows x n] (+)= X[rows x k] * W, W [k x n]: the same weight going backward
+  Gemv* nt;  // C[rows x n] (+)= X[rows x k] * W', W [n x k]: a weight going forward
+  Gemv* nn;  // C[rows x n] (+)= X[rows x k] * W, W [k x n]: the same weight going backward
   const CodedGemvKernels* coded = nullptr;
 };
 

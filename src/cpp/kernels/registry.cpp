@@ -18,10 +18,7 @@ KT_SET(avx512)
 KT_SET(avx512_bf16)
 KT_SET(amx)
 
-namespace {
-
-// From the slowest, which runs everywhere, to the fastest.
-const auto& registry() {
+std::span<const KernelEntry> kernel_registry() {
   static const std::array entries{
       KernelEntry{"scalar", 0, &scalar::kernels},
       KernelEntry{"avx2", features_named({"avx2"}), &avx2::kernels},
@@ -32,15 +29,11 @@ const auto& registry() {
   return entries;
 }
 
+namespace {
+
 // Whether the operating system lets this process use the entry's registers: it is asked.
 bool permitted(const KernelEntry& entry) {
   return (entry.needs & features_named({"amx_bf16"})) == 0 || request_tiles();
-}
-
-std::string known_names() {
-  std::string names;
-  for (const KernelEntry& entry : registry()) names += (names.empty() ? "" : ", ") + std::string(entry.name);
-  return names;
 }
 
 template <class Slot>
@@ -66,26 +59,21 @@ void overlay(KernelSet& set, const OwnKernels& own) {
 
 }  // namespace
 
-std::span<const KernelEntry> kernel_registry() { return registry(); }
-
 const KernelEntry& kernel_entry(std::string_view isa) {
-  const auto found = std::ranges::find(registry(), isa, &KernelEntry::name);
-  KT_CHECK(found != registry().end(), "isa is \"{}\", wanted one of {}", isa, known_names());
+  const auto all = kernel_registry();
+  const auto found = std::ranges::find(all, isa, &KernelEntry::name);
+  KT_CHECK(found != all.end(), "isa is \"{}\", wanted one of {}", isa, joined(all, &KernelEntry::name));
   return *found;
 }
 
 std::string availability(const KernelEntry& entry, unsigned features) {
-  if (const unsigned missing = entry.needs & ~features; missing != 0) {
-    std::string names;
-    for (const std::string& name : feature_names(missing)) names += (names.empty() ? "" : ", ") + name;
-    return "this CPU lacks " + names;
-  }
-  return "available";
+  const unsigned missing = entry.needs & ~features;
+  return missing == 0 ? "available" : "this CPU lacks " + joined(feature_names(missing));
 }
 
 std::string_view best_isa(unsigned features) {
   std::string_view best;
-  for (const KernelEntry& entry : registry())
+  for (const KernelEntry& entry : kernel_registry())
     if (availability(entry, features) == "available") best = entry.name;
   return best;
 }
@@ -102,7 +90,7 @@ KernelSet kernel_set(std::string_view isa, unsigned features) {
   KT_CHECK(permitted(kernel_entry(isa)),
            "isa is \"{}\": the operating system refuses its registers to this process", isa);
   KernelSet set{};
-  for (const KernelEntry& entry : registry()) {
+  for (const KernelEntry& entry : kernel_registry()) {
     overlay(set, *entry.own);
     if (entry.name == isa) break;
   }
@@ -110,12 +98,9 @@ KernelSet kernel_set(std::string_view isa, unsigned features) {
 }
 
 Activation activation_from(std::string_view name) {
-  std::string known;
-  for (int a = 0; a < kActivationCount; ++a) {
+  for (int a = 0; a < kActivationCount; ++a)
     if (name == kActivationNames[a]) return static_cast<Activation>(a);
-    known += (known.empty() ? "" : ", ") + std::string(kActivationNames[a]);
-  }
-  throw ValueError(message("activation is \"{}\", wanted one of {}", name, known));
+  throw ValueError(message("activation is \"{}\", wanted one of {}", name, joined(kActivationNames)));
 }
 
 std::string_view name_of(Activation activation) {

@@ -1,7 +1,6 @@
 #include "weights/convert.h"
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
 
 namespace kt {
@@ -72,31 +71,6 @@ std::uint32_t gather_nibbles(std::uint64_t bytes) {
   return static_cast<std::uint32_t>(bytes | bytes >> 16);
 }
 
-// A sign and exponent as high as `infinite`, or nothing but a sign, in one comparison.
-template <class Bits>
-std::optional<index_t> bad_float(const std::byte* scales, index_t count, Bits infinite) {
-  constexpr auto magnitude = static_cast<Bits>(~Bits{0}) >> 1;
-  const auto bad = [&](index_t i) {
-    Bits bits;
-    std::memcpy(&bits, scales + i * static_cast<index_t>(sizeof bits), sizeof bits);
-    return static_cast<Bits>((bits & magnitude) - 1) >= static_cast<Bits>(infinite - 1);
-  };
-  Bits any = 0;
-  for (index_t i = 0; i < count; ++i) any |= static_cast<Bits>(bad(i));
-  if (!any) return std::nullopt;
-  index_t i = 0;
-  while (!bad(i)) ++i;
-  return i;
-}
-
-// The first byte that is `bad` under a mask.
-std::optional<index_t> bad_code(const std::byte* scales, index_t count, unsigned mask, unsigned bad) {
-  const auto* at = std::find_if(scales, scales + count,
-                                [&](std::byte x) { return (static_cast<unsigned>(x) & mask) == bad; });
-  if (at == scales + count) return std::nullopt;
-  return at - scales;
-}
-
 }  // namespace
 
 void transpose(const std::uint16_t* src, index_t src_stride, index_t src_col_stride, index_t rows,
@@ -160,17 +134,6 @@ void kt_int4_codes(const std::byte* part, index_t rows, index_t cols, std::byte*
       }
     }
   });
-}
-
-std::optional<index_t> bad_scale(ScaleType type, const std::byte* scales, index_t count) {
-  switch (type) {
-    case ScaleType::none: return std::nullopt;
-    case ScaleType::f32: return bad_float<std::uint32_t>(scales, count, 0x7f800000u);
-    case ScaleType::bf16: return bad_float<std::uint16_t>(scales, count, 0x7f80u);
-    case ScaleType::e4m3: return bad_code(scales, count, 0x7f, 0x7f);
-    case ScaleType::e8m0: return bad_code(scales, count, 0xff, 0xff);
-  }
-  return std::nullopt;
 }
 
 }  // namespace kt

@@ -6,7 +6,6 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <optional>
 #include <span>
 
 #include "base/view.h"
@@ -44,10 +43,6 @@ void unpack_zeros(const std::uint32_t* words, index_t q_stride, index_t g_stride
 // `stride` bytes apart.
 void kt_int8_codes(const std::byte* part, index_t rows, index_t cols, std::byte* codes, index_t stride);
 void kt_int4_codes(const std::byte* part, index_t rows, index_t cols, std::byte* codes, index_t stride);
-
-// The place of the first scale that is NaN, infinite or 0; E8M0 and E4M3 are refused for NaN alone, of which
-// a block of zeros may have the scale 0.
-std::optional<index_t> bad_scale(ScaleType type, const std::byte* scales, index_t count);
 
 // Sums over weights, of squares: of what decoding differs by, and of the weight. The relative error of
 // several matrices is sqrt(sum of error / sum of norm).

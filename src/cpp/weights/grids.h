@@ -1,12 +1,16 @@
-// The numbers that codes stand for before they are scaled, and which of them is nearest.
+// The numbers that codes stand for before they are scaled, and which of them is nearest; and scales as they
+// are stored.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <bit>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <limits>
+#include <optional>
 
 #include "base/weight.h"
 
@@ -124,5 +128,73 @@ struct List {};
 
 // By Format, from int8 on: none is quantised to bf16.
 using All = List<Int8, Int4, E4M3, E2M1, Nvfp4>;
+
+// What a scale becomes where it is stored.
+inline float as_stored(ScaleType type, float scale) {
+  switch (type) {
+    case ScaleType::bf16: return to_float(to_bf16(scale));
+    case ScaleType::e8m0: return std::max(scale, 0x1p-127f);
+    case ScaleType::e4m3:  // with a global scale, which is chosen with it
+    case ScaleType::none:
+    case ScaleType::f32: break;
+  }
+  return scale;
+}
+
+inline void store_scale(const MutableWeight& into, index_t place, float scale) {
+  const auto bits = std::bit_cast<std::uint32_t>(scale);
+  std::byte* to = into.scales + place * size_of(into.type.scale);
+  switch (into.type.scale) {
+    case ScaleType::bf16: {
+      const auto upper = static_cast<bf16_t>(bits >> 16);
+      std::memcpy(to, &upper, sizeof upper);
+      break;
+    }
+    case ScaleType::e8m0: *to = static_cast<std::byte>(bits >> 23); break;
+    case ScaleType::e4m3: *to = static_cast<std::byte>(E4M3::code(scale)); break;
+    case ScaleType::f32: std::memcpy(to, &bits, sizeof bits); break;
+    case ScaleType::none: break;
+  }
+}
+
+// The first scale whose bits are bad.
+template <class Bits, class Bad>
+std::optional<index_t> first_bad(const std::byte* scales, index_t count, const Bad& bad) {
+  const auto bad_at = [&](index_t i) {
+    Bits bits;
+    std::memcpy(&bits, scales + i * static_cast<index_t>(sizeof bits), sizeof bits);
+    return bad(bits);
+  };
+  unsigned any = 0;  // first, as vectors
+  for (index_t i = 0; i < count; ++i) any |= bad_at(i);
+  if (any == 0) return std::nullopt;
+  index_t i = 0;
+  while (!bad_at(i)) ++i;
+  return i;
+}
+
+// A sign and exponent as high as `infinite`, or nothing but a sign, in one comparison.
+template <class Bits>
+bool bad_float(Bits bits, Bits infinite) {
+  constexpr auto kMagnitude = static_cast<Bits>(~Bits{0}) >> 1;
+  return static_cast<Bits>((bits & kMagnitude) - 1) >= static_cast<Bits>(infinite - 1);
+}
+
+// The place of the first scale that is NaN, infinite or 0; E8M0 and E4M3 are refused for NaN alone, of which
+// a block of zeros may have the scale 0.
+inline std::optional<index_t> bad_scale(ScaleType type, const std::byte* scales, index_t count) {
+  using std::uint16_t, std::uint32_t, std::uint8_t;
+  switch (type) {
+    case ScaleType::none: break;
+    case ScaleType::f32:
+      return first_bad<uint32_t>(scales, count, [](uint32_t x) { return bad_float(x, 0x7f800000u); });
+    case ScaleType::bf16:
+      return first_bad<uint16_t>(scales, count, [](uint16_t x) { return bad_float(x, uint16_t{0x7f80}); });
+    case ScaleType::e4m3:
+      return first_bad<uint8_t>(scales, count, [](uint8_t x) { return (x & 0x7f) == 0x7f; });
+    case ScaleType::e8m0: return first_bad<uint8_t>(scales, count, [](uint8_t x) { return x == 0xff; });
+  }
+  return std::nullopt;
+}
 
 }  // namespace kt::grids

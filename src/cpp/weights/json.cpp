@@ -41,9 +41,7 @@ std::string quote(std::string_view text) {
 }
 
 std::string shape_text(std::span<const index_t> shape) {
-  std::string text = "[";
-  for (const index_t n : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(n);
-  return text + "]";
+  return "[" + joined(shape, [](index_t n) { return std::to_string(n); }) + "]";
 }
 
 std::string_view JsonScalar::name() const {

@@ -7,6 +7,7 @@
 
 #include "kernels/registry.h"
 #include "weights/convert.h"
+#include "weights/grids.h"
 #include "weights/json.h"
 
 namespace kt {
@@ -116,7 +117,7 @@ std::span<const float> LayerSource::read_floats(const Entry& entry, Arena& scrat
 }
 
 void LayerSource::check_scales(const Entry& entry, int expert, const Weight& matrix) const {
-  const auto bad = bad_scale(matrix.type.scale, matrix.scales, matrix.scale_count());
+  const auto bad = grids::bad_scale(matrix.type.scale, matrix.scales, matrix.scale_count());
   if (!bad) return;
   const index_t across = ceil_div(matrix.cols, matrix.group());
   tensors_.fail(entry, "has a scale that is NaN, infinite or 0: that of block [{}, {}] of expert {}",

@@ -59,33 +59,6 @@ float peak_of(const float* weights, index_t n) {
   return most >= least ? std::bit_cast<float>(most) : -std::bit_cast<float>(least);
 }
 
-float as_stored(ScaleType type, float scale) {
-  switch (type) {
-    case ScaleType::bf16: return to_float(to_bf16(scale));
-    case ScaleType::e8m0: return std::max(scale, 0x1p-127f);
-    case ScaleType::e4m3:  // with a global scale, which is chosen with it
-    case ScaleType::none:
-    case ScaleType::f32: break;
-  }
-  return scale;
-}
-
-void store_scale(const MutableWeight& into, index_t place, float scale) {
-  const auto bits = std::bit_cast<std::uint32_t>(scale);
-  std::byte* to = into.scales + place * size_of(into.type.scale);
-  switch (into.type.scale) {
-    case ScaleType::bf16: {
-      const auto upper = static_cast<bf16_t>(bits >> 16);
-      std::memcpy(to, &upper, sizeof upper);
-      break;
-    }
-    case ScaleType::e8m0: *to = static_cast<std::byte>(bits >> 23); break;
-    case ScaleType::e4m3: *to = static_cast<std::byte>(grids::E4M3::code(scale)); break;
-    case ScaleType::f32: std::memcpy(to, &bits, sizeof bits); break;
-    case ScaleType::none: break;
-  }
-}
-
 constexpr index_t kLanes = 8;  // parts that a sum is taken in, so that they are vectors
 
 // n is a multiple of kLanes.
@@ -115,7 +88,7 @@ float best_scale(const float* weights, index_t n, ScaleType type, std::vector<fl
   for (index_t i = 0; i < n; ++i) x[i] = weights[i] / unit;
   std::fill(relative.begin() + n, relative.end(), 0.0f);
   for (const float factor : Grid::factors) {
-    const float scale = as_stored(type, Grid::unit(peak) * factor);
+    const float scale = grids::as_stored(type, Grid::unit(peak) * factor);
     if (scale == 0 || !std::isfinite(to_float(to_bf16(Grid::nearest(peak / scale) * scale)))) continue;
     const float error = squared_error<Grid>(x, std::ssize(relative), scale / unit);
     if (error < least) least = error, best = scale;
@@ -160,7 +133,7 @@ class Scales {
     for (index_t g = 0; g < std::ssize(scales_); ++g) {
       float& scale = scales_[to_size(g)];
       if constexpr (kByPeak<Grid>) scale = Grid::scale_of(scale, global_scale_);
-      store_scale(into_, row / into_.type.scale_rows * std::ssize(scales_) + g, scale);
+      grids::store_scale(into_, row / into_.type.scale_rows * std::ssize(scales_) + g, scale);
       scale *= global_scale_;
     }
   }

@@ -6,16 +6,8 @@ namespace kt::avx2 {
 
 namespace {
 
-float sum(Vec v) {
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v.x), _mm256_extractf128_ps(v.x, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-
-Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.x, b.x)}; }
 Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.x, b.x)}; }
 Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.x, b.x)}; }
-Vec mul_add(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.x, b.x, c.x)}; }
 Vec mul_sub(Vec a, Vec b, Vec c) { return {_mm256_fmsub_ps(a.x, b.x, c.x)}; }
 Vec quotient(Vec a, Vec b) { return {_mm256_div_ps(a.x, b.x)}; }
 

@@ -8,11 +8,6 @@
 
 namespace kt::avx2 {
 
-constexpr int MR = 6;   // with NR: 12 accumulators, 2 vectors of B and 1 broadcast of A in 16 registers
-constexpr int NR = 16;  // two vectors
-constexpr int KB = 16;  // k in one 64-byte run of a packed A row
-
-extern const GemvKernels gemv;
 extern const EpilogueKernels epilogue;
 extern const DecodeKernels decode;
 
@@ -59,9 +54,11 @@ struct alignas(32) Edge {
   }
 };
 
-// The vector of the loops in generic/. A Part is how many of its elements there are, also more or none.
+// The vector of the loops in generic/. A Part is how many of its elements there are, also more or none, and
+// Pairs of the bf16 in it.
 struct Vec {
   using Part = int;
+  using Pairs = int;
   static constexpr int kSize = 8;
   static constexpr Part kAll = kSize;
   static constexpr bool kMasks = false;
@@ -70,6 +67,7 @@ struct Vec {
 
   static Vec all(float value) { return {_mm256_set1_ps(value)}; }
   static Part first(int n) { return n; }
+  static Pairs first_pairs(int n) { return n; }
 
   static Vec load(const float* src, Part n = kAll) {
     return {n >= kSize ? _mm256_loadu_ps(src) : _mm256_load_ps(Edge<float, kSize>(src, n).data)};
@@ -79,6 +77,10 @@ struct Vec {
                       : _mm_load_si128((const __m128i*)Edge<uint16_t, kSize>(src, n).data);
   }
   static Vec load_bf16(const uint16_t* src, Part n = kAll) { return {widen(load_halves(src, n))}; }
+  static Vec load_pairs(const uint16_t* src, Pairs n) {
+    if (n >= 2 * kSize) return {_mm256_loadu_ps((const float*)src)};
+    return {_mm256_load_ps((const float*)Edge<uint16_t, 2 * kSize>(src, n).data)};
+  }
   static Vec load_f16(const uint16_t* src, Part n = kAll) { return {_mm256_cvtph_ps(load_halves(src, n))}; }
 
   void store(float* dst, Part n = kAll) const {
@@ -111,6 +113,15 @@ struct Vec {
     return {_mm256_and_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
   }
 };
+
+inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.x, b.x)}; }
+inline Vec mul_add(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.x, b.x, c.x)}; }
+
+inline float sum(Vec v) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v.x), _mm256_extractf128_ps(v.x, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
 
 // In place: lane j of row i and lane i of row j change places.
 inline void transpose_block(Vec (&r)[8]) {

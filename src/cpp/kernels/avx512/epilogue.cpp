@@ -10,10 +10,8 @@ namespace {
 
 float sum(Vec v) { return _mm512_reduce_add_ps(v.x); }
 
-Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.x, b.x)}; }
 Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.x, b.x)}; }
 Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.x, b.x)}; }
-Vec mul_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
 Vec mul_sub(Vec a, Vec b, Vec c) { return {_mm512_fmsub_ps(a.x, b.x, c.x)}; }
 
 // 1 / b: fourteen bits, then a Newton step, which infinity must not take. Division keeps its unit busy for

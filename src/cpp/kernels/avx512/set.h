@@ -11,8 +11,6 @@
 namespace kt {
 
 constexpr int kTileRows = 12;  // 24 accumulators, 2 vectors of B and 1 broadcast of A in 32 registers
-constexpr int kTileCols = 32;  // two vectors
-constexpr int kRun = 16;       // steps in one 64-byte run of a packed A row
 
 static inline __mmask16 first16(int n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
 static inline __mmask32 first32(int n) { return n >= 32 ? 0xffffffffu : n <= 0 ? 0 : (1u << n) - 1; }
@@ -53,44 +51,6 @@ static inline __m512i round_to_bf16(__m512 low, __m512 high) {
   return upper_halves(upper_bf16(low), upper_bf16(high));
 }
 
-// Elements p to p + 31 of rows i to i + 15; zeros behind the last row and behind k. Four lines further are
-// asked for, into the second cache level: in the first, rows that lie a power of two of bytes apart share a
-// set.
-static inline void load_rows(RowSource src, int i, int rows, int p, int k, __m512i (&r)[16]) {
-  constexpr int kAhead = 4 * 32;
-  for (int j = 0; j < 16; ++j) {
-    r[j] = _mm512_setzero_si512();
-    if (i + j >= rows) continue;
-    const uint16_t* row = source_row(src, i + j) + p;
-    r[j] = _mm512_maskz_loadu_epi16(first32(k - p), row);
-    _mm_prefetch(row + kAhead, _MM_HINT_T1);
-  }
-}
-
-// In place: lane j of row i and lane i of row j change places.
-static inline void transpose16(__m512i r[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 4) {
-    const __m512i a = _mm512_unpacklo_epi32(r[i], r[i + 1]), b = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    const __m512i c = _mm512_unpacklo_epi32(r[i + 2], r[i + 3]),
-                  d = _mm512_unpackhi_epi32(r[i + 2], r[i + 3]);
-    t[i] = _mm512_unpacklo_epi64(a, c);
-    t[i + 1] = _mm512_unpackhi_epi64(a, c);
-    t[i + 2] = _mm512_unpacklo_epi64(b, d);
-    t[i + 3] = _mm512_unpackhi_epi64(b, d);
-  }
-  for (int i = 0; i < 4; ++i) {
-    const __m512i a = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x88),
-                  b = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xdd);
-    const __m512i c = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88);
-    const __m512i d = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xdd);
-    r[i] = _mm512_shuffle_i32x4(a, c, 0x88);
-    r[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
-    r[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
-  }
-}
-
 // Lines of 32 codes decoded in registers. Internal linkage.
 
 namespace {
@@ -99,6 +59,8 @@ namespace {
 
 struct Int8 {
   __m512 scale;
+
+  KT_INLINE explicit Int8(float all) : scale(_mm512_set1_ps(all)) {}
 
   KT_INLINE __m512i product(const uint8_t* codes) const {
     const __m512i values = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)codes));
@@ -122,9 +84,10 @@ KT_INLINE static __m512i twofold(const uint8_t* codes) {
 struct Nibbles {
   __m512i table;
 
-  KT_INLINE Nibbles(__m512 values, float scale) {
+  KT_INLINE Nibbles(const float* values, float zero, float scale) {
     const __m512i upper_twice = _mm512_set4_epi32(0x0f0e0f0e, 0x0b0a0b0a, 0x07060706, 0x03020302);
-    table = _mm512_shuffle_epi8(nearest_bf16(_mm512_mul_ps(values, _mm512_set1_ps(scale))), upper_twice);
+    const __m512 counts = _mm512_sub_ps(_mm512_load_ps(values), _mm512_set1_ps(zero));
+    table = _mm512_shuffle_epi8(nearest_bf16(_mm512_mul_ps(counts, _mm512_set1_ps(scale))), upper_twice);
   }
   KT_INLINE __m512i line(const uint8_t* codes) const {
     const __m512i places = _mm512_srlv_epi16(twofold(codes), _mm512_set1_epi32(3 << 16 | 7));
@@ -171,20 +134,17 @@ struct Fp8 {
 
 // A decoder of decode_rows.
 template <class Lines>
-struct Stored {
-  Lines lines;
+struct Stored : Lines {
+  using Lines::Lines;
 
   KT_INLINE void operator()(const uint8_t* codes, uint16_t* dst) const {
-    _mm512_storeu_si512(dst, lines.line(codes));
+    _mm512_storeu_si512(dst, Lines::line(codes));
   }
 };
 
 }  // namespace
 
 namespace avx512 {
-
-constexpr int MR = kTileRows, NR = kTileCols;
-constexpr int KB = kRun;  // k in one 64-byte run of a packed A row
 
 extern const EpilogueKernels epilogue;
 extern const DecodeKernels decode;
@@ -194,6 +154,7 @@ namespace {
 // The vector of the loops in generic/.
 struct Vec {
   using Part = __mmask16;
+  using Pairs = __mmask32;  // of the bf16 in it
   static constexpr int kSize = 16;
   static constexpr Part kAll = 0xffff;
   static constexpr bool kMasks = true;
@@ -202,16 +163,23 @@ struct Vec {
 
   static Vec all(float value) { return {_mm512_set1_ps(value)}; }
   static Part first(int n) { return first16(n); }
+  static Pairs first_pairs(int n) { return first32(n); }
 
-  static Vec load(const float* src, Part part = kAll) { return {_mm512_maskz_loadu_ps(part, src)}; }
+  // Without a mask, whose address gcc computes once more.
+  static Vec load(const float* src) { return {_mm512_loadu_ps(src)}; }
+  static Vec load(const float* src, Part part) { return {_mm512_maskz_loadu_ps(part, src)}; }
   static Vec load_bf16(const uint16_t* src, Part part = kAll) {
     return {widen(_mm256_maskz_loadu_epi16(part, src))};
+  }
+  static Vec load_pairs(const uint16_t* src, Pairs pairs) {
+    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(pairs, src))};
   }
   static Vec load_f16(const uint16_t* src, Part part = kAll) {
     return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(part, src))};
   }
 
-  void store(float* dst, Part part = kAll) const { _mm512_mask_storeu_ps(dst, part, x); }
+  void store(float* dst) const { _mm512_storeu_ps(dst, x); }
+  void store(float* dst, Part part) const { _mm512_mask_storeu_ps(dst, part, x); }
   void store_bf16(uint16_t* dst, Part part = kAll) const {
     _mm256_mask_storeu_epi16(dst, part, round_to_bf16(x));
   }
@@ -234,11 +202,31 @@ struct Vec {
   }
 };
 
+inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.x, b.x)}; }
+inline Vec mul_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
+
+// In place: lane j of row i and lane i of row j change places.
 inline void transpose_block(Vec (&r)[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; ++i) t[i] = _mm512_castps_si512(r[i].x);
-  transpose16(t);
-  for (int i = 0; i < 16; ++i) r[i].x = _mm512_castsi512_ps(t[i]);
+  __m512 t[16];
+  for (int i = 0; i < 16; i += 4) {
+    const __m512 a = _mm512_unpacklo_ps(r[i].x, r[i + 1].x), b = _mm512_unpackhi_ps(r[i].x, r[i + 1].x);
+    const __m512 c = _mm512_unpacklo_ps(r[i + 2].x, r[i + 3].x),
+                 d = _mm512_unpackhi_ps(r[i + 2].x, r[i + 3].x);
+    t[i] = _mm512_shuffle_ps(a, c, 0x44);
+    t[i + 1] = _mm512_shuffle_ps(a, c, 0xee);
+    t[i + 2] = _mm512_shuffle_ps(b, d, 0x44);
+    t[i + 3] = _mm512_shuffle_ps(b, d, 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88),
+                 b = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xdd);
+    const __m512 c = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88),
+                 d = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xdd);
+    r[i].x = _mm512_shuffle_f32x4(a, c, 0x88);
+    r[i + 4].x = _mm512_shuffle_f32x4(b, d, 0x88);
+    r[i + 8].x = _mm512_shuffle_f32x4(a, c, 0xdd);
+    r[i + 12].x = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
 }
 
 }  // namespace

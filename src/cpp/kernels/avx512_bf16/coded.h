@@ -4,7 +4,6 @@
 // Internal linkage.
 #pragma once
 
-#include "kernels/avx512/gemv.h"
 #include "kernels/avx512_bf16/set.h"
 #include "kernels/generic/groups.h"
 
@@ -13,15 +12,15 @@ namespace kt::avx512_bf16 {
 namespace {
 
 // Pairs of bf16 along k.
-struct GemvTraits {
-  using Line = __m512bh;
-  static constexpr int kLineBytes = 64;  // of X, for a line of W
-  static constexpr int kRows = 2;        // of W in a term of `nn`
-  static constexpr int kUnaided = 2;     // rows of X whose loads need no requests along k
+struct GemvTraits : avx512::GemvTuning {
+  using Vec = avx512::Vec;
+  using Run = __m512bh;
+  using Terms = __m512i;
+  static constexpr int kRunBytes = 64, kRows = 2, kUnaided = 2;
 
-  static Line load(const uint16_t* w, __mmask32 mask) { return (__m512bh)_mm512_maskz_loadu_epi16(mask, w); }
-  static __m512 dot(Line w, const char* x, __m512 c) {
-    return _mm512_dpbf16_ps(c, w, (__m512bh)_mm512_load_si512(x));
+  static Run load(const uint16_t* w, __mmask32 mask) { return (__m512bh)_mm512_maskz_loadu_epi16(mask, w); }
+  static Vec dot(Run w, const char* x, Vec c) {
+    return {_mm512_dpbf16_ps(c.x, w, (__m512bh)_mm512_load_si512(x))};
   }
   static void keep(const uint16_t* from, __mmask32 mask, char* to) {
     _mm512_store_si512(to, _mm512_maskz_loadu_epi16(mask, from));
@@ -34,17 +33,17 @@ struct GemvTraits {
     b[0] = _mm512_unpacklo_epi16(even, odd);
     b[1] = _mm512_unpackhi_epi16(even, odd);
   }
-  static __m512 multiply_add(__m512i x, __m512i w, __m512 c) {
-    return _mm512_dpbf16_ps(c, (__m512bh)x, (__m512bh)w);
+  static Terms broadcast(uint32_t term) { return _mm512_set1_epi32(static_cast<int>(term)); }
+  static Vec multiply_add(Terms x, Terms w, Vec c) {
+    return {_mm512_dpbf16_ps(c.x, (__m512bh)x, (__m512bh)w)};
   }
   static void keep_terms(const uint16_t* x, int rows, uint32_t* to, int stride) {
     for (int p = 0; p < rows; p += 2, to += stride)
       *to = x[p] | (p + 1 < rows ? uint32_t{x[p + 1]} << 16 : 0);
   }
   // Unpacking interleaves within 128 bits: the first half has columns 0-3, 8-11, ...
-  static void in_order(__m512 (&half)[2]) {
-    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    interleave(half, low);
+  static void in_order(Vec (&half)[2]) {
+    interleave(half, _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
   }
 };
 
@@ -71,16 +70,13 @@ inline bool any_extreme(ScaleType type, const void* scales, ptrdiff_t place, int
       return _mm512_mask_cmpgt_epu16_mask(first32(n), above,
                                           _mm512_set1_epi16(static_cast<short>(200 << 8))) != 0;
     }
-    case ScaleType::e8m0: {
-      const __mmask64 mask = n >= 64 ? ~0ull : (1ull << n) - 1;
-      const __m512i bits = _mm512_maskz_loadu_epi8(mask, (const uint8_t*)scales + place);
-      const __m512i above = _mm512_sub_epi8(bits, _mm512_set1_epi8(27));
-      return _mm512_mask_cmpgt_epu8_mask(mask, above, _mm512_set1_epi8(static_cast<char>(200))) != 0;
-    }
+    case ScaleType::e8m0:
     case ScaleType::e4m3: {
       const __mmask64 mask = n >= 64 ? ~0ull : (1ull << n) - 1;
       const __m512i bits = _mm512_maskz_loadu_epi8(mask, (const uint8_t*)scales + place);
-      return _mm512_cmpge_epu8_mask(bits, _mm512_set1_epi8(0x7f)) != 0;
+      if (type == ScaleType::e4m3) return _mm512_cmpge_epu8_mask(bits, _mm512_set1_epi8(0x7f)) != 0;
+      const __m512i above = _mm512_sub_epi8(bits, _mm512_set1_epi8(27));
+      return _mm512_mask_cmpgt_epu8_mask(mask, above, _mm512_set1_epi8(static_cast<char>(200))) != 0;
     }
     default: return true;
   }
@@ -125,7 +121,7 @@ struct LinesPair {
     b[0] = _mm512_unpacklo_epi16(even_line, odd_line);
     b[1] = _mm512_unpackhi_epi16(even_line, odd_line);
   }
-  static void in_order(__m512 (&half)[2]) { GemvTraits::in_order(half); }
+  static void in_order(Vec (&half)[2]) { GemvTraits::in_order(half); }
 };
 
 // A table of one row, twice.
@@ -157,32 +153,17 @@ struct NibblePair {
     b[0] = _mm512_permutexvar_epi16(lower, table);
     b[1] = _mm512_permutexvar_epi16(_mm512_srli_epi32(codes, 4), table);
   }
-  static void in_order(__m512 (&half)[2]) {
-    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    interleave(half, low);
-  }
+  static void in_order(Vec (&half)[2]) { interleave(half); }
 };
 
-template <ScaleType Kind>
-struct Int8Codes {
+template <class L, ScaleType Kind>
+struct ByteCodes {
   static constexpr int kBytes = 32, kScales = 1;
-  using Lines = Int8;
-  using Pair = LinesPair<Lines>;
-
-  KT_INLINE static Lines lines(const Coded& w, ptrdiff_t place) { return {scale_of<Kind>(w, place)}; }
-  KT_INLINE static Pair pair(const Coded& w, ptrdiff_t even, ptrdiff_t odd) {
-    return {lines(w, even), lines(w, odd)};
-  }
-};
-
-template <ScaleType Kind>
-struct Fp8Codes {
-  static constexpr int kBytes = 32, kScales = 1;
-  using Lines = Fp8;
+  using Lines = L;
   using Pair = LinesPair<Lines>;
 
   KT_INLINE static Lines lines(const Coded& w, ptrdiff_t place) {
-    return Fp8(_mm512_cvtss_f32(scale_of<Kind>(w, place)));
+    return Lines(_mm512_cvtss_f32(scale_of<Kind>(w, place)));
   }
   KT_INLINE static Pair pair(const Coded& w, ptrdiff_t even, ptrdiff_t odd) {
     return {lines(w, even), lines(w, odd)};

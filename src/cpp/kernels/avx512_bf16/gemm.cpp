@@ -45,20 +45,19 @@ void pack_panels(RowSource src, int k, int cols, char* dst, ptrdiff_t panel_byte
       interleave(p < k ? load(source_row(src, p), i) : zero, zero, dst + i * panel_bytes);
 }
 
-constexpr PackPanels* kPackPanels[] = {pack_panels<1>, pack_panels<2>, pack_panels<3>, pack_panels<4>};
-
 // A pair of k.
-struct TileTraits {
+struct TileTraits : avx512::TileTuning {
+  using Vec = avx512::Vec;
+  using Operand = __m512bh;
   static constexpr int kDepth = 2;
   static constexpr bool kInPlace = true;  // rows of a matrix are what a panel's are
-  using Operand = __m512bh;
   static Operand load(const char* b) { return (__m512bh)_mm512_load_si512(b); }
   static Operand broadcast(const char* a) {
     int pair;  // of a matrix it may lie at any even address
     memcpy(&pair, a, sizeof pair);
     return (__m512bh)_mm512_set1_epi32(pair);
   }
-  static __m512 multiply_add(Operand a, Operand b, __m512 c) { return _mm512_dpbf16_ps(c, a, b); }
+  static Vec multiply_add(Operand a, Operand b, Vec c) { return {_mm512_dpbf16_ps(c.x, a, b)}; }
 };
 
 void pack_a(RowSource src, int rows, int k, void* panel) { copy_rows<MR>(src, rows, k, panel); }
@@ -66,26 +65,10 @@ void pack_a(RowSource src, int rows, int k, void* panel) { copy_rows<MR>(src, ro
 // VCVTNE2PS2BF16 rounds as wanted where no product is denormal.
 void from_int8(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stride) {
   if (!products_are_normal(src)) return scalar::from_int8(src, dst, dst_stride);
-  decode_rows<32>(src, dst, dst_stride,
-                  [](float scale, float) { return Stored<Int8>{{_mm512_set1_ps(scale)}}; });
+  decode_rows<32>(src, dst, dst_stride, [](float scale, float) { return Stored<Int8>(scale); });
 }
 
-void micro_kernel(int rows, int cols, const BatchElement* batch, int count, float* c, ptrdiff_t ldc,
-                  int accumulate) {
-  kTiles<TileTraits>[rows - 1][cols > 16](batch, count, c, ldc, accumulate);
-}
-
-constexpr GemmKernels gemm = {.mr = MR,
-                              .nr = NR,
-                              .k_align = KB,
-                              .element_bytes = sizeof(uint16_t),
-                              .pack_a = pack_a,
-                              .pack_b_cols = pack_b_cols,
-                              .pack_b_rows = pack_b_rows,
-                              .micro_kernel = micro_kernel,
-                              .max_edge = kGemvRows,
-                              .peak = multiply_registers<TileTraits>,
-                              .in_place = TileTraits::kInPlace};
+constexpr GemmKernels gemm = gemm_kernels<TileTraits>(pack_a, pack_b_cols, pack_b_rows);
 constexpr DecodeKernels decode = {nullptr, nullptr, {nullptr, from_int8}};
 
 }  // namespace
@@ -94,15 +77,17 @@ void pack_b_cols(RowSource src, int cols, int k, void* panel) {
   uint32_t* dst = static_cast<uint32_t*>(panel);
   for (int j = 0; j < NR; j += 16)
     for (int p = 0; p < k; p += 32) {
-      __m512i r[16];
+      Vec r[16];
       load_rows(src, j, cols, p, k, r);
-      transpose16(r);
-      for (int i = 0; i < 16; ++i) _mm512_store_si512(dst + (p / 2 + i) * NR + j, r[i]);
+      transpose_block(r);
+      for (int i = 0; i < 16; ++i) _mm512_store_ps(dst + (p / 2 + i) * NR + j, r[i].x);
     }
 }
 
 void pack_b_rows(RowSource src, int k, int cols, void* panels, ptrdiff_t panel_bytes) {
-  pack_b_rows_by<NR>(kPackPanels, src, k, cols, panels, panel_bytes);
+  pack_b_rows_by<NR>(src, cols, panels, panel_bytes, [=](auto p, RowSource from, int left, char* dst) {
+    pack_panels<p.value>(from, k, left, dst, panel_bytes);
+  });
 }
 
 extern const OwnKernels kernels;

@@ -12,11 +12,12 @@ constexpr int kCacheLine = 64;
 // Bytes of W from where it is read to where it is asked for: along k, and across for the second time, when
 // the first was a block before.
 constexpr int kAhead = 4096, kNear = 2 * kCacheLine;
+constexpr int kBlock = GemvTraits::block_rows(1);  // rows of W between two visits to C
 
 // The next Count lines of R rows, times the same lines of M rows of X. `lines` are made anew for every line
 // where Each, whose groups are of one line or less.
 template <class Codes, int M, int R, int Count, bool Each>
-KT_INLINE void dot_lines(__m512 (&acc)[R * M], const Coded& w, const char*& x, const uint8_t* (&codes)[R],
+KT_INLINE void dot_lines(Vec (&acc)[R * M], const Coded& w, const char*& x, const uint8_t* (&codes)[R],
                          ptrdiff_t (&place)[R], typename Codes::Lines (&lines)[R], ptrdiff_t ahead) {
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
@@ -28,10 +29,10 @@ KT_INLINE void dot_lines(__m512 (&acc)[R * M], const Coded& w, const char*& x, c
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       if constexpr (Each) lines[r] = Codes::lines(w, place[r] + q * Codes::kScales);
-      const auto line = (GemvTraits::Line)lines[r].line(codes[r] + q * Codes::kBytes);
+      const auto line = (GemvTraits::Run)lines[r].line(codes[r] + q * Codes::kBytes);
 #pragma GCC unroll 8
       for (int i = 0; i < M; ++i)
-        acc[i * R + r] = GemvTraits::dot(line, x + (q * M + i) * GemvTraits::kLineBytes, acc[i * R + r]);
+        acc[i * R + r] = GemvTraits::dot(line, x + (q * M + i) * GemvTraits::kRunBytes, acc[i * R + r]);
     }
   }
 #pragma GCC unroll 4
@@ -39,7 +40,7 @@ KT_INLINE void dot_lines(__m512 (&acc)[R * M], const Coded& w, const char*& x, c
     codes[r] += Count * Codes::kBytes;
     if (Each) place[r] += Count * Codes::kScales;
   }
-  x += Count * M * GemvTraits::kLineBytes;
+  x += Count * M * GemvTraits::kRunBytes;
 }
 
 // C[M x rows], rows <= R, from columns p to p + count of W's rows j to j + R; groups may begin before p.
@@ -57,9 +58,9 @@ void coded_dot_tile(const char* x, const Coded& w, int p, int count, int j, ptrd
     codes[r] = w.codes + row * w.stride + p / kLine * Codes::kBytes;
     place[r] = row * w.scale_stride + p / w.group;
   }
-  __m512 acc[R * M];
+  Vec acc[R * M];
 #pragma GCC unroll 16
-  for (int q = 0; q < R * M; ++q) acc[q] = _mm512_setzero_ps();
+  for (int q = 0; q < R * M; ++q) acc[q] = Vec::all(0.0f);
   if (Codes::kScales > 1 || w.group == kLine) {
     for (; count >= kTogether * kLine; count -= kTogether * kLine)
       dot_lines<Codes, M, R, kTogether, true>(acc, w, x, codes, place, lines, ahead);
@@ -103,11 +104,11 @@ void coded_cross_tile(const uint32_t* x, int rows, const Coded& w, int first, in
     place[v] = first * w.scale_stride + (col + v * kLine) / w.group;
     if constexpr (Shared) pair[v] = Codes::pair(w, place[v], place[v]);
   }
-  __m512 acc[M][V][2];
+  Vec acc[M][V][2];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) acc[i][v][0] = acc[i][v][1] = _mm512_setzero_ps();
+    for (int v = 0; v < V; ++v) acc[i][v][0] = acc[i][v][1] = Vec::all(0.0f);
   for (int p = 0; p < rows; p += 2, codes += 2 * w.stride, x += M) {
     request(codes + far);
     request(codes + w.stride + far);
@@ -127,7 +128,7 @@ void coded_cross_tile(const uint32_t* x, int rows, const Coded& w, int first, in
       pair[v].across(codes + v * Codes::kBytes, codes + w.stride + v * Codes::kBytes, b);
 #pragma GCC unroll 8
       for (int i = 0; i < M; ++i) {
-        const __m512i term = _mm512_set1_epi32(static_cast<int>(x[i]));
+        const __m512i term = GemvTraits::broadcast(x[i]);
 #pragma GCC unroll 2
         for (int h = 0; h < 2; ++h) acc[i][v][h] = GemvTraits::multiply_add(term, b[h], acc[i][v][h]);
       }
@@ -140,9 +141,8 @@ void coded_cross_tile(const uint32_t* x, int rows, const Coded& w, int first, in
       Pair::in_order(acc[i][v]);
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) {
-        float* to = c + i * ldc + v * kLine + h * 16;
-        const __m512 sum = acc[i][v][h];
-        _mm512_storeu_ps(to, accumulate ? _mm512_add_ps(sum, _mm512_loadu_ps(to)) : sum);
+        float* to = c + i * ldc + v * kLine + h * Vec::kSize;
+        (accumulate ? acc[i][v][h] + Vec::load(to) : acc[i][v][h]).store(to);
       }
     }
 }
@@ -151,14 +151,14 @@ void coded_cross_tile(const uint32_t* x, int rows, const Coded& w, int first, in
 template <class Codes, int M, bool Shared>
 void cross_blocks(RowSource x, const Coded& w, float* c, ptrdiff_t ldc, int accumulate) {
   constexpr int V = smaller(M <= 2 ? 4 : M <= 4 ? 2 : 1, kCacheLine / Codes::kBytes);
-  uint32_t terms[kRowsBetweenSums / GemvTraits::kRows * M];
-  const ptrdiff_t far = kRowsBetweenSums * w.stride, row_bytes = w.cols / kLine * Codes::kBytes;
+  uint32_t terms[kBlock / GemvTraits::kRows * M];
+  const ptrdiff_t far = kBlock * w.stride, row_bytes = w.cols / kLine * Codes::kBytes;
   const auto near = [&](int j) {  // behind the last line of a row comes the next block
     const ptrdiff_t bytes = smaller(kNear, static_cast<int>(row_bytes));
     return bytes + (j / kLine * Codes::kBytes + bytes < row_bytes ? 0 : far - row_bytes);
   };
-  for (int p = 0; p < w.rows; p += kRowsBetweenSums) {
-    const int rows = smaller(kRowsBetweenSums, w.rows - p);
+  for (int p = 0; p < w.rows; p += kBlock) {
+    const int rows = smaller(kBlock, w.rows - p);
     for (int i = 0; i < M; ++i) GemvTraits::keep_terms(source_row(x, i) + p, rows, terms + i, M);
     int j = 0;
     for (; j + V * kLine <= w.cols; j += V * kLine)
@@ -177,43 +177,45 @@ void coded_nn(RowSource x, const Coded& w, float* c, ptrdiff_t ldc, int accumula
   cross_blocks<Codes, M, false>(x, w, c, ldc, accumulate);
 }
 
-using CodedProduct = void(RowSource x, const Coded& w, float* c, ptrdiff_t ldc, int accumulate);
+using CodedProduct = void(int rows, RowSource x, const Coded& w, float* c, ptrdiff_t ldc, int accumulate);
 
 struct Nt {
   template <class Codes>
-  static constexpr CodedProduct* kProducts[kGemvRows] = {
-      coded_nt<Codes, 1>, coded_nt<Codes, 2>, coded_nt<Codes, 3>, coded_nt<Codes, 4>,
-      coded_nt<Codes, 5>, coded_nt<Codes, 6>, coded_nt<Codes, 7>, coded_nt<Codes, 8>,
-  };
+  static void multiply(int rows, RowSource x, const Coded& w, float* c, ptrdiff_t ldc, int accumulate) {
+    with_constant<kGemvRows>(rows, [&](auto m) { coded_nt<Codes, m.value>(x, w, c, ldc, accumulate); });
+  }
   static bool takes(const CodedRows& w) { return w.cols % kLine == 0; }
 };
 
 struct Nn {
   template <class Codes>
-  static constexpr CodedProduct* kProducts[kGemvRows] = {
-      coded_nn<Codes, 1>, coded_nn<Codes, 2>, coded_nn<Codes, 3>, coded_nn<Codes, 4>,
-      coded_nn<Codes, 5>, coded_nn<Codes, 6>, coded_nn<Codes, 7>, coded_nn<Codes, 8>,
-  };
+  static void multiply(int rows, RowSource x, const Coded& w, float* c, ptrdiff_t ldc, int accumulate) {
+    with_constant<kGemvRows>(rows, [&](auto m) { coded_nn<Codes, m.value>(x, w, c, ldc, accumulate); });
+  }
   static bool takes(const CodedRows& w) { return w.cols % kLine == 0 && w.rows % GemvTraits::kRows == 0; }
 };
 
 template <class Direction, template <ScaleType> class Codes>
-CodedProduct* const* by_scale(ScaleType scale) {
+CodedProduct* by_scale(ScaleType scale) {
   switch (scale) {
-    case ScaleType::f32: return Direction::template kProducts<Codes<ScaleType::f32>>;
-    case ScaleType::bf16: return Direction::template kProducts<Codes<ScaleType::bf16>>;
+    case ScaleType::f32: return Direction::template multiply<Codes<ScaleType::f32>>;
+    case ScaleType::bf16: return Direction::template multiply<Codes<ScaleType::bf16>>;
     default: return nullptr;
   }
 }
 
 template <ScaleType Kind>
+using Int8Codes = ByteCodes<Int8, Kind>;
+template <ScaleType Kind>
+using Fp8Codes = ByteCodes<Fp8, Kind>;
+template <ScaleType Kind>
 using PlainInt4 = Int4Codes<Kind, false>;
 template <ScaleType Kind>
 using ZerosInt4 = Int4Codes<Kind, true>;
 
-// The products of a type of codes by the number of rows, or null.
+// The product of a type of codes, or null.
 template <class Direction, CodeType Type>
-CodedProduct* const* products(const CodedRows& w) {
+CodedProduct* product_of(const CodedRows& w) {
   if constexpr (Type == CodeType::int8) return by_scale<Direction, Int8Codes>(w.scale_type);
   if constexpr (Type == CodeType::e4m3) return by_scale<Direction, Fp8Codes>(w.scale_type);
   if constexpr (Type == CodeType::int4)
@@ -221,15 +223,15 @@ CodedProduct* const* products(const CodedRows& w) {
                    : by_scale<Direction, PlainInt4>(w.scale_type);
   if constexpr (Type == CodeType::e2m1) {
     if (w.scale_type == ScaleType::e4m3 && w.group == kLine / 2)
-      return Direction::template kProducts<Nvfp4Codes>;
-    return w.scale_type == ScaleType::e8m0 ? Direction::template kProducts<Mxfp4Codes> : nullptr;
+      return Direction::template multiply<Nvfp4Codes>;
+    return w.scale_type == ScaleType::e8m0 ? Direction::template multiply<Mxfp4Codes> : nullptr;
   }
 }
 
 template <class Direction, CodeType Type>
 int coded(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, int accumulate) {
-  CodedProduct* const* by_rows = products<Direction, Type>(w);
-  if (by_rows == nullptr || !Direction::takes(w) || !scales_are_ordinary(w)) return 0;
+  CodedProduct* product = product_of<Direction, Type>(w);
+  if (product == nullptr || !Direction::takes(w) || !scales_are_ordinary(w)) return 0;
   float scale_values[kScaleValues];
   if (w.scale_type == ScaleType::e4m3) {
     uint8_t all[kScaleValues];
@@ -238,7 +240,7 @@ int coded(int rows, RowSource x, const CodedRows& w, float* c, ptrdiff_t ldc, in
     scales.scales = all;
     load_scales(scales, 0, kScaleValues, scale_values);
   }
-  by_rows[rows - 1](x, {w, scale_values}, c, ldc, accumulate);
+  product(rows, x, {w, scale_values}, c, ldc, accumulate);
   return 1;
 }
 
@@ -256,6 +258,6 @@ constexpr CodedGemvKernels coded_gemv = {kByType<Nt>, kByType<Nn>};
 
 }  // namespace
 
-const GemvKernels gemv = {kGemvNt<GemvTraits>, kGemvNn<GemvTraits>, &coded_gemv};
+const GemvKernels gemv = {gemv_nt<GemvTraits>, gemv_nn<GemvTraits>, &coded_gemv};
 
 }  // namespace kt::avx512_bf16

@@ -1,12 +1,14 @@
 // What the files of this kernel set share.
 #pragma once
 
-#include "kernels/avx512/tile.h"
+#include "kernels/avx512/product.h"
 
 namespace kt::avx512_bf16 {
 
-constexpr int MR = kTileRows, NR = kTileCols;
-constexpr int KB = 2 * kRun;  // k in one 64-byte run of a packed A row
+using avx512::Vec;
+
+constexpr int MR = avx512::TileTuning::kTileRows, NR = 2 * Vec::kSize;
+constexpr int KB = 2 * kRunSteps;  // k in one 64-byte run of a packed A row
 
 // Which AMX uses too.
 PackRows pack_b_cols;
@@ -18,6 +20,9 @@ namespace {
 // 32 codes decoded in registers with VCVTNE2PS2BF16, which rounds as wanted where no product is denormal.
 struct Int8 {
   __m512 scale;
+
+  Int8() = default;
+  KT_INLINE explicit Int8(float all) : scale(_mm512_set1_ps(all)) {}
 
   KT_INLINE __m512 product(const uint8_t* codes) const {
     const __m512i values = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)codes));

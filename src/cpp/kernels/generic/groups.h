@@ -252,7 +252,9 @@ inline void round_row(int n, const T* src, uint16_t* dst, const Load& load) {
 // for and from the zero point, and HalfNibbles from the scales of either half.
 template <class Vec, class Int8, class Nibbles, class HalfNibbles, class Fp8>
 struct Decodes {
-  static void from_f32(int n, const float* src, uint16_t* dst) { round_row<Vec>(n, src, dst, Vec::load); }
+  static void from_f32(int n, const float* src, uint16_t* dst) {
+    round_row<Vec>(n, src, dst, [](const float* x, typename Vec::Part part) { return Vec::load(x, part); });
+  }
   static void from_f16(int n, const uint16_t* src, uint16_t* dst) {
     round_row<Vec>(n, src, dst, Vec::load_f16);
   }

@@ -42,16 +42,14 @@ void pack_b_rows(RowSource src, int k, int cols, void* panels, ptrdiff_t panel_b
   }
 }
 
-template <int Rows>
-void gemv_nt(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c, ptrdiff_t ldc,
-             int accumulate) {
-  multiply(Rows, n, k, x, w, w_stride, 1, c, ldc, accumulate);
+void gemv_nt(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
+             ptrdiff_t ldc, int accumulate) {
+  multiply(rows, n, k, x, w, w_stride, 1, c, ldc, accumulate);
 }
 
-template <int Rows>
-void gemv_nn(int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c, ptrdiff_t ldc,
-             int accumulate) {
-  multiply(Rows, n, k, x, w, 1, w_stride, c, ldc, accumulate);
+void gemv_nn(int rows, int n, int k, RowSource x, const uint16_t* w, ptrdiff_t w_stride, float* c,
+             ptrdiff_t ldc, int accumulate) {
+  multiply(rows, n, k, x, w, 1, w_stride, c, ldc, accumulate);
 }
 
 // Panels hold fp32: A as [k][MR], B as [k][NR].
@@ -78,11 +76,7 @@ constexpr GemmKernels gemm = {.mr = MR,
                               .pack_b_rows = pack_b_rows,
                               .micro_kernel = micro_kernel};
 
-constexpr GemvByRows kGemvNt = {gemv_nt<1>, gemv_nt<2>, gemv_nt<3>, gemv_nt<4>,
-                                gemv_nt<5>, gemv_nt<6>, gemv_nt<7>, gemv_nt<8>};
-constexpr GemvByRows kGemvNn = {gemv_nn<1>, gemv_nn<2>, gemv_nn<3>, gemv_nn<4>,
-                                gemv_nn<5>, gemv_nn<6>, gemv_nn<7>, gemv_nn<8>};
-constexpr GemvKernels gemv = {kGemvNt, kGemvNn};
+constexpr GemvKernels gemv = {gemv_nt, gemv_nn};
 
 }  // namespace
 
