@@ -29,7 +29,7 @@ class Runtime:
             them; see `kt_moe.distributed.cores_of_rank`.
         shards: slices of the intermediate dimension, at most 64, each with memory on NUMA nodes of its own
             while there are enough. None: KT_MOE_SHARDS, or the number of nodes, at most that of threads.
-        isa: "scalar", "avx2", "avx512", "avx512_bf16" or "amx". None: KT_MOE_ISA, or the best this CPU has.
+        isa: a kernel set, such as "avx2"; `kt-moe doctor` lists them. None: KT_MOE_ISA, or the best one here.
         nodes: NUMA nodes, by the kernel's numbers, to whose CPUs and memory threads and weights are bound.
             One that is named more than once counts as several nodes, which share its CPUs.
             None: KT_MOE_NODES ("0,2-3"), or all whose CPUs this process may use.

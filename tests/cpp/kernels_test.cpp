@@ -642,7 +642,7 @@ TEST_CASE("smooth activations have a small relative error, far below 0 too") {
 }
 
 TEST_CASE("the registry: unknown and absent sets are refused, empty slots are filled from below") {
-  CHECK_THROWS_WITH_AS(kernel_set("mmx", cpu_features()), doctest::Contains("wanted one of scalar, avx2"),
+  CHECK_THROWS_WITH_AS(kernel_set("mmx", cpu_features()), doctest::Contains("wanted one of scalar"),
                        ValueError);
   CHECK_THROWS_WITH_AS(kernel_set("avx2", 0), doctest::Contains("this CPU lacks avx2"), ValueError);
   CHECK(best_isa(0) == "scalar");

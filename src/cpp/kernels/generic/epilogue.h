@@ -5,6 +5,11 @@
 //   store_bf16, stream_bf16 two neighbours, rounded; the latter past the caches where whole lines are written
 //   kMasks                  whether a Part costs no more than all
 //   transpose_block(r)      kSize rows of kSize elements, in place
+// packing and products
+//   Pairs, first_pairs(n)   how many of the twice as many bf16 that a Vec holds as pairs
+//   load_pairs, even, odd   these, and of each pair the one and the other as fp32
+//   interleave(half)        even and odd columns, each in a Vec, in order
+//   sum_each(x, sums)       the sums of several Vecs; `sums` has room for a multiple of four
 // and the activations all(float), the operators + - *, mul_add, mul_sub, at_most, at_least, magnitude,
 // where_negative, within, beyond, nearest_integer, sum(x) of all elements, and
 //   exp_domain(x)             x, if times_power_of_two can make its exponential, else the nearest that it can
