@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     """
     import transformers
 
-    from kt_moe.families import expert_classes, families, refused_classes
+    from kt_moe.families import Family, expert_classes, families, refused_classes
 
     if unknown := sorted(set(args.names) - expert_classes().keys() - refused_classes().keys()):
         raise UserError(f"transformers {transformers.__version__} has no experts in {', '.join(unknown)}")
@@ -29,11 +29,15 @@ def run(args: argparse.Namespace) -> int:
     transformers.utils.logging.set_verbosity_error()  # what models say of default configs is of no interest
     found = list(families(args.names))
     transformers.utils.logging.set_verbosity(verbosity)
+    rows: dict[tuple[str, ...], list[Family]] = {}
+    for one in found:  # classes of a family that compute the same have one row
+        rows.setdefault((one.name, "yes" if one.works else "no", one.what), []).append(one)
     names, lacking = {one.name for one in found}, {one.name for one in found if not one.works}
-    head = ("family", "works", "activation, or why not", "router", "experts on disk, by default")
-    lines = [
-        (one.name, "no" if one.name in lacking else "yes", one.what, one.router, one.on_disk) for one in found
-    ]
     working = f"{len(names - lacking)} of {len(names)} families work"
-    print(f"{table([head, *dict.fromkeys(lines)])}\n\ntransformers {transformers.__version__}: {working}")
+    head = ("family", "works", "activation, or why not", "router", "experts on disk, by default")
+    lines: list[tuple[str, ...]] = [head]
+    for row, those in rows.items():
+        routers, places = ({one.router for one in those}, {one.on_disk for one in those})
+        lines.append((*row, *(", ".join(sorted(filter(None, some))) for some in (routers, places))))
+    print(f"{table(lines)}\n\ntransformers {transformers.__version__}: {working}")
     return 0
