@@ -168,21 +168,12 @@ class Rank:
             layer = self.layer(average=False, chunks=chunks)
             for name, dtype in DTYPES.items():
                 yield f"{chunks} chunks {name}", self.plain(layer, self.problem, dtype)
-            leaves = self.leaves(self.problem, torch.float32)
-            out = self.run(layer, self.problem, leaves, lambda f, *a: checkpoint(f, *a, use_reentrant=False))
-            yield f"{chunks} chunks checkpoint", out
+            yield from self.checkpointed(layer, f"{chunks} chunks ")
+            yield f"{chunks} chunks only lora", self.only_lora(layer)
         layer = self.layer(average=False)
         yield "again", self.plain(layer, self.problem, torch.float32)
         yield "average", self.plain(self.layer(), self.problem, torch.float32)
-        for reentrant, choice in CHECKPOINTS:
-            if layer.experts is not None:
-                layer.experts.checkpoint_experts = choice
-
-            def around(f: Any, *args: Any, reentrant: bool = reentrant) -> Tensor:
-                return checkpoint(f, *args, use_reentrant=reentrant)
-
-            leaves = self.leaves(self.problem, torch.float32)
-            yield f"checkpoint {reentrant} {choice}", self.run(layer, self.problem, leaves, around)
+        yield from self.checkpointed(layer)
         for name, around in {
             "dropout": lambda f, *args: f(*args),
             "dropout checkpoint": lambda f, *args: checkpoint(f, *args, use_reentrant=False),
@@ -196,15 +187,30 @@ class Rank:
         leaves = self.leaves(self.problem, torch.float32)
         out = self.call(layer, self.problem, leaves) + self.call(layer, self.problem, leaves)
         yield "two calls", gradients(out, self.problem.grad_out[self.tokens], leaves)
-        leaves = self.leaves(self.problem, torch.float32)
-        for name in ("hidden_states", "topk_weights"):
-            leaves[name].requires_grad_(False)
-        out = self.call(layer, self.problem, leaves)
-        yield "only lora", gradients(out, self.problem.grad_out[self.tokens], leaves)
+        yield "only lora", self.only_lora(layer)
         for name, tensor in (leaves := self.leaves(self.problem, torch.float32)).items():
             tensor.requires_grad_(self.rank == 0 and name == "hidden_states")
         out = self.call(layer, self.problem, leaves)
         yield "only tokens of rank 0", gradients(out, self.problem.grad_out[self.tokens], leaves)
+
+    def checkpointed(self, layer: ExpertParallel, prefix: str = "") -> Iterator[tuple[str, Results]]:
+        for reentrant, choice in CHECKPOINTS:
+            if layer.experts is not None:
+                layer.experts.checkpoint_experts = choice
+
+            def around(f: Any, *args: Any, reentrant: bool = reentrant) -> Tensor:
+                return checkpoint(f, *args, use_reentrant=reentrant)
+
+            leaves = self.leaves(self.problem, torch.float32)
+            found = self.run(layer, self.problem, leaves, around)
+            yield f"{prefix}checkpoint {reentrant} {choice}", found
+
+    def only_lora(self, layer: ExpertParallel) -> Results:
+        leaves = self.leaves(self.problem, torch.float32)
+        for name in ("hidden_states", "topk_weights"):
+            leaves[name].requires_grad_(False)
+        out = self.call(layer, self.problem, leaves)
+        return gradients(out, self.problem.grad_out[self.tokens], leaves)
 
     def plain(self, layer: ExpertParallel, problem: Problem, dtype: torch.dtype) -> Results:
         leaves = self.leaves(problem, dtype)

@@ -109,8 +109,10 @@ def test_chunks_equal_as_many_calls_of_one_process(results: Any, chunks: int, dt
         if name in LORA_NAMES:
             assert torch.equal(tensor, wanted[name]), name
     if dtype == "fp32":
-        again = together(found, f"{chunks} chunks checkpoint")
-        assert all(torch.equal(tensor, again[name]) for name, tensor in got.items())
+        for case in ("only lora", *(f"checkpoint {re} {choice}" for re, choice in ranks.CHECKPOINTS)):
+            again = together(found, f"{chunks} chunks {case}")
+            assert again.keys() >= {"out", *LORA_NAMES}
+            assert all(torch.equal(tensor, got[name]) for name, tensor in again.items()), case
         whole = together(found, "random fp32")
         assert not all(torch.equal(tensor, whole[name]) for name, tensor in got.items())
 
