@@ -132,7 +132,7 @@ def _ours(experts: kt_moe.Experts, number: int, divided: bool) -> Layer:
 
 def _streamed(slots: _Slots, number: int) -> Layer:
     def layer(x: Tensor, ids: Tensor, weights: Tensor, lora: dict[str, Tensor]) -> Tensor:
-        return plain.grouped_experts(x, ids, weights, slots[number], lora)
+        return plain.grouped_layer(slots[number])(x, ids, weights, lora)
 
     def again(*args: Any) -> Tensor:
         found: Tensor = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)

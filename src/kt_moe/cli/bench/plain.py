@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,18 +48,11 @@ def loop_layer(base: Weights) -> Layer:
 
 
 def grouped_layer(base: Fused) -> Layer:
-    """torch's grouped_mm over rows sorted by expert, as transformers' "grouped_mm" experts do."""
-    return lambda x, ids, weights, lora: grouped_experts(x, ids, weights, base, lora)
+    """Experts in bf16 by torch's grouped_mm over rows sorted by expert, without waiting for the device."""
+    return partial(_grouped, base)
 
 
-def grouped_experts(x: Tensor, ids: Tensor, weights: Tensor, base: Fused, lora: dict[str, Tensor]) -> Tensor:
-    """A layer's experts in bf16 by torch's grouped_mm, without waiting for the device.
-
-    Args:
-        x: [T, H] bf16.
-        ids, weights: [T, K].
-        lora: by the names of `kt_moe.moe`, or empty.
-    """
+def _grouped(base: Fused, x: Tensor, ids: Tensor, weights: Tensor, lora: dict[str, Tensor]) -> Tensor:
     gate_up, down = base
     lora = {name: tensor.bfloat16() for name, tensor in lora.items()}
     tokens, topk = ids.shape

@@ -99,10 +99,8 @@ class Session:
         held += [shape.weight_bytes] * len(settings.peers)
         needed = 2 * shape.weight_bytes + (settings.layers * max(held) if settings.step else sum(held))
         if needed > free:
-            raise UserError(
-                f"the experts take {size_text(needed)} of memory, and {size_text(free)} are free: lower "
-                "--experts or --layers, or time fewer --format and --peers"
-            )
+            said = f"the experts take {size_text(needed)} of memory, and {size_text(free)} are free"
+            raise UserError(f"{said}: lower --experts or --layers, or time fewer --format and --peers")
 
     def _time(self, case: Case, contestants: dict[str, Any]) -> None:
         """Errors of some tokens, then times: A, B, A, B, ...

@@ -17,7 +17,7 @@ from transformers import Qwen3MoeConfig
 
 from kt_moe.cli.bench.cases import Case
 from kt_moe.cli.bench.layers import SCALING, Step, make_experts, make_lora, make_weights
-from kt_moe.cli.bench.plain import Fused, fuse, grouped_experts
+from kt_moe.cli.bench.plain import Fused, fuse, grouped_layer
 from kt_moe.cli.described import described
 from kt_moe.hf.quantizer import put_experts
 
@@ -105,8 +105,8 @@ class GroupedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, H], [T, K], [T, K] -> [T, H]"""
-        base = (self.gate_up_proj, self.down_proj)
-        return grouped_experts(hidden_states, top_k_index, top_k_weights, base, dict(self.lora.items()))
+        layer = grouped_layer((self.gate_up_proj, self.down_proj))
+        return layer(hidden_states, top_k_index, top_k_weights, dict(self.lora.items()))
 
 
 def skeleton(settings: argparse.Namespace) -> Any:
