@@ -35,6 +35,7 @@ from kt_moe.expert_parallel import ExpertParallel, local_experts
 
 TOKENS = {2: (9, 30), 3: (11, 0, 22), 4: (7, 0, 13, 5)}  # of each rank
 EXPERTS = {2: 5, 3: 5, 4: 3}  # not divisible; a rank without experts
+COUNTS = torch.tensor([9, 1, 1, 1, 1])  # of experts, for parts by load
 ROUTINGS = ("random", "one", "repeat", "sparse", "none")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHECKPOINTS = [(reentrant, choice) for reentrant in (False, True) for choice in ("recompute", "retain")]
@@ -170,6 +171,11 @@ class Rank:
                 yield f"{chunks} chunks {name}", self.plain(layer, self.problem, dtype)
             yield from self.checkpointed(layer, f"{chunks} chunks ")
             yield f"{chunks} chunks only lora", self.only_lora(layer)
+        equal = self.part
+        self.part = local_experts(EXPERTS[self.world], counts=COUNTS[: EXPERTS[self.world]])
+        yield "by load", self.plain(self.layer(average=False), self.problem, torch.float32)
+        yield "parts", {"equal": torch.tensor(len(equal)), "by load": torch.tensor(len(self.part))}
+        self.part = equal
         layer = self.layer(average=False)
         yield "again", self.plain(layer, self.problem, torch.float32)
         yield "average", self.plain(self.layer(), self.problem, torch.float32)

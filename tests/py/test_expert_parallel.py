@@ -117,6 +117,15 @@ def test_chunks_equal_as_many_calls_of_one_process(results: Any, chunks: int, dt
         assert not all(torch.equal(tensor, whole[name]) for name, tensor in got.items())
 
 
+def test_parts_by_load(results: Any) -> None:
+    world, found = results
+    assert [one["parts"]["by load"] for one in found] != [one["parts"]["equal"] for one in found]
+    wanted, got = alone(world, "random", torch.float32), together(found, "by load")
+    assert got.keys() == wanted.keys()
+    assert all(error(tensor, wanted[name]) < 1e-5 for name, tensor in got.items())
+    assert all(torch.equal(got[name], wanted[name]) for name in LORA_NAMES)
+
+
 def test_is_bitwise_the_same_again(results: Any) -> None:
     _, found = results
     for one in found:
