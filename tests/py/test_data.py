@@ -98,6 +98,8 @@ def test_what_is_no_data(tmp_path: Path) -> None:
         load_data(str(tmp_path / "d.jsonl"))
     with pytest.raises(UserError, match="EmptyDatasetError: The directory at"):
         load_data(str(tmp_path))
+    with pytest.raises(UserError, match=r"d\.csv: wanted one of \.jsonl, \.json, \.parquet, \.txt"):
+        load_data(str(write(tmp_path / "d.csv", "text\na\n")))
     for name in ("a.txt", "b.jsonl"):
         write(tmp_path / name, "{}")
     with pytest.raises(UserError, match="files of 2 kinds"):

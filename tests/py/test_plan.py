@@ -378,6 +378,7 @@ def test_it_says_when_it_does_not_fit(
     assert plan(write_config(tmp_path / "config.json", tiny_config(num_experts=4096))) == 1
     text = capsys.readouterr().out
     assert "IT DOES NOT FIT, by" in text
+    assert "takes less: a smaller --batch-size, --seq-len or --rank, --format int4, --gradient_check" in text
     assert plan(tmp_path, "--json") == 1  # a directory with nothing but the config
     assert json.loads(capsys.readouterr().out)["host"]["spare"] < 0
 

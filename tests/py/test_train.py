@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -215,6 +216,18 @@ def test_signals_leave_a_checkpoint(
     said = capsys.readouterr().out
     assert f"stopped; the last checkpoint is {out / 'checkpoint-1'}" in said
     assert not (out / "adapter_model.safetensors").exists()
+
+
+def test_a_run_that_stops_before_its_first_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kt_moe.cli.trainer.Clock.on_step_begin", Mock(side_effect=KeyboardInterrupt))
+    command = ["sft", *arguments(texts(tmp_path / "d.jsonl"), tmp_path / "out", "--max_steps", "1")]
+    assert main(command) == 128 + signal.SIGINT
+    said = "stopped before the first checkpoint; the same command with --overwrite starts anew"
+    assert capsys.readouterr().out.endswith(f"{said}\n")
+    monkeypatch.undo()
+    assert main([*command, "--overwrite"]) == 0
 
 
 def test_an_ignored_signal_stays_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,8 @@ def load_data(path: str, **options: Any) -> Any:
         UserError: no such data, or some that cannot be read.
     """
     kinds = {_BUILDERS[file.suffix] for file in _files(path) if file.suffix in _BUILDERS}
+    if not kinds and Path(path).is_file():
+        raise UserError(f"--dataset_name {path}: wanted one of {', '.join(_BUILDERS)}")
     if len(kinds) > 1:
         raise UserError(f"--dataset_name {path} has files of {len(kinds)} kinds, wanted one of them")
     if kinds == {"text"}:

@@ -30,7 +30,7 @@ def read_config(name: str | None, **options: Any) -> Any:
         raise UserError("--model_name_or_path is missing: a directory, or a name on the hub")
     if (name.startswith(("/", ".")) or name.count("/") > 1) and not Path(name).exists():
         raise UserError(f"there is no {name}, and it is no name of a model on the hub")
-    with blamed_on(name):
+    with blamed_on(name if Path(name).exists() else f"{name}, which is no directory here"):
         return AutoConfig.from_pretrained(name, **options)
 
 

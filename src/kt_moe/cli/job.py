@@ -69,8 +69,11 @@ class Job:
                 if not self._complete():
                     self._train()
         except KeyboardInterrupt:
-            self.say(f"stopped; the last checkpoint is {self.directory.last_checkpoint()}")
-            self.say("the same command with --resume goes on from it, with --overwrite it starts anew")
+            if last := self.directory.last_checkpoint():
+                self.say(f"stopped; the last checkpoint is {last}")
+                self.say("the same command with --resume goes on from it, with --overwrite it starts anew")
+            else:
+                self.say("stopped before the first checkpoint; the same command with --overwrite starts anew")
             return 128 + (self.stop.requested or signal.SIGINT)
         except _REFUSALS as error:
             said = str(error)

@@ -187,7 +187,7 @@ def parse(command: str, argv: Sequence[str]) -> Options:
     try:
         options = Options(script, *parser.parse_args_and_config(words))
     except (ValueError, OSError, ImportError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"{error} (see kt-moe {command} --help)") from error
     if (training := options.training).per_device_eval_batch_size is None:
         training.per_device_eval_batch_size = training.per_device_train_batch_size
     return options

@@ -27,6 +27,9 @@ def describe(found: dict[str, Any]) -> str:
             rows += [["available", size_text(memory["available"]), ""]]
             verdict = "it fits, with {} to spare" if memory["spare"] >= 0 else "IT DOES NOT FIT, by {}"
             lines += ["", title, *_indented(rows), f"  {verdict.format(size_text(abs(memory['spare'])))}"]
+    if any(memory and memory["spare"] < 0 for memory in (found["host"], found["gpu"])):
+        more = ", --gradient_checkpointing" * (not run["checkpointing"])
+        lines += ["", f"what takes less: a smaller --batch-size, --seq-len or --rank, --format int4{more}"]
     lines += ["", *_speed(found["speed"])]
     if found["modes"]:
         lines += ["", *_modes(found)]
