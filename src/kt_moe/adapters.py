@@ -18,6 +18,7 @@ from kt_moe.hf.config import KtLoraConfig, SharedOuterLoraConfig, check_same
 from kt_moe.hf.lora import experts_architecture, lora_layers
 from kt_moe.hf.portable import PREFIX, expert_major
 from kt_moe.hf.targets import check_config_patterns
+from kt_moe.job import meet_to_save
 from kt_moe.rank_parameters import gathered, whole_on_first
 from kt_moe.tensors import check_module
 
@@ -41,6 +42,7 @@ def save_adapter(model: nn.Module, directory: StrPath, *, adapter_name: str = "d
 
     Raises:
         TypeError: model or directory is something else.
+        RuntimeError: other processes, which have to call it, did not within five minutes; names their ranks.
         ValueError: the model has no adapter of this name.
         OSError: the files cannot be written; those of an older adapter are intact.
     """
@@ -56,6 +58,8 @@ def save_adapter(model: nn.Module, directory: StrPath, *, adapter_name: str = "d
     with gathered(p for n, p in model.named_parameters() if f".{adapter_name}" in n) as sharded:
         own = {n: t for n, t in model.state_dict().items() if f".{adapter_name}" in n or not _is_sharded(t)}
         sharded = sharded or any(map(_is_sharded, own.values()))
+        if sharded:
+            meet_to_save()
         whole = whole_on_first(own) if sharded else own
         try:
             if whole is not None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -22,6 +23,8 @@ _PACKAGES = ("kt_moe", "torch", "transformers", "peft")
 _DIFFER, _FAILED = "differ", "failed"  # keys of the store
 _TIMEOUT = timedelta(seconds=30)  # of one request to the store
 _compared: Counter[str] = Counter()
+_PATIENCE = (10, 290)  # seconds until others are missed, and then until nobody waits for them any longer
+_meetings = 0
 
 
 def _store() -> Any:
@@ -84,6 +87,43 @@ def check_told() -> None:
 def _raise_told(store: Any) -> None:
     if store.check([_DIFFER]):
         raise ValueError(store.get(_DIFFER).decode())
+
+
+def meet_to_save() -> None:
+    """Wait for all other processes to come here, before they bring together what each has a part of.
+
+    Warns:
+        UserWarning: after a while; names the ranks that are missing.
+
+    Raises:
+        RuntimeError: some did not come for minutes; names their ranks. This one then has not come either.
+    """
+    global _meetings
+    store, size = _store(), dist.get_world_size()
+    if store is None or size == 1:
+        return
+    _meetings += 1
+    came, complete = f"came to {_meetings}", f"all came to {_meetings}"
+    store.set(f"met/{_rank()}", str(_meetings))
+    if store.add(came, 1) == size:
+        store.set(complete, "")
+    for seconds in _PATIENCE:
+        with suppress(RuntimeError):  # by which every kind of store says that the time is over
+            store.wait([complete], timedelta(seconds=seconds))
+            return
+        keys = {rank: f"met/{rank}" for rank in range(size)}
+        late = [r for r, key in keys.items() if not store.check([key]) or int(store.get(key)) < _meetings]
+        text = (
+            f"rank {_rank()} saves parameters that are divided over processes, and waits for "
+            f"rank{'s' * (len(late) > 1)} {', '.join(map(str, late))}: all processes have to call "
+            "save_adapter, save_pretrained and Trainer.save_model"
+        )
+        if seconds != _PATIENCE[-1]:
+            warnings.warn(text, stacklevel=2)
+    store.add(came, -1)
+    _meetings -= 1
+    store.set(f"met/{_rank()}", str(_meetings))
+    raise RuntimeError(text)
 
 
 def _ordered(value: Any) -> Any:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from kt_moe.job import meet_to_save
 from kt_moe.token_exchange import exchanges_host_memory, partition
 
 
@@ -83,7 +84,7 @@ def whole(tensor: Any) -> Any:
 
 @contextmanager
 def gathered(parameters: Iterable[Tensor]) -> Iterator[bool]:
-    """Parameters that DeepSpeed's ZeRO-3 partitions are whole meanwhile.
+    """Parameters that DeepSpeed's ZeRO-3 partitions are whole meanwhile, to be saved.
 
     All ranks call it. Yields whether there are any.
     """
@@ -91,6 +92,7 @@ def gathered(parameters: Iterable[Tensor]) -> Iterator[bool]:
     if not partitioned:
         yield False
         return
+    meet_to_save()
     import deepspeed  # which is there, as it has partitioned them
 
     with deepspeed.zero.GatheredParameters(partitioned):

@@ -41,6 +41,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import kt_moe
+from kt_moe import job
 from kt_moe.hf.divided import parameters_of
 from kt_moe.rank_parameters import whole
 from kt_moe.token_exchange import timeout_of
@@ -213,6 +214,12 @@ class Rank:
         model = self.model("both")
         if self.world > 1:
             yield "timeout", str(timeout_of(next(parameters_of(model))[2].group))
+            patience, job._PATIENCE = job._PATIENCE, (0.1, 0.2)
+            for save in (partial(kt_moe.save_adapter, model), model.save_pretrained):
+                alone = said(partial(save, self.directory / "alone")) if self.rank == 0 else ""
+                dist.barrier()
+            job._PATIENCE = patience
+            yield "saving alone", alone
         kt_moe.save_adapter(model, self.directory / f"by-kt_moe-{self.world}")
         model.save_pretrained(self.directory / f"by-peft-{self.world}")
         torch.manual_seed(3)

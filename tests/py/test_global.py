@@ -107,6 +107,13 @@ def test_files_are_those_of_one_process(saved: Any, directory: Path, world: int)
     same(load_file(directory / f"by-kt_moe-{world}" / FILES[1]), load_file(directory / "both" / FILES[1]))
 
 
+@pytest.mark.parametrize(("world", "missing"), [(2, "rank 1"), (3, "ranks 1, 2")])
+def test_a_rank_that_saves_alone_is_told_who_is_missing(saved: Any, world: int, missing: str) -> None:
+    text = saved[world][0]["saving alone"]
+    assert text.startswith("RuntimeError: rank 0 saves parameters that are divided over processes")
+    assert f"waits for {missing}: all processes have to call save_adapter" in text
+
+
 def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert list(found) == list(wanted)
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())

@@ -34,6 +34,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from kt_moe.job import meet_to_save
 from kt_moe.lora_device import LoraParameters, divided_parameters
 from kt_moe.rank_parameters import Division, whole, whole_on_first
 
@@ -245,6 +246,8 @@ def _by_the_first(save: Callable[..., Any]) -> Callable[..., Any]:
     def saved(self: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> Any:
         if not is_divided(self):
             return save(self, save_directory, *args, **kwargs)
+        if kwargs.get("state_dict") is None:
+            meet_to_save()
         given = inspect.signature(save).bind(self, save_directory, *args, **kwargs)
         given.arguments["is_main_process"] = (
             given.arguments.get("is_main_process", True) and dist.get_rank() == 0
@@ -259,7 +262,10 @@ def _with_whole_model(save: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(save)
     def saved(self: Any, *args: Any, **kwargs: Any) -> None:
-        if not is_divided(self.model) or self.is_fsdp_enabled:  # which has all ranks take part anyway
+        if not is_divided(self.model):
+            return save(self, *args, **kwargs)
+        meet_to_save()
+        if self.is_fsdp_enabled:  # which has all ranks take part anyway
             return save(self, *args, **kwargs)
         found = whole_on_first(self.accelerator.unwrap_model(self.model).state_dict())
         write = self._save
