@@ -31,7 +31,7 @@ from torch import Tensor
 
 from kt_moe.experts import Experts
 from kt_moe.functional import check_inputs, check_lora_names, moe, on_failure, uncompiled
-from kt_moe.job import tell_what_ends_this_process
+from kt_moe.job import differences, tell_what_ends_this_process
 from kt_moe.tensors import refuse_tracing
 from kt_moe.token_exchange import (
     CHUNKS,
@@ -300,7 +300,9 @@ class ExpertParallel:
                 {"step": _STEPS[s], "layer": layer, "call": n, "K": k, "grad mode": bool(needs & _RECORDS)}
                 for s, layer, n, k, needs, *_ in ranks
             ]
-            _check_alike(said, "ranks call expert parallel layers differently", RuntimeError)
+            raise RuntimeError(
+                f"ranks call expert parallel layers differently: {differences(dict(enumerate(said)))}"
+            )
         return [row[6:] for row in ranks], functools.reduce(operator.or_, (row[4] for row in ranks))
 
     def _fail(self, error: Exception | None) -> None:
@@ -394,30 +396,23 @@ def _check_layers(layers: Sequence[_Layer]) -> None:
     for rank, layer in enumerate(layers):
         if layer.error:
             raise ValueError(f"on rank {rank} {layer.error}")
-    what = "ranks disagree about an expert parallel layer"
-    of_all = [
-        {"num_experts": a.num_experts, "average": a.average, "chunks": a.chunks, "layers before": a.number}
-        for a in layers
-    ]
-    _check_alike(of_all, what, ValueError)
-    _check_alike([layer.sizes for layer in layers], what, ValueError)
+    said: dict[int, dict[str, Any]] = {
+        rank: {
+            "num_experts": a.num_experts,
+            "average": a.average,
+            "chunks": a.chunks,
+            "layers before": a.number,
+        }
+        | a.sizes
+        for rank, a in enumerate(layers)
+    }
+    if differing := differences(said):
+        raise ValueError(f"ranks disagree about an expert parallel layer: {differing}")
     if sum(layer.local for layer in layers) != layers[0].num_experts:
         raise ValueError(
             f"ranks have {', '.join(str(layer.local) for layer in layers)} experts, wanted "
             f"{layers[0].num_experts} together, one part after the other: see kt_moe.local_experts"
         )
-
-
-def _check_alike(said: Sequence[Mapping[str, Any]], what: str, error: type[Exception]) -> None:
-    """Raise, naming ranks, where those that say something do not say the same."""
-    for name in next(filter(None, said), {}):
-        ranks: dict[Any, list[str]] = {}
-        for rank, values in enumerate(said):
-            if values:
-                ranks.setdefault(values[name], []).append(str(rank))
-        if len(ranks) > 1:
-            each = [f"{value!r} on rank{'s' * (len(at) > 1)} {', '.join(at)}" for value, at in ranks.items()]
-            raise error(f"{what}: {name} is {' and '.join(each)}")
 
 
 def _rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:

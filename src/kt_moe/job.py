@@ -69,12 +69,25 @@ def check_alike(what: str, settings: Mapping[str, Any]) -> None:
     own = {name: str(_ordered(value)) for name, value in (*versions.items(), *settings.items())}
     key = f"{what}/{number}"
     first, theirs = json.loads(store.compare_set(key, "", json.dumps([_rank(), own])))
-    differing = [name for name in own if theirs.get(name, own[name]) != own[name]]
+    differing = differences({first: theirs, _rank(): own})
     if differing:
-        each = [f"{n} is {theirs[n]} on rank {first} and {own[n]} on rank {_rank()}" for n in differing]
-        text = f"the ranks of this job do not have the same {what}: {'; '.join(each)}"
+        text = f"the ranks of this job do not have the same {what}: {differing}"
         store.set(_DIFFER, text)
         raise ValueError(text)
+
+
+def differences(said: Mapping[int, Mapping[str, Any]]) -> str:
+    """What ranks say differently, in words, of what those say that say it; empty where they agree."""
+    texts = []
+    for name in dict.fromkeys(name for values in said.values() for name in values):
+        ranks: dict[Any, list[str]] = {}
+        for rank, values in said.items():
+            if name in values:
+                ranks.setdefault(values[name], []).append(str(rank))
+        if len(ranks) > 1:
+            each = [f"{value} on rank{'s' * (len(at) > 1)} {', '.join(at)}" for value, at in ranks.items()]
+            texts.append(f"{name} is {' and '.join(each)}")
+    return "; ".join(texts)
 
 
 def check_told() -> None:

@@ -115,6 +115,22 @@ def whole_on_first(tensors: Mapping[str, Any]) -> dict[str, Any] | None:
     return found if first else None
 
 
+def norm_of_all_ranks(
+    grads: Iterable[Tensor], norm_type: float, group: dist.ProcessGroup | None, device: torch.device
+) -> Tensor:
+    """The norm of gradients of which each rank of the group has its own, or none. All ranks call it.
+
+    device: of the result; one that the group exchanges.
+    """
+    norm = get_total_norm([grad for grad in grads if grad.numel()], norm_type).to(device)
+    if norm_type == float("inf"):
+        dist.all_reduce(norm, dist.ReduceOp.MAX, group)
+        return norm
+    power = norm.double() ** norm_type
+    dist.all_reduce(power, group=group)
+    return (power ** (1 / norm_type)).to(norm.dtype)
+
+
 def clip_grad_norm_(
     shared: Iterable[Tensor], local: Iterable[Tensor], max_norm: float, group: dist.ProcessGroup | None = None
 ) -> Tensor:
@@ -136,9 +152,8 @@ def clip_grad_norm_(
     """
     grads = [[p.grad for p in parameters if p.grad is not None] for parameters in (shared, local)]
     device = next((g.device for some in grads for g in some), torch.device("cpu"))
-    squares = [whole(get_total_norm(some)).to(device).double().square() for some in grads]
-    dist.all_reduce(squares[1], group=group)
-    norm: Tensor = (squares[0] + squares[1]).sqrt().float()
+    norms = whole(get_total_norm(grads[0])).to(device), norm_of_all_ranks(grads[1], 2.0, group, device)
+    norm = get_total_norm(norms).float()
     factor = min(1.0, max_norm / (float(norm) + 1e-6))
     for grad in (g for some in grads for g in some):
         grad.mul_(factor)

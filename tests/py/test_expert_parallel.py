@@ -242,7 +242,7 @@ def test_what_ranks_do_not_agree_about(tmp_path: Path) -> None:
     first, second, third = run("errors", 3, tmp_path)
     for text in (one["recomputed by one"] for one in (first, second, third)):
         assert text.startswith("RuntimeError: ranks call expert parallel layers differently")
-        assert "step is 'forward' on rank 0 and 'backward' on ranks 1, 2" in text
+        assert "step is forward on rank 0 and backward on ranks 1, 2" in text
     for text in (one["recorded by some"] for one in (first, second, third)):
         assert "grad mode is True on ranks 0, 2 and False on rank 1" in text
     assert first["ids"] == "ValueError: topk_ids holds 6 to 6, wanted [0, 5]"

@@ -36,7 +36,7 @@ from torch.optim.optimizer import (
 
 from kt_moe.job import meet_to_save
 from kt_moe.lora_device import LoraParameters, divided_parameters
-from kt_moe.rank_parameters import Division, whole, whole_on_first
+from kt_moe.rank_parameters import Division, norm_of_all_ranks, whole, whole_on_first
 
 _optimizers: WeakSet[Optimizer] = WeakSet()  # whose state dicts have DTensors
 _steps: WeakKeyDictionary[Optimizer, _Step] = WeakKeyDictionary()
@@ -112,23 +112,10 @@ def _of_all_ranks(get_total_norm: Callable[..., Tensor]) -> Callable[..., Tensor
             return get_total_norm(tensors, norm_type, *args, **kwargs)
         found = [get_total_norm(shared, norm_type)] if shared else []
         for group, own in groups.items():
-            found.append(
-                _combined(get_total_norm([g for g in own if g.numel()], norm_type), norm_type, group)
-            )
+            found.append(norm_of_all_ranks(own, float(norm_type), group, own[0].device))
         return get_total_norm([whole(one).to(found[0].device) for one in found], norm_type, *args, **kwargs)
 
     return norm
-
-
-def _combined(norm: Tensor, norm_type: float, group: dist.ProcessGroup) -> Tensor:
-    """The norm of what the ranks have, of each rank's norm."""
-    kind = float(norm_type)
-    if kind == float("inf"):
-        dist.all_reduce(norm, dist.ReduceOp.MAX, group)
-        return norm
-    power = norm.double() ** kind
-    dist.all_reduce(power, group=group)
-    return (power ** (1 / kind)).to(norm.dtype)
 
 
 def _sharded_apart(clip: Callable[..., None]) -> Callable[..., None]:
