@@ -322,6 +322,10 @@ class Rank:
             resumed = self.train("SFT", TEXTS, out / "resumed", out / "checkpoint-2", how=how)
             yield f"{how}, resumed", resumed
 
+    def dpo(self) -> Iterator[tuple[str, Results]]:
+        for how in ("host", "global") if self.world > 1 else ("off",):
+            yield how, self.train("DPO", PAIRS, self.directory / f"dpo-{how}", how=how, steps=STEPS)
+
     def deepspeed(self) -> Iterator[tuple[str, Results]]:
         import deepspeed
 
@@ -345,6 +349,7 @@ class Rank:
         out: Path,
         checkpoint: Path | None = None,
         how: str = "global",
+        steps: int = 4,
         **arguments: Any,
     ) -> Results:
         import trl
@@ -352,10 +357,11 @@ class Rank:
         from transformers import AutoTokenizer
 
         args = getattr(trl, f"{kind}Config")(
-            output_dir=str(out), max_steps=4, logging_steps=1, per_device_train_batch_size=4 // self.world,
-            gradient_accumulation_steps=2, learning_rate=1e-3, bf16=False, gradient_checkpointing=True,
-            report_to="none", save_steps=1, save_total_limit=3, disable_tqdm=True, max_grad_norm=0.1,
-            dataloader_pin_memory=False, seed=0, use_cpu=True, eval_strategy="steps", eval_steps=2,
+            output_dir=str(out), max_steps=steps, logging_steps=1,
+            per_device_train_batch_size=4 // self.world, gradient_accumulation_steps=2,
+            learning_rate=1e-3, bf16=False, gradient_checkpointing=True,
+            report_to="none", save_steps=steps // 4, save_total_limit=3, disable_tqdm=True, max_grad_norm=0.1,
+            dataloader_pin_memory=False, seed=0, use_cpu=True, eval_strategy="steps", eval_steps=steps // 2,
             per_device_eval_batch_size=4 // self.world, router_aux_loss_coef=0.0, **arguments,
         )  # fmt: skip
         torch.manual_seed(0)
@@ -429,6 +435,6 @@ def run_world(part: str, directory: Path, world: int) -> int:
 
 if __name__ == "__main__":
     part, directory, *worlds = sys.argv[1:]
-    if part in ("trainers", "fsdp2", "deepspeed"):
+    if part in ("trainers", "dpo", "fsdp2", "deepspeed"):
         import trl  # noqa: F401 (once for all ranks)
     sys.exit(sum(run_world(part, Path(directory), int(world)) for world in worlds))

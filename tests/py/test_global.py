@@ -223,6 +223,18 @@ def test_trainers(by_trainers: Any) -> None:
             assert error(states[1]["state"][key][name], value) < 0.05, (key, name)
 
 
+def test_twenty_steps_of_dpo(tmp_path: Path) -> None:
+    two, one = (ranks_of[0] for ranks_of in run("dpo", tmp_path, 2, 1).values())
+    wanted = one["off"]
+    assert len(wanted["loss"]) == ranks.STEPS
+    before, last = (load_file(tmp_path / "dpo-off" / n / FILES[1]) for n in ("checkpoint-15", "last"))
+    for how in ("host", "global"):
+        for what, values in wanted.items():
+            assert two[how][what] == pytest.approx(values, rel=2e-2), (how, what)
+        ours = load_file(tmp_path / f"dpo-{how}" / "last" / FILES[1])
+        assert distance(ours, last) < 0.2 * distance(before, last)
+
+
 def test_fsdp2_by_trainer(by_trainers: Any, tmp_path: Path) -> None:
     directory, found = by_trainers
     wrapped = run("fsdp2", tmp_path, 2)[2][0]
