@@ -142,9 +142,10 @@ def read_rows(data: Path) -> Rows:
 
     def pieces(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         documents = (tokenizer(text + tokenizer.eos_token)["input_ids"] for text in batch["text"])
-        return {"input_ids": [ids[part] for ids in documents for part in cut(len(ids), run["max_length"])]}
+        rows = (ids[part] for ids in documents for part in cut(len(ids), run["max_length"]))
+        return {"input_ids": [row for row in rows if len(row) > 1]}
 
-    training, held_out = (part.map(pieces, batched=True, remove_columns=["text"]) for part in parts)
+    training, held_out = (part.map(pieces, batched=True, remove_columns=part.column_names) for part in parts)
     return training, held_out
 
 
