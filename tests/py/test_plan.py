@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ from kt_moe.cli.plan import memory, ranks
 from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.outline import Outline, outline
 from kt_moe.hf import KtMoeConfig
-from kt_moe.token_exchange import Exchange, Routes, combine, dispatch, exchange_bytes, partition
+from kt_moe.token_exchange import Exchange, Routes, arrive, combine, exchange_bytes, leave, partition, start
 
 pytestmark = PEFT_WARNINGS
 
@@ -567,26 +568,29 @@ def test_a_config_that_makes_no_model(
     assert str(tmp_path) in capsys.readouterr().err
 
 
-def test_the_exchange_of_expert_parallel_ranks_is_that_of_the_code() -> None:
+def test_the_exchange_of_expert_parallel_ranks_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its bytes, and how many ranks tokens go to."""
     sent = 0
 
-    class Counting(Exchange):
-        def _swap(self, rows: Tensor, sent_rows: list[int], received: list[int]) -> Tensor:
-            nonlocal sent
-            sent += rows.nbytes
-            return rows
+    def swap(got: Tensor, rows: Tensor, *_: Any, **__: Any) -> Any:
+        nonlocal sent
+        sent += rows.nbytes
+        got.copy_(rows)
+        return SimpleNamespace(wait=lambda: None)
 
+    monkeypatch.setattr(torch.distributed, "all_to_all_single", swap)
     tokens, hidden, topk, size = 4000, 32, 3, 5
     ids = torch.rand(tokens, 16).topk(topk).indices
     routes = Routes.of(ids, partition(16, size))
     model = outline(tiny_config(num_experts=16, num_experts_per_tok=topk), RUN)
     pairs = sum(routes.sizes) / tokens / size
     assert ranks._pairs(model, size) == pytest.approx(pairs, rel=0.02)
-    exchange = Counting(None, lambda *_: None, routes.sizes, routes.sizes)
+    widths = hidden, hidden + topk
+    exchange = Exchange(None, lambda *_: None, [routes.sizes], [routes.sizes], widths, torch.device("cpu"))
     x, weights = torch.randn(tokens, hidden, requires_grad=True), torch.rand(tokens, topk, requires_grad=True)
-    rows, _, w = dispatch(x, weights, None, routes, exchange)
-    combine(rows * w.sum(1, keepdim=True), None, routes, x, exchange).sum().backward()
+    rows, _, w = arrive(start(x, weights, None, [routes], exchange), exchange, 0, topk)
+    handle = leave(rows * w.sum(1, keepdim=True), None, exchange, 0)
+    combine([handle], [routes], x, exchange).sum().backward()
     assert sent == sum(exchange_bytes(hidden, topk)) * sum(routes.sizes)
 
 
