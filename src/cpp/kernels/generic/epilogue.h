@@ -10,8 +10,9 @@
 //   load_pairs, even, odd   these, and of each pair the one and the other as fp32
 //   interleave(half)        even and odd columns, each in a Vec, in order
 //   sum_each(x, sums)       the sums of several Vecs; `sums` has room for a multiple of four
-// and the activations all(float), the operators + - *, mul_add, mul_sub, at_most, at_least, magnitude,
-// where_negative, within, beyond, nearest_integer, sum(x) of all elements, and
+// and the activations all(float), the operators + - *, mul_add, at_most, at_least, magnitude, where_negative,
+// within, beyond, nearest_integer, sum(x) of all elements, and
+//   mul_sub(a, b, c)          a b - c, rounded once: exp_minus needs the digits
 //   exp_domain(x)             x, if times_power_of_two can make its exponential, else the nearest that it can
 //   times_power_of_two(y, n)  y 2^n
 //   quotient(a, b)            a / b, b >= 1
