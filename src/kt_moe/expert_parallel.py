@@ -3,7 +3,8 @@
 Each rank has some of a layer's experts (`local_experts`) with their LoRA parameters, and some of the tokens.
 A call sends each token once to every rank that has one of its experts, with the routes it has there
 (`all_to_all_single` with splits). The rank computes its part, as `kt_moe.moe` does, and sends it back. The
-token's own rank adds up the parts in the order of the ranks. Backward is the same exchange in reverse.
+token's own rank adds up the parts in the order of the ranks. Backward is the same exchange in reverse. Large
+calls do so in chunks of their tokens, of which one is exchanged while another is computed.
 
 For each token and each rank that has an expert of it, forward sends 2 * H + 8 * K bytes and gets 4 * H back;
 backward sends 2 * H and gets 4 * (H + K) back. Parts of outputs and of gradients are fp32 while they are
@@ -32,7 +33,7 @@ from torch import Tensor
 from kt_moe.experts import Experts
 from kt_moe.functional import check_inputs, check_lora_names, moe, on_failure, uncompiled
 from kt_moe.job import differences, tell_what_ends_this_process
-from kt_moe.tensors import refuse_tracing
+from kt_moe.tensors import check_tensor, refuse_tracing
 from kt_moe.token_exchange import (
     CHUNKS,
     PARTS,
@@ -155,7 +156,7 @@ class ExpertParallel:
                 matrix [1, ...] would be shared by the experts of this rank alone, not by those of all ranks.
             scaling: as for `kt_moe.moe`.
             dropout, seed: as for `kt_moe.moe`. Masks go by where rows arrive, and so differ from those of one
-                process. Without a seed each rank draws one from its own default generator.
+                process. Without a seed each rank draws one for each chunk from its own default generator.
 
         Returns:
             [T, H] in the dtype and on the device of hidden_states. Gradients reach hidden_states,
@@ -209,7 +210,7 @@ class ExpertParallel:
         handles = []
         for chunk in range(chunks):
             arrived = arrive(begun, exchange, chunk, call.slots)
-            own = None if seed is None else (seed + chunk) % 2**63
+            own = seed if seed is None or chunk == 0 else (seed + chunk) % 2**63
             lora_options: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "seed": own}
             partial, error = attempt(functools.partial(self._compute, *arrived, lora, **lora_options))
             if error is not None:
@@ -253,6 +254,8 @@ class ExpertParallel:
             raise ValueError(f"topk_ids holds {low} to {high}, wanted [0, {self.num_experts}]")
         check_lora_names(lora)
         for name, tensor in lora.items():
+            if tensor is not None:
+                check_tensor(name, tensor)
             if tensor is not None and self.experts is not None and len(tensor) != self.experts.num_experts:
                 raise ValueError(
                     f"{name} has {len(tensor)} matrices, wanted {self.experts.num_experts}, one for each "

@@ -27,9 +27,8 @@ _T = TypeVar("_T")
 Step = Literal["forward", "forward's results", "backward", "backward's results"]
 CHUNKS = (1, 2, 4)  # into which a rank's tokens are divided
 PARTS = CHUNKS[-1]
-ROWS = (
-    512  # that an expert has in each of several chunks on the average; with fewer, weights are read too often
-)
+# Rows that an expert has in each of several chunks on the average; with fewer, weights are read too often.
+ROWS = 512
 
 
 def partition(num_experts: int, world_size: int, counts: Sequence[float] | None = None) -> list[range]:

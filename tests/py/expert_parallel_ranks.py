@@ -291,6 +291,14 @@ class Rank:
         if self.rank == 0:
             wrong = {**leaves, "up_lora_a": torch.zeros(1, 8, 64)[:, :, :-1]}
         yield "lora", said(lambda: self.call(layer, problem, wrong))
+        if self.rank == 0:
+            wrong = {**leaves, "up_lora_a": leaves["up_lora_a"].detach().numpy()}
+        yield "array", said(lambda: self.call(layer, problem, wrong))
+        seed: Any = "seven" if self.rank == 0 else 7
+        ids, chunks = problem.topk_ids[self.tokens], self.layer(chunks=2)
+        lora = {name: t for name, t in leaves.items() if name in LORA_NAMES}
+        inputs = leaves["hidden_states"], ids, leaves["topk_weights"], lora
+        yield "seed", said(lambda: chunks(*inputs, dropout=0.5, seed=seed))
         other = self.layer()
         yield (
             "layers in another order",

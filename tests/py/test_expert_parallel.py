@@ -247,12 +247,15 @@ def test_what_ranks_do_not_agree_about(tmp_path: Path) -> None:
         assert "grad mode is True on ranks 0, 2 and False on rank 1" in text
     assert first["ids"] == "ValueError: topk_ids holds 6 to 6, wanted [0, 5]"
     assert first["lora"].startswith("ValueError: up_lora_a ")
-    for name in ("ids", "lora"):
+    assert first["array"].startswith("TypeError: up_lora_a ")
+    assert first["seed"] == "TypeError: seed is 'seven', wanted an integer or None"
+    for name in ("ids", "lora", "array", "seed"):
         for one in (second, third):
-            assert one[name].startswith("RuntimeError: expert parallel layer 0 failed on rank 0: ")
+            layer = 1 if name == "seed" else 0
+            assert one[name].startswith(f"RuntimeError: expert parallel layer {layer} failed on rank 0: ")
             assert one[name].endswith(first[name])
     for one in (first, second, third):
-        assert "layer is 0 on ranks 0, 2 and 1 on rank 1" in one["layers in another order"]
+        assert "layer is 0 on ranks 0, 2 and 2 on rank 1" in one["layers in another order"]
         assert "K is 2 on ranks 0, 2 and 1 on rank 1" in one["K"]
         assert "num_experts is 5 on ranks 0, 2 and 6 on rank 1" in one["num_experts"]
         assert "hidden_size is 64 on ranks 0, 2 and 32 on rank 1" in one["hidden_size"]
