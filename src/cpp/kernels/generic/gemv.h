@@ -87,8 +87,10 @@ void dot_tile(const char* x, int k, const uint16_t* w, ptrdiff_t stride, int row
     for (int q = 0; q < kLine; q += N, x += M * Traits::kRunBytes)
       dot_run<Traits, M, R>(acc, x, row, p + q, Vec::first_pairs(N));
   }
-  for (; p < k; p += N, x += M * Traits::kRunBytes)
+  for (; p < k; p += N, x += M * Traits::kRunBytes) {
     dot_run<Traits, M, R>(acc, x, row, p, Vec::first_pairs(k - p));
+    if constexpr (N == kLine) break;  // so that a rank of 8 costs no loop
+  }
   add_dots<M, R>(acc, rows, c, ldc, accumulate);
 }
 
