@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kt_moe.experts import Experts
-from kt_moe.functional import check_inputs, check_lora_names, moe, on_failure, uncompiled
+from kt_moe.functional import Lora, check_inputs, check_lora_names, moe, on_failure, uncompiled
 from kt_moe.job import differences, tell_what_ends_this_process
 from kt_moe.tensors import check_tensor, refuse_tracing
 from kt_moe.token_exchange import (
@@ -175,6 +175,7 @@ class ExpertParallel:
             refuse_tracing((hidden_states, topk_ids, topk_weights))
             check_inputs(hidden_states, topk_ids, topk_weights)
             self._check(hidden_states, topk_ids, topk_weights, params)
+            Lora(scaling, dropout, seed)
             found = Routes.of(topk_ids, self.parts)
             on_gpu = self.experts is not None and self.experts.gpu.engine(hidden_states.device) is not None
             return found, _needs(hidden_states, topk_weights, params), -1 if on_gpu else topk_ids.numel()
@@ -385,7 +386,7 @@ class _Layer:
         error, local, sizes = "", 0, {}
         if not isinstance(num_experts, int) or num_experts < 1:
             error = f"num_experts is {num_experts!r}, wanted an integer of 1 or more"
-        if chunks is not None and (isinstance(chunks, bool) or chunks not in CHUNKS):
+        if chunks is not None and (type(chunks) is not int or chunks not in CHUNKS):
             error = f"chunks is {chunks!r}, wanted 1, 2, 4 or None"
         if isinstance(experts, Experts):
             names = ("hidden_size", "intermediate_size", "gated", "activation", "format")

@@ -121,14 +121,19 @@ def norm_of_all_ranks(
     """The norm of gradients of which each rank of the group has its own, or none. All ranks call it.
 
     device: of the result; one that the group exchanges.
+
+    Raises:
+        ValueError: norm_type is not above 0.
     """
+    if not norm_type > 0:
+        raise ValueError(
+            f"norm_type is {norm_type}, wanted a number above 0 where experts are divided over processes"
+        )
     norm = get_total_norm([grad for grad in grads if grad.numel()], norm_type).to(device)
-    if norm_type == float("inf"):
-        dist.all_reduce(norm, dist.ReduceOp.MAX, group)
-        return norm
-    power = norm.double() ** norm_type
-    dist.all_reduce(power, group=group)
-    return (power ** (1 / norm_type)).to(norm.dtype)
+    norms = [norm.new_empty((), dtype=torch.float64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(norms, norm.double(), group)  # a reduction to the largest may lose a NaN
+    of_all: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    return of_all.to(norm.dtype)
 
 
 def clip_grad_norm_(
@@ -154,7 +159,7 @@ def clip_grad_norm_(
     device = next((g.device for some in grads for g in some), torch.device("cpu"))
     norms = whole(get_total_norm(grads[0])).to(device), norm_of_all_ranks(grads[1], 2.0, group, device)
     norm = get_total_norm(norms).float()
-    factor = min(1.0, max_norm / (float(norm) + 1e-6))
+    factor = float((max_norm / (norm + 1e-6)).clamp(max=1.0))  # NaN if the norm is, as torch's
     for grad in (g for some in grads for g in some):
         grad.mul_(factor)
     return norm

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 import kt_moe
 from kt_moe import _core, functional
 from kt_moe.expert_parallel import ExpertParallel, local_experts
+from kt_moe.rank_parameters import norm_of_all_ranks
 
 TOKENS = {2: (9, 30), 3: (11, 0, 22), 4: (7, 0, 13, 5)}  # of each rank
 EXPERTS = {2: 5, 3: 5, 4: 3}  # not divisible; a rank without experts
@@ -266,7 +268,7 @@ class Rank:
             "clipped": clipped,
         }
 
-    def errors(self) -> Iterator[tuple[str, str]]:
+    def errors(self) -> Iterator[tuple[str, Any]]:
         problem, layer = self.problem, self.layer()
         leaves = self.leaves(problem)
 
@@ -294,11 +296,10 @@ class Rank:
         if self.rank == 0:
             wrong = {**leaves, "up_lora_a": leaves["up_lora_a"].detach().numpy()}
         yield "array", said(lambda: self.call(layer, problem, wrong))
-        seed: Any = "seven" if self.rank == 0 else 7
-        ids, chunks = problem.topk_ids[self.tokens], self.layer(chunks=2)
-        lora = {name: t for name, t in leaves.items() if name in LORA_NAMES}
-        inputs = leaves["hidden_states"], ids, leaves["topk_weights"], lora
-        yield "seed", said(lambda: chunks(*inputs, dropout=0.5, seed=seed))
+        seed: Any = "seven" if self.rank == 2 else 7  # which has no experts here
+        few = ExpertParallel(experts_of(problem, local_experts(2)), 2, chunks=2)
+        inputs = leaves["hidden_states"], problem.topk_ids[self.tokens] % 2, leaves["topk_weights"]
+        yield "seed", said(lambda: few(*inputs, dropout=0.5, seed=seed))
         other = self.layer()
         yield (
             "layers in another order",
@@ -328,10 +329,22 @@ class Rank:
         yield "average", said(lambda: ExpertParallel(experts, count, average=self.rank == 1))
         chunks = 2 if self.rank == 1 else None
         yield "chunks", said(lambda: ExpertParallel(experts, count, chunks=chunks))
-        yield "three chunks", said(lambda: ExpertParallel(experts, count, chunks=3))
+        for wrong in (3, 2.0):
+            yield f"{wrong} chunks", said(partial(ExpertParallel, experts, count, chunks=wrong))
+        yield from self.norms()
         alone = dist.new_group([0])
         yield "group", said(lambda: local_experts(count, alone))
         yield "works still", said(lambda: first(x))
+
+    def norms(self) -> Iterator[tuple[str, Any]]:
+        """Rank 1's gradient is not a number."""
+        parameter = nn.Parameter(torch.zeros(1))
+        parameter.grad = torch.full((1,), float("nan" if self.rank == 1 else 1))
+        of_all = partial(norm_of_all_ranks, [parameter.grad], group=None, device=torch.device("cpu"))
+        yield "norms", [of_all(norm_type=norm_type) for norm_type in (2.0, float("inf"))]
+        yield "norm 0", said(lambda: of_all(norm_type=0.0))
+        kt_moe.clip_grad_norm_([], [parameter], MAX_NORM)
+        yield "clipped by NaN", parameter.grad
 
     def killed(self) -> Iterator[tuple[str, str]]:
         """Rank 1 is gone in backward."""

@@ -248,12 +248,13 @@ def test_what_ranks_do_not_agree_about(tmp_path: Path) -> None:
     assert first["ids"] == "ValueError: topk_ids holds 6 to 6, wanted [0, 5]"
     assert first["lora"].startswith("ValueError: up_lora_a ")
     assert first["array"].startswith("TypeError: up_lora_a ")
-    assert first["seed"] == "TypeError: seed is 'seven', wanted an integer or None"
-    for name in ("ids", "lora", "array", "seed"):
+    for name in ("ids", "lora", "array"):
         for one in (second, third):
-            layer = 1 if name == "seed" else 0
-            assert one[name].startswith(f"RuntimeError: expert parallel layer {layer} failed on rank 0: ")
+            assert one[name].startswith("RuntimeError: expert parallel layer 0 failed on rank 0: ")
             assert one[name].endswith(first[name])
+    assert third["seed"] == "TypeError: seed is 'seven', wanted an integer or None"
+    for one in (first, second):
+        assert one["seed"] == f"RuntimeError: expert parallel layer 1 failed on rank 2: {third['seed']}"
     for one in (first, second, third):
         assert "layer is 0 on ranks 0, 2 and 2 on rank 1" in one["layers in another order"]
         assert "K is 2 on ranks 0, 2 and 1 on rank 1" in one["K"]
@@ -263,7 +264,12 @@ def test_what_ranks_do_not_agree_about(tmp_path: Path) -> None:
         assert "on rank 1 experts is a Problem, wanted kt_moe.Experts or None" in one["kind"]
         assert "average is False on ranks 0, 2 and True on rank 1" in one["average"]
         assert "chunks is None on ranks 0, 2 and 2 on rank 1" in one["chunks"]
-        assert one["three chunks"] == "ValueError: on rank 0 chunks is 3, wanted 1, 2, 4 or None"
+        for wrong in ("3", "2.0"):
+            text = f"ValueError: on rank 0 chunks is {wrong}, wanted 1, 2, 4 or None"
+            assert one[f"{wrong} chunks"] == text
+        assert all(norm.isnan() for norm in one["norms"])
+        assert one["norm 0"].startswith("ValueError: norm_type is 0.0, wanted a number above 0 ")
+        assert one["clipped by NaN"].isnan()
         assert one["worked in between"] == one["works still"] == ""
     assert [one["group"] for one in (first, second)] == [
         "", "ValueError: process 1 is not in the group, wanted one of its members"
