@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
+from accelerate import Accelerator
 from accelerate.commands.launch import (
     _validate_launch_command,
     launch_command_parser,
@@ -220,6 +222,8 @@ class Rank:
                 dist.barrier()
             job._PATIENCE = patience
             yield "saving alone", alone
+            alike = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU)
+            yield "accelerate", said(partial(Accelerator.get_state_dict, alike, model))
         kt_moe.save_adapter(model, self.directory / f"by-kt_moe-{self.world}")
         model.save_pretrained(self.directory / f"by-peft-{self.world}")
         torch.manual_seed(3)

@@ -10,7 +10,7 @@ parameters that all ranks have; `watch` has them do with these what is right for
 - State dicts of optimizers have their states as DTensors, as those of models have the parameters, and take
   whole tensors as well.
 - PEFT's `save_pretrained` writes on the first rank alone, and Trainer has all ranks take part when it saves
-  whole tensors.
+  whole tensors. accelerate's `save_state` and `save_model` refuse: they would write the first rank's part.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def is_divided(model: nn.Module) -> bool:
 @functools.cache
 def watch() -> None:
     """Put the functions of this module in their places, once."""
+    from accelerate import Accelerator
     from transformers import Trainer  # which takes long, and much memory
 
     DistributedDataParallel.__init__ = _left_out(DistributedDataParallel.__init__)  # type: ignore[method-assign]
@@ -70,6 +71,7 @@ def watch() -> None:
     register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
     PeftModel.save_pretrained = _by_the_first(PeftModel.save_pretrained)
+    Accelerator.get_state_dict = _whole_or_refused(Accelerator.get_state_dict)
     Trainer.save_model = _with_whole_model(Trainer.save_model)
     Trainer._save_optimizer_and_scheduler = _with_whole_state(Trainer._save_optimizer_and_scheduler)
     Trainer._load_optimizer_and_scheduler = _with_parts_of_state(Trainer._load_optimizer_and_scheduler)
@@ -242,6 +244,22 @@ def _by_the_first(save: Callable[..., Any]) -> Callable[..., Any]:
         return save(*given.args, **given.kwargs)
 
     return saved
+
+
+def _whole_or_refused(get_state_dict: Callable[..., Any]) -> Callable[..., Any]:
+    """What accelerate is about to write, the state dict of a model: whole by FSDP2 alone."""
+
+    @functools.wraps(get_state_dict)
+    def found(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.distributed_type != "FSDP" and is_divided(model):
+            raise ValueError(
+                "accelerate's save_state and save_model would write the first process's part of LoRA on "
+                "experts that are divided over processes: use kt_moe.save_adapter or Trainer, or "
+                "torch.distributed.checkpoint for the state of an optimizer"
+            )
+        return get_state_dict(self, model, *args, **kwargs)
+
+    return found
 
 
 def _with_whole_model(save: Callable[..., None]) -> Callable[..., None]:
