@@ -9,6 +9,7 @@ The process is stopped between calls: its threads cannot spin on the cores of ot
 from __future__ import annotations
 
 import argparse
+import atexit
 import ctypes
 import importlib.util
 import os
@@ -75,6 +76,7 @@ class Remote:
         self._here, there = context.Pipe()
         self._process = context.Process(target=_serve, args=(there,), daemon=True)
         self._process.start()
+        atexit.register(self._process.kill)  # before multiprocessing waits there for one that is stopped
         self._ask(None, make, *args)
 
     def __del__(self) -> None:
@@ -135,7 +137,7 @@ class KtKernel(OneLayer):
         self._layer: Any = None
 
     def prepare(self, case: Case) -> None:
-        self._inputs = inputs = make_inputs(case)
+        self._variants, self._inputs = case.variants, (inputs := make_inputs(case))
         if not inputs.lora:
             raise ValueError("no LoRA rank 0")
         if self._layer is None:

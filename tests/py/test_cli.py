@@ -266,6 +266,8 @@ def test_conversation_the_template_refuses(
         (["--lr", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
         (["--eval-fraction", "1"], "--eval_fraction is 1.0, wanted more than 0 and less than 1"),
         (["--targets", "q_proj,nothing"], "targets ['nothing'], which match nothing in this model; it has"),
+        (["--targets", "qproj"], "'q_proj', 'v_proj'], and the words attention and experts"),
+        (["--dataset_train_split", "x"], "d.jsonl has no split 'x', but train"),
         (["--nothing", "1"], "'--nothing', '1'] (see kt-moe finetune --help)"),
         (["--gpu-memory", "6 apples"], "gpu_memory is '6 apples', wanted a positive number of bytes"),
         (["--gpu", "off", "--gpu-memory", "1GiB"], 'gpu="off" and gpu_memory'),

@@ -73,8 +73,8 @@ def test_long_lines_need_no_more_memory_than_they_have(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("d.jsonl", b'{"text": "fine"}\n{"text": }\n', "JSON parse error: Invalid value. in row 1"),
-        ("d.jsonl", b'{"text": "fine"}\n["text"]\n', "JSON parse error: "),
+        ("d.jsonl", b'{"text": "fine"}\n\n{"text": }\n', "d.jsonl, line 3 is no JSON object"),
+        ("d.jsonl", b'{"text": "fine"}\n["text"]\n', "d.jsonl, line 2 is no JSON object"),
         ("d.txt", b"a\nb\xff", "'utf-8' codec can't decode byte 0xff"),
     ],
 )

@@ -168,7 +168,10 @@ def test_a_plan_for_a_gpu_as_json(config: Path, capsys: pytest.CaptureFixture[st
     assert all(one["bytes_moved"] == 0 for one in found["predictions"])
 
 
-def test_a_plan_without_a_gpu(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_without_a_gpu(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for options in ([], ["--gpu", "off"], ["--plan_gpu", "24GiB", "--cpu-share", "1"]):
         assert plan(config, *options, "--rates", "link=1e9,cpu_flops=1e12", "--json") == 0
         found = json.loads(capsys.readouterr().out)["speed"]

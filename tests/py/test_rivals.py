@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import json
 import os
 import sys
 import time
@@ -85,6 +86,77 @@ class Unpickled:
 
     def __reduce__(self) -> Any:
         return self.call, (self.argument,)
+
+
+KT_KERNEL = """
+import ctypes, math, types
+import torch
+from kt_moe.cli.bench.plain import loop_layer
+from kt_moe.functional import LORA_NAMES
+
+def at(pointer, *size, dtype=torch.bfloat16):
+    memory = (ctypes.c_char * (math.prod(size) * dtype.itemsize)).from_address(pointer)
+    return torch.frombuffer(memory, dtype=dtype).view(size)
+
+class Config:
+    def __init__(self, *sizes):
+        self.sizes = sizes
+
+class Layer:
+    def __init__(self, config):
+        (e, self.k, self.h, i), r = config.sizes, config.lora_rank
+        sizes = (e, i, self.h), (e, i, self.h), (e, self.h, i)
+        base = [at(p, *s) for p, s in zip((config.gate_proj, config.up_proj, config.down_proj), sizes)]
+        self.layer, self.lora = loop_layer(base), {}
+        for name in LORA_NAMES:
+            into, out = (i, self.h) if name.startswith("down") else (self.h, i)
+            size = (e, r, into) if name.endswith("a") else (e, out, r)
+            self.lora[name] = at(getattr(config, name), *size).requires_grad_()
+
+    def load_weights(self):
+        pass
+
+    def forward_sft(self, tokens, topk, ids, weights, x, out, save):
+        n = at(tokens, 1, dtype=torch.int32).item()
+        self.x = at(x, n, self.h).detach().requires_grad_()
+        self.weights = at(weights, n, topk, dtype=torch.float32).detach().requires_grad_()
+        self.out = self.layer(self.x, at(ids, n, topk, dtype=torch.int64), self.weights, self.lora)
+        at(out, n, self.h).copy_(self.out.detach())
+
+    def backward(self, grad_out, grad_x, *pointers):
+        leaves = [self.x, *self.lora.values(), self.weights]
+        found = torch.autograd.grad(self.out, leaves, at(grad_out, *self.out.shape))
+        for pointer, grad in zip((grad_x, *pointers), found):
+            at(pointer, *grad.shape, dtype=grad.dtype).copy_(grad)
+
+def initialize():
+    moe = types.SimpleNamespace(MOESFTConfig=Config, AMXBF16_SFT_MOE=Layer)
+    pool = types.SimpleNamespace(backend_=None)
+    return types.SimpleNamespace(
+        moe=moe, WorkerPoolConfig=types.SimpleNamespace, CPUInfer=lambda config: pool
+    ), "no variant"
+"""
+
+
+def test_kt_kernels_layer_takes_its_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in for its extension that takes the same pointers; the remote process finds it too."""
+    package, file = tmp_path / "kt_kernel", tmp_path / "bench.json"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "_cpu_detect.py").write_text(KT_KERNEL)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(session, "_CEILING", 0.002)
+    more = ["--tokens", "2,12", "--peers", f"torch,{DOCS}/rivals.py:kt_kernel", "--json", str(file)]
+    assert main(["bench", *SIZES, *more]) == 0
+    results = json.loads(file.read_text())["results"]
+    assert [result["who"].rpartition(":")[2] for result in results] == [
+        "kt_moe bf16",
+        "torch",
+        "kt_kernel",
+    ] * 2
+    for _, plain, theirs in (results[:3], results[3:]):
+        assert theirs["seconds"]["both"]["count"] > 1
+        assert theirs["errors"] == pytest.approx(plain["errors"])  # the same arithmetic
 
 
 def test_a_rivals_process_that_hangs_is_given_up(rivals: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -347,10 +347,18 @@ def test_packing_keeps_what_it_can(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("command", "row", "message"),
     [
-        ("sft", {"prompt": "a"}, "the data has no 'completion', neither a split nor a column"),
-        ("dpo", {"text": "a"}, "the data has no 'chosen', neither a split nor a column"),
-        ("kto", {"prompt": "a", "completion": "b"}, "Column 'label' doesn't exist."),
-        ("grpo", {"text": "a"}, "has no column 'prompt', but text"),
+        (
+            "sft",
+            {"prompt": "a"},
+            "columns prompt; sft wants text or messages or conversations or prompt+",
+        ),
+        ("dpo", {"text": "a", "chosen": "b"}, "columns chosen, text; dpo wants chosen+rejected"),
+        (
+            "kto",
+            {"prompt": "a", "completion": "b"},
+            "columns completion, prompt; kto wants prompt+comp",
+        ),
+        ("grpo", {"text": "a"}, "has the columns text; grpo wants prompt"),
     ],
 )
 def test_columns_that_a_command_cannot_use(
@@ -359,8 +367,16 @@ def test_columns_that_a_command_cannot_use(
     given = arguments(write_rows(tmp_path / "d.jsonl", [row] * 4), tmp_path / "out", *MORE.get(command, []))
     if command == "grpo":
         del given[(at := given.index("--max_length")) : at + 2]
-    assert message in one_line_error(capsys, command, lambda: main([command, *given]))
+    error = one_line_error(capsys, command, lambda: main([command, *given]))
+    assert f"{tmp_path / 'd.jsonl'} has the columns" in error
+    assert message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_key_error_is_not_blamed_on_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", Mock(side_effect=KeyError("text")))
+    with pytest.raises(KeyError, match="text"):
+        main(["sft", *arguments(texts(tmp_path / "d.jsonl"), tmp_path / "out")])
 
 
 def test_a_test_split_of_the_data_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,15 @@ from huggingface_hub.utils.sha import sha_fileobj
 from kt_moe.cli.errors import UserError
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
-_WHOLE = {"text", "messages", "prompt", "completion", "label", "chosen", "rejected"}  # no row may lack them
+# Columns that a command wants, by its ways; sft also takes texts alone.
+_WANTED = {
+    "sft": ("messages", "conversations", "prompt completion"),
+    "dpo": ("chosen rejected",),
+    "kto": ("prompt completion label", "chosen rejected"),
+    "reward": ("chosen rejected",),
+    "grpo": ("prompt",),
+    "rloo": ("prompt",),
+}
 
 
 def load_data(path: str, **options: Any) -> Any:
@@ -48,7 +57,8 @@ def load_data(path: str, **options: Any) -> Any:
         why: BaseException = error
         while why.__cause__ is not None:
             why = why.__cause__
-        raise UserError(f"--dataset_name {path} cannot be read: {type(why).__name__}: {why}") from error
+        said = _broken_line(path) or f"{type(why).__name__}: {why}"
+        raise UserError(f"--dataset_name {path} cannot be read: {said}") from error
     if kinds != {"text"}:
         return found
     return found.map(
@@ -60,6 +70,18 @@ def _files(name: str) -> list[Path]:
     """Of a directory, or one file; none where it is a name on the hub."""
     path = Path(name)
     return [file for file in sorted(path.rglob("*")) if file.is_file()] or [path] * path.is_file()
+
+
+def _broken_line(name: str) -> str:
+    """The first line of .jsonl files that is no JSON object; "" if all are."""
+    for file in (file for file in _files(name) if file.suffix == ".jsonl"):
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                with suppress(ValueError):
+                    if not line.strip() or isinstance(json.loads(line), dict):
+                        continue
+                return f"{file}, line {number} is no JSON object"
+    return ""
 
 
 def digest(name: str) -> list[str]:
@@ -79,20 +101,22 @@ def documents(text: str) -> list[str]:
     return [part.strip("\n") for part in re.split(pattern, text) if part.strip()]
 
 
-def check_columns(command: str, rows: Any, where: str) -> None:
-    """Refuse data that the command cannot use.
+def check_columns(command: str, rows: Any, where: str, text_field: str = "text") -> None:
+    """Refuse data that the command, TRL's, cannot use; what is tokenised already is left to TRL.
 
     Raises:
         UserError: it has no rows, lacks a column, or has one in only a part of its rows.
     """
-    if not isinstance(rows, Dataset):  # a stream
-        return
-    names = {*rows.column_names}
-    if command in ("grpo", "rloo") and "prompt" not in names:  # the others' trainers say so early
-        raise UserError(f"{where} has no column 'prompt', but {', '.join(sorted(names))}")
-    if not len(rows):
+    first = next(iter(rows), None)
+    if first is None:
         raise UserError(f"{where} has no rows")
-    if lacking := {name for name in names & _WHOLE if rows.data.column(name).null_count}:
+    ways = [*([text_field] if command == "sft" else []), *_WANTED[command]]
+    tokenised = any(name.endswith("_ids") for name in first)
+    if not tokenised and not any({*way.split()} <= {*first} for way in ways):
+        wanted = " or ".join("+".join(way.split()) for way in ways)
+        raise UserError(f"{where} has the columns {', '.join(sorted(first))}; {command} wants {wanted}")
+    whole = {*first} & {"prompt", *" ".join(ways).split()} if isinstance(rows, Dataset) else {}  # no stream
+    if lacking := {name for name in whole if rows.data.column(name).null_count}:
         raise UserError(f"{where}: some rows have no {min(lacking)}, others have: files do not mix kinds")
 
 

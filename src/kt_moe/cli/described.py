@@ -78,7 +78,8 @@ def resolve_targets(model: nn.Module, architecture: Architecture, lora: Any) -> 
     try:
         find_targets(model, lora, architecture)
     except ValueError as error:
-        raise UserError(str(error)) from error
+        known = ", and the words attention and experts" if "match nothing" in str(error) else ""
+        raise UserError(f"{error}{known}") from error
     return sorted(names)
 
 

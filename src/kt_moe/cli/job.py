@@ -39,7 +39,7 @@ _FREE = re.compile(
     "torch_empty_cache_steps|skip_memory_metrics|use_cpu|ddp|include_|accelerator_config|model_init_kwargs|"
     "experts_(?!format|placement|shards|isa|nodes)|overwrite|sample"
 )
-_REFUSALS = (SafetensorError, RuntimeError, OSError, ValueError, KeyError, ImportError, TemplateError)
+_REFUSALS = (SafetensorError, RuntimeError, OSError, ValueError, ImportError, TemplateError)
 
 _groups: list[Any] = []  # kept until the process ends
 
@@ -84,8 +84,6 @@ class Job:
                 said = f"the disk of --output_dir {self.directory.root} is full: {said}"
             elif self.constructed and not isinstance(error, OSError):
                 raise
-            elif isinstance(error, KeyError):
-                said = f"the data has no {said}, neither a split nor a column"
             elif isinstance(error, TemplateError):
                 said = f"the chat template refuses a conversation: {said}"
             raise UserError(said) from error
@@ -175,7 +173,9 @@ class Job:
         found = data.load_data(path, **more)
         train, test = script.dataset_train_split, script.dataset_test_split
         text = getattr(training, "dataset_text_field", "text")
-        data.check_columns(options.command, found[train], path)
+        if train not in found:
+            raise UserError(f"{path} has no split {train!r}, but {', '.join(found)}")
+        data.check_columns(options.command, found[train], path, text)
         self.chat = bool({"messages", "conversations"} & {*(found[train].column_names or [])})
         if training.eval_strategy != "no" and test not in found:
             if not options.run.eval_fraction or script.dataset_streaming:
