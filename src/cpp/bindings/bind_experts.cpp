@@ -241,7 +241,7 @@ py::dict quantized_types() {
 
 ScaleType scale_from(std::string_view name) {
   const auto at = std::ranges::find(scale_names, name);
-  KT_CHECK(at != scale_names.end(), "scale is \"{}\", wanted none, f32, bf16, e8m0 or e4m3", name);
+  KT_CHECK(at != scale_names.end(), "scale is \"{}\", wanted one of {}", name, joined(scale_names));
   return static_cast<ScaleType>(at - scale_names.begin());
 }
 

@@ -1,6 +1,6 @@
 // The backward pass of a layer, from dY = dOut[token] (src/cpp/README.md has the formulas):
 //     Q = s dY Bd,  dh = dY Wd + Q Ad,  dw = <dh, h> + <dY, bd>,  dG and dU from w dh and the saved G, U
-//     Q = s dG B of gate and up,  dX[t] += dG Wg + dU Wu + Qg Ag + Qu Au,  dA = Q' X,  dB = dOutput' P
+//     Q = s dG B of gate and up,  dX[t] += dG Wg + dU Wu + Qg Ag + Qu Au,  dA = Q' input,  dB = dOutput' P
 // First the verbs, which compute on one block and know nothing of tasks; then the tasks that name them.
 // lora.cpp has those of Q, dA and dB.
 #include <algorithm>

@@ -11,9 +11,9 @@
 
 namespace kt {
 
-// W, LoRA B and the bias of a projection for an NC range of its output: as left operands, unless the block
-// is multiplied by GEMV; and the packed input that they multiply. Of down, LoRA B and the
-// bias are the root's alone.
+// W, LoRA B and the bias of a projection for an NC range of its output: as left operands, unless the block is
+// multiplied by GEMV; and the packed input that they multiply. Of down, LoRA B and the bias are the root's
+// alone.
 struct ForwardWeights {
   Block block;
   const PackedInput* input;

@@ -191,8 +191,8 @@ enum class Matrix { a, b };
 // Whether shards have their own part of a matrix; else the root has all of it.
 bool is_sharded(Projection p, Matrix m) { return p == Projection::down ? m == Matrix::a : m == Matrix::b; }
 
-// dA = Q' X or dB' = P' dOutput of one expert, columns `nc`; `blocks` are its blocks on one
-// shard, or where the matrix is not sharded, its roots.
+// dA = Q' input or dB' = P' dOutput of one expert, columns `nc`; `blocks` are its blocks on one shard, or
+// where the matrix is not sharded, its roots.
 void lora_gradient(const Pass& pass, const LayerGradients& gradients, Projection p, Matrix m,
                    std::span<const Block* const> blocks, Range nc, Arena& scratch) {
   const KernelSet& kernels = pass.kernels();

@@ -173,7 +173,7 @@ std::optional<index_t> first_bad(const std::byte* scales, index_t count, const B
   return i;
 }
 
-// A sign and exponent as high as `infinite`, or nothing but a sign, in one comparison.
+// Whether a float is NaN, infinite or 0, in one comparison: 0 less 1 is more than any.
 template <class Bits>
 bool bad_float(Bits bits, Bits infinite) {
   constexpr auto kMagnitude = static_cast<Bits>(~Bits{0}) >> 1;

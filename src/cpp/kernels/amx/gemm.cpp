@@ -1,5 +1,5 @@
 // Four result tiles from two tiles of A (32 rows) and two of B (32 columns): each load feeds two products.
-// Panels are those of avx512_bf16, A with 32 rows: 64-byte runs of A and pairs of B are what tiles hold.
+// Panels are those of avx512_bf16, A with 32 rows: 64-byte lines of A and pairs of B are what tiles hold.
 #include <string.h>
 
 #ifdef KT_TILE_UNIT

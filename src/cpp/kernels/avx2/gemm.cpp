@@ -26,7 +26,7 @@ struct GemvTraits : F32Gemv<Vec> {
   static constexpr int block_rows(int m) { return m <= 6 ? 6 : 8; }
 };
 
-// The columns of the low half come first.
+// Unpacking interleaves within 128 bits: the lower ones of both have the first eight columns.
 void interleave(Vec (&half)[2]) {
   const __m256 a = _mm256_unpacklo_ps(half[0].x, half[1].x), b = _mm256_unpackhi_ps(half[0].x, half[1].x);
   half[0].x = _mm256_permute2f128_ps(a, b, 0x20);

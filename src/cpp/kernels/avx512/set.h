@@ -5,12 +5,9 @@
 #include <immintrin.h>
 
 #include "kernels/generic/groups.h"
-#include "kernels/generic/pack.h"
 #include "kernels/kernel_set.h"
 
 namespace kt {
-
-constexpr int kTileRows = 12;  // 24 accumulators, 2 vectors of B and 1 broadcast of A in 32 registers
 
 static inline __mmask16 first16(int n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
 static inline __mmask32 first32(int n) { return n >= 32 ? 0xffffffffu : n <= 0 ? 0 : (1u << n) - 1; }
@@ -165,7 +162,7 @@ struct Vec {
   static Part first(int n) { return first16(n); }
   static Pairs first_pairs(int n) { return first32(n); }
 
-  // Without a mask, whose address gcc computes once more.
+  // No mask: gcc computes the address of a masked load anew each time.
   static Vec load(const float* src) { return {_mm512_loadu_ps(src)}; }
   static Vec load(const float* src, Part part) { return {_mm512_maskz_loadu_ps(part, src)}; }
   static Vec load_bf16(const uint16_t* src, Part part = kAll) {

@@ -1,7 +1,6 @@
-// The types of codes and scales as GEMVs read them, a line of 32 columns at a time and in
-// registers. Each has `lines` for columns of one row whose scale, or kScales scales, begin at a place, and
-// `pair` for those of an even and an odd row, whose line is interleaved for VDPBF16PS. Scales are ordinary.
-// Internal linkage.
+// The types of codes and scales as GEMVs read them, a line of 32 columns at a time and in registers. Each has
+// `lines` for columns of one row whose scale, or kScales scales, begin at a place, and `pair` for those of an
+// even and an odd row, whose lines are interleaved for VDPBF16PS. Scales are ordinary. Internal linkage.
 #pragma once
 
 #include "kernels/avx512_bf16/set.h"
@@ -55,8 +54,7 @@ struct Coded : CodedRows {
 };
 
 // Whether any of n scales, at most a register full, is not between 2^-100 and 2^100 in magnitude, or of e4m3
-// ones NaN or negative. Exponents
-// lie in the upper byte when the sign is shifted out.
+// ones NaN or negative. Exponents lie in the upper byte when the sign is shifted out.
 inline bool any_extreme(ScaleType type, const void* scales, ptrdiff_t place, int n) {
   switch (type) {
     case ScaleType::f32: {
@@ -90,17 +88,12 @@ KT_INLINE void request_next_scale(const CodedRows& w, ptrdiff_t place) {
 
 // With ordinary scales no product of a code other than zero is denormal or overflows.
 inline bool scales_are_ordinary(const CodedRows& w) {
-  const int groups = (w.cols - 1) / w.group + 1;
-  const bool dense = w.scale_stride == groups;
-  const int runs = dense || w.scale_stride == 0 ? 1 : w.rows, run = dense ? w.rows * groups : groups;
-  const int together = 64 / kScaleBytes[(int)w.scale_type];
   // With e4m3's largest and smallest number this leaves the same room.
   const float global_scale = __builtin_fabsf(w.global_scale);
   bool extreme = !(global_scale >= 0x1p-90f && global_scale <= 0x1p90f);
-  for (int i = 0; i < runs; ++i)
-    for (int first = 0; first < run; first += together)
-      extreme |=
-          any_extreme(w.scale_type, w.scales, i * w.scale_stride + first, smaller(together, run - first));
+  for_scales(w, 64 / kScaleBytes[(int)w.scale_type], [&](ptrdiff_t place, int n) KT_INLINE_LAMBDA {
+    extreme |= any_extreme(w.scale_type, w.scales, place, n);
+  });
   return !extreme;
 }
 

@@ -1,6 +1,6 @@
-// GEMVs with codes. To decode what memory gives takes as long as to load it, so there is no
-// time for a detour through the cache: lines are decoded in registers and multiplied at once. Columns come in
-// whole lines, in `nn` rows in pairs, and scales are ordinary; everything else is refused.
+// GEMVs with codes. To decode what memory gives takes as long as to load it, so there is no time for a detour
+// through the cache: lines are decoded in registers and multiplied at once. Columns come in whole lines, in
+// `nn` rows in pairs, and scales are ordinary; everything else is refused.
 #include "kernels/avx512_bf16/coded.h"
 #include "kernels/avx512_bf16/set.h"
 

@@ -8,12 +8,13 @@ namespace kt::avx512_bf16 {
 using avx512::Vec;
 
 constexpr int MR = avx512::TileTuning::kTileRows, NR = 2 * Vec::kSize;
-constexpr int KB = 2 * kRunSteps;  // k in one 64-byte run of a packed A row
+constexpr int KB = 2 * kLineSteps;  // k in 64 bytes of a row of A
+
+extern const GemvKernels gemv;
 
 // Which AMX uses too.
 PackRows pack_b_cols;
 PackAcross pack_b_rows;
-extern const GemvKernels gemv;
 
 namespace {
 

@@ -5,10 +5,10 @@
 //   store_bf16, stream_bf16 two neighbours, rounded; the latter past the caches where whole lines are written
 //   kMasks                  whether a Part costs no more than all
 //   transpose_block(r)      kSize rows of kSize elements, in place
-// packing and products
-//   Pairs, first_pairs(n)   how many of the twice as many bf16 that a Vec holds as pairs
-//   load_pairs, even, odd   these, and of each pair the one and the other as fp32
-//   interleave(half)        even and odd columns, each in a Vec, in order
+// packing and products, where a Vec also holds 2 kSize bf16, a pair in the place of each float,
+//   Pairs, first_pairs(n)   which of these a row has
+//   load_pairs, even, odd   loads them; the first of each pair as floats, the second
+//   interleave(half)        a Vec of even columns and one of odd columns become the first and the second half
 //   sum_each(x, sums)       the sums of several Vecs; `sums` has room for a multiple of four
 // and the activations all(float), the operators + - *, mul_add, at_most, at_least, magnitude, where_negative,
 // within, beyond, nearest_integer, sum(x) of all elements, and

@@ -13,7 +13,7 @@
 //   block_rows(m)              rows of W between two visits to C, and the far request's distance
 //   kInOrder, kNearLines       whether far requests go line by line through the block; the near ones'
 //   distances
-// It has internal linkage, and so has what is instantiated with it.
+// `Traits` has internal linkage, and so has what is instantiated with it.
 //
 // A weight takes part in few multiplications, so what counts is how many lines are on their way from memory.
 // A prefetch that finds no free miss buffer is dropped: each line is asked for far ahead and again when it is

@@ -1,5 +1,6 @@
-// The loops around a decode of codes, and the decodes of sets with vectors over their own runs and their own
-// Vec (generic/epilogue.h says what that has). Static functions only: each set's objects keep their own copy.
+// The loops around a decode of codes, and the decodes of sets with vectors over their own decoders and their
+// own Vec (generic/epilogue.h says what that has). Static functions only: each set's objects keep their own
+// copy.
 #pragma once
 
 #include <string.h>
@@ -85,26 +86,32 @@ static inline float zero_at(const CodedRows& src, ptrdiff_t place) {
   return src.zeros ? static_cast<float>(src.zeros[place]) : 8.0f;
 }
 
-// Whether no product of an int8 or fp8 code other than 0 is denormal or overflows.
-static inline bool products_are_normal(const CodedRows& src) {
+// Calls body(place, n) until it has seen every scale, n <= most of them at a time.
+template <class Body>
+KT_INLINE static void for_scales(const CodedRows& src, int most, const Body& body) {
   const int groups = (src.cols - 1) / src.group + 1;
   const bool dense = src.scale_stride == groups;
   const int runs = dense || src.scale_stride == 0 ? 1 : src.rows, run = dense ? src.rows * groups : groups;
-  int outside = 0;
   for (int i = 0; i < runs; ++i)
-    for (int first = 0; first < run; first += kScalesTogether) {
-      const int n = run - first < kScalesTogether ? run - first : kScalesTogether;
-      float scales[kScalesTogether];
-      load_scales(src, i * src.scale_stride + first, n, scales);
-      for (int k = 0; k < n; ++k) {
-        const float magnitude = __builtin_fabsf(scales[k]);
-        outside |= !(magnitude >= 0x1p-100f) | !(magnitude <= 0x1p100f);
-      }
+    for (int first = 0; first < run; first += most)
+      body(i * src.scale_stride + first, run - first < most ? run - first : most);
+}
+
+// Whether no product of an int8 or fp8 code other than 0 is denormal or overflows.
+static inline bool products_are_normal(const CodedRows& src) {
+  int outside = 0;
+  for_scales(src, kScalesTogether, [&](ptrdiff_t place, int n) KT_INLINE_LAMBDA {
+    float scales[kScalesTogether];
+    load_scales(src, place, n, scales);
+    for (int k = 0; k < n; ++k) {
+      const float magnitude = __builtin_fabsf(scales[k]);
+      outside |= !(magnitude >= 0x1p-100f) | !(magnitude <= 0x1p100f);
     }
+  });
   return outside == 0;
 }
 
-// A decoder takes a run of so many columns.
+// A decoder takes a line of so many columns, which are 64 bytes of bf16.
 constexpr int kDecoderCols = 32;
 
 // Bytes that the codes of so many columns take.
@@ -137,9 +144,9 @@ static void decode_edges(const CodedRows& src, uint16_t* dst, ptrdiff_t dst_stri
 }
 
 template <int Bytes, class Decoder>
-KT_INLINE static void decode_runs(const Decoder& decoder, int runs, ptrdiff_t ahead, const uint8_t*& codes,
-                                  uint16_t*& dst) {
-  for (; runs > 0; --runs, codes += Bytes, dst += kDecoderCols) {
+KT_INLINE static void decode_lines(const Decoder& decoder, int lines, ptrdiff_t ahead, const uint8_t*& codes,
+                                   uint16_t*& dst) {
+  for (; lines > 0; --lines, codes += Bytes, dst += kDecoderCols) {
     __builtin_prefetch(codes + ahead);
     decoder(codes, dst);
   }
@@ -157,28 +164,28 @@ static inline void decode_group(const CodedRows& src, int begin, ptrdiff_t ahead
     if (place != first) decoder = decoder_of(scale_at(src, place), zero_at(src, place));
     const uint8_t* codes = src.codes + i * src.stride + code_bytes<Bytes>(begin);
     uint16_t* to = dst + i * dst_stride + begin;
-    decode_runs<Bytes>(decoder, cols / kDecoderCols, ahead, codes, to);
+    decode_lines<Bytes>(decoder, cols / kDecoderCols, ahead, codes, to);
   }
 }
 
-// Row by row. Groups of GroupRuns runs share a scale; 0: of as many as src.group says.
-template <int Bytes, int GroupRuns, class DecoderOf>
+// Row by row. Groups of GroupLines lines share a scale; 0: of as many as src.group says.
+template <int Bytes, int GroupLines, class DecoderOf>
 static inline void decode_groups(const CodedRows& src, ptrdiff_t ahead, uint16_t* dst, ptrdiff_t dst_stride,
                                  const DecoderOf& decoder_of) {
-  const int group = GroupRuns == 0 ? src.group / kDecoderCols : GroupRuns;
-  const int runs = src.cols / kDecoderCols, groups = (runs + group - 1) / group;
+  const int group = GroupLines == 0 ? src.group / kDecoderCols : GroupLines;
+  const int lines = src.cols / kDecoderCols, groups = (lines + group - 1) / group;
   for (int i = 0; i < src.rows; ++i) {
     const uint8_t* codes = src.codes + i * src.stride;
     uint16_t* to = dst + i * dst_stride;
-    int left = runs;
+    int left = lines;
     for (int first = 0; first < groups; first += kScalesTogether) {
       const int n = groups - first < kScalesTogether ? groups - first : kScalesTogether;
       const ptrdiff_t place = i * src.scale_stride + first;
       float scales[kScalesTogether];
       load_scales(src, place, n, scales);
       for (int k = 0; k < n; ++k, left -= group)
-        decode_runs<Bytes>(decoder_of(scales[k], zero_at(src, place + k)),
-                           GroupRuns == 1 || left > group ? group : left, ahead, codes, to);
+        decode_lines<Bytes>(decoder_of(scales[k], zero_at(src, place + k)),
+                            GroupLines == 1 || left > group ? group : left, ahead, codes, to);
     }
   }
 }
@@ -215,16 +222,16 @@ static inline void decode_half_groups(const CodedRows& src, uint16_t* dst, ptrdi
                                       const DecoderOf& decoder_of) {
   constexpr int kTogether = kScalesTogether / 2;
   const ptrdiff_t ahead = prefetch_distance(src.stride, code_bytes<Bytes>(src.cols));
-  const int runs = src.cols / kDecoderCols, edge = src.cols % kDecoderCols;
+  const int lines = src.cols / kDecoderCols, edge = src.cols % kDecoderCols;
   for (int i = 0; i < src.rows; ++i) {
     const uint8_t* codes = src.codes + i * src.stride;
     uint16_t* to = dst + i * dst_stride;
-    for (int first = 0; first < runs; first += kTogether) {
-      const int n = runs - first < kTogether ? runs - first : kTogether;
+    for (int first = 0; first < lines; first += kTogether) {
+      const int n = lines - first < kTogether ? lines - first : kTogether;
       float scales[kScalesTogether];
       load_scales(src, i * src.scale_stride + 2 * first, 2 * n, scales);
       for (int k = 0; k < n; ++k)
-        decode_runs<Bytes>(decoder_of(scales[2 * k], scales[2 * k + 1]), 1, ahead, codes, to);
+        decode_lines<Bytes>(decoder_of(scales[2 * k], scales[2 * k + 1]), 1, ahead, codes, to);
     }
   }
   if (edge == 0) return;

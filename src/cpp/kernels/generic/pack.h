@@ -1,5 +1,5 @@
 // Packing. The functions named _f32 are for sets whose panels hold fp32, written over the set's own Vec
-// (generic/epilogue.h says what it has): A [k / KB][MR][KB], runs of 64 bytes reached from one pointer with
+// (generic/epilogue.h says what it has): A [k / KB][MR][KB], lines of 64 bytes reached from one pointer with
 // constant offsets, and B [k][NR] with NR two Vecs. Everything here is local to the file that includes it.
 #pragma once
 

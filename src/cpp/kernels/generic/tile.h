@@ -7,7 +7,7 @@
 //   kInPlace              whether rows of A may lie in a matrix
 //   kFromC                whether the sum starts from C, which else is added at its end
 //   kPrefetches           whether a tile prefetches its operands, and what is needed next
-// It has internal linkage, and so has what is instantiated with it.
+// `Traits` has internal linkage, and so has what is instantiated with it.
 #pragma once
 
 #include "kernels/generic/pack.h"
@@ -15,12 +15,12 @@
 namespace kt {
 namespace {
 
-constexpr int kRunSteps = 16;  // in one 64-byte run of a packed A row
+constexpr int kLineSteps = 16;  // in 64 bytes of a row of A
 
 // How far a tile asks for its operands. A panel of activations comes from L3 or memory, being one of more
 // than L2 holds: out-of-order execution sees 15 steps of 12 cycles ahead, too few for that. Where a panel is
 // at hand, nothing is lost. What lies behind the operand may be asked for: a prefetch never faults.
-constexpr int kRunsAhead = 8;    // of A
+constexpr int kLinesAhead = 8;   // of A
 constexpr int kStepsAhead = 48;  // of B
 
 // Rows of A, the same number of bytes apart.
@@ -58,10 +58,11 @@ KT_INLINE void request(Prefetch& prefetch) {
   }
 }
 
-// `stride` and `run`: bytes from a row of A to the next, and from a run to the next. Constants for panels.
+// `stride` and `line`: bytes from a row of A to the next, and in a row from 64 bytes to the next. Constants
+// for panels.
 template <class Traits, int R, int V>
 KT_INLINE void add_element(typename Traits::Vec (&acc)[R][V], const BatchElement& element, ptrdiff_t stride,
-                           ptrdiff_t run) {
+                           ptrdiff_t line) {
   constexpr int kStep = 2 * sizeof(typename Traits::Vec);  // bytes of B
   const char *first = static_cast<const char*>(element.a), *b = static_cast<const char*>(element.b);
   TileRows<R> a{{}, stride, 3 * stride};
@@ -69,21 +70,21 @@ KT_INLINE void add_element(typename Traits::Vec (&acc)[R][V], const BatchElement
   for (const char*& row : a.fourth) row = first, first += 4 * stride;
   Prefetch prefetch = element.prefetch;
   int steps = (element.k + Traits::kDepth - 1) / Traits::kDepth;
-  for (; steps >= kRunSteps; steps -= kRunSteps) {
+  for (; steps >= kLineSteps; steps -= kLineSteps) {
     if constexpr (Traits::kPrefetches) {
       request(prefetch);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) __builtin_prefetch(a.at(r) + kRunsAhead * run);
+      for (int r = 0; r < R; ++r) __builtin_prefetch(a.at(r) + kLinesAhead * line);
     }
 #pragma GCC unroll 4
-    for (int p = 0; p < kRunSteps; ++p, b += kStep) {
+    for (int p = 0; p < kLineSteps; ++p, b += kStep) {
       if constexpr (Traits::kPrefetches)
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) __builtin_prefetch(b + kStep * kStepsAhead + kStep / 2 * v);
       add_step<Traits, R, V>(acc, a, 4 * p, b);
     }
 #pragma GCC unroll 3
-    for (const char*& row : a.fourth) row += run;
+    for (const char*& row : a.fourth) row += line;
   }
   for (int p = 0; p < steps; ++p, b += kStep) add_step<Traits, R, V>(acc, a, 4 * p, b);
 }
@@ -146,7 +147,7 @@ template <class Traits>
 constexpr GemmKernels gemm_kernels(PackRows* pack_a, PackRows* pack_b_cols, PackAcross* pack_b_rows) {
   return {.mr = Traits::kTileRows,
           .nr = 2 * Traits::Vec::kSize,
-          .k_align = kRunSteps * Traits::kDepth,
+          .k_align = kLineSteps * Traits::kDepth,
           .element_bytes = 4 / Traits::kDepth,
           .pack_a = pack_a,
           .pack_b_cols = pack_b_cols,
@@ -171,7 +172,7 @@ struct F32Tile {
 };
 
 template <class Traits, class Vec = typename Traits::Vec>
-constexpr GemmKernels kF32Gemm = gemm_kernels<Traits>(pack_a_f32<Vec, Traits::kTileRows, kRunSteps>,
+constexpr GemmKernels kF32Gemm = gemm_kernels<Traits>(pack_a_f32<Vec, Traits::kTileRows, kLineSteps>,
                                                       pack_b_cols_f32<Vec>, pack_b_rows_f32<Vec>);
 
 }  // namespace
