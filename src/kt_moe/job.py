@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,8 +24,9 @@ _PACKAGES = ("kt_moe", "torch", "transformers", "peft")
 _DIFFER, _FAILED = "differ", "failed"  # keys of the store
 _TIMEOUT = timedelta(seconds=30)  # of one request to the store
 _compared: Counter[str] = Counter()
-_PATIENCE = (10, 290)  # seconds until others are missed, and then until nobody waits for them any longer
-_meetings = 0
+_PATIENCE = (10.0, 290.0)  # seconds until others are missed, and then until nobody waits for them any longer
+_SLICE = 5.0  # seconds, after which who waits looks what others have told
+_meetings: Counter[str] = Counter()
 
 
 def _store() -> Any:
@@ -102,41 +104,76 @@ def _raise_told(store: Any) -> None:
         raise ValueError(store.get(_DIFFER).decode())
 
 
+def meet_to_load(timeout: timedelta | None) -> None:
+    """Wait for all other processes to come here, before they divide experts among them. See `_meet`.
+
+    timeout: of what follows; None: half an hour.
+    """
+    seconds = 1800.0 if timeout is None else timeout.total_seconds()
+    _meet("load", ("loads experts", "load the model"), (_PATIENCE[0], seconds))
+
+
 def meet_to_save() -> None:
     """Wait for all other processes to come here, before they bring together what each has a part of.
+
+    See `_meet`.
+    """
+    calls = "call save_adapter, save_pretrained and Trainer.save_model"
+    _meet("save", ("saves parameters", calls), _PATIENCE)
+
+
+def _meet(why: str, words: tuple[str, str], patience: tuple[float, float]) -> None:
+    """Wait for all other processes to come here.
+
+    words: what this process does with what is divided, and what all have to do.
+    patience: seconds until a warning, and from there until an error.
 
     Warns:
         UserWarning: after a while; names the ranks that are missing.
 
     Raises:
-        RuntimeError: some did not come for minutes; names their ranks. This one then has not come either.
+        ValueError: another process found that settings differ.
+        RuntimeError: another process failed, and told so. Or some did not come for long; names their ranks.
+            This one then has not come either.
     """
-    global _meetings
     store, size = _store(), dist.get_world_size()
     if store is None or size == 1:
         return
-    _meetings += 1
-    came, complete = f"came to {_meetings}", f"all came to {_meetings}"
-    store.set(f"met/{_rank()}", str(_meetings))
+    _meetings[why] += 1
+    number = _meetings[why]
+    came, complete = f"came to {why} {number}", f"all came to {why} {number}"
+    keys = {rank: f"met to {why}/{rank}" for rank in range(size)}
+    store.set(keys[_rank()], str(number))
     if store.add(came, 1) == size:
         store.set(complete, "")
-    for seconds in _PATIENCE:
-        with suppress(RuntimeError):  # by which every kind of store says that the time is over
-            store.wait([complete], timedelta(seconds=seconds))
+    for seconds in patience:
+        if _is_set(store, complete, seconds):
             return
-        keys = {rank: f"met/{rank}" for rank in range(size)}
-        late = [r for r, key in keys.items() if not store.check([key]) or int(store.get(key)) < _meetings]
+        late = [r for r, key in keys.items() if not store.check([key]) or int(store.get(key)) < number]
         text = (
-            f"rank {_rank()} saves parameters that are divided over processes, and waits for "
-            f"rank{'s' * (len(late) > 1)} {', '.join(map(str, late))}: all processes have to call "
-            "save_adapter, save_pretrained and Trainer.save_model"
+            f"rank {_rank()} {words[0]} that are divided over processes, and waits for "
+            f"rank{'s' * (len(late) > 1)} {', '.join(map(str, late))}: all processes have to {words[1]}"
         )
-        if seconds != _PATIENCE[-1]:
-            warnings.warn(text, stacklevel=2)
+        if seconds != patience[-1]:
+            warnings.warn(text, stacklevel=3)
     store.add(came, -1)
-    _meetings -= 1
-    store.set(f"met/{_rank()}", str(_meetings))
+    _meetings[why] -= 1
+    store.set(keys[_rank()], str(number - 1))
     raise RuntimeError(text)
+
+
+def _is_set(store: Any, key: str, seconds: float) -> bool:
+    """Whether a key is set within so many seconds. Raises what another process tells meanwhile."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        at_most = timedelta(seconds=max(0.01, min(left, _SLICE)))  # of less than 1 ms, a store waits forever
+        with suppress(RuntimeError):  # by which every kind of store says that the time is over
+            store.wait([key], at_most)
+            return True
+        _raise_told(store)
+        if store.check([_FAILED]):
+            raise RuntimeError(store.get(_FAILED).decode())
+    return False
 
 
 def _ordered(value: Any) -> Any:

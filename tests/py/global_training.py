@@ -237,6 +237,8 @@ class Rank:
         with_same.__class__ = kt_moe.SharedOuterLoraConfig
         yield "shared outer", said(lambda: peft.get_peft_model(self.base(), with_same))
         yield from self.resuming()
+        job._SLICE = 0.1
+        yield "formats", said(partial(self.base, format="int8" if self.rank == 1 else "as-stored"))
 
     def resuming(self) -> Iterator[tuple[str, Results]]:
         """Two processes save a state after three steps; all numbers of processes go on from there."""

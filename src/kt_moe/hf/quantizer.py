@@ -32,7 +32,7 @@ from kt_moe.hf import divided
 from kt_moe.hf.experts import NAME, KtExperts, dims_of
 from kt_moe.hf.rest import RestQuantizer, as_config
 from kt_moe.hf.unmarked import mark
-from kt_moe.job import check_alike, check_told, files_text
+from kt_moe.job import check_alike, check_told, files_text, meet_to_load
 from kt_moe.runtime import Runtime, default_runtime
 from kt_moe.token_exchange import timeout_of
 
@@ -208,7 +208,9 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """A group of all processes, over which experts are divided; None: each process has them all.
 
         Raises:
-            ValueError: torch.distributed is not initialised, and a launcher started several processes.
+            ValueError: torch.distributed is not initialised, and a launcher started several processes. Or
+                another process found that settings differ.
+            RuntimeError: another process failed, or did not come.
         """
         if self.expert_parallel != "global":
             return None
@@ -223,6 +225,7 @@ class KtMoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if dist.get_world_size() == 1:
             return None
         divided.watch()
+        meet_to_load(timeout_of(None))
         # Of the experts alone: wrappers use that of all processes while backward runs.
         group: dist.ProcessGroup = dist.new_group(timeout=timeout_of(None))
         return group
