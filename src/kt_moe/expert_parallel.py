@@ -11,9 +11,10 @@ backward sends 2 * H and gets 4 * (H + K) back. Parts of outputs and of gradient
 exchanged, so that their sum is rounded once, as in one process. Hidden states and the gradient of the output
 are sent as bf16, to which the experts round them anyhow.
 
-Before each exchange the ranks tell each other, in a few numbers, which one it is, how many rows come, and
-whether something failed. Ranks that do not agree all raise, where they would wait for each other: if one
-recomputes a forward and another does not, if one does not record gradients, if one refuses its arguments.
+Before the first rows and before the last results of forward, and of backward, the ranks tell each other, in a
+few numbers, which call it is, how many rows come, and whether something failed. Ranks that do not agree all
+raise, where they would wait for each other: if one recomputes a forward and another does not, if one does not
+record gradients, if one refuses its arguments.
 """
 
 from __future__ import annotations
@@ -90,6 +91,8 @@ class ExpertParallel:
         average: divide gradients of LoRA tensors by the number of ranks. They are sums over the tokens of all
             ranks; divided, they are means over ranks, as DistributedDataParallel and fully_shard make of all
             other gradients. False leaves the sums.
+        chunks: 1, 2 or 4, into which the tokens of each call are divided; None: by how many rows experts
+            have (`kt_moe.token_exchange.chunk_count`). The same on all ranks.
 
     Raises:
         ValueError: torch.distributed is not initialised, or the rank is not in the group. On all ranks: one
@@ -163,10 +166,9 @@ class ExpertParallel:
             topk_weights and the LoRA tensors; those of the latter are complete, and need no reduction.
 
         Raises:
-            ValueError: as `kt_moe.moe`, on the rank whose arguments it is about.
+            ValueError, TypeError: as `kt_moe.moe`, on the rank whose arguments it is about.
             RuntimeError: another rank failed, or the ranks do not make the same call; names the ranks. Or, by
-                torch: a rank is gone, or silent for longer than the group's timeout, as one that failed in
-                backward.
+                torch: a rank is gone, or silent for longer than the group's timeout.
         """
         number, params = self._counts.calls, lora_params or {}
         self._counts.calls += 1
