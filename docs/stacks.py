@@ -37,7 +37,7 @@ import kt_moe
 from kt_moe.cli.bench import plain
 from kt_moe.cli.bench.cases import PRESETS, Shape
 from kt_moe.cli.bench.layers import SCALING, Layer, make_lora, make_weights
-from kt_moe.cli.options import integer, list_of, memory_size
+from kt_moe.cli.options import integer, list_of
 from kt_moe.gpu.streams import Event, streams_of
 
 _WARM = 5
@@ -79,7 +79,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--who", **names, default=["kt_moe"])
     parser.add_argument("--tokens", type=list_of(integer(1)), default=[2048], help="of all ranks together")
     parser.add_argument("--format", **names, default=["bf16"], help="of kt_moe's experts")
-    parser.add_argument("--gpu-memory", type=memory_size, default="auto", help="of kt_moe's experts")
+    parser.add_argument("--gpu-memory", default="auto", help="of kt_moe's experts")
     for name, default in (("layers", 6), ("rank", 16), ("reps", 9)):
         parser.add_argument(f"--{name}", type=integer(1), default=default)
     for name in ("hidden", "intermediate", "experts", "topk"):

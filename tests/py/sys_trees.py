@@ -79,20 +79,10 @@ class Machine:
         return replace(self, files={**self.files, **files})
 
 
-def gpu(
-    address: str = "0000:17:00.0", lanes: int = 16, speed: str = "32.0", node: int = 0, vendor: str = "0x10de"
-) -> dict[str, str | None]:
-    """Files of a GPU that can have PCIe 5 x16."""
+def gpu(address: str = "0000:17:00.0", vendor: str = "0x10de") -> dict[str, str | None]:
+    """Files of a GPU."""
     here = f"sys/bus/pci/devices/{address}"
-    return {
-        f"{here}/vendor": f"{vendor}\n",
-        f"{here}/class": "0x030200\n",
-        f"{here}/current_link_speed": f"{speed} GT/s PCIe\n",
-        f"{here}/max_link_speed": "32.0 GT/s PCIe\n",
-        f"{here}/current_link_width": f"{lanes}\n",
-        f"{here}/max_link_width": "16\n",
-        f"{here}/numa_node": f"{node}\n",
-    }
+    return {f"{here}/vendor": f"{vendor}\n", f"{here}/class": "0x030200\n"}
 
 
 def list_text(numbers: Iterable[int]) -> str:

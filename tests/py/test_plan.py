@@ -27,7 +27,7 @@ from tiny_models import (
 from torch import Tensor
 from user_errors import one_line_error
 
-from kt_moe import Experts, MoELayer, checkpointing, host_memory
+from kt_moe import checkpointing, host_memory
 from kt_moe.architectures import architecture_of
 from kt_moe.cli import main
 from kt_moe.cli.plan import memory, ranks
@@ -109,27 +109,6 @@ def test_lora_beside_the_experts_is_counted() -> None:
     assert outline(tiny_config(), RUN).rest_lora == 0
     alone = outline(tiny_config(), replace(RUN, projections=(), modules=("q_proj",)))
     assert alone.rest_lora == found.rest_lora
-
-
-def test_shared_lora_is_counted_once() -> None:
-    experts = Experts(torch.randn(8, 24, 32), torch.randn(8, 24, 32), torch.randn(8, 32, 24))
-    for shared in (False, True):
-        run = replace(RUN, shared_outer=shared)
-        layer = MoELayer(experts, rank=run.rank, shared_outer=shared)
-        assert memory.lora_numbers(LAYER, run) == sum(p.numel() for p in layer.parameters())
-
-
-def test_the_plan_of_shared_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = write_config(tmp_path / "config.json", tiny_config())
-    parts = []
-    for more in ([], ["--shared-outer"]):
-        assert plan(config, "--gpu", "off", "--json", *more) == 0
-        found = json.loads(capsys.readouterr().out)
-        parts.append({part["name"]: part["nbytes"] for part in found["host"]["parts"]})
-    own, shared = parts
-    assert shared["LoRA of the experts"] < 0.7 * own["LoRA of the experts"]
-    assert shared["a layer's LoRA and gradients"] == own["LoRA of the experts"]  # 2 of 2 layers'
-    assert "a layer's LoRA and gradients" not in own
 
 
 def test_activations_are_what_autograd_keeps() -> None:

@@ -21,7 +21,6 @@ from tiny_models import ALL_EXPERTS, PEFT_WARNINGS, error, load, lora_layers, sa
 from torch import Tensor
 
 import kt_moe
-from kt_moe.cli import main
 from kt_moe.experts import PROJECTIONS
 
 pytestmark = PEFT_WARNINGS
@@ -159,18 +158,6 @@ def test_orthogonal_start_and_moe_layer(bases: dict[str, Path]) -> None:
     out = moe(torch.randn(5, 32), torch.zeros(5, 2, dtype=torch.int64), torch.rand(5, 2))
     out.sum().backward()
     assert all(p.grad is not None for p in moe.parameters())
-
-
-def test_of_the_finetune_command(tmp_path: Path) -> None:
-    data, example = tmp_path / "d.txt", Path(__file__).parents[2] / "examples" / "tiny-qwen3-moe"
-    data.write_text("One text.\n\n\nAnother one.")
-    for more, shared in ((["--shared-outer"], True), ([], False)):
-        files = ["--model", str(example), "--data", str(data), "--output", str(tmp_path / str(shared))]
-        assert main(["finetune", *files, "--targets", "experts", "--max-steps", "1", *more]) == 0
-        tensors = safetensors.torch.load_file(tmp_path / str(shared) / "adapter_model.safetensors")
-        place = "base_model.model.model.layers.0.mlp.experts"
-        first, second = (tensors[f"{place}.{n}.gate_proj.lora_A.weight"] for n in range(2))
-        assert torch.equal(first, second) == shared
 
 
 def test_servers(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-"""`kt-moe inspect`: what a checkpoint holds of experts, and what they would take in memory."""
+"""`kt-moe inspect`: what a checkpoint holds of experts, and what a layer takes in memory as it is stored."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from kt_moe.cli.formats import QUANTISED, bias_bytes, projection_bytes
+from kt_moe.cli.formats import bias_bytes
 from kt_moe.cli.text import count_text, ranges_text, size_text, table
 
 
@@ -25,7 +25,6 @@ def run(args: argparse.Namespace) -> int:
 
     checkpoint = Checkpoint(args.checkpoint)
     equal: dict[tuple[str, ...], list[int]] = {}  # numbers of layers, by what is the same of them
-    memory = dict.fromkeys(("as stored", *QUANTISED), 0)
     unreadable: list[str] = []
     for layer in checkpoint.layers:
         try:
@@ -34,11 +33,7 @@ def run(args: argparse.Namespace) -> int:
             unreadable.append(f"layer {layer} cannot be read: {' '.join(str(error).split())}")
             continue
         shape = info.num_experts, info.hidden_size, info.intermediate_size, info.gated
-        biases = bias_bytes(*shape) if info.biases else 0
-        stored = sum(info.memory_bytes.values()) + biases
-        memory["as stored"] += stored
-        for format, kind in QUANTISED.items():
-            memory[format] += sum(projection_bytes(kind, *shape).values()) + biases
+        stored = sum(info.memory_bytes.values()) + (bias_bytes(*shape) if info.biases else 0)
         row = *map(str, shape[:3]), f"{info.dtype}, {info.layout}", info.format
         equal.setdefault((*row, size_text(stored), "yes" if info.mappable else "no"), []).append(layer)
     sizes = [tensor.nbytes for tensor in checkpoint.tensors.values()]
@@ -47,7 +42,4 @@ def run(args: argparse.Namespace) -> int:
     head = "layers", "experts", "hidden", "intermediate", "in the file", "in memory", "a layer", "mapped"
     rows = [(ranges_text(numbers), *row) for row, numbers in equal.items()]
     print(table([head, *rows], right=[1, 2, 3, 6]) if rows else "no layer has experts", *unreadable, sep="\n")
-    if rows:
-        print("\nthese experts in memory:")
-        print(table([[name, size_text(size)] for name, size in memory.items()], right=[1]))
     return 1 if unreadable else 0

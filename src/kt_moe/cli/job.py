@@ -29,7 +29,6 @@ from kt_moe.cli.output import RunDirectory
 from kt_moe.cli.report import RoutingWatch, show_samples, write_report
 from kt_moe.cli.train import Options
 from kt_moe.cli.trainer import Clock, StopOnSignal, extended, finished
-from kt_moe.hf import SharedOuterLoraConfig
 from kt_moe.models import model_experts
 
 # How options begin that a resumed run may have otherwise: they change no loss.
@@ -104,8 +103,6 @@ class Job:
             raise UserError(f"--max_length is {length}, the model's longest sequence is {most}")
         self.lora = trl.get_peft_config(model)
         if self.lora is not None:
-            if options.run.lora_shared_outer:
-                self.lora.__class__ = SharedOuterLoraConfig
             self.lora.target_modules = resolve_targets(*described(config, **trusted), self.lora)
         tokenizer = AutoTokenizer.from_pretrained(
             model.model_name_or_path, revision=model.model_revision, **trusted

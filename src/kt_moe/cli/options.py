@@ -17,13 +17,6 @@ def integer(least: int) -> Callable[[str], int]:
     return integer
 
 
-def memory_size(text: str) -> int | str:
-    """An argparse type: a number of bytes for `kt_moe.Gpu`, or "auto"."""
-    from kt_moe.gpu import parse_bytes  # which takes torch along, unlike help and errors
-
-    return text if text == "auto" else parse_bytes("", text)
-
-
 def list_of(item: Callable[[str], object]) -> Callable[[str], list[object]]:
     """An argparse type: values separated by commas, each once."""
     return lambda text: list(dict.fromkeys(item(part.strip()) for part in text.split(",")))

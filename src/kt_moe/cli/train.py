@@ -78,9 +78,6 @@ class RunConfig:
     )
     report: bool = HfArg(default=False, help="Leave loss.png, metrics.json and routing.* in --output_dir.")
     sample: str | None = HfArg(default=None, help="A prompt to continue, before and after training.")
-    lora_shared_outer: bool = HfArg(
-        default=False, help="One A of gate and up, and one B of down, for all experts of a layer."
-    )
 
 
 @dataclass
@@ -113,7 +110,6 @@ _SHORT = {
     "output": "output_dir",
     "rank": "lora_r",
     "targets": "lora_target_modules",
-    "shared-outer": "lora_shared_outer",
     "lr": "learning_rate",
     "epochs": "num_train_epochs",
     "batch-size": "per_device_train_batch_size",

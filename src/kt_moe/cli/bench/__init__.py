@@ -11,7 +11,7 @@ from typing import Any
 from kt_moe.cli.bench.cases import PRESETS
 from kt_moe.cli.errors import UserError
 from kt_moe.cli.formats import QUANTISED
-from kt_moe.cli.options import integer, list_of, memory_size
+from kt_moe.cli.options import integer, list_of
 
 __all__ = ["add_arguments", "check", "run"]
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step = parser.add_argument_group("with --step").add_argument
     step("--layers", type=integer(1), default=48, metavar="N", help="of the model (48)")
     step("--sequence", type=integer(1), default=1024, metavar="N", help="tokens of a row (1024)")
-    step("--gpu-memory", type=memory_size, metavar="SIZE", help="for experts, such as 2.5GiB (auto)")
+    step("--gpu-memory", default="auto", metavar="SIZE", help="for experts, such as 2.5GiB (auto)")
     step("--lora-device", choices=["cuda", "cpu"], help="of the experts' LoRA (the model's)")
     step("--checkpoint-experts", choices=["recompute", "retain"], default="recompute", help="(recompute)")
     step("--compile", action="store_true", help="torch.compile attention")

@@ -78,7 +78,7 @@ def _normal(size: tuple[int, int, int], scale: float, seed: int) -> Tensor:
 
 def make_experts(format: str, settings: argparse.Namespace, number: int = 1) -> list[kt_moe.Experts]:
     """kt_moe's, of that many layers."""
-    gpu = kt_moe.Gpu("cuda", settings.gpu_memory or "auto") if settings.device == "cuda" else "off"
+    gpu = kt_moe.Gpu("cuda", settings.gpu_memory) if settings.device == "cuda" else "off"
     return [kt_moe.Experts(*make_weights(settings.shape), format=format, gpu=gpu) for _ in range(number)]
 
 

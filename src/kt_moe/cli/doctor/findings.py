@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kt_moe.cli.text import count_text, ranges_text, size_text
+from kt_moe.gpu.predict import LINKS
 
-_LEAST = 0.6  # of what the lanes carry; copies reach 0.8 to 0.9 of it
+_LEAST = 0.7  # of what copies reach by the link that a GPU can have
 _ONE_BY_ONE = "plain torch multiplies, an expert at a time"
 
 
@@ -127,13 +128,12 @@ def _gpus(m: dict[str, Any]) -> Iterator[Finding]:
             "a torch with CUDA (pytorch.org/get-started); where it has that: nvidia-smi, docker --gpus all",
         )
     for number, gpu in enumerate(m["gpus"]):
-        # Measured: a virtual machine may say anything of the link.
-        if 0 < gpu["copy_rate"] < _LEAST * gpu.get("most_rate", 0):
-            reached, most = (f"{gpu[name] / 1e9:.1f}" for name in ("copy_rate", "most_rate"))
+        link = "PCIe 5 x16" if gpu["capability"] >= [9, 0] else "PCIe 4 x16"
+        if 0 < gpu["copy_rate"] < _LEAST * LINKS[link]:
+            reached, most = (rate / 1e9 for rate in (gpu["copy_rate"], LINKS[link]))
             yield Finding(
                 "gpu-link",
-                f"copies to GPU {number} reach {reached} GB/s by {gpu['link']}, and {gpu['best_link']}, "
-                f"which it can have, carries {most}",
+                f"copies to GPU {number} reach {reached:.1f} GB/s, by {link}, which it can use, {most:.1f}",
                 "weights cross the link in proportion to it",
                 "another slot or riser, the BIOS (link speed, bifurcation), iommu=pt, the socket that the "
                 "GPU is at (numactl), no other program on the link",

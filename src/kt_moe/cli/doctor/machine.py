@@ -1,14 +1,12 @@
 """What `kt-moe doctor` looks at: the topology, settings of the kernel, kernel sets, GPUs and a probe.
 
-Settings are those of Documentation/admin-guide/mm/transhuge and of proc(5), GPUs' connections those of
-Documentation/ABI/testing/sysfs-bus-pci. What cannot be read is empty or 0; what is
-read is a dictionary, as `kt-moe doctor --json` prints it.
+Settings are those of Documentation/admin-guide/mm/transhuge and of proc(5). What cannot be read is empty or
+0; what is read is a dictionary, as `kt-moe doctor --json` prints it.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 import re
 from contextlib import suppress
@@ -21,7 +19,6 @@ from kt_moe import Experts, _core
 from kt_moe.cli.bench.cases import Shape
 from kt_moe.cli.bench.layers import make_weights
 from kt_moe.cli.text import count_text, size_text
-from kt_moe.distributed import pci_address
 from kt_moe.gpu.page_lock import PageLockError, lock
 from kt_moe.gpu.rates import link_rate, measure
 from kt_moe.host_memory import free_memory, read_text, resident
@@ -85,10 +82,10 @@ def settings_of(root: Path) -> dict[str, Any]:
 def read_gpus() -> dict[str, Any]:
     """What torch and measurements say of the GPUs here.
 
-    gpus: that torch uses, each with its name, CUDA's compute capability, `copy_rate`, the bytes a second from
-    page-locked memory to it, and what `read_link` found; without_cuda: why it uses none. triton: whether it
-    is installed; page_lock: why memory cannot be page-locked, or "". rates: of a small layer on CPU and first
-    GPU. Where the GPU has no memory left, rates are 0 or missing.
+    gpus: that torch uses, each with its name, CUDA's compute capability, and `copy_rate`, the bytes a second
+    from page-locked memory to it; without_cuda: why it uses none. triton: whether it is installed; page_lock:
+    why memory cannot be page-locked, or "". rates: of a small layer on CPU and first GPU. Where the GPU has
+    no memory left, rates are 0 or missing.
     """
     if not torch.cuda.is_available():
         built = torch.version.cuda is not None
@@ -103,29 +100,10 @@ def read_gpus() -> dict[str, Any]:
 
 
 def _measured(device: torch.device) -> dict[str, Any]:
-    """A GPU with its link's state right after copies: at rest GPUs lower its speed."""
     properties, rate = torch.cuda.get_device_properties(device), 0.0
     with suppress(RuntimeError):
         rate = link_rate(device)
-    found = {"name": properties.name, "capability": [properties.major, properties.minor], "copy_rate": rate}
-    return {**found, **read_link(Path("/", _PCI, pci_address(properties)))}
-
-
-def read_link(folder: Path) -> dict[str, Any]:
-    """A PCI device's connection; nothing where the files do not say, as under WSL.
-
-    link: in use, such as "PCIe 5 x8"; best_link: what it can have, which carries at most `most_rate` bytes a
-    second.
-    """
-    files = (f"{which}_link_{what}" for which in ("current", "max") for what in ("speed", "width"))
-    numbers = [re.match(r"\d{1,3}(\.\d)?\b", read_text(folder / file), re.ASCII) for file in files]
-    speed, lanes, most_speed, most_lanes = (float(number[0]) if number else 0.0 for number in numbers)
-    if not (speed and lanes and most_speed and 0 < most_lanes <= 32):
-        return {}
-    pairs = ((speed, lanes), (most_speed, most_lanes))
-    now, best = (f"PCIe {int(3 + math.log2(speed / 8))} x{lanes:.0f}" for speed, lanes in pairs)
-    most = most_speed * 1e9 / 8 * 128 / 130 * most_lanes  # a bit a transfer, less the code's
-    return {"link": now, "best_link": best, "most_rate": most}
+    return {"name": properties.name, "capability": [properties.major, properties.minor], "copy_rate": rate}
 
 
 def measure_rates(device: torch.device) -> dict[str, float]:
@@ -160,7 +138,7 @@ def describe(m: dict[str, Any]) -> str:
         lines.append("set      " + ", ".join(f"{name}={value}" for name, value in m["environment"].items()))
     for number, gpu in enumerate(m["gpus"]):
         copies = f"{gpu['copy_rate'] / 1e9:.1f} GB/s from page-locked memory"
-        lines.append(f"GPU {number}    {gpu['name']}, {gpu.get('link', 'unknown link')}, {copies}")
+        lines.append(f"GPU {number}    {gpu['name']}, {copies}")
     if "without_cuda" in m:
         lines.append(f"GPU      none: {m['without_cuda']}")
     if m.get("rates"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def ranks(layer: ExpertModule, run: Run) -> int:
 def lora_numbers(layer: ExpertModule, run: Run) -> int:
     """LoRA parameters of a layer's experts."""
     experts, hidden, intermediate, _ = shape_of(layer)
-    return ranks(layer, run) * ((1 if run.shared_outer else experts) * hidden + experts * intermediate)
+    return ranks(layer, run) * experts * (hidden + intermediate)
 
 
 def saved_bytes(layer: ExpertModule, run: Run, topk: int) -> int:
@@ -164,10 +164,6 @@ def make_plan(
     most = backward_bytes(saved, [0] * len(layers) if on_gpu else gradients, run.one_layer)
     peak = activation_bytes(model, run.checkpointing)
     of_rest = int((2 * LORA_BYTES + _STATE[run.optimizer]) * model.rest_lora)
-    # What one side has of a layer's LoRA and the other needs, and the gradients that come back; of matrices
-    # that experts share, each expert's.
-    copied = 2 * LORA_BYTES * max(lora_numbers(layer, replace(run, shared_outer=False)) for layer in layers)
-    copies = Part("a layer's LoRA and gradients", copied, "copies")
     lora = [
         Part("LoRA of the experts", together * LORA_BYTES, f"{together:,} parameters"),
         Part("its optimizer state", int(together * _STATE[run.optimizer]), run.optimizer),
@@ -192,12 +188,13 @@ def make_plan(
         # In runs of 1,000 to 4,000 tokens they came to about as much as the activations without logits.
         holes = 0 if "MALLOC_MMAP_THRESHOLD_" in os.environ else peak - 4 * model.logits
         why = "estimated: holes that malloc keeps; MALLOC_MMAP_THRESHOLD_=1048576 avoids them"
-        host += [*lora, *([copies] if run.shared_outer else []), *rest, Part("slack of the heap", holes, why)]
+        host += [*lora, *rest, Part("slack of the heap", holes, why)]
         rest = []
     else:
         with_lora, without = (rest, host) if on_gpu else (host, rest)
         with_lora += lora
-        without.append(copies)
+        # What one side has of a layer's LoRA and the other needs, and the gradients that come back.
+        without.append(Part("a layer's LoRA and gradients", 2 * max(gradients), "copies"))
         # What a forward has sent to the GPU, and its backward sends again.
         again = 0 if on_gpu else 2 * (max(numbers) if run.one_layer else together)
         host.append(Part("LoRA for backward", again, "bf16, page-locked"))

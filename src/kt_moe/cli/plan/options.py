@@ -30,7 +30,6 @@ class Run:
         gpu_memory: bytes of the GPU for expert weights; "auto": what the run will take; 0: none.
         cpu_share: of the routes, see `kt_moe.gpu.plan.cut_by_share`; None: what ends soonest.
         lora_device: where the experts' LoRA lies: "auto", "cpu" or "cuda".
-        shared_outer: whether all experts of a layer share A of gate and up, and B of down.
     """
 
     batch: int
@@ -45,7 +44,6 @@ class Run:
     gpu_memory: int | str = "auto"
     cpu_share: float | None = None
     lora_device: str = "auto"
-    shared_outer: bool = False
 
     @property
     def tokens(self) -> int:
@@ -93,5 +91,4 @@ class Run:
             0 if cpu_alone else memory if memory == "auto" else parse_bytes("gpu_memory", memory),
             share,
             experts.experts_lora_device,
-            options.run.lora_shared_outer,
         )
