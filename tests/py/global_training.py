@@ -236,6 +236,10 @@ class Rank:
         with_same = peft.LoraConfig(**config)
         with_same.__class__ = kt_moe.SharedOuterLoraConfig
         yield "shared outer", said(lambda: peft.get_peft_model(self.base(), with_same))
+        own = [p for _, p, _ in parameters_of(model)]
+        for p in own:
+            p.grad = torch.zeros_like(p)
+        yield "Adafactor", said(lambda: transformers.Adafactor(own).step())
         yield from self.resuming()
         job._SLICE = 0.1
         yield "formats", said(partial(self.base, format="int8" if self.rank == 1 else "as-stored"))

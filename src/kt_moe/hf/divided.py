@@ -39,6 +39,7 @@ from kt_moe.lora_device import LoraParameters, divided_parameters
 from kt_moe.rank_parameters import Division, norm_of_all_ranks, whole, whole_on_first
 
 _optimizers: WeakSet[Optimizer] = WeakSet()  # whose state dicts have DTensors
+_stepped: WeakSet[Optimizer] = WeakSet()  # those of them that have made a step
 _steps: WeakKeyDictionary[Optimizer, _Step] = WeakKeyDictionary()
 
 
@@ -167,6 +168,9 @@ def _before_step(optimizer: Optimizer, *_: object) -> None:
 def _after_step(optimizer: Optimizer, *_: object) -> None:
     _together(optimizer)
     shard_state(optimizer)
+    if optimizer in _optimizers and optimizer not in _stepped:
+        _stepped.add(optimizer)
+        optimizer.state_dict()  # refuses states that cannot be divided, before there is much to be saved
 
 
 def _together(optimizer: Optimizer) -> None:
