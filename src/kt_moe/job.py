@@ -25,7 +25,6 @@ _DIFFER, _FAILED = "differ", "failed"  # keys of the store
 _TIMEOUT = timedelta(seconds=30)  # of one request to the store
 _compared: Counter[str] = Counter()
 _PATIENCE = (10.0, 290.0)  # seconds until others are missed, and then until nobody waits for them any longer
-_SLICE = 5.0  # seconds, after which who waits looks what others have told
 _meetings: Counter[str] = Counter()
 
 
@@ -164,16 +163,16 @@ def _meet(why: str, words: tuple[str, str], patience: tuple[float, float]) -> No
 
 def _is_set(store: Any, key: str, seconds: float) -> bool:
     """Whether a key is set within so many seconds. Raises what another process tells meanwhile."""
-    end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        at_most = timedelta(seconds=max(0.01, min(left, _SLICE)))  # of less than 1 ms, a store waits forever
-        with suppress(RuntimeError):  # by which every kind of store says that the time is over
-            store.wait([key], at_most)
-            return True
+    end, pause = time.monotonic() + seconds, 0.001
+    while not store.check([key]):  # its `wait` would tell nothing, and print a warning where the time is over
         _raise_told(store)
         if store.check([_FAILED]):
             raise RuntimeError(store.get(_FAILED).decode())
-    return False
+        if time.monotonic() > end:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
+    return True
 
 
 def _ordered(value: Any) -> Any:

@@ -241,7 +241,6 @@ class Rank:
             p.grad = torch.zeros_like(p)
         yield "Adafactor", said(lambda: transformers.Adafactor(own).step())
         yield from self.resuming()
-        job._SLICE = 0.1
         yield "formats", said(partial(self.base, format="int8" if self.rank == 1 else "as-stored"))
 
     def resuming(self) -> Iterator[tuple[str, Results]]:

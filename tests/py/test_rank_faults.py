@@ -125,8 +125,7 @@ def test_data_parallel_is_refused_by_name(directory: Path, monkeypatch: pytest.M
         wrapped.replicate(wrapped.module, [0, 1])
 
 
-def test_who_waits_is_told_what_ended_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "_SLICE", 0.01)
+def test_who_waits_is_told_what_ended_another_process() -> None:
     store = dist.HashStore()
     assert not job._is_set(store, "key", 0.02)
     store.set("failed", "rank 1 failed: ValueError: a row is empty")
