@@ -3,7 +3,7 @@
     python examples/cpu_only.py --data train.jsonl
     python examples/cpu_only.py --tiny
 
-Memory: 37.14 GiB of the host, 15.19 of them experts, by `kt-moe plan` with two rows of 1,024 tokens a step
+Memory: 37.2 GiB of the host, 15.19 of them experts, by `kt-moe plan` with two rows of 1,024 tokens a step
 and gradient checkpointing.
 
 What to expect: the experts of one of the 48 layers, with 2,048 tokens in bf16, forward and backward, took

@@ -3,7 +3,7 @@
     OMP_WAIT_POLICY=passive python examples/deepseek_v31_fp8.py --data train.jsonl
     python examples/deepseek_v31_fp8.py --tiny
 
-Memory: 665.25 GiB of the host (609.15 of them experts) and 81.26 of the GPU (40.00 of them experts), by
+Memory: 665.3 GiB of the host (609.15 of them experts) and 81.26 of the GPU (40.00 of them experts), by
 `kt-moe plan` with rows of 2,048 tokens, one a step.
 
 What to expect: at most 136 tokens/s of the experts alone, bound by the CPU, as the plan predicts for

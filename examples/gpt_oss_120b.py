@@ -3,10 +3,10 @@
     OMP_WAIT_POLICY=passive python examples/gpt_oss_120b.py --data train.jsonl
     python examples/gpt_oss_120b.py --tiny
 
-Memory: 79.01 GiB of the host (56.80 of them experts) and 19.02 of the GPU (8.00 of them experts), by `kt-
-moe plan` with rows of 2,048 tokens, one a step.
+Memory: 79.1 GiB of the host (56.80 of them experts) and 19.02 of the GPU (8.00 of them experts), by
+`kt-moe plan` with rows of 2,048 tokens, one a step.
 
-What to expect: at most 652 tokens/s of the experts alone, bound by the link, as the plan predicts for
+What to expect: at most 651 tokens/s of the experts alone, bound by the link, as the plan predicts for
 machine A of docs/hardware.md; more tokens a step are faster.
 """
 

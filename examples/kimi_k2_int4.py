@@ -5,7 +5,7 @@
 
 Its architecture is DeepSeek-V3's under another name, which transformers does not know; hence the class.
 
-Memory: 618.04 GiB of the host (531.56 of them experts) and 71.69 of the GPU (40.00 of them experts), by
+Memory: 618.1 GiB of the host (531.56 of them experts) and 71.69 of the GPU (40.00 of them experts), by
 `kt-moe plan` with rows of 2,048 tokens, one a step.
 
 What to expect: at most 152 tokens/s of the experts alone, bound by the link, as the plan predicts for

@@ -3,8 +3,8 @@
     OMP_WAIT_POLICY=passive python examples/qwen3_235b.py --data train.jsonl
     python examples/qwen3_235b.py --tiny
 
-Memory: 174.38 GiB of the host (118.97 of them experts) and 27.74 of the GPU (4.00 of them experts), by `kt-
-moe plan` with rows of 2,048 tokens, one a step.
+Memory: 174.5 GiB of the host (118.97 of them experts) and 27.74 of the GPU (4.00 of them experts), by
+`kt-moe plan` with rows of 2,048 tokens, one a step.
 
 What to expect: at most 253 tokens/s of the experts alone, bound by the link, as the plan predicts for
 machine A of docs/hardware.md; more tokens a step are faster.

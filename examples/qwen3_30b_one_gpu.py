@@ -3,8 +3,8 @@
     OMP_WAIT_POLICY=passive python examples/qwen3_30b_one_gpu.py --data train.jsonl
     python examples/qwen3_30b_one_gpu.py --tiny
 
-Memory: 68.61 GiB of the host (54.00 of them experts) and 16.64 of the GPU (8.00 of them experts), by `kt-
-moe plan` with rows of 2,048 tokens, one a step.
+Memory: 68.7 GiB of the host (54.00 of them experts) and 16.64 of the GPU (8.00 of them experts), by
+`kt-moe plan` with rows of 2,048 tokens, one a step.
 
 What to expect: at most 791 tokens/s of the experts alone, bound by the CPU, as the plan predicts for
 machine A of docs/hardware.md; more tokens a step are faster.

@@ -359,6 +359,9 @@ def test_it_says_when_it_does_not_fit(
     text = capsys.readouterr().out
     assert "IT DOES NOT FIT, by" in text
     assert "takes less: a smaller --batch-size, --seq-len or --rank, --format int4, --gradient_check" in text
+    assert "a smaller --gpu-memory" not in text  # there is no GPU
+    assert plan(tmp_path, "--plan_gpu", "1MiB", "--gpu-memory", "1MiB") == 1
+    assert "a smaller --gpu-memory" in capsys.readouterr().out
     assert plan(tmp_path, "--json") == 1  # a directory with nothing but the config
     assert json.loads(capsys.readouterr().out)["host"]["spare"] < 0
 

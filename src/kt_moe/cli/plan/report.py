@@ -29,6 +29,7 @@ def describe(found: dict[str, Any]) -> str:
             lines += ["", title, *_indented(rows), f"  {verdict.format(size_text(abs(memory['spare'])))}"]
     if any(memory and memory["spare"] < 0 for memory in (found["host"], found["gpu"])):
         more = ", --gradient_checkpointing" * (not run["checkpointing"])
+        more += ", a smaller --gpu-memory" * bool(found["gpu"] and found["gpu"]["spare"] < 0)
         lines += ["", f"what takes less: a smaller --batch-size, --seq-len or --rank, --format int4{more}"]
     lines += ["", *_speed(found["speed"])]
     if found["modes"]:
