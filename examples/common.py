@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,10 @@ def options(
     )
     parser.add_argument("--model", default=model, help="a directory, or a name on the hub (%(default)s)")
     parser.add_argument("--data", default="train.jsonl", help="a row a line (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("out") / architecture, help="of the adapter")
+    output = Path("out") / Path(sys.argv[0]).stem
+    parser.add_argument(
+        "--output", type=Path, default=output, help="directory of the adapter (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=100, help="of the optimizer (default: %(default)s)")
     parser.add_argument(
         "--tiny", action="store_true", help="a generated model and three steps, on any machine"
