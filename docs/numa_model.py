@@ -20,8 +20,7 @@ import numpy as np
 
 from kt_moe.cli.bench.cases import PRESETS, Shape
 from kt_moe.cli.formats import QUANTISED, projection_bytes
-from kt_moe.cli.options import integer, list_of
-from kt_moe.cli.text import count_text, table
+from kt_moe.cli.terminal import count_text, integer, list_of, table
 from kt_moe.experts import PLACEMENTS
 
 BF16 = 2

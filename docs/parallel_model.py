@@ -20,8 +20,7 @@ from torch import Tensor
 
 from kt_moe.cli.bench.cases import PRESETS, Shape
 from kt_moe.cli.formats import QUANTISED, projection_bytes
-from kt_moe.cli.options import integer, list_of
-from kt_moe.cli.text import table
+from kt_moe.cli.terminal import integer, list_of, table
 from kt_moe.gpu.predict import REFERENCE, Workload, predict
 from kt_moe.routing_stats import RoutingHistory
 from kt_moe.token_exchange import Routes, exchange_bytes, partition

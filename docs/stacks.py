@@ -37,7 +37,7 @@ import kt_moe
 from kt_moe.cli.bench import plain
 from kt_moe.cli.bench.cases import PRESETS, Shape
 from kt_moe.cli.bench.layers import SCALING, Layer, make_lora, make_weights
-from kt_moe.cli.options import integer, list_of
+from kt_moe.cli.terminal import integer, list_of
 from kt_moe.gpu.streams import Event, streams_of
 
 _WARM = 5

@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from kt_moe.cli.data import cut, hold_out, load_data
-from kt_moe.cli.plot import Curves, losses_of, plot_losses
+from kt_moe.cli.report import Curves, losses_of, plot_losses
 
 TOLERANCE = 0.01
 OUT = Path("out/demo-check")

@@ -14,7 +14,7 @@ from typing import Any
 
 from kt_moe import _core
 from kt_moe.cli.doctor import machine as seen
-from kt_moe.cli.text import ranges_text
+from kt_moe.cli.terminal import ranges_text
 from kt_moe.host_memory import free_memory
 
 SAPPHIRE_RAPIDS = ("GenuineIntel", 6, 143, "Intel(R) Xeon(R) Platinum 8480+")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kt_moe.cli.data import check_columns, cut, cut_rows, digest, documents, hold_out, load_data
-from kt_moe.cli.errors import UserError
+from kt_moe.cli.terminal import UserError
 
 
 def write(path: Path, content: str | bytes) -> Path:

@@ -15,7 +15,7 @@ from user_errors import one_line_error
 
 from kt_moe.cli import main
 from kt_moe.cli.formats import QUANTISED, projection_bytes
-from kt_moe.cli.text import count_text, ranges_text, size_text, table
+from kt_moe.cli.terminal import count_text, ranges_text, size_text, table
 
 E, H, I = 4, 64, 32  # noqa: E741
 

@@ -30,7 +30,7 @@ from user_errors import one_line_error
 from kt_moe import checkpointing, host_memory
 from kt_moe.architectures import architecture_of
 from kt_moe.cli import main
-from kt_moe.cli.plan import memory, ranks
+from kt_moe.cli.plan import memory, speed
 from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.outline import Outline, outline
 from kt_moe.hf import KtMoeConfig
@@ -566,7 +566,7 @@ def test_the_exchange_of_expert_parallel_ranks_is_that_of_the_code(monkeypatch: 
     routes = Routes.of(ids, partition(16, size))
     model = outline(tiny_config(num_experts=16, num_experts_per_tok=topk), RUN)
     pairs = sum(routes.sizes) / tokens / size
-    assert ranks._pairs(model, size) == pytest.approx(pairs, rel=0.02)
+    assert speed._pairs(model, size) == pytest.approx(pairs, rel=0.02)
     widths = hidden, hidden + topk
     exchange = Exchange(None, lambda *_: None, [routes.sizes], [routes.sizes], widths, torch.device("cpu"))
     x, weights = torch.randn(tokens, hidden, requires_grad=True), torch.rand(tokens, topk, requires_grad=True)

@@ -20,10 +20,10 @@ from user_errors import one_line_error
 
 from kt_moe.cli import main
 from kt_moe.cli.data import losses_by_length
-from kt_moe.cli.errors import UserError
 from kt_moe.cli.experts_config import ExpertsConfig
 from kt_moe.cli.job import Job
 from kt_moe.cli.output import RunDirectory
+from kt_moe.cli.terminal import UserError
 from kt_moe.cli.train import _SHORT, parse
 from kt_moe.cli.trainer import first_bad
 from kt_moe.hf import KtMoeConfig

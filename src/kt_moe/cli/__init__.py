@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from kt_moe import __version__
-from kt_moe.cli.errors import OneLineErrors, UserError
+from kt_moe.cli.terminal import OneLineErrors, UserError
 
 __all__ = ["main"]
 
@@ -37,6 +37,7 @@ _OTHERS = {
     "doctor": "show this machine, what will run on it, and what costs speed, with its mend",
     "bench": "time a layer or training steps on this machine, and what it could do at most",
 }
+_MODULES = {"merge": "adapter", "export": "adapter"}  # of commands whose modules have other names
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +74,7 @@ def _run(command: str, words: list[str]) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     subs = {name: commands.add_parser(name, help=what) for name, what in (_TRAINING | _OTHERS).items()}
     if command in _OTHERS:  # the only one that is imported
-        module = import_module(f"kt_moe.cli.{command}")
+        module = import_module(f"kt_moe.cli.{_MODULES.get(command, command)}")
         module.add_arguments(subs[command])
     args = parser.parse_args(words)
     try:

@@ -17,7 +17,7 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 from huggingface_hub.utils.sha import sha_fileobj
 
-from kt_moe.cli.errors import UserError
+from kt_moe.cli.terminal import UserError
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 # Columns that a command wants, by its ways; sft also takes texts alone.

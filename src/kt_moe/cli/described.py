@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kt_moe.architectures import Architecture, architecture_of
-from kt_moe.cli.errors import UserError
+from kt_moe.cli.terminal import UserError
 from kt_moe.hf.quantizer import put_experts
 from kt_moe.hf.targets import find_targets
 

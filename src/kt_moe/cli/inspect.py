@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from kt_moe.cli.formats import bias_bytes
-from kt_moe.cli.text import count_text, ranges_text, size_text, table
+from kt_moe.cli.terminal import count_text, ranges_text, size_text, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,9 +24,9 @@ from transformers import AutoTokenizer
 
 from kt_moe.cli import data
 from kt_moe.cli.described import described, read_config, resolve_targets
-from kt_moe.cli.errors import UserError
 from kt_moe.cli.output import RunDirectory
 from kt_moe.cli.report import RoutingWatch, show_samples, write_report
+from kt_moe.cli.terminal import UserError
 from kt_moe.cli.train import Options
 from kt_moe.cli.trainer import Clock, StopOnSignal, extended, finished
 from kt_moe.models import model_experts

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from kt_moe.cli.errors import UserError
-from kt_moe.cli.text import table
+from kt_moe.cli.terminal import UserError, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

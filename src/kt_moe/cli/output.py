@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from kt_moe.adapter_files import scratch
-from kt_moe.cli.errors import UserError
+from kt_moe.cli.terminal import UserError
 from kt_moe.files import replacing
 
 ROUTING = "routing.safetensors"  # also in a checkpoint

@@ -20,8 +20,8 @@ import transformers
 import trl
 from transformers.hf_argparser import HfArg
 
-from kt_moe.cli.errors import OneLineErrors, UserError
 from kt_moe.cli.experts_config import ExpertsConfig
+from kt_moe.cli.terminal import OneLineErrors, UserError
 from kt_moe.gpu.predict import CARDS
 
 # Where our defaults are not TRL's: experts are frozen, so LoRA it is; weights are bf16 already, and autocast

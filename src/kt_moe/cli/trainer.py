@@ -19,7 +19,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import TrainerCallback, TrainerState
 
 from kt_moe.cli.data import cut_rows, losses_by_length
-from kt_moe.cli.errors import UserError
+from kt_moe.cli.terminal import UserError
 
 if TYPE_CHECKING:
     from kt_moe.cli.job import Job

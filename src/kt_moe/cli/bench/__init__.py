@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kt_moe.cli.bench.cases import PRESETS
-from kt_moe.cli.errors import UserError
 from kt_moe.cli.formats import QUANTISED
-from kt_moe.cli.options import integer, list_of
-
-__all__ = ["add_arguments", "check", "run"]
+from kt_moe.cli.terminal import UserError, integer, list_of
 
 # Who there is besides kt_moe, without and with --step.
 _PEERS = {False: ("torch", "grouped_mm"), True: ("resident",)}

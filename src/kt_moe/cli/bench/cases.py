@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kt_moe.cli.text import table
+from kt_moe.cli.terminal import table
 
 Spread = dict[str, float]  # median and quartiles of repeated measurements, and their count
 

@@ -22,10 +22,9 @@ from kt_moe import _core
 from kt_moe.cli.bench import plain
 from kt_moe.cli.bench.cases import Case, Spread, ceilings_table, spread
 from kt_moe.cli.bench.layers import SCALING, OneLayer, Step, make_experts, make_weights
-from kt_moe.cli.errors import UserError
 from kt_moe.cli.formats import QUANTISED, projection_bytes
 from kt_moe.cli.output import write_json
-from kt_moe.cli.text import size_text
+from kt_moe.cli.terminal import UserError, size_text
 from kt_moe.host_memory import free_memory
 
 _CHECKED_TOKENS = 64  # whose outputs are compared with float64

@@ -6,8 +6,6 @@ import argparse
 import json
 from dataclasses import asdict
 
-__all__ = ["add_arguments", "run"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kt_moe.cli.text import count_text, ranges_text, size_text
+from kt_moe.cli.terminal import count_text, ranges_text, size_text
 from kt_moe.gpu.predict import LINKS
 
 _LEAST = 0.7  # of what copies reach by the link that a GPU can have
-_ONE_BY_ONE = "plain torch multiplies, an expert at a time"
 
 
 @dataclass(frozen=True)
@@ -42,27 +41,10 @@ def describe(findings: list[Finding]) -> str:
 
 
 def _cpu(m: dict[str, Any]) -> Iterator[Finding]:
-    vendor, family, model = m["cpu"]
-    expected: set[str] = set()
-    if vendor == "GenuineIntel" and family == 6 and model in (143, 207, 173, 174):  # Sapphire Rapids on
-        expected = {"avx512_bf16", "amx_tile", "amx_bf16"}
-    zen4 = family == 25 and (0x10 <= model < 0x20 or 0x60 <= model < 0x80 or 0xA0 <= model < 0xB0)
-    if vendor == "AuthenticAMD" and (zen4 or family == 26):
-        expected = {"avx512_bf16"}
-    hidden = sorted(expected - set(m["isa_flags"])) if m["isa_flags"] else []
-    cost = f"{m['selected']} kernels run, which are slower"
     if {"amx_tile", "amx_bf16"} <= set(m["isa_flags"]) and m["kernel_sets"]["amx"] != "available":
         what = "the CPU has AMX, and the kernel does not let this process use it"
         mend = "Linux 5.16 or newer, and a seccomp filter that lets arch_prctl pass"
-        yield Finding("amx-refused", what, cost, mend)
-    elif hidden:
-        yield Finding(
-            "instructions-hidden",
-            f"CPUs of this family have {', '.join(hidden)}, and this one does not show it",
-            cost,
-            "in a virtual machine pass the host's CPU through (QEMU: -cpu host; libvirt: host-passthrough); "
-            "else look at the BIOS, and for clearcpuid in /proc/cmdline",
-        )
+        yield Finding("amx-refused", what, f"{m['selected']} kernels run, which are slower", mend)
     mask = sorted(cpu for node in m["topology"]["nodes"] for cpu in node["cpus"])
     online, limit = m["topology"]["online_cpus"], m["topology"]["cgroup_cpu_limit"]
     if len(mask) < online:
@@ -92,13 +74,6 @@ def _memory(m: dict[str, Any]) -> Iterator[Finding]:
     nodes = [node for node in m["topology"]["nodes"] if node["memory_bytes"]]
     for node in nodes if len(nodes) > 1 else ():
         number, free, size, files = (node[k] for k in ("id", "free_bytes", "memory_bytes", "cache_bytes"))
-        if node["cpus"] and not node["memory_allowed"]:
-            yield Finding(
-                "memory-not-allowed",
-                f"node {number} may give this process no memory",
-                "its cores read all weights from another node",
-                "docker --cpuset-mems, numactl --membind or a batch system set it",
-            )
         if free < size // 10:
             # The kernel rather takes another node's memory than drop what this one holds of files.
             drop = files > size // 4
@@ -141,10 +116,7 @@ def _gpus(m: dict[str, Any]) -> Iterator[Finding]:
         if gpu["capability"] < [8, 0]:
             what = f"GPU {number} has compute capability {'.'.join(map(str, gpu['capability']))}"
             mend = "a GPU of 8.0 (NVIDIA's Ampere) or newer, which the kernels need"
-            yield Finding("gpu-old", what, _ONE_BY_ONE, mend)
-    if not m.get("triton", True):
-        mend = "pip install triton (torch's CUDA wheels for Linux bring it)"
-        yield Finding("no-triton", "Triton is not installed", _ONE_BY_ONE, mend)
+            yield Finding("gpu-old", what, "plain torch multiplies, an expert at a time", mend)
     if m.get("page_lock"):
         yield Finding(
             "page-lock-refused",

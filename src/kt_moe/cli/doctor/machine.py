@@ -6,7 +6,6 @@ Settings are those of Documentation/admin-guide/mm/transhuge and of proc(5). Wha
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from contextlib import suppress
@@ -18,7 +17,7 @@ import torch
 from kt_moe import Experts, _core
 from kt_moe.cli.bench.cases import Shape
 from kt_moe.cli.bench.layers import make_weights
-from kt_moe.cli.text import count_text, size_text
+from kt_moe.cli.terminal import count_text, size_text
 from kt_moe.gpu.page_lock import PageLockError, lock
 from kt_moe.gpu.rates import link_rate, measure
 from kt_moe.host_memory import free_memory, read_text, resident
@@ -59,19 +58,17 @@ def read_machine() -> dict[str, Any]:
 def settings_of(root: Path) -> dict[str, Any]:
     """What the files below `root` say.
 
-    cpu: vendor, family and model of /proc/cpuinfo; isa_flags: its flags that some kernel set needs.
-    transparent_huge_pages: "always", "madvise" or "never". nvidia_gpus: that are in the machine.
+    isa_flags: those of /proc/cpuinfo that some kernel set needs. transparent_huge_pages: "always", "madvise"
+    or "never". nvidia_gpus: that are in the machine.
     """
     text = read_text(root / "proc/cpuinfo").split("\n\n", 1)[0]
     cpu = dict(re.findall(r"^(\S.*?)\s*: (.*)$", text, re.MULTILINE))
-    family, model = (int(re.sub(r"\D", "", cpu.get(name, ""))[:9] or 0) for name in ("cpu family", "model"))
     pages = re.search(r"\[(\w+)\]", read_text(root / "sys/kernel/mm/transparent_hugepage/enabled"))
     devices = [*(root / _PCI).iterdir()] if (root / _PCI).is_dir() else []
     nvidia = [d for d in devices if read_text(d / "vendor").strip() == "0x10de"]
     used = set().union(*_core.kernel_flags().values())
     return {
         "topology": _core.read_topology(str(root)),
-        "cpu": (cpu.get("vendor_id", ""), family, model),
         "isa_flags": sorted(used & set(cpu.get("flags", "").split())),
         "transparent_huge_pages": pages[1] if pages else "",
         # the class of VGA and 3D controllers
@@ -83,7 +80,7 @@ def read_gpus() -> dict[str, Any]:
     """What torch and measurements say of the GPUs here.
 
     gpus: that torch uses, each with its name, CUDA's compute capability, and `copy_rate`, the bytes a second
-    from page-locked memory to it; without_cuda: why it uses none. triton: whether it is installed; page_lock:
+    from page-locked memory to it; without_cuda: why it uses none. page_lock:
     why memory cannot be page-locked, or "". rates: of a small layer on CPU and first GPU. Where the GPU has
     no memory left, rates are 0 or missing.
     """
@@ -93,7 +90,6 @@ def read_gpus() -> dict[str, Any]:
         return {"gpus": [], "without_cuda": f"torch {torch.__version__} {why}"}
     return {
         "gpus": [_measured(torch.device("cuda", n)) for n in range(torch.cuda.device_count())],
-        "triton": importlib.util.find_spec("triton") is not None,
         "page_lock": _page_lock(),
         "rates": measure_rates(torch.device("cuda", 0)),
     }

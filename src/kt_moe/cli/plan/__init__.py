@@ -12,13 +12,12 @@ from torch.nn import functional
 
 from kt_moe import Runtime
 from kt_moe.cli.described import blamed_on, read_config
-from kt_moe.cli.errors import UserError
 from kt_moe.cli.plan.memory import Part, make_plan, weights_on_gpu, weights_part
 from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.outline import Outline, outline
-from kt_moe.cli.plan.ranks import modes_of
 from kt_moe.cli.plan.report import describe
-from kt_moe.cli.plan.speed import rates_of, step_of
+from kt_moe.cli.plan.speed import modes_of, rates_of, step_of
+from kt_moe.cli.terminal import UserError
 from kt_moe.cli.train import Options
 from kt_moe.gpu import parse_bytes
 from kt_moe.gpu.predict import CARDS, ROUTINGS

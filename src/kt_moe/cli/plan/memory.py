@@ -13,10 +13,10 @@ from typing import Any
 from kt_moe import Checkpoint
 from kt_moe.architectures import ExpertModule
 from kt_moe.checkpoint import LayerInfo
-from kt_moe.cli.errors import UserError
 from kt_moe.cli.formats import QUANTISED, bias_bytes, projection_bytes
 from kt_moe.cli.plan.options import Run
 from kt_moe.cli.plan.outline import Outline
+from kt_moe.cli.terminal import UserError
 from kt_moe.gpu.layers import auto_memory
 from kt_moe.lora_device import auto_moves
 

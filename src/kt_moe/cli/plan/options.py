@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kt_moe.cli.described import split_targets
-from kt_moe.cli.errors import UserError
+from kt_moe.cli.terminal import UserError
 from kt_moe.experts import PROJECTIONS
 from kt_moe.gpu import parse_bytes
 

@@ -20,8 +20,8 @@ from transformers import AttentionInterface
 
 from kt_moe.architectures import ExpertModule
 from kt_moe.cli.described import described, resolve_targets
-from kt_moe.cli.errors import UserError
 from kt_moe.cli.plan.options import Run
+from kt_moe.cli.terminal import UserError
 from kt_moe.hf import KtExperts, KtLoraExperts
 
 _ATTENTION = "kt_moe_plan"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from kt_moe.cli.text import ranges_text, size_text, table
+from kt_moe.cli.terminal import ranges_text, size_text, table
 
 
 def describe(found: dict[str, Any]) -> str:

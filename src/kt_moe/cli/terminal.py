@@ -1,8 +1,39 @@
-"""Numbers and lists as the commands print them."""
+"""What the commands say and take: errors of one line, types of options, numbers and tables."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+import argparse
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """Something the user asked for cannot be done; the message says what and why."""
+
+
+class OneLineErrors:
+    """For a parser of arguments: its errors are UserErrors, without argparse's screen of usage in front."""
+
+    prog: str
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def integer(least: int) -> Callable[[str], int]:
+    """An argparse type: an integer of at least `least`."""
+
+    def integer(text: str) -> int:  # argparse says its name where there is none
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value}, wanted at least {least}")
+        return value
+
+    return integer
+
+
+def list_of(item: Callable[[str], object]) -> Callable[[str], list[object]]:
+    """An argparse type: values separated by commas, each once."""
+    return lambda text: list(dict.fromkeys(item(part.strip()) for part in text.split(",")))
 
 
 def size_text(nbytes: float) -> str:
