@@ -55,19 +55,19 @@ def save_adapter(model: nn.Module, directory: StrPath, *, adapter_name: str = "d
         config.auto_mapping = {"base_model_class": made.__name__, "parent_library": made.__module__}
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None)
-    with gathered(p for n, p in model.named_parameters() if f".{adapter_name}" in n) as sharded:
+    with gathered(p for n, p in model.named_parameters() if f".{adapter_name}" in n) as partitioned:
         own = {n: t for n, t in model.state_dict().items() if f".{adapter_name}" in n or not _is_sharded(t)}
-        sharded = sharded or any(map(_is_sharded, own.values()))
+        sharded = any(map(_is_sharded, own.values()))
         if sharded:
             meet_to_save()
-        whole = whole_on_first(own) if sharded else own
+        whole = whole_on_first(own) if sharded or partitioned else own
         try:
             if whole is not None:
                 state_dict = get_peft_model_state_dict(model, whole, adapter_name=adapter_name)
                 tensors = {key: tensor.detach().to("cpu").contiguous() for key, tensor in state_dict.items()}
                 write_adapter(path, config, tensors)
         finally:
-            if sharded:
+            if sharded or partitioned:
                 distributed.barrier()
 
 
