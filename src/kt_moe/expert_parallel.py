@@ -186,7 +186,7 @@ class ExpertParallel:
         routes, needs, rows = seen or (None, 0, 0)
         device = getattr(hidden_states, "device", torch.device("cpu"))
         call = _Call(self._number, number, topk_ids.shape[1] if routes else 0, needs)
-        sizes = routes.part_sizes(len(topk_ids)) if routes else None
+        sizes = routes.part_sizes if routes else None
         heard, needs = self._agree(call, "forward", device, error, rows, sizes)
         assert routes is not None
         chunks = self.chunks or chunk_count([row[0] for row in heard], self.num_experts)

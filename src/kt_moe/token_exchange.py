@@ -98,12 +98,12 @@ class Routes:
         tokens: [S] int64, which token each row is.
         ids: [S, K] int32 numbers of experts among those of the rank that gets the row; their count means "no
             route".
-        sizes: rows for each rank.
+        part_sizes: of each rank, rows for it in each of some equal runs of a call's tokens.
     """
 
     tokens: Tensor
     ids: Tensor
-    sizes: list[int]
+    part_sizes: list[list[int]]
 
     @classmethod
     def of(cls, ids: Tensor, parts: Sequence[range]) -> Routes:
@@ -119,33 +119,32 @@ class Routes:
         to, tokens = wanted[:world].nonzero(as_tuple=True)
         there = owners[tokens] == to[:, None]
         local = torch.where(there, ids[tokens] - firsts[to, None], (stops - firsts)[to, None])
-        return cls(tokens, local.int(), torch.bincount(to, minlength=world).tolist())
+        keys = to * PARTS + _runs(tokens, len(ids), PARTS)
+        return cls(
+            tokens, local.int(), torch.bincount(keys, minlength=world * PARTS).view(world, PARTS).tolist()
+        )
 
-    def part_sizes(self, count: int) -> list[list[int]]:
-        """Rows for each rank of each of `PARTS` equal runs of a call's `count` tokens."""
-        keys = self._ranks() * PARTS + self._runs(count, PARTS)
-        return torch.bincount(keys, minlength=PARTS * len(self.sizes)).view(-1, PARTS).tolist()
+    @property
+    def sizes(self) -> list[int]:
+        """Rows for each rank."""
+        return [sum(parts) for parts in self.part_sizes]
 
     def divided(self, count: int, chunks: int) -> list[Routes]:
         """Those of each of so many equal runs of a call's `count` tokens."""
         if chunks == 1:
             return [self]
-        runs, ranks, found = self._runs(count, chunks), self._ranks(), []
+        runs, found = _runs(self.tokens, count, chunks), []
+        sizes = [sizes_of_chunks(parts, chunks) for parts in self.part_sizes]
         for chunk in range(chunks):
             rows = (runs == chunk).nonzero()[:, 0]
-            sizes = torch.bincount(ranks[rows], minlength=len(self.sizes)).tolist()
-            found.append(Routes(self.tokens[rows], self.ids[rows], sizes))
+            found.append(Routes(self.tokens[rows], self.ids[rows], [[of_rank[chunk]] for of_rank in sizes]))
         return found
 
-    def _ranks(self) -> Tensor:
-        """[S]: to which rank a row goes."""
-        sizes = torch.tensor(self.sizes, device=self.tokens.device)
-        return torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
 
-    def _runs(self, count: int, runs: int) -> Tensor:
-        """[S]: in which of so many equal runs of tokens a row's is."""
-        stops = [count * (run + 1) // runs for run in range(runs)]
-        return torch.bucketize(self.tokens, torch.tensor(stops, device=self.tokens.device), right=True)
+def _runs(tokens: Tensor, count: int, runs: int) -> Tensor:
+    """In which of so many equal runs of `count` tokens each of some tokens is."""
+    stops = [count * (run + 1) // runs for run in range(runs)]
+    return torch.bucketize(tokens, torch.tensor(stops, device=tokens.device), right=True)
 
 
 def chunk_count(routes: Sequence[int], num_experts: int) -> int:

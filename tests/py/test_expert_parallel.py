@@ -341,7 +341,7 @@ def test_a_token_is_sent_once_to_a_rank() -> None:
     assert (first.tokens.tolist(), first.sizes) == ([0, 0], [1, 1])
     assert (second.tokens.tolist(), second.sizes) == ([2, 2], [1, 1])
     assert second.ids.tolist() == [[3, 0, 3], [0, 2, 0]]
-    assert routes.part_sizes(3) == [[0, 1, 0, 1], [0, 1, 0, 1]]
+    assert routes.part_sizes == [[0, 1, 0, 1], [0, 1, 0, 1]]
 
 
 def test_without_a_group() -> None:
